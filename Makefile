@@ -1,0 +1,36 @@
+# Every target makes its own .venv when there is none, or when what it is made from has changed.
+# PYTHON chooses the interpreter it is made with (3.11 or later).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and without
+	@$(BIN)/kvcache demo
+
+test: lint  ## lint, then every test: the engine's and the wheel's too
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY)  ## the performance bars
+	$(BIN)/python -m pytest tests/bench -m bench -s
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml tests/install_engine.py
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvcache needs Python 3.11 or later (make PYTHON=...); this is " + sys.version)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python tests/install_engine.py
+	@touch $@

@@ -1,0 +1,181 @@
+"""The vLLM connector: ``KVCacheConnector`` takes vLLM's calls to one of two halves, and does no more.
+
+::
+
+    --kv-transfer-config '{"kv_connector": "KVCacheConnector",
+                           "kv_connector_module_path": "kvcache.connectors.vllm",
+                           "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+
+vLLM makes one instance in the scheduler's process and one in every worker, and imports the class
+elsewhere too: importing this module starts nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+try:
+    import vllm
+except ImportError as error:
+    raise ImportError("the vLLM connector needs vLLM: pip install 'kvcache[vllm]'") from error
+
+from kvcache.connectors.vllm.support import check_version
+
+check_version(vllm.__version__)
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from kvcache.connectors.vllm.messages import Acks, Shard, Step  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvcache.connectors.vllm.scheduler import SchedulerSide
+    from kvcache.connectors.vllm.worker import WorkerSide
+    from kvcache.stack import StackStats
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    _HOST: object = CacheHitSource.HOST
+except ImportError:  # before 0.32 hits had no source
+    _HOST = None
+
+log = logging.getLogger(__name__)
+
+
+class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """Keeps a vLLM engine's KV blocks in the tiers of a kvcache profile."""
+
+    _cache_hit_source = _HOST
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._scheduler: SchedulerSide
+        self._worker: WorkerSide
+        if role == KVConnectorRole.SCHEDULER:
+            from kvcache.connectors.vllm.scheduler import SchedulerSide
+
+            policy = vllm_config.kv_transfer_config.kv_load_failure_policy
+            if policy != "recompute":
+                log.warning(
+                    "kvcache: kv_load_failure_policy is %r: a block that cannot be copied back ends "
+                    "its request; with 'recompute' it is computed again",
+                    policy,
+                )
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
+        else:
+            import torch
+            from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+            from kvcache.connectors.vllm.support import refusal
+            from kvcache.connectors.vllm.worker import WorkerSide
+
+            self._refused = refusal(vllm_config, kv_cache_config) is not None
+            rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+            self._worker = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what it loses is computed again, and no request waits for it."""
+        return False
+
+    # Scheduler
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
+        self._scheduler.open({rank: shard for rank, shard in metadata.items()})
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._scheduler.matched_tokens(request, num_computed_tokens), False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        self._scheduler.admitted(request, blocks.get_block_ids(), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
+        return self._scheduler.step(scheduler_output) or KVConnectorMetadata()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        acks = connector_output.kv_connector_worker_meta
+        if isinstance(acks, Acks):
+            self._scheduler.acked(acks)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._scheduler.finished(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._scheduler.finished(request)
+        return False, None
+
+    def reset_cache(self) -> bool:
+        self._scheduler.reset()
+        return True
+
+    def stats(self) -> StackStats | None:
+        """What the stack holds and did; ``None`` where nothing can be kept."""
+        return self._scheduler.stats()
+
+    # Worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if not self._refused:
+            self._worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> Shard | None:
+        return self._worker.shard()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if (step := self._step()) is not None:
+            self._worker.load(step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        if (step := self._step()) is not None:
+            self._worker.store(step)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_bad_blocks()
+
+    def build_connector_worker_meta(self) -> Acks | None:
+        return self._worker.take_acks()
+
+    def _step(self) -> Step | None:
+        step = self._get_connector_metadata()
+        return step if isinstance(step, Step) else None
+
+    # Both
+
+    def shutdown(self) -> None:
+        for half in ("_scheduler", "_worker"):
+            if hasattr(self, half):
+                getattr(self, half).close()

@@ -1,0 +1,71 @@
+"""What crosses between the scheduler's process and its workers.
+
+Always true here:
+
+* No keys go to a worker, no tensors to the scheduler: block numbers, slot numbers and job numbers.
+* Everything is picklable and small: a few integers per block moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvcache.slab import SlabDescriptor
+
+Rank = tuple[int, int]  # (pipeline rank, tensor rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, at start: what one rank keeps of a block, and on which host it is."""
+
+    nbytes: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Scheduler to workers: the slab, and where in a slot the shard of each rank begins."""
+
+    slab: SlabDescriptor
+    offsets: Mapping[Rank, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One job: block ``blocks[i]`` of the engine and slot ``slots[i]`` of the slab, for every i."""
+
+    job: int
+    blocks: list[int]
+    slots: list[int]
+
+
+@dataclass(slots=True)
+class Step(KVConnectorMetadata):
+    """Scheduler to workers, every step. Loads come before the forward pass, stores after it."""
+
+    memory: Memory
+    loads: list[Transfer] = field(default_factory=list)
+    stores: list[Transfer] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Acks(KVConnectorWorkerMetadata):
+    """Workers to scheduler: how many ranks are through with a job, and the jobs that failed."""
+
+    ranks: dict[int, int] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Acks:
+        assert isinstance(other, Acks)
+        for job, ranks in other.ranks.items():
+            self.ranks[job] = self.ranks.get(job, 0) + ranks
+        self.failed |= other.failed
+        return self

@@ -1,0 +1,259 @@
+"""The scheduler's half of the vLLM connector: keys, leases and promises; no tensors, no bytes.
+
+1. Only blocks that are pinned in L1 are promised. The lease of a promise is kept until the request is
+   admitted (it becomes a load), asks again from elsewhere, or is finished.
+2. A hit leaves at least one token to compute.
+3. Every full block of an admitted request is offered once its KV has been computed, prompt and
+   generated tokens alike, those that vLLM found in its own cache included.
+4. A job's lease ends when every rank has acked it. When one failed, a loaded block is dropped and a
+   stored one is not published, and the request offers it again.
+5. After ``reset`` nothing computed before it is promised or published.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.support import host_name, refusal
+from kvcache.profiles import open_stack
+from kvcache.stack import Stack, StackStats
+from kvcache.tier import Lease
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Running:
+    """An admitted request: the engine's blocks it has, and how many of them have been offered."""
+
+    request: Request
+    blocks: list[int] = field(default_factory=list)
+    offered: int = 0
+
+
+@dataclass(slots=True)
+class _Job:
+    """A transfer under way. ``running`` and ``at`` say where to offer again from if a store fails."""
+
+    lease: Lease
+    running: _Running | None = None
+    at: int = 0
+    acks: int = 0
+    failed: bool = False
+
+
+class SchedulerSide:
+    """One per engine; owns the stack, which is opened when the workers have said what a block is."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        self._world = vllm_config.parallel_config.world_size
+        self._refusal = refusal(vllm_config, kv_cache_config)
+        if self._refusal:
+            log.warning("kvcache: nothing is kept or found: %s", self._refusal)
+        self._block_tokens = 0
+        self._hashes_per_block = 1
+        if not self._refusal:
+            self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
+            self._hashes_per_block = self._block_tokens // hashed
+        self._stack: Stack | None = None
+        self._memory: Memory | None = None
+        self._promised: dict[str, tuple[int, Lease]] = {}
+        self._running: dict[str, _Running] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._next_job = 0
+        self._loads: list[Transfer] = []  # for the step being built
+
+    def open(self, shards: Mapping[Rank, Shard]) -> None:
+        """Open the stack for blocks of these shards, one per rank.
+
+        Raises:
+            RuntimeError: when a rank is missing, or is on another host.
+            ProfileError: when the profile is not right.
+        """
+        if self._refusal:
+            return
+        if len(shards) != self._world:
+            raise RuntimeError(
+                f"kvcache: {len(shards)} of {self._world} workers said what their blocks are"
+            )
+        offsets: dict[Rank, int] = {}
+        block_nbytes = 0
+        for rank, shard in sorted(shards.items()):
+            if shard.host != host_name():
+                raise RuntimeError(
+                    f"kvcache: the worker of pipeline rank {rank[0]}, tensor rank {rank[1]} is on "
+                    f"another host ({shard.host}) than the scheduler ({host_name()}); L1 is memory "
+                    "that one host shares, so all ranks of an engine must be on it"
+                )
+            offsets[rank] = block_nbytes
+            block_nbytes += shard.nbytes
+        self._stack = open_stack(block_nbytes=block_nbytes)
+        descriptor = self._stack.front.slab.descriptor
+        self._memory = Memory(descriptor, offsets)
+        log.info(
+            "kvcache: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
+            self._stack.profile,
+            descriptor.slots * descriptor.slot_nbytes / 2**30,
+            descriptor.slots,
+            self._block_tokens,
+            block_nbytes,
+        )
+
+    # Before a request is admitted
+
+    def matched_tokens(self, request: Request, computed: int) -> int:
+        """Tokens beyond ``computed`` that are in L1, pinned for this request from now on."""
+        stack = self._stack
+        if stack is None or request.skip_reading_prefix_cache:
+            return 0
+        start = computed // self._block_tokens
+        promised = self._promised.get(request.request_id)
+        if promised is not None and promised[0] == start:
+            return len(promised[1]) * self._block_tokens
+        self._withdraw(request.request_id)
+        keys = self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
+        lease = stack.fetch(stack.match(keys, start).result()).result()
+        if not lease.keys:
+            lease.end()
+            return 0
+        self._promised[request.request_id] = (start, lease)
+        return len(lease) * self._block_tokens
+
+    def admitted(
+        self, request: Request, blocks: Sequence[Sequence[int]], tokens: int
+    ) -> None:
+        """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
+        if self._stack is None:
+            return
+        self._running[request.request_id] = _Running(request)
+        start, lease = self._promised.pop(request.request_id, (0, None))
+        if lease is None:
+            return
+        count = tokens // self._block_tokens
+        if not count:
+            lease.end()
+            return
+        self._loads.append(
+            Transfer(
+                self._begin(_Job(lease)),
+                list(blocks[0][start : start + count]),
+                list(lease.slots[:count]),
+            )
+        )
+
+    def finished(self, request: Request) -> None:
+        """The request is done, or was aborted, at whatever point. Jobs under way end with their acks."""
+        self._withdraw(request.request_id)
+        self._running.pop(request.request_id, None)
+
+    # Every step
+
+    def step(self, output: SchedulerOutput) -> Step | None:
+        """What the workers have to copy around the forward pass of ``output``."""
+        if self._refusal:
+            return None
+        if self._memory is None:
+            raise RuntimeError("kvcache: the workers never said what their blocks are")
+        step = Step(self._memory, loads=self._loads)
+        self._loads = []
+        for new in output.scheduled_new_reqs:
+            self._extend(new.req_id, new.block_ids, anew=True)
+        cached = output.scheduled_cached_reqs
+        for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            self._extend(request_id, more, anew=request_id in cached.resumed_req_ids)
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            running = self._running.get(request_id)
+            if running is not None and (store := self._offer(running, scheduled)):
+                step.stores.append(store)
+        return step
+
+    def _extend(
+        self, request_id: str, block_ids: Sequence[Sequence[int]] | None, *, anew: bool
+    ) -> None:
+        running = self._running.get(request_id)
+        if running is None or block_ids is None:
+            return
+        if anew:
+            running.blocks = []
+        running.blocks += block_ids[0]
+
+    def _offer(self, running: _Running, scheduled: int) -> Transfer | None:
+        """Reserve slots for the blocks of ``running`` that this step completes."""
+        request = running.request
+        # Drafted tokens may be rejected: only known ones count, and only blocks that have a hash.
+        computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
+        first = running.offered
+        full = min(
+            computed // self._block_tokens, len(request.block_hashes) // self._hashes_per_block
+        )
+        if full <= first:
+            return None
+        assert self._stack is not None
+        running.offered = full
+        after = self._keys(request, first - 1, first)[0] if first else None
+        lease = self._stack.reserve(self._keys(request, first, full), after)
+        if not lease.keys:
+            lease.end()
+            return None
+        return Transfer(
+            self._begin(_Job(lease, running, first)),
+            [running.blocks[first + at] for at in lease.positions],
+            list(lease.slots),
+        )
+
+    def acked(self, acks: Acks) -> None:
+        """End the jobs that every rank is through with."""
+        for number, ranks in acks.ranks.items():
+            job = self._jobs[number]
+            job.acks += ranks
+            job.failed |= number in acks.failed
+            if job.acks < self._world:  # another rank may still be copying
+                continue
+            del self._jobs[number]
+            job.lease.end(failed=job.lease.keys if job.failed else ())
+            if job.failed and job.running is not None:
+                job.running.offered = min(job.running.offered, job.at)
+
+    # Whenever
+
+    def reset(self) -> None:
+        """Forget everything: the weights may have changed."""
+        if self._stack is None:
+            return
+        for request_id in list(self._promised):
+            self._withdraw(request_id)
+        self._running.clear()  # what goes on running was computed before: it is kept no more
+        self._stack.clear()
+
+    def stats(self) -> StackStats | None:
+        return self._stack.stats() if self._stack is not None else None
+
+    def close(self) -> None:
+        if self._stack is not None:
+            self._stack.close()
+
+    def _keys(self, request: Request, first: int, end: int) -> list[bytes]:
+        """The keys of blocks ``first`` to ``end``: vLLM's own chained hashes."""
+        per = self._hashes_per_block
+        return request.block_hashes[first * per + per - 1 : end * per : per]
+
+    def _withdraw(self, request_id: str) -> None:
+        _, lease = self._promised.pop(request_id, (0, None))
+        if lease is not None:
+            lease.end()
+
+    def _begin(self, job: _Job) -> int:
+        self._next_job += 1
+        self._jobs[self._next_job] = job
+        return self._next_job

@@ -1,0 +1,57 @@
+"""What this connector can work with, said at start: the engine's version, its cache, its host."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+OLDEST_VLLM = (0, 29)
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM whose KV cache layouts are not those of 0.29 and later.
+
+    Raises:
+        ImportError: naming both versions.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    # A build from source may have no version number; it is taken at its word.
+    if numbers and (0, 0) < tuple(map(int, numbers.groups())) < OLDEST_VLLM:
+        raise ImportError(
+            f"kvcache needs vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer; this is {version}: "
+            "pip install 'kvcache[vllm]'"
+        )
+
+
+def host_name() -> str:
+    """One running kernel and pid namespace: the reach of a slab's descriptor."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{os.uname().nodename}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+    """Why the blocks of this engine cannot be kept; ``None`` when they can."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups, and blocks of one can be kept"
+    spec = groups[0].kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        specs = list(spec.kv_cache_specs.values())
+    else:
+        specs = [spec]
+    for layer in specs:
+        if not isinstance(layer, FullAttentionSpec):
+            return f"its cache is {type(layer).__name__}, and only full attention can be kept"
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}, and it must be 1"
+    return None

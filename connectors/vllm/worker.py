@@ -1,0 +1,159 @@
+"""The worker's half of the vLLM connector: whole pages between the engine's cache and the slab.
+
+1. No keys, no policy: a step says which block goes with which slot.
+2. Loads are done before the forward pass, stores after it; both have ended when the step ends, so a
+   block that is freed afterwards has no copy under way.
+3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed. What
+   this step computed may rest on blocks that were not loaded, so no store of the step is published.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from kvcache.connectors.pages import CpuCopier, PageCopier, Pages
+from kvcache.connectors.pages import _compiled as prepare
+from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.support import host_name
+from kvcache.slab import Slab
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+log = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """One per rank; attaches the slab at the first step, when it is told where it is."""
+
+    def __init__(self, kv_cache_config: KVCacheConfig, rank: Rank, threads: int) -> None:
+        self._config = kv_cache_config
+        self._rank = rank
+        self._threads = threads
+        self._pages: list[Pages] = []
+        self._slab: Slab | None = None
+        self.copier: PageCopier | None = None
+        self._acks = Acks()
+        self._bad_blocks: set[int] = set()
+
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
+        """Learn where the pages of every layer lie.
+
+        Raises:
+            RuntimeError: for a cache that is not on the CPU, or whose pages are not contiguous.
+        """
+        group = self._config.kv_cache_groups[0]
+        self._pages = [
+            layer_pages(name, caches[name], self._config.num_blocks) for name in group.layer_names
+        ]
+        prepare()
+
+    def shard(self) -> Shard | None:
+        """What this rank keeps of a block; ``None`` when nothing was registered."""
+        if not self._pages:
+            return None
+        return Shard(sum(pages.nbytes for pages in self._pages), host_name())
+
+    def load(self, step: Step) -> None:
+        for transfer in step.loads:
+            if not self._copy(step.memory, transfer, load=True):
+                self._bad_blocks.update(transfer.blocks)
+
+    def store(self, step: Step) -> None:
+        doubtful = bool(self._bad_blocks)
+        for transfer in step.stores:
+            if doubtful:
+                self._ack(transfer, failed=True)
+            else:
+                self._copy(step.memory, transfer, load=False)
+
+    def _copy(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
+        try:
+            copier = self.copier or self._attach(memory)
+            if load:
+                copier.scatter(transfer.slots, transfer.blocks)
+            else:
+                copier.gather(transfer.blocks, transfer.slots)
+        except Exception:
+            log.exception(
+                "kvcache: %s of %d blocks failed", "load" if load else "store", len(transfer.blocks)
+            )
+            self._ack(transfer, failed=True)
+            return False
+        self._ack(transfer, failed=False)
+        return True
+
+    def _attach(self, memory: Memory) -> PageCopier:
+        self._slab = Slab.attach(memory.slab)
+        self._slab.populate()
+        self.copier = CpuCopier(
+            self._pages,
+            slab_address=self._slab.address,
+            slots=self._slab.slots,
+            slot_nbytes=self._slab.slot_nbytes,
+            offset=memory.offsets[self._rank],
+            threads=self._threads,
+        )
+        return self.copier
+
+    def _ack(self, transfer: Transfer, *, failed: bool) -> None:
+        self._acks.ranks[transfer.job] = 1
+        if failed:
+            self._acks.failed.add(transfer.job)
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks of the engine that were promised and could not be loaded this step."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def take_acks(self) -> Acks | None:
+        acks, self._acks = self._acks, Acks()
+        return acks if acks.ranks else None
+
+    def close(self) -> None:
+        if self.copier is not None:
+            self.copier.close()
+            self.copier = None
+        if self._slab is not None:
+            self._slab.close()
+            self._slab = None
+
+
+def layer_pages(name: str, cache: torch.Tensor, blocks: int) -> Pages:
+    """Where the pages of one layer lie.
+
+    Args:
+        name: the layer, for messages.
+        cache: ``[blocks * n, ...]``, n kernel blocks to a block; the view that vLLM registers.
+        blocks: blocks of the engine's cache.
+
+    Raises:
+        RuntimeError: when this cannot be copied page by page here.
+    """
+    if cache.device.type != "cpu":
+        raise RuntimeError(
+            f"kvcache: the KV cache of layer {name} is on {cache.device}; this version copies "
+            "between host memory only (the CPU backend of vLLM)"
+        )
+    if cache.shape[0] % blocks or not cache[0].is_contiguous():
+        raise RuntimeError(
+            f"kvcache: the KV cache of layer {name}, shape {tuple(cache.shape)}, strides "
+            f"{cache.stride()}, is not {blocks} blocks of contiguous pages; use a layout in which "
+            "a block of a layer is one run of bytes, such as VLLM_KV_CACHE_LAYOUT=LBHNC"
+        )
+    kernel_blocks = cache.shape[0] // blocks
+    stride = cache.stride(0) * cache.element_size()
+    nbytes = cache[0].nbytes
+    if kernel_blocks > 1 and stride != nbytes:
+        raise RuntimeError(
+            f"kvcache: the KV cache of layer {name} splits a block into {kernel_blocks} pieces "
+            f"that lie {stride} bytes apart and have {nbytes}; they must follow each other"
+        )
+    return Pages(
+        address=cache.data_ptr(),
+        nbytes=nbytes * kernel_blocks,
+        stride=stride * kernel_blocks,
+        count=blocks,
+    )

@@ -1,0 +1,24 @@
+"""kvcache keeps the KV cache of an LLM engine in tiers: DRAM first, then what a profile lists.
+
+The mechanics are here: keys, the tier contract, the index, eviction, the slab, the stack. Importing
+this package takes no torch, numpy, engine or network; ``kvcache.profiles.open_stack`` opens a stack.
+"""
+
+from kvcache.keys import block_keys, namespace
+from kvcache.stack import Match, Stack, StackStats
+from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FrontTier",
+    "Lease",
+    "LeaseError",
+    "Match",
+    "Stack",
+    "StackStats",
+    "Tier",
+    "TierStats",
+    "block_keys",
+    "namespace",
+]

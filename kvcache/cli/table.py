@@ -1,0 +1,48 @@
+"""Plain text tables with columns in groups, aligned right, for a terminal or a file."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+GAP = "  "
+GROUP_GAP = "    "
+
+BOLD = "1"
+RED = "1;31"
+GREEN = "1;32"
+
+Painter = Callable[[str, str], str]
+"""Takes text and one of the colours above; gives the text, coloured or not."""
+
+
+def painter(stream: TextIO) -> Painter:
+    """Colours for `stream` if it is a terminal and NO_COLOR is not set; otherwise plain text."""
+    if stream.isatty() and not os.environ.get("NO_COLOR"):
+        return lambda text, colour: f"\x1b[{colour}m{text}\x1b[0m"
+    return lambda text, _: text
+
+
+def render(
+    groups: Sequence[tuple[str, Sequence[str]]],
+    rows: Sequence[Sequence[str]],
+    *,
+    paint: Painter,
+    strong: str,
+) -> str:
+    """Lines for `groups` of (title, column names) and `rows` with one cell per column.
+
+    The group titled `strong` is painted bold. A group is as wide as its title or its columns,
+    whichever is wider.
+    """
+    blocks: list[list[str]] = []
+    first = 0
+    for title, names in groups:
+        cells = [names, *(row[first : first + len(names)] for row in rows)]
+        first += len(names)
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        head, *body = (GAP.join(map(str.rjust, line, widths)) for line in cells)
+        width = max(len(title), len(head))
+        lines = [title.center(width), head.rjust(width), "-" * width]
+        lines += [line.rjust(width) for line in body]
+        blocks.append([paint(line, BOLD) for line in lines] if title == strong else lines)
+    return "\n".join(GROUP_GAP.join(parts).rstrip() for parts in zip(*blocks, strict=True))

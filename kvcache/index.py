@@ -1,0 +1,236 @@
+"""The state of every slot of a front tier, and every change of it. Pure: no bytes, locks or threads.
+
+::
+
+    absent --reserve--> FILLING --publish--> READY --evict, drop, clear--> absent
+                           |                   ^|
+                           +--fail--> absent   pin / unpin (a count)
+
+    A FILLING block that is cleared, and a READY one that is dropped or cleared while pinned, leaves
+    its slot an orphan: without a key, back on the free list when the lease that holds it ends.
+
+Always true here:
+
+* A slot is free, or has a key, or is an orphan; the three together are the open slots.
+* A slot under lease has ``pins > 0`` and is never given to another key.
+* A READY block goes to eviction only when it is not pinned and no block that continues it is in the
+  index: a chain loses its tail before its head, whatever the policy answers.
+* Cost is linear in the blocks asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
+
+from kvcache.eviction import Policy
+
+
+class Index:
+    """Which key is in which slot.
+
+    Args:
+        policy: the order in which blocks leave when there is no free slot.
+        clock: seconds, for the policy; never goes back.
+    """
+
+    def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._ready: dict[bytes, int] = {}
+        self._filling: dict[bytes, int] = {}
+        self._free: list[int] = []
+        self._key: list[bytes | None] = []  # by slot
+        self._after: list[bytes | None] = []  # by slot: the key its block continues
+        self._pins: list[int] = []  # by slot
+        self._children: dict[bytes, int] = {}  # key -> blocks in the index that continue it, if any
+        self.lookup_blocks = 0
+        self.hit_blocks = 0
+        self.stored_blocks = 0
+        self.declined_blocks = 0
+        self.failed_blocks = 0
+        self.evicted_blocks = 0
+        self.dropped_blocks = 0
+
+    def open_slots(self, upto: int) -> None:
+        """Let slots below ``upto`` be used, from now on."""
+        first, more = len(self._key), upto - len(self._key)
+        self._key += [None] * more
+        self._after += [None] * more
+        self._pins += [0] * more
+        # The last entry is taken first, so that slots are used from the lowest up.
+        self._free[:0] = range(upto - 1, first - 1, -1)
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._filling)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._ready
+
+    @property
+    def slots(self) -> int:
+        return len(self._key)
+
+    @property
+    def pinned_slots(self) -> int:
+        return len(self._pins) - self._pins.count(0)
+
+    def access(self, chain: Sequence[bytes], start: int) -> int:
+        """A request asks for ``chain[start:]``; give how many of its leading blocks are READY."""
+        ready = self._ready
+        end = start
+        for key in islice(chain, start, None):
+            if key not in ready:
+                break
+            end += 1
+        self._policy.access(chain, end, self._clock())
+        self.lookup_blocks += len(chain) - start
+        self.hit_blocks += end - start
+        return end - start
+
+    def pin(self, keys: Sequence[bytes]) -> list[int]:
+        """Pin the leading READY blocks of ``keys`` and give their slots."""
+        ready, pins = self._ready, self._pins
+        slots: list[int] = []
+        for key in keys:
+            slot = ready.get(key)
+            if slot is None:
+                break
+            pins[slot] += 1
+            slots.append(slot)
+        return slots
+
+    def unpin(self, slots: Sequence[int]) -> None:
+        """Take back one pin of each slot."""
+        pins, names, free = self._pins, self._key, self._free
+        for slot in slots:
+            pins[slot] -= 1
+            if not pins[slot] and names[slot] is None:
+                free.append(slot)
+
+    def reserve(self, keys: Sequence[bytes], after: bytes | None) -> tuple[list[int], list[int]]:
+        """Make absent ``keys`` FILLING, the leading ones when there is no room for all.
+
+        Returns:
+            the positions in ``keys`` that got a slot, and their slots.
+        """
+        ready, filling, children = self._ready, self._filling, self._children
+        absent = [at for at, key in enumerate(keys) if key not in ready and key not in filling]
+        if not absent:
+            return [], []
+        free = self._free
+        if len(free) < len(absent):
+            absent = self._make_room(keys, after, absent)
+        names, afters, pins = self._key, self._after, self._pins
+        slots: list[int] = []
+        for at in absent:
+            key = keys[at]
+            slot = free.pop()
+            parent = keys[at - 1] if at else after
+            filling[key] = slot
+            names[slot] = key
+            afters[slot] = parent
+            pins[slot] = 1
+            if parent is not None:
+                children[parent] = children.get(parent, 0) + 1
+            slots.append(slot)
+        return absent, slots
+
+    def _make_room(
+        self, keys: Sequence[bytes], after: bytes | None, absent: list[int]
+    ) -> list[int]:
+        """Evict for ``absent``; give those of them that can have a slot."""
+        first = absent[0]
+        parent = keys[first - 1] if first else after
+        admitted = self._policy.admit([keys[at] for at in absent], parent, self._clock())
+        ready, pins, children = self._ready, self._pins, self._children
+        need = min(admitted, len(absent)) - len(self._free)
+        # A block whose parent is not here could not be found: nothing that can be goes for it.
+        if need > 0 and (parent is None or parent in ready or parent in self._filling):
+            held = {parent, *keys}  # what the new blocks continue stays
+
+            def keep(key: bytes) -> bool:
+                return pins[ready[key]] > 0 or key in children or key in held
+
+            gone = 0
+            for key in islice(self._policy.victims(keep), need):
+                self._forget(key, ready.pop(key))
+                gone += 1
+            self.evicted_blocks += gone
+        room = min(admitted, len(self._free))
+        self.declined_blocks += len(absent) - min(room, len(absent))
+        return absent[:room]
+
+    def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
+        """Make FILLING slots READY, in the order they were reserved; give up those of ``failed``."""
+        names, afters = self._key, self._after
+        stretch: list[bytes] = []
+        start: bytes | None = None
+        now = self._clock()
+        for slot in slots:
+            self._pins[slot] = 0
+            key = names[slot]
+            if key is None:  # cleared meanwhile
+                self._free.append(slot)
+                continue
+            del self._filling[key]
+            if key in failed:
+                self._forget(key, slot)
+                self.failed_blocks += 1
+                continue
+            self._ready[key] = slot
+            self.stored_blocks += 1
+            if not stretch or afters[slot] != stretch[-1]:
+                if stretch:
+                    self._policy.add(stretch, start, now)
+                stretch, start = [], afters[slot]
+            stretch.append(key)
+        if stretch:
+            self._policy.add(stretch, start, now)
+
+    def drop(self, keys: Collection[bytes]) -> None:
+        """Forget READY blocks; a pinned slot becomes an orphan."""
+        present = [key for key in dict.fromkeys(keys) if key in self._ready]
+        self._policy.remove(present)
+        for key in present:
+            self._forget(key, self._ready.pop(key))
+        self.dropped_blocks += len(present)
+
+    def clear(self) -> None:
+        """Forget every block, READY and FILLING."""
+        self._policy.remove(list(self._ready))
+        for held in (self._ready, self._filling):
+            for key, slot in held.items():
+                self._forget(key, slot)
+            held.clear()
+
+    def _forget(self, key: bytes, slot: int) -> None:
+        """Take the key off its slot, which is free unless a lease still holds it."""
+        parent = self._after[slot]
+        if parent is not None:
+            left = self._children[parent] - 1
+            if left:
+                self._children[parent] = left
+            else:
+                del self._children[parent]
+        self._key[slot] = self._after[slot] = None
+        if not self._pins[slot]:
+            self._free.append(slot)
+
+    def check(self) -> None:
+        """Raise ``AssertionError`` where what is always true is not; for tests, linear in slots."""
+        held = self._ready | self._filling
+        assert len(held) == len(self._ready) + len(self._filling), "a key is READY and FILLING"
+        assert all(self._key[slot] == key for key, slot in held.items()), "key and slot disagree"
+        orphans = [
+            s for s, key in enumerate(self._key) if key is None and self._pins[s] > 0
+        ]
+        assert len(set(self._free)) == len(self._free), "a slot is free twice"
+        assert not any(self._pins[s] or self._key[s] for s in self._free), "a free slot is in use"
+        assert len(self._free) + len(held) + len(orphans) == self.slots, "a slot is lost"
+        assert all(self._pins[s] == 1 for s in self._filling.values()), "a FILLING slot has no holder"
+        children: dict[bytes, int] = {}
+        for slot in held.values():
+            if (parent := self._after[slot]) is not None:
+                children[parent] = children.get(parent, 0) + 1
+        assert children == self._children, "children are miscounted"

@@ -1,0 +1,190 @@
+"""The seam: what a tier is, what a lease is.
+
+Always true here:
+
+* A tier keeps opaque blocks of bytes under opaque keys. It is blocking, batched, and answers per key
+  and in order. It knows nothing of prefixes, models or threads.
+* Absence and refusal are values (0 bytes, ``False``); only breakage is an exception.
+* A lease ends exactly once. Until then the slots it names belong to its holder and to nobody else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from kvcache.slab import Slab
+
+
+class LeaseError(RuntimeError):
+    """A lease was ended a second time, or told of a key that it does not hold."""
+
+
+class Tier(ABC):
+    """Holds bytes under keys. A constructor's keyword arguments are the tier's options in a profile."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each key whether its block is held now."""
+
+    @abstractmethod
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        """Copy each block into its buffer; give the bytes written per key, 0 for a miss."""
+
+    @abstractmethod
+    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        """Keep a copy of each block; ``False`` where the tier declined. A held key stays as it is."""
+
+    @abstractmethod
+    def remove(self, keys: Sequence[bytes]) -> None:
+        """Forget these keys; keys that are not held are no error."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the tier holds of the machine. Closing twice is allowed."""
+
+
+Ended = Callable[["Lease", frozenset[bytes]], None]
+
+
+class Lease:
+    """Slots of a front tier, lent until :meth:`end`.
+
+    Given by ``reserve`` (slots to fill: ending publishes them) and by ``pin`` (slots to read: ending
+    releases them). As a context manager an exception inside the block fails every key of the lease.
+
+    Attributes:
+        keys: the blocks' keys.
+        slots: slot numbers, one per key.
+        positions: the place of each key in the sequence that was asked for.
+    """
+
+    __slots__ = ("_ends", "_view", "keys", "positions", "slots")
+
+    def __init__(
+        self,
+        keys: Sequence[bytes],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        view: Callable[[int], memoryview],
+        end: Ended,
+    ) -> None:
+        self.keys = keys
+        self.slots = slots
+        self.positions = positions
+        self._view = view
+        self._ends: list[list[Ended]] = [[end]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def views(self) -> list[memoryview]:
+        """The slots' memory, one writable view of a block's bytes per key."""
+        return [self._view(slot) for slot in self.slots]
+
+    def on_end(self, ended: Ended) -> None:
+        """Have ``ended(lease, failed)`` called after the lease has ended."""
+        try:
+            self._ends[0].append(ended)
+        except IndexError:
+            raise LeaseError("this lease has ended already") from None
+
+    def end(self, failed: Iterable[bytes] = ()) -> None:
+        """End the lease: filled slots are published, read slots released.
+
+        Args:
+            failed: keys whose bytes are not to be trusted. A slot being filled is given up; a block
+                being read is dropped from the tier.
+
+        Raises:
+            LeaseError: at the second call, or for a key that this lease does not hold.
+        """
+        bad = frozenset(failed)
+        if bad and not bad.issubset(self.keys):
+            raise LeaseError(f"{len(bad - set(self.keys))} of the failed keys are not in this lease")
+        try:
+            ends = self._ends.pop()  # atomic: of two threads one gets it
+        except IndexError:
+            raise LeaseError("this lease has ended already") from None
+        for ended in ends:
+            ended(self, bad)
+
+    @property
+    def ended(self) -> bool:
+        return not self._ends
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.ended:
+            self.end(failed=self.keys if kind is not None else ())
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """What a tier holds and what it did since it was opened. Counts are in blocks."""
+
+    capacity_blocks: int  # slots
+    populated_blocks: int  # slots whose memory is there; grows to capacity after start
+    used_blocks: int  # held, readable or being filled
+    pinned_slots: int  # slots lent by leases that have not ended
+    block_nbytes: int
+    lookup_blocks: int  # asked for
+    hit_blocks: int  # of these held in the asked prefix
+    stored_blocks: int  # published
+    declined_blocks: int  # not reserved: no slot was free or could be freed
+    failed_blocks: int  # given up by a lease that failed while filling
+    evicted_blocks: int  # left to make room
+    dropped_blocks: int  # left because their bytes were not to be trusted, or removed by name
+
+
+class FrontTier(Tier):
+    """The tier that lends its memory (L1): blocks are filled and read in place, under leases."""
+
+    block_nbytes: int
+    slab: Slab
+
+    @abstractmethod
+    def access(self, chain: Sequence[bytes], start: int = 0) -> int:
+        """Tell the tier that a request asks for ``chain[start:]``.
+
+        ``chain`` is the request's whole chain from its first block: the eviction policy learns of
+        all of it, whatever part the engine still has in its own cache.
+
+        Returns:
+            how many leading blocks of ``chain[start:]`` are held.
+        """
+
+    @abstractmethod
+    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+        """Lend slots for those of ``keys`` that are neither held nor being filled.
+
+        Args:
+            keys: a stretch of one chain, in order.
+            after: the key of the block that ``keys[0]`` continues; ``None`` for a chain's first.
+
+        Returns:
+            a lease, empty when there is nothing to fill. When there is no room for all, the leading
+            blocks get it.
+        """
+
+    @abstractmethod
+    def pin(self, keys: Sequence[bytes]) -> Lease:
+        """Lend the leading blocks of ``keys`` that are held, for reading; it ends at the first hole."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget every block. Slots under lease come back when their lease ends."""
+
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """Counts at this moment."""

@@ -1,0 +1,59 @@
+"""Profiles: which tiers, in which order. The one room that puts a stack together.
+
+Always true: a stack that was opened has exactly what its profile and the environment say; what
+cannot be had is one `ProfileError` at start, never a smaller stack.
+
+    stack = open_stack(block_nbytes=2 * 1024**2)      # $KVCACHE_PROFILE, else l1-only
+"""
+
+if __name__ == "profiles":
+    raise ImportError("import kvcache.profiles, not profiles (you are in the source checkout)")
+
+import inspect
+from contextlib import ExitStack, closing
+
+from kvcache import memory
+from kvcache.profiles.errors import ProfileError
+from kvcache.profiles.load import Profile, load_profile, shipped
+from kvcache.profiles.rows import Row
+from kvcache.sizes import Size
+from kvcache.stack import Stack
+from kvcache.tier import FrontTier, Tier
+
+__all__ = ["Profile", "ProfileError", "load_profile", "open_stack", "shipped"]
+
+
+def open_stack(profile: str | None = None, *, block_nbytes: int) -> Stack:
+    """Open the stack of `profile`, else of the one KVCACHE_PROFILE names, else of l1-only.
+
+    `profile` is a shipped name or a path to a TOML file; `block_nbytes` is the size of one block
+    of all ranks. Raises ProfileError if the profile is wrong or asks for more memory than is free.
+    """
+    chosen = load_profile(profile)
+    front = chosen.tiers[0]
+    problems = [
+        f"{setting.where}: {shortage}"
+        for setting in front.settings
+        if setting.option.hint is Size
+        and isinstance(setting.value, int)
+        and (shortage := memory.shortage(setting.value))
+    ]
+    if problems:
+        raise ProfileError(chosen.name, problems)
+    with ExitStack() as opened:
+        tiers = [
+            opened.enter_context(closing(_open(chosen, row, block_nbytes))) for row in chosen.tiers
+        ]
+        assert isinstance(tiers[0], FrontTier)  # the loader saw to it
+        stack = Stack(tiers[0], profile=chosen.name)
+        opened.pop_all()  # the stack closes them from here on
+    return stack
+
+
+def _open(profile: Profile, row: Row, block_nbytes: int) -> Tier:
+    wants_size = "block_nbytes" in inspect.signature(row.cls).parameters
+    given = {"block_nbytes": block_nbytes} if wants_size else {}
+    try:
+        return row.cls(**given, **row.options)
+    except ValueError as error:
+        raise ProfileError(profile.name, [f"{row.where}: {error}"]) from error

@@ -1,0 +1,88 @@
+"""A tier's options are its constructor's keyword arguments: which there are, and what they take.
+
+Always true: a value that passes `converted` has the type its parameter is annotated with; text
+from the environment and values from a file pass through the same check.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from kvcache import memory
+from kvcache.profiles.errors import listed, nearest
+from kvcache.sizes import FORMS, Size, parse_size
+from kvcache.tier import Tier
+
+GIVEN_BY_THE_STACK = ("block_nbytes", "clock")
+"""Keyword arguments that are not options, because a profile cannot know them."""
+
+_WORDS: dict[object, str] = {
+    Size: f"a size: {FORMS}",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One keyword argument of a tier's constructor."""
+
+    name: str
+    hint: object
+    required: bool
+
+
+def options_of(cls: type[Tier]) -> dict[str, Option]:
+    """What a profile may set for `cls`, by name. Raises ValueError if annotations are broken."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except (NameError, TypeError) as error:
+        raise ValueError(
+            f"the annotations of {cls.__qualname__} cannot be read ({error})"
+        ) from error
+    return {
+        name: Option(name, hints.get(name), parameter.default is parameter.empty)
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in GIVEN_BY_THE_STACK
+    }
+
+
+def from_text(text: str, hint: object) -> object:
+    """`text` of an environment variable as a file would have it; unchanged if it does not fit."""
+    if get_origin(hint) is Literal:
+        return next((choice for choice in get_args(hint) if str(choice) == text), text)
+    if hint is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return int(text) if hint is int else float(text) if hint is float else text
+    except ValueError:
+        return text
+
+
+def converted(given: object, hint: object) -> object:
+    """`given` as a `hint`. Raises ValueError that says what is allowed."""
+    if hint is Size:
+        return parse_size(given, memory.limit().nbytes)
+    if hint is float and type(given) is int:
+        given = float(given)
+    if isinstance(given, float) and not math.isfinite(given):
+        raise ValueError(f"takes {takes(hint)}")
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        fits = any(given == choice and type(given) is type(choice) for choice in choices)
+        near = nearest(given, choices)
+    else:
+        fits, near = type(given) is hint and hint in _WORDS, ""
+    if not fits:
+        raise ValueError(f"takes {takes(hint)}{near}")
+    return given
+
+
+def takes(hint: object) -> str:
+    """What an option of this type can be given, in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {listed(get_args(hint))}"
+    return _WORDS.get(hint, f"nothing a profile can write: its class annotates it as {hint}")

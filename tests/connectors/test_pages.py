@@ -1,0 +1,387 @@
+"""Page copies against a model in plain numpy: every byte of both memories, touched or not."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+
+pytest.importorskip("numba")
+
+import numpy as np  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from kvcache.connectors import pages  # noqa: E402
+from kvcache.connectors.pages import CpuCopier, Pages  # noqa: E402
+
+GUARD = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_copy_is_shared() -> Iterator[None]:
+    """Small copies would all be made by the calling thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "_ALONE_BELOW", 0)
+        yield
+
+
+@dataclass
+class World:
+    """An engine's memory and a slab, both of random bytes, and where the pages are in them."""
+
+    layers: Sequence[int]  # bytes of each layer's page
+    blocks: int
+    slots: int
+    interleaved: bool = False  # all layers of a block side by side, as in a block-outermost layout
+    offset: int = 0
+    tail: int = 0  # bytes in a slot after this rank's shard
+    threads: int = 1
+    at: list[tuple[int, int]] = field(init=False)  # where each layer begins in `engine`; its stride
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(1)
+        block = sum(self.layers)
+        starts = np.cumsum([0, *self.layers]).tolist()
+        if self.interleaved:
+            self.at = [(GUARD + start, block) for start in starts[:-1]]
+        else:
+            self.at = [
+                (GUARD * (layer + 1) + start * self.blocks, nbytes)
+                for layer, (start, nbytes) in enumerate(zip(starts, self.layers, strict=False))
+            ]
+        self.shard = list(zip(starts, starts[1:], strict=False))
+        self.slot_nbytes = self.offset + block + self.tail
+        engine_nbytes = block * self.blocks + GUARD * (len(self.layers) + 1)
+        self.engine = rng.integers(0, 256, engine_nbytes, dtype=np.uint8)
+        self.slab = rng.integers(0, 256, self.slot_nbytes * self.slots + 2 * GUARD, dtype=np.uint8)
+
+    def copier(self) -> CpuCopier:
+        return CpuCopier(
+            [
+                Pages(self.engine.ctypes.data + start, nbytes, stride, self.blocks)
+                for (start, stride), nbytes in zip(self.at, self.layers, strict=True)
+            ],
+            slab_address=self.slab.ctypes.data + GUARD,
+            slots=self.slots,
+            slot_nbytes=self.slot_nbytes,
+            offset=self.offset,
+            threads=self.threads,
+        )
+
+    def ranges(self, block: int, slot: int) -> Iterator[tuple[slice, slice]]:
+        """Layer after layer: the bytes of the block in `engine`, those of the slot in `slab`."""
+        for (start, stride), (begin, end) in zip(self.at, self.shard, strict=True):
+            page = start + block * stride
+            shard = GUARD + slot * self.slot_nbytes + self.offset
+            yield slice(page, page + end - begin), slice(shard + begin, shard + end)
+
+    def check(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Gather, change everything, scatter: both memories are the model's after each."""
+        copier = self.copier()
+        engine, slab = self.engine.copy(), self.slab.copy()
+        copier.gather(blocks, slots)
+        for block, slot in zip(blocks, slots, strict=True):
+            for page, shard in self.ranges(block, slot):
+                slab[shard] = engine[page]
+        np.testing.assert_array_equal(self.slab, slab)
+        np.testing.assert_array_equal(self.engine, engine)
+
+        self.slab ^= 0xA5
+        slab = self.slab.copy()
+        copier.scatter(slots, blocks)
+        for block, slot in zip(blocks, slots, strict=True):
+            for page, shard in self.ranges(block, slot):
+                engine[page] = slab[shard]
+        np.testing.assert_array_equal(self.engine, engine)
+        np.testing.assert_array_equal(self.slab, slab)
+        copier.close()
+
+
+LAYOUTS = {
+    "one layer": World([4096], 40, 50),
+    "32 layers": World([1024] * 32, 40, 50),
+    "block outermost": World([1024] * 32, 40, 50, interleaved=True),
+    "odd pages": World([1, 4097, 3, 999], 40, 50, tail=5),
+    "second of two ranks": World([512] * 8, 40, 50, offset=4096),
+    "first of two ranks": World([512] * 8, 40, 50, tail=4096, interleaved=True),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("blocks", [0, 1, 2, 40])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies_the_pages_and_nothing_else(layout: str, blocks: int, threads: int) -> None:
+    world = LAYOUTS[layout]
+    world.threads = threads
+    rng = np.random.default_rng(blocks)
+    world.check(
+        rng.permutation(world.blocks)[:blocks].tolist(),
+        rng.permutation(world.slots)[:blocks].tolist(),
+    )
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_copies_any_layout(data: st.DataObject) -> None:
+    blocks, slots = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    world = World(
+        data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=6)),
+        blocks,
+        slots,
+        interleaved=data.draw(st.booleans()),
+        offset=data.draw(st.integers(0, 100)),
+        tail=data.draw(st.integers(0, 100)),
+        threads=data.draw(st.integers(1, 4)),
+    )
+    some = data.draw(st.integers(0, min(blocks, slots)))
+    world.check(
+        data.draw(st.permutations(range(blocks)))[:some],
+        data.draw(st.permutations(range(slots)))[:some],
+    )
+
+
+def test_a_copy_larger_than_the_threshold_is_shared_and_a_smaller_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World([4096, 8192], 8, 8, threads=3)
+    copier = world.copier()
+    shares: list[tuple[int, int]] = []
+    monkeypatch.setattr(copier, "_copy_share", lambda *what: shares.append(what[-2:]))
+    monkeypatch.setattr(pages, "_ALONE_BELOW", 24576)
+    copier.gather([0], [0])
+    assert shares == [(0, 12288)]
+    shares.clear()
+    copier.gather([0, 1], [0, 1])  # as many bytes each, though pages are not of one size
+    assert sorted(shares) == [(0, 8192), (8192, 16384), (16384, 24576)]
+    copier.close()
+
+
+def test_a_share_that_no_thread_has_begun_is_copied_by_the_caller() -> None:
+    world = World([4096], 4, 4, threads=2)
+    copier = world.copier()
+    busy, go_on = threading.Event(), threading.Event()
+
+    def occupy() -> None:
+        busy.set()
+        go_on.wait()
+
+    copier._pool.submit(occupy)
+    busy.wait()
+    copier.gather([1], [2])  # would wait for ever
+    (page, shard), *_ = world.ranges(1, 2)
+    np.testing.assert_array_equal(world.slab[shard], world.engine[page])
+    go_on.set()
+    copier.close()
+
+
+BAD = {
+    "block 4 does not exist: there are 4": (IndexError, [0, 4], [0, 1]),
+    "block -1 does not exist": (IndexError, [-1, 0], [0, 1]),
+    "slot 5 does not exist: there are 5": (IndexError, [0, 1], [0, 5]),
+    "slot -2 does not exist": (IndexError, [0, 1], [-2, 1]),
+    r"do not pair up": (ValueError, [0, 1], [0]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refuses_before_any_byte_moves(message: str) -> None:
+    error, blocks, slots = BAD[message]
+    world = World([100, 200], 4, 5)
+    engine, slab = world.engine.copy(), world.slab.copy()
+    copier = world.copier()
+    with pytest.raises(error, match=message):
+        copier.gather(blocks, slots)
+    with pytest.raises(error, match=message):
+        copier.scatter(slots, blocks)
+    np.testing.assert_array_equal(world.engine, engine)
+    np.testing.assert_array_equal(world.slab, slab)
+    copier.close()
+
+
+def test_refuses_two_copies_to_one_place_and_allows_two_from_one() -> None:
+    world = World([100], 4, 4)
+    copier = world.copier()
+    slab = world.slab.copy()
+    with pytest.raises(ValueError, match=r"a slot is the target of two copies: \[3, 3\]"):
+        copier.gather([0, 1], [3, 3])
+    np.testing.assert_array_equal(world.slab, slab)
+    with pytest.raises(ValueError, match="a block is the target"):
+        copier.scatter([0, 1], [2, 2])
+    copier.gather([1, 1], [0, 3])
+    for slot in (0, 3):
+        (page, shard), *_ = world.ranges(1, slot)
+        np.testing.assert_array_equal(world.slab[shard], world.engine[page])
+    copier.close()
+
+
+def test_blocks_exist_that_every_layer_has() -> None:
+    memory = np.zeros(64, dtype=np.uint8)
+    address = memory.ctypes.data
+    copier = CpuCopier(
+        [Pages(address, 4, 4, 3), Pages(address + 12, 4, 4, 2)],
+        slab_address=address + 32,
+        slots=4,
+        slot_nbytes=8,
+    )
+    with pytest.raises(IndexError, match="block 2 does not exist: there are 2"):
+        copier.gather([2], [0])
+    copier.close()
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ([], {}, "layers is empty"),
+        ([8], {"threads": 0}, "threads=0"),
+        ([8], {"slots": 0}, "slots=0"),
+        ([8], {"offset": -1}, "offset -1"),
+        ([8, 8], {"offset": 1}, "shard of 16 bytes at offset 1 .* slot of 16 bytes"),
+    ],
+)
+def test_refuses_a_shape_that_cannot_be(
+    layers: list[int], options: dict[str, int], message: str
+) -> None:
+    shape = {"slab_address": 0, "slots": 1, "slot_nbytes": 16} | options
+    with pytest.raises(ValueError, match=message):
+        CpuCopier([Pages(0, nbytes, nbytes, 1) for nbytes in layers], **shape)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 1), (8, 7, 1), (8, 8, 0)])
+def test_refuses_pages_that_cannot_be(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        Pages(0, *shape)
+
+
+def test_gather_and_scatter_at_the_same_time() -> None:
+    world = World([999] * 16, 64, 64, interleaved=True, threads=2)
+    copier = world.copier()
+    engine, slab = world.engine.copy(), world.slab.copy()
+    out, back = range(32), range(32, 64)
+    together = threading.Barrier(4)
+
+    def move(part: int) -> None:
+        together.wait()
+        mine = slice(part % 2, None, 2)
+        for i in range(8):
+            if part < 2:
+                copier.gather(out[mine][i::8], out[mine][i::8])
+            else:
+                copier.scatter(back[mine][i::8], back[mine][i::8])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(move, range(4)))
+    for block in out:
+        for page, shard in world.ranges(block, block):
+            slab[shard] = engine[page]
+    for block in back:
+        for page, shard in world.ranges(block, block):
+            engine[page] = slab[shard]
+    np.testing.assert_array_equal(world.engine, engine)
+    np.testing.assert_array_equal(world.slab, slab)
+    copier.close()
+
+
+def test_close_ends_its_threads_and_refuses_what_comes_after() -> None:
+    before = set(threading.enumerate())
+    world = World([4096], 8, 8, threads=3)
+    copier = world.copier()
+    copier.gather(range(8), range(8))
+    assert set(threading.enumerate()) - before
+    copier.close()
+    copier.close()
+    assert set(threading.enumerate()) == before
+    for move in (copier.gather, copier.scatter):
+        with pytest.raises(RuntimeError, match="closed"):
+            move([0], [0])
+
+
+def test_one_thread_is_the_callers() -> None:
+    before = set(threading.enumerate())
+    world = World([4096], 8, 8, threads=1)
+    copier = world.copier()
+    copier.gather(range(8), range(8))
+    assert set(threading.enumerate()) == before
+    copier.close()
+
+
+def test_close_waits_for_a_copy_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    copier = World([4096], 8, 8).copier()
+    begun, go_on, order = threading.Event(), threading.Event(), list[str]()
+
+    def copy_share(*what: object) -> None:
+        begun.set()
+        go_on.wait()
+        order.append("copied")
+
+    def close() -> None:
+        copier.close()
+        order.append("closed")
+
+    monkeypatch.setattr(copier, "_copy_share", copy_share)
+    with ThreadPoolExecutor(2) as threads:
+        copying = threads.submit(copier.gather, [0], [0])
+        begun.wait()
+        closing = threads.submit(close)
+        while not copier._closed:
+            pass
+        go_on.set()
+        copying.result()
+        closing.result()
+    assert order == ["copied", "closed"]
+
+
+AFFINITY = """
+import os, threading
+first, second, *_ = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {first})  # before numpy, whose threads inherit it
+
+def elsewhere():
+    os.sched_setaffinity(0, {second})
+    there.set()
+    done.wait()
+
+there, done = threading.Event(), threading.Event()
+other = threading.Thread(target=elsewhere)
+other.start()
+there.wait()
+
+import numpy as np
+from kvcache.connectors import pages
+
+pages._ALONE_BELOW = 0
+memory = np.zeros(2, dtype=np.uint8)
+address = memory.ctypes.data
+copier = pages.CpuCopier(
+    [pages.Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1, threads=2
+)
+copier.gather([0], [0])
+(worker,) = [t for t in threading.enumerate() if t.name.startswith("kvcache-pages")]
+copier._pool.submit(int).result()  # it has run its initializer
+assert os.sched_getaffinity(worker.native_id) == {first, second}
+assert os.sched_getaffinity(0) == {first}
+copier.close()
+done.set()
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_threads_may_run_wherever_the_process_may() -> None:
+    path = os.pathsep.join(sys.path)
+    subprocess.run(
+        [sys.executable, "-P", "-c", AFFINITY], env=os.environ | {"PYTHONPATH": path}, check=True
+    )
+
+
+def test_says_what_to_install_when_numba_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    spec = importlib.util.spec_from_file_location("pages_without_numba", pages.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"pip install 'kvcache\[vllm\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,0 +1,431 @@
+"""Profiles are read exactly; whatever is wrong with one is said at once, with its place."""
+
+import pickle
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from kvcache import memory
+from kvcache.profiles import Profile, ProfileError, kinds, load, load_profile, shipped
+from kvcache.tiers.dram import DramTier
+from tests.profiles.fakes import Front
+
+GIB = 1 << 30
+FRONT = "tests.profiles.fakes:Front"
+HEAD = f'[[tier]]\nname = "l1"\nkind = "{FRONT}"\n'  # lines 1 to 3
+GOOD = HEAD + 'room = "1GiB"\n'
+
+
+@pytest.fixture(autouse=True)
+def ten_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container may use 10 GiB."""
+    monkeypatch.setattr(memory, "limit", lambda: memory.Memory(10 * GIB, "the test"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "ours.toml"
+
+
+def read(file: Path, text: str, environ: Mapping[str, str] | None = None) -> Profile:
+    file.write_text(text, encoding="utf-8")
+    return load_profile(str(file), environ or {})
+
+
+def problems(file: Path, text: str, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    with pytest.raises(ProfileError) as caught:
+        read(file, text, environ)
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def only_problem(file: Path, text: str, environ: Mapping[str, str] | None = None) -> str:
+    (problem,) = problems(file, text, environ)
+    return problem
+
+
+# Which profile
+
+
+def test_the_default_is_l1_only_and_takes_half_of_the_memory() -> None:
+    profile = load_profile(environ={})
+    assert profile.name == "l1-only"
+    (row,) = profile.tiers
+    assert (row.name, row.kind, row.cls) == ("l1", "dram", DramTier)
+    assert row.options == {"capacity": 5 * GIB, "eviction": "lru"}
+
+
+def test_every_shipped_profile_loads() -> None:
+    assert "l1-only" in shipped()
+    for name in shipped():
+        assert load_profile(name, {}).name == name
+
+
+def test_a_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_SHIPPED", tmp_path)
+    (tmp_path / "fresh.toml").write_text(GOOD)
+    assert shipped() == ["fresh"]
+    assert load_profile("fresh", {}).tiers[0].cls is Front
+
+
+def test_the_argument_wins_over_the_variable_and_that_over_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ours", "theirs"):
+        (tmp_path / f"{name}.toml").write_text(GOOD)
+    ours, theirs = str(tmp_path / "ours.toml"), str(tmp_path / "theirs.toml")
+    assert load_profile(ours, {"KVCACHE_PROFILE": theirs}).name == "ours"
+    assert load_profile(None, {"KVCACHE_PROFILE": theirs}).name == "theirs"
+    assert load_profile(None, {"KVCACHE_PROFILE": ""}).name == "l1-only"
+    monkeypatch.setenv("KVCACHE_PROFILE", theirs)
+    assert load_profile().name == "theirs"
+
+
+def test_a_path_has_a_slash_or_ends_in_toml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "other.toml"):
+        Path(name).write_text(GOOD)
+    assert load_profile("./plain", {}).path == tmp_path / "plain"
+    assert load_profile("other.toml", {}).path == tmp_path / "other.toml"
+
+
+@pytest.mark.parametrize(
+    ("profile", "near"), [("l1-onyl", True), ("L1-Only", True), ("l1_only", True), ("nope", False)]
+)
+def test_an_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> None:
+    with pytest.raises(ProfileError) as caught:
+        load_profile(profile, {})
+    says = str(caught.value)
+    assert f'profile "{profile}": no such profile; shipped are "l1-only"' in says
+    assert 'has a "/" or ends in ".toml"' in says
+    assert ('did you mean "l1-only"?' in says) is near
+
+
+def test_a_wrong_profile_in_the_variable_names_the_variable(tmp_path: Path) -> None:
+    for profile, why in (("nope", "no such profile"), (str(tmp_path / "no.toml"), "cannot read")):
+        with pytest.raises(ProfileError, match=f": environment variable KVCACHE_PROFILE: {why}"):
+            load_profile(None, {"KVCACHE_PROFILE": profile})
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "no.toml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ProfileError, match=rf"cannot read {path}: {why}"):
+            load_profile(f"{path}", {})
+
+
+def test_a_syntax_error_keeps_its_line(file: Path) -> None:
+    says = only_problem(file, GOOD + "order = lru\n")
+    assert says.startswith(f"{file} is not TOML: ")
+    assert "line 5" in says
+
+
+def test_a_file_that_is_not_text_is_named(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ProfileError, match=r"ours\.toml is not TOML: .*utf-8"):
+        load_profile(str(file), {})
+
+
+# What it says
+
+
+def test_options_have_their_types(file: Path) -> None:
+    text = HEAD + (
+        'room = "50%"\ncount = 7\nratio = 2\nfast = true\npath = "/a=b"\n'
+        'order = "s3fifo"\nlevel = 2\n'
+    )
+    options = read(file, text).tiers[0].options
+    assert options == {
+        "room": 5 * GIB,
+        "count": 7,
+        "ratio": 2.0,
+        "fast": True,
+        "path": "/a=b",
+        "order": "s3fifo",
+        "level": 2,
+    }
+    assert type(options["ratio"]) is float
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("ROOM", "20%", 2 * GIB),
+        ("ROOM", "4096", 4096),
+        ("COUNT", "12", 12),
+        ("RATIO", "3", 3.0),
+        ("FAST", "True", True),
+        ("FAST", "false", False),
+        ("PATH", "12", "12"),
+        ("ORDER", "fifo", "fifo"),
+        ("LEVEL", "2", 2),
+    ],
+)
+def test_a_variable_overrides_the_file(file: Path, option: str, text: str, value: object) -> None:
+    row = read(file, GOOD, {f"KVCACHE__L1__{option}": text}).tiers[0]
+    assert row.options == {"room": GIB} | {option.lower(): value}
+    assert type(row.options[option.lower()]) is type(value)
+
+
+def test_a_variable_can_give_what_is_required(file: Path) -> None:
+    assert read(file, HEAD, {"KVCACHE__L1__ROOM": "1GiB"}).tiers[0].options == {"room": GIB}
+
+
+def test_a_tier_name_with_separators_has_its_variable(file: Path) -> None:
+    text = GOOD.replace('"l1"', '"near-by_1"')
+    row = read(file, text, {"KVCACHE__NEAR_BY_1__COUNT": "2"}).tiers[0]
+    assert row.options["count"] == 2
+
+
+def test_other_variables_are_not_overrides(file: Path) -> None:
+    read(file, GOOD, {"KVCACHE_LOG": "x", "XKVCACHE__L1__COUNT": "x", "PATH": "/bin"})
+
+
+# What is wrong with a value: at line 5 of the file, or in a variable
+
+WRONG_VALUES = [
+    ("room", '"lots"', "lots", 'not a size; write "10GiB", "512MB", "80%"'),
+    ("room", '"64G"', "64G", "unknown unit 'g'"),
+    ("room", '"120%"', "120%", "a percentage above 100%"),
+    ("room", "0", "0", "above zero"),
+    ("room", '"-1GiB"', "-1GiB", "above zero"),
+    ("count", '"seven"', "seven", "takes a whole number"),
+    ("count", "1.0", "1.0", "takes a whole number"),
+    ("count", "true", "true", "takes a whole number"),
+    ("ratio", '"much"', "much", "takes a number"),
+    ("ratio", "nan", "nan", "takes a number"),
+    ("ratio", "inf", "inf", "takes a number"),
+    ("fast", '"yes"', "yes", "takes true or false"),
+    ("fast", "1", "1", "takes true or false"),
+    ("order", '"lfru"', "lfru", 'takes one of "lru", "fifo", "s3fifo"; did you mean "lru"?'),
+    ("order", '"S3-FIFO"', "S3-FIFO", 'did you mean "s3fifo"?'),
+    ("order", '"random"', "random", 'takes one of "lru", "fifo", "s3fifo"'),
+    ("level", "3", "3", "takes one of 1, 2"),
+    ("opener", '"x"', "x", "takes nothing a profile can write"),
+]
+
+
+@pytest.mark.parametrize(("option", "toml", "text", "says"), WRONG_VALUES)
+def test_a_wrong_value_is_refused_in_file_and_variable(
+    file: Path, option: str, toml: str, text: str, says: str
+) -> None:
+    head = HEAD if option == "room" else GOOD
+    line = head.count("\n") + 1
+    problem = only_problem(file, f"{head}{option} = {toml}\n")
+    assert problem.startswith(f"{file}, line {line}: {option} = ")
+    assert text.lower() in problem.lower()
+    assert says in problem
+
+    variable = f"KVCACHE__L1__{option.upper()}"
+    problem = only_problem(file, GOOD, {variable: text})
+    assert problem.startswith(f"environment variable {variable}: {option} = ")
+    assert text.lower() in problem.lower()
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("option", "toml", "says"),
+    [
+        ("path", "3", "takes a string"),
+        ("path", '["a"]', "takes a string"),
+        ("count", '"3"', "takes a whole number"),
+        ("level", "true", "takes one of 1, 2"),
+        ("room", "2024-01-01", "not a size"),
+    ],
+)
+def test_a_file_is_held_to_its_own_types(file: Path, option: str, toml: str, says: str) -> None:
+    head = HEAD if option == "room" else GOOD
+    assert says in only_problem(file, f"{head}{option} = {toml}\n")
+
+
+# What is wrong with the rest of a file
+
+WRONG_FILES = [
+    ("", None, "lists no tier", '[[tier]], kind = "dram"'),
+    ("tier = []\n", None, "lists no tier", ""),
+    ("tier = 3\n", 1, "tier: write tiers under [[tier]]", ""),
+    ('[tier]\nkind = "dram"\n', 1, "tier: write tiers under [[tier]]", ""),
+    ("version = 1\n" + GOOD, 1, "version: no such key", "[[tier]] tables and nothing else"),
+    (GOOD + "\n[telemetry]\non = true\n", 6, "telemetry: no such key", ""),
+    (GOOD + "rome = 1\n", 5, 'rome = 1: no such option; kind "tests', 'did you mean "room"?'),
+    (GOOD + '"rome" = 1\n', 5, "rome = 1: no such option", '"count", "ratio", "fast"'),
+    (GOOD + "block_nbytes = 1\n", 5, "block_nbytes = 1: no such option", 'takes "room", "count"'),
+    (GOOD + "clock = 1\n", 5, "clock = 1: no such option", ""),
+    (HEAD, 1, 'tier "l1": room is missing', 'it takes a size: "10GiB"'),
+    (GOOD.replace('"l1"', '"L1"'), 2, 'name = "L1"', "lower-case letters and digits"),
+    (GOOD.replace('"l1"', '"a__b"'), 2, 'name = "a__b"', 'single "-" or "_" between'),
+    (GOOD.replace('"l1"', '"-a"'), 2, 'name = "-a"', ""),
+    (GOOD.replace('"l1"', "1"), 2, "name = 1", "lower-case letters and digits"),
+    (GOOD.replace('name = "l1"\n', ""), 1, "name is missing", "a tier needs a name"),
+    (GOOD.replace(f'kind = "{FRONT}"\n', ""), 1, "kind is missing", "a tier needs a kind"),
+    (GOOD.replace(f'"{FRONT}"', "7"), 3, "kind = 7", "a tier needs a kind"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "wrong", "allowed"), WRONG_FILES)
+def test_a_wrong_file_is_refused(
+    file: Path, text: str, line: int | None, wrong: str, allowed: str
+) -> None:
+    problem = next(problem for problem in problems(file, text) if wrong in problem)
+    place = f"{file}, line {line}: " if line else f"{file}: "
+    assert problem.startswith(place)
+    assert allowed in problem
+
+
+def test_an_inline_table_has_no_line_and_is_still_read(file: Path) -> None:
+    text = f'tier = [{{name = "l1", kind = "{FRONT}", room = "1GiB", count = COUNT}}]\n'
+    assert read(file, text.replace("COUNT", "3")).tiers[0].options["count"] == 3
+    problem = only_problem(file, text.replace("COUNT", "true"))
+    assert problem == f"{file}: count = true: takes a whole number"
+
+
+def test_a_stack_has_one_tier(file: Path) -> None:
+    text = GOOD + GOOD.replace('"l1"', '"l2"')
+    assert only_problem(file, text) == f"{file}, line 5: lists 2 tiers; a stack has one for now"
+
+
+def test_the_first_tier_lends_its_memory(file: Path) -> None:
+    text = GOOD.replace("Front", "Lower").replace('room = "1GiB"\n', "")
+    problem = only_problem(file, text)
+    assert problem.startswith(f'{file}, line 3: kind = "tests.profiles.fakes:Lower": ')
+    assert "the first tier lends its memory" in problem
+    assert "Lower is no subclass of kvcache.tier.FrontTier" in problem
+
+
+def test_names_are_unique_as_variables_too(file: Path) -> None:
+    text = GOOD.replace('"l1"', '"a-b"') + GOOD.replace('"l1"', '"a_b"')
+    problem = problems(file, text)[0]
+    assert problem.startswith(f'{file}, line 6: name = "a_b": two tiers with one name')
+    assert '"a-b"' in problem
+
+
+# Kinds
+
+WRONG_KINDS = [
+    ("drma", 'no such kind; there are "dram"', 'did you mean "dram"?'),
+    ("tape", 'or "pkg.mod:Class"', ""),
+    ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
+    ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),
+    ("tests.profiles.fakes:", "cannot import", ""),
+    (":Front", "cannot import", ""),
+    ("tests.profiles.fakes:NOT_A_CLASS", "is no subclass of kvcache.tier.Tier", ""),
+    ("tests.profiles.fakes:Path", "cannot import", ""),
+    ("pathlib:Path", "pathlib:Path is no subclass of kvcache.tier.Tier", ""),
+    ("tests.profiles.fakes:Unfinished", "lacks load, store", ""),
+    ("tests.profiles.fakes:Unreadable", "annotations of Unreadable cannot be read", "'Path'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "wrong", "more"), WRONG_KINDS)
+def test_a_wrong_kind_is_refused(file: Path, kind: str, wrong: str, more: str) -> None:
+    problem = only_problem(file, GOOD.replace(FRONT, kind))
+    assert problem.startswith(f'{file}, line 3: kind = "{kind}": ')
+    assert wrong in problem
+    assert more in problem
+
+
+def test_a_module_that_breaks_while_imported_is_named_with_the_cause(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_tier_of_ours.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problem = only_problem(file, GOOD.replace(FRONT, "broken_tier_of_ours:Tier"))
+    assert "cannot import broken_tier_of_ours:Tier (ZeroDivisionError: division by zero)" in problem
+
+
+def test_a_missing_optional_package_says_what_to_install(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kinds.KINDS, "far", ("no_such_package.far:FarTier", "far"))
+    problem = only_problem(file, GOOD.replace(FRONT, "far"))
+    assert "pip install 'kvcache[far]'" in problem
+    assert "No module named 'no_such_package'" in problem
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
+    """Have these names and class paths in the entry-point group."""
+    found = metadata.EntryPoints(
+        metadata.EntryPoint(name, path, kinds.GROUP) for name, path in points
+    )
+    monkeypatch.setattr(kinds, "entry_points", lambda group: found.select(group=group))
+
+
+def test_an_installed_package_gives_short_names(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, ("acme", FRONT), ("acme", FRONT), ("dram", "no_such_package:Dram"))
+    assert read(file, GOOD.replace(FRONT, "acme")).tiers[0].cls is Front
+    assert load_profile("l1-only", {}).tiers[0].cls is DramTier
+    problem = only_problem(file, GOOD.replace(FRONT, "acne"))
+    assert 'there are "acme", "dram"' in problem
+    assert 'did you mean "acme"?' in problem
+
+
+def test_one_short_name_for_two_classes_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, ("acme", FRONT), ("acme", "other.pkg:Tier"))
+    problem = only_problem(file, GOOD.replace(FRONT, "acme"))
+    assert 'named by several packages, for "other.pkg:Tier", "tests.profiles' in problem
+
+
+# Overrides
+
+WRONG_OVERRIDES = [
+    ("KVCACHE__L2__ROOM", "no such tier", 'the tiers here are "L1"'),
+    ("KVCACHE__DISK__PATH", "no such tier", "KVCACHE__<TIER>__<OPTION>"),
+    ("KVCACHE__ROOM", "no such tier", "KVCACHE__<TIER>__<OPTION>"),
+    ("KVCACHE__l1__ROOM", "no such tier", 'did you mean "L1"?'),
+    ("KVCACHE__L1", "no such tier", 'did you mean "L1"?'),
+    ("KVCACHE__L1__ROMO", "no such option", 'did you mean "room"?'),
+    ("KVCACHE__L1__", "no such option", 'takes "room", "count"'),
+    ("KVCACHE__L1__BLOCK_NBYTES", "no such option", ""),
+    ("KVCACHE__L1__KIND", "a tier's name and kind are the profile's", ""),
+    ("KVCACHE__L1__NAME", "a tier's name and kind are the profile's", ""),
+]
+
+
+@pytest.mark.parametrize(("variable", "wrong", "more"), WRONG_OVERRIDES)
+def test_a_wrong_override_is_refused(file: Path, variable: str, wrong: str, more: str) -> None:
+    problem = only_problem(file, GOOD, {variable: "5GiB"})
+    assert problem.startswith(f"environment variable {variable}")
+    assert '"5GiB"' in problem
+    assert wrong in problem
+    assert more in problem
+
+
+# All at once
+
+
+def test_one_error_lists_everything(file: Path) -> None:
+    text = (
+        "version = 2\n\n# a comment\n[[tier]]\nname = 'l1'\n"
+        f"kind = '{FRONT}'\nroom = 'lots'\norder = 'lfru'\nrome = 1\n"
+    )
+    environ = {"KVCACHE__L1__COUNT": "x", "KVCACHE__L3__ROOM": "1GiB"}
+    with pytest.raises(ProfileError) as caught:
+        read(file, text, environ)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == 'profile "ours": 6 problems:'
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        f"{file}, line 1",
+        f"{file}, line 7",
+        f"{file}, line 8",
+        f"{file}, line 9",
+        "environment variable KVCACHE__L1__COUNT",
+        'environment variable KVCACHE__L3__ROOM = "1GiB"',
+    ]
+
+
+def test_an_override_does_not_hide_what_is_wrong_in_the_file(file: Path) -> None:
+    assert "lots" in only_problem(file, HEAD + 'room = "lots"\n', {"KVCACHE__L1__ROOM": "1GiB"})
+
+
+def test_the_error_crosses_processes() -> None:
+    error = ProfileError("ours", ["a is wrong", "b is wrong"])
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == 'profile "ours": 2 problems:\n  a is wrong\n  b is wrong'
+    assert copy.problems == error.problems

@@ -1,0 +1,120 @@
+"""Opening a profile: the stack is what the profile says, or there is one error and nothing open."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvcache.profiles
+from kvcache import memory
+from kvcache.profiles import ProfileError, open_stack
+from tests.profiles.fakes import Front
+
+MIB = 1 << 20
+DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "CAPACITY"\n'
+ROOT = Path(kvcache.profiles.__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def forty_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container may use 40 MiB, of which 10 are free."""
+
+    def limit(root: Path = Path("/")) -> memory.Memory:
+        return memory.Memory(40 * MIB, "the limit's file")
+
+    def available(root: Path = Path("/")) -> memory.Memory:
+        return memory.Memory(10 * MIB, "the free memory's file")
+
+    monkeypatch.setattr(memory, "limit", limit)
+    monkeypatch.setattr(memory, "available", available)
+
+
+def ours(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "ours.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_stack_is_opened_keeps_blocks_and_gives_them_back(tmp_path: Path) -> None:
+    profile = ours(tmp_path, DRAM.replace("CAPACITY", "8MiB"))
+    with open_stack(profile, block_nbytes=MIB) as stack:
+        assert stack.stats().profile == "ours"
+        assert stack.block_nbytes == MIB
+        assert stack.front.slab.slots == 8
+        stack.front.slab.wait_populated()
+        with stack.reserve([b"a"]) as lease:
+            lease.views[0][:] = b"k" * MIB
+        with stack.fetch(stack.match([b"a"]).result()).result() as lease:
+            assert bytes(lease.views[0]) == b"k" * MIB
+
+
+def test_the_variables_choose_profile_and_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCACHE_PROFILE", "l1-only")
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "10%")
+    with open_stack(block_nbytes=MIB) as stack:
+        assert stack.profile == "l1-only"
+        assert stack.front.slab.slots == 4
+
+
+@pytest.mark.parametrize(
+    ("capacity", "asks"), [("50%", "20MiB"), ("11MiB", "11MiB"), ("41MiB", "41MiB")]
+)
+def test_more_memory_than_is_free_is_refused(tmp_path: Path, capacity: str, asks: str) -> None:
+    profile = ours(tmp_path, DRAM.replace("CAPACITY", capacity))
+    with pytest.raises(ProfileError) as caught:
+        open_stack(profile, block_nbytes=MIB)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f'{profile}, line 4: capacity = "{capacity}": asks for {asks}')
+    assert "the 40MiB this container may use (the limit's file)" in problem
+    assert "only 10MiB are free now (the free memory's file)" in problem
+    assert 'at most "10MiB" or "25%" fits' in problem
+
+
+def test_more_memory_in_a_variable_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "64GiB")
+    with pytest.raises(ProfileError, match=r"variable KVCACHE__L1__CAPACITY: .* asks for 64GiB"):
+        open_stack(block_nbytes=MIB)
+
+
+def test_what_a_constructor_refuses_names_file_and_tier(tmp_path: Path) -> None:
+    profile = ours(tmp_path, DRAM.replace("CAPACITY", "1MiB"))
+    with pytest.raises(ProfileError) as caught:
+        open_stack(profile, block_nbytes=2 * MIB)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f'{profile}, line 1: tier "l1": ')
+    assert "1048576" in problem
+
+
+def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Front] = []
+
+    def close(front: Front) -> None:
+        closed.append(front)
+
+    def refuse(front: Front, *, profile: str) -> None:
+        raise RuntimeError(profile)
+
+    monkeypatch.setattr(Front, "close", close)
+    monkeypatch.setattr(kvcache.profiles, "Stack", refuse)
+    text = '[[tier]]\nname = "l1"\nkind = "tests.profiles.fakes:Front"\nroom = "1MiB"\n'
+    with pytest.raises(RuntimeError, match="ours"):
+        open_stack(ours(tmp_path, text), block_nbytes=MIB)
+    assert len(closed) == 1
+
+
+def test_the_bare_name_is_not_importable() -> None:
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT.parent)!r}); import profiles",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ImportError: import kvcache.profiles, not profiles" in run.stderr

@@ -1,0 +1,145 @@
+"""L1: blocks in host memory, lent in place.
+
+Always true here:
+
+* Bytes lie in the slab, names in the index; one lock guards the index, and no copy is made under it.
+* A slot is handed out only after its memory has been made, so that no first touch is on a request.
+* The number of blocks never exceeds what ``capacity`` bytes hold.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from kvcache.eviction import POLICIES
+from kvcache.index import Index
+from kvcache.sizes import Size
+from kvcache.slab import Slab, slot_nbytes_for
+from kvcache.tier import FrontTier, Lease, TierStats
+
+
+class DramTier(FrontTier):
+    """A front tier in this host's memory.
+
+    Args:
+        block_nbytes: bytes of a block, of all ranks together.
+        capacity: bytes of memory to take.
+        eviction: which blocks go when it is full.
+        clock: seconds, for the eviction policy.
+
+    Raises:
+        ValueError: when ``capacity`` holds no block, or ``block_nbytes`` is not positive.
+        SlabError: when the kernel refuses the memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_nbytes: int,
+        capacity: Size,
+        eviction: Literal["lru", "fifo", "s3fifo"] = "lru",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if block_nbytes < 1:
+            raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
+        slot_nbytes = slot_nbytes_for(block_nbytes)
+        slots = capacity // slot_nbytes
+        if slots < 1:
+            raise ValueError(f"capacity is {capacity} bytes; one block takes {slot_nbytes}")
+        self.block_nbytes = block_nbytes
+        self._lock = threading.Lock()
+        self._index = Index(POLICIES[eviction](slots), clock)
+        self.slab = Slab.create(slots, slot_nbytes)
+        self.slab.populate(self._open)
+
+    def _open(self, slots: int) -> None:
+        with self._lock:
+            self._index.open_slots(slots)
+
+    # What every tier does
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        with self._lock:
+            return [key in self._index for key in keys]
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        written: list[int] = []
+        for key, buffer in zip(keys, into, strict=True):
+            with self.pin([key]) as lease:
+                for view in lease.views:
+                    buffer[: self.block_nbytes] = view
+                written.append(self.block_nbytes if lease.keys else 0)
+        return written
+
+    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        for block in blocks:
+            if len(block) != self.block_nbytes:
+                raise ValueError(f"a block of {len(block)} bytes; this tier keeps {self.block_nbytes}")
+        stored: list[bool] = []
+        for key, block in zip(keys, blocks, strict=True):
+            with self.reserve([key]) as lease:
+                for view in lease.views:
+                    view[:] = block
+            stored.append(bool(lease.keys) or self.contains([key])[0])
+        return stored
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            self._index.drop(keys)
+
+    def close(self) -> None:
+        self.slab.close()
+
+    # What only the front tier does
+
+    def access(self, chain: Sequence[bytes], start: int = 0) -> int:
+        with self._lock:
+            return self._index.access(chain, start)
+
+    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+        with self._lock:
+            positions, slots = self._index.reserve(keys, after)
+        return Lease([keys[at] for at in positions], slots, positions, self._view, self._publish)
+
+    def pin(self, keys: Sequence[bytes]) -> Lease:
+        with self._lock:
+            slots = self._index.pin(keys)
+        return Lease(keys[: len(slots)], slots, range(len(slots)), self._view, self._release)
+
+    def _view(self, slot: int) -> memoryview:
+        return self.slab.view(slot)[: self.block_nbytes]
+
+    def _publish(self, lease: Lease, failed: frozenset[bytes]) -> None:
+        with self._lock:
+            self._index.publish(lease.slots, failed)
+
+    def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
+        with self._lock:
+            if failed:
+                self._index.drop(failed)
+            self._index.unpin(lease.slots)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._index.clear()
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            index = self._index
+            return TierStats(
+                capacity_blocks=self.slab.slots,
+                populated_blocks=index.slots,
+                used_blocks=len(index),
+                pinned_slots=index.pinned_slots,
+                block_nbytes=self.block_nbytes,
+                lookup_blocks=index.lookup_blocks,
+                hit_blocks=index.hit_blocks,
+                stored_blocks=index.stored_blocks,
+                declined_blocks=index.declined_blocks,
+                failed_blocks=index.failed_blocks,
+                evicted_blocks=index.evicted_blocks,
+                dropped_blocks=index.dropped_blocks,
+            )
