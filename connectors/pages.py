@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 try:
     import numba
     import numpy as np
+    from llvmlite import ir  # type: ignore[import-untyped]
+    from numba.extending import intrinsic
     from numpy.typing import NDArray
 except ImportError as error:
     raise ImportError(
@@ -219,16 +222,39 @@ def _copy_share(
     end: int,
 ) -> None:
     """Copy bytes [begin, end) of the stream of all pages: layer after layer of row after row."""
+    layers = nbytes.size
     at = 0
     for row in range(targets.size):
-        for layer in range(nbytes.size):
+        for layer in range(layers):
             first = max(begin - at, 0)
             last = min(end - at, nbytes[layer])
             if first < last:
                 target = target_addresses[layer] + targets[row] * target_strides[layer]
                 source = source_addresses[layer] + sources[row] * source_strides[layer]
+                if layer + 1 < layers:
+                    _prefetch(
+                        source_addresses[layer + 1] + sources[row] * source_strides[layer + 1]
+                    )
                 _memcpy(target + first, source + first, last - first)
             at += nbytes[layer]
+
+
+def _emit_prefetch(_typing: Any, _address: Any) -> Any:
+    def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer, integer = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, *[integer] * 3])
+        )
+        at = builder.inttoptr(arguments[0], pointer)
+        builder.call(prefetch, [at, integer(0), integer(3), integer(1)])  # a read, to keep, of data
+        return context.get_dummy_value()
+
+    return numba.void(numba.int64), emit
+
+
+# A page begins far from the one before it: asked for a page early, its first bytes are there in
+# time. A gather of 64 KiB pages is 1 to 2 % slower without, and slower with cuts finer than a page.
+_prefetch = intrinsic(_emit_prefetch)
 
 
 @cache

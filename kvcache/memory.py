@@ -86,8 +86,8 @@ def _limited_groups(root: Path) -> Iterator[tuple[Path, _Files, int]]:
             own = mount / PurePosixPath(path).relative_to(mounted)
         except ValueError:
             own = mount
-        if not own.is_dir():  # the path is the host's, the mount is the container's: same group
-            own = mount
+        # A path that is the host's, under a mount that is the container's, leads nowhere; going up
+        # from it still ends at the mount, which then is the process's own group.
         for group in (own, *own.parents):
             most = _read(group / files.limit)
             if most.isdigit():  # "max": no limit

@@ -18,7 +18,7 @@ _UNITS = {"": 1, "b": 1} | {
     for ending, base in (("b", 1000), ("ib", 1024))
     for power, letter in enumerate("kmgt", start=1)
 }
-_FORM = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*([a-z]*|%)", re.ASCII)
+_FORM = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*([a-z]*|%)")
 _LARGEST = 2**63 - 1  # what a file offset can say
 
 

@@ -7,14 +7,14 @@ does not say, and a table may be written inline).
 import re
 from pathlib import Path
 
-TOP, _ELSEWHERE = -1, -2  # rows of a text that belong to no tier
+TOP = -1  # the row of what stands above the tiers
 
 _HEADER = re.compile(r"""\s*(\[\[?)\s*["']?([A-Za-z0-9_-]+)""")
 _KEY = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""")
 
 
 class Lines:
-    """The lines of tables and keys. Row 0 is the first [[tier]], TOP is outside of all tables."""
+    """The lines of tables and keys. Row 0 is the first [[tier]], TOP is above them."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path = path
@@ -26,7 +26,6 @@ class Lines:
                     row, rows = rows, rows + 1
                     self._found[row, ""] = number
                 else:
-                    row = _ELSEWHERE
                     self._found.setdefault((TOP, header[2]), number)
             elif key := _KEY.match(line):
                 self._found.setdefault((row, key[1]), number)

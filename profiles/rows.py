@@ -127,7 +127,7 @@ class _Reader:
                 continue
             try:
                 value = converted(given, options[key].hint)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 self._wrong(here, str(error))
             else:
                 settings[key] = Setting(options[key], value, here)

@@ -144,9 +144,10 @@ def _converse(setup: Setup, chats: Chats, sender: Connection) -> None:
 
 
 def _l1(scheduler: Any) -> L1:
-    if scheduler.connector is None:
+    stats = scheduler.connector.stats() if scheduler.connector else None
+    if stats is None:  # no connector, or one that can keep nothing of this model
         return L1()
-    tier = scheduler.connector.stats().tiers[0]
+    tier = stats.tiers[0]
     return L1(
         hit_tokens=tier.hit_blocks * BLOCK_TOKENS,
         used_nbytes=tier.used_blocks * tier.block_nbytes,

@@ -8,17 +8,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
 pytest.importorskip("numba")
 
-import numpy as np  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kvcache.connectors import pages  # noqa: E402
-from kvcache.connectors.pages import CpuCopier, Pages  # noqa: E402
+from kvcache.connectors import pages
+from kvcache.connectors.pages import CpuCopier, Pages
 
 GUARD = 64
 
@@ -55,7 +56,7 @@ class World:
                 (GUARD * (layer + 1) + start * self.blocks, nbytes)
                 for layer, (start, nbytes) in enumerate(zip(starts, self.layers, strict=False))
             ]
-        self.shard = list(zip(starts, starts[1:], strict=False))
+        self.shard = list(pairwise(starts))
         self.slot_nbytes = self.offset + block + self.tail
         engine_nbytes = block * self.blocks + GUARD * (len(self.layers) + 1)
         self.engine = rng.integers(0, 256, engine_nbytes, dtype=np.uint8)

@@ -34,6 +34,7 @@ class Machine:
         self.write("proc/self/mountinfo", f"{OTHERS}\n{V2_MOUNT.format(mounted=mounted)}")
 
     def v1(self, own: str, mounted: str = "/") -> None:
+        self.v1_group("elsewhere", 1)  # another controller's group of that name
         self.write(
             "proc/self/cgroup", f"9:name=systemd:{own}\n4:memory:{own}\n1:cpu:/elsewhere\n0::/"
         )
@@ -78,6 +79,13 @@ def test_v2_the_smallest_of_own_group_and_ancestors_wins(
     machine.v2_group("other", 1 * GIB)
     smallest = min(groups, key=lambda path: groups[path])
     expect(machine, 5 * GIB, f"/sys/fs/cgroup/{smallest}/memory.max")
+
+
+def test_nothing_above_the_mount_is_read(machine: Machine) -> None:
+    machine.v2("/pod")
+    machine.v2_group("pod", 9 * GIB)
+    machine.write("sys/fs/memory.max", 1)
+    expect(machine, 9 * GIB, "/sys/fs/cgroup/pod/memory.max")
 
 
 def test_v2_max_is_no_limit(machine: Machine) -> None:

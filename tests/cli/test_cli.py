@@ -1,0 +1,100 @@
+"""The command line parses, refuses with code 2, and stays light until a command runs."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcache import cli, memory
+from kvcache.cli import demo, engine
+from kvcache.cli.chats import Chats
+
+
+def test_help_brings_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from kvcache.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('brought', *sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    help_text, brought = done.stdout.split("brought")
+    assert "demo" in help_text
+    assert "bench" in help_text
+    assert not set(brought.split()) & {"numba", "numpy", "torch", "vllm"}
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvcache", "demo", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "usage: kvcache demo" in done.stdout
+
+
+def test_demo_arguments() -> None:
+    args = cli.parser().parse_args(["demo", "--users", "3", "--model", "m", "--json"])
+    assert args.run is demo.run
+    assert (args.users, args.model, args.json) == (3, "m", True)
+    assert args.system_tokens + args.document_tokens > 2000  # so that times are compared
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "COMMAND"),
+        (["dmeo"], "dmeo"),
+        (["demo", "--users", "1"], "'1'; a whole number, at least 2"),
+        (["demo", "--turns", "many"], "'many'; a whole number, at least 2"),
+        (["demo", "--document-tokens", "-5"], "--document-tokens"),
+    ],
+)
+def test_bad_arguments_end_with_code_2(
+    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
+        cli.main(argv)
+    assert ending.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_missing_engine_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 2
+    assert "pip install 'kvcache[vllm]'" in capsys.readouterr().err
+
+
+def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = []
+
+    def play(setup: engine.Setup, chats: Chats, *_: object) -> engine.Run:
+        played.append(setup)
+        return engine.Run([], block_nbytes=1 << 20, l1=engine.L1())
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engine, "play", play)
+    monkeypatch.setattr(memory, "limit", lambda: memory.Memory(1 << 30, "a test"))
+    assert cli.main(["demo", "--model", "m"]) == 2
+    assert len(played) == 1
+    assert "quarter of the memory, 256MiB" in capsys.readouterr().err
+
+
+def test_an_engine_that_fails_ends_with_code_1_and_the_log_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def play(setup: engine.Setup, chats: Chats, log: Path, *_: object) -> engine.Run:
+        log.write_text("what vLLM said")
+        raise engine.EngineError(f"the engine failed; its output is in {log}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(engine, "play", play)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(tmp_path))
+    assert cli.main(["demo", "--model", "m"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "engine-1.log").read_text() == "what vLLM said"

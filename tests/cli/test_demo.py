@@ -1,0 +1,38 @@
+"""The demo itself, small: three real engines, and what `--json` says about them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcache.cli import checkpoint
+
+
+@pytest.mark.engine
+def test_a_small_demo_finds_equal_answers_and_nothing_pinned(tmp_path: Path) -> None:
+    model = checkpoint.write(tmp_path, layers=2, hidden=256, heads=4, kv_heads=2, intermediate=512)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvcache", "demo", "--json", "--model", str(model),
+         "--users", "3", "--turns", "2", "--system-tokens", "64", "--document-tokens", "2000"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["identical_outputs"] is True
+    assert figures["first_difference"] is None
+    assert figures["pinned_slots_after"] == 0
+    assert figures["prompt_tokens"] == 3 * (2112 + 2176)
+    # Second turns: all but the shared system prompt comes from DRAM, up to the last full block.
+    assert figures["l1_hit_tokens"] == 3 * (2112 - 64)
+    assert 0 < figures["dram_used_bytes"] <= figures["dram_capacity_bytes"]
+    for name in ("cold", "hit", "own_cache"):
+        assert figures[f"ttft_p50_{name}_s"] > 0
+    cached = {
+        (row["engine"], row["user"], row["turn"]): row["cached_tokens"]
+        for row in figures["turns_played"]
+    }
+    for user in (1, 2, 3):
+        assert cached["without", user, 2] == 64
+        assert cached["kvcache", user, 2] == cached["own_cache", user, 2] == 2112
