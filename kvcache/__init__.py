@@ -1,7 +1,7 @@
 """kvcache keeps the KV cache of an LLM engine in tiers: DRAM first, then what a profile lists.
 
-The mechanics are here: keys, the tier contract, the index, eviction, the slab, the stack. Importing
-this package takes no torch, numpy, engine or network; ``kvcache.profiles.open_stack`` opens a stack.
+The mechanics are here: keys, the tier contract, the index, eviction, the slab, the stack.
+``kvcache.profiles.open_stack`` opens one. Importing this takes no torch, numpy, engine or network.
 """
 
 from kvcache.keys import block_keys, namespace

@@ -1,8 +1,8 @@
 """Policies: in which order blocks leave a full tier.
 
-A policy only orders keys. It is told of accesses a request at a time, because a request's blocks live
-and die together, and it answers with victims, lazily. It holds no bytes, takes no lock, starts no
-thread and reads no clock: the index calls it under its own lock and hands it the time.
+A policy only orders keys. It is told of accesses a request at a time, because a request's blocks
+live and die together, and it answers with victims, lazily. It holds no bytes, takes no lock, starts
+no thread and reads no clock: the index calls it under its own lock and hands it the time.
 
 The unit of the policies here is a *run*: consecutive blocks of one chain, head first::
 
@@ -13,8 +13,8 @@ The unit of the policies here is a *run*: consecutive blocks of one chain, head 
 Always true here:
 
 * Every key known to a policy is in exactly one run, and a run is a stretch of one chain.
-* What ``victims`` yields is forgotten as it is yielded. A key that ``keep`` claims is not yielded, nor
-  is anything before it in its run; that run goes to the newest end, since it is in use.
+* What ``victims`` yields is forgotten as it is yielded. A key that ``keep`` claims is not yielded,
+  nor is anything before it in its run; that run goes to the newest end, since it is in use.
 * State is a bounded number of entries per block held; the ghost of S3-FIFO is bounded too.
 """
 
@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 Keep = Callable[[bytes], bool]
 
@@ -132,7 +133,7 @@ class Queue:
             run.after = run.keys[count - 1]
             del run.keys[:count]
 
-    def take(self, run: Run, keys: Set[bytes]) -> None:
+    def take(self, run: Run, keys: AbstractSet[bytes]) -> None:
         """Take ``keys`` out of ``run``, wherever in it they are; the slow way."""
         left = [key for key in run.keys if key not in keys]
         self.blocks -= len(run.keys) - len(left)
@@ -184,7 +185,7 @@ class Fifo(_Runs):
 
 
 class Lru(Fifo):
-    """Least recently used, by request: using a chain makes all of it the newest, its tail going first."""
+    """Least recently used, by request: a chain that is used is the newest, its tail going first."""
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         keys = self._take(chain[:held])
@@ -228,10 +229,10 @@ class Lru(Fifo):
 
 
 class S3Fifo(_Runs):
-    """S3-FIFO: a small queue on probation, a main queue, and a ghost of keys that left the small one.
+    """S3-FIFO: a small queue on probation, a main queue, a ghost of keys that left the small one.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Counts are kept per
-    block; a run moves as a whole when its tail earned it, since whoever used the tail used the rest.
+    block; a run moves whole when its tail earned it, since whoever used the tail used the rest.
 
     Args:
         capacity: blocks.

@@ -1,4 +1,4 @@
-"""The state of every slot of a front tier, and every change of it. Pure: no bytes, locks or threads.
+"""The state of every slot of a front tier, and every change of it. No bytes, locks or threads.
 
 ::
 
@@ -162,7 +162,7 @@ class Index:
         return absent[:room]
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
-        """Make FILLING slots READY, in the order they were reserved; give up those of ``failed``."""
+        """Make FILLING slots READY, in the order of their reserve, but for those of ``failed``."""
         names, afters = self._key, self._after
         stretch: list[bytes] = []
         start: bytes | None = None
@@ -222,13 +222,13 @@ class Index:
         held = self._ready | self._filling
         assert len(held) == len(self._ready) + len(self._filling), "a key is READY and FILLING"
         assert all(self._key[slot] == key for key, slot in held.items()), "key and slot disagree"
-        orphans = [
-            s for s, key in enumerate(self._key) if key is None and self._pins[s] > 0
-        ]
+        orphans = [s for s, key in enumerate(self._key) if key is None and self._pins[s] > 0]
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
         assert not any(self._pins[s] or self._key[s] for s in self._free), "a free slot is in use"
         assert len(self._free) + len(held) + len(orphans) == self.slots, "a slot is lost"
-        assert all(self._pins[s] == 1 for s in self._filling.values()), "a FILLING slot has no holder"
+        assert all(self._pins[s] == 1 for s in self._filling.values()), (
+            "a FILLING slot has no holder"
+        )
         children: dict[bytes, int] = {}
         for slot in held.values():
             if (parent := self._after[slot]) is not None:

@@ -44,8 +44,8 @@ def block_keys(
         tokens: token ids, 0 <= id < 2**32.
         block_tokens: tokens per block; a partial last block gets no key.
         root: what the first block continues: a namespace digest, or a key to go on from.
-        salt: whatever else sets this prompt apart (a tenant, a LoRA, an image). Given with the first
-            block it is part of every key; going on from a key, leave it out.
+        salt: whatever else sets this prompt apart (a tenant, a LoRA, an image). Given with the
+            first block it is part of every key; going on from a key, leave it out.
 
     Returns:
         one key of 32 bytes per full block, each depending on all before it.

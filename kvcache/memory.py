@@ -2,7 +2,7 @@
 
 Always true: every answer is the smallest of what the host says and what each control group
 from the process's own up to the mounted root says (cgroup v2 and v1, also nested or in a
-namespace of its own); `available()` is never above `limit()`. Nothing is cached: memory moves.
+namespace of its own); ``available()`` is never above ``limit()``. Nothing is cached: memory moves.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ _V2 = _Files("memory.max", "memory.current", "inactive_file")
 
 
 def limit(root: Path = _ROOT) -> Memory:
-    """The memory this container may use. `root` is where /proc and the cgroup mounts are."""
+    """The memory this container may use. ``root`` is where /proc and the cgroup mounts are."""
     return _smallest(
         [Memory(_host(root, "MemTotal:"), "MemTotal in /proc/meminfo")]
         + [
@@ -47,7 +47,7 @@ def limit(root: Path = _ROOT) -> Memory:
 
 
 def available(root: Path = _ROOT) -> Memory:
-    """How much of `limit()` is free now, file cache that can be dropped included."""
+    """How much of ``limit()`` is free now, file cache that can be dropped included."""
     free = [Memory(_host(root, "MemAvailable:"), "MemAvailable in /proc/meminfo")]
     for group, files, most in _limited_groups(root):
         used = int(_read(group / files.usage) or 0)
@@ -58,7 +58,7 @@ def available(root: Path = _ROOT) -> Memory:
 
 
 def shortage(nbytes: int, root: Path = _ROOT) -> str | None:
-    """Why `nbytes` cannot be had now and how much can, or None if there is room."""
+    """Why ``nbytes`` cannot be had now and how much can, or None if there is room."""
     whole, free = limit(root), available(root)
     fits = min(whole.nbytes, free.nbytes)
     if nbytes <= fits:
@@ -115,7 +115,7 @@ def _host(root: Path, name: str) -> int:
 
 
 def _field(text: str, name: str) -> int:
-    """The number after `name` at the start of a line; 0 if no line has it."""
+    """The number after ``name`` at the start of a line; 0 if no line has it."""
     for line in text.splitlines():
         match line.split():
             case [first, number, *_] if first == name:

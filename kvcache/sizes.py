@@ -1,7 +1,7 @@
 """Sizes in bytes as people write them: "10GiB", "512 MB", "80%".
 
-Always true: a `Size` is a whole number of bytes above zero, and what `format_size` writes,
-`parse_size` reads back as no more than it was given.
+Always true: a ``Size`` is a whole number of bytes above zero, and what ``format_size`` writes,
+``parse_size`` reads back as no more than it was given.
 """
 
 import re
@@ -23,9 +23,9 @@ _LARGEST = 2**63 - 1  # what a file offset can say
 
 
 def parse_size(given: object, whole: int | None = None) -> Size:
-    """`given` in bytes: an int, or a number with a unit (B, KB to TB, KiB to TiB, or none: bytes).
+    """The bytes of ``given``: an int, or a number with a unit: B, KB to TB, KiB to TiB.
 
-    A percentage is of `whole` bytes, and an error without one. A fraction of a byte is dropped.
+    No unit is B. A percentage is of ``whole`` bytes, an error without. Fractions of a byte go.
     Raises ValueError that says what is allowed.
     """
     if type(given) is int:
@@ -50,7 +50,7 @@ def parse_size(given: object, whole: int | None = None) -> Size:
 
 
 def format_size(nbytes: int) -> str:
-    """`nbytes` in the largest binary unit it fills, rounded down to hundredths: "1.5GiB"."""
+    """``nbytes`` in the largest binary unit it fills, rounded down to hundredths: "1.5GiB"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         size = _UNITS[unit.lower()]
         if nbytes >= size:

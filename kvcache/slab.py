@@ -1,13 +1,13 @@
 """One run of host memory in equal slots, shared between an owner and those who attach to it.
 
-The memory is an anonymous file (``memfd``): no ``/dev/shm`` to size, nothing left behind by a crash.
+The memory is an anonymous file (``memfd``): no ``/dev/shm`` to size, nothing left by a crash.
 Others reach it through the owner's descriptor, ``/proc/<pid>/fd/<n>``.
 
 Always true here:
 
 * Slots are equal, a whole number of pages, and start on a page.
-* No slot below ``populated`` costs a page fault's zeroing at its first use: a thread touches the
-  memory in the background, lowest slot first, and ``populated`` only grows.
+* No slot below ``populated`` costs a page fault's zeroing at its first use: a thread has the memory
+  made in the background, lowest slot first, and ``populated`` only grows.
 * A descriptor that names other memory (another host, a pid that was reused) is refused, not mapped.
 """
 
@@ -32,8 +32,7 @@ HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MFD_HUGE_2MB = 21 << 26
 _PIECE = 64 << 20  # populated at a time: some 20 ms, after which close() is heard
-_PROGRESS_FROM = 8 << 30  # smaller slabs are there before anybody asks
-_PROGRESS_EVERY_S = 5.0
+_PROGRESS_EVERY_S = 5.0  # so that small slabs, which are there in less, say nothing
 
 _libc = ctypes.CDLL(None, use_errno=True)  # calls through it let other Python threads run
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -81,6 +80,8 @@ class Slab:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         _libc.madvise(self.address, mapped, mmap.MADV_HUGEPAGE)  # where the kernel gives them
         self.populated = 0
+        self._made = 0  # bytes
+        self._ready: Callable[[int], None] = lambda _: None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -121,7 +122,7 @@ class Slab:
                 f"cannot attach {where}: {error.strerror}. Its owner must be running on this host, "
                 "under the same user and in the same pid namespace"
             ) from error
-        found = os.readlink(f"/proc/self/fd/{fd}")
+        found = str(Path(f"/proc/self/fd/{fd}").readlink())
         if descriptor.name not in found:
             os.close(fd)
             raise SlabError(
@@ -136,12 +137,17 @@ class Slab:
         at = slot * self.slot_nbytes
         return self._view[at : at + self.slot_nbytes]
 
-    def populate(self, ready: Callable[[int], None] = lambda slots: None) -> None:
-        """Have the memory made in the background, calling ``ready(populated slots)`` as it grows."""
-        self._thread = threading.Thread(
-            target=self._populate, args=(ready,), name="kvcache-populate", daemon=True
-        )
-        self._thread.start()
+    def populate(self, ready: Callable[[int], None] = lambda _: None) -> None:
+        """Have the memory made: a first piece now, the rest in the background.
+
+        ``ready(slots)`` is called whenever more slots are there, with how many are.
+        """
+        self._ready = ready
+        if self._make_piece():
+            self._thread = threading.Thread(
+                target=self._make_rest, name="kvcache-populate", daemon=True
+            )
+            self._thread.start()
 
     def wait_populated(self) -> int:
         """Wait for the background work to end; give the slots whose memory is there."""
@@ -149,27 +155,32 @@ class Slab:
             self._thread.join()
         return self.populated
 
-    def _populate(self, ready: Callable[[int], None]) -> None:
+    def _make_rest(self) -> None:
         begun = told = time.monotonic()
-        done = 0
-        while done < self.nbytes and not self._stop.is_set():
-            piece = min(_PIECE, self.nbytes - done)
-            if code := self._make(done, piece):
-                log.error(
-                    "kvcache: no more memory for L1 after %.1f of %.1f GiB (%s); going on with that",
-                    done / 2**30, self.nbytes / 2**30, os.strerror(code),
-                )  # fmt: skip
-                return
-            done += piece
-            self.populated = done // self.slot_nbytes
-            ready(self.populated)
+        while self._make_piece() and not self._stop.is_set():
             now = time.monotonic()
-            if self.nbytes >= _PROGRESS_FROM and (now - told > _PROGRESS_EVERY_S or done == self.nbytes):
+            if now - told > _PROGRESS_EVERY_S:
                 told = now
                 log.info(
                     "kvcache: %.1f of %.1f GiB of L1 are there (%.1f GiB/s)",
-                    done / 2**30, self.nbytes / 2**30, done / 2**30 / (now - begun),
+                    self._made / 2**30, self.nbytes / 2**30, self._made / 2**30 / (now - begun),
                 )  # fmt: skip
+        if told > begun and self._made == self.nbytes:
+            log.info("kvcache: all %.1f GiB of L1 are there", self.nbytes / 2**30)
+
+    def _make_piece(self) -> bool:
+        """Make the next piece's memory; say whether there is more to make."""
+        piece = min(max(_PIECE, self.slot_nbytes), self.nbytes - self._made)
+        if code := self._make(self._made, piece):
+            log.error(
+                "kvcache: no more memory for L1 than %.1f of %.1f GiB (%s); going on with that",
+                self._made / 2**30, self.nbytes / 2**30, os.strerror(code),
+            )  # fmt: skip
+            return False
+        self._made += piece
+        self.populated = self._made // self.slot_nbytes
+        self._ready(self.populated)
+        return self._made < self.nbytes
 
     def _make(self, at: int, nbytes: int) -> int:
         """Have these bytes' pages made and mapped here; give 0 or an errno."""
@@ -188,7 +199,7 @@ class Slab:
         return 0
 
     def close(self) -> None:
-        """Unmap, and end the owner's descriptor. Views that are still held keep the memory alive."""
+        """Unmap, and end the owner's descriptor. Views still held keep the memory alive."""
         self._stop.set()
         self.wait_populated()
         if self._fd is not None:

@@ -1,9 +1,9 @@
 """A stack of tiers, as an engine sees it: match, fetch, reserve.
 
 1. Only the stack knows the prefix rule, the threads, the spans, and that a failure is a miss.
-2. ``match`` answers with a value that ``fetch`` takes; what ``fetch`` gives is pinned in L1, and may be
-   shorter than the match, never longer. Promise an engine only what has been fetched.
-3. What is asked of L1 alone is answered in the caller's thread: the future is done when it is given.
+2. ``match`` answers with a value that ``fetch`` takes; what ``fetch`` gives is pinned in L1, may
+   be shorter than the match, never longer. Promise an engine only what has been fetched.
+3. What is asked of L1 alone is answered in the caller's thread: the future is done when given.
 4. A span of ``kvcache.load`` or ``kvcache.store`` lasts as long as its lease, so that it covers the
    copies made under it.
 """
@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
+
+from opentelemetry.context import Context
+from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.tier import FrontTier, Lease, TierStats
@@ -67,7 +70,7 @@ class Stack:
         return self.front.block_nbytes
 
     def match(
-        self, keys: Sequence[bytes], start: int = 0, *, context: telemetry.Context | None = None
+        self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
     ) -> Future[Match]:
         """Find the longest prefix of ``keys[start:]`` that is held anywhere.
 
@@ -88,7 +91,7 @@ class Stack:
         )
         return _done(Match(keys, start, blocks))
 
-    def fetch(self, match: Match, *, context: telemetry.Context | None = None) -> Future[Lease]:
+    def fetch(self, match: Match, *, context: Context | None = None) -> Future[Lease]:
         """Bring the blocks of ``match`` into L1 and pin them until the lease ends."""
         span = telemetry.start(telemetry.LOAD, context)
         lease = self.front.pin(match.held)
@@ -104,7 +107,7 @@ class Stack:
         keys: Sequence[bytes],
         after: bytes | None = None,
         *,
-        context: telemetry.Context | None = None,
+        context: Context | None = None,
     ) -> Lease:
         """Lend slots for those of ``keys`` that L1 lacks; ending the lease well publishes them.
 
@@ -126,7 +129,7 @@ class Stack:
 
     def _end(
         self,
-        span: telemetry.Span,
+        span: Span,
         outcome: str,
         requested: int,
         lease: Lease,
@@ -146,7 +149,7 @@ class Stack:
         )
 
     def clear(self) -> None:
-        """Forget every block of every tier. Leases that are out end as usual, and publish nothing."""
+        """Forget every block of every tier. Leases that are out end as usual, and publish none."""
         self.front.clear()
 
     def stats(self) -> StackStats:
@@ -157,7 +160,7 @@ class Stack:
         """Close every tier. Closing twice is allowed."""
         self.front.close()
 
-    def __enter__(self) -> Stack:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -31,7 +31,7 @@ PAYLOAD: Final = "kvcache.payload.size"
 
 
 def start(name: str, context: Context | None) -> Span:
-    """Begin a span under ``context`` (``None``: the current one); the caller ends it with :func:`end`."""
+    """Begin a span under ``context``, ``None`` being the current one; :func:`end` ends it."""
     return _tracer.start_span(name, context)
 
 

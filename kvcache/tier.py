@@ -2,8 +2,8 @@
 
 Always true here:
 
-* A tier keeps opaque blocks of bytes under opaque keys. It is blocking, batched, and answers per key
-  and in order. It knows nothing of prefixes, models or threads.
+* A tier keeps opaque blocks of bytes under opaque keys. It is blocking, batched, and answers per
+  key and in order. It knows nothing of prefixes, models or threads.
 * Absence and refusal are values (0 bytes, ``False``); only breakage is an exception.
 * A lease ends exactly once. Until then the slots it names belong to its holder and to nobody else.
 """
@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from kvcache.slab import Slab
 
@@ -23,7 +24,7 @@ class LeaseError(RuntimeError):
 
 
 class Tier(ABC):
-    """Holds bytes under keys. A constructor's keyword arguments are the tier's options in a profile."""
+    """Holds bytes under keys. Its constructor's keyword arguments are its options in a profile."""
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -35,7 +36,7 @@ class Tier(ABC):
 
     @abstractmethod
     def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
-        """Keep a copy of each block; ``False`` where the tier declined. A held key stays as it is."""
+        """Keep a copy of each block; ``False`` where it declined. A held key stays as it is."""
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -52,8 +53,8 @@ Ended = Callable[["Lease", frozenset[bytes]], None]
 class Lease:
     """Slots of a front tier, lent until :meth:`end`.
 
-    Given by ``reserve`` (slots to fill: ending publishes them) and by ``pin`` (slots to read: ending
-    releases them). As a context manager an exception inside the block fails every key of the lease.
+    Given by ``reserve`` (slots to fill: ending publishes them) and by ``pin`` (slots to read:
+    ending releases them). As a context manager, an exception inside the block fails every key.
 
     Attributes:
         keys: the blocks' keys.
@@ -104,7 +105,9 @@ class Lease:
         """
         bad = frozenset(failed)
         if bad and not bad.issubset(self.keys):
-            raise LeaseError(f"{len(bad - set(self.keys))} of the failed keys are not in this lease")
+            raise LeaseError(
+                f"{len(bad - set(self.keys))} of the failed keys are not in this lease"
+            )
         try:
             ends = self._ends.pop()  # atomic: of two threads one gets it
         except IndexError:
@@ -116,7 +119,7 @@ class Lease:
     def ended(self) -> bool:
         return not self._ends
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -179,7 +182,7 @@ class FrontTier(Tier):
 
     @abstractmethod
     def pin(self, keys: Sequence[bytes]) -> Lease:
-        """Lend the leading blocks of ``keys`` that are held, for reading; it ends at the first hole."""
+        """Lend the leading blocks of ``keys`` that are held, for reading, up to the first hole."""
 
     @abstractmethod
     def clear(self) -> None:

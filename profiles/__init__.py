@@ -1,7 +1,7 @@
 """Profiles: which tiers, in which order. The one room that puts a stack together.
 
 Always true: a stack that was opened has exactly what its profile and the environment say; what
-cannot be had is one `ProfileError` at start, never a smaller stack.
+cannot be had is one ``ProfileError`` at start, never a smaller stack.
 
     stack = open_stack(block_nbytes=2 * 1024**2)      # $KVCACHE_PROFILE, else l1-only
 """
@@ -24,9 +24,9 @@ __all__ = ["Profile", "ProfileError", "load_profile", "open_stack", "shipped"]
 
 
 def open_stack(profile: str | None = None, *, block_nbytes: int) -> Stack:
-    """Open the stack of `profile`, else of the one KVCACHE_PROFILE names, else of l1-only.
+    """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
 
-    `profile` is a shipped name or a path to a TOML file; `block_nbytes` is the size of one block
+    ``profile`` is a shipped name or a path to a TOML file; ``block_nbytes`` is the bytes of a block
     of all ranks. Raises ProfileError if the profile is wrong or asks for more memory than is free.
     """
     chosen = load_profile(profile)

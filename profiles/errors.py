@@ -1,6 +1,6 @@
 """The one error of this room, and how a problem is put into words.
 
-Always true: a `ProfileError` lists every problem that was found, not the first one.
+Always true: a ``ProfileError`` lists every problem that was found, not the first one.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 
 class ProfileError(ValueError):
-    """A profile cannot be used. `problems` has one sentence for each thing that is wrong."""
+    """A profile cannot be used. ``problems`` has one sentence for each thing that is wrong."""
 
     def __init__(self, profile: str, problems: Sequence[str]) -> None:
         super().__init__(profile, problems)
@@ -24,17 +24,17 @@ class ProfileError(ValueError):
 
 
 def show(value: object) -> str:
-    """`value` as a profile would write it."""
+    """``value`` as a profile would write it."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def listed(values: Iterable[object]) -> str:
-    """`values` as a profile would write them, with commas between."""
+    """``values`` as a profile would write them, with commas between."""
     return ", ".join(show(value) for value in values) or "none"
 
 
 def nearest(given: object, known: Iterable[object]) -> str:
-    """'; did you mean "lru"?' if one of `known` looks like `given`, else nothing."""
+    """'; did you mean "lru"?' if one of ``known`` looks like ``given``, else nothing."""
     by_lower = {str(value).lower(): value for value in known}
     close = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
     return f"; did you mean {show(by_lower[close[0]])}?" if close else ""

@@ -1,4 +1,4 @@
-"""From the `kind` in a profile to the tier's class.
+"""From the ``kind`` in a profile to the tier's class.
 
 Always true: a shipped name wins over an installed one, a class path needs no registration, and
 nothing but the class asked for is imported.
@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, str | None]] = {
 
 
 def tier_class(kind: str) -> type[Tier]:
-    """The class that `kind` means. Raises ValueError that says what is wrong or allowed."""
+    """The class that ``kind`` means. Raises ValueError that says what is wrong or allowed."""
     path, extra = _path(kind)
     module, _, name = path.partition(":")
     try:
@@ -38,7 +38,7 @@ def tier_class(kind: str) -> type[Tier]:
 
 
 def _path(kind: str) -> tuple[str, str | None]:
-    """The class path that `kind` stands for, and the extra it comes with."""
+    """The class path that ``kind`` stands for, and the extra it comes with."""
     if kind in KINDS:
         return KINDS[kind]
     if ":" in kind:

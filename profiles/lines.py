@@ -31,6 +31,6 @@ class Lines:
                 self._found.setdefault((row, key[1]), number)
 
     def place(self, row: int, key: str = "") -> str:
-        """The file, with the line of `key` in `row`, or else of the row."""
+        """The file, with the line of ``key`` in ``row``, or else of the row."""
         line = self._found.get((row, key)) or self._found.get((row, ""))
         return f"{self._path}, line {line}" if line else str(self._path)

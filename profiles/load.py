@@ -1,7 +1,7 @@
 """From a profile's name to its checked rows: which tier classes, in which order, which options.
 
 Always true: nothing is opened here. Of a profile that was returned, only the machine can still be
-too small and a constructor can refuse; whatever else is wrong is in one `ProfileError`.
+too small and a constructor can refuse; whatever else is wrong is in one ``ProfileError``.
 """
 
 import os
@@ -35,9 +35,9 @@ def shipped() -> list[str]:
 
 
 def load_profile(profile: str | None = None, environ: Mapping[str, str] = os.environ) -> Profile:
-    """Read `profile`, else the one that KVCACHE_PROFILE names, else l1-only.
+    """Read ``profile``, else the one that KVCACHE_PROFILE names, else l1-only.
 
-    `profile` is a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
+    ``profile`` is a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
     Raises ProfileError with everything that is wrong.
     """
     by = ""

@@ -1,6 +1,6 @@
 """A tier's options are its constructor's keyword arguments: which there are, and what they take.
 
-Always true: a value that passes `converted` has the type its parameter is annotated with; text
+Always true: a value that passes ``converted`` has the type its parameter is annotated with; text
 from the environment and values from a file pass through the same check.
 """
 
@@ -36,7 +36,7 @@ class Option:
 
 
 def options_of(cls: type[Tier]) -> dict[str, Option]:
-    """What a profile may set for `cls`, by name. Raises ValueError if annotations are broken."""
+    """What a profile may set for ``cls``, by name. Raises ValueError if annotations are broken."""
     try:
         hints = get_type_hints(cls.__init__)
     except (NameError, TypeError) as error:
@@ -51,7 +51,7 @@ def options_of(cls: type[Tier]) -> dict[str, Option]:
 
 
 def from_text(text: str, hint: object) -> object:
-    """`text` of an environment variable as a file would have it; unchanged if it does not fit."""
+    """``text`` of an environment variable as a file would have it; unchanged if it does not fit."""
     if get_origin(hint) is Literal:
         return next((choice for choice in get_args(hint) if str(choice) == text), text)
     if hint is bool:
@@ -63,7 +63,7 @@ def from_text(text: str, hint: object) -> object:
 
 
 def converted(given: object, hint: object) -> object:
-    """`given` as a `hint`. Raises ValueError that says what is allowed."""
+    """``given`` as a ``hint``. Raises ValueError that says what is allowed."""
     if hint is Size:
         return parse_size(given, memory.limit().nbytes)
     if hint is float and type(given) is int:

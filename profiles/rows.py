@@ -22,7 +22,7 @@ _FIXED = ("name", "kind")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An option that was set. `where` says in which file and line or variable, and to what."""
+    """An option that was set. ``where`` says in which file and line or variable, and to what."""
 
     option: Option
     value: object
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tier of a profile. `where` says the file and line its row starts in."""
+    """One tier of a profile. ``where`` says the file and line its row starts in."""
 
     name: str
     kind: str

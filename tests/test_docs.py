@@ -9,6 +9,7 @@ neither table is an error, so that no block goes unchecked by accident.
 import argparse
 import ast
 import json
+import os
 import re
 import shlex
 import tomllib
@@ -17,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 from sybil import Document, Example, Region
@@ -147,13 +149,17 @@ def fenced_blocks(document: Document) -> Iterable[Region]:
 
 
 def run_page(page: Path) -> None:
-    """Check every block of a page, in order; the error names the page and the line."""
-    for example in Document.parse(str(page), fenced_blocks, SkipParser()).examples():
-        try:
-            example.evaluate()
-        except Exception as error:
-            error.add_note(f"in the block at {page}:{example.line}")
-            raise
+    """Check every block of a page, in order; the error names the page and the line.
+
+    What a block sets in the environment ends with the page.
+    """
+    with patch.dict(os.environ):
+        for example in Document.parse(str(page), fenced_blocks, SkipParser()).examples():
+            try:
+                example.evaluate()
+            except Exception as error:
+                error.add_note(f"in the block at {page}:{example.line}")
+                raise
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -2,8 +2,8 @@
 
 Always true here:
 
-* Bytes lie in the slab, names in the index; one lock guards the index, and no copy is made under it.
-* A slot is handed out only after its memory has been made, so that no first touch is on a request.
+* Bytes lie in the slab, names in the index; one lock guards the index, no copy is made under it.
+* A slot is handed out only after its memory has been made: no first touch is on a request.
 * The number of blocks never exceeds what ``capacity`` bytes hold.
 """
 
@@ -77,7 +77,9 @@ class DramTier(FrontTier):
     def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         for block in blocks:
             if len(block) != self.block_nbytes:
-                raise ValueError(f"a block of {len(block)} bytes; this tier keeps {self.block_nbytes}")
+                raise ValueError(
+                    f"a block of {len(block)} bytes; this tier keeps {self.block_nbytes}"
+                )
         stored: list[bool] = []
         for key, block in zip(keys, blocks, strict=True):
             with self.reserve([key]) as lease:

@@ -1,4 +1,4 @@
-"""The vLLM connector: ``KVCacheConnector`` takes vLLM's calls to one of two halves, and does no more.
+"""The vLLM connector: ``KVCacheConnector`` takes vLLM's calls to one of two halves, no more.
 
 ::
 
@@ -74,8 +74,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             policy = vllm_config.kv_transfer_config.kv_load_failure_policy
             if policy != "recompute":
                 log.warning(
-                    "kvcache: kv_load_failure_policy is %r: a block that cannot be copied back ends "
-                    "its request; with 'recompute' it is computed again",
+                    "kvcache: kv_load_failure_policy is %r: a block that cannot be copied back "
+                    "ends its request; with 'recompute' it is computed again",
                     policy,
                 )
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
@@ -98,7 +98,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
-        self._scheduler.open({rank: shard for rank, shard in metadata.items()})
+        self._scheduler.open(metadata)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

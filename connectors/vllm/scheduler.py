@@ -1,7 +1,7 @@
 """The scheduler's half of the vLLM connector: keys, leases and promises; no tensors, no bytes.
 
-1. Only blocks that are pinned in L1 are promised. The lease of a promise is kept until the request is
-   admitted (it becomes a load), asks again from elsewhere, or is finished.
+1. Only blocks that are pinned in L1 are promised. The lease of a promise is kept until the request
+   is admitted (it becomes a load), asks again from elsewhere, or is finished.
 2. A hit leaves at least one token to compute.
 3. Every full block of an admitted request is offered once its KV has been computed, prompt and
    generated tokens alike, those that vLLM found in its own cache included.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name, refusal
 from kvcache.profiles import open_stack
+from kvcache.slab import Slab
 from kvcache.stack import Stack, StackStats
 from kvcache.tier import Lease
 
@@ -43,7 +44,7 @@ class _Running:
 
 @dataclass(slots=True)
 class _Job:
-    """A transfer under way. ``running`` and ``at`` say where to offer again from if a store fails."""
+    """A transfer under way. ``running`` and ``at`` say what to offer again if a store fails."""
 
     lease: Lease
     running: _Running | None = None
@@ -53,7 +54,7 @@ class _Job:
 
 
 class SchedulerSide:
-    """One per engine; owns the stack, which is opened when the workers have said what a block is."""
+    """One per engine; owns the stack, which is opened when the workers said what a block is."""
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._world = vllm_config.parallel_config.world_size
@@ -100,6 +101,7 @@ class SchedulerSide:
             block_nbytes += shard.nbytes
         self._stack = open_stack(block_nbytes=block_nbytes)
         descriptor = self._stack.front.slab.descriptor
+        Slab.attach(descriptor).close()  # what no worker could do either is said now
         self._memory = Memory(descriptor, offsets)
         log.info(
             "kvcache: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
@@ -130,9 +132,7 @@ class SchedulerSide:
         self._promised[request.request_id] = (start, lease)
         return len(lease) * self._block_tokens
 
-    def admitted(
-        self, request: Request, blocks: Sequence[Sequence[int]], tokens: int
-    ) -> None:
+    def admitted(self, request: Request, blocks: Sequence[Sequence[int]], tokens: int) -> None:
         """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
         if self._stack is None:
             return
@@ -153,7 +153,7 @@ class SchedulerSide:
         )
 
     def finished(self, request: Request) -> None:
-        """The request is done, or was aborted, at whatever point. Jobs under way end with their acks."""
+        """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
         self._withdraw(request.request_id)
         self._running.pop(request.request_id, None)
 
@@ -246,7 +246,8 @@ class SchedulerSide:
     def _keys(self, request: Request, first: int, end: int) -> list[bytes]:
         """The keys of blocks ``first`` to ``end``: vLLM's own chained hashes."""
         per = self._hashes_per_block
-        return request.block_hashes[first * per + per - 1 : end * per : per]
+        keys: list[bytes] = request.block_hashes[first * per + per - 1 : end * per : per]
+        return keys
 
     def _withdraw(self, request_id: str) -> None:
         _, lease = self._promised.pop(request_id, (0, None))

@@ -32,7 +32,7 @@ def check_version(version: str) -> None:
 def host_name() -> str:
     """One running kernel and pid namespace: the reach of a slab's descriptor."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{os.uname().nodename}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{os.uname().nodename}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
 
 
 def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:

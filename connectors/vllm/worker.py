@@ -1,10 +1,10 @@
 """The worker's half of the vLLM connector: whole pages between the engine's cache and the slab.
 
 1. No keys, no policy: a step says which block goes with which slot.
-2. Loads are done before the forward pass, stores after it; both have ended when the step ends, so a
-   block that is freed afterwards has no copy under way.
-3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed. What
-   this step computed may rest on blocks that were not loaded, so no store of the step is published.
+2. Loads are done before the forward pass, stores after it; both have ended when the step ends, so
+   a block that is freed afterwards has no copy under way.
+3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
+   What this step computed may rest on blocks that were not loaded: it publishes no store.
 """
 
 from __future__ import annotations

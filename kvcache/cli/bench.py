@@ -1,8 +1,9 @@
 """What this machine's memory gives, and how much of it L1 takes.
 
-In one run, in turns: plain copies of contiguous memory, and blocks stored into L1 and loaded from it
-through the same code that an engine's worker and scheduler use (reserve or fetch, page copies, end of
-the lease). A block here is 32 layers of 64 KiB, 2 MiB. Rates are GiB of payload per second, medians.
+In one run, in turns: plain copies of contiguous memory, and blocks stored into L1 and loaded from
+it through the same code that an engine's worker and scheduler use (reserve or fetch, page copies,
+end of the lease). A block here is 32 layers of 64 KiB, 2 MiB. Rates are GiB of payload per second,
+medians.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     from kvcache.tiers.dram import DramTier
 
     engine, plain = (np.ones(blocks * BLOCK, dtype=np.uint8) for _ in range(2))
-    parts = list(
-        zip(np.array_split(plain, threads), np.array_split(engine, threads), strict=True)
-    )
+    parts = list(zip(np.array_split(plain, threads), np.array_split(engine, threads), strict=True))
     layers = [
         Pages(engine.ctypes.data + layer * blocks * PAGE, PAGE, PAGE, blocks)
         for layer in range(LAYERS)
@@ -133,7 +132,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
 
 
 def bookkeeping(rounds: int) -> dict[str, float]:
-    """Look-ups of a prompt that is all in L1; reserving and publishing with eviction all the time."""
+    """Look-ups of a prompt that is all in L1; reserving and publishing, evicting all the time."""
     found: dict[str, float] = {}
     for blocks in (PROMPT, 4 * PROMPT):
         with small_stack(blocks) as stack:

@@ -1,49 +1,16 @@
 """Profiles are read exactly; whatever is wrong with one is said at once, with its place."""
 
 import pickle
-from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from kvcache import memory
-from kvcache.profiles import Profile, ProfileError, kinds, load, load_profile, shipped
+from kvcache.profiles import ProfileError, load, load_profile, shipped
 from kvcache.tiers.dram import DramTier
 from tests.profiles.fakes import Front
+from tests.profiles.reading import FRONT, GIB, GOOD, HEAD, only_problem, problems, read
 
-GIB = 1 << 30
-FRONT = "tests.profiles.fakes:Front"
-HEAD = f'[[tier]]\nname = "l1"\nkind = "{FRONT}"\n'  # lines 1 to 3
-GOOD = HEAD + 'room = "1GiB"\n'
-
-
-@pytest.fixture(autouse=True)
-def ten_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The container may use 10 GiB."""
-    monkeypatch.setattr(memory, "limit", lambda: memory.Memory(10 * GIB, "the test"))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "ours.toml"
-
-
-def read(file: Path, text: str, environ: Mapping[str, str] | None = None) -> Profile:
-    file.write_text(text, encoding="utf-8")
-    return load_profile(str(file), environ or {})
-
-
-def problems(file: Path, text: str, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    with pytest.raises(ProfileError) as caught:
-        read(file, text, environ)
-    assert all(problem in str(caught.value) for problem in caught.value.problems)
-    return caught.value.problems
-
-
-def only_problem(file: Path, text: str, environ: Mapping[str, str] | None = None) -> str:
-    (problem,) = problems(file, text, environ)
-    return problem
+pytestmark = pytest.mark.usefixtures("ten_gib")
 
 
 # Which profile
@@ -301,76 +268,6 @@ def test_names_are_unique_as_variables_too(file: Path) -> None:
     problem = problems(file, text)[0]
     assert problem.startswith(f'{file}, line 6: name = "a_b": two tiers with one name')
     assert '"a-b"' in problem
-
-
-# Kinds
-
-WRONG_KINDS = [
-    ("drma", 'no such kind; there are "dram"', 'did you mean "dram"?'),
-    ("tape", 'or "pkg.mod:Class"', ""),
-    ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
-    ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),
-    ("tests.profiles.fakes:", "cannot import", ""),
-    (":Front", "cannot import", ""),
-    ("tests.profiles.fakes:NOT_A_CLASS", "is no subclass of kvcache.tier.Tier", ""),
-    ("tests.profiles.fakes:Path", "cannot import", ""),
-    ("pathlib:Path", "pathlib:Path is no subclass of kvcache.tier.Tier", ""),
-    ("tests.profiles.fakes:Unfinished", "lacks load, store", ""),
-    ("tests.profiles.fakes:Unreadable", "annotations of Unreadable cannot be read", "'Path'"),
-]
-
-
-@pytest.mark.parametrize(("kind", "wrong", "more"), WRONG_KINDS)
-def test_a_wrong_kind_is_refused(file: Path, kind: str, wrong: str, more: str) -> None:
-    problem = only_problem(file, GOOD.replace(FRONT, kind))
-    assert problem.startswith(f'{file}, line 3: kind = "{kind}": ')
-    assert wrong in problem
-    assert more in problem
-
-
-def test_a_module_that_breaks_while_imported_is_named_with_the_cause(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "broken_tier_of_ours.py").write_text("1 / 0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    problem = only_problem(file, GOOD.replace(FRONT, "broken_tier_of_ours:Tier"))
-    assert "cannot import broken_tier_of_ours:Tier (ZeroDivisionError: division by zero)" in problem
-
-
-def test_a_missing_optional_package_says_what_to_install(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(kinds.KINDS, "far", ("no_such_package.far:FarTier", "far"))
-    problem = only_problem(file, GOOD.replace(FRONT, "far"))
-    assert "pip install 'kvcache[far]'" in problem
-    assert "No module named 'no_such_package'" in problem
-
-
-def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
-    """Have these names and class paths in the entry-point group."""
-    found = metadata.EntryPoints(
-        metadata.EntryPoint(name, path, kinds.GROUP) for name, path in points
-    )
-    monkeypatch.setattr(kinds, "entry_points", lambda group: found.select(group=group))
-
-
-def test_an_installed_package_gives_short_names(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed(monkeypatch, ("acme", FRONT), ("acme", FRONT), ("dram", "no_such_package:Dram"))
-    assert read(file, GOOD.replace(FRONT, "acme")).tiers[0].cls is Front
-    assert load_profile("l1-only", {}).tiers[0].cls is DramTier
-    problem = only_problem(file, GOOD.replace(FRONT, "acne"))
-    assert 'there are "acme", "dram"' in problem
-    assert 'did you mean "acme"?' in problem
-
-
-def test_one_short_name_for_two_classes_is_refused(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed(monkeypatch, ("acme", FRONT), ("acme", "other.pkg:Tier"))
-    problem = only_problem(file, GOOD.replace(FRONT, "acme"))
-    assert 'named by several packages, for "other.pkg:Tier", "tests.profiles' in problem
 
 
 # Overrides

@@ -1,0 +1,80 @@
+"""A tier's kind is a shipped name, an installed one or a class path; anything else is refused."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from kvcache.profiles import kinds, load_profile
+from kvcache.tiers.dram import DramTier
+from tests.profiles.fakes import Front
+from tests.profiles.reading import FRONT, GOOD, only_problem, read
+
+pytestmark = pytest.mark.usefixtures("ten_gib")
+
+WRONG_KINDS = [
+    ("drma", 'no such kind; there are "dram"', 'did you mean "dram"?'),
+    ("tape", 'or "pkg.mod:Class"', ""),
+    ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
+    ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),
+    ("tests.profiles.fakes:", "cannot import", ""),
+    (":Front", "cannot import", ""),
+    ("tests.profiles.fakes:NOT_A_CLASS", "is no subclass of kvcache.tier.Tier", ""),
+    ("tests.profiles.fakes:Path", "cannot import", ""),
+    ("pathlib:Path", "pathlib:Path is no subclass of kvcache.tier.Tier", ""),
+    ("tests.profiles.fakes:Unfinished", "lacks load, store", ""),
+    ("tests.profiles.fakes:Unreadable", "annotations of Unreadable cannot be read", "'Path'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "wrong", "more"), WRONG_KINDS)
+def test_a_wrong_kind_is_refused(file: Path, kind: str, wrong: str, more: str) -> None:
+    problem = only_problem(file, GOOD.replace(FRONT, kind))
+    assert problem.startswith(f'{file}, line 3: kind = "{kind}": ')
+    assert wrong in problem
+    assert more in problem
+
+
+def test_a_module_that_breaks_while_imported_is_named_with_the_cause(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_tier_of_ours.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problem = only_problem(file, GOOD.replace(FRONT, "broken_tier_of_ours:Tier"))
+    assert "cannot import broken_tier_of_ours:Tier (ZeroDivisionError: division by zero)" in problem
+
+
+def test_a_missing_optional_package_says_what_to_install(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kinds.KINDS, "far", ("no_such_package.far:FarTier", "far"))
+    problem = only_problem(file, GOOD.replace(FRONT, "far"))
+    assert "pip install 'kvcache[far]'" in problem
+    assert "No module named 'no_such_package'" in problem
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
+    """Have these names and class paths in the entry-point group."""
+    found = metadata.EntryPoints(
+        metadata.EntryPoint(name, path, kinds.GROUP) for name, path in points
+    )
+    monkeypatch.setattr(kinds, "entry_points", lambda group: found.select(group=group))
+
+
+def test_an_installed_package_gives_short_names(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, ("acme", FRONT), ("acme", FRONT), ("dram", "no_such_package:Dram"))
+    assert read(file, GOOD.replace(FRONT, "acme")).tiers[0].cls is Front
+    assert load_profile("l1-only", {}).tiers[0].cls is DramTier
+    problem = only_problem(file, GOOD.replace(FRONT, "acne"))
+    assert 'there are "acme", "dram"' in problem
+    assert 'did you mean "acme"?' in problem
+
+
+def test_one_short_name_for_two_classes_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, ("acme", FRONT), ("acme", "other.pkg:Tier"))
+    problem = only_problem(file, GOOD.replace(FRONT, "acme"))
+    assert 'named by several packages, for "other.pkg:Tier", "tests.profiles' in problem
