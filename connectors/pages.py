@@ -36,6 +36,11 @@ except ImportError as error:
 
 _Integers = NDArray[np.int64]
 
+# A page begins far from the one before it, where the processor has nothing to foresee it by: asked
+# for a page early, its first lines are there in time. A gather of 64 KiB pages ran at 1.09 of a
+# contiguous copy with 16 to 64 lines, at 1.03 with 8, at 0.87 with one; a scatter does not care.
+_LINES_AHEAD = 32
+
 # Below this many bytes waking a second thread costs more than its share of the copy takes.
 _ALONE_BELOW = 2 << 20
 
@@ -206,6 +211,11 @@ class _Side:
         return rows
 
 
+def prepare() -> None:
+    """Have everything compiled that a copy needs, so that no request waits for it."""
+    _compiled()
+
+
 def _integers(values: Sequence[int]) -> _Integers:
     return np.array(values, dtype=np.int64)
 
@@ -222,7 +232,7 @@ def _copy_share(
     end: int,
 ) -> None:
     """Copy bytes [begin, end) of the stream of all pages: layer after layer of row after row."""
-    layers = nbytes.size
+    layers, last_row = nbytes.size, targets.size - 1
     at = 0
     for row in range(targets.size):
         for layer in range(layers):
@@ -231,10 +241,11 @@ def _copy_share(
             if first < last:
                 target = target_addresses[layer] + targets[row] * target_strides[layer]
                 source = source_addresses[layer] + sources[row] * source_strides[layer]
-                if layer + 1 < layers:
-                    _prefetch(
-                        source_addresses[layer + 1] + sources[row] * source_strides[layer + 1]
-                    )
+                after = (layer + 1) % layers
+                row_after = min(row + (layer + 1) // layers, last_row)
+                following = source_addresses[after] + sources[row_after] * source_strides[after]
+                for line in range(_LINES_AHEAD):
+                    _prefetch(following + line * 64)
                 _memcpy(target + first, source + first, last - first)
             at += nbytes[layer]
 
@@ -252,8 +263,6 @@ def _emit_prefetch(_typing: Any, _address: Any) -> Any:
     return numba.void(numba.int64), emit
 
 
-# A page begins far from the one before it: asked for a page early, its first bytes are there in
-# time. A gather of 64 KiB pages is 1 to 2 % slower without, and slower with cuts finer than a page.
 _prefetch = intrinsic(_emit_prefetch)
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from kvcache.connectors.pages import CpuCopier, PageCopier, Pages
-from kvcache.connectors.pages import _compiled as prepare
+from kvcache.connectors.pages import CpuCopier, PageCopier, Pages, prepare
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab

@@ -36,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the process's own) and return its exit code.
 
-    Arguments that do not parse end the process with code 2, as argparse does.
+    Arguments that do not parse end the process with code 2, as argparse does; Ctrl-C makes 130.
     """
     args = parser().parse_args(argv)
-    return int(args.run(args))
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return 130

@@ -11,7 +11,6 @@ failed, 2 for arguments that cannot work and for a missing engine.
 import argparse
 import importlib.util
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -63,18 +62,12 @@ def run(args: argparse.Namespace) -> int:
         print("kvcache demo needs vLLM: pip install 'kvcache[vllm]'", file=sys.stderr)
         return 2
     chats = Chats(args.users, args.turns, args.system_tokens, args.document_tokens)
-    folder = Path(tempfile.mkdtemp(prefix="kvcache-demo-"))
     try:
-        model = args.model or str(checkpoint.write(folder / "model"))
-        report = _compare(model, chats, folder)
-    except TooLargeError as error:
-        print(f"kvcache demo: {error}", file=sys.stderr)
-        return 2
-    except engine.EngineError as error:
-        # The folder stays: the log is in it.
+        with tempfile.TemporaryDirectory(prefix="kvcache-demo-") as folder:
+            report = _compare(args.model or str(checkpoint.write(Path(folder))), chats)
+    except (TooLargeError, engine.EngineError) as error:
         print(f"\nkvcache demo: {error}", file=sys.stderr)
-        return 1
-    shutil.rmtree(folder)
+        return 2 if isinstance(error, TooLargeError) else 1
     if args.json:
         traffic = {"model": args.model, "users": args.users, "turns": args.turns}
         print(json.dumps(report.figures() | traffic))
@@ -87,10 +80,10 @@ class TooLargeError(ValueError):
     """The conversation needs more memory than a demo may take."""
 
 
-def _compare(model: str, chats: Chats, logs: Path) -> Report:
+def _compare(model: str, chats: Chats) -> Report:
     # One block of each cache is never used (vLLM's null block), one is to spare.
     small = Setup(model, chats.longest, blocks=_blocks(chats.longest) + 2)
-    without = _play(1, "small engine cache, without kvcache", small, chats, logs)
+    without = _play(1, "small engine cache, without kvcache", small, chats)
 
     # The last block of each conversation and of the warm-up is not full, or not shared.
     blocks = _blocks(chats.distinct) + _blocks(chats.longest) + chats.users + 2
@@ -102,11 +95,9 @@ def _compare(model: str, chats: Chats, logs: Path) -> Report:
             f"quarter of the memory, {format_size(allowed)}: lower --users or --document-tokens"
         )
     kvcache = _play(
-        2, "small engine cache, with kvcache", replace(small, l1_nbytes=l1_nbytes), chats, logs
+        2, "small engine cache, with kvcache", replace(small, l1_nbytes=l1_nbytes), chats
     )
-    own = _play(
-        3, "large engine cache, without kvcache", replace(small, blocks=blocks), chats, logs
-    )
+    own = _play(3, "large engine cache, without kvcache", replace(small, blocks=blocks), chats)
     return Report(without, kvcache, own)
 
 
@@ -114,12 +105,12 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
 
 
-def _play(number: int, what: str, setup: Setup, chats: Chats, logs: Path) -> Run:
+def _play(number: int, what: str, setup: Setup, chats: Chats) -> Run:
     def say(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
     start = time.monotonic()
     say(f"engine {number} of 3: {what} ")
-    run = engine.play(setup, chats, logs / f"engine-{number}.log", lambda _: say("."))
+    run = engine.play(setup, chats, lambda _: say("."))
     say(f" {time.monotonic() - start:.0f} s\n")
     return run

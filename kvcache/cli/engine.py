@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -62,11 +63,14 @@ class Run:
     l1: L1
 
 
-def play(setup: Setup, chats: Chats, log: Path, heard: Callable[[Turn], None]) -> Run:
+def play(setup: Setup, chats: Chats, heard: Callable[[Turn], None]) -> Run:
     """Start the engine, play `chats`, end it. `heard` is called with every turn as it ends.
 
-    Raises `EngineError` when the engine does not get to the end.
+    Raises `EngineError` when the engine does not get to the end; only then its log is kept.
     """
+    handle, name = tempfile.mkstemp(prefix="kvcache-demo-", suffix=".log")
+    os.close(handle)
+    log = Path(name)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_engine, args=(setup, chats, log, sender), name="vllm")
@@ -79,17 +83,17 @@ def play(setup: Setup, chats: Chats, log: Path, heard: Callable[[Turn], None]) -
             heard(message)
     except EOFError:
         process.join()
-        raise EngineError(
-            f"the engine process ended with code {process.exitcode}; its output is in {log}"
-        ) from None
+        message = f"its process ended with code {process.exitcode}"
     except BaseException:
         process.terminate()
+        log.unlink()
         raise
     finally:
         process.join()
         receiver.close()
     if isinstance(message, str):
-        raise EngineError(f"the engine failed: {message}; its output is in {log}")
+        raise EngineError(f"the engine failed: {message}; all it said is in {log}")
+    log.unlink()
     block_nbytes, l1 = message
     return Run(turns, block_nbytes, l1)
 

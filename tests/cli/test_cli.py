@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -85,16 +84,21 @@ def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
     assert "quarter of the memory, 256MiB" in capsys.readouterr().err
 
 
-def test_an_engine_that_fails_ends_with_code_1_and_the_log_stays(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_an_engine_that_fails_ends_with_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def play(setup: engine.Setup, chats: Chats, log: Path, *_: object) -> engine.Run:
-        log.write_text("what vLLM said")
-        raise engine.EngineError(f"the engine failed; its output is in {log}")
+    def play(*_: object) -> engine.Run:
+        raise engine.EngineError("the engine failed: why")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(engine, "play", play)
-    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(tmp_path))
     assert cli.main(["demo", "--model", "m"]) == 1
-    assert str(tmp_path) in capsys.readouterr().err
-    assert (tmp_path / "engine-1.log").read_text() == "what vLLM said"
+    assert "demo: the engine failed: why" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 130

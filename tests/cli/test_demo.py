@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.cli import checkpoint
+from kvcache.cli.chats import Chats
+from kvcache.cli.engine import EngineError, Setup, play
 
 
 @pytest.mark.engine
@@ -36,3 +38,16 @@ def test_a_small_demo_finds_equal_answers_and_nothing_pinned(tmp_path: Path) -> 
     for user in (1, 2, 3):
         assert cached["without", user, 2] == 64
         assert cached["kvcache", user, 2] == cached["own_cache", user, 2] == 2112
+
+
+@pytest.mark.engine
+def test_an_engine_that_cannot_start_says_why_and_keeps_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = str(tmp_path / "no-such-model")
+    with pytest.raises(EngineError, match="no-such-model") as failure:
+        play(Setup(model, context_tokens=512, blocks=20), Chats(2, 2, 1, 1), lambda turn: None)
+    [log] = tmp_path.glob("kvcache-demo-*.log")
+    assert str(log) in str(failure.value)
+    assert "Traceback" in log.read_text()

@@ -163,7 +163,19 @@ def test_a_copy_larger_than_the_threshold_is_shared_and_a_smaller_one_is_not(
     copier.close()
 
 
+def test_a_share_is_its_bytes_and_no_others() -> None:
+    copy_share = pages._compiled()
+    source, target = np.arange(1, 25, dtype=np.uint8), np.zeros(24, dtype=np.uint8)
+    starts, strides, rows = np.array([0, 4]), np.array([12, 12]), np.array([0, 1])
+    sides = [rows, target.ctypes.data + starts, strides, rows, source.ctypes.data + starts, strides]
+    copy_share(*sides, np.array([4, 8]), 6, 14)  # from the middle of a page to that of another
+    np.testing.assert_array_equal(target[6:14], source[6:14])
+    assert not target[:6].any()
+    assert not target[14:].any()
+
+
 def test_a_share_that_no_thread_has_begun_is_copied_by_the_caller() -> None:
+    before = set(threading.enumerate())
     world = World([4096], 4, 4, threads=2)
     copier = world.copier()
     busy, go_on = threading.Event(), threading.Event()
@@ -172,13 +184,20 @@ def test_a_share_that_no_thread_has_begun_is_copied_by_the_caller() -> None:
         busy.set()
         go_on.wait()
 
-    copier._pool.submit(occupy)
+    for _ in range(2):
+        copier._pool.submit(occupy)
     busy.wait()
-    copier.gather([1], [2])  # would wait for ever
+    started = set(threading.enumerate()) - before
+    with ThreadPoolExecutor(1) as caller:
+        gathering = caller.submit(copier.gather, [1], [2])
+        try:
+            gathering.result(timeout=60)
+        finally:
+            go_on.set()
+    copier.close()
+    assert len(started) == 1
     (page, shard), *_ = world.ranges(1, 2)
     np.testing.assert_array_equal(world.slab[shard], world.engine[page])
-    go_on.set()
-    copier.close()
 
 
 BAD = {
@@ -311,30 +330,33 @@ def test_one_thread_is_the_callers() -> None:
     copier.close()
 
 
-def test_close_waits_for_a_copy_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_waits_for_every_copy_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     copier = World([4096], 8, 8).copier()
-    begun, go_on, order = threading.Event(), threading.Event(), list[str]()
+    begun, go_on = ([threading.Event() for _ in range(2)] for _ in range(2))
+    order = list[str]()
 
-    def copy_share(*what: object) -> None:
-        begun.set()
-        go_on.wait()
-        order.append("copied")
+    def copy_share(slots: Sequence[int], *_what: object) -> None:
+        begun[slots[0]].set()
+        go_on[slots[0]].wait()
+        order.append(f"copied {slots[0]}")
 
     def close() -> None:
         copier.close()
         order.append("closed")
 
     monkeypatch.setattr(copier, "_copy_share", copy_share)
-    with ThreadPoolExecutor(2) as threads:
-        copying = threads.submit(copier.gather, [0], [0])
-        begun.wait()
+    with ThreadPoolExecutor(3) as threads:
+        copying = [threads.submit(copier.gather, [slot], [slot]) for slot in range(2)]
+        for event in begun:
+            event.wait()
+        go_on[0].set()
+        copying[0].result()
         closing = threads.submit(close)
         while not copier._closed:
             pass
-        go_on.set()
-        copying.result()
+        go_on[1].set()
         closing.result()
-    assert order == ["copied", "closed"]
+    assert order == ["copied 0", "copied 1", "closed"]
 
 
 AFFINITY = """
@@ -345,10 +367,10 @@ os.sched_setaffinity(0, {first})  # before numpy, whose threads inherit it
 def elsewhere():
     os.sched_setaffinity(0, {second})
     there.set()
-    done.wait()
+    threading.Event().wait()
 
-there, done = threading.Event(), threading.Event()
-other = threading.Thread(target=elsewhere)
+there = threading.Event()
+other = threading.Thread(target=elsewhere, daemon=True)
 other.start()
 there.wait()
 
@@ -367,7 +389,6 @@ copier._pool.submit(int).result()  # it has run its initializer
 assert os.sched_getaffinity(worker.native_id) == {first, second}
 assert os.sched_getaffinity(0) == {first}
 copier.close()
-done.set()
 """
 
 

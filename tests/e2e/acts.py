@@ -7,13 +7,11 @@ the rest in the same shapes.
 
 from __future__ import annotations
 
-from typing import Any
-
-from tests.e2e.engine import BLOCK, Answer, Engine, prompt
+from tests.e2e.engine import BLOCK, Act, Answer, Engine, prompt
 
 
 def chats(engine: Engine) -> list[Answer]:
-    """Four chats of three turns over one system prompt, in turn: far more than a tiny cache holds."""
+    """Four chats of three turns over one system prompt: far more than a tiny cache holds."""
     engine.fresh()
     system = prompt("system", 200)
     histories = {user: system + prompt(f"{user} opens", 90) for user in ("a", "b", "c", "d")}
@@ -116,7 +114,7 @@ def reset_while_running(engine: Engine) -> list[Answer]:
     return answers
 
 
-SAME: tuple[Any, ...] = (
+SAME: tuple[Act, ...] = (
     chats,
     generated,
     whole_blocks,

@@ -13,7 +13,7 @@ Stage = Callable[..., Play]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers whose KV cache decides which token comes next; 64 KiB to a block in bfloat16."""
+    """Four layers whose KV cache decides which token comes next; 32 KiB to a block in bfloat16."""
     pytest.importorskip("vllm")
     from kvcache.cli.checkpoint import write
 

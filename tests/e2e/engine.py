@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -80,6 +81,7 @@ def environment(setup: Setup) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",  # two threads that wait for each other crawl on a busy machine
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CI_ENV": "1",
         "HF_HUB_OFFLINE": "1",
@@ -214,7 +216,9 @@ class Engine:
 
     # Requests
 
-    def add(self, name: str, prompt: Sequence[int], tokens: int = 8, salt: str | None = None) -> None:
+    def add(
+        self, name: str, prompt: Sequence[int], tokens: int = 8, salt: str | None = None
+    ) -> None:
         """Queue a request for exactly `tokens` greedy tokens."""
         from vllm import SamplingParams
 
@@ -339,12 +343,12 @@ def _main(order: Path) -> None:
     for engine in engines:
         for module, name in wanted["acts"]:
             act = getattr(importlib.import_module(module), name)
-            outcome(name, lambda act=act: act(engine))  # type: ignore[misc]
+            outcome(name, partial(act, engine))
         engine.core.engine_core.shutdown()
 
 
 def starts(engine: Engine) -> None:
-    """Stands for the engine's start, for `Play.of`: what was warned of or went wrong before acts."""
+    """Stands for the start: `Play.of` it is what went wrong or was warned of before any act."""
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""A tiny engine with kvcache answers as a large one does that never forgot a block."""
+"""A tiny engine with kvcache: its answers are those of a large one, and no end is left open."""
+
+from __future__ import annotations
 
 import pytest
 
-from tests.e2e import acts
+from tests.e2e import acts, inside
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import Act, Play
+from tests.e2e.engine import BLOCK, Act, Play, starts
 
 pytestmark = pytest.mark.engine
 
 TINY, LARGE = 40, 1000  # blocks; the longest prompt takes 32
+NOTHING = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
 
 
 @pytest.fixture(scope="module")
 def kept(stage: Stage) -> Play:
-    return stage(acts.SAME, blocks=TINY, l1="64MiB")
+    return stage((*acts.SAME, *inside.ACTS), blocks=TINY, l1="64MiB")
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +24,145 @@ def reference(stage: Stage) -> Play:
     return stage(acts.SAME, blocks=LARGE)
 
 
+def test_it_starts_without_a_warning(kept: Play) -> None:
+    kept.of(starts)
+
+
 @pytest.mark.parametrize("act", acts.SAME, ids=lambda act: act.__name__)
 def test_answers_and_hits_are_those_of_a_cache_that_keeps_all(
     kept: Play, reference: Play, act: Act
 ) -> None:
     assert kept.of(act) == reference.of(act)
+
+
+def test_later_turns_are_found_whole(kept: Play) -> None:
+    answers = kept.of(acts.chats)
+    assert [answer["cached"] for answer in answers[4:8]] == [9 * BLOCK] * 4  # of 290 + 23 tokens
+    # 40 + 100 tokens; the KV of the last is never computed.
+    assert kept.of(acts.generated)[1]["cached"] == 4 * BLOCK
+
+
+def test_a_hit_leaves_a_token_to_compute(kept: Play) -> None:
+    assert [answer["cached"] for answer in kept.of(acts.whole_blocks)] == [0, 3 * BLOCK, 3 * BLOCK]
+
+
+def test_restored_pages_are_those_computed(kept: Play) -> None:
+    pages = kept.of(inside.pages)
+    assert len(pages["computed"]) == 4
+    for layer in range(4):
+        for block in range(6):
+            assert pages["overwritten"][layer][block] != pages["computed"][layer][block]
+    assert pages["restored"] == pages["computed"]
+
+
+def test_a_corrupted_slot_changes_the_answer(kept: Play) -> None:
+    answers = kept.of(inside.corrupted)
+    assert answers["wrong"]["cached"] == answers["right"]["cached"] == 3 * BLOCK
+    assert answers["wrong"]["logprobs"] != answers["right"]["logprobs"]
+
+
+def test_salts_do_not_share(kept: Play) -> None:
+    assert kept.of(inside.salted) == {"a": 0, "b": 0, "none": 0, "a again": 3 * BLOCK}
+
+
+def test_hits_show_in_the_engines_metrics(kept: Play) -> None:
+    assert kept.of(inside.external_hits) == {
+        "cached": 5 * BLOCK,
+        "hits": 3 * BLOCK,
+        "queries": 3 * BLOCK + 3,
+        "hit_blocks": 3,
+    }
+
+
+def test_abort_before_any_step(kept: Play) -> None:
+    assert kept.of(inside.abort_before_any_step) == NOTHING
+
+
+def test_abort_with_a_promise(kept: Play) -> None:
+    facts = kept.of(inside.abort_with_a_promise)
+    assert facts["waiting"] == NOTHING | {"promised": 1, "running": 1, "pinned": 12}
+    assert facts["aborted"] == NOTHING | {"running": 1}
+    assert facts["drained"] == NOTHING
+
+
+def test_abort_after_load(kept: Play) -> None:
+    assert kept.of(inside.abort_after_load) == {"loaded": 5 * BLOCK, "drained": NOTHING}
+
+
+def test_abort_between_chunks(kept: Play) -> None:
+    facts = kept.of(inside.abort_between_chunks)
+    assert facts == {"done": 256, "used": 8, "drained": NOTHING}
+
+
+def test_abort_while_decoding(kept: Play) -> None:
+    # 60 steps have computed 99 tokens.
+    assert kept.of(inside.abort_while_decoding) == {"used": 3, "drained": NOTHING}
+
+
+def test_abort_of_the_one_that_computed_for_two(kept: Play) -> None:
+    facts = kept.of(inside.abort_one_of_two)
+    assert facts["again"] == facts["first"]
+    assert facts["drained"] == NOTHING
+
+
+def test_reset_forgets_everything(kept: Play) -> None:
+    assert kept.of(inside.reset_idle) == {"used": 3, "after": 0, "cached": 0}
+
+
+def test_reset_of_the_engine_alone_leaves_l1(kept: Play) -> None:
+    assert kept.of(inside.reset_without_the_connector) == 3 * BLOCK
+
+
+def test_reset_under_a_running_request(kept: Play) -> None:
+    assert kept.of(inside.reset_under_a_running_request) == {
+        "reset": False, "used then": 0, "used": 0, "cached": 0, "ends": NOTHING,
+    }  # fmt: skip
+
+
+def test_reset_ends_a_promise(kept: Play) -> None:
+    facts = kept.of(inside.reset_with_a_promise)
+    assert facts["waiting"]["pinned"] == 11
+    assert facts["reset"] == NOTHING
+    assert facts["drained"] == NOTHING
+    assert facts["cached"] == 0
+    assert facts["same"]
+
+
+def test_failed_load_is_computed_again(kept: Play) -> None:
+    facts = kept.of(inside.failed_load, warned=True)
+    assert facts["loads"] == [4]
+    # Nothing that the step computed is to be trusted.
+    assert facts["step"] == {"dropped": 4, "stored": 0, "held": [False] * 6, "pinned": 0}
+    assert facts["answer"]["tokens"] == facts["cold"]["tokens"]
+    assert facts["answer"]["logprobs"] == facts["cold"]["logprobs"]
+    assert facts["held"] == [True] * 6
+    assert facts["ends"] == NOTHING
+
+
+def test_failed_load_leaves_the_prefix_to_be_kept_again(kept: Play) -> None:
+    facts = kept.of(inside.failed_load_of_all_it_has, warned=True)
+    assert facts == {"held": [True] * 4, "ends": NOTHING}
+
+
+def test_failed_load_of_blocks_that_two_share(kept: Play) -> None:
+    facts = kept.of(inside.failed_load_of_two, warned=True)
+    assert facts["tokens"] == facts["again"] == facts["right"]
+    assert facts["ends"] == NOTHING
+
+
+def test_blocks_that_were_not_loaded_are_not_found_by_others(kept: Play) -> None:
+    facts = kept.of(inside.abort_after_a_failed_load, warned=True)
+    assert {"own": facts["own"], "l1": facts["l1"]} == dict.fromkeys(("own", "l1"), facts["right"])
+    assert facts["ends"] == NOTHING
+
+
+def test_failed_store_is_offered_again(kept: Play) -> None:
+    facts = kept.of(inside.failed_store, warned=True)
+    assert facts["step"] == {"failed": 4, "stored": 0, "held": [False] * 4, "pinned": 0}
+    assert facts["held"] == [True] * 4
+    assert facts["cached"] == 4 * BLOCK
+    assert facts["ends"] == NOTHING
+
+
+def test_no_end_is_open_after_all(kept: Play) -> None:
+    assert kept.of(inside.ends) == NOTHING

@@ -1,0 +1,655 @@
+"""The scheduler's half, driven as vLLM drives it, with the engine and its workers played by hand.
+
+Two ranks, blocks of 32 tokens, a real L1. What a step asks for is what a test sees of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache.connectors.vllm.messages import Acks, Shard, Step, Transfer
+from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.support import host_name
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+SHARD = 4096
+RANKS = ((0, 0), (0, 1))
+
+
+def full_attention() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+
+
+def engine_config(world: int = 2, **parallel: int) -> Any:
+    return SimpleNamespace(parallel_config=SimpleNamespace(world_size=world, **parallel))
+
+
+def cache_config(*specs: Any, hash_block_size: int | None = None) -> Any:
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"]) for spec in specs]
+    return SimpleNamespace(kv_cache_groups=groups, num_blocks=64, hash_block_size=hash_block_size)
+
+
+def shards(host: str | None = None) -> dict[tuple[int, int], Shard]:
+    return {rank: Shard(SHARD, host or host_name()) for rank in RANKS}
+
+
+def chain(name: str, tokens: int, granule: int = BLOCK) -> list[bytes]:
+    return [f"{name}/{n}".encode() for n in range(tokens // granule)]
+
+
+@dataclass
+class Request:
+    """What the connector reads of a vLLM request. `tokens` of it are known."""
+
+    request_id: str
+    num_tokens: int
+    name: str = ""  # of its chain of hashes: equal names are equal prompts
+    num_computed_tokens: int = 0
+    skip_reading_prefix_cache: bool = False
+    granule: int = BLOCK
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def block_hashes(self) -> list[bytes]:
+        return chain(self.name or self.request_id, self.num_tokens, self.granule)
+
+
+class Played:
+    """An engine whose every step is written out; block numbers are given by the test."""
+
+    def __init__(self, side: SchedulerSide) -> None:
+        self.side = side
+        self._new: list[Request] = []
+        self._resumed: list[Request] = []
+
+    def admit(
+        self, request: Request, blocks: Sequence[int], *, own: int = 0, resumed: bool = False
+    ) -> int:
+        """Look up, admit with `own` tokens in the engine's cache; give the tokens promised."""
+        tokens = self.side.matched_tokens(request, own)
+        request.blocks = list(blocks)
+        self.side.admitted(request, (request.blocks,), tokens)
+        request.num_computed_tokens = own + tokens
+        (self._resumed if resumed else self._new).append(request)
+        return tokens
+
+    def step(
+        self, *scheduled: tuple[Request, int], more: dict[str, list[int]] | None = None
+    ) -> Step:
+        """Schedule these; `more` are blocks that running requests get."""
+        more = more or {}
+        running = [r for r, _ in scheduled if r not in self._new and r not in self._resumed]
+        cached = [*running, *self._resumed]
+        output = SimpleNamespace(
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=r.request_id, block_ids=(r.blocks,)) for r in self._new
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[r.request_id for r in cached],
+                new_block_ids=[
+                    (r.blocks,)
+                    if r in self._resumed
+                    else ((more[r.request_id],) if r.request_id in more else None)
+                    for r in cached
+                ],
+                resumed_req_ids={r.request_id for r in self._resumed},
+            ),
+            num_scheduled_tokens={r.request_id: tokens for r, tokens in scheduled},
+        )
+        step = self.side.step(output)
+        assert step is not None
+        self._new, self._resumed = [], []
+        for request, tokens in scheduled:
+            request.num_computed_tokens += tokens
+        return step
+
+    def ack(self, *transfers: Transfer, failed: bool = False, ranks: int = 2) -> None:
+        """`ranks` ranks are through with these."""
+        jobs = {transfer.job for transfer in transfers}
+        self.side.acked(Acks(dict.fromkeys(jobs, ranks), jobs if failed else set()))
+
+    def keep(self, request: Request, blocks: Sequence[int]) -> Step:
+        """Compute all of `request` in one step that succeeds, and finish it."""
+        self.admit(request, blocks)
+        step = self.step((request, request.num_tokens - request.num_computed_tokens))
+        self.ack(*step.loads, *step.stores)
+        self.side.finished(request)
+        return step
+
+    @property
+    def l1(self) -> Any:
+        stats = self.side.stats()
+        assert stats is not None
+        return stats.tiers[0]
+
+    def held(self, request: Request) -> list[bool]:
+        stack = self.side._stack
+        assert stack is not None
+        return stack.front.contains(request.block_hashes)
+
+    def nothing_is_open(self) -> bool:
+        side = self.side
+        return not (
+            side._promised or side._running or side._jobs or side._loads or self.l1.pinned_slots
+        )
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, slots: int, hash_block_size: int | None) -> Played:
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(slots * SHARD * len(RANKS)))
+    side = SchedulerSide(
+        engine_config(), cache_config(full_attention(), hash_block_size=hash_block_size)
+    )
+    side.open(shards())
+    assert side._stack is not None
+    side._stack.front.slab.wait_populated()
+    return Played(side)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+    engine = opened(monkeypatch, 32, None)
+    yield engine
+    engine.side.close()
+
+
+# Stores
+
+
+def test_full_blocks_alone_are_offered(played: Played) -> None:
+    request = Request("a", 3 * BLOCK + 5)
+    played.admit(request, [7, 3, 9, 4])
+    step = played.step((request, request.num_tokens))
+    assert step.loads == []
+    [store] = step.stores
+    assert store.blocks == [7, 3, 9]
+    assert len(set(store.slots)) == 3
+    assert played.held(request) == [False] * 3  # not before both ranks said so
+    played.ack(store)
+    assert played.held(request) == [True] * 3
+
+
+def test_a_step_tells_each_rank_where_its_shard_is(played: Played) -> None:
+    request = Request("a", BLOCK)
+    played.admit(request, [0])
+    memory = played.step((request, BLOCK)).memory
+    assert memory.offsets == {(0, 0): 0, (0, 1): SHARD}
+    assert memory.slab.slot_nbytes >= 2 * SHARD
+
+
+def test_a_chunk_offers_what_it_completes(played: Played) -> None:
+    request = Request("a", 5 * BLOCK)
+    played.admit(request, [1, 2])
+    blocks = []
+    for tokens, more in [(48, []), (10, []), (60, [3, 4]), (42, [5])]:
+        step = played.step((request, tokens), more={"a": more} if more else None)
+        blocks.append([block for store in step.stores for block in store.blocks])
+        played.ack(*step.stores)
+    assert blocks == [[1], [], [2, 3], [4, 5]]
+    assert played.held(request) == [True] * 5
+
+
+def test_generated_tokens_are_kept(played: Played) -> None:
+    request = Request("a", 60)
+    played.admit(request, [1, 2])
+    played.ack(*played.step((request, 60)).stores)
+    offered = []
+    for _ in range(6):
+        request.num_tokens += 1  # sampled; computed by the next step
+        step = played.step((request, 1))
+        offered.append([store.blocks for store in step.stores])
+        played.ack(*step.stores)
+    # The fourth of these steps computes token 64.
+    assert offered == [[], [], [], [[2]], [], []]
+
+
+def test_drafted_tokens_do_not_count(played: Played) -> None:
+    request = Request("a", 60)
+    played.admit(request, [1, 2])
+    played.ack(*played.step((request, 60)).stores)
+    request.num_tokens = 61
+    step = played.step((request, 5))  # one known token and four drafted ones: up to 65
+    assert step.stores == []
+    request.num_computed_tokens = 61  # all were rejected
+    request.num_tokens = 64
+    [store] = played.step((request, 3)).stores
+    assert store.blocks == [2]
+
+
+def test_a_block_without_a_hash_is_not_offered(played: Played) -> None:
+    request = Request("a", 2 * BLOCK)
+    request.granule = 64  # one hash where there are two blocks
+    played.admit(request, [1, 2])
+    [store] = played.step((request, 64)).stores
+    assert store.blocks == [1]
+
+
+def test_blocks_of_the_engines_own_cache_are_offered(played: Played) -> None:
+    request = Request("a", 3 * BLOCK + 1)
+    assert played.admit(request, [5, 6, 7, 8], own=2 * BLOCK) == 0
+    [store] = played.step((request, BLOCK + 1)).stores
+    assert store.blocks == [5, 6, 7]
+
+
+def test_of_two_that_compute_the_same_one_stores(played: Played) -> None:
+    first, second = Request("a", 70, "same"), Request("b", 70, "same")
+    played.admit(first, [1, 2, 3])
+    played.admit(second, [1, 2, 4], own=64)
+    [store] = played.step((first, 70), (second, 6)).stores
+    assert store.blocks == [1, 2]
+
+
+def test_holes_are_filled_with_their_own_blocks(played: Played) -> None:
+    played.keep(Request("short", 2 * BLOCK, "same"), [1, 2])
+    long = Request("long", 4 * BLOCK, "same")
+    played.admit(long, [9, 8, 7, 6], own=0)
+    step = played.step((long, long.num_tokens - long.num_computed_tokens))
+    assert [load.blocks for load in step.loads] == [[9, 8]]
+    assert [store.blocks for store in step.stores] == [[7, 6]]
+
+
+def test_what_has_no_room_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = opened(monkeypatch, 2, None)
+    request = Request("a", 4 * BLOCK)
+    played.admit(request, [1, 2, 3, 4])
+    [store] = played.step((request, 4 * BLOCK)).stores
+    assert store.blocks == [1, 2]
+    played.ack(store)
+    played.side.finished(request)
+    assert played.nothing_is_open()
+    played.side.close()
+
+
+def test_hashes_finer_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = opened(monkeypatch, 8, 16)
+    request = Request("a", 3 * BLOCK + 16, granule=16)
+    step = played.keep(request, [1, 2, 3, 4])
+    assert [store.blocks for store in step.stores] == [[1, 2, 3]]
+    # A block's key is the hash of its last part, which stands for all before it.
+    assert played.held(request) == [False, True, False, True, False, True, False]
+    again = Request("b", 3 * BLOCK + 16, "a", granule=16)
+    assert played.admit(again, [4, 5, 6, 7]) == 3 * BLOCK
+    played.side.close()
+
+
+# Promises
+
+
+def test_a_hit_is_pinned_loaded_and_released(played: Played) -> None:
+    kept = played.keep(Request("a", 3 * BLOCK + 5, "same"), [1, 2, 3, 4])
+    request = Request("b", 3 * BLOCK + 5, "same")
+    assert played.admit(request, [11, 12, 13, 14]) == 3 * BLOCK
+    assert played.l1.pinned_slots == 3
+    step = played.step((request, 5))
+    [load] = step.loads
+    assert load.blocks == [11, 12, 13]
+    assert load.slots == kept.stores[0].slots
+    assert step.stores == []
+    assert played.step((request, 1)).loads == []  # once
+    played.ack(load)
+    assert played.l1.pinned_slots == 0
+
+
+def test_the_engines_own_blocks_are_not_loaded(played: Played) -> None:
+    kept = played.keep(Request("a", 5 * BLOCK, "same"), [1, 2, 3, 4, 5])
+    request = Request("b", 5 * BLOCK, "same")
+    assert played.admit(request, [11, 12, 13, 14, 15], own=2 * BLOCK) == 2 * BLOCK
+    [load] = played.step((request, BLOCK)).loads
+    assert load.blocks == [13, 14]
+    assert load.slots == kept.stores[0].slots[2:4]
+
+
+def test_a_token_is_left_to_compute(played: Played) -> None:
+    played.keep(Request("a", 2 * BLOCK, "same"), [1, 2])
+    for tokens, promised in [(2 * BLOCK, BLOCK), (2 * BLOCK + 1, 2 * BLOCK), (BLOCK, 0)]:
+        request = Request("b", tokens, "same")
+        assert played.side.matched_tokens(request, 0) == promised
+        played.side.finished(request)
+    assert played.nothing_is_open()
+
+
+def test_asking_again_pins_once(played: Played) -> None:
+    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    request = Request("b", 2 * BLOCK + 1, "same")
+    for _ in range(3):
+        assert played.side.matched_tokens(request, 0) == 2 * BLOCK
+    assert played.l1.pinned_slots == 2
+    played.side.finished(request)
+    assert played.nothing_is_open()
+
+
+def test_asking_from_elsewhere_ends_the_promise(played: Played) -> None:
+    played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
+    request = Request("b", 3 * BLOCK + 1, "same")
+    assert played.side.matched_tokens(request, 0) == 3 * BLOCK
+    assert played.side.matched_tokens(request, BLOCK) == 2 * BLOCK
+    assert played.l1.pinned_slots == 2
+    assert played.side.matched_tokens(request, 3 * BLOCK) == 0
+    assert played.l1.pinned_slots == 0
+
+
+def test_who_does_not_read_caches_is_promised_nothing(played: Played) -> None:
+    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    request = Request("b", 2 * BLOCK + 1, "same", skip_reading_prefix_cache=True)
+    assert played.admit(request, [4, 5, 6]) == 0
+    assert played.step((request, request.num_tokens)).loads == []
+    assert played.l1.pinned_slots == 0
+
+
+@pytest.mark.parametrize("taken", [0, BLOCK, 3 * BLOCK])
+def test_the_engine_takes_less_than_was_promised(played: Played, taken: int) -> None:
+    played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
+    request = Request("b", 3 * BLOCK + 1, "same", blocks=[11, 12, 13, 14])
+    played.side.matched_tokens(request, 0)
+    played.side.admitted(request, (request.blocks,), taken)
+    played._new.append(request)
+    request.num_computed_tokens = taken
+    step = played.step((request, request.num_tokens - taken))
+    loaded = [block for load in step.loads for block in load.blocks]
+    assert loaded == [11, 12, 13][: taken // BLOCK]
+    played.ack(*step.loads, *step.stores)
+    played.side.finished(request)
+    assert played.nothing_is_open()
+
+
+def test_the_promised_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = opened(monkeypatch, 4, None)
+    kept = played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    waiting = Request("b", 2 * BLOCK + 1, "same")
+    assert played.side.matched_tokens(waiting, 0) == 2 * BLOCK
+    for n in range(5):
+        step = played.keep(Request(f"traffic{n}", 3 * BLOCK), [5, 6, 7])
+        slots = {slot for store in step.stores for slot in store.slots}
+        assert not slots & set(kept.stores[0].slots)
+    assert played.admit(waiting, [8, 9, 10]) == 2 * BLOCK
+    played.side.close()
+
+
+# Ends
+
+
+def test_finished_while_copies_are_under_way(played: Played) -> None:
+    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    request = Request("b", 4 * BLOCK, "same")
+    played.admit(request, [4, 5, 6, 7])
+    step = played.step((request, 2 * BLOCK))
+    played.side.finished(request)
+    assert played.l1.pinned_slots == 4
+    played.ack(*step.loads, *step.stores)
+    assert played.nothing_is_open()
+    assert played.held(request) == [True] * 4
+
+
+def test_a_lease_ends_with_the_last_rank(played: Played) -> None:
+    request = Request("a", 2 * BLOCK)
+    played.admit(request, [1, 2])
+    [store] = played.step((request, 2 * BLOCK)).stores
+    played.ack(store, ranks=1)
+    assert played.held(request) == [False] * 2
+    assert played.l1.pinned_slots == 2
+    played.ack(store, ranks=1)
+    assert played.held(request) == [True] * 2
+    assert played.l1.pinned_slots == 0
+
+
+@pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
+def test_one_rank_that_fails_a_store_fails_it(played: Played, failed: tuple[bool, bool]) -> None:
+    request = Request("a", 2 * BLOCK)
+    played.admit(request, [1, 2])
+    [store] = played.step((request, 2 * BLOCK)).stores
+    for outcome in failed:
+        played.ack(store, ranks=1, failed=outcome)
+    assert played.held(request) == [False] * 2
+    assert played.l1.pinned_slots == played.l1.used_blocks == 0
+
+
+@pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
+def test_one_rank_that_fails_a_load_drops_it(played: Played, failed: tuple[bool, bool]) -> None:
+    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    request = Request("b", 2 * BLOCK + 1, "same")
+    played.admit(request, [4, 5, 6])
+    [load] = played.step((request, 1)).loads
+    for outcome in failed:
+        played.ack(load, ranks=1, failed=outcome)
+    assert played.held(request) == [False] * 2
+    assert played.l1.pinned_slots == played.l1.used_blocks == 0
+    assert played.l1.dropped_blocks == 2
+
+
+def test_a_failed_store_is_offered_again_from_its_place(played: Played) -> None:
+    request = Request("a", 5 * BLOCK)
+    played.admit(request, [1, 2, 3, 4, 5])
+    played.ack(*played.step((request, 2 * BLOCK)).stores)
+    [failing] = played.step((request, BLOCK)).stores
+    assert failing.blocks == [3]
+    played.ack(failing, failed=True)
+    [again] = played.step((request, BLOCK)).stores
+    assert again.blocks == [3, 4]
+    played.ack(again)
+    assert played.held(request) == [True] * 4 + [False]
+
+
+def test_a_failed_load_is_computed_and_offered_again(played: Played) -> None:
+    played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
+    request = Request("b", 3 * BLOCK + 1, "same")
+    played.admit(request, [5, 6, 7, 8])
+    step = played.step((request, 1))
+    played.ack(*step.loads, *step.stores, failed=True)
+    request.num_computed_tokens = 0  # what vLLM makes of it
+    [again] = played.step((request, request.num_tokens)).stores
+    assert again.blocks == [5, 6, 7]
+
+
+def test_a_resumed_request_has_other_blocks(played: Played) -> None:
+    request = Request("a", 3 * BLOCK)
+    played.admit(request, [1, 2, 3])
+    step = played.step((request, BLOCK))
+    played.ack(*step.stores, failed=True)
+    request.num_computed_tokens = 0  # preempted
+    played.admit(request, [21, 22, 23], resumed=True)
+    [store] = played.step((request, 3 * BLOCK)).stores
+    assert store.blocks == [21, 22, 23]
+
+
+def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: Played) -> None:
+    request = Request("a", 3 * BLOCK)
+    played.admit(request, [1, 2, 3])
+    [late] = played.step((request, BLOCK)).stores
+    request.num_computed_tokens = 0
+    played.admit(request, [21, 22, 23], resumed=True)
+    [store] = played.step((request, 2 * BLOCK)).stores
+    assert store.blocks == [22]  # the first is still being copied, from where it was
+    played.ack(late, failed=True)
+    played.ack(store)
+    played.side.finished(request)
+    assert played.held(request) == [False, True, False]
+    assert played.nothing_is_open()
+
+
+# Resets
+
+
+def test_reset_ends_promises(played: Played) -> None:
+    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    request = Request("b", 2 * BLOCK + 1, "same")
+    played.side.matched_tokens(request, 0)
+    played.side.reset()
+    assert played.l1.used_blocks == 0
+    assert played.nothing_is_open()
+    assert played.admit(request, [4, 5, 6]) == 0
+
+
+def test_reset_while_a_store_is_under_way(played: Played) -> None:
+    request = Request("a", 2 * BLOCK)
+    played.admit(request, [1, 2])
+    [store] = played.step((request, 2 * BLOCK)).stores
+    played.ack(store, ranks=1)
+    played.side.reset()
+    played.ack(store, ranks=1)
+    assert played.held(request) == [False] * 2
+    assert played.nothing_is_open()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_reset_while_a_load_is_under_way(played: Played, failed: bool) -> None:
+    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    request = Request("b", 2 * BLOCK + 1, "same")
+    played.admit(request, [4, 5, 6])
+    [load] = played.step((request, 1)).loads
+    played.side.reset()
+    assert played.l1.pinned_slots == 2  # still read
+    played.ack(load, failed=failed)
+    assert played.held(request) == [False] * 2
+    assert played.nothing_is_open()
+
+
+def test_what_runs_on_after_a_reset_is_not_kept(played: Played) -> None:
+    request = Request("a", 4 * BLOCK)
+    played.admit(request, [1, 2, 3, 4])
+    played.ack(*played.step((request, BLOCK)).stores)
+    played.side.reset()
+    assert played.step((request, 3 * BLOCK)).stores == []
+    assert played.l1.used_blocks == 0
+
+
+def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: Played) -> None:
+    request = Request("a", 4 * BLOCK)
+    played.admit(request, [1, 2, 3, 4])
+    [store] = played.step((request, BLOCK)).stores
+    played.side.reset()
+    played.ack(store, failed=True)
+    assert played.step((request, 3 * BLOCK)).stores == []
+    assert played.nothing_is_open()
+
+
+def test_what_starts_again_after_a_reset_is_kept(played: Played) -> None:
+    request = Request("a", 2 * BLOCK)
+    played.admit(request, [1, 2])
+    played.ack(*played.step((request, BLOCK)).stores)
+    request.num_computed_tokens = 0  # preempted
+    played.side.reset()
+    assert played.admit(request, [3, 4], resumed=True) == 0
+    [store] = played.step((request, 2 * BLOCK)).stores
+    assert store.blocks == [3, 4]
+
+
+# Refusals
+
+
+def sliding_window() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=64
+    )
+
+
+def mamba() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    return MambaSpec(block_size=BLOCK, shapes=((2, 2),), dtypes=(torch.float32,))
+
+
+def mixed() -> Any:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return UniformTypeKVCacheSpecs(
+        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": sliding_window()}
+    )
+
+
+def not_causal() -> Any:
+    from dataclasses import replace
+
+    return replace(full_attention(), non_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("specs", "reason"),
+    [
+        ([full_attention, full_attention], "2 KV cache groups"),
+        ([], "0 KV cache groups"),
+        ([sliding_window], "SlidingWindowSpec"),
+        ([mamba], "MambaSpec"),
+        ([mixed], "SlidingWindowSpec"),
+        # What such a layer computes of a block depends on the tokens after it.
+        ([not_causal], "causal"),
+    ],
+    ids=["two groups", "no group", "sliding window", "mamba", "mixed", "not causal"],
+)
+def test_a_cache_that_cannot_be_kept(
+    specs: list[Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]))
+    side.open({})
+    played = Played(side)
+    request = Request("a", 3 * BLOCK)
+    assert played.admit(request, [1, 2, 3]) == 0
+    with pytest.raises(AssertionError):
+        played.step((request, 3 * BLOCK))  # None: there is nothing to do
+    side.finished(request)
+    side.reset()
+    assert side.stats() is None
+    side.close()
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallel_cannot_be_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    side = SchedulerSide(engine_config(**{name: 2}), cache_config(full_attention()))
+    assert side.matched_tokens(Request("a", 100), 0) == 0
+    [record] = caplog.records
+    assert f"{name} is 2" in record.getMessage()
+
+
+def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    spec = UniformTypeKVCacheSpecs(
+        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": full_attention()}
+    )
+    side = SchedulerSide(engine_config(), cache_config(spec))
+    assert side._refusal is None
+
+
+def test_a_missing_rank_is_an_error() -> None:
+    side = SchedulerSide(engine_config(), cache_config(full_attention()))
+    with pytest.raises(RuntimeError, match="1 of 2 workers"):
+        side.open({(0, 0): Shard(SHARD, host_name())})
+
+
+def test_a_rank_on_another_host_is_an_error() -> None:
+    side = SchedulerSide(engine_config(), cache_config(full_attention()))
+    elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere")}
+    with pytest.raises(RuntimeError, match=r"tensor rank 1 is on another host \(elsewhere\)"):
+        side.open(elsewhere)
+
+
+def test_workers_that_said_nothing_are_an_error() -> None:
+    played = Played(SchedulerSide(engine_config(), cache_config(full_attention())))
+    request = Request("a", BLOCK)
+    played.admit(request, [1])
+    with pytest.raises(RuntimeError, match="never said"):
+        played.step((request, BLOCK))
+
+
+def test_acks_of_ranks_add_up() -> None:
+    acks = Acks({1: 1, 2: 1}, {2}).aggregate(Acks({1: 1, 3: 1}, {1}))
+    assert acks.ranks == {1: 2, 2: 1, 3: 1}
+    assert acks.failed == {1, 2}

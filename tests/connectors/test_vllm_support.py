@@ -1,0 +1,64 @@
+"""Which vLLM is accepted, and that it finds the connector by its name alone."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache.connectors.vllm import plugin
+from kvcache.connectors.vllm.support import check_version, host_name
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(
+    "version", ["0.29.0", "0.29.0rc1", "0.32.0+cpu", "0.100.1", "1.0.0", "2.3"]
+)
+def test_new_enough(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize(
+    "version", ["dev", "0.0.0", "0.1.dev12345+gabcdef012", "0.33.0.dev7+gabcdef012.cpu", "unknown"]
+)
+def test_builds_from_source_are_taken_at_their_word(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.28.9rc1", "0.9.2", "0.1.7", "0.11.0+cu129"])
+def test_too_old(version: str) -> None:
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.29 or newer; this is ") as caught:
+        check_version(version)
+    assert version in str(caught.value)
+
+
+def test_a_host_is_the_same_to_all_its_processes() -> None:
+    assert host_name() == host_name()
+    assert host_name().count("/") >= 2
+
+
+def test_the_plugin_makes_the_name_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
+
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    monkeypatch.setattr(KVConnectorFactory, "_registry", dict(KVConnectorFactory._registry))
+    KVConnectorFactory._registry.pop(plugin.NAME, None)
+    plugin.register()
+    plugin.register()  # vLLM calls it in every process, and again
+    config = KVTransferConfig(kv_connector=plugin.NAME, kv_role="kv_both")
+    found = KVConnectorFactory.get_connector_class(config)
+    assert found is KVCacheConnector
+    assert found.__name__ == plugin.NAME  # vLLM's statistics look classes up by their name
+    assert supports_hma(found)
+
+
+def test_hits_count_as_host_memory() -> None:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    assert KVCacheConnector._cache_hit_source is CacheHitSource.HOST

@@ -1,0 +1,243 @@
+"""The worker's half: where pages lie, and that a copy that fails is an answer."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from kvcache.connectors.vllm.messages import Memory, Step, Transfer
+from kvcache.connectors.vllm.worker import WorkerSide, layer_pages
+from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
+
+pytestmark = pytest.mark.engine
+
+BLOCKS = 4
+
+
+def bytes_of(pages: Any, block: int) -> bytes:
+    return ctypes.string_at(pages.address + block * pages.stride, pages.nbytes)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+# Where pages lie
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_contiguous_pages(dtype: torch.dtype) -> None:
+    cache = torch.randint(0, 100, (BLOCKS, 2, 32, 8)).to(dtype)
+    pages = layer_pages("layer", cache, BLOCKS)
+    assert pages.count == BLOCKS
+    for block in range(BLOCKS):
+        assert bytes_of(pages, block) == tensor_bytes(cache[block])
+
+
+def test_a_layer_inside_the_storage_of_all() -> None:
+    """As vLLM registers it: all layers are views of one storage."""
+    storage = torch.randint(0, 100, (3, BLOCKS, 2, 32, 8), dtype=torch.int16)
+    for layer in range(3):
+        pages = layer_pages("layer", storage[layer], BLOCKS)
+        assert bytes_of(pages, 2) == tensor_bytes(storage[layer, 2])
+
+
+def test_layers_interleaved() -> None:
+    """A block-outermost layout: between two pages of a layer lie those of the others."""
+    storage = torch.randint(0, 100, (BLOCKS, 3, 2, 32, 8), dtype=torch.int16)
+    for layer in range(3):
+        pages = layer_pages("layer", storage[:, layer], BLOCKS)
+        assert pages.stride == 3 * pages.nbytes
+        for block in range(BLOCKS):
+            assert bytes_of(pages, block) == tensor_bytes(storage[block, layer])
+
+
+def test_blocks_of_several_kernel_blocks() -> None:
+    cache = torch.randint(0, 100, (BLOCKS * 4, 2, 32, 8), dtype=torch.int16)
+    pages = layer_pages("layer", cache, BLOCKS)
+    assert pages.count == BLOCKS
+    for block in range(BLOCKS):
+        assert bytes_of(pages, block) == tensor_bytes(cache[4 * block : 4 * block + 4])
+
+
+def test_kernel_blocks_apart_are_refused() -> None:
+    storage = torch.zeros((BLOCKS * 2, 3, 2, 32, 8), dtype=torch.int16)
+    with pytest.raises(RuntimeError, match=r"layer one splits a block into 2 pieces .* 3072 bytes"):
+        layer_pages("one", storage[:, 1], BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        torch.zeros((BLOCKS, 32, 2, 8)).transpose(1, 2),  # tokens before heads
+        torch.zeros((2, BLOCKS, 32, 8)).transpose(0, 1),  # blocks under heads
+        torch.zeros((BLOCKS + 1, 2, 32, 8)),
+    ],
+    ids=["strided in a page", "page in two halves", "no whole number"],
+)
+def test_what_is_not_pages_is_refused(cache: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError, match=r"layer one, shape .* is not 4 blocks of contiguous"):
+        layer_pages("one", cache, BLOCKS)
+
+
+def test_another_device_is_refused() -> None:
+    cache = torch.zeros((BLOCKS, 2, 32, 8), device="meta")
+    with pytest.raises(RuntimeError, match=r"layer one is on meta; .* host memory only"):
+        layer_pages("one", cache, BLOCKS)
+
+
+# Copies
+
+
+class Copier:
+    """Stands in for the page copier; the calls whose number is in `failing` raise."""
+
+    def __init__(self, *failing: int) -> None:
+        self.failing = failing
+        self.calls: list[tuple[str, list[int], list[int]]] = []
+
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        self._call("gather", blocks, slots)
+
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        self._call("scatter", slots, blocks)
+
+    def close(self) -> None:
+        pass
+
+    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self.calls.append((name, list(sources), list(targets)))
+        if len(self.calls) - 1 in self.failing:
+            raise OSError("fails")
+
+
+NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
+
+
+def step(memory: Memory = NOWHERE) -> Step:
+    return Step(
+        memory,
+        loads=[Transfer(1, [10, 11], [0, 1]), Transfer(2, [12], [2])],
+        stores=[Transfer(3, [13], [3]), Transfer(4, [14, 15], [4, 5])],
+    )
+
+
+def side(copier: Copier | None = None) -> WorkerSide:
+    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["one", "two"])])
+    config.num_blocks = 16
+    worker = WorkerSide(config, (0, 0), 1)
+    worker.copier = copier  # type: ignore[assignment]
+    return worker
+
+
+def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[int]]:
+    """One step as the model runner makes it: bad blocks, acked jobs, failed jobs."""
+    worker.load(what)
+    worker.store(what)
+    bad, acks = worker.take_bad_blocks(), worker.take_acks()
+    assert worker.take_acks() is None
+    assert worker.take_bad_blocks() == set()
+    return (bad, acks.ranks, acks.failed) if acks else (bad, {}, set())
+
+
+def test_a_step_that_succeeds() -> None:
+    copier = Copier()
+    assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+    assert copier.calls == [
+        ("scatter", [0, 1], [10, 11]),
+        ("scatter", [2], [12]),
+        ("gather", [13], [3]),
+        ("gather", [14, 15], [4, 5]),
+    ]
+
+
+def test_a_load_that_fails_leaves_the_other_but_no_store() -> None:
+    copier = Copier(0)
+    assert play(side(copier), step()) == ({10, 11}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 3, 4})
+    assert [name for name, *_ in copier.calls] == ["scatter", "scatter"]
+
+
+def test_a_store_that_fails_is_no_load_error() -> None:
+    assert play(side(Copier(3)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
+
+
+def test_the_step_after_a_failure_stores_again() -> None:
+    worker = side(Copier(0))
+    play(worker, step())
+    assert play(worker, step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+
+
+def test_an_empty_step_says_nothing() -> None:
+    assert play(side(Copier()), Step(NOWHERE)) == (set(), {}, set())
+
+
+def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:
+    caches = {
+        name: torch.randint(0, 100, (16, 2, 32, 8), dtype=torch.int16) for name in ("one", "two")
+    }
+    worker = side()
+    worker.register(caches | {"alias": caches["one"]})
+    return worker, caches
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        NOWHERE,
+        Memory(SlabDescriptor("/proc/self/fd/0", "kvcache-other", 8, 4096), {(0, 0): 0}),
+        Memory(NOWHERE.slab, {(0, 1): 0}),
+    ],
+    ids=["nothing there", "other memory", "not of this rank"],
+)
+def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
+    memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = registered()
+    assert play(worker, step(memory)) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
+    assert any("load of 2 blocks failed" in record.getMessage() for record in caplog.records)
+    worker.close()
+
+
+def test_pages_go_to_the_shard_of_their_rank_and_back() -> None:
+    worker, caches = registered()
+    shard = worker.shard()
+    assert shard is not None
+    page = caches["one"][0].nbytes
+    assert shard.nbytes == 2 * page  # an alias is no layer of its own
+    slab = Slab.create(4, slot_nbytes_for(3 * shard.nbytes))
+    memory = Memory(slab.descriptor, {(0, 0): shard.nbytes})  # the second of three ranks
+    computed = {name: cache.clone() for name, cache in caches.items()}
+    stored = Step(memory, stores=[Transfer(1, [5, 9], [3, 0])])
+    assert play(worker, stored) == (set(), {1: 1}, set())
+    for slot, block in [(3, 5), (0, 9)]:
+        view = bytes(slab.view(slot))
+        end = 2 * shard.nbytes
+        assert view[shard.nbytes : end] == b"".join(
+            tensor_bytes(computed[name][block]) for name in ("one", "two")
+        )
+        assert not any(view[: shard.nbytes])
+        assert not any(view[end:])
+    for cache in caches.values():
+        cache.zero_()
+    loaded = Step(memory, loads=[Transfer(2, [2, 7], [0, 3])])
+    assert play(worker, loaded) == (set(), {2: 1}, set())
+    for name, cache in caches.items():
+        assert torch.equal(cache[2], computed[name][9])
+        assert torch.equal(cache[7], computed[name][5])
+        others = [block for block in range(16) if block not in (2, 7)]
+        assert not cache[others].any()
+    worker.close()
+    worker.close()  # twice is allowed
+    slab.close()
+
+
+def test_before_anything_is_registered_there_is_no_shard() -> None:
+    assert side().shard() is None

@@ -1,0 +1,215 @@
+"""The contract suite passes on right tiers, and each test of it fails on some tier that is wrong.
+
+A wrong tier is a right one with one thing changed.
+"""
+
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from kvcache.testing import TierTests
+from kvcache.tier import Tier
+from tests.core.wrongs import failures, tests_of
+
+NBYTES = TierTests.block_nbytes
+ROOM = TierTests.room_blocks
+
+
+class DictTier(Tier):
+    """The plainest right tier."""
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, bytes] = {}
+        self.closed = False
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [key in self.held for key in keys]
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        return [self.load_one(key, buffer) for key, buffer in zip(keys, into, strict=True)]
+
+    def load_one(self, key: bytes, buffer: memoryview) -> int:
+        block = self.held.get(key, b"")
+        buffer[: len(block)] = block
+        return len(block)
+
+    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        return [self.store_one(key, block) for key, block in zip(keys, blocks, strict=True)]
+
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        self.held.setdefault(key, bytes(block))
+        return True
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.held.pop(key, None)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class TestDictTier(TierTests):
+    @pytest.fixture
+    def tier(self) -> DictTier:
+        return DictTier()
+
+
+class ForgetsTheOrder(DictTier):
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return sorted(super().contains(keys))
+
+
+class HoldsEverything(DictTier):
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [True] * len(keys)
+
+
+class StopsAtAMiss(DictTier):
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        written = super().load(keys, into)
+        return written[: written.index(0)] if 0 in written else written
+
+
+class WipesOnAMiss(DictTier):
+    def load_one(self, key: bytes, buffer: memoryview) -> int:
+        if key not in self.held:
+            buffer[:] = bytes(len(buffer))
+        return super().load_one(key, buffer)
+
+
+class WritesPastABlock(DictTier):
+    def load_one(self, key: bytes, buffer: memoryview) -> int:
+        if key in self.held:
+            buffer[:] = bytes(len(buffer))
+        return super().load_one(key, buffer)
+
+
+class LosesTheLastByte(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        self.held.setdefault(key, bytes(block[:-1]) + b"\0")
+        return True
+
+
+class ReadsOnce(DictTier):
+    def load_one(self, key: bytes, buffer: memoryview) -> int:
+        written = super().load_one(key, buffer)
+        self.held.pop(key, None)
+        return written
+
+
+class Overwrites(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        self.held[key] = bytes(block)
+        return True
+
+
+class DeclinesWhatItHolds(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        return key not in self.held and super().store_one(key, block)
+
+
+class NeedsAKey(DictTier):
+    def remove(self, keys: Sequence[bytes]) -> None:
+        super().remove([keys[0], *keys])
+
+
+class MissesAreErrors(DictTier):
+    def remove(self, keys: Sequence[bytes]) -> None:
+        for key in set(keys):
+            del self.held[key]
+
+
+class RemovesAll(DictTier):
+    def remove(self, keys: Sequence[bytes]) -> None:
+        self.held.clear()
+
+
+class RemovesNothing(DictTier):
+    def remove(self, keys: Sequence[bytes]) -> None:
+        pass
+
+
+class CutsKeys(DictTier):
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return super().contains([key[:16] for key in keys])
+
+    def load_one(self, key: bytes, buffer: memoryview) -> int:
+        return super().load_one(key[:16], buffer)
+
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        return super().store_one(key[:16], block)
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        super().remove([key[:16] for key in keys])
+
+
+class KeysAreText(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        if b"\n" in key and b"/" in key:
+            raise ValueError("no such name")
+        return super().store_one(key, block)
+
+
+class IsSmall(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        return len(self.held) < ROOM - 1 and super().store_one(key, block)
+
+
+class KeepsTheBuffer(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        self.held.setdefault(key, block)  # type: ignore[arg-type]
+        return True
+
+
+class ClosesOnce(DictTier):
+    def close(self) -> None:
+        if self.held and self.closed:
+            raise RuntimeError("closed already")
+        super().close()
+
+
+class SharesABuffer(DictTier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scratch = bytearray(NBYTES)
+
+    def load_one(self, key: bytes, buffer: memoryview) -> int:
+        if key not in self.held:
+            return 0
+        self.scratch[:] = self.held[key]
+        time.sleep(0.001)  # the copy takes its time; another thread's overtakes it
+        buffer[:NBYTES] = self.scratch
+        return NBYTES
+
+
+WRONG_TIERS: dict[type[DictTier], set[str]] = {
+    ForgetsTheOrder: {"test_answers_are_per_key_and_in_order"},
+    HoldsEverything: {"test_blocks_come_back_as_they_were"},
+    StopsAtAMiss: {"test_answers_are_per_key_and_in_order"},
+    WipesOnAMiss: {"test_blocks_come_back_as_they_were"},
+    WritesPastABlock: {"test_blocks_come_back_as_they_were"},
+    LosesTheLastByte: {"test_blocks_come_back_as_they_were"},
+    ReadsOnce: {"test_blocks_come_back_as_they_were"},
+    Overwrites: {"test_a_held_key_stays_as_it_is", "test_a_key_twice_in_a_batch"},
+    DeclinesWhatItHolds: {"test_a_held_key_stays_as_it_is", "test_a_key_twice_in_a_batch"},
+    NeedsAKey: {"test_empty_batches"},
+    MissesAreErrors: {"test_remove_forgets_these_and_no_others"},
+    RemovesAll: {"test_remove_forgets_these_and_no_others"},
+    RemovesNothing: {"test_remove_forgets_these_and_no_others"},
+    CutsKeys: {"test_keys_of_any_length_and_any_bytes"},
+    KeysAreText: {"test_keys_of_any_length_and_any_bytes"},
+    IsSmall: {"test_as_many_blocks_as_there_is_room_for"},
+    KeepsTheBuffer: {"test_bytes_are_copied_in_and_out"},
+    ClosesOnce: {"test_closing_twice"},
+    SharesABuffer: {"test_several_threads"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TIERS, ids=lambda wrong: wrong.__name__)
+def test_a_wrong_tier_fails(wrong: type[DictTier]) -> None:
+    assert failures(TierTests, wrong) >= WRONG_TIERS[wrong]
+
+
+def test_every_test_can_fail() -> None:
+    assert set().union(*WRONG_TIERS.values()) == tests_of(TierTests)
