@@ -234,6 +234,10 @@ def test_a_block_without_a_hash_is_not_offered(played: Played) -> None:
     played.admit(request, [1, 2])
     [store] = played.step((request, 64)).stores
     assert store.blocks == [1]
+    request.num_tokens += 1
+    request.granule = BLOCK  # now it has one
+    [store] = played.step((request, 1)).stores
+    assert store.blocks == [2]
 
 
 def test_blocks_of_the_engines_own_cache_are_offered(played: Played) -> None:
@@ -326,6 +330,7 @@ def test_asking_again_pins_once(played: Played) -> None:
     for _ in range(3):
         assert played.side.matched_tokens(request, 0) == 2 * BLOCK
     assert played.l1.pinned_slots == 2
+    assert played.l1.hit_blocks == 2  # and counts once
     played.side.finished(request)
     assert played.nothing_is_open()
 

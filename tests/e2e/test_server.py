@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.e2e.engine import BLOCK, TAIL, Setup, environment, prompt
 pytestmark = pytest.mark.engine
 
 START_S = 300.0
+END_S = 60.0
 
 
 def documented_settings() -> str:
@@ -132,9 +134,13 @@ def test_hits_show_in_usage_and_metrics(server: Server) -> None:
 def test_no_memory_is_left_when_it_ends(server: Server) -> None:
     """The last test of the module: it ends the server."""
     family = processes.family(server.process.pid)
-    assert [pid for pid in family if processes.slabs_of(pid)]
-    server.process.terminate()
-    server.process.wait()
-    left = [pid for pid in family if Path(f"/proc/{pid}").exists() and processes.slabs_of(pid)]
-    assert not left
     assert os.getpid() not in family
+    assert [pid for pid in family if processes.slabs_of(pid)]
+    alive = [os.pidfd_open(pid) for pid in family]
+    server.process.terminate()
+    for pidfd in alive:
+        ended, _, _ = select.select([pidfd], [], [], END_S)
+        os.close(pidfd)
+        assert ended, "a process of the server's has not ended"
+    server.process.wait()
+    assert not [pid for pid in family if processes.slabs_of(pid)]
