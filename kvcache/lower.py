@@ -2,8 +2,8 @@
 
 1. ``begin`` and ``_store`` are the doors to a lower tier: one deadline, one breaker, one rule for
    failure, which is that whatever goes wrong is a miss or a decline, counted, never an exception.
-2. A call that outlives its deadline goes on; the memory it was given stays under lease until it ends.
-3. Loads go before stores: a thread takes the first load that waits, and a store only when none does.
+2. A call that outlives its deadline goes on; the memory it was given stays under lease until then.
+3. Loads go before stores: a thread takes the first load that waits, a store only when none does.
 4. What waits to be written is pinned in L1 and bounded in bytes. What does not fit is dropped, the
    tail of a chain first, and counted.
 5. A block is called by the namespace and its key, joined. ``clear`` takes a namespace that nobody
@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, TimeoutError
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -38,7 +38,7 @@ PIECE_NBYTES = 16 << 20  # of one call: what a deadline is for, and what a load 
 
 @dataclass(frozen=True, slots=True)
 class LowerStats:
-    """What a lower tier was asked and did since it was opened. Counts are in blocks but the last."""
+    """What a lower tier was asked and did since it was opened. Most counts are in blocks."""
 
     lookup_blocks: int
     hit_blocks: int  # of these held
@@ -61,7 +61,7 @@ class Lower:
         front: the L1 whose slots are read and filled.
         space: the namespace of the blocks.
         deadline_s: what a caller waits for one answer.
-        queue_nbytes: of blocks that wait to be written.
+        queue_nbytes: of blocks that wait to be written; a quarter of L1 at most.
         threads: calls under way at once.
         clock: seconds.
     """
@@ -84,7 +84,8 @@ class Lower:
         self.deadline_s = deadline_s
         self.blocks_per_call = max(1, PIECE_NBYTES // front.block_nbytes)
         self._front = front
-        self._queue_nbytes = queue_nbytes
+        # What waits is pinned: a slow tier may not take L1 from those who use it.
+        self._queue_blocks = min(queue_nbytes // front.block_nbytes, front.slab.slots // 4)
         self._breaker = Breaker(clock)
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
         self._order = itertools.count()
@@ -170,9 +171,8 @@ class Lower:
         """
         if not keys:
             return
-        nbytes = self._front.block_nbytes
         with self._lock:
-            room = 0 if self.asleep or self._closed else self._queue_nbytes // nbytes
+            room = 0 if self.asleep or self._closed else self._queue_blocks
             taken = max(0, min(len(keys), room - self._waiting_blocks))
             self._waiting_blocks += taken
         self._count(dropped_blocks=len(keys) - taken)
@@ -265,7 +265,7 @@ class Lower:
             return LowerStats(**(self._counts | {"queued_nbytes": queued}))
 
     def close(self, flush_s: float) -> None:
-        """Write what waits, for ``flush_s`` at most; what then still waits is dropped and counted."""
+        """Write what waits, for ``flush_s`` at most; what still waits then is dropped, counted."""
         self.flush(flush_s)
         self._closed = True
         for _ in self._threads:

@@ -1,8 +1,8 @@
 """A stack of tiers, as an engine sees it: match, fetch, reserve.
 
 1. Only the stack knows the prefix rule, the write policy, the spans, and who holds what.
-2. ``match`` answers with a value that ``fetch`` takes; what ``fetch`` gives is pinned in L1, and may
-   be shorter than the match, never longer. Promise an engine only what has been fetched.
+2. ``match`` answers with a value that ``fetch`` takes; what ``fetch`` gives is pinned in L1, and
+   may be shorter than the match, never longer. Promise an engine only what has been fetched.
 3. What L1 alone can answer is answered in the caller's thread: the future is done when given.
 4. What comes up from a lower tier is pinned before it is there, read once however many ask for it,
    and cut at the first hole: a block is never taken for its neighbour.
@@ -142,7 +142,7 @@ class Stack:
         """Bring the longest prefix of ``keys`` into L1, and promise nothing.
 
         Returns:
-            a future, done when what can be had is in L1; ``None`` when there is nothing to wait for.
+            a future, done when what can be had is in L1; ``None`` when there is nothing to do.
         """
         held = self.front.contains(keys) if self._anyone_below() else []
         if all(held):
@@ -194,7 +194,7 @@ class Stack:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every lower tier was offered what was stored; whether that came about."""
-        return all([lower.flush(timeout_s) for lower in self._lower])
+        return all(lower.flush(timeout_s) for lower in self._lower)
 
     def stats(self) -> StackStats:
         """Counts at this moment."""
@@ -287,7 +287,7 @@ class Stack:
             read: Future[None] = Future()
             self._coming.update(dict.fromkeys(mine, read))
 
-        def ended(lease: Lease, failed: frozenset[bytes]) -> None:
+        def ended(lease: Lease, _: frozenset[bytes]) -> None:
             with self._lock:
                 for key in lease.keys:
                     del self._coming[key]
