@@ -126,6 +126,8 @@ class Stack:
 
     def fetch(self, match: Match, *, context: Context | None = None) -> Future[Lease]:
         """Bring the blocks of ``match`` into L1 and pin them until the lease ends."""
+        if not match.blocks:
+            return _done(self.front.pin(()))
         span = telemetry.start(telemetry.LOAD, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
@@ -137,6 +139,15 @@ class Stack:
             return lease
 
         return self._waiters.submit(bring) if any(match.sources) else _done(bring())
+
+    def fetch_here(
+        self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
+    ) -> Lease:
+        """Match and fetch at once what L1 has by itself of ``keys[start:]``; waits for nobody."""
+        span = telemetry.start(telemetry.LOOKUP, context)
+        match = Match(keys, start, self.front.access(keys, start))
+        self._looked(span, match)
+        return self.fetch(match, context=context).result()
 
     def prefetch(self, keys: Sequence[bytes]) -> Future[None] | None:
         """Bring the longest prefix of ``keys`` into L1, and promise nothing.

@@ -100,6 +100,9 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         self._scheduler.open(metadata)
 
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler.arrived(request)
+
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ class SchedulerSide:
             self._hashes_per_block = self._block_tokens // hashed
         self._stack: Stack | None = None
         self._memory: Memory | None = None
+        self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
         self._promised: dict[str, tuple[int, Lease]] = {}
         self._running: dict[str, _Running] = {}
         self._jobs: dict[int, _Job] = {}
@@ -114,18 +116,32 @@ class SchedulerSide:
 
     # Before a request is admitted
 
-    def matched_tokens(self, request: Request, computed: int) -> int:
-        """Tokens beyond ``computed`` that are in L1, pinned for this request from now on."""
+    def arrived(self, request: Request) -> None:
+        """A request is waiting: what lower tiers have of it begins to come up."""
+        if self._stack is None or request.skip_reading_prefix_cache:
+            return
+        coming = self._stack.prefetch(self._prompt_keys(request))
+        if coming is not None:
+            self._coming[request.request_id] = coming
+
+    def matched_tokens(self, request: Request, computed: int) -> int | None:
+        """Tokens beyond ``computed`` that are in L1, pinned for this request from now on.
+
+        ``None`` while lower tiers are still being read for it: ask again.
+        """
         stack = self._stack
         if stack is None or request.skip_reading_prefix_cache:
             return 0
+        if (coming := self._coming.get(request.request_id)) is not None:
+            if not coming.done():  # it has a deadline
+                return None
+            del self._coming[request.request_id]
         start = computed // self._block_tokens
         promised = self._promised.get(request.request_id)
         if promised is not None and promised[0] == start:
             return len(promised[1]) * self._block_tokens
         self._withdraw(request.request_id)
-        keys = self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
-        lease = stack.fetch(stack.match(keys, start).result()).result()
+        lease = stack.fetch_here(self._prompt_keys(request), start)
         if not lease.keys:
             lease.end()
             return 0
@@ -155,6 +171,7 @@ class SchedulerSide:
     def finished(self, request: Request) -> None:
         """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
         self._withdraw(request.request_id)
+        self._coming.pop(request.request_id, None)
         self._running.pop(request.request_id, None)
 
     # Every step
@@ -248,6 +265,10 @@ class SchedulerSide:
         per = self._hashes_per_block
         keys: list[bytes] = request.block_hashes[first * per + per - 1 : end * per : per]
         return keys
+
+    def _prompt_keys(self, request: Request) -> list[bytes]:
+        """The keys of all blocks of which one token at least is left to compute after them."""
+        return self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
 
     def _withdraw(self, request_id: str) -> None:
         _, lease = self._promised.pop(request_id, (0, None))
