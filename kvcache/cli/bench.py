@@ -86,7 +86,8 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     target = Slab.create(blocks, BLOCK)
     target.populate()
     target.wait_populated()
-    plain = np.frombuffer((c_uint8 * target.nbytes).from_address(target.address), dtype=np.uint8)
+    memory = (c_uint8 * target.nbytes).from_address(target.address)
+    plain = np.frombuffer(memoryview(memory), dtype=np.uint8)
     shares = (np.array_split(side, threads) for side in (plain, engine[: plain.size]))
     parts = list(zip(*shares, strict=True))
 

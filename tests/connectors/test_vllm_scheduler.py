@@ -276,6 +276,18 @@ def test_what_has_no_room_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None
     played.side.close()
 
 
+def test_a_chain_stored_in_pieces_loses_its_tail_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = opened(monkeypatch, 2, None)
+    request = Request("a", 2 * BLOCK)
+    played.admit(request, [1, 2])
+    for _ in range(2):
+        played.ack(*played.step((request, BLOCK)).stores)
+    played.side.finished(request)
+    played.keep(Request("b", BLOCK), [3])
+    assert played.held(request) == [True, False]
+    played.side.close()
+
+
 def test_hashes_finer_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     played = opened(monkeypatch, 8, 16)
     request = Request("a", 3 * BLOCK + 16, granule=16)

@@ -60,7 +60,7 @@ class Request:
     @property
     def block_hashes(self) -> list[bytes]:
         return [
-            f"{self.family if n < SHARED else self.request_id[-1]}/{n}".encode()
+            f"{self.family}{self.request_id[-1] if n >= SHARED else ''}/{n}".encode()
             for n in range(self.num_tokens // BLOCK)
         ]
 
