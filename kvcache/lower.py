@@ -15,17 +15,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
+from queue import PriorityQueue
 from typing import Generic, TypeVar
 
 from kvcache.breaker import Breaker
 from kvcache.keys import DIGEST_NBYTES, join
+from kvcache.sizes import Size
 from kvcache.tier import FrontTier, Lease, Tier
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class Lower:
         front: the L1 whose slots are read and filled.
         space: the namespace of the blocks.
         deadline_s: what a caller waits for one answer.
-        queue_nbytes: of blocks that wait to be written; a quarter of L1 at most.
-        threads: calls under way at once.
+        queue: bytes of blocks that wait to be written; a quarter of L1 at most.
+        calls: under way at once.
         clock: seconds.
     """
 
@@ -74,8 +75,8 @@ class Lower:
         front: FrontTier,
         space: bytes,
         deadline_s: float = 1.0,
-        queue_nbytes: int = 256 << 20,
-        threads: int = 2,
+        queue: Size = Size(256 << 20),  # noqa: B008 - a number
+        calls: int = 2,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
@@ -85,9 +86,9 @@ class Lower:
         self.blocks_per_call = max(1, PIECE_NBYTES // front.block_nbytes)
         self._front = front
         # What waits is pinned: a slow tier may not take L1 from those who use it.
-        self._queue_blocks = min(queue_nbytes // front.block_nbytes, front.slab.slots // 4)
+        self._queue_blocks = min(queue // front.block_nbytes, front.slab.slots // 4)
         self._breaker = Breaker(clock)
-        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
+        self._jobs: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
         self._order = itertools.count()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -96,7 +97,7 @@ class Lower:
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"kvcache-{name}-{n}", daemon=True)
-            for n in range(threads)
+            for n in range(calls)
         ]
         for thread in self._threads:
             thread.start()

@@ -12,9 +12,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from kvcache import memory
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, Size, parse_size
-from kvcache.tier import Tier
 
-GIVEN_BY_THE_STACK = ("block_nbytes", "clock")
+GIVEN_BY_THE_STACK = ("block_nbytes", "clock", "element_nbytes", "front", "name", "space")
 """Keyword arguments that are not options, because a profile cannot know them."""
 
 _WORDS: dict[object, str] = {
@@ -35,7 +34,7 @@ class Option:
     required: bool
 
 
-def options_of(cls: type[Tier]) -> dict[str, Option]:
+def options_of(cls: type) -> dict[str, Option]:
     """What a profile may set for ``cls``, by name. Raises ValueError if annotations are broken."""
     try:
         hints = get_type_hints(cls.__init__)
