@@ -143,9 +143,12 @@ class Index:
         if len(free) < len(absent):
             absent = self._make_room(keys, after, absent)
         names, afters, pins = self._key, self._after, self._pins
+        positions: list[int] = []
         slots: list[int] = []
         for at in absent:
             key = keys[at]
+            if key in filling:  # it was among ``keys`` before
+                continue
             slot = free.pop()
             parent = keys[at - 1] if at else after
             filling[key] = slot
@@ -154,8 +157,9 @@ class Index:
             pins[slot] = 1
             if parent is not None:
                 children[parent] = children.get(parent, 0) + 1
+            positions.append(at)
             slots.append(slot)
-        return absent, slots
+        return positions, slots
 
     def _make_room(
         self, keys: Sequence[bytes], after: bytes | None, absent: list[int]

@@ -66,6 +66,11 @@ class DramTier(FrontTier):
             return [key in self._index for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        for buffer in into:
+            if len(buffer) < self.block_nbytes:
+                raise ValueError(
+                    f"a buffer of {len(buffer)} bytes; a block has {self.block_nbytes}"
+                )
         written: list[int] = []
         for key, buffer in zip(keys, into, strict=True):
             with self.pin([key]) as lease:

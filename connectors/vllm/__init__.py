@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("the vLLM connector needs vLLM: pip install 'kvcache[vllm]'") from error
 
-from kvcache.connectors.vllm.support import check_version
+from kvcache.connectors.vllm.support import check_version, log_as_vllm_does
 
 check_version(vllm.__version__)
 
@@ -68,6 +68,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerSide
         self._worker: WorkerSide
+        log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
             from kvcache.connectors.vllm.scheduler import SchedulerSide
 
@@ -117,6 +118,12 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.step(scheduler_output) or KVConnectorMetadata()
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        manager = getattr(self, "_kv_cache_manager", None)  # vLLM 0.30 and later say
+        if connector_output.invalid_block_ids and manager is not None:
+            # vLLM has the request compute them again, and until then gives them to others: to
+            # every later request, if this one is aborted or preempted before.
+            bad = self._scheduler.resting_on(connector_output.invalid_block_ids)
+            manager.evict_blocks(bad)
         acks = connector_output.kv_connector_worker_meta
         if isinstance(acks, Acks):
             self._scheduler.acked(acks)

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -48,8 +48,8 @@ class _Job:
     """A transfer under way. ``running`` and ``at`` say what to offer again if a store fails."""
 
     lease: Lease
-    running: _Running | None = None
-    at: int = 0
+    running: _Running
+    at: int
     acks: int = 0
     failed: bool = False
 
@@ -152,7 +152,7 @@ class SchedulerSide:
         """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
         if self._stack is None:
             return
-        self._running[request.request_id] = _Running(request)
+        running = self._running[request.request_id] = _Running(request)
         start, lease = self._promised.pop(request.request_id, (0, None))
         if lease is None:
             return
@@ -162,7 +162,7 @@ class SchedulerSide:
             return
         self._loads.append(
             Transfer(
-                self._begin(_Job(lease)),
+                self._begin(_Job(lease, running, start)),
                 list(blocks[0][start : start + count]),
                 list(lease.slots[:count]),
             )
@@ -185,31 +185,26 @@ class SchedulerSide:
         step = Step(self._memory, loads=self._loads)
         self._loads = []
         for new in output.scheduled_new_reqs:
-            self._extend(new.req_id, new.block_ids, anew=True)
-        cached = output.scheduled_cached_reqs
+            self._extend(new.req_id, new.block_ids)
+        cached = output.scheduled_cached_reqs  # all blocks of a resumed one, the new ones of others
         for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            self._extend(request_id, more, anew=request_id in cached.resumed_req_ids)
+            self._extend(request_id, more)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             running = self._running.get(request_id)
             if running is not None and (store := self._offer(running, scheduled)):
                 step.stores.append(store)
         return step
 
-    def _extend(
-        self, request_id: str, block_ids: Sequence[Sequence[int]] | None, *, anew: bool
-    ) -> None:
+    def _extend(self, request_id: str, block_ids: Sequence[Sequence[int]] | None) -> None:
         running = self._running.get(request_id)
-        if running is None or block_ids is None:
-            return
-        if anew:
-            running.blocks = []
-        running.blocks += block_ids[0]
+        if running is not None and block_ids is not None:
+            running.blocks += block_ids[0]
 
     def _offer(self, running: _Running, scheduled: int) -> Transfer | None:
         """Reserve slots for the blocks of ``running`` that this step completes."""
         request = running.request
-        # Drafted tokens may be rejected: only known ones count, and only blocks that have a hash.
-        computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
+        # Drafted tokens may be rejected: only blocks of known tokens have a hash, and they count.
+        computed = request.num_computed_tokens + scheduled
         first = running.offered
         full = min(
             computed // self._block_tokens, len(request.block_hashes) // self._hashes_per_block
@@ -239,8 +234,17 @@ class SchedulerSide:
                 continue
             del self._jobs[number]
             job.lease.end(failed=job.lease.keys if job.failed else ())
-            if job.failed and job.running is not None:
+            if job.failed:
                 job.running.offered = min(job.running.offered, job.at)
+
+    def resting_on(self, bad: Collection[int]) -> set[int]:
+        """``bad`` blocks of the engine, and those that running requests have computed from them."""
+        resting = set(bad)
+        for running in self._running.values():
+            first = next((at for at, block in enumerate(running.blocks) if block in bad), None)
+            if first is not None:
+                resting.update(running.blocks[first:])
+        return resting
 
     # Whenever
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -20,13 +21,25 @@ def check_version(version: str) -> None:
     Raises:
         ImportError: naming both versions.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    # A build from source may have no version number; it is taken at its word.
+    # A build from source may have no version number, or 0.1.dev; it is taken at its word.
+    numbers = re.match(r"(?!0\.1\.dev)(\d+)\.(\d+)", version)
     if numbers and (0, 0) < tuple(map(int, numbers.groups())) < OLDEST_VLLM:
         raise ImportError(
             f"kvcache needs vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer; this is {version}: "
             "pip install 'kvcache[vllm]'"
         )
+
+
+def log_as_vllm_does() -> None:
+    """Have what kvcache logs said where vLLM's words go, unless somebody saw to it already.
+
+    vLLM gives handlers to the logger ``vllm`` alone; without one, only warnings would be heard.
+    """
+    ours, theirs = logging.getLogger("kvcache"), logging.getLogger("vllm")
+    if not ours.hasHandlers() and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def host_name() -> str:
@@ -50,6 +63,8 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | No
     for layer in specs:
         if not isinstance(layer, FullAttentionSpec):
             return f"its cache is {type(layer).__name__}, and only full attention can be kept"
+        if getattr(layer, "non_causal", False):
+            return "its attention is not causal: a block's KV depends on the tokens after it"
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:

@@ -85,16 +85,16 @@ class WorkerSide:
         return True
 
     def _attach(self, memory: Memory) -> PageCopier:
-        self._slab = Slab.attach(memory.slab)
-        self._slab.populate()
+        slab = self._slab = self._slab or Slab.attach(memory.slab)
         self.copier = CpuCopier(
             self._pages,
-            slab_address=self._slab.address,
-            slots=self._slab.slots,
-            slot_nbytes=self._slab.slot_nbytes,
+            slab_address=slab.address,
+            slots=slab.slots,
+            slot_nbytes=slab.slot_nbytes,
             offset=memory.offsets[self._rank],
             threads=self._threads,
         )
+        slab.populate()
         return self.copier
 
     def _ack(self, transfer: Transfer, *, failed: bool) -> None:

@@ -1,11 +1,11 @@
-"""The scheduler's half, driven as vLLM drives it, with the engine and its workers played by hand.
+"""Stores and promises of the scheduler's half, driven as vLLM drives it.
 
-Two ranks, blocks of 32 tokens, a real L1. What a step asks for is what a test sees of it.
+The engine and its workers are played by hand: two ranks, blocks of 32 tokens, a real L1. What a
+step asks for is what a test sees of it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -147,7 +147,9 @@ class Played:
         )
 
 
-def opened(monkeypatch: pytest.MonkeyPatch, slots: int, hash_block_size: int | None) -> Played:
+def opened(
+    monkeypatch: pytest.MonkeyPatch, slots: int, hash_block_size: int | None = None
+) -> Played:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(slots * SHARD * len(RANKS)))
     side = SchedulerSide(
         engine_config(), cache_config(full_attention(), hash_block_size=hash_block_size)
@@ -160,7 +162,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, slots: int, hash_block_size: int | N
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
-    engine = opened(monkeypatch, 32, None)
+    engine = opened(monkeypatch, 32)
     yield engine
     engine.side.close()
 
@@ -265,7 +267,7 @@ def test_holes_are_filled_with_their_own_blocks(played: Played) -> None:
 
 
 def test_what_has_no_room_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    played = opened(monkeypatch, 2, None)
+    played = opened(monkeypatch, 2)
     request = Request("a", 4 * BLOCK)
     played.admit(request, [1, 2, 3, 4])
     [store] = played.step((request, 4 * BLOCK)).stores
@@ -277,7 +279,7 @@ def test_what_has_no_room_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_chain_stored_in_pieces_loses_its_tail_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    played = opened(monkeypatch, 2, None)
+    played = opened(monkeypatch, 2)
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     for _ in range(2):
@@ -382,7 +384,7 @@ def test_the_engine_takes_less_than_was_promised(played: Played, taken: int) -> 
 
 
 def test_the_promised_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    played = opened(monkeypatch, 4, None)
+    played = opened(monkeypatch, 4)
     kept = played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     waiting = Request("b", 2 * BLOCK + 1, "same")
     assert played.side.matched_tokens(waiting, 0) == 2 * BLOCK
@@ -392,281 +394,3 @@ def test_the_promised_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not slots & set(kept.stores[0].slots)
     assert played.admit(waiting, [8, 9, 10]) == 2 * BLOCK
     played.side.close()
-
-
-# Ends
-
-
-def test_finished_while_copies_are_under_way(played: Played) -> None:
-    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
-    request = Request("b", 4 * BLOCK, "same")
-    played.admit(request, [4, 5, 6, 7])
-    step = played.step((request, 2 * BLOCK))
-    played.side.finished(request)
-    assert played.l1.pinned_slots == 4
-    played.ack(*step.loads, *step.stores)
-    assert played.nothing_is_open()
-    assert played.held(request) == [True] * 4
-
-
-def test_a_lease_ends_with_the_last_rank(played: Played) -> None:
-    request = Request("a", 2 * BLOCK)
-    played.admit(request, [1, 2])
-    [store] = played.step((request, 2 * BLOCK)).stores
-    played.ack(store, ranks=1)
-    assert played.held(request) == [False] * 2
-    assert played.l1.pinned_slots == 2
-    played.ack(store, ranks=1)
-    assert played.held(request) == [True] * 2
-    assert played.l1.pinned_slots == 0
-
-
-@pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
-def test_one_rank_that_fails_a_store_fails_it(played: Played, failed: tuple[bool, bool]) -> None:
-    request = Request("a", 2 * BLOCK)
-    played.admit(request, [1, 2])
-    [store] = played.step((request, 2 * BLOCK)).stores
-    for outcome in failed:
-        played.ack(store, ranks=1, failed=outcome)
-    assert played.held(request) == [False] * 2
-    assert played.l1.pinned_slots == played.l1.used_blocks == 0
-
-
-@pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
-def test_one_rank_that_fails_a_load_drops_it(played: Played, failed: tuple[bool, bool]) -> None:
-    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
-    request = Request("b", 2 * BLOCK + 1, "same")
-    played.admit(request, [4, 5, 6])
-    [load] = played.step((request, 1)).loads
-    for outcome in failed:
-        played.ack(load, ranks=1, failed=outcome)
-    assert played.held(request) == [False] * 2
-    assert played.l1.pinned_slots == played.l1.used_blocks == 0
-    assert played.l1.dropped_blocks == 2
-
-
-def test_a_failed_store_is_offered_again_from_its_place(played: Played) -> None:
-    request = Request("a", 5 * BLOCK)
-    played.admit(request, [1, 2, 3, 4, 5])
-    played.ack(*played.step((request, 2 * BLOCK)).stores)
-    [failing] = played.step((request, BLOCK)).stores
-    assert failing.blocks == [3]
-    played.ack(failing, failed=True)
-    [again] = played.step((request, BLOCK)).stores
-    assert again.blocks == [3, 4]
-    played.ack(again)
-    assert played.held(request) == [True] * 4 + [False]
-
-
-def test_a_failed_load_is_computed_and_offered_again(played: Played) -> None:
-    played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
-    request = Request("b", 3 * BLOCK + 1, "same")
-    played.admit(request, [5, 6, 7, 8])
-    step = played.step((request, 1))
-    played.ack(*step.loads, *step.stores, failed=True)
-    request.num_computed_tokens = 0  # what vLLM makes of it
-    [again] = played.step((request, request.num_tokens)).stores
-    assert again.blocks == [5, 6, 7]
-
-
-def test_a_resumed_request_has_other_blocks(played: Played) -> None:
-    request = Request("a", 3 * BLOCK)
-    played.admit(request, [1, 2, 3])
-    step = played.step((request, BLOCK))
-    played.ack(*step.stores, failed=True)
-    request.num_computed_tokens = 0  # preempted
-    played.admit(request, [21, 22, 23], resumed=True)
-    [store] = played.step((request, 3 * BLOCK)).stores
-    assert store.blocks == [21, 22, 23]
-
-
-def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: Played) -> None:
-    request = Request("a", 3 * BLOCK)
-    played.admit(request, [1, 2, 3])
-    [late] = played.step((request, BLOCK)).stores
-    request.num_computed_tokens = 0
-    played.admit(request, [21, 22, 23], resumed=True)
-    [store] = played.step((request, 2 * BLOCK)).stores
-    assert store.blocks == [22]  # the first is still being copied, from where it was
-    played.ack(late, failed=True)
-    played.ack(store)
-    played.side.finished(request)
-    assert played.held(request) == [False, True, False]
-    assert played.nothing_is_open()
-
-
-# Resets
-
-
-def test_reset_ends_promises(played: Played) -> None:
-    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
-    request = Request("b", 2 * BLOCK + 1, "same")
-    played.side.matched_tokens(request, 0)
-    played.side.reset()
-    assert played.l1.used_blocks == 0
-    assert played.nothing_is_open()
-    assert played.admit(request, [4, 5, 6]) == 0
-
-
-def test_reset_while_a_store_is_under_way(played: Played) -> None:
-    request = Request("a", 2 * BLOCK)
-    played.admit(request, [1, 2])
-    [store] = played.step((request, 2 * BLOCK)).stores
-    played.ack(store, ranks=1)
-    played.side.reset()
-    played.ack(store, ranks=1)
-    assert played.held(request) == [False] * 2
-    assert played.nothing_is_open()
-
-
-@pytest.mark.parametrize("failed", [False, True])
-def test_reset_while_a_load_is_under_way(played: Played, failed: bool) -> None:
-    played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
-    request = Request("b", 2 * BLOCK + 1, "same")
-    played.admit(request, [4, 5, 6])
-    [load] = played.step((request, 1)).loads
-    played.side.reset()
-    assert played.l1.pinned_slots == 2  # still read
-    played.ack(load, failed=failed)
-    assert played.held(request) == [False] * 2
-    assert played.nothing_is_open()
-
-
-def test_what_runs_on_after_a_reset_is_not_kept(played: Played) -> None:
-    request = Request("a", 4 * BLOCK)
-    played.admit(request, [1, 2, 3, 4])
-    played.ack(*played.step((request, BLOCK)).stores)
-    played.side.reset()
-    assert played.step((request, 3 * BLOCK)).stores == []
-    assert played.l1.used_blocks == 0
-
-
-def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: Played) -> None:
-    request = Request("a", 4 * BLOCK)
-    played.admit(request, [1, 2, 3, 4])
-    [store] = played.step((request, BLOCK)).stores
-    played.side.reset()
-    played.ack(store, failed=True)
-    assert played.step((request, 3 * BLOCK)).stores == []
-    assert played.nothing_is_open()
-
-
-def test_what_starts_again_after_a_reset_is_kept(played: Played) -> None:
-    request = Request("a", 2 * BLOCK)
-    played.admit(request, [1, 2])
-    played.ack(*played.step((request, BLOCK)).stores)
-    request.num_computed_tokens = 0  # preempted
-    played.side.reset()
-    assert played.admit(request, [3, 4], resumed=True) == 0
-    [store] = played.step((request, 2 * BLOCK)).stores
-    assert store.blocks == [3, 4]
-
-
-# Refusals
-
-
-def sliding_window() -> Any:
-    import torch
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec
-
-    return SlidingWindowSpec(
-        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=64
-    )
-
-
-def mamba() -> Any:
-    import torch
-    from vllm.v1.kv_cache_interface import MambaSpec
-
-    return MambaSpec(block_size=BLOCK, shapes=((2, 2),), dtypes=(torch.float32,))
-
-
-def mixed() -> Any:
-    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
-
-    return UniformTypeKVCacheSpecs(
-        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": sliding_window()}
-    )
-
-
-def not_causal() -> Any:
-    from dataclasses import replace
-
-    return replace(full_attention(), non_causal=True)
-
-
-@pytest.mark.parametrize(
-    ("specs", "reason"),
-    [
-        ([full_attention, full_attention], "2 KV cache groups"),
-        ([], "0 KV cache groups"),
-        ([sliding_window], "SlidingWindowSpec"),
-        ([mamba], "MambaSpec"),
-        ([mixed], "SlidingWindowSpec"),
-        # What such a layer computes of a block depends on the tokens after it.
-        ([not_causal], "causal"),
-    ],
-    ids=["two groups", "no group", "sliding window", "mamba", "mixed", "not causal"],
-)
-def test_a_cache_that_cannot_be_kept(
-    specs: list[Any], reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]))
-    side.open({})
-    played = Played(side)
-    request = Request("a", 3 * BLOCK)
-    assert played.admit(request, [1, 2, 3]) == 0
-    with pytest.raises(AssertionError):
-        played.step((request, 3 * BLOCK))  # None: there is nothing to do
-    side.finished(request)
-    side.reset()
-    assert side.stats() is None
-    side.close()
-    [record] = caplog.records
-    assert record.levelno == logging.WARNING
-    assert reason in record.getMessage()
-
-
-@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_context_parallel_cannot_be_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    side = SchedulerSide(engine_config(**{name: 2}), cache_config(full_attention()))
-    assert side.matched_tokens(Request("a", 100), 0) == 0
-    [record] = caplog.records
-    assert f"{name} is 2" in record.getMessage()
-
-
-def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
-
-    spec = UniformTypeKVCacheSpecs(
-        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": full_attention()}
-    )
-    side = SchedulerSide(engine_config(), cache_config(spec))
-    assert side._refusal is None
-
-
-def test_a_missing_rank_is_an_error() -> None:
-    side = SchedulerSide(engine_config(), cache_config(full_attention()))
-    with pytest.raises(RuntimeError, match="1 of 2 workers"):
-        side.open({(0, 0): Shard(SHARD, host_name())})
-
-
-def test_a_rank_on_another_host_is_an_error() -> None:
-    side = SchedulerSide(engine_config(), cache_config(full_attention()))
-    elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere")}
-    with pytest.raises(RuntimeError, match=r"tensor rank 1 is on another host \(elsewhere\)"):
-        side.open(elsewhere)
-
-
-def test_workers_that_said_nothing_are_an_error() -> None:
-    played = Played(SchedulerSide(engine_config(), cache_config(full_attention())))
-    request = Request("a", BLOCK)
-    played.admit(request, [1])
-    with pytest.raises(RuntimeError, match="never said"):
-        played.step((request, BLOCK))
-
-
-def test_acks_of_ranks_add_up() -> None:
-    acks = Acks({1: 1, 2: 1}, {2}).aggregate(Acks({1: 1, 3: 1}, {1}))
-    assert acks.ranks == {1: 2, 2: 1, 3: 1}
-    assert acks.failed == {1, 2}

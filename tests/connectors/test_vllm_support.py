@@ -62,3 +62,11 @@ def test_hits_count_as_host_memory() -> None:
     from kvcache.connectors.vllm import KVCacheConnector
 
     assert KVCacheConnector._cache_hit_source is CacheHitSource.HOST
+
+
+def test_no_request_waits_for_its_delivery() -> None:
+    """A preempted request would be computed from the start, were it not a cache."""
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    connector = KVCacheConnector.__new__(KVCacheConnector)
+    assert connector.requires_kv_delivery is False

@@ -10,7 +10,7 @@ import pytest
 
 from kvcache.testing import TierTests
 from kvcache.tier import Tier
-from tests.core.wrongs import failures, tests_of
+from tests.core.wrongs import failures, names_of_tests
 
 NBYTES = TierTests.block_nbytes
 ROOM = TierTests.room_blocks
@@ -212,4 +212,4 @@ def test_a_wrong_tier_fails(wrong: type[DictTier]) -> None:
 
 
 def test_every_test_can_fail() -> None:
-    assert set().union(*WRONG_TIERS.values()) == tests_of(TierTests)
+    assert set().union(*WRONG_TIERS.values()) == names_of_tests(TierTests)

@@ -7,7 +7,7 @@ from kvcache.testing import TierTests
 from kvcache.tier import Tier
 
 
-def tests_of(suite: type[TierTests]) -> set[str]:
+def names_of_tests(suite: type[TierTests]) -> set[str]:
     """The names of the suite's tests."""
     return {name for name in dir(suite) if name.startswith("test_")}
 
@@ -15,10 +15,10 @@ def tests_of(suite: type[TierTests]) -> set[str]:
 def failures(suite: type[TierTests], make: Callable[[], Tier]) -> set[str]:
     """The suite's tests that do not pass on the tiers that ``make`` gives, each on a fresh one."""
     failed = set()
-    for name in tests_of(suite):
-        with closing(make()) as tier:
-            try:
+    for name in names_of_tests(suite):
+        try:
+            with closing(make()) as tier:
                 getattr(suite(), name)(tier)
-            except BaseException:  # noqa: BLE001  # pytest's own failures are no Exceptions
-                failed.add(name)
+        except BaseException:  # noqa: BLE001  # pytest's own failures are no Exceptions
+            failed.add(name)
     return failed

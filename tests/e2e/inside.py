@@ -309,13 +309,13 @@ def abort_after_a_failed_load(engine: Engine) -> dict[str, Any]:
         engine.step()
         engine.abort("goes")
         engine.drain()
-    answer = engine.ask(asked)
+    own = [engine.ask(asked)["tokens"] for _ in range(2)]
     engine.evict_own()
     again = engine.ask(asked)
     engine.fresh()
     right = engine.ask(asked)
     return {
-        "own": answer["tokens"], "l1": again["tokens"], "right": right["tokens"],
+        "answers": [*own, again["tokens"]], "right": right["tokens"],
         "ends": engine.open_ends(),
     }  # fmt: skip
 

@@ -1,0 +1,226 @@
+"""In which order blocks leave, by policy; and that a policy knows what the index holds, no more."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache.eviction import POLICIES, Fifo, Lru, Policy, S3Fifo
+from kvcache.index import Index
+
+TRACE = Path(__file__).resolve().parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+
+
+def keys(names: str) -> list[bytes]:
+    return [name.encode() for name in names]
+
+
+def add(policy: Policy, names: str, after: str | None = None) -> None:
+    policy.add(keys(names), after.encode() if after else None, 0.0)
+
+
+def order(policy: Policy, keep: Callable[[bytes], bool] = lambda _: False) -> str:
+    return b"".join(policy.victims(keep)).decode()
+
+
+def test_fifo_takes_the_oldest_chain_its_tail_first() -> None:
+    policy = Fifo(9)
+    add(policy, "abc")
+    add(policy, "xy")
+    policy.access(keys("abc"), 3, 1.0)
+    assert order(policy) == "cbayx"
+
+
+def test_lru_takes_the_chain_that_was_not_used_longest() -> None:
+    policy = Lru(9)
+    add(policy, "abc")
+    add(policy, "xy")
+    policy.access(keys("ab"), 2, 1.0)
+    assert order(policy) == "cyxba"
+
+
+def test_lru_an_answer_that_grows_makes_its_chain_the_newest() -> None:
+    policy = Lru(9)
+    add(policy, "ab")
+    add(policy, "x")
+    add(policy, "c", after="b")
+    assert order(policy) == "xcba"
+
+
+def test_lru_two_chains_with_one_head() -> None:
+    policy = Lru(9)
+    add(policy, "hab")
+    add(policy, "xy", after="h")
+    policy.access(keys("hxy"), 3, 1.0)
+    assert order(policy) == "bayxh"
+
+
+def test_lru_a_block_used_without_its_ancestors() -> None:
+    policy = Lru(9)
+    add(policy, "abc")
+    policy.access(keys("b"), 1, 1.0)
+    assert order(policy) == "cab"
+
+
+def test_lru_only_what_was_found_is_used() -> None:
+    policy = Lru(9)
+    add(policy, "abc")
+    add(policy, "x")
+    policy.access(keys("abcd"), 1, 1.0)
+    assert order(policy) == "cbxa"
+
+
+def test_s3fifo_blocks_seen_once_leave_before_those_in_use() -> None:
+    policy = S3Fifo(10, small=0.3)
+    add(policy, "ab")
+    for _ in range(2):
+        policy.access(keys("ab"), 2, 1.0)
+    for name in "stuvwxyz":
+        add(policy, name)
+    assert order(policy).startswith("stuvwxyz"[:5])
+    policy = S3Fifo(10, small=0.3)
+    add(policy, "ab")
+    for name in "stuvwxyz":
+        add(policy, name)
+    assert order(policy).startswith("bast")
+
+
+def test_s3fifo_the_used_part_of_a_chain_stays() -> None:
+    policy = S3Fifo(4, small=0.5)
+    add(policy, "abcd")
+    for _ in range(2):
+        policy.access(keys("ab"), 2, 1.0)
+    assert order(policy)[:2] == "dc"
+
+
+def test_s3fifo_a_block_that_comes_back_soon_is_not_on_probation() -> None:
+    policy = S3Fifo(4, small=0.5)
+    add(policy, "ab")
+    assert order(policy) == "ba"
+    add(policy, "ax")
+    add(policy, "vw")
+    assert next(policy.victims(lambda _: False)) == b"x"  # unlike `a`, it was not known
+    assert policy._owner[b"a"].queue is policy._main
+
+
+def test_s3fifo_remembers_no_more_than_it_could_hold() -> None:
+    policy = S3Fifo(5, small=0.5)
+    for at in range(100):
+        policy.add([b"%d" % at], None, 0.0)
+        next(policy.victims(lambda _: False))
+    assert len(policy._ghost) == 5
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_what_is_kept_is_passed_over_with_what_it_stands_on(policy: type[Policy]) -> None:
+    ours = policy(9)
+    add(ours, "abc")
+    add(ours, "xyz")
+    assert order(ours, keep=lambda key: key == b"b") == "czyx"
+    assert sorted(order(ours)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_when_all_is_kept_there_is_an_end(policy: type[Policy]) -> None:
+    ours = policy(9)
+    add(ours, "abc")
+    add(ours, "xyz")
+    ours.access(keys("xyz"), 3, 1.0)
+    assert order(ours, keep=lambda _: True) == ""
+    assert sorted(order(ours)) == list("abcxyz")
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_an_answer_cut_short_forgets_only_what_was_given(policy: type[Policy]) -> None:
+    ours = policy(9)
+    add(ours, "abc")
+    add(ours, "xyz")
+    some = b"".join(itertools.islice(ours.victims(lambda _: False), 2)).decode()
+    assert sorted(some + order(ours)) == list("abcxyz")
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_removed_keys_are_forgotten(policy: type[Policy]) -> None:
+    ours = policy(9)
+    add(ours, "abc")
+    add(ours, "xy")
+    ours.remove(keys("bx"))
+    assert sorted(order(ours)) == ["a", "c", "y"]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_growing_a_block_at_a_time_costs_no_more_per_block(name: str) -> None:
+    """A chain built a block at a time, then pushed out: questions asked grow with its length."""
+
+    def asked(length: int) -> int:
+        policy, count, children = POLICIES[name](2 * length), 0, set[bytes]()
+        names = [b"%d" % at for at in range(length)]
+        for at, key in enumerate(names):
+            policy.add([key], names[at - 1] if at else None, 0.0)
+        children.update(names[:-1])
+
+        def keep(key: bytes) -> bool:
+            nonlocal count
+            count += 1
+            return key in children
+
+        for at in range(length):
+            left = next(policy.victims(keep))
+            assert left == names[length - 1 - at]
+            if at + 1 < length:
+                children.remove(names[length - 2 - at])
+        return count
+
+    assert asked(400) <= 2.2 * asked(200)
+
+
+chains = st.text("01", min_size=1, max_size=8)
+
+
+@given(
+    st.sampled_from(sorted(POLICIES)), st.lists(st.tuples(chains, st.integers(0, 8)), max_size=60)
+)
+def test_a_policy_knows_what_the_index_holds(name: str, requests: list[tuple[str, int]]) -> None:
+    policy = POLICIES[name](8)
+    index = Index(policy, map(float, itertools.count()).__next__)
+    index.open_slots(8)
+    for chain, pinned in requests:
+        names = [chain[: at + 1].encode() for at in range(len(chain))]
+        found = index.access(names, 0)
+        slots = index.pin(names[: min(pinned, found)])
+        index.publish(index.reserve(names[found:], names[found - 1] if found else None)[1])
+        index.unpin(slots)
+        assert set(policy._owner) == set(index._ready)  # type: ignore[attr-defined]
+        queues = [queue for queue in vars(policy).values() if hasattr(queue, "blocks")]
+        runs = [run for queue in queues for run in queue._runs]
+        assert sum(queue.blocks for queue in queues) == len(index)
+        assert sorted(key for run in runs for key in run.keys) == sorted(index._ready)
+        assert all(policy._owner[key] is run for run in runs for key in run.keys)  # type: ignore[attr-defined]
+
+
+def full_blocks() -> Iterator[list[bytes]]:
+    with TRACE.open() as lines:
+        for line in lines:
+            request = json.loads(line)
+            blocks = request["input_length"] // 512
+            yield [b"%d" % block for block in request["hash_ids"][:blocks]]
+
+
+@pytest.mark.skipif(not TRACE.exists(), reason=f"the trace is not at {TRACE}")
+def test_a_real_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = {}
+    for name in POLICIES:
+        index = Index(POLICIES[name](10_000), map(float, itertools.count()).__next__)
+        index.open_slots(10_000)
+        for names in full_blocks():
+            found = index.access(names, 0)
+            index.publish(index.reserve(names[found:], names[found - 1] if found else None)[1])
+        index.check()
+        ratios[name] = index.hit_blocks / index.lookup_blocks
+    print({name: round(ratio, 4) for name, ratio in ratios.items()})
+    assert ratios["lru"] > 0.20
+    assert abs(ratios["s3fifo"] - ratios["lru"]) < 0.03

@@ -1,0 +1,278 @@
+"""Every state of a slot and every change of it, against a plain model, under every policy."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+)
+
+from kvcache.eviction import POLICIES, Lru
+from kvcache.index import Index
+
+
+def index_of(slots: int, policy: str = "lru") -> Index:
+    index = Index(POLICIES[policy](slots), map(float, itertools.count()).__next__)
+    index.open_slots(slots)
+    return index
+
+
+def keys(names: str) -> list[bytes]:
+    return [name.encode() for name in names]
+
+
+def fill(index: Index, names: str, after: str | None = None) -> int:
+    _, slots = index.reserve(keys(names), after.encode() if after else None)
+    index.publish(slots)
+    index.check()
+    return len(slots)
+
+
+def held(index: Index, names: str) -> str:
+    return "".join(name for name in names if name.encode() in index)
+
+
+def test_a_block_is_found_only_when_it_was_published() -> None:
+    index = index_of(2)
+    positions, slots = index.reserve(keys("ab"), None)
+    assert (positions, slots) == ([0, 1], [0, 1])
+    assert index.pin(keys("ab")) == []
+    assert index.reserve(keys("ab"), None) == ([], [])
+    assert index.access(keys("ab"), 0) == 0
+    index.publish(slots)
+    assert index.access(keys("ab"), 0) == 2
+    assert index.access(keys("abc"), 1) == 1
+    assert index.pin(keys("ab")) == slots
+    index.check()
+
+
+def test_what_failed_is_absent_and_its_slot_free() -> None:
+    index = index_of(2)
+    _, slots = index.reserve(keys("ab"), None)
+    index.publish(slots, failed=[b"b"])
+    assert held(index, "ab") == "a"
+    assert (index.stored_blocks, index.failed_blocks) == (1, 1)
+    assert fill(index, "b", "a") == 1
+
+
+def test_a_full_index_gives_up_what_is_not_pinned() -> None:
+    index = index_of(3)
+    fill(index, "a")
+    fill(index, "b")
+    fill(index, "c")
+    pinned = index.pin(keys("a"))
+    assert fill(index, "d") == 1
+    assert held(index, "abcd") == "acd"
+    index.unpin(pinned)
+    assert fill(index, "e") == 1  # being in use made `a` the newest
+    assert held(index, "acde") == "ade"
+
+
+def test_when_all_is_pinned_blocks_are_declined_the_tail_first() -> None:
+    index = index_of(3)
+    fill(index, "ab")
+    index.pin(keys("ab"))
+    positions, slots = index.reserve(keys("xyz"), None)
+    assert positions == [0]
+    assert index.declined_blocks == 2
+    index.publish(slots)
+    index.check()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_chain_loses_its_tail_first_however_it_was_built(policy: str) -> None:
+    index = index_of(6, policy)
+    fill(index, "ab")
+    fill(index, "cd", "b")
+    fill(index, "ef", "d")
+    for lost, name in enumerate("uvwx", 1):
+        fill(index, name)
+        kept = held(index, "abcdef")
+        assert kept == "abcdef"[: len(kept)], f"a hole after {lost} evictions"
+
+
+def test_a_block_whose_parent_is_not_here_takes_no_room_from_others() -> None:
+    index = index_of(2)
+    fill(index, "ab")
+    assert fill(index, "z", "y") == 0
+    assert held(index, "ab") == "ab"
+    assert index.declined_blocks == 1
+
+
+def test_a_chain_longer_than_the_index_keeps_its_head() -> None:
+    index = index_of(3)
+    assert fill(index, "abcde") == 3
+    assert fill(index, "de", "c") == 0
+    assert held(index, "abcde") == "abc"
+
+
+def test_a_key_twice_gets_one_slot() -> None:
+    index = index_of(4)
+    assert fill(index, "aba") == 2
+    assert len(index) == 2
+
+
+def test_what_is_dropped_while_it_is_read_keeps_its_slot_to_the_end() -> None:
+    index = index_of(2)
+    fill(index, "ab")
+    slots = index.pin(keys("ab"))
+    index.drop([b"b", b"nobody"])
+    index.check()
+    assert held(index, "ab") == "a"
+    assert index.reserve(keys("c"), None) == ([], [])  # `a` is pinned, and the other not free
+    index.unpin(slots)
+    index.check()
+    assert fill(index, "c") == 1
+    assert index.dropped_blocks == 1
+
+
+def test_clear_forgets_what_is_being_filled_too() -> None:
+    index = index_of(4)
+    fill(index, "ab")
+    pinned = index.pin(keys("a"))
+    _, filling = index.reserve(keys("c"), b"b")
+    index.clear()
+    index.check()
+    assert len(index) == 0
+    assert index.pinned_slots == 2
+    index.publish(filling)
+    assert held(index, "c") == ""
+    index.unpin(pinned)
+    index.check()
+    assert index.pinned_slots == 0
+    assert fill(index, "wxyz") == 4
+
+
+def test_a_parent_that_comes_back_is_guarded_by_the_children_it_had() -> None:
+    index = index_of(3)
+    fill(index, "abc")
+    index.drop([b"a"])
+    fill(index, "a")
+    fill(index, "z")
+    kept = held(index, "abc")
+    assert kept == "ab"
+
+
+class Slots(RuleBasedStateMachine):
+    """Random trees of chains; the model knows which keys are held and which leases are out."""
+
+    policy = "lru"
+    filling: Bundle[tuple[list[bytes], list[int]]] = Bundle("filling")
+    reading: Bundle[list[int]] = Bundle("reading")
+
+    @initialize(slots=st.integers(1, 12))
+    def open(self, slots: int) -> None:
+        self.index = Index(POLICIES[self.policy](12), map(float, itertools.count()).__next__)
+        self.index.open_slots(slots)
+        self.slots = slots
+        self.writing: set[int] = set()
+        self.pins: dict[int, int] = {}
+        self.cleared = 0
+
+    @rule(more=st.integers(0, 3))
+    def more_memory(self, more: int) -> None:
+        self.slots = min(12, self.slots + more)
+        self.index.open_slots(self.slots)
+
+    # A chain is a path of digits; its keys are its prefixes, so that chains share heads.
+    chains = st.text("01", min_size=1, max_size=7)
+
+    @staticmethod
+    def keys(chain: str) -> list[bytes]:
+        return [chain[: at + 1].encode() for at in range(len(chain))]
+
+    @rule(target=filling, chain=chains, skip=st.integers(0, 6))
+    def reserve(self, chain: str, skip: int) -> tuple[list[bytes], list[int]]:
+        names = self.keys(chain)
+        at = min(skip, len(names) - 1)
+        pinned = {self.index._key[slot] for slot in self.pins}
+        before = set(self.index._ready)
+        positions, slots = self.index.reserve(names[at:], names[at - 1] if at else None)
+        gone = before - set(self.index._ready)
+        assert not gone & pinned, "a pinned block was evicted"
+        assert not any(key[:-1] in gone for key in self.index._ready), "a parent left first"
+        assert len(set(slots)) == len(slots)
+        assert not set(slots) & (self.writing | set(self.pins)), "a slot is lent twice"
+        assert all(names[at:][place] not in before for place in positions)
+        self.writing |= set(slots)
+        return [names[at:][place] for place in positions], slots
+
+    @rule(lease=consumes(filling), bad=st.integers(0, 7))
+    def publish(self, lease: tuple[list[bytes], list[int]], bad: int) -> None:
+        names, slots = lease
+        failed = names[bad : bad + 1]
+        self.index.publish(slots, failed)
+        self.writing -= set(slots)
+        assert not any(key in self.index for key in failed)
+
+    @rule(target=reading, chain=chains)
+    def pin(self, chain: str) -> list[int]:
+        slots = self.index.pin(self.keys(chain))
+        for slot in slots:
+            self.pins[slot] = self.pins.get(slot, 0) + 1
+        return slots
+
+    @rule(slots=consumes(reading))
+    def unpin(self, slots: Sequence[int]) -> None:
+        self.index.unpin(slots)
+        for slot in slots:
+            self.pins[slot] -= 1
+            if not self.pins[slot]:
+                del self.pins[slot]
+
+    @rule(chain=chains, start=st.integers(0, 7))
+    def access(self, chain: str, start: int) -> None:
+        names = self.keys(chain)
+        start = min(start, len(names))
+        found = self.index.access(names, start)
+        assert all(key in self.index for key in names[start : start + found])
+        assert start + found == len(names) or names[start + found] not in self.index
+
+    @rule(chain=chains)
+    def drop(self, chain: str) -> None:
+        self.index.drop(self.keys(chain)[-1:])
+
+    @rule()
+    def clear(self) -> None:
+        self.cleared += len(self.index._ready)
+        self.index.clear()
+        assert len(self.index) == 0
+
+    @invariant()
+    def what_is_always_true(self) -> None:
+        if not hasattr(self, "index"):
+            return
+        index = self.index
+        index.check()
+        assert len(index) <= index.slots == self.slots
+        assert index.pinned_slots == len(self.writing | set(self.pins))
+        left = index.evicted_blocks + index.dropped_blocks + self.cleared
+        assert index.stored_blocks - left == len(index._ready)
+
+
+class SlotsFifo(Slots):
+    policy = "fifo"
+
+
+class SlotsS3Fifo(Slots):
+    policy = "s3fifo"
+
+
+for machine in (Slots, SlotsFifo, SlotsS3Fifo):
+    machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLru = Slots.TestCase
+TestFifo = SlotsFifo.TestCase
+TestS3Fifo = SlotsS3Fifo.TestCase
+
+
+def test_every_policy_is_tried() -> None:
+    assert set(POLICIES) == {Slots.policy, SlotsFifo.policy, SlotsS3Fifo.policy}
+    assert POLICIES[Slots.policy] is Lru

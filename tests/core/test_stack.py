@@ -1,0 +1,146 @@
+"""A stack over L1: what is matched is fetched, what is fetched is right, every lease ends once."""
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+
+from kvcache import LeaseError, Stack
+from kvcache.sizes import Size
+from kvcache.slab import PAGE
+from kvcache.testing import block_of, keys_of
+from kvcache.tiers.dram import DramTier
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    with Stack(DramTier(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test") as stack:
+        yield stack
+        assert stack.stats().pinned_slots == 0
+
+
+def put(stack: Stack, keys: list[bytes], after: bytes | None = None) -> int:
+    with stack.reserve(keys, after) as lease:
+        for key, view in zip(lease.keys, lease.views, strict=True):
+            view[:] = block_of(key, PAGE)
+        return len(lease)
+
+
+def test_what_was_stored_is_matched_and_fetched(stack: Stack) -> None:
+    keys = keys_of("a", 5)
+    assert put(stack, keys[:3]) == 3
+    future = stack.match(keys)
+    assert future.done()  # L1 can tell
+    match = future.result()
+    assert (match.keys, match.start, match.blocks) == (keys, 0, 3)
+    assert match.held == keys[:3]
+    with stack.fetch(match).result() as lease:
+        assert list(lease.keys) == keys[:3]
+        assert list(lease.positions) == [0, 1, 2]
+        assert [bytes(view) for view in lease.views] == [block_of(key, PAGE) for key in keys[:3]]
+        assert stack.stats().pinned_slots == 3
+
+
+def test_a_match_begins_where_the_engine_has_no_more(stack: Stack) -> None:
+    keys = keys_of("a", 4)
+    put(stack, keys)
+    match = stack.match(keys, 2).result()
+    assert (match.blocks, match.held) == (2, keys[2:])
+    assert stack.match(keys, 4).result().blocks == 0
+    with stack.fetch(match).result() as lease:
+        assert list(lease.keys) == keys[2:]
+
+
+def test_a_fetch_may_be_shorter_than_its_match(stack: Stack) -> None:
+    keys = keys_of("a", 4)
+    put(stack, keys)
+    match = stack.match(keys).result()
+    stack.front.remove([keys[2]])
+    with stack.fetch(match).result() as lease:
+        assert list(lease.keys) == keys[:2]
+    stack.clear()
+    with stack.fetch(match).result() as lease:
+        assert not lease.keys
+
+
+def test_clear_while_leases_are_out(stack: Stack) -> None:
+    keys = keys_of("a", 4)
+    put(stack, keys[:2])
+    reading = stack.fetch(stack.match(keys).result()).result()
+    filling = stack.reserve(keys[2:], keys[1])
+    stack.clear()
+    assert stack.stats().tiers[0].used_blocks == 0
+    assert bytes(reading.views[0]) == block_of(keys[0], PAGE)
+    filling.end()
+    reading.end()
+    assert stack.match(keys).result().blocks == 0
+
+
+def test_blocks_whose_copy_failed_are_not_promised_again(stack: Stack) -> None:
+    keys = keys_of("a", 3)
+    put(stack, keys)
+    lease = stack.fetch(stack.match(keys).result()).result()
+    lease.end(failed=[keys[1]])
+    assert stack.match(keys).result().blocks == 1
+    assert stack.stats().tiers[0].dropped_blocks == 1
+
+
+def test_an_exception_publishes_nothing(stack: Stack) -> None:
+    keys = keys_of("a", 3)
+    with suppress(ZeroDivisionError), stack.reserve(keys):
+        _ = 1 / 0
+    assert stack.match(keys).result().blocks == 0
+
+
+def test_a_lease_ends_once_in_the_stack_too(stack: Stack) -> None:
+    lease = stack.reserve(keys_of("a", 1))
+    lease.end()
+    with pytest.raises(LeaseError, match="ended already"):
+        lease.end()
+    lease = stack.reserve(keys_of("b", 1))
+    with pytest.raises(LeaseError, match="not in this lease"):
+        lease.end(failed=[b"stranger"])
+    assert not lease.ended
+    lease.end()
+
+
+def test_closing_twice() -> None:
+    stack = Stack(DramTier(block_nbytes=PAGE, capacity=Size(PAGE)), profile="test")
+    stack.close()
+    stack.close()
+
+
+def test_many_threads(stack: Stack) -> None:
+    """Chains share heads and outgrow L1; every block that is fetched has the bytes of its key."""
+    heads = [keys_of(f"head {at}", 4) for at in range(3)]
+    chains = [heads[at % 3] + keys_of(f"tail {at}", 6) for at in range(12)]
+    begin = threading.Barrier(8)
+
+    def user(seed: int) -> int:
+        choose, fetched = random.Random(seed), 0
+        begin.wait()
+        for _ in range(150):
+            keys = choose.choice(chains)
+            with stack.fetch(stack.match(keys).result()).result() as lease:
+                for key, view in zip(lease.keys, lease.views, strict=True):
+                    assert bytes(view) == block_of(key, PAGE)
+                have = len(lease)
+            fetched += have
+            with (
+                suppress(ZeroDivisionError),
+                stack.reserve(keys[have:], keys[have - 1] if have else None) as filling,
+            ):
+                for key, view in zip(filling.keys, filling.views, strict=True):
+                    view[:] = block_of(key, PAGE)
+                _ = 1 / choose.randrange(4)
+        return fetched
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(user, range(8))) > 0
+    stack.front._index.check()  # type: ignore[attr-defined]
+    tier = stack.stats().tiers[0]
+    assert tier.stored_blocks - tier.evicted_blocks - tier.dropped_blocks == tier.used_blocks
+    assert tier.evicted_blocks > 0

@@ -1,0 +1,104 @@
+"""The spans of a stack, as an application's own SDK sees them."""
+
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from kvcache import Stack, telemetry
+from kvcache.sizes import Size
+from kvcache.slab import PAGE
+from kvcache.testing import keys_of
+from kvcache.tiers.dram import DramTier
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("kvcache"))
+    return exporter
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    with Stack(DramTier(block_nbytes=PAGE, capacity=Size(8 * PAGE)), profile="ours") as stack:
+        yield stack
+
+
+def take(exported: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    spans = exported.get_finished_spans()
+    exported.clear()
+    assert len({span.name for span in spans}) == len(spans)
+    return {span.name: span for span in spans}
+
+
+def test_one_span_per_operation_and_none_per_block(
+    stack: Stack, exported: InMemorySpanExporter
+) -> None:
+    keys = keys_of("a", 6)
+    lease = stack.reserve(keys[:5])
+    assert take(exported) == {}  # it lasts as long as the lease
+    lease.end(failed=keys[4:5])
+    store = take(exported)["kvcache.store"]
+    assert dict(store.attributes or {}) == {
+        "kvcache.profile.name": "ours",
+        "kvcache.block.requested": 5,
+        "kvcache.block.stored": 4,
+        "kvcache.block.failed": 1,
+        "kvcache.payload.size": 4 * PAGE,
+        "error.type": "copy_failed",
+    }
+    assert store.status.status_code is StatusCode.ERROR
+
+    lease = stack.fetch(stack.match(keys, 1).result()).result()
+    lookup = take(exported)["kvcache.lookup"]
+    assert dict(lookup.attributes or {}) == {
+        "kvcache.profile.name": "ours",
+        "kvcache.block.requested": 5,
+        "kvcache.block.hit": 3,
+    }
+    lease.end()
+    load = take(exported)["kvcache.load"]
+    assert dict(load.attributes or {}) == {
+        "kvcache.profile.name": "ours",
+        "kvcache.block.requested": 3,
+        "kvcache.block.hit": 3,
+        "kvcache.block.failed": 0,
+        "kvcache.payload.size": 3 * PAGE,
+    }
+    assert load.status.status_code is StatusCode.UNSET
+
+
+def test_a_caller_is_the_parent(stack: Stack, exported: InMemorySpanExporter) -> None:
+    caller = TracerProvider().get_tracer("caller").start_span("request")
+    context = trace.set_span_in_context(caller)
+    keys = keys_of("a", 2)
+    stack.reserve(keys, context=context).end()
+    stack.fetch(stack.match(keys, context=context).result(), context=context).result().end()
+    spans = take(exported)
+    assert set(spans) == {"kvcache.store", "kvcache.lookup", "kvcache.load"}
+    for span in spans.values():
+        assert span.parent is not None
+        assert span.parent.span_id == caller.get_span_context().span_id
+        assert span.context is not None
+        assert span.context.trace_id == caller.get_span_context().trace_id
+
+
+def test_nothing_is_told_of_nothing(stack: Stack, exported: InMemorySpanExporter) -> None:
+    keys = keys_of("a", 2)
+    stack.reserve(keys).end()
+    take(exported)
+    stack.reserve(keys).end()  # both are held
+    assert take(exported) == {}
+
+
+def test_without_an_sdk_there_are_no_spans(stack: Stack) -> None:
+    span = telemetry.start(telemetry.LOOKUP, None)
+    assert not span.is_recording()
+    telemetry.end(span, {}, error="none")
+    stack.reserve(keys_of("a", 1)).end()
