@@ -13,12 +13,14 @@ import inspect
 from contextlib import ExitStack, closing
 
 from kvcache import memory
+from kvcache.lower import Lower
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.load import Profile, load_profile, shipped
 from kvcache.profiles.rows import Row
 from kvcache.sizes import Size
 from kvcache.stack import Stack
 from kvcache.tier import FrontTier, Tier
+from kvcache.tiers.framed import HEADER_NBYTES, Framed
 
 __all__ = ["Profile", "ProfileError", "load_profile", "open_stack", "shipped"]
 
@@ -53,15 +55,15 @@ def open_stack(
         assert isinstance(front, FrontTier)  # the loader saw to it
         lower = []
         for row in chosen.tiers[1:]:
-            tier = opened.enter_context(closing(_open(chosen, row, block_nbytes + FRAME_NBYTES)))
+            tier = opened.enter_context(closing(_open(chosen, row, block_nbytes + HEADER_NBYTES)))
             framed = Framed(
                 tier,
                 block_nbytes=block_nbytes,
                 element_nbytes=element_nbytes,
-                **row.options(Framed),
+                **row.options_for(Framed),
             )
             lower.append(
-                Lower(framed, name=row.name, front=front, space=space, **row.options(Lower))
+                Lower(framed, name=row.name, front=front, space=space, **row.options_for(Lower))
             )
         stack = Stack(front, lower, profile=chosen.name)
         opened.pop_all()  # the stack closes them from here on
@@ -72,6 +74,6 @@ def _open(profile: Profile, row: Row, block_nbytes: int) -> Tier:
     wants_size = "block_nbytes" in inspect.signature(row.cls).parameters
     given = {"block_nbytes": block_nbytes} if wants_size else {}
     try:
-        return row.cls(**given, **row.options(row.cls))
+        return row.cls(**given, **row.options_for(row.cls))
     except ValueError as error:
         raise ProfileError(profile.name, [f"{row.where}: {error}"]) from error

@@ -37,7 +37,7 @@ class Option:
 def options_of(cls: type) -> dict[str, Option]:
     """What a profile may set for ``cls``, by name. Raises ValueError if annotations are broken."""
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError) as error:
         raise ValueError(
             f"the annotations of {cls.__qualname__} cannot be read ({error})"

@@ -7,12 +7,13 @@ missing, and every variable that begins with KVCACHE__ was used or is a problem.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from kvcache.lower import Lower
 from kvcache.profiles.errors import listed, nearest, show
 from kvcache.profiles.kinds import tier_class
 from kvcache.profiles.lines import TOP, Lines
 from kvcache.profiles.options import Option, converted, from_text, options_of, takes
-from kvcache.lower import Lower
 from kvcache.tier import FrontTier, Tier
 from kvcache.tiers.framed import Framed
 
@@ -48,10 +49,15 @@ class Row:
     settings: tuple[Setting, ...]
     where: str
 
-    def options(self, cls: type) -> dict[str, object]:
-        """The keyword arguments of ``cls`` that the file and the environment set."""
+    @property
+    def options(self) -> dict[str, object]:
+        """All that the file and the environment set."""
+        return {setting.option.name: setting.value for setting in self.settings}
+
+    def options_for(self, cls: type) -> dict[str, Any]:
+        """Those of them that are keyword arguments of ``cls``."""
         its = options_of(cls)
-        return {each.option.name: each.value for each in self.settings if each.option.name in its}
+        return {name: value for name, value in self.options.items() if name in its}
 
 
 def read_rows(
@@ -70,7 +76,9 @@ def _joined(own: dict[str, Option], *around: dict[str, Option]) -> dict[str, Opt
     joined = dict(own)
     for options in around:
         if taken := sorted(joined.keys() & options.keys()):
-            raise ValueError(f"its options {listed(taken)} are the stack's own; name them otherwise")
+            raise ValueError(
+                f"its options {listed(taken)} are the stack's own; name them otherwise"
+            )
         joined |= options
     return joined
 

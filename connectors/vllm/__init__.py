@@ -71,6 +71,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
             from kvcache.connectors.vllm.scheduler import SchedulerSide
+            from kvcache.connectors.vllm.support import identity
 
             policy = vllm_config.kv_transfer_config.kv_load_failure_policy
             if policy != "recompute":
@@ -79,7 +80,9 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     "ends its request; with 'recompute' it is computed again",
                     policy,
                 )
-            self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
+            self._scheduler = SchedulerSide(
+                vllm_config, kv_cache_config, identity(vllm_config, kv_cache_config)
+            )
         else:
             import torch
             from vllm.distributed.parallel_state import get_pp_group, get_tp_group

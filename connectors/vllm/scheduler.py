@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name, refusal
+from kvcache.keys import namespace
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab
 from kvcache.stack import Stack, StackStats
@@ -55,13 +56,22 @@ class _Job:
 
 
 class SchedulerSide:
-    """One per engine; owns the stack, which is opened when the workers said what a block is."""
+    """One per engine; owns the stack, which is opened when the workers said what a block is.
 
-    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    ``identity`` is what another engine must agree with before they may share a block.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        identity: Mapping[str, object],
+    ) -> None:
         self._world = vllm_config.parallel_config.world_size
         self._refusal = refusal(vllm_config, kv_cache_config)
         if self._refusal:
             log.warning("kvcache: nothing is kept or found: %s", self._refusal)
+        self._identity = identity
         self._block_tokens = 0
         self._hashes_per_block = 1
         if not self._refusal:
@@ -101,7 +111,10 @@ class SchedulerSide:
                 )
             offsets[rank] = block_nbytes
             block_nbytes += shard.nbytes
-        self._stack = open_stack(block_nbytes=block_nbytes)
+        forms = {str(rank): shard.form for rank, shard in shards.items()}
+        self._stack = open_stack(
+            block_nbytes=block_nbytes, space=namespace({**self._identity, **forms})
+        )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now
         self._memory = Memory(descriptor, offsets)
