@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# How long a case takes says more about the machine than about the code. The cases are the same every
+# How long a case takes says more about the machine than the code. The cases are the same every
 # time, so that what fails is the change's doing; HYPOTHESIS_SEARCH=1 looks for new ones.
 settings.register_profile(
     "kvcache", deadline=None, derandomize="HYPOTHESIS_SEARCH" not in os.environ
