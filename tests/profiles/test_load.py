@@ -69,7 +69,7 @@ def test_an_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> 
     with pytest.raises(ProfileError) as caught:
         load_profile(profile, {})
     says = str(caught.value)
-    assert f'profile "{profile}": no such profile; shipped are "l1-only"' in says
+    assert f'profile "{profile}": no such profile; shipped are "l1-disk", "l1-only"' in says
     assert 'has a "/" or ends in ".toml"' in says
     assert ('did you mean "l1-only"?' in says) is near
 
@@ -255,7 +255,7 @@ def test_an_inline_table_has_no_line_and_is_still_read(file: Path) -> None:
 def test_below_the_first_a_tier_has_the_options_of_what_is_around_it(file: Path) -> None:
     lower = '[[tier]]\nname = "l2"\nkind = "tests.profiles.fakes:Lower"\n'
     text = GOOD + lower + 'codec = "zstd"\nqueue = "1MiB"\n'
-    front, row = read(file, text, {"KVCACHE__L2__DEADLINE_S": "2"}).tiers
+    _, row = read(file, text, {"KVCACHE__L2__DEADLINE_S": "2"}).tiers
     assert row.options == {"codec": "zstd", "queue": 1 << 20, "deadline_s": 2.0}
     assert row.options_for(Framed) == {"codec": "zstd"}
     assert row.options_for(LowerTier) == {"queue": 1 << 20, "deadline_s": 2.0}
