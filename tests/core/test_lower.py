@@ -7,62 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from kvcache import Lease, Stack
-from kvcache.lower import Lower
-from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
-from kvcache.tiers.dram import DramTier
-from tests.core.faults import Faulty
-
-SPACE = b"n" * 32
-LONG = 20.0  # what a test waits at most for what does come
-
-
-class Below:
-    """A stack of L1 and lower tiers that do what they are told."""
-
-    def __init__(self, slots: int = 16, tiers: int = 1, deadline_s: float = LONG, pieces: int = 4):
-        self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
-        self.tiers = [Faulty() for _ in range(tiers)]
-        self.lower = [
-            Lower(tier, name=f"l{at}", front=self.front, space=SPACE, deadline_s=deadline_s)
-            for at, tier in enumerate(self.tiers, 2)
-        ]
-        for lower in self.lower:
-            lower.blocks_per_call = pieces
-        self.stack = Stack(self.front, self.lower, profile="test")
-
-    def put(self, keys: list[bytes], after: bytes | None = None) -> int:
-        with self.stack.reserve(keys, after) as lease:
-            for key, view in zip(lease.keys, lease.views, strict=True):
-                view[:] = block_of(key, PAGE)
-            return len(lease)
-
-    def keep_below(self, keys: list[bytes], tier: int = 0) -> None:
-        for key in keys:
-            self.tiers[tier].held[SPACE + key] = block_of(key, PAGE)
-
-    def fetch(self, keys: list[bytes], start: int = 0) -> Lease:
-        match = self.stack.match(keys, start).result(LONG)
-        lease = self.stack.fetch(match).result(LONG)
-        assert len(lease) <= match.blocks
-        assert list(lease.keys) == keys[start : start + len(lease)], "a block under another's key"
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            assert bytes(view) == block_of(key, PAGE), "wrong bytes"
-        return lease
-
-    def got(self, keys: list[bytes], start: int = 0) -> int:
-        with self.fetch(keys, start) as lease:
-            return len(lease)
-
-    def check(self) -> None:
-        self.front._index.check()
-        assert self.stack.stats().pinned_slots == 0
+from tests.core.below import LONG, SPACE, Below
 
 
 @pytest.fixture
@@ -335,80 +283,3 @@ def test_many_threads_and_a_tier_with_faults() -> None:
         == stats.tiers[0].stored_blocks - down.loaded_blocks
     )
     below.stack.close()
-
-
-class Faults(RuleBasedStateMachine):
-    """The whole stack over a tier that goes wrong in every way, against what was really stored."""
-
-    reading: Bundle[Lease] = Bundle("reading")
-    chains = st.text("01", min_size=1, max_size=6)
-
-    @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4))
-    def open(self, slots: int, pieces: int) -> None:
-        self.below = Below(slots=slots, pieces=pieces)
-        self.out: list[Lease] = []
-
-    @staticmethod
-    def keys(chain: str) -> list[bytes]:
-        return [chain[: at + 1].encode() for at in range(len(chain))]
-
-    @rule(fault=st.sampled_from(["", "", "raise", "hole", "short", "count", "lie", "decline"]))
-    def goes_wrong(self, fault: str) -> None:
-        self.below.tiers[0].fault = fault
-
-    @rule(chain=chains, skip=st.integers(0, 5))
-    def put(self, chain: str, skip: int) -> None:
-        keys = self.keys(chain)
-        at = min(skip, len(keys) - 1)
-        self.below.put(keys[at:], keys[at - 1] if at else None)
-
-    @rule(target=reading, chain=chains, start=st.integers(0, 5))
-    def fetch(self, chain: str, start: int) -> Lease:
-        lease = self.below.fetch(self.keys(chain), min(start, len(chain)))
-        self.out.append(lease)
-        return lease
-
-    @rule(lease=consumes(reading), failed=st.booleans())
-    def end(self, lease: Lease, failed: bool) -> None:
-        self.out.remove(lease)
-        lease.end(lease.keys[:1] if failed else ())
-
-    @rule(chain=chains)
-    def prefetch(self, chain: str) -> None:
-        if (coming := self.below.stack.prefetch(self.keys(chain))) is not None:
-            coming.result(LONG)
-
-    @rule()
-    def l1_is_lost(self) -> None:
-        self.below.front.clear()
-
-    @rule()
-    def clear(self) -> None:
-        self.below.stack.clear()
-
-    @rule()
-    def pause_ends(self) -> None:
-        self.below.lower[0]._breaker._retry_at = 0.0
-
-    @invariant()
-    def l1_is_whole(self) -> None:
-        if hasattr(self, "below"):
-            self.below.front._index.check()
-
-    def teardown(self) -> None:
-        if not hasattr(self, "below"):
-            return
-        self.below.tiers[0].fault = ""
-        for lease in self.out:
-            lease.end()
-        assert self.below.stack.flush(LONG)
-        self.below.check()
-        stats = self.below.stack.stats()
-        down = stats.lower[0]
-        ways = down.stored_blocks + down.known_blocks + down.declined_blocks + down.dropped_blocks
-        assert ways == stats.tiers[0].stored_blocks - down.loaded_blocks
-        self.below.stack.close()
-
-
-Faults.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
-TestFaults = Faults.TestCase
