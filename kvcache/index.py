@@ -61,6 +61,16 @@ class Index:
         # The last entry is taken first, so that slots are used from the lowest up.
         self._free[:0] = range(upto - 1, first - 1, -1)
 
+    def restore(self, held: Sequence[tuple[int, bytes]]) -> None:
+        """Make free slots READY as they were before a restart, the oldest first."""
+        taken = {slot for slot, _ in held}
+        self._free = [slot for slot in self._free if slot not in taken]
+        now = self._clock()
+        for slot, key in held:
+            self._ready[key] = slot
+            self._key[slot] = key
+            self._policy.add([key], None, now)
+
     def __len__(self) -> int:
         return len(self._ready) + len(self._filling)
 

@@ -15,11 +15,25 @@ LONG = 20.0  # what a test waits at most for what does come
 class Below:
     """A stack of L1 and lower tiers that do what they are told."""
 
-    def __init__(self, slots: int = 16, tiers: int = 1, deadline_s: float = LONG, pieces: int = 4):
+    def __init__(
+        self,
+        slots: int = 16,
+        tiers: int = 1,
+        deadline_s: float = LONG,
+        pieces: int = 4,
+        calls: int = 2,
+    ):
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
         self.tiers = [Faulty() for _ in range(tiers)]
         self.lower = [
-            Lower(tier, name=f"l{at}", front=self.front, space=SPACE, deadline_s=deadline_s)
+            Lower(
+                tier,
+                name=f"l{at}",
+                front=self.front,
+                space=SPACE,
+                deadline_s=deadline_s,
+                calls=calls,
+            )
             for at, tier in enumerate(self.tiers, 2)
         ]
         for lower in self.lower:

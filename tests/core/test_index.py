@@ -1,7 +1,7 @@
 """Every state of a slot and every change of it, against a plain model, under every policy."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import settings
@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcache.eviction import POLICIES, Lru
+from kvcache.eviction import POLICIES, Fifo, Keep, Lru
 from kvcache.index import Index
 
 
@@ -97,6 +97,42 @@ def test_a_chain_loses_its_tail_first_however_it_was_built(policy: str) -> None:
         fill(index, name)
         kept = held(index, "abcdef")
         assert kept == "abcdef"[: len(kept)], f"a hole after {lost} evictions"
+
+
+class HeadFirst(Fifo):
+    """A policy of somebody who does not know about prefixes."""
+
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        for key in list(self._owner):
+            if not keep(key):
+                self.remove([key])
+                yield key
+
+
+def test_no_policy_can_make_a_chain_lose_its_head() -> None:
+    index = Index(HeadFirst(6), map(float, itertools.count()).__next__)
+    index.open_slots(6)
+    fill(index, "abc")
+    fill(index, "xy")
+    for name in "uvw":
+        fill(index, name)
+        for chain in ("abc", "xy"):
+            kept = held(index, chain)
+            assert kept == chain[: len(kept)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_chains_that_grow_in_turns(policy: str) -> None:
+    index = index_of(8, policy)
+    fill(index, "ab")
+    fill(index, "mn")
+    fill(index, "cd", "b")
+    fill(index, "op", "n")
+    for name in "uvwxyz":
+        fill(index, name)
+        for chain in ("abcd", "mnop"):
+            kept = held(index, chain)
+            assert kept == chain[: len(kept)]
 
 
 def test_a_block_whose_parent_is_not_here_takes_no_room_from_others() -> None:

@@ -33,6 +33,14 @@ def test_what_an_engine_stored_goes_down_and_comes_up_again(below: Below) -> Non
     assert (stats.stored_blocks, stats.hit_blocks, stats.loaded_blocks) == (4, 4, 4)
 
 
+def test_what_failed_does_not_go_down_and_the_rest_does(below: Below) -> None:
+    keys = keys_of("a", 3)
+    below.stack.reserve(keys).end(failed=keys[1:2])
+    assert below.stack.flush(LONG)
+    assert set(below.tiers[0].held) == {SPACE + keys[0], SPACE + keys[2]}
+    assert below.stack.stats().lower[0].dropped_blocks == 0
+
+
 def test_what_came_up_does_not_go_down_and_the_known_is_not_written(below: Below) -> None:
     keys = keys_of("a", 4)
     below.keep_below(keys[:2])
@@ -75,6 +83,8 @@ def test_the_answer_is_cut_at_the_first_hole() -> None:
     keys = keys_of("a", 9)
     below.keep_below(keys[:3], 0)
     below.keep_below([keys[3], *keys[5:]], 1)
+    match = below.stack.match(keys).result(LONG)
+    assert (match.blocks, match.sources) == (4, (1, 1, 1, 2))
     assert below.got(keys) == 4
     below.tiers[1].held.clear()
     below.front.clear()
@@ -151,6 +161,20 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
         pass
     assert below.stack.match(keys).result(LONG).blocks == 2
     below.check()
+    below.stack.close()
+
+
+def test_a_call_that_never_began_keeps_nothing() -> None:
+    below = Below(slots=4, deadline_s=0.01, calls=1)
+    first, second = keys_of("a", 2), keys_of("b", 2)
+    below.keep_below(first + second)
+    matches = [below.stack.match(keys).result(LONG) for keys in (first, second)]
+    below.tiers[0].gate.clear()
+    for match in matches:  # one hangs, the other waits behind it
+        with below.stack.fetch(match).result(LONG) as lease:
+            assert not lease.keys
+    assert below.stack.stats().pinned_slots == 2
+    below.tiers[0].gate.set()
     below.stack.close()
 
 
