@@ -20,7 +20,7 @@ from kvcache.profiles.rows import Row
 from kvcache.sizes import Size
 from kvcache.stack import Stack
 from kvcache.tier import FrontTier, Tier
-from kvcache.tiers.framed import HEADER_NBYTES, Framed
+from kvcache.tiers.framed import Framed, frame_nbytes
 
 __all__ = ["Profile", "ProfileError", "load_profile", "open_stack", "shipped"]
 
@@ -55,7 +55,7 @@ def open_stack(
         assert isinstance(front, FrontTier)  # the loader saw to it
         lower = []
         for row in chosen.tiers[1:]:
-            tier = opened.enter_context(closing(_open(chosen, row, block_nbytes + HEADER_NBYTES)))
+            tier = opened.enter_context(closing(_open(chosen, row, frame_nbytes(block_nbytes))))
             framed = Framed(
                 tier,
                 block_nbytes=block_nbytes,

@@ -257,7 +257,8 @@ def test_after_close_nothing_is_held_or_taken(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_opened(tmp_path: Path, options: dict[str, Any], says: str) -> None:
-    given: dict[str, Any] = {"block_nbytes": PAGE, "path": str(tmp_path), "capacity": capacity(4)} | options
+    usual = {"block_nbytes": PAGE, "path": str(tmp_path), "capacity": capacity(4)}
+    given: dict[str, Any] = usual | options
     with pytest.raises(ValueError, match=says):
         DiskTier(**given)
     opened(tmp_path).close()  # nothing was left locked
