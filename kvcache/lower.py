@@ -17,12 +17,13 @@ import logging
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
 from queue import PriorityQueue
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from kvcache.breaker import Breaker
 from kvcache.keys import DIGEST_NBYTES, join
@@ -49,6 +50,7 @@ class LowerStats:
     known_blocks: int  # not written, since the tier holds them
     declined_blocks: int  # offered, and not taken
     dropped_blocks: int  # never offered: the queue was full, or the breaker open
+    once_blocks: int  # not offered so far, since they were not used again
     queued_nbytes: int
     errors: int  # calls that failed or came late
 
@@ -64,6 +66,7 @@ class Lower:
         deadline_s: what a caller waits for one answer.
         queue: bytes of blocks that wait to be written; a quarter of L1 at most.
         calls: under way at once.
+        writes: what is written: every block that is stored, or those that are used again.
         clock: seconds.
     """
 
@@ -77,6 +80,7 @@ class Lower:
         deadline_s: float = 1.0,
         queue: Size = Size(256 << 20),  # noqa: B008 - a number
         calls: int = 2,
+        writes: Literal["all", "hot"] = "all",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
@@ -87,6 +91,10 @@ class Lower:
         self._front = front
         # What waits is pinned: a slow tier may not take L1 from those who use it.
         self._queue_blocks = min(queue // front.block_nbytes, front.slab.slots // 4)
+        self._hot = writes == "hot"
+        # Where only what is used again is written: the others, and their namespace. As many as L1
+        # has slots: what has left L1 cannot be written any more.
+        self._once: OrderedDict[bytes, bytes] = OrderedDict()
         self._breaker = Breaker(clock)
         self._jobs: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
         self._order = itertools.count()
@@ -164,6 +172,27 @@ class Lower:
         return answer
 
     # Writing, behind the engine's back
+
+    def stored(self, keys: Sequence[bytes], space: bytes) -> None:
+        """An engine stored ``keys``, whose slots were reserved when the namespace was ``space``."""
+        if not self._hot:
+            self.write(keys, space)
+            return
+        with self._lock:
+            self._once.update(dict.fromkeys(keys, space))
+            self._counts["once_blocks"] += len(keys)
+            while len(self._once) > self._front.slab.slots:
+                self._once.popitem(last=False)
+
+    def used(self, keys: Sequence[bytes]) -> None:
+        """``keys``, READY in L1, were used: what was kept back so far is written."""
+        if not self._once:
+            return
+        with self._lock:
+            spaces = {key: self._once.pop(key) for key in keys if key in self._once}
+            self._counts["once_blocks"] -= len(spaces)
+        for space in dict.fromkeys(spaces.values()):
+            self.write([key for key, its in spaces.items() if its == space], space)
 
     def write(self, keys: Sequence[bytes], space: bytes) -> None:
         """Queue ``keys``, READY in L1, to be written: as many of the first as there is room for.

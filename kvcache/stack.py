@@ -6,8 +6,8 @@
 3. What L1 alone can answer is answered in the caller's thread: the future is done when given.
 4. What comes up from a lower tier is pinned before it is there, read once however many ask for it,
    and cut at the first hole: a block is never taken for its neighbour.
-5. What an engine stored goes down to every lower tier when its lease has ended; what came up does
-   not go down again.
+5. What an engine stored goes down to every lower tier when its lease has ended, or where a tier
+   asks for that when it is used again; what came up does not go down again.
 6. A span of ``kvcache.load`` or ``kvcache.store`` lasts as long as its lease, so that it covers the
    copies made under it.
 """
@@ -132,6 +132,8 @@ class Stack:
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             self._ended(span, telemetry.HIT, match.blocks, lease, failed)
+            for lower in self._lower:
+                lower.used([key for key in lease.keys if key not in failed])
 
         def bring() -> Lease:
             lease = self._bring_up(match) if any(match.sources) else self.front.pin(match.held)
@@ -192,7 +194,7 @@ class Stack:
             if spaces:
                 stored = [key for key in lease.keys if key not in failed]
                 for lower, space in zip(self._lower, spaces, strict=True):
-                    lower.write(stored, space)
+                    lower.stored(stored, space)
 
         lease.on_end(ended)
         return lease

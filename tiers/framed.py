@@ -34,12 +34,9 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Final, Literal
 
-from kvcache.tier import Tier
+from xxhash import xxh3_128
 
-try:
-    from xxhash import xxh3_128
-except ImportError as error:
-    raise ImportError(f"frames need xxhash: pip install 'kvcache[frame]' ({error})") from error
+from kvcache.tier import Tier
 
 log = logging.getLogger(__name__)
 

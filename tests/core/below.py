@@ -1,5 +1,7 @@
 """A stack over lower tiers that do what they are told, for tests of what is between."""
 
+from typing import Any
+
 from kvcache import Lease, Stack
 from kvcache.lower import Lower
 from kvcache.sizes import Size
@@ -22,6 +24,7 @@ class Below:
         deadline_s: float = LONG,
         pieces: int = 4,
         calls: int = 2,
+        **options: Any,
     ):
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
         self.tiers = [Faulty() for _ in range(tiers)]
@@ -33,6 +36,7 @@ class Below:
                 space=SPACE,
                 deadline_s=deadline_s,
                 calls=calls,
+                **options,
             )
             for at, tier in enumerate(self.tiers, 2)
         ]

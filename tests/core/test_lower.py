@@ -214,6 +214,25 @@ def test_a_tier_that_recovers_is_asked_again(caplog: pytest.LogCaptureFixture) -
     below.stack.close()
 
 
+def test_a_tier_may_take_only_what_is_used_again() -> None:
+    below = Below(writes="hot")
+    keys = keys_of("a", 5)
+    below.put(keys)
+    assert below.stack.stats().lower[0].once_blocks == 5
+    assert below.got(keys[:3]) == 3
+    assert below.stack.flush(LONG)
+    assert set(below.tiers[0].held) == {SPACE + key for key in keys[:3]}
+    assert below.got(keys) == 5
+    assert below.stack.flush(LONG)
+    stats = below.stack.stats().lower[0]
+    assert (stats.stored_blocks, stats.known_blocks, stats.once_blocks) == (5, 0, 0)
+    for name in range(10):
+        below.put(keys_of(f"other {name}", 4))
+    assert len(below.lower[0]._once) <= 16
+    below.check()
+    below.stack.close()
+
+
 def test_what_waits_to_be_written_is_bounded_and_the_tail_is_dropped() -> None:
     below = Below(slots=16, pieces=1)  # a quarter of L1 may wait: 4 blocks
     below.tiers[0].gate.clear()
