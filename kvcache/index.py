@@ -4,10 +4,10 @@
 
     absent --reserve--> FILLING --publish--> READY --evict, drop, clear--> absent
                            |                   ^|
-                           +--fail--> absent   pin / unpin (a count)
+                           +--fail--> absent   pin, hold / unpin (a count)
 
-    A FILLING block that is cleared, and a READY one that is dropped or cleared while pinned, leaves
-    its slot an orphan: without a key, back on the free list when the lease that holds it ends.
+    A block that leaves the index while its slot is under lease leaves an orphan: a slot without a
+    key, back on the free list when the last lease that has it ends.
 
 Always true here:
 
@@ -61,6 +61,16 @@ class Index:
         # The last entry is taken first, so that slots are used from the lowest up.
         self._free[:0] = range(upto - 1, first - 1, -1)
 
+    def restore(self, held: Sequence[tuple[int, bytes]]) -> None:
+        """Make free slots READY as they were before a restart, the oldest first."""
+        taken = {slot for slot, _ in held}
+        self._free = [slot for slot in self._free if slot not in taken]
+        now = self._clock()
+        for slot, key in held:
+            self._ready[key] = slot
+            self._key[slot] = key
+            self._policy.add([key], None, now)
+
     def __len__(self) -> int:
         return len(self._ready) + len(self._filling)
 
@@ -99,6 +109,27 @@ class Index:
             pins[slot] += 1
             slots.append(slot)
         return slots
+
+    def hold(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """Pin those of ``keys`` that are READY or FILLING.
+
+        A FILLING block is READY and pinned when it is published; one that fails leaves an orphan.
+
+        Returns:
+            their positions in ``keys``, and their slots.
+        """
+        ready, filling, pins = self._ready, self._filling, self._pins
+        positions: list[int] = []
+        slots: list[int] = []
+        for at, key in enumerate(keys):
+            slot = ready.get(key)
+            if slot is None:
+                slot = filling.get(key)
+            if slot is not None:
+                pins[slot] += 1
+                positions.append(at)
+                slots.append(slot)
+        return positions, slots
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Take back one pin of each slot."""
@@ -172,10 +203,11 @@ class Index:
         start: bytes | None = None
         now = self._clock()
         for slot in slots:
-            self._pins[slot] = 0
+            self._pins[slot] -= 1
             key = names[slot]
             if key is None:  # cleared meanwhile
-                self._free.append(slot)
+                if not self._pins[slot]:
+                    self._free.append(slot)
                 continue
             del self._filling[key]
             if key in failed:
@@ -230,7 +262,7 @@ class Index:
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
         assert not any(self._pins[s] or self._key[s] for s in self._free), "a free slot is in use"
         assert len(self._free) + len(held) + len(orphans) == self.slots, "a slot is lost"
-        assert all(self._pins[s] == 1 for s in self._filling.values()), (
+        assert all(self._pins[s] > 0 for s in self._filling.values()), (
             "a FILLING slot has no holder"
         )
         children: dict[bytes, int] = {}

@@ -185,6 +185,13 @@ class FrontTier(Tier):
         """Lend the leading blocks of ``keys`` that are held, for reading, up to the first hole."""
 
     @abstractmethod
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        """Pin those of ``keys`` that are held or being filled, wherever among ``keys`` they are.
+
+        What is being filled may be read when the lease that fills it has ended well.
+        """
+
+    @abstractmethod
     def clear(self) -> None:
         """Forget every block. Slots under lease come back when their lease ends."""
 

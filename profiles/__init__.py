@@ -13,27 +13,37 @@ import inspect
 from contextlib import ExitStack, closing
 
 from kvcache import memory
+from kvcache.lower import Lower
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.load import Profile, load_profile, shipped
 from kvcache.profiles.rows import Row
 from kvcache.sizes import Size
 from kvcache.stack import Stack
 from kvcache.tier import FrontTier, Tier
+from kvcache.tiers.framed import Framed, frame_nbytes
 
 __all__ = ["Profile", "ProfileError", "load_profile", "open_stack", "shipped"]
 
 
-def open_stack(profile: str | None = None, *, block_nbytes: int) -> Stack:
+def open_stack(
+    profile: str | None = None,
+    *,
+    block_nbytes: int,
+    space: bytes = b"",
+    element_nbytes: int = 2,
+) -> Stack:
     """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
 
-    ``profile`` is a shipped name or a path to a TOML file; ``block_nbytes`` is the bytes of a block
-    of all ranks. Raises ProfileError if the profile is wrong or asks for more memory than is free.
+    ``profile`` is a shipped name or a path to a TOML file. ``block_nbytes`` is the bytes of a block
+    of all ranks, of elements of ``element_nbytes``. ``space`` is the namespace under which blocks
+    leave this process (``kvcache.namespace``): whoever has the same may find them.
+
+    Raises ProfileError if the profile is wrong or asks for more memory than is free.
     """
     chosen = load_profile(profile)
-    front = chosen.tiers[0]
     problems = [
         f"{setting.where}: {shortage}"
-        for setting in front.settings
+        for setting in chosen.tiers[0].settings
         if setting.option.hint is Size
         and isinstance(setting.value, int)
         and (shortage := memory.shortage(setting.value))
@@ -41,11 +51,21 @@ def open_stack(profile: str | None = None, *, block_nbytes: int) -> Stack:
     if problems:
         raise ProfileError(chosen.name, problems)
     with ExitStack() as opened:
-        tiers = [
-            opened.enter_context(closing(_open(chosen, row, block_nbytes))) for row in chosen.tiers
-        ]
-        assert isinstance(tiers[0], FrontTier)  # the loader saw to it
-        stack = Stack(tiers[0], profile=chosen.name)
+        front = opened.enter_context(closing(_open(chosen, chosen.tiers[0], block_nbytes)))
+        assert isinstance(front, FrontTier)  # the loader saw to it
+        lower = []
+        for row in chosen.tiers[1:]:
+            tier = opened.enter_context(closing(_open(chosen, row, frame_nbytes(block_nbytes))))
+            framed = Framed(
+                tier,
+                block_nbytes=block_nbytes,
+                element_nbytes=element_nbytes,
+                **row.options_for(Framed),
+            )
+            lower.append(
+                Lower(framed, name=row.name, front=front, space=space, **row.options_for(Lower))
+            )
+        stack = Stack(front, lower, profile=chosen.name)
         opened.pop_all()  # the stack closes them from here on
     return stack
 
@@ -54,6 +74,6 @@ def _open(profile: Profile, row: Row, block_nbytes: int) -> Tier:
     wants_size = "block_nbytes" in inspect.signature(row.cls).parameters
     given = {"block_nbytes": block_nbytes} if wants_size else {}
     try:
-        return row.cls(**given, **row.options)
+        return row.cls(**given, **row.options_for(row.cls))
     except ValueError as error:
         raise ProfileError(profile.name, [f"{row.where}: {error}"]) from error

@@ -11,14 +11,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from kvcache import memory
 from kvcache.profiles.errors import listed, nearest
-from kvcache.sizes import FORMS, Size, parse_size
-from kvcache.tier import Tier
+from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 
-GIVEN_BY_THE_STACK = ("block_nbytes", "clock")
+GIVEN_BY_THE_STACK = ("block_nbytes", "clock", "element_nbytes", "front", "name", "space")
 """Keyword arguments that are not options, because a profile cannot know them."""
 
 _WORDS: dict[object, str] = {
     Size: f"a size: {FORMS}",
+    DiskSize: 'a size, such as "100GiB"',
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -35,10 +35,10 @@ class Option:
     required: bool
 
 
-def options_of(cls: type[Tier]) -> dict[str, Option]:
+def options_of(cls: type) -> dict[str, Option]:
     """What a profile may set for ``cls``, by name. Raises ValueError if annotations are broken."""
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError) as error:
         raise ValueError(
             f"the annotations of {cls.__qualname__} cannot be read ({error})"
@@ -66,6 +66,8 @@ def converted(given: object, hint: object) -> object:
     """``given`` as a ``hint``. Raises ValueError that says what is allowed."""
     if hint is Size:
         return parse_size(given, memory.limit().nbytes)
+    if hint is DiskSize:
+        return parse_size(given)
     if hint is float and type(given) is int:
         given = float(given)
     if isinstance(given, float) and not math.isfinite(given):

@@ -7,17 +7,23 @@ missing, and every variable that begins with KVCACHE__ was used or is a problem.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from kvcache.lower import Lower
 from kvcache.profiles.errors import listed, nearest, show
 from kvcache.profiles.kinds import tier_class
 from kvcache.profiles.lines import TOP, Lines
 from kvcache.profiles.options import Option, converted, from_text, options_of, takes
 from kvcache.tier import FrontTier, Tier
+from kvcache.tiers.framed import Framed
 
 OVERRIDE = "KVCACHE__"
 
 _NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")  # single separators: "__" ends it in a variable
 _FIXED = ("name", "kind")
+
+AROUND = (Framed, Lower)
+"""What the stack puts around a tier below the first; their options are set in the tier's row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tier of a profile. ``where`` says the file and line its row starts in."""
+    """One tier of a profile. ``where`` says the file and line its row starts in.
+
+    Below the first tier, a row has the options of its class, of the frame around it, and of the
+    stack's dealings with it.
+    """
 
     name: str
     kind: str
@@ -41,8 +51,13 @@ class Row:
 
     @property
     def options(self) -> dict[str, object]:
-        """The constructor's keyword arguments that the file and the environment set."""
+        """All that the file and the environment set."""
         return {setting.option.name: setting.value for setting in self.settings}
+
+    def options_for(self, cls: type) -> dict[str, Any]:
+        """Those of them that are keyword arguments of ``cls``."""
+        its = options_of(cls)
+        return {name: value for name, value in self.options.items() if name in its}
 
 
 def read_rows(
@@ -55,6 +70,17 @@ def read_rows(
 
 def _variable(name: str) -> str:
     return name.upper().replace("-", "_")
+
+
+def _joined(own: dict[str, Option], *around: dict[str, Option]) -> dict[str, Option]:
+    joined = dict(own)
+    for options in around:
+        if taken := sorted(joined.keys() & options.keys()):
+            raise ValueError(
+                f"its options {listed(taken)} are the stack's own; name them otherwise"
+            )
+        joined |= options
+    return joined
 
 
 class _Reader:
@@ -95,8 +121,6 @@ class _Reader:
     def _check_order(self, rows: Sequence[Row | None]) -> None:
         if not rows:
             self._wrong(self._lines.place(TOP), 'lists no tier; write [[tier]], kind = "dram"')
-        if len(rows) > 1:
-            self._wrong(self._lines.place(1), f"lists {len(rows)} tiers; a stack has one for now")
         if rows and (front := rows[0]) and not issubclass(front.cls, FrontTier):
             self._wrong(
                 f"{self._lines.place(0, 'kind')}: kind = {show(front.kind)}",
@@ -112,6 +136,8 @@ class _Reader:
                 raise ValueError('a tier needs a kind, such as "dram" or "pkg.mod:Class"')
             cls = tier_class(kind)
             options = options_of(cls)
+            if number:
+                options = _joined(options, *map(options_of, AROUND))
         except ValueError as error:
             self._wrong(self._where(number, table, "kind"), str(error))
             return None

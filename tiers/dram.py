@@ -116,6 +116,11 @@ class DramTier(FrontTier):
             slots = self._index.pin(keys)
         return Lease(keys[: len(slots)], slots, range(len(slots)), self._view, self._release)
 
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        with self._lock:
+            positions, slots = self._index.hold(keys)
+        return Lease([keys[at] for at in positions], slots, positions, self._view, self._release)
+
     def _view(self, slot: int) -> memoryview:
         return self.slab.view(slot)[: self.block_nbytes]
 

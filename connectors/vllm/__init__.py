@@ -71,6 +71,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
             from kvcache.connectors.vllm.scheduler import SchedulerSide
+            from kvcache.connectors.vllm.support import identity
 
             policy = vllm_config.kv_transfer_config.kv_load_failure_policy
             if policy != "recompute":
@@ -79,7 +80,9 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     "ends its request; with 'recompute' it is computed again",
                     policy,
                 )
-            self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
+            self._scheduler = SchedulerSide(
+                vllm_config, kv_cache_config, identity(vllm_config, kv_cache_config)
+            )
         else:
             import torch
             from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -100,6 +103,9 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         self._scheduler.open(metadata)
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

@@ -28,6 +28,7 @@ class Shard(KVConnectorHandshakeMetadata):
 
     nbytes: int
     host: str
+    form: str  # of the bytes: how the attention of this device lays them out
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name, refusal
+from kvcache.keys import namespace
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab
 from kvcache.stack import Stack, StackStats
@@ -54,13 +56,22 @@ class _Job:
 
 
 class SchedulerSide:
-    """One per engine; owns the stack, which is opened when the workers said what a block is."""
+    """One per engine; owns the stack, which is opened when the workers said what a block is.
 
-    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    ``identity`` is what another engine must agree with before they may share a block.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        identity: Mapping[str, object],
+    ) -> None:
         self._world = vllm_config.parallel_config.world_size
         self._refusal = refusal(vllm_config, kv_cache_config)
         if self._refusal:
             log.warning("kvcache: nothing is kept or found: %s", self._refusal)
+        self._identity = identity
         self._block_tokens = 0
         self._hashes_per_block = 1
         if not self._refusal:
@@ -69,6 +80,7 @@ class SchedulerSide:
             self._hashes_per_block = self._block_tokens // hashed
         self._stack: Stack | None = None
         self._memory: Memory | None = None
+        self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
         self._promised: dict[str, tuple[int, Lease]] = {}
         self._running: dict[str, _Running] = {}
         self._jobs: dict[int, _Job] = {}
@@ -99,7 +111,10 @@ class SchedulerSide:
                 )
             offsets[rank] = block_nbytes
             block_nbytes += shard.nbytes
-        self._stack = open_stack(block_nbytes=block_nbytes)
+        forms = {str(rank): shard.form for rank, shard in shards.items()}
+        self._stack = open_stack(
+            block_nbytes=block_nbytes, space=namespace({**self._identity, **forms})
+        )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now
         self._memory = Memory(descriptor, offsets)
@@ -114,18 +129,32 @@ class SchedulerSide:
 
     # Before a request is admitted
 
-    def matched_tokens(self, request: Request, computed: int) -> int:
-        """Tokens beyond ``computed`` that are in L1, pinned for this request from now on."""
+    def arrived(self, request: Request) -> None:
+        """A request is waiting: what lower tiers have of it begins to come up."""
+        if self._stack is None or request.skip_reading_prefix_cache:
+            return
+        coming = self._stack.prefetch(self._prompt_keys(request))
+        if coming is not None:
+            self._coming[request.request_id] = coming
+
+    def matched_tokens(self, request: Request, computed: int) -> int | None:
+        """Tokens beyond ``computed`` that are in L1, pinned for this request from now on.
+
+        ``None`` while lower tiers are still being read for it: ask again.
+        """
         stack = self._stack
         if stack is None or request.skip_reading_prefix_cache:
             return 0
+        if (coming := self._coming.get(request.request_id)) is not None:
+            if not coming.done():  # it has a deadline
+                return None
+            del self._coming[request.request_id]
         start = computed // self._block_tokens
         promised = self._promised.get(request.request_id)
         if promised is not None and promised[0] == start:
             return len(promised[1]) * self._block_tokens
         self._withdraw(request.request_id)
-        keys = self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
-        lease = stack.fetch(stack.match(keys, start).result()).result()
+        lease = stack.fetch_here(self._prompt_keys(request), start)
         if not lease.keys:
             lease.end()
             return 0
@@ -155,6 +184,7 @@ class SchedulerSide:
     def finished(self, request: Request) -> None:
         """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
         self._withdraw(request.request_id)
+        self._coming.pop(request.request_id, None)
         self._running.pop(request.request_id, None)
 
     # Every step
@@ -252,6 +282,10 @@ class SchedulerSide:
         per = self._hashes_per_block
         keys: list[bytes] = request.block_hashes[first * per + per - 1 : end * per : per]
         return keys
+
+    def _prompt_keys(self, request: Request) -> list[bytes]:
+        """The keys of all blocks of which one token at least is left to compute after them."""
+        return self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
 
     def _withdraw(self, request_id: str) -> None:
         _, lease = self._promised.pop(request_id, (0, None))

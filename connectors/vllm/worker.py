@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from typing import TYPE_CHECKING
 
 from kvcache.connectors.pages import CpuCopier, PageCopier, Pages, prepare
@@ -32,6 +33,7 @@ class WorkerSide:
         self._rank = rank
         self._threads = threads
         self._pages: list[Pages] = []
+        self._form = ""
         self._slab: Slab | None = None
         self.copier: PageCopier | None = None
         self._acks = Acks()
@@ -47,13 +49,14 @@ class WorkerSide:
         self._pages = [
             layer_pages(name, caches[name], self._config.num_blocks) for name in group.layer_names
         ]
+        self._form = form_of(caches[group.layer_names[0]])
         prepare()
 
     def shard(self) -> Shard | None:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
         if not self._pages:
             return None
-        return Shard(sum(pages.nbytes for pages in self._pages), host_name())
+        return Shard(sum(pages.nbytes for pages in self._pages), host_name(), self._form)
 
     def load(self, step: Step) -> None:
         for transfer in step.loads:
@@ -118,6 +121,19 @@ class WorkerSide:
         if self._slab is not None:
             self._slab.close()
             self._slab = None
+
+
+def form_of(cache: torch.Tensor) -> str:
+    """What sets the bytes of a page apart, beyond their number.
+
+    On a CPU the same model has other bytes on another instruction set: attention packs its keys and
+    values for the one it runs on.
+    """
+    import torch
+
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    page = f"{tuple(cache.shape[1:])} {cache.stride()[1:]} {cache.dtype}"
+    return f"{page} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
 
 
 def layer_pages(name: str, cache: torch.Tensor, blocks: int) -> Pages:

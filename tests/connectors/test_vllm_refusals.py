@@ -71,7 +71,7 @@ def not_causal() -> Any:
 def test_a_cache_that_cannot_be_kept(
     specs: list[Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]))
+    side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]), {})
     side.open({})
     played = Played(side)
     request = Request("a", 3 * BLOCK)
@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_kept(
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
 def test_context_parallel_cannot_be_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    side = SchedulerSide(engine_config(**{name: 2}), cache_config(full_attention()))
+    side = SchedulerSide(engine_config(**{name: 2}), cache_config(full_attention()), {})
     assert side.matched_tokens(Request("a", 100), 0) == 0
     [record] = caplog.records
     assert f"{name} is 2" in record.getMessage()
@@ -101,25 +101,25 @@ def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch
     spec = UniformTypeKVCacheSpecs(
         block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": full_attention()}
     )
-    side = SchedulerSide(engine_config(), cache_config(spec))
+    side = SchedulerSide(engine_config(), cache_config(spec), {})
     assert side._refusal is None
 
 
 def test_a_missing_rank_is_an_error() -> None:
-    side = SchedulerSide(engine_config(), cache_config(full_attention()))
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     with pytest.raises(RuntimeError, match="1 of 2 workers"):
-        side.open({(0, 0): Shard(SHARD, host_name())})
+        side.open({(0, 0): Shard(SHARD, host_name(), "form")})
 
 
 def test_a_rank_on_another_host_is_an_error() -> None:
-    side = SchedulerSide(engine_config(), cache_config(full_attention()))
-    elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere")}
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere", "form")}
     with pytest.raises(RuntimeError, match=r"tensor rank 1 is on another host \(elsewhere\)"):
         side.open(elsewhere)
 
 
 def test_workers_that_said_nothing_are_an_error() -> None:
-    played = Played(SchedulerSide(engine_config(), cache_config(full_attention())))
+    played = Played(SchedulerSide(engine_config(), cache_config(full_attention()), {}))
     request = Request("a", BLOCK)
     played.admit(request, [1])
     with pytest.raises(RuntimeError, match="never said"):

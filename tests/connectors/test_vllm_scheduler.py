@@ -43,7 +43,7 @@ def cache_config(*specs: Any, hash_block_size: int | None = None) -> Any:
 
 
 def shards(host: str | None = None) -> dict[tuple[int, int], Shard]:
-    return {rank: Shard(SHARD, host or host_name()) for rank in RANKS}
+    return {rank: Shard(SHARD, host or host_name(), "form") for rank in RANKS}
 
 
 def chain(name: str, tokens: int, granule: int = BLOCK) -> list[bytes]:
@@ -80,6 +80,7 @@ class Played:
     ) -> int:
         """Look up, admit with `own` tokens in the engine's cache; give the tokens promised."""
         tokens = self.side.matched_tokens(request, own)
+        assert tokens is not None
         request.blocks = list(blocks)
         self.side.admitted(request, (request.blocks,), tokens)
         request.num_computed_tokens = own + tokens
@@ -152,7 +153,7 @@ def opened(
 ) -> Played:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(slots * SHARD * len(RANKS)))
     side = SchedulerSide(
-        engine_config(), cache_config(full_attention(), hash_block_size=hash_block_size)
+        engine_config(), cache_config(full_attention(), hash_block_size=hash_block_size), {}
     )
     side.open(shards())
     assert side._stack is not None

@@ -78,8 +78,8 @@ class Miniature:
         parallel: Any = SimpleNamespace(parallel_config=SimpleNamespace(world_size=len(RANKS)))
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         cache: Any = SimpleNamespace(kv_cache_groups=[group], num_blocks=BLOCKS)
-        self.side = SchedulerSide(parallel, cache)
-        self.side.open({(0, rank): Shard(4096, host_name()) for rank in RANKS})
+        self.side = SchedulerSide(parallel, cache, {})
+        self.side.open({(0, rank): Shard(4096, host_name(), "form") for rank in RANKS})
         assert self.side._stack is not None
         self.front = self.side._stack.front
         self.front.slab.wait_populated()
@@ -196,6 +196,7 @@ class Miniature:
                     break
                 own.append(self.own[key])
             promised = self.side.matched_tokens(request, len(own) * BLOCK)
+            assert promised is not None
             computed = len(own) * BLOCK + promised
             assert computed < request.num_tokens
             tokens = self._chunk(request, computed)

@@ -67,6 +67,9 @@ class Front(FrontTier):
     def pin(self, keys: Sequence[bytes]) -> Lease:
         raise NotImplementedError
 
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        raise NotImplementedError
+
     def clear(self) -> None:
         pass
 

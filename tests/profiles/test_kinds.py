@@ -13,7 +13,7 @@ from tests.profiles.reading import FRONT, GOOD, only_problem, read
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
 WRONG_KINDS = [
-    ("drma", 'no such kind; there are "dram"', 'did you mean "dram"?'),
+    ("drma", 'no such kind; there are "disk", "dram"', 'did you mean "dram"?'),
     ("tape", 'or "pkg.mod:Class"', ""),
     ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
     ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),
@@ -68,7 +68,7 @@ def test_an_installed_package_gives_short_names(
     assert read(file, GOOD.replace(FRONT, "acme")).tiers[0].cls is Front
     assert load_profile("l1-only", {}).tiers[0].cls is DramTier
     problem = only_problem(file, GOOD.replace(FRONT, "acne"))
-    assert 'there are "acme", "dram"' in problem
+    assert 'there are "acme", "disk", "dram"' in problem
     assert 'did you mean "acme"?' in problem
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from kvcache.lower import Lower as LowerTier
 from kvcache.profiles import ProfileError, load, load_profile, shipped
 from kvcache.tiers.dram import DramTier
+from kvcache.tiers.framed import Framed
 from tests.profiles.fakes import Front
 from tests.profiles.reading import FRONT, GIB, GOOD, HEAD, only_problem, problems, read
 
@@ -67,7 +69,7 @@ def test_an_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> 
     with pytest.raises(ProfileError) as caught:
         load_profile(profile, {})
     says = str(caught.value)
-    assert f'profile "{profile}": no such profile; shipped are "l1-only"' in says
+    assert f'profile "{profile}": no such profile; shipped are "l1-disk", "l1-only"' in says
     assert 'has a "/" or ends in ".toml"' in says
     assert ('did you mean "l1-only"?' in says) is near
 
@@ -250,9 +252,21 @@ def test_an_inline_table_has_no_line_and_is_still_read(file: Path) -> None:
     assert problem == f"{file}: count = true: takes a whole number"
 
 
-def test_a_stack_has_one_tier(file: Path) -> None:
-    text = GOOD + GOOD.replace('"l1"', '"l2"')
-    assert only_problem(file, text) == f"{file}, line 5: lists 2 tiers; a stack has one for now"
+def test_below_the_first_a_tier_has_the_options_of_what_is_around_it(file: Path) -> None:
+    lower = '[[tier]]\nname = "l2"\nkind = "tests.profiles.fakes:Lower"\n'
+    text = GOOD + lower + 'codec = "zstd"\nqueue = "1MiB"\n'
+    _, row = read(file, text, {"KVCACHE__L2__DEADLINE_S": "2"}).tiers
+    assert row.options == {"codec": "zstd", "queue": 1 << 20, "deadline_s": 2.0}
+    assert row.options_for(Framed) == {"codec": "zstd"}
+    assert row.options_for(LowerTier) == {"queue": 1 << 20, "deadline_s": 2.0}
+    assert row.options_for(row.cls) == {}
+    problem = only_problem(file, GOOD + 'codec = "zstd"\n' + lower)
+    assert "no such option" in problem
+
+
+def test_a_tier_may_not_take_the_stacks_own_names_below(file: Path) -> None:
+    problem = only_problem(file, GOOD + GOOD.replace('"l1"', '"l2"'))
+    assert 'its options "level" are the stack\'s own' in problem
 
 
 def test_the_first_tier_lends_its_memory(file: Path) -> None:

@@ -1,0 +1,72 @@
+"""A stack over lower tiers that do what they are told, for tests of what is between."""
+
+from typing import Any
+
+from kvcache import Lease, Stack
+from kvcache.lower import Lower
+from kvcache.sizes import Size
+from kvcache.slab import PAGE
+from kvcache.testing import block_of
+from kvcache.tiers.dram import DramTier
+from tests.core.faults import Faulty
+
+SPACE = b"n" * 32
+LONG = 20.0  # what a test waits at most for what does come
+
+
+class Below:
+    """A stack of L1 and lower tiers that do what they are told."""
+
+    def __init__(
+        self,
+        slots: int = 16,
+        tiers: int = 1,
+        deadline_s: float = LONG,
+        pieces: int = 4,
+        calls: int = 2,
+        **options: Any,
+    ):
+        self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
+        self.tiers = [Faulty() for _ in range(tiers)]
+        self.lower = [
+            Lower(
+                tier,
+                name=f"l{at}",
+                front=self.front,
+                space=SPACE,
+                deadline_s=deadline_s,
+                calls=calls,
+                **options,
+            )
+            for at, tier in enumerate(self.tiers, 2)
+        ]
+        for lower in self.lower:
+            lower.blocks_per_call = pieces
+        self.stack = Stack(self.front, self.lower, profile="test")
+
+    def put(self, keys: list[bytes], after: bytes | None = None) -> int:
+        with self.stack.reserve(keys, after) as lease:
+            for key, view in zip(lease.keys, lease.views, strict=True):
+                view[:] = block_of(key, PAGE)
+            return len(lease)
+
+    def keep_below(self, keys: list[bytes], tier: int = 0) -> None:
+        for key in keys:
+            self.tiers[tier].held[SPACE + key] = block_of(key, PAGE)
+
+    def fetch(self, keys: list[bytes], start: int = 0) -> Lease:
+        match = self.stack.match(keys, start).result(LONG)
+        lease = self.stack.fetch(match).result(LONG)
+        assert len(lease) <= match.blocks
+        assert list(lease.keys) == keys[start : start + len(lease)], "a block under another's key"
+        for key, view in zip(lease.keys, lease.views, strict=True):
+            assert bytes(view) == block_of(key, PAGE), "wrong bytes"
+        return lease
+
+    def got(self, keys: list[bytes], start: int = 0) -> int:
+        with self.fetch(keys, start) as lease:
+            return len(lease)
+
+    def check(self) -> None:
+        self.front._index.check()
+        assert self.stack.stats().pinned_slots == 0

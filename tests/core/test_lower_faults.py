@@ -1,0 +1,85 @@
+"""A whole stack over a tier that goes wrong in every way, against what was really stored."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from kvcache import Lease
+from tests.core.below import LONG, Below
+
+
+class Faults(RuleBasedStateMachine):
+    """The whole stack over a tier that goes wrong in every way, against what was really stored."""
+
+    reading: Bundle[Lease] = Bundle("reading")
+    chains = st.text("01", min_size=1, max_size=6)
+
+    @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4))
+    def open(self, slots: int, pieces: int) -> None:
+        self.below = Below(slots=slots, pieces=pieces)
+        self.out: list[Lease] = []
+
+    @staticmethod
+    def keys(chain: str) -> list[bytes]:
+        return [chain[: at + 1].encode() for at in range(len(chain))]
+
+    @rule(fault=st.sampled_from(["", "", "raise", "hole", "short", "count", "lie", "decline"]))
+    def goes_wrong(self, fault: str) -> None:
+        self.below.tiers[0].fault = fault
+
+    @rule(chain=chains, skip=st.integers(0, 5))
+    def put(self, chain: str, skip: int) -> None:
+        keys = self.keys(chain)
+        at = min(skip, len(keys) - 1)
+        self.below.put(keys[at:], keys[at - 1] if at else None)
+
+    @rule(target=reading, chain=chains, start=st.integers(0, 5))
+    def fetch(self, chain: str, start: int) -> Lease:
+        lease = self.below.fetch(self.keys(chain), min(start, len(chain)))
+        self.out.append(lease)
+        return lease
+
+    @rule(lease=consumes(reading), failed=st.booleans())
+    def end(self, lease: Lease, failed: bool) -> None:
+        self.out.remove(lease)
+        lease.end(lease.keys[:1] if failed else ())
+
+    @rule(chain=chains)
+    def prefetch(self, chain: str) -> None:
+        if (coming := self.below.stack.prefetch(self.keys(chain))) is not None:
+            coming.result(LONG)
+
+    @rule()
+    def l1_is_lost(self) -> None:
+        self.below.front.clear()
+
+    @rule()
+    def clear(self) -> None:
+        self.below.stack.clear()
+
+    @rule()
+    def pause_ends(self) -> None:
+        self.below.lower[0]._breaker._retry_at = 0.0
+
+    @invariant()
+    def l1_is_whole(self) -> None:
+        if hasattr(self, "below"):
+            self.below.front._index.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "below"):
+            return
+        self.below.tiers[0].fault = ""
+        for lease in self.out:
+            lease.end()
+        assert self.below.stack.flush(LONG)
+        self.below.check()
+        stats = self.below.stack.stats()
+        down = stats.lower[0]
+        ways = down.stored_blocks + down.known_blocks + down.declined_blocks + down.dropped_blocks
+        assert ways == stats.tiers[0].stored_blocks - down.loaded_blocks
+        self.below.stack.close()
+
+
+Faults.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestFaults = Faults.TestCase

@@ -1,0 +1,85 @@
+"""The `l1-disk` profile: what one engine computed, the next serves, with the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import below
+from tests.e2e.conftest import Stage
+from tests.e2e.engine import BLOCK, Play, starts
+
+pytestmark = pytest.mark.engine
+
+ACTS = (
+    below.ask_again,
+    below.counts,
+    below.abort_while_it_waits,
+    below.after_reset,
+)
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def lives(
+    request: pytest.FixtureRequest, stage: Stage, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Play, Play]:
+    """Two engines, one after another, on one directory."""
+    environment = {
+        "KVCACHE_PROFILE": "l1-disk",
+        "KVCACHE__DISK__PATH": str(tmp_path_factory.mktemp("disk") / "kv"),
+        "KVCACHE__DISK__CAPACITY": "64MiB",
+        "KVCACHE__DISK__CODEC": request.param,
+        "KVCACHE__DISK__DEADLINE_S": "30",  # what is tested is what comes, not how fast
+    }
+    options: dict[str, Any] = {"blocks": 100, "l1": "16MiB", "environment": environment}
+    first = stage((below.ask_first, below.counts), **options)
+    return first, stage(ACTS, **options)
+
+
+@pytest.fixture(scope="module")
+def reference(stage: Stage) -> Play:
+    return stage((below.ask_first, below.ask_again), blocks=1000)
+
+
+def test_the_next_engine_serves_what_the_first_computed(
+    lives: tuple[Play, Play], reference: Play
+) -> None:
+    first, second = lives
+    first.of(starts)
+    assert first.of(below.ask_first) == reference.of(below.ask_first)
+    wrote = first.of(below.counts)
+    assert wrote["stored"] > 0
+    assert (wrote["dropped"], wrote["errors"], wrote["pinned"]) == (0, 0, 0)
+    second.of(starts)
+    assert second.of(below.ask_again) == reference.of(below.ask_again)
+    read = second.of(below.counts)
+    assert read["loaded"] > 0
+    assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)
+
+
+def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(
+    lives: tuple[Play, Play], reference: Play
+) -> None:
+    found = lives[1].of(below.abort_while_it_waits)
+    assert not any(found["ends"].values()), found["ends"]
+    [again, *_] = reference.of(below.ask_again)
+    assert found["tokens"] == again["tokens"]
+    assert found["cached"] >= 4 * BLOCK
+
+
+def test_a_reset_reaches_below(lives: tuple[Play, Play]) -> None:
+    assert lives[1].of(below.after_reset) == [0]
+
+
+def test_files_are_where_the_profile_says(tmp_path: Path, stage: Stage) -> None:
+    """A directory that cannot be used is one error at start, which names it."""
+    (tmp_path / "file").write_text("")
+    environment = {
+        "KVCACHE_PROFILE": "l1-disk",
+        "KVCACHE__DISK__PATH": str(tmp_path / "file" / "kv"),
+        "KVCACHE__DISK__CAPACITY": "64MiB",
+    }
+    with pytest.raises(AssertionError, match="which cannot be used"):
+        stage((), blocks=100, l1="16MiB", environment=environment).of(starts)

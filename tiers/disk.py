@@ -1,0 +1,319 @@
+"""Blocks in a directory of a local disk: slots of one preallocated file, and a record for each.
+
+::
+
+    lock      held while the directory is open; has the pid of who holds it
+    records   one page of geometry, then 128 bytes per slot: whose block is in it, or zeros
+    blocks    slots of whole pages, allocated at once
+
+Always true here:
+
+* Disk space is taken when the tier is opened and never exceeds ``capacity``; when it is full,
+  blocks leave by the eviction order, of one call's chain the tail first.
+* A record names a block only while the block is whole: it is cleared before its slot is written,
+  and written after. So a process may be killed at any moment. Nothing is synced: after a power cut
+  a record may stand without its block, which is what the frames around this tier are for.
+* An index is rebuilt from the records alone. Records that do not verify, and files of another
+  geometry, count as empty.
+* No lock is held while bytes move. What the disk will not do is a decline or a miss, logged once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal
+
+from kvcache.eviction import POLICIES
+from kvcache.index import Index
+from kvcache.sizes import DiskSize, format_size
+from kvcache.tier import Tier
+
+log = logging.getLogger(__name__)
+
+PAGE = 4096
+_RECORD_NBYTES = 128
+_MAGIC = b"kvcdisk1"
+_GEOMETRY = struct.Struct("<8sQQ")  # magic, bytes of a slot, slots
+_RECORD = struct.Struct("<IQHQ64s")  # slot, generation, bytes of the key, of the block, the key
+_CRC = struct.Struct("<I")
+_EMPTY = bytes(_RECORD_NBYTES)
+
+
+class DiskTier(Tier):
+    """A tier on a local disk.
+
+    Args:
+        block_nbytes: bytes of the largest value; larger ones are declined.
+        path: a directory of this tier's own, made if it is not there.
+        capacity: bytes of disk to take.
+        eviction: which blocks go when it is full.
+        threads: reads or writes under way at once in one call.
+        clock: seconds, for the eviction policy.
+
+    Raises:
+        ValueError: when ``path`` cannot be used or is in use, the file system has no room, or
+            ``capacity`` holds no block.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_nbytes: int,
+        path: str,
+        capacity: DiskSize,
+        eviction: Literal["lru", "fifo", "s3fifo"] = "lru",
+        threads: int = 4,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
+        slots = (capacity - PAGE) // (self._slot_nbytes + _RECORD_NBYTES)
+        if slots < 1:
+            raise ValueError(f"capacity is {capacity} bytes; one block takes {self._slot_nbytes}")
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
+        self._block_nbytes = block_nbytes
+        self._root = Path(path)
+        self._open_files: list[int] = []
+        try:
+            self._lock_file = self._locked()
+            self._records = self._file("records")
+            self._blocks = self._allocated(slots)
+        except OSError as error:
+            self._close_files()
+            raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
+        except ValueError:
+            self._close_files()
+            raise
+        self._lock = threading.Lock()
+        self._index = Index(POLICIES[eviction](slots), clock)
+        self._index.open_slots(slots)
+        self._nbytes = [0] * slots  # of the value in each slot
+        self._generation = self._recover(slots)
+        self._pool = ThreadPoolExecutor(threads, "kvcache-disk")
+        self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
+        for _ in range(threads):
+            self._bounces.put(mmap.mmap(-1, self._slot_nbytes))
+        self._told: set[tuple[str, int | None]] = set()
+        self._closed = False
+
+    # Files
+
+    def _locked(self) -> int:
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = self._file("lock")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "of another process"
+            raise ValueError(
+                f"path is {str(self._root)!r}, which process {holder} has open; every tier needs a "
+                "directory of its own"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        return fd
+
+    def _file(self, name: str, flags: int = 0) -> int:
+        fd = os.open(self._root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+        self._open_files.append(fd)
+        return fd
+
+    def _allocated(self, slots: int) -> int:
+        """The file of blocks, with its space taken; direct where the file system takes that."""
+        need = slots * self._slot_nbytes
+        plain = self._file("blocks")
+        have = os.fstat(plain).st_blocks * 512
+        space = os.statvfs(self._root)
+        free = space.f_bavail * space.f_frsize
+        if need > have + free:
+            raise ValueError(
+                f"capacity asks for {format_size(need)} at {str(self._root)!r}, where "
+                f"{format_size(have + free)} are free"
+            )
+        os.ftruncate(plain, need)
+        os.posix_fallocate(plain, 0, need)
+        try:
+            direct = self._file("blocks", os.O_DIRECT)
+            os.preadv(direct, [memoryview(mmap.mmap(-1, PAGE))], 0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return plain
+        return direct
+
+    def _recover(self, slots: int) -> int:
+        """Fill the index from the records, the oldest first; give the next generation."""
+        geometry = _GEOMETRY.pack(_MAGIC, self._slot_nbytes, slots)
+        size = PAGE + slots * _RECORD_NBYTES
+        if os.pread(self._records, len(geometry), 0) != geometry:
+            os.ftruncate(self._records, 0)
+            os.ftruncate(self._records, size)
+            os.pwrite(self._records, geometry, 0)
+            return 1
+        os.ftruncate(self._records, size)
+        with mmap.mmap(self._records, size) as records:
+            found = sorted(_read(records, slots))
+        newest: dict[bytes, int] = {}
+        for _, slot, nbytes, key in found:
+            newest.pop(key, None)
+            newest[key] = slot
+            self._nbytes[slot] = min(nbytes, self._slot_nbytes)
+        self._index.restore([(slot, key) for key, slot in newest.items()])
+        return found[-1][0] + 1 if found else 1
+
+    def _close_files(self) -> None:
+        while self._open_files:
+            os.close(self._open_files.pop())  # and the lock with its file
+
+    # The contract
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        with self._lock:
+            return [not self._closed and key in self._index for key in keys]
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        with self._lock:
+            if self._closed:
+                return [0] * len(keys)
+            self._index.access(keys, 0)
+            pinned = [self._index.pin([key]) for key in keys]
+        try:
+            reads = [
+                self._pool.submit(self._read, slots[0], buffer) if slots else None
+                for slots, buffer in zip(pinned, into, strict=True)
+            ]
+            return [read.result() if read is not None else 0 for read in reads]
+        finally:
+            with self._lock:
+                self._index.unpin([slot for slots in pinned for slot in slots])
+
+    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        fit = [
+            at
+            for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
+            if len(block) <= self._block_nbytes and 0 < len(key) <= 64
+        ]
+        with self._lock:
+            if self._closed:
+                return [False] * len(keys)
+            positions, slots = self._index.reserve([keys[at] for at in fit], None)
+            first = self._generation
+            self._generation += len(slots)
+        where = [fit[position] for position in positions]
+        written: list[bool] = []
+        try:
+            writes = [
+                self._pool.submit(self._write, slot, first + n, keys[at], blocks[at])
+                for n, (slot, at) in enumerate(zip(slots, where, strict=True))
+            ]
+            written = [write.result() for write in writes]
+        finally:
+            written += [False] * (len(slots) - len(written))
+            bad = {keys[at] for at, ok in zip(where, written, strict=True) if not ok}
+            with self._lock:
+                self._index.publish(slots, bad)
+        return self.contains(keys)
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            pinned = [slot for key in keys for slot in self._index.pin([key])]
+            self._index.drop(keys)
+        for slot in pinned:
+            with self._declined("remove"):
+                self._record(slot, _EMPTY)
+        with self._lock:
+            self._index.unpin(pinned)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._pool.shutdown()
+        self._close_files()
+
+    # One block, in a thread of the pool
+
+    def _read(self, slot: int, buffer: memoryview) -> int:
+        nbytes = self._nbytes[slot]
+        if nbytes > len(buffer):
+            return 0
+        with self._declined("load"):
+            with self._pages(buffer[:nbytes]) as pages:
+                got = os.preadv(self._blocks, [pages], slot * self._slot_nbytes)
+                if got < nbytes:
+                    return 0
+                if pages.obj is not buffer.obj:
+                    buffer[:nbytes] = pages[:nbytes]
+            return nbytes
+        return 0
+
+    def _write(self, slot: int, generation: int, key: bytes, block: memoryview) -> bool:
+        with self._declined("store"):
+            self._record(slot, _EMPTY)
+            with self._pages(block) as pages:
+                if pages.obj is not block.obj:
+                    pages[: len(block)] = block
+                if os.pwritev(self._blocks, [pages], slot * self._slot_nbytes) < len(pages):
+                    return False
+            fields = _RECORD.pack(slot, generation, len(key), len(block), key)
+            self._record(slot, fields + _CRC.pack(zlib.crc32(fields)))
+            self._nbytes[slot] = len(block)
+            return True
+        return False
+
+    def _record(self, slot: int, record: bytes) -> None:
+        os.pwrite(self._records, record, PAGE + slot * _RECORD_NBYTES)
+
+    @contextmanager
+    def _pages(self, view: memoryview) -> Iterator[memoryview]:
+        """``view`` itself where it is whole aligned pages, else a bounce buffer as large."""
+        if not view.readonly and not len(view) % PAGE and not _address(view) % PAGE:
+            yield view
+            return
+        bounce = self._bounces.get()
+        try:
+            yield memoryview(bounce)[: -(-len(view) // PAGE) * PAGE]
+        finally:
+            self._bounces.put(bounce)
+
+    @contextmanager
+    def _declined(self, verb: str) -> Iterator[None]:
+        """What the disk will not do is said once, and is nobody's exception."""
+        try:
+            yield
+        except OSError as error:
+            if (verb, error.errno) not in self._told:
+                self._told.add((verb, error.errno))
+                log.warning("kvcache: disk tier at %s: %s fails: %s", self._root, verb, error)
+
+
+def _read(records: mmap.mmap, slots: int) -> Iterator[tuple[int, int, int, bytes]]:
+    """Generation, slot, bytes and key of every record that verifies."""
+    for at in range(slots):
+        begin = PAGE + at * _RECORD_NBYTES
+        fields = records[begin : begin + _RECORD.size]
+        (crc,) = _CRC.unpack_from(records, begin + _RECORD.size)
+        slot, generation, key_nbytes, nbytes, key = _RECORD.unpack(fields)
+        if generation and slot == at and key_nbytes <= 64 and crc == zlib.crc32(fields):
+            yield generation, slot, nbytes, key[:key_nbytes]
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
