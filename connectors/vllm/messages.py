@@ -29,6 +29,7 @@ class Shard(KVConnectorHandshakeMetadata):
     nbytes: int
     host: str
     form: str  # of the bytes: how the attention of this device lays them out
+    element_nbytes: int = 2  # of the numbers they are
 
 
 @dataclass(frozen=True, slots=True)

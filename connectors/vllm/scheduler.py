@@ -113,7 +113,9 @@ class SchedulerSide:
             block_nbytes += shard.nbytes
         forms = {str(rank): shard.form for rank, shard in shards.items()}
         self._stack = open_stack(
-            block_nbytes=block_nbytes, space=namespace({**self._identity, **forms})
+            block_nbytes=block_nbytes,
+            space=namespace({**self._identity, **forms}),
+            element_nbytes=max(shard.element_nbytes for shard in shards.values()),
         )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now

@@ -34,6 +34,7 @@ class WorkerSide:
         self._threads = threads
         self._pages: list[Pages] = []
         self._form = ""
+        self._element_nbytes = 0
         self._slab: Slab | None = None
         self.copier: PageCopier | None = None
         self._acks = Acks()
@@ -49,14 +50,16 @@ class WorkerSide:
         self._pages = [
             layer_pages(name, caches[name], self._config.num_blocks) for name in group.layer_names
         ]
-        self._form = form_of(caches[group.layer_names[0]])
+        first = caches[group.layer_names[0]]
+        self._form, self._element_nbytes = form_of(first), first.element_size()
         prepare()
 
     def shard(self) -> Shard | None:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
         if not self._pages:
             return None
-        return Shard(sum(pages.nbytes for pages in self._pages), host_name(), self._form)
+        nbytes = sum(pages.nbytes for pages in self._pages)
+        return Shard(nbytes, host_name(), self._form, self._element_nbytes)
 
     def load(self, step: Step) -> None:
         for transfer in step.loads:

@@ -144,10 +144,11 @@ def test_room_is_not_made_of_what_was_matched() -> None:
 
 
 def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
-    below = Below(slots=2, deadline_s=0.01)
+    below = Below(slots=2)
     keys, others = keys_of("a", 2), keys_of("b", 2)
     below.keep_below(keys)
     match = below.stack.match(keys).result(LONG)
+    below.lower[0].deadline_s = 0.01
     below.tiers[0].gate.clear()
     assert len(below.stack.fetch(match).result(LONG)) == 0
     assert below.put(others) == 0  # both slots may yet be written
@@ -165,10 +166,11 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
 
 
 def test_a_call_that_never_began_keeps_nothing() -> None:
-    below = Below(slots=4, deadline_s=0.01, calls=1)
+    below = Below(slots=4, calls=1)
     first, second = keys_of("a", 2), keys_of("b", 2)
     below.keep_below(first + second)
     matches = [below.stack.match(keys).result(LONG) for keys in (first, second)]
+    below.lower[0].deadline_s = 0.01
     below.tiers[0].gate.clear()
     for match in matches:  # one hangs, the other waits behind it
         with below.stack.fetch(match).result(LONG) as lease:
