@@ -20,9 +20,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import PriorityQueue
+from queue import Empty, PriorityQueue
 from typing import Generic, Literal, TypeVar
 
 from kvcache.breaker import Breaker
@@ -258,6 +259,18 @@ class Lower:
             if not self._waiting_blocks:
                 self._idle.notify_all()
 
+    def _drop_waiting(self) -> None:
+        loads = []
+        with suppress(Empty):
+            while True:
+                priority, _, job = self._jobs.get_nowait()
+                if priority == STORE:
+                    job()  # closed by now, it drops what it has
+                else:
+                    loads.append(job)
+        for job in loads:
+            self._put(LOAD, job)
+
     # Threads
 
     def _put(self, priority: int, job: Callable[[], None]) -> None:
@@ -298,6 +311,7 @@ class Lower:
         """Write what waits, for ``flush_s`` at most; what still waits then is dropped, counted."""
         self.flush(flush_s)
         self._closed = True
+        self._drop_waiting()  # here, since the threads may hang
         for _ in self._threads:
             self._put(STOP, lambda: None)
         for thread in self._threads:

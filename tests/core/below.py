@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvcache import Lease, Stack
+from kvcache import Lease, Match, Stack
 from kvcache.lower import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
@@ -62,6 +62,19 @@ class Below:
         for key, view in zip(lease.keys, lease.views, strict=True):
             assert bytes(view) == block_of(key, PAGE), "wrong bytes"
         return lease
+
+    def hang(self, match: Match) -> None:
+        """Fetch until a call hangs in the tier, and whoever waited for it has given up."""
+        [lower] = self.lower
+        lower._breaker._limit = 1 << 30
+        before, lower.deadline_s = lower.deadline_s, 0.01
+        self.tiers[0].gate.clear()
+        while True:
+            with self.stack.fetch(match).result(LONG) as lease:
+                assert not lease.keys
+            if self.tiers[0].waiting.acquire(blocking=False):
+                break  # else it was given up before it began
+        lower.deadline_s = before
 
     def got(self, keys: list[bytes], start: int = 0) -> int:
         with self.fetch(keys, start) as lease:

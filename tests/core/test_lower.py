@@ -148,9 +148,7 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
     keys, others = keys_of("a", 2), keys_of("b", 2)
     below.keep_below(keys)
     match = below.stack.match(keys).result(LONG)
-    below.lower[0].deadline_s = 0.01
-    below.tiers[0].gate.clear()
-    assert len(below.stack.fetch(match).result(LONG)) == 0
+    below.hang(match)
     assert below.put(others) == 0  # both slots may yet be written
     below.tiers[0].gate.set()
     [lower] = below.lower
@@ -170,11 +168,10 @@ def test_a_call_that_never_began_keeps_nothing() -> None:
     first, second = keys_of("a", 2), keys_of("b", 2)
     below.keep_below(first + second)
     matches = [below.stack.match(keys).result(LONG) for keys in (first, second)]
+    below.hang(matches[0])
     below.lower[0].deadline_s = 0.01
-    below.tiers[0].gate.clear()
-    for match in matches:  # one hangs, the other waits behind it
-        with below.stack.fetch(match).result(LONG) as lease:
-            assert not lease.keys
+    with below.stack.fetch(matches[1]).result(LONG) as lease:  # it waits behind the other
+        assert not lease.keys
     assert below.stack.stats().pinned_slots == 2
     below.tiers[0].gate.set()
     below.stack.close()
@@ -182,6 +179,7 @@ def test_a_call_that_never_began_keeps_nothing() -> None:
 
 def test_a_tier_that_hangs_for_ever_stops_nobody() -> None:
     below = Below(deadline_s=0.01)
+    below.lower[0]._breaker._clock = lambda: 0.0
     below.tiers[0].gate.clear()
     keys = keys_of("a", 4)
     for _ in range(5):
@@ -258,10 +256,12 @@ def test_closing_writes_what_waits_and_counts_what_it_could_not() -> None:
     assert len(below.tiers[0].held) == 4
     assert below.tiers[0].closed
 
-    below = Below(deadline_s=0.01)
+    below = Below(deadline_s=0.01, pieces=1, calls=1)
     below.tiers[0].gate.clear()
     below.put(keys_of("a", 4))
+    below.tiers[0].waiting.acquire(timeout=LONG)
     below.stack.close(flush_s=0.01)
+    assert below.stack.stats().lower[0].dropped_blocks == 3  # the fourth is under way
     below.tiers[0].gate.set()
 
 
