@@ -1,0 +1,180 @@
+"""Requests that wait for a lower tier: vLLM asks again, and is promised what came up into L1."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.keys import join
+from kvcache.lower import Lower
+from kvcache.slab import PAGE
+from tests.connectors.test_vllm_scheduler import (
+    BLOCK,
+    RANKS,
+    SHARD,
+    Played,
+    Request,
+    cache_config,
+    engine_config,
+    full_attention,
+    shards,
+)
+from tests.core.faults import Faulty
+
+pytestmark = pytest.mark.engine
+
+LONG = 20.0
+
+
+class Waiting(Played):
+    """An engine over L1 and one tier that holds its answers back until it is told to go on."""
+
+    def __init__(self, side: SchedulerSide) -> None:
+        super().__init__(side)
+        assert side._stack is not None
+        self.stack = side._stack
+        self.tier = Faulty()
+        space = b"n" * 32
+        self.lower = Lower(
+            self.tier, name="l2", front=self.stack.front, space=space, deadline_s=LONG
+        )
+        self.stack._lower = (self.lower,)
+
+    def keep_below(self, request: Request, blocks: int) -> None:
+        for key in request.block_hashes[:blocks]:
+            self.tier.held[join(self.lower.space, key)] = bytes(SHARD * len(RANKS))
+
+    def arrived(self, request: Request) -> None:
+        """The request arrives, and what is below is being read for it, held back."""
+        self.tier.gate.clear()
+        self.side.arrived(request)
+        assert self.tier.waiting.acquire(timeout=LONG)
+
+    def go_on(self, request: Request) -> None:
+        self.tier.gate.set()
+        coming = self.side._coming[request.request_id]
+        coming.result(LONG)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    side.open(shards())
+    assert side._stack is not None
+    side._stack.front.slab.wait_populated()
+    engine = Waiting(side)
+    yield engine
+    engine.tier.gate.set()
+    side.close()
+
+
+def test_a_request_waits_and_is_promised_what_came(engine: Waiting) -> None:
+    request = Request("a", 5 * BLOCK + 3)
+    engine.keep_below(request, 4)
+    engine.arrived(request)
+    assert engine.side.matched_tokens(request, 0) is None
+    assert engine.side.matched_tokens(request, 0) is None
+    engine.go_on(request)
+    assert engine.side.matched_tokens(request, 0) == 4 * BLOCK
+    assert engine.side.matched_tokens(request, 2 * BLOCK) == 2 * BLOCK
+    engine.side.finished(request)
+    assert engine.stack.stats().pinned_slots == 0
+    assert engine.side._coming == {}
+
+
+def test_others_do_not_wait(engine: Waiting) -> None:
+    held, waits = Request("held", 2 * BLOCK + 1), Request("waits", 2 * BLOCK + 1)
+    engine.admit(held, [0, 1, 2])
+    [store] = engine.step((held, held.num_tokens)).stores
+    engine.ack(store)
+    assert engine.stack.flush(LONG)
+    engine.keep_below(waits, 2)
+    engine.arrived(waits)
+    again = Request("again", 2 * BLOCK + 1, name="held")
+    engine.side.arrived(again)  # L1 has it all: nobody below is asked
+    assert engine.side.matched_tokens(again, 0) == 2 * BLOCK
+    assert engine.side.matched_tokens(waits, 0) is None
+    engine.side.finished(again)
+
+
+def test_aborted_while_it_waits_nothing_is_left(engine: Waiting) -> None:
+    request = Request("a", 3 * BLOCK + 1)
+    engine.keep_below(request, 3)
+    engine.arrived(request)
+    coming = engine.side._coming["a"]
+    engine.side.finished(request)
+    engine.tier.gate.set()
+    coming.result(LONG)
+    assert not engine.side._coming
+    assert not engine.side._promised
+    assert engine.stack.stats().pinned_slots == 0
+
+
+@pytest.mark.parametrize("fault", ["raise", "hole", "short"])
+def test_what_does_not_come_is_not_promised(engine: Waiting, fault: str) -> None:
+    request = Request("a", 5 * BLOCK + 3)
+    engine.keep_below(request, 4)
+    engine.arrived(request)
+    engine.tier.fault = fault
+    engine.go_on(request)
+    tokens = engine.side.matched_tokens(request, 0)
+    assert tokens == (BLOCK if fault == "hole" else 0)
+
+
+def test_who_does_not_read_caches_is_not_waited_for(engine: Waiting) -> None:
+    request = Request("a", 3 * BLOCK + 1, skip_reading_prefix_cache=True)
+    engine.keep_below(request, 3)
+    engine.side.arrived(request)
+    assert engine.tier.calls == []
+    assert engine.side.matched_tokens(request, 0) == 0
+
+
+def test_a_profile_with_a_disk_makes_such_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two engines of one identity, one after another, and one of another identity."""
+    monkeypatch.setenv("KVCACHE_PROFILE", "l1-disk")
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(8 * SHARD * len(RANKS)))
+    monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "kv"))
+    monkeypatch.setenv("KVCACHE__DISK__CAPACITY", str(16 * (SHARD * len(RANKS) + 2 * PAGE)))
+    request = Request("a", 2 * BLOCK + 1)
+
+    def life(identity: dict[str, Any]) -> int | None:
+        side = SchedulerSide(engine_config(), cache_config(full_attention()), identity)
+        side.open(shards())
+        engine = Played(side)
+        side.arrived(request)
+        if (coming := side._coming.get("a")) is not None:
+            coming.result(LONG)
+        tokens = side.matched_tokens(request, 0)
+        side.finished(request)
+        engine.admit(request, [0, 1, 2])
+        for store in engine.step((request, request.num_tokens)).stores:
+            engine.ack(store)
+        side.close()
+        request.num_computed_tokens = 0
+        return tokens
+
+    assert life({"model": "m"}) == 0
+    assert life({"model": "m"}) == 2 * BLOCK
+    assert life({"model": "another"}) == 0
+
+
+def test_no_thread_is_started_for_l1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(8 * SHARD * len(RANKS)))
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    side.open(shards())
+    request = Request("a", 2 * BLOCK + 1)
+    side.arrived(request)
+    assert side._coming == {}
+    assert side.matched_tokens(request, 0) == 0
+    assert not [t for t in threading.enumerate() if t.name.startswith("kvcache-stack")]
+    side.close()
