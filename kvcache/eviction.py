@@ -111,10 +111,14 @@ class Queue:
         self.blocks -= len(run.keys)
 
     def rotate(self, run: Run) -> None:
-        """Make ``run`` the newest. Runs of one chain that meet become one, so that a chain built a
-        block at a time is not gone through a block at a time again."""
-        self.drop(run)
-        self.push(run.keys, run.after)
+        """Make ``run`` the newest. It joins the run it continues, so that a chain built a block at
+        a time, in turns with others, is not gone through a block at a time again."""
+        head = self._owner.get(run.after) if run.after is not None else None
+        if head is not None and head.queue is self and head.keys[-1] == run.after:
+            self.drop(run)
+            self.extend(head, run.keys)
+        else:
+            self._runs.move_to_end(run)
 
     def pop_tail(self, run: Run) -> bytes:
         key = run.keys.pop()
@@ -173,14 +177,19 @@ class Fifo(_Runs):
 
     def victims(self, keep: Keep) -> Iterator[bytes]:
         queue, spared = self._queue, set[Run]()
+        gone = False
         while len(queue):
             run = queue.oldest()
             if run in spared:
-                return
+                if not gone:
+                    return
+                spared.clear()  # what was kept for a block that continued it may go by now
+                gone = False
             if keep(run.keys[-1]):
                 queue.rotate(run)
                 spared.add(queue.newest())
             else:
+                gone = True
                 yield queue.pop_tail(run)
 
 
@@ -275,18 +284,25 @@ class S3Fifo(_Runs):
     def victims(self, keep: Keep) -> Iterator[bytes]:
         small, main, uses = self._small, self._main, self._uses
         spared = set[Run]()
+        moved = False
         while len(small) or len(main):
             queue = small if small.blocks >= self._small_share or not len(main) else main
             run = queue.oldest()
-            if run in spared:  # everything in this queue is in use: try the other
+            if run in spared:  # this queue has been gone through: try the other
                 queue = main if queue is small else small
                 if not len(queue) or (run := queue.oldest()) in spared:
-                    return
+                    if not moved:
+                        return
+                    spared.clear()  # some may go by now, or have come to stand behind the spared
+                    moved = False
+                    continue
             tail = run.keys[-1]
             if keep(tail):
                 queue.rotate(run)
                 spared.add(self._owner[tail])
-            elif queue is small and uses.get(tail, 0) > self._promote:
+                continue
+            moved = True
+            if queue is small and uses.get(tail, 0) > self._promote:
                 small.drop(run)
                 for key in run.keys:
                     uses.pop(key, None)

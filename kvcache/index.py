@@ -94,7 +94,7 @@ class Index:
                 break
             end += 1
         self._policy.access(chain, end, self._clock())
-        self.lookup_blocks += len(chain) - start
+        self.lookup_blocks += max(0, len(chain) - start)
         self.hit_blocks += end - start
         return end - start
 
@@ -149,16 +149,16 @@ class Index:
         absent = [at for at, key in enumerate(keys) if key not in ready and key not in filling]
         if not absent:
             return [], []
+        if len(set(keys)) < len(keys):
+            firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
+            absent = [at for at in absent if firsts[keys[at]] == at]
         free = self._free
         if len(free) < len(absent):
             absent = self._make_room(keys, after, absent)
         names, afters, pins = self._key, self._after, self._pins
-        positions: list[int] = []
         slots: list[int] = []
         for at in absent:
             key = keys[at]
-            if key in filling:  # it was among ``keys`` before
-                continue
             slot = free.pop()
             parent = keys[at - 1] if at else after
             filling[key] = slot
@@ -167,9 +167,8 @@ class Index:
             pins[slot] = 1
             if parent is not None:
                 children[parent] = children.get(parent, 0) + 1
-            positions.append(at)
             slots.append(slot)
-        return positions, slots
+        return absent, slots
 
     def _make_room(
         self, keys: Sequence[bytes], after: bytes | None, absent: list[int]

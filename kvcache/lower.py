@@ -180,8 +180,8 @@ class Lower:
             self.write(keys, space)
             return
         with self._lock:
+            self._counts["once_blocks"] += sum(key not in self._once for key in keys)
             self._once.update(dict.fromkeys(keys, space))
-            self._counts["once_blocks"] += len(keys)
             while len(self._once) > self._front.slab.slots:
                 self._once.popitem(last=False)
 

@@ -73,7 +73,11 @@ class Slab:
         self.slot_nbytes = descriptor.slot_nbytes
         self.nbytes = self.slots * self.slot_nbytes
         mapped = -(-self.nbytes // HUGE_PAGE) * HUGE_PAGE if _is_huge(fd) else self.nbytes
-        self._map = mmap.mmap(fd, mapped)
+        try:
+            self._map = mmap.mmap(fd, mapped)
+        except (OSError, ValueError):
+            os.close(fd)
+            raise
         if not owner:
             os.close(fd)
         self._view = memoryview(self._map)
@@ -224,7 +228,11 @@ def _memfd(name: str, nbytes: int) -> int:
         except OSError:  # somebody else took them
             os.close(fd)
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(fd, nbytes)
+    try:
+        os.ftruncate(fd, nbytes)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -303,7 +303,8 @@ class Stack:
         def ended(lease: Lease, _: frozenset[bytes]) -> None:
             with self._lock:
                 for key in lease.keys:
-                    del self._coming[key]
+                    if self._coming.get(key) is read:  # after a clear it may be another's
+                        del self._coming[key]
             read.set_result(None)
 
         lease.on_end(ended)

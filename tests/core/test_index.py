@@ -197,6 +197,72 @@ def test_a_parent_that_comes_back_is_guarded_by_the_children_it_had() -> None:
     assert kept == "ab"
 
 
+class Told(Lru):
+    """Writes down what it is told; finds ``worth`` blocks of a reserve worth their slots."""
+
+    def __init__(self, capacity: int, worth: int = 99) -> None:
+        super().__init__(capacity)
+        self.told: list[tuple[str, bytes, object]] = []
+        self.worth = worth
+
+    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
+        self.told.append(("access", b"".join(chain), held))
+        super().access(chain, held, now)
+
+    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+        self.told.append(("admit", b"".join(keys), after))
+        return self.worth
+
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        self.told.append(("add", b"".join(keys), after))
+        super().add(keys, after, now)
+
+
+def test_what_a_policy_is_told() -> None:
+    policy = Told(4, worth=1)
+    index = Index(policy, map(float, itertools.count()).__next__)
+    index.open_slots(4)
+    _, slots = index.reserve(keys("abcd"), b"h")
+    index.publish(slots, failed=[b"b"])
+    index.access(keys("habx"), 1)
+    index.access(keys("cdx"), 1)
+    assert policy.told == [
+        ("add", b"a", b"h"),
+        ("add", b"cd", b"b"),  # it does not continue `a`
+        ("access", b"habx", 2),
+        ("access", b"cdx", 2),
+    ]
+    policy.told.clear()
+    assert index.reserve(keys("dxyz"), b"c")[0] == [1]
+    assert policy.told == [("admit", b"xyz", b"d")]
+    assert (index.declined_blocks, index.evicted_blocks) == (2, 0)
+
+
+def test_no_more_leaves_than_there_must() -> None:
+    index = index_of(5)
+    fill(index, "abc")
+    fill(index, "xyz")
+    assert index.evicted_blocks == 1
+    fill(index, "vwv")
+    assert index.evicted_blocks == 3
+
+
+def test_a_block_that_continues_what_is_being_filled_gets_room() -> None:
+    index = index_of(2)
+    fill(index, "x")
+    _, slots = index.reserve(keys("a"), None)
+    assert fill(index, "b", "a") == 1
+    index.publish(slots)
+    assert held(index, "abx") == "ab"
+
+
+def test_asking_for_what_lies_past_the_end() -> None:
+    index = index_of(2)
+    fill(index, "ab")
+    assert index.access(keys("ab"), 5) == 0
+    assert (index.lookup_blocks, index.hit_blocks) == (0, 0)
+
+
 class Slots(RuleBasedStateMachine):
     """Random trees of chains; the model knows which keys are held and which leases are out."""
 
@@ -253,6 +319,17 @@ class Slots(RuleBasedStateMachine):
     @rule(target=reading, chain=chains)
     def pin(self, chain: str) -> list[int]:
         slots = self.index.pin(self.keys(chain))
+        for slot in slots:
+            self.pins[slot] = self.pins.get(slot, 0) + 1
+        return slots
+
+    @rule(target=reading, chain=chains)
+    def hold(self, chain: str) -> list[int]:
+        names = self.keys(chain)
+        held = self.index._ready | self.index._filling
+        positions, slots = self.index.hold(names)
+        assert positions == [at for at, key in enumerate(names) if key in held]
+        assert slots == [held[names[at]] for at in positions]
         for slot in slots:
             self.pins[slot] = self.pins.get(slot, 0) + 1
         return slots

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from kvcache import Match
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from tests.core.below import LONG, SPACE, Below
@@ -52,6 +53,22 @@ def test_what_came_up_does_not_go_down_and_the_known_is_not_written(below: Below
     assert below.stack.flush(LONG)
     stats = below.stack.stats().lower[0]
     assert (stats.stored_blocks, stats.known_blocks) == (2, 2)
+
+
+def test_a_block_is_read_again_after_a_clear_while_it_is_on_its_way(below: Below) -> None:
+    keys = keys_of("a", 2)
+    below.keep_below(keys)
+    below.tiers[0].gate.clear()
+    first = below.stack.fetch(Match(keys, 0, 2, (1, 1)))
+    assert below.tiers[0].waiting.acquire(timeout=LONG)
+    below.stack.clear()
+    second = below.stack.fetch(Match(keys, 0, 2, (1, 1)))
+    assert below.tiers[0].waiting.acquire(timeout=LONG)
+    below.tiers[0].gate.set()
+    first.result(LONG).end()
+    second.result(LONG).end()
+    assert below.stack._coming == {}
+    assert below.stack.stats().lower[0].errors == 0
 
 
 def test_nobody_below_is_asked_for_what_l1_has(below: Below) -> None:

@@ -104,6 +104,35 @@ def test_memory_is_made_lowest_slot_first_and_all_of_it(monkeypatch: pytest.Monk
     ours.close()
 
 
+def test_a_slot_is_there_when_all_of_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "_PIECE", 3 * PAGE)
+    ours, told = Slab.create(4, 2 * PAGE), list[int]()
+    ours.populate(told.append)
+    assert ours.wait_populated() == 4
+    assert told == [1, 3, 4]
+    ours.close()
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_no_descriptor_stays_open() -> None:
+    before = open_files()
+    with pytest.raises(SlabError):
+        Slab.create(1 << 40, 1 << 22)
+    assert open_files() == before
+    ours = Slab.create(1, PAGE)
+    owned = open_files()
+    theirs = Slab.attach(ours.descriptor)
+    theirs.close()
+    with pytest.raises(SlabError):
+        Slab.attach(replace(ours.descriptor, name="another"))
+    assert open_files() == owned
+    ours.close()
+    assert open_files() == before
+
+
 def test_slots_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab, "_PIECE", PAGE)
     ours, told = Slab.create(3, 2 * PAGE), list[int]()

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -107,10 +108,23 @@ def test_a_lease_ends_once_in_the_stack_too(stack: Stack) -> None:
     lease.end()
 
 
+def test_what_an_answer_continues_stays_while_it_does(stack: Stack) -> None:
+    keys = keys_of("a", 16)
+    put(stack, keys[:8])
+    put(stack, keys_of("b", 1))
+    put(stack, keys[8:15], keys[7])
+    stack.front.remove(keys[14:15])
+    put(stack, keys_of("c", 3))
+    assert stack.match(keys).result().blocks == 13
+
+
 def test_closing_twice() -> None:
     stack = Stack(DramTier(block_nbytes=PAGE, capacity=Size(PAGE)), profile="test")
+    name = stack.front.slab.descriptor.name
+    assert name in Path("/proc/self/maps").read_text()
     stack.close()
     stack.close()
+    assert name not in Path("/proc/self/maps").read_text()
 
 
 def test_many_threads(stack: Stack) -> None:
