@@ -266,7 +266,7 @@ def test_what_cannot_be_opened(tmp_path: Path, options: dict[str, Any], says: st
 
 def test_many_threads(tmp_path: Path) -> None:
     chains = [keys_of(f"chain {at}", 4) for at in range(12)]
-    with closing(opened(tmp_path, 20)) as tier:
+    with closing(opened(tmp_path, 40)) as tier:
 
         def user(seed: int) -> int:
             found = 0
@@ -274,6 +274,7 @@ def test_many_threads(tmp_path: Path) -> None:
                 keys = chains[(seed * 7 + turn * 5) % len(chains)]
                 found += sum(held(tier, keys))
                 tier.store(keys, blocks(keys))
+                found += sum(held(tier, keys))  # by now the others cannot have pushed all out
                 if turn % 9 == seed:
                     tier.remove(keys[2:])
             return found
