@@ -13,9 +13,11 @@ Always true here:
 * A record names a block only while the block is whole: it is cleared before its slot is written,
   and written after. So a process may be killed at any moment. Nothing is synced: after a power cut
   a record may stand without its block, which is what the frames around this tier are for.
-* An index is rebuilt from the records alone. Records that do not verify, and files of another
-  geometry, count as empty.
-* No lock is held while bytes move. What the disk will not do is a decline or a miss, logged once.
+* An index is rebuilt from the records. Records that do not verify, or whose slot lies beyond the
+  end of the file of blocks, and files of another geometry, count as empty.
+* No lock is held while bytes move. A slot is given back only when no read or write of it is under
+  way, and a file is closed only when no call is. What the disk will not do is a decline or a miss,
+  logged once.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kvcache.eviction import POLICIES
 from kvcache.index import Index
@@ -43,6 +46,8 @@ from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PAGE = 4096
 _RECORD_NBYTES = 128
@@ -79,6 +84,10 @@ class DiskTier(Tier):
         threads: int = 4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if block_nbytes < 1:
+            raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
+        if eviction not in POLICIES:
+            raise ValueError(f"eviction is {eviction!r}; there are {', '.join(POLICIES)}")
         self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
         slots = (capacity - PAGE) // (self._slot_nbytes + _RECORD_NBYTES)
         if slots < 1:
@@ -88,27 +97,32 @@ class DiskTier(Tier):
         self._block_nbytes = block_nbytes
         self._root = Path(path)
         self._open_files: list[int] = []
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self._calls = 0  # under way
+        self._closed = False
+        self._told: set[tuple[str, int | None]] = set()
+        self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
         try:
             self._lock_file = self._locked()
             self._records = self._file("records")
+            self._blocks = self._file("blocks")
+            self._check_room(slots)
+            self._index = Index(POLICIES[eviction](slots), clock)
+            self._index.open_slots(slots)
+            self._nbytes = [0] * slots  # of the value in each slot
+            # Before the file of blocks grows: no record may come to name what was not written.
+            self._generation = self._recover(slots)
             self._blocks = self._allocated(slots)
-        except OSError as error:
+            for _ in range(threads):
+                self._bounces.put(mmap.mmap(-1, self._slot_nbytes))
+            self._pool = _started(threads)
+        except (OSError, RuntimeError) as error:
             self._close_files()
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
         except ValueError:
             self._close_files()
             raise
-        self._lock = threading.Lock()
-        self._index = Index(POLICIES[eviction](slots), clock)
-        self._index.open_slots(slots)
-        self._nbytes = [0] * slots  # of the value in each slot
-        self._generation = self._recover(slots)
-        self._pool = ThreadPoolExecutor(threads, "kvcache-disk")
-        self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(threads):
-            self._bounces.put(mmap.mmap(-1, self._slot_nbytes))
-        self._told: set[tuple[str, int | None]] = set()
-        self._closed = False
 
     # Files
 
@@ -132,11 +146,9 @@ class DiskTier(Tier):
         self._open_files.append(fd)
         return fd
 
-    def _allocated(self, slots: int) -> int:
-        """The file of blocks, with its space taken; direct where the file system takes that."""
-        need = slots * self._slot_nbytes
-        plain = self._file("blocks")
-        have = os.fstat(plain).st_blocks * 512
+    def _check_room(self, slots: int) -> None:
+        need = slots * self._slot_nbytes + PAGE + slots * _RECORD_NBYTES
+        have = sum(os.fstat(fd).st_blocks * 512 for fd in (self._records, self._blocks))
         space = os.statvfs(self._root)
         free = space.f_bavail * space.f_frsize
         if need > have + free:
@@ -144,6 +156,10 @@ class DiskTier(Tier):
                 f"capacity asks for {format_size(need)} at {str(self._root)!r}, where "
                 f"{format_size(have + free)} are free"
             )
+
+    def _allocated(self, slots: int) -> int:
+        """The file of blocks, with its space taken; direct where the file system takes that."""
+        plain, need = self._blocks, slots * self._slot_nbytes
         os.ftruncate(plain, need)
         os.posix_fallocate(plain, 0, need)
         try:
@@ -161,12 +177,16 @@ class DiskTier(Tier):
         size = PAGE + slots * _RECORD_NBYTES
         if os.pread(self._records, len(geometry), 0) != geometry:
             os.ftruncate(self._records, 0)
-            os.ftruncate(self._records, size)
+            os.posix_fallocate(self._records, 0, size)
             os.pwrite(self._records, geometry, 0)
             return 1
         os.ftruncate(self._records, size)
+        os.posix_fallocate(self._records, 0, size)
+        whole = min(slots, os.fstat(self._blocks).st_size // self._slot_nbytes)
         with mmap.mmap(self._records, size) as records:
-            found = sorted(_read(records, slots))
+            found = sorted(_read(records, whole))
+            lost = (slots - whole) * _RECORD_NBYTES
+            records[size - lost :] = bytes(lost)
         newest: dict[bytes, int] = {}
         for _, slot, nbytes, key in found:
             newest.pop(key, None)
@@ -186,20 +206,25 @@ class DiskTier(Tier):
             return [not self._closed and key in self._index for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        with self._lock:
-            if self._closed:
+        if len(keys) != len(into):
+            raise ValueError(f"{len(keys)} keys and {len(into)} buffers")
+        with self._call() as may:
+            if not may:
                 return [0] * len(keys)
-            self._index.access(keys, 0)
-            pinned = [self._index.pin([key]) for key in keys]
-        try:
-            reads = [
-                self._pool.submit(self._read, slots[0], buffer) if slots else None
-                for slots, buffer in zip(pinned, into, strict=True)
-            ]
-            return [read.result() if read is not None else 0 for read in reads]
-        finally:
             with self._lock:
-                self._index.unpin([slot for slots in pinned for slot in slots])
+                self._index.access(keys, 0)
+                pinned = [self._index.pin([key]) for key in keys]
+            found = [at for at, slots in enumerate(pinned) if slots]
+            reads: list[Future[int]] = []
+            try:
+                self._together(
+                    reads, [partial(self._read, pinned[at][0], into[at]) for at in found]
+                )
+            finally:
+                with self._lock:
+                    self._index.unpin([pinned[at][0] for at in found])
+            written = dict(zip(found, (read.result() for read in reads), strict=False))
+            return [written.get(at, 0) for at in range(len(keys))]
 
     def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
         fit = [
@@ -207,46 +232,82 @@ class DiskTier(Tier):
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
             if len(block) <= self._block_nbytes and 0 < len(key) <= 64
         ]
-        with self._lock:
-            if self._closed:
+        with self._call() as may:
+            if not may:
                 return [False] * len(keys)
-            positions, slots = self._index.reserve([keys[at] for at in fit], None)
-            first = self._generation
-            self._generation += len(slots)
-        where = [fit[position] for position in positions]
-        written: list[bool] = []
-        try:
-            writes = [
-                self._pool.submit(self._write, slot, first + n, keys[at], blocks[at])
-                for n, (slot, at) in enumerate(zip(slots, where, strict=True))
-            ]
-            written = [write.result() for write in writes]
-        finally:
-            written += [False] * (len(slots) - len(written))
-            bad = {keys[at] for at, ok in zip(where, written, strict=True) if not ok}
             with self._lock:
-                self._index.publish(slots, bad)
-        return self.contains(keys)
+                positions, slots = self._index.reserve([keys[at] for at in fit], None)
+                first = self._generation
+                self._generation += len(slots)
+            where = [fit[position] for position in positions]
+            writes: list[Future[bool]] = []
+            try:
+                self._together(
+                    writes,
+                    [
+                        partial(self._write, slot, first + n, keys[at], blocks[at])
+                        for n, (slot, at) in enumerate(zip(slots, where, strict=True))
+                    ],
+                )
+            finally:
+                good = {
+                    keys[at]
+                    for at, write in zip(where, writes, strict=False)
+                    if write.done() and write.exception() is None and write.result()
+                }
+                with self._lock:
+                    self._index.publish(slots, {keys[at] for at in where} - good)
+            for write in writes:
+                write.result()  # what is not the disk's fault is the caller's
+            return self.contains(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        with self._lock:
-            if self._closed:
+        with self._call() as may:
+            if not may:
                 return
-            pinned = [slot for key in keys for slot in self._index.pin([key])]
-            self._index.drop(keys)
-        for slot in pinned:
-            with self._declined("remove"):
-                self._record(slot, _EMPTY)
-        with self._lock:
-            self._index.unpin(pinned)
+            with self._lock:
+                pinned = [slot for key in keys for slot in self._index.pin([key])]
+                self._index.drop(keys)
+            try:
+                for slot in pinned:
+                    with self._declined("remove"):
+                        self._record(slot, _EMPTY)
+            finally:
+                with self._lock:
+                    self._index.unpin(pinned)
 
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            # A number of a file that was closed may be another file's by the time it is written to.
+            self._quiet.wait_for(lambda: not self._calls)
         self._pool.shutdown()
         self._close_files()
+
+    @contextmanager
+    def _call(self) -> Iterator[bool]:
+        """Whether the tier is open; if so it stays open until the end of this."""
+        with self._lock:
+            may = not self._closed
+            self._calls += may
+        try:
+            yield may
+        finally:
+            with self._lock:
+                self._calls -= may
+                self._quiet.notify_all()
+
+    def _together(self, futures: list[Future[T]], calls: Sequence[Callable[[], T]]) -> None:
+        """Have ``calls`` made by the pool, as many as it takes; none is under way at the end."""
+        try:
+            with self._declined("start"):
+                for call in calls:
+                    futures.append(self._pool.submit(call))  # noqa: PERF401 - those before an error
+            wait(futures)
+        finally:
+            wait(futures)  # who was interrupted leaves none behind either
 
     # One block, in a thread of the pool
 
@@ -298,10 +359,22 @@ class DiskTier(Tier):
         """What the disk will not do is said once, and is nobody's exception."""
         try:
             yield
-        except OSError as error:
-            if (verb, error.errno) not in self._told:
-                self._told.add((verb, error.errno))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the pool takes nothing any more
+            kind = (verb, getattr(error, "errno", None))
+            if kind not in self._told:
+                self._told.add(kind)
                 log.warning("kvcache: disk tier at %s: %s fails: %s", self._root, verb, error)
+
+
+def _started(threads: int) -> ThreadPoolExecutor:
+    """A pool with all its threads: a submit that fails to start one leaves its call queued."""
+    pool, gate = ThreadPoolExecutor(threads, "kvcache-disk"), threading.Event()
+    try:
+        for _ in range(threads):
+            pool.submit(gate.wait)
+    finally:
+        gate.set()
+    return pool
 
 
 def _read(records: mmap.mmap, slots: int) -> Iterator[tuple[int, int, int, bytes]]:
