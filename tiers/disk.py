@@ -212,7 +212,8 @@ class DiskTier(Tier):
             if not may:
                 return [0] * len(keys)
             with self._lock:
-                self._index.access(keys, 0)
+                for key in reversed(keys):  # one by one: they need not be a chain's, in its order
+                    self._index.access([key], 0)
                 pinned = [self._index.pin([key]) for key in keys]
             found = [at for at, slots in enumerate(pinned) if slots]
             reads: list[Future[int]] = []

@@ -98,6 +98,14 @@ def test_when_it_is_full_the_tail_of_the_oldest_goes(tmp_path: Path) -> None:
         assert used <= capacity(4) + 2 * PAGE  # the lock and a file's own rounding
 
 
+def test_blocks_read_in_any_order_can_still_leave(tmp_path: Path) -> None:
+    old, new = keys_of("old", 2), keys_of("new", 2)
+    with closing(opened(tmp_path, 2)) as tier:
+        tier.store(old, blocks(old))
+        assert held(tier, old[::-1]) == [True, True]
+        assert tier.store(new, blocks(new)) == [True, True]
+
+
 def test_aligned_memory_is_read_and_written_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
