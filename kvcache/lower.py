@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -139,14 +139,12 @@ class Lower:
                 written = self.tier.load(names, lease.views)
                 return written
             finally:
+                if len(written) != len(lease):
+                    written = [0] * len(lease)  # no telling which is whose
                 whole = self._front.block_nbytes
-                good = (
-                    {key for key, n in zip(lease.keys, written, strict=False) if n == whole}
-                    if len(written) == len(lease)
-                    else set()
-                )  # no telling which is whose
-                self._count(loaded_blocks=len(good), missed_blocks=len(lease) - len(good))
-                lease.end(failed=[key for key in lease.keys if key not in good])
+                missed = [k for k, n in zip(lease.keys, written, strict=True) if n != whole]
+                self._count(loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed))
+                lease.end(failed=missed)
 
         return self.begin("load", fill, len(lease), lambda: lease.end(lease.keys))
 
@@ -185,12 +183,13 @@ class Lower:
             while len(self._once) > self._front.slab.slots:
                 self._once.popitem(last=False)
 
-    def used(self, keys: Sequence[bytes]) -> None:
-        """``keys``, READY in L1, were used: what was kept back so far is written."""
+    def used(self, keys: Sequence[bytes], failed: Collection[bytes]) -> None:
+        """``keys`` but for ``failed`` were used, READY in L1: what was kept back is written now."""
         if not self._once:
             return
         with self._lock:
-            spaces = {key: self._once.pop(key) for key in keys if key in self._once}
+            good = [key for key in keys if key in self._once and key not in failed]
+            spaces = {key: self._once.pop(key) for key in good}
             self._counts["once_blocks"] -= len(spaces)
         for space in dict.fromkeys(spaces.values()):
             self.write([key for key, its in spaces.items() if its == space], space)
@@ -284,10 +283,12 @@ class Lower:
             job()
 
     def succeeded(self) -> None:
+        """A call to the tier ended well."""
         if self._breaker.succeeded():
             log.warning("kvcache: tier %s answers again", self.name)
 
     def failed(self, verb: str, why: str) -> None:
+        """A call to the tier failed or came late."""
         self._count(errors=1)
         if self._breaker.failed():
             log.warning(

@@ -111,8 +111,7 @@ class Stack:
             start: blocks that the engine has itself.
             context: the caller's trace; ``None`` is the current one.
         """
-        span = telemetry.start(telemetry.LOOKUP, context)
-        match = Match(keys, start, self.front.access(keys, start))
+        span, match = self._look_here(keys, start, context)
         if start + match.blocks == len(keys) or not self._anyone_below():
             self._looked(span, match)
             return _done(match)
@@ -133,7 +132,7 @@ class Stack:
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             self._ended(span, telemetry.HIT, match.blocks, lease, failed)
             for lower in self._lower:
-                lower.used([key for key in lease.keys if key not in failed])
+                lower.used(lease.keys, failed)
 
         def bring() -> Lease:
             lease = self._bring_up(match) if any(match.sources) else self.front.pin(match.held)
@@ -146,10 +145,16 @@ class Stack:
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
     ) -> Lease:
         """Match and fetch at once what L1 has by itself of ``keys[start:]``; waits for nobody."""
-        span = telemetry.start(telemetry.LOOKUP, context)
-        match = Match(keys, start, self.front.access(keys, start))
+        span, match = self._look_here(keys, start, context)
         self._looked(span, match)
         return self.fetch(match, context=context).result()
+
+    def _look_here(
+        self, keys: Sequence[bytes], start: int, context: Context | None
+    ) -> tuple[Span, Match]:
+        """Look in L1; the span of the look-up goes on."""
+        span = telemetry.start(telemetry.LOOKUP, context)
+        return span, Match(keys, start, self.front.access(keys, start))
 
     def prefetch(self, keys: Sequence[bytes]) -> Future[None] | None:
         """Bring the longest prefix of ``keys`` into L1, and promise nothing.
