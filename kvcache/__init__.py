@@ -4,8 +4,9 @@ The mechanics are here: keys, the tier contract, the index, eviction, the slab, 
 ``kvcache.profiles.open_stack`` opens one. Importing this takes no torch, numpy, engine or network.
 """
 
+from kvcache.below import Match
 from kvcache.keys import block_keys, namespace
-from kvcache.stack import Match, Stack, StackStats
+from kvcache.stack import Stack, StackStats
 from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats
 
 __version__ = "0.1.0"

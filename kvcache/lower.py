@@ -1,42 +1,43 @@
 """A lower tier as the stack meets it: with threads, a deadline, a breaker and a bounded queue.
 
-1. ``begin`` and ``_store`` are the doors to a lower tier: one deadline, one breaker, one rule for
+1. ``_begin`` and ``_store`` are the doors to a lower tier: one deadline, one breaker, one rule for
    failure, which is that whatever goes wrong is a miss or a decline, counted, never an exception.
 2. A call that outlives its deadline goes on; the memory it was given stays under lease until then.
-3. Loads go before stores: a thread takes the first load that waits, a store only when none does.
+3. Loads go before stores.
 4. What waits to be written is pinned in L1 and bounded in bytes. What does not fit is dropped, the
    tail of a chain first, and counted.
-5. A block is called by the namespace and its key, joined. ``clear`` takes a namespace that nobody
+5. How long it takes to ask and to load is measured, for those who would rather compute.
+6. A block is called by the namespace and its key, joined. ``clear`` takes a namespace that nobody
    else has: what was stored before is never found again, here or by others.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, PriorityQueue
-from typing import Generic, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
-from kvcache.breaker import Breaker
+from opentelemetry.trace import Span
+
+from kvcache import telemetry
+from kvcache.calls import LOAD, STORE, Answer, Calls
+from kvcache.health import Health
 from kvcache.keys import DIGEST_NBYTES, join
+from kvcache.pace import Pace
 from kvcache.sizes import Size
 from kvcache.tier import FrontTier, Lease, Tier
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
-LOAD, STORE, STOP = 0, 1, 2  # in the order in which they are taken
-PIECE_NBYTES = 16 << 20  # of one call: what a deadline is for, and what a load may have to wait for
+PIECE_NBYTES: Final = (
+    16 << 20
+)  # of one call: what a deadline is for, and what a load may have to wait for
+LOOK_AGAIN_S: Final = 5.0  # at a tier that was skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class LowerStats:
     hit_blocks: int  # of these held
     loaded_blocks: int
     missed_blocks: int  # said to be held, and not loaded
+    skipped_blocks: int  # not asked for, or held and not loaded: computing them takes less time
     stored_blocks: int
     known_blocks: int  # not written, since the tier holds them
     declined_blocks: int  # offered, and not taken
@@ -68,6 +70,9 @@ class Lower:
         queue: bytes of blocks that wait to be written; a quarter of L1 at most.
         calls: under way at once.
         writes: what is written: every block that is stored, or those that are used again.
+        if_slower: what a request does when loading would take longer than computing: it computes,
+            or it loads nonetheless.
+        kind: what the profile calls the tier's class.
         clock: seconds.
     """
 
@@ -82,6 +87,8 @@ class Lower:
         queue: Size = Size(256 << 20),  # noqa: B008 - a number
         calls: int = 2,
         writes: Literal["all", "hot"] = "all",
+        if_slower: Literal["compute", "load"] = "compute",
+        kind: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
@@ -93,43 +100,53 @@ class Lower:
         # What waits is pinned: a slow tier may not take L1 from those who use it.
         self._queue_blocks = min(queue // front.block_nbytes, front.slab.slots // 4)
         self._hot = writes == "hot"
+        self.waits_if_slower = if_slower == "load"
+        self._whose = {telemetry.TIER: name, telemetry.KIND: kind or type(tier).__name__}
         # Where only what is used again is written: the others, and their namespace. As many as L1
         # has slots: what has left L1 cannot be written any more.
         self._once: OrderedDict[bytes, bytes] = OrderedDict()
-        self._breaker = Breaker(clock)
-        self._jobs: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
-        self._order = itertools.count()
+        self._health = Health(name, self._whose, clock)
+        self._clock = clock
+        self._asking, self._loading = Pace(), Pace()
+        self._seen_slow = 0.0  # when it was last looked at for having been skipped
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._waiting_blocks = 0
         self._counts = dict.fromkeys(LowerStats.__slots__, 0)
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"kvcache-{name}-{n}", daemon=True)
-            for n in range(calls)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._calls = Calls(name, calls)
 
     @property
     def asleep(self) -> bool:
         """Whether asking would be answered with nothing at once, since the breaker is open."""
-        return self._breaker.idle
+        return self._health.breaker.idle
 
     # Questions, from threads of the stack
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of ``keys`` the tier holds, by its own account; nothing when it cannot say."""
+    def contains(self, keys: Sequence[bytes], span: Span) -> list[bool]:
+        """Which of ``keys`` the tier holds, by its own account; nothing when it cannot say.
+
+        This and the other questions have a span below the ``span`` of what they are asked for.
+        """
         names = [join(self.space, key) for key in keys]
-        answer = self.begin("contains", lambda: self.tier.contains(names), len(names)).wait()
-        held = [bool(each) for each in answer] if answer is not None else [False] * len(keys)
+        asking, begun = telemetry.below(span, telemetry.TIER_CONTAINS), self._clock()
+        answer = self._begin(
+            "contains", lambda: self.tier.contains(names), len(names), asking, lambda: None
+        )
+        given = answer.wait()
+        held = [False] * len(keys)
+        if given is not None:
+            held = [bool(each) for each in given]
+            self._asking.told(len(keys), self._clock() - begun)
         self._count(lookup_blocks=len(keys), hit_blocks=sum(held))
+        self._asked(asking, [answer], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
         return held
 
-    def load(self, lease: Lease) -> Answer[int]:
+    def load(self, lease: Lease, span: Span) -> Answer[int]:
         """Begin to fill ``lease``, a lease to fill, with what the tier has of its keys.
 
         The lease ends with the call, however late that is, and at once if the call is not made.
+        ``span`` is that of the loads of this tier for one request; :meth:`climbed` ends it.
         """
         names = [join(self.space, key) for key in lease.keys]
 
@@ -146,36 +163,107 @@ class Lower:
                 self._count(loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed))
                 lease.end(failed=missed)
 
-        return self.begin("load", fill, len(lease), lambda: lease.end(lease.keys))
+        return self._begin("load", fill, len(lease), span, lambda: lease.end(lease.keys))
 
-    def begin(
+    def climbed(
+        self, answers: Sequence[Answer[int]], wanted: int, span: Span, *, late: bool
+    ) -> None:
+        """The loads of ``wanted`` blocks for one request came, or were ``late`` and given up."""
+        loaded = sum(answer.came(self._front.block_nbytes) for answer in answers)
+        counts = {
+            telemetry.REQUESTED: wanted,
+            telemetry.HIT: loaded,
+            telemetry.PAYLOAD: loaded * self._front.block_nbytes,
+        }
+        self._asked(span, answers, counts, telemetry.SLOWER if late else "")
+
+    def took(self, answers: Sequence[Answer[int]], seconds: float) -> None:
+        """The loads for one request took so long, from the first call to the last answer."""
+        asked = sum(answer.count for answer in answers)
+        came = sum(answer.came(self._front.block_nbytes) for answer in answers)
+        hangs = not all(answer.future.done() for answer in answers)
+        if asked and (came == asked or hangs):  # a miss is fast, and tells nothing
+            self._loading.told(asked, seconds)
+
+    def _begin(
         self,
         verb: str,
         call: Callable[[], Sequence[T]],
         count: int,
-        unasked: Callable[[], None] = lambda: None,
+        span: Span,
+        unasked: Callable[[], None],
     ) -> Answer[T]:
-        """Have ``call`` made in a thread of this tier.
-
-        Args:
-            verb: for messages.
-            call: goes to the tier.
-            count: how many answers are right; any other number is a failure.
-            unasked: called when ``call`` has not been made and will not be.
-        """
-        answer: Answer[T] = Answer(self, verb, count, unasked)
-        if self._closed or not self._breaker.allows():
+        """Have ``call`` made in a thread of this tier; the arguments are those of ``Answer``."""
+        answer: Answer[T] = Answer(self._health, self.deadline_s, verb, count, unasked, span)
+        if self._closed or not self._health.breaker.allows():
             answer.refuse()
         else:
-            self._put(LOAD, lambda: answer.run(call))
+            self._calls.put(LOAD, lambda: answer.run(call))
         return answer
+
+    def _asked(
+        self,
+        span: Span,
+        answers: Sequence[Answer[T]],
+        counts: Mapping[str, int],
+        skip: str = "",
+    ) -> None:
+        """End the span of questions to the tier."""
+        if not span.is_recording():
+            return
+        errors = [answer.error for answer in answers if answer.error]
+        if any(answer.future.cancelled() and not answer.error for answer in answers):
+            skip = telemetry.BREAKER_OPEN
+        telemetry.end(
+            span,
+            {
+                **self._whose,
+                **counts,
+                telemetry.QUEUED: max((answer.queued_s for answer in answers), default=0.0),
+                **({telemetry.SKIP: skip} if skip else {}),
+            },
+            error=errors[0] if errors else None,
+        )
+
+    # Whether to ask it at all
+
+    def asking_takes(self, blocks: int) -> float:
+        """Seconds it takes to ask for ``blocks``, at the least; 0 if unknown, or no matter."""
+        return 0.0 if self.waits_if_slower else self._asking.least(blocks) or 0.0
+
+    def loading_takes(self, blocks: int) -> float:
+        """Seconds it takes to load ``blocks``, at the least; 0 if unknown, or no matter."""
+        return 0.0 if self.waits_if_slower else self._loading.least(blocks) or 0.0
+
+    def skipped(self, name: str, blocks: int, span: Span) -> None:
+        """``blocks`` are computed, since that takes less time than what span ``name`` is of."""
+        self._count(skipped_blocks=blocks)
+        if span.is_recording():
+            why: telemetry.Attributes = {
+                telemetry.SKIPPED: blocks,
+                telemetry.SKIP: telemetry.SLOWER,
+            }
+            span.set_attributes(why)
+            telemetry.end(telemetry.below(span, name), {**self._whose, **why})
+
+    def look_again(self) -> bool:
+        """Whether it is time to see if the tier is still slow; ``True`` to one who asks."""
+        with self._lock:
+            now = self._clock()
+            due = now - self._seen_slow >= LOOK_AGAIN_S
+            if due:
+                self._seen_slow = now
+            return due
 
     # Writing, behind the engine's back
 
-    def stored(self, keys: Sequence[bytes], space: bytes) -> None:
-        """An engine stored ``keys``, whose slots were reserved when the namespace was ``space``."""
+    def stored(self, keys: Sequence[bytes], space: bytes, cause: Span) -> None:
+        """An engine stored ``keys``, whose slots were reserved when the namespace was ``space``.
+
+        This and the others below get the span that is the ``cause``, which has not ended.
+        """
         if not self._hot:
-            self.write(keys, space)
+            self.write(keys, space, cause)
             return
         with self._lock:
             self._counts["once_blocks"] += sum(key not in self._once for key in keys)
@@ -183,7 +271,7 @@ class Lower:
             while len(self._once) > self._front.slab.slots:
                 self._once.popitem(last=False)
 
-    def used(self, keys: Sequence[bytes], failed: Collection[bytes]) -> None:
+    def used(self, keys: Sequence[bytes], failed: Collection[bytes], cause: Span) -> None:
         """``keys`` but for ``failed`` were used, READY in L1: what was kept back is written now."""
         if not self._once:
             return
@@ -192,9 +280,9 @@ class Lower:
             spaces = {key: self._once.pop(key) for key in good}
             self._counts["once_blocks"] -= len(spaces)
         for space in dict.fromkeys(spaces.values()):
-            self.write([key for key, its in spaces.items() if its == space], space)
+            self.write([key for key, its in spaces.items() if its == space], space, cause)
 
-    def write(self, keys: Sequence[bytes], space: bytes) -> None:
+    def write(self, keys: Sequence[bytes], space: bytes, cause: Span) -> None:
         """Queue ``keys``, READY in L1, to be written: as many of the first as there is room for.
 
         ``space`` is the namespace when their slots were reserved: it may be another by now.
@@ -205,43 +293,67 @@ class Lower:
             room = 0 if self.asleep or self._closed else self._queue_blocks
             taken = max(0, min(len(keys), room - self._waiting_blocks))
             self._waiting_blocks += taken
-        self._count(dropped_blocks=len(keys) - taken)
+        if dropped := len(keys) - taken:
+            self._count(dropped_blocks=dropped)
+            if cause.is_recording():
+                event: telemetry.Attributes = {**self._whose, telemetry.DROPPED: dropped}
+                cause.add_event(telemetry.BLOCKS_DROPPED, event)
         for at in range(0, taken, self.blocks_per_call):
             piece = keys[at : min(at + self.blocks_per_call, taken)]
             lease = self._front.pin(piece)
             gone = len(piece) - len(lease)  # dropped from L1 as not to be trusted
             self._count(dropped_blocks=gone)
             self._written(gone)
-            self._put(STORE, partial(self._store, lease, space))
+            self._calls.put(STORE, partial(self._store, lease, space, cause))
 
-    def _store(self, lease: Lease, space: bytes) -> None:
-        started = time.monotonic()
-        try:
-            if self._closed or not self._breaker.allows():
-                self._count(dropped_blocks=len(lease))
-                return
-            names, views = [join(space, key) for key in lease.keys], lease.views
-            held = self.tier.contains(names)
-            new = [at for at, known in enumerate(held) if not known]
-            stored = self.tier.store([names[at] for at in new], [views[at] for at in new])
-            if len(held) != len(lease) or len(stored) != len(new):
-                raise ValueError(f"{len(held)} and {len(stored)} answers to {len(lease)} keys")
-        except Exception as error:  # noqa: BLE001 - whatever a tier does wrong is a decline
-            self._count(declined_blocks=len(lease))
-            self.failed("store", f"{type(error).__name__}: {error}")
+    def _store(self, lease: Lease, space: bytes, cause: Span) -> None:
+        """Offer what is new to the tier of the blocks under ``lease``, and end it."""
+        if self._closed or not self._health.breaker.allows():
+            self._count(dropped_blocks=len(lease))
+            self._written(len(lease))
+            lease.end()
             return
+        span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._clock()
+        new: list[int] = []
+        stored, error, why = 0, "", ""
+        try:
+            names, views = [join(space, key) for key in lease.keys], lease.views
+            with telemetry.within(span):
+                held = self.tier.contains(names)
+                new = [at for at, known in enumerate(held) if not known]
+                taken = self.tier.store([names[at] for at in new], [views[at] for at in new])
+            if len(held) != len(lease) or len(taken) != len(new):
+                raise ValueError(f"{len(held)} and {len(taken)} answers to {len(lease)} keys")
+            stored = sum(map(bool, taken))
+        except Exception as wrong:  # noqa: BLE001 - whatever a tier does wrong is a decline
+            error, why, new = type(wrong).__name__, str(wrong), list(range(len(lease)))
         finally:
             self._written(len(lease))
             lease.end()
-        self._count(
-            known_blocks=len(lease) - len(new),
-            stored_blocks=sum(map(bool, stored)),
-            declined_blocks=len(new) - sum(map(bool, stored)),
-        )
-        if time.monotonic() - started > self.deadline_s:
-            self.failed("store", "it took longer than the deadline")
+        if not error and self._clock() - begun > self.deadline_s:
+            error, why = "timeout", "it took longer than the deadline"
+        counts = {
+            "known_blocks": len(lease) - len(new),
+            "stored_blocks": stored,
+            "declined_blocks": len(new) - stored,
+        }
+        self._count(**counts)
+        if error:
+            self._health.failed("store", error, why, span)
         else:
-            self.succeeded()
+            self._health.succeeded(span)
+        telemetry.end(
+            span,
+            {
+                **self._whose,
+                telemetry.REQUESTED: len(lease),
+                telemetry.STORED: stored,
+                telemetry.KNOWN: len(lease) - len(new),
+                telemetry.FAILED: len(new) - stored,
+                telemetry.PAYLOAD: stored * self._front.block_nbytes,
+            },
+            error=error or None,
+        )
 
     def clear(self) -> None:
         """Find nothing again of what was stored until now."""
@@ -258,45 +370,6 @@ class Lower:
             if not self._waiting_blocks:
                 self._idle.notify_all()
 
-    def _drop_waiting(self) -> None:
-        loads = []
-        with suppress(Empty):
-            while True:
-                priority, _, job = self._jobs.get_nowait()
-                if priority == STORE:
-                    job()  # closed by now, it drops what it has
-                else:
-                    loads.append(job)
-        for job in loads:
-            self._put(LOAD, job)
-
-    # Threads
-
-    def _put(self, priority: int, job: Callable[[], None]) -> None:
-        self._jobs.put((priority, next(self._order), job))
-
-    def _work(self) -> None:
-        while True:
-            priority, _, job = self._jobs.get()
-            if priority == STOP:
-                return
-            job()
-
-    def succeeded(self) -> None:
-        """A call to the tier ended well."""
-        if self._breaker.succeeded():
-            log.warning("kvcache: tier %s answers again", self.name)
-
-    def failed(self, verb: str, why: str) -> None:
-        """A call to the tier failed or came late."""
-        self._count(errors=1)
-        if self._breaker.failed():
-            log.warning(
-                "kvcache: tier %s is not asked for a while: %s failed (%s)", self.name, verb, why
-            )
-        else:
-            log.debug("kvcache: tier %s: %s failed (%s)", self.name, verb, why)
-
     def _count(self, **more: int) -> None:
         with self._lock:
             for name, by in more.items():
@@ -306,59 +379,13 @@ class Lower:
         """Counts at this moment."""
         with self._lock:
             queued = self._waiting_blocks * self._front.block_nbytes
-            return LowerStats(**(self._counts | {"queued_nbytes": queued}))
+            now = {"queued_nbytes": queued, "errors": self._health.errors}
+            return LowerStats(**(self._counts | now))
 
     def close(self, flush_s: float) -> None:
         """Write what waits, for ``flush_s`` at most; what still waits then is dropped, counted."""
         self.flush(flush_s)
         self._closed = True
-        self._drop_waiting()  # here, since the threads may hang
-        for _ in self._threads:
-            self._put(STOP, lambda: None)
-        for thread in self._threads:
-            thread.join(timeout=self.deadline_s)
+        self._calls.do_writes_here()  # they drop what they have
+        self._calls.close(self.deadline_s)
         self.tier.close()
-
-
-class Answer(Generic[T]):
-    """What a lower tier will say to one question."""
-
-    def __init__(self, lower: Lower, verb: str, count: int, unasked: Callable[[], None]) -> None:
-        self._lower = lower
-        self._verb = verb
-        self._count = count
-        self._unasked = unasked
-        self._future: Future[Sequence[T]] = Future()
-
-    def refuse(self) -> None:
-        """Nobody will be asked."""
-        if self._future.cancel():
-            self._unasked()
-
-    def run(self, call: Callable[[], Sequence[T]]) -> None:
-        """Make the call, unless it was refused."""
-        if not self._future.set_running_or_notify_cancel():
-            return
-        try:
-            self._future.set_result(call())
-        except Exception as error:  # noqa: BLE001 - the one who waits is told
-            self._future.set_exception(error)
-
-    def wait(self) -> Sequence[T] | None:
-        """The answers, one per key; ``None`` when there are none by the deadline. Call it once."""
-        lower, deadline_s = self._lower, self._lower.deadline_s
-        try:
-            given = self._future.result(timeout=deadline_s)
-            if len(given) != self._count:
-                raise ValueError(f"{len(given)} answers to {self._count} keys")
-        except CancelledError:
-            return None
-        except TimeoutError:
-            self.refuse()  # if it has not begun
-            lower.failed(self._verb, f"no answer in {deadline_s:.3g} s")
-            return None
-        except Exception as error:  # noqa: BLE001 - whatever a tier does wrong is a miss
-            lower.failed(self._verb, f"{type(error).__name__}: {error}")
-            return None
-        lower.succeeded()
-        return given

@@ -1,33 +1,65 @@
 """Spans, through the OpenTelemetry API alone: the application, or ``OTEL_*``, brings the SDK.
 
+::
+
+    lookup | load | prefetch | store          one per operation on a request's blocks
+        tier.contains | tier.load             one per tier that it touches
+    tier.store                                later, of its own trace: linked to its store
+
 Always true here:
 
-* One span per operation on a request's blocks, never one per block.
+* One span per operation and one per tier it touches, never one per block.
 * Without a recording tracer a span costs a microsecond: nothing is attached to the current context,
   and attributes are put together only for a span that records.
+* What is below a span follows its decision: if it is not recorded, they cost nothing.
+* While a tier is called, its span is the current one: a tier may add spans and events of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Link, Span, Status, StatusCode
 
 _tracer = trace.get_tracer("kvcache")  # a proxy: it finds a provider that is installed later
 
 LOOKUP: Final = "kvcache.lookup"
 LOAD: Final = "kvcache.load"
+PREFETCH: Final = "kvcache.prefetch"
 STORE: Final = "kvcache.store"
+TIER_CONTAINS: Final = "kvcache.tier.contains"
+TIER_LOAD: Final = "kvcache.tier.load"
+TIER_STORE: Final = "kvcache.tier.store"
 
 PROFILE: Final = "kvcache.profile.name"
+TIER: Final = "kvcache.tier.name"
+KIND: Final = "kvcache.tier.type"
 REQUESTED: Final = "kvcache.block.requested"
 HIT: Final = "kvcache.block.hit"
 STORED: Final = "kvcache.block.stored"
+KNOWN: Final = "kvcache.block.known"
 FAILED: Final = "kvcache.block.failed"
+SKIPPED: Final = "kvcache.block.skipped"
+DROPPED: Final = "kvcache.block.dropped"
 PAYLOAD: Final = "kvcache.payload.size"
+QUEUED: Final = "kvcache.queue.duration"
+SKIP: Final = "kvcache.skip.reason"
+ERROR: Final = "error.type"
+MESSAGE: Final = "exception.message"
+
+SLOWER: Final = "slower_than_computing"
+BREAKER_OPEN: Final = "breaker_open"
+
+TIER_FAILED: Final = "kvcache.tier.failed"
+BREAKER_OPENED: Final = "kvcache.breaker.opened"
+BREAKER_CLOSED: Final = "kvcache.breaker.closed"
+BLOCKS_DROPPED: Final = "kvcache.blocks.dropped"
+
+Attributes = Mapping[str, str | int | float]
 
 
 def start(name: str, context: Context | None) -> Span:
@@ -35,11 +67,33 @@ def start(name: str, context: Context | None) -> Span:
     return _tracer.start_span(name, context)
 
 
-def end(span: Span, attributes: Mapping[str, str | int], *, error: str | None = None) -> None:
+def below(span: Span, name: str) -> Span:
+    """Begin a span under ``span``; it is none where that one is not recorded."""
+    if not span.is_recording():
+        return INVALID_SPAN
+    return _tracer.start_span(name, trace.set_span_in_context(span))
+
+
+def after(span: Span, name: str) -> Span:
+    """Begin a span of a trace of its own, with a link to ``span``, which may have ended."""
+    cause = span.get_span_context()
+    if not cause.trace_flags.sampled:
+        return INVALID_SPAN
+    return _tracer.start_span(name, Context(), links=[Link(cause)])
+
+
+def within(span: Span) -> AbstractContextManager[object]:
+    """Make ``span`` the current one of this thread, if it is recorded; does not end it."""
+    if not span.is_recording():
+        return nullcontext()
+    return trace.use_span(span, record_exception=False, set_status_on_exception=False)
+
+
+def end(span: Span, attributes: Attributes, *, error: str | None = None) -> None:
     """End ``span`` with its attributes; ``error`` is what went wrong, in a word."""
     if span.is_recording():
         span.set_attributes(attributes)
         if error is not None:
-            span.set_attribute("error.type", error)
+            span.set_attribute(ERROR, error)
             span.set_status(Status(StatusCode.ERROR))
     span.end()

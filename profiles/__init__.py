@@ -63,7 +63,14 @@ def open_stack(
                 **row.options_for(Framed),
             )
             lower.append(
-                Lower(framed, name=row.name, front=front, space=space, **row.options_for(Lower))
+                Lower(
+                    framed,
+                    name=row.name,
+                    kind=row.kind,
+                    front=front,
+                    space=space,
+                    **row.options_for(Lower),
+                )
             )
         stack = Stack(front, lower, profile=chosen.name)
         opened.pop_all()  # the stack closes them from here on

@@ -13,7 +13,15 @@ from kvcache import memory
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 
-GIVEN_BY_THE_STACK = ("block_nbytes", "clock", "element_nbytes", "front", "name", "space")
+GIVEN_BY_THE_STACK = (
+    "block_nbytes",
+    "clock",
+    "element_nbytes",
+    "front",
+    "kind",
+    "name",
+    "space",
+)
 """Keyword arguments that are not options, because a profile cannot know them."""
 
 _WORDS: dict[object, str] = {

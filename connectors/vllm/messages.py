@@ -56,17 +56,23 @@ class Step(KVConnectorMetadata):
     memory: Memory
     loads: list[Transfer] = field(default_factory=list)
     stores: list[Transfer] = field(default_factory=list)
+    number: int = 0
 
 
 @dataclass(slots=True)
 class Acks(KVConnectorWorkerMetadata):
-    """Workers to scheduler: how many ranks are through with a job, and the jobs that failed."""
+    """Workers to scheduler: how many ranks are through with a job, and the jobs that failed.
+
+    ``step`` is the number of the step that has ended; 0 is none.
+    """
 
     ranks: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    step: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Acks:
         assert isinstance(other, Acks)
+        self.step = max(self.step, other.step)
         for job, ranks in other.ranks.items():
             self.ranks[job] = self.ranks.get(job, 0) + ranks
         self.failed |= other.failed

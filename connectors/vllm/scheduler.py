@@ -7,13 +7,16 @@
    generated tokens alike, those that vLLM found in its own cache included.
 4. A job's lease ends when every rank has acked it. When one failed, a loaded block is dropped and a
    stored one is not published, and the request offers it again.
-5. After ``reset`` nothing computed before it is promised or published.
+5. How long the engine takes to compute a block is measured over the steps that compute prompts:
+   from when a step was built, or the one before it has ended, until it has ended.
+6. After ``reset`` nothing computed before it is promised or published.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -66,12 +69,14 @@ class SchedulerSide:
         vllm_config: VllmConfig,
         kv_cache_config: KVCacheConfig,
         identity: Mapping[str, object],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._world = vllm_config.parallel_config.world_size
         self._refusal = refusal(vllm_config, kv_cache_config)
         if self._refusal:
             log.warning("kvcache: nothing is kept or found: %s", self._refusal)
         self._identity = identity
+        self._clock = clock
         self._block_tokens = 0
         self._hashes_per_block = 1
         if not self._refusal:
@@ -86,6 +91,9 @@ class SchedulerSide:
         self._jobs: dict[int, _Job] = {}
         self._next_job = 0
         self._loads: list[Transfer] = []  # for the step being built
+        self._step = 0
+        self._steps: dict[int, tuple[float, float]] = {}  # under way: when built, blocks computed
+        self._ended = 0.0  # when the last one had
 
     def open(self, shards: Mapping[Rank, Shard]) -> None:
         """Open the stack for blocks of these shards, one per rank.
@@ -197,17 +205,25 @@ class SchedulerSide:
             return None
         if self._memory is None:
             raise RuntimeError("kvcache: the workers never said what their blocks are")
-        step = Step(self._memory, loads=self._loads)
+        self._step += 1
+        step = Step(self._memory, loads=self._loads, number=self._step)
         self._loads = []
         for new in output.scheduled_new_reqs:
             self._extend(new.req_id, new.block_ids)
         cached = output.scheduled_cached_reqs  # all blocks of a resumed one, the new ones of others
         for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
             self._extend(request_id, more)
+        prefilled = 0
         for request_id, scheduled in output.num_scheduled_tokens.items():
             running = self._running.get(request_id)
-            if running is not None and (store := self._offer(running, scheduled)):
+            if running is None:
+                continue
+            if running.request.num_computed_tokens < running.request.num_prompt_tokens:
+                prefilled += scheduled
+            if store := self._offer(running, scheduled):
                 step.stores.append(store)
+        blocks = 0.0 if step.loads else prefilled / self._block_tokens
+        self._steps[step.number] = self._clock(), blocks
         return step
 
     def _extend(self, request_id: str, block_ids: Sequence[Sequence[int]] | None) -> None:
@@ -240,7 +256,13 @@ class SchedulerSide:
         )
 
     def acked(self, acks: Acks) -> None:
-        """End the jobs that every rank is through with."""
+        """End the step, and the jobs that every rank is through with."""
+        for number in [number for number in self._steps if number <= acks.step]:
+            built, blocks = self._steps.pop(number)
+            if number == acks.step:
+                begun, self._ended = max(built, self._ended), self._clock()
+                assert self._stack is not None
+                self._stack.computed(blocks, self._ended - begun)
         for number, ranks in acks.ranks.items():
             job = self._jobs[number]
             job.acks += ranks

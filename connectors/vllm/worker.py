@@ -62,6 +62,7 @@ class WorkerSide:
         return Shard(nbytes, host_name(), self._form, self._element_nbytes)
 
     def load(self, step: Step) -> None:
+        self._acks.step = step.number
         for transfer in step.loads:
             if not self._copy(step.memory, transfer, load=True):
                 self._bad_blocks.update(transfer.blocks)
@@ -115,7 +116,7 @@ class WorkerSide:
 
     def take_acks(self) -> Acks | None:
         acks, self._acks = self._acks, Acks()
-        return acks if acks.ranks else None
+        return acks if acks.ranks or acks.step else None
 
     def close(self) -> None:
         if self.copier is not None:

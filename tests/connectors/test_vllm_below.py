@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvcache.connectors.vllm.messages import Acks
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.keys import join
 from kvcache.lower import Lower
@@ -45,7 +46,7 @@ class Waiting(Played):
         self.lower = Lower(
             self.tier, name="l2", front=self.stack.front, space=space, deadline_s=LONG
         )
-        self.stack._lower = (self.lower,)
+        self.stack._below.lower = (self.lower,)
 
     def keep_below(self, request: Request, blocks: int) -> None:
         for key in request.block_hashes[:blocks]:
@@ -177,4 +178,40 @@ def test_no_thread_is_started_for_l1_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert side._coming == {}
     assert side.matched_tokens(request, 0) == 0
     assert not [t for t in threading.enumerate() if t.name.startswith("kvcache-stack")]
+    side.close()
+
+
+def test_how_fast_the_engine_computes_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over steps of prompts alone, whether the next is built before the last has ended or not."""
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
+    now = 0.0
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {}, clock=lambda: now)
+    side.open(shards())
+    assert side._stack is not None
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(side._stack, "computed", lambda *what: told.append(what))
+    engine = Played(side)
+    request = Request("a", 8 * BLOCK, num_prompt_tokens=6 * BLOCK)
+    engine.admit(request, list(range(8)))
+
+    def ends(step: Any) -> None:
+        side.acked(Acks({store.job: 2 for store in step.stores}, step=step.number))
+
+    first = engine.step((request, 2 * BLOCK))
+    now = 1.0
+    ends(first)
+    now = 5.0  # nothing to do for a while
+    second = engine.step((request, 3 * BLOCK))
+    now = 5.5
+    third = engine.step((request, BLOCK // 2))  # before the second has ended
+    now = 6.5
+    ends(second)
+    now = 7.0
+    ends(third)
+    request.num_computed_tokens = 6 * BLOCK
+    decoded = engine.step((request, 1))
+    now = 9.0
+    ends(decoded)
+    assert told == [(2, 1.0), (3, 1.5), (0.5, 0.5), (0, 2.0)]
+    assert side._steps == {}
     side.close()

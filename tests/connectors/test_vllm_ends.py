@@ -187,6 +187,6 @@ def test_what_starts_again_after_a_reset_is_kept(played: Played) -> None:
 
 
 def test_acks_of_ranks_add_up() -> None:
-    acks = Acks({1: 1, 2: 1}, {2}).aggregate(Acks({1: 1, 3: 1}, {1}))
+    acks = Acks({1: 1, 2: 1}, {2}, 4).aggregate(Acks({1: 1, 3: 1}, {1}, 4))
     assert acks.ranks == {1: 2, 2: 1, 3: 1}
     assert acks.failed == {1, 2}

@@ -61,6 +61,7 @@ class Request:
     skip_reading_prefix_cache: bool = False
     granule: int = BLOCK
     blocks: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 1 << 30
 
     @property
     def block_hashes(self) -> list[bytes]:

@@ -56,6 +56,7 @@ class Request:
     skip_reading_prefix_cache: bool = False
     stale: bool = False  # runs on what was computed before a reset
     blocks: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 1 << 30
 
     @property
     def block_hashes(self) -> list[bytes]:

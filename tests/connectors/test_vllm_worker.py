@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.vllm.messages import Memory, Step, Transfer
+from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, layer_pages
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
 
@@ -175,8 +175,11 @@ def test_the_step_after_a_failure_stores_again() -> None:
     assert play(worker, step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
-def test_an_empty_step_says_nothing() -> None:
-    assert play(side(Copier()), Step(NOWHERE)) == (set(), {}, set())
+def test_an_empty_step_says_that_it_has_ended() -> None:
+    worker = side(Copier())
+    assert play(worker, Step(NOWHERE)) == (set(), {}, set())
+    worker.load(Step(NOWHERE, number=7))
+    assert worker.take_acks() == Acks(step=7)
 
 
 def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:

@@ -1,5 +1,7 @@
 """A stack over lower tiers that do what they are told, for tests of what is between."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from kvcache import Lease, Match, Stack
@@ -24,6 +26,7 @@ class Below:
         deadline_s: float = LONG,
         pieces: int = 4,
         calls: int = 2,
+        clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ):
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
@@ -36,13 +39,14 @@ class Below:
                 space=SPACE,
                 deadline_s=deadline_s,
                 calls=calls,
+                clock=clock,
                 **options,
             )
             for at, tier in enumerate(self.tiers, 2)
         ]
         for lower in self.lower:
             lower.blocks_per_call = pieces
-        self.stack = Stack(self.front, self.lower, profile="test")
+        self.stack = Stack(self.front, self.lower, profile="test", clock=clock)
 
     def put(self, keys: list[bytes], after: bytes | None = None) -> int:
         with self.stack.reserve(keys, after) as lease:
@@ -66,7 +70,7 @@ class Below:
     def hang(self, match: Match) -> None:
         """Fetch until a call hangs in the tier, and whoever waited for it has given up."""
         [lower] = self.lower
-        lower._breaker._limit = 1 << 30
+        lower._health.breaker._limit = 1 << 30
         before, lower.deadline_s = lower.deadline_s, 0.01
         self.tiers[0].gate.clear()
         while True:

@@ -67,7 +67,7 @@ def test_a_block_is_read_again_after_a_clear_while_it_is_on_its_way(below: Below
     below.tiers[0].gate.set()
     first.result(LONG).end()
     second.result(LONG).end()
-    assert below.stack._coming == {}
+    assert below.stack._below._coming == {}
     assert below.stack.stats().lower[0].errors == 0
 
 
@@ -170,8 +170,8 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
     below.tiers[0].gate.set()
     [lower] = below.lower
     done = threading.Event()
-    lower._put(0, done.set)  # behind the call that was late
-    lower._put(0, done.set)
+    lower._calls.put(0, done.set)  # behind the call that was late
+    lower._calls.put(0, done.set)
     assert done.wait(LONG)
     while below.stack.stats().pinned_slots:
         pass
@@ -196,7 +196,7 @@ def test_a_call_that_never_began_keeps_nothing() -> None:
 
 def test_a_tier_that_hangs_for_ever_stops_nobody() -> None:
     below = Below(deadline_s=0.01)
-    below.lower[0]._breaker._clock = lambda: 0.0
+    below.lower[0]._health.breaker._clock = lambda: 0.0
     below.tiers[0].gate.clear()
     keys = keys_of("a", 4)
     for _ in range(5):
@@ -215,13 +215,13 @@ def test_a_tier_that_recovers_is_asked_again(caplog: pytest.LogCaptureFixture) -
     below = Below()
     now = 0.0
     [lower] = below.lower
-    lower._breaker._clock = lambda: now
+    lower._health.breaker._clock = lambda: now
     keys = keys_of("a", 2)
     below.keep_below(keys)
     below.tiers[0].fault = "raise"
     for _ in range(3):
         assert below.got(keys) == 0
-    assert "tier l2 is not asked for a while" in caplog.text
+    assert "it is not asked for a while" in caplog.text
     below.tiers[0].fault = ""
     assert below.got(keys) == 0
     now = 1.0

@@ -59,7 +59,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def pause_ends(self) -> None:
-        self.below.lower[0]._breaker._retry_at = 0.0
+        self.below.lower[0]._health.breaker._retry_at = 0.0
 
     @invariant()
     def l1_is_whole(self) -> None:

@@ -31,7 +31,9 @@ def lives(
         "KVCACHE__DISK__PATH": str(tmp_path_factory.mktemp("disk") / "kv"),
         "KVCACHE__DISK__CAPACITY": "64MiB",
         "KVCACHE__DISK__CODEC": request.param,
-        "KVCACHE__DISK__DEADLINE_S": "30",  # what is tested is what comes, not how fast
+        # What is tested is what comes, not how fast.
+        "KVCACHE__DISK__DEADLINE_S": "30",
+        "KVCACHE__DISK__IF_SLOWER": "load",
     }
     options: dict[str, Any] = {"blocks": 100, "l1": "16MiB", "environment": environment}
     first = stage((below.ask_first, below.counts), **options)

@@ -1,0 +1,48 @@
+"""A tier slower than the engine: its blocks are computed again, unless it is to be waited for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import slow
+from tests.e2e.below import PROMPTS
+from tests.e2e.conftest import Stage
+
+pytestmark = pytest.mark.engine
+
+PROFILE = """
+[[tier]]
+name = "l1"
+kind = "dram"
+capacity = "16MiB"
+
+[[tier]]
+name = "slow"
+kind = "tests.e2e.slow:SlowTier"
+deadline_s = 60.0
+"""
+
+
+@pytest.mark.parametrize("if_slower", ["compute", "load"])
+def test_what_takes_less_time_is_done(tmp_path: Path, stage: Stage, if_slower: str) -> None:
+    profile = tmp_path / "slow.toml"
+    profile.write_text(PROFILE)
+    environment = {"KVCACHE_PROFILE": str(profile), "KVCACHE__SLOW__IF_SLOWER": if_slower}
+    settings = {"dtype": "float32"}
+    played = stage(
+        (slow.ask_below,), blocks=100, l1="16MiB", environment=environment, options=settings
+    )
+    facts = played.of(slow.ask_below)
+    first, *later = (facts["tokens"][at : at + len(PROMPTS)] for at in (0, 3, 6))
+    assert later == [first, first]
+    assert facts["pinned"] == 0
+    assert facts["computing"] > 0  # it was measured
+    if if_slower == "load":
+        assert facts["skipped"] == 0
+        assert all(facts["cached"][3:])
+    else:
+        # The first time shows how slow it is: after that nobody waits for it.
+        assert facts["skipped"] > 0
+        assert facts["cached"][6:] == [0, 0, 0]
