@@ -52,6 +52,7 @@ class Stack:
         front: the tier that lends its memory.
         lower: the tiers below it, nearest first.
         profile: the name that spans and stats carry.
+        block_tokens: tokens of a block, for spans; 0 if that is not known.
         clock: seconds.
     """
 
@@ -61,10 +62,12 @@ class Stack:
         lower: Sequence[Lower] = (),
         *,
         profile: str,
+        block_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.front = front
         self.profile = profile
+        self._block_tokens = block_tokens
         self._below = Below(front, lower, clock)
 
     @property
@@ -105,15 +108,16 @@ class Stack:
                 lower.used(lease.keys, failed, span)
             self._ended(span, telemetry.HIT, match.blocks, lease, failed)
 
-        if not any(match.sources):
-            lease = self.front.pin(match.held)
-            lease.on_end(ended)
-            return _done(lease)
-
-        def bring() -> Lease:
-            lease = self._below.bring_up(match, span)
+        def lent(lease: Lease) -> Lease:
+            lease.span = span
             lease.on_end(ended)
             return lease
+
+        if not any(match.sources):
+            return _done(lent(self.front.pin(match.held)))
+
+        def bring() -> Lease:
+            return lent(self._below.bring_up(match, span))
 
         return self._below.submit(bring)
 
@@ -191,6 +195,7 @@ class Stack:
                     lower.stored(stored, space, span)
             self._ended(span, telemetry.STORED, len(keys), lease, failed)
 
+        lease.span = span
         lease.on_end(ended)
         return lease
 
@@ -238,9 +243,14 @@ class Stack:
                 telemetry.PROFILE: self.profile,
                 telemetry.REQUESTED: requested,
                 telemetry.HIT: match.blocks,
+                telemetry.L1_HIT: match.sources.count(0) if match.sources else match.blocks,
+                **self._tokens(match.blocks),
                 **({telemetry.SKIP: telemetry.BREAKER_OPEN} if asleep else {}),
             },
         )
+
+    def _tokens(self, blocks: int) -> dict[str, int]:
+        return {telemetry.HIT_TOKENS: blocks * self._block_tokens} if self._block_tokens else {}
 
     def _ended(
         self, span: Span, outcome: str, requested: int, lease: Lease, failed: frozenset[bytes]
@@ -253,6 +263,7 @@ class Stack:
                 telemetry.REQUESTED: requested,
                 outcome: good,
                 telemetry.FAILED: len(failed),
+                telemetry.EVICTED: lease.evicted,
                 telemetry.PAYLOAD: good * self.block_nbytes,
             },
             error="copy_failed" if failed else None,

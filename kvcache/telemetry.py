@@ -2,8 +2,10 @@
 
 ::
 
-    lookup | load | prefetch | store          one per operation on a request's blocks
-        tier.contains | tier.load             one per tier that it touches
+    request                                   an engine's, under its caller's span
+        lookup | load | prefetch | store      one per operation on its blocks
+            tier.contains | tier.load         one per tier that it touches
+            copy                              in every worker that copies under it
     tier.store                                later, of its own trace: linked to its store
 
 Always true here:
@@ -24,13 +26,17 @@ from typing import Final
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Link, Span, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 _tracer = trace.get_tracer("kvcache")  # a proxy: it finds a provider that is installed later
+_propagator = TraceContextTextMapPropagator()
 
+REQUEST: Final = "kvcache.request"
 LOOKUP: Final = "kvcache.lookup"
 LOAD: Final = "kvcache.load"
 PREFETCH: Final = "kvcache.prefetch"
 STORE: Final = "kvcache.store"
+COPY: Final = "kvcache.copy"
 TIER_CONTAINS: Final = "kvcache.tier.contains"
 TIER_LOAD: Final = "kvcache.tier.load"
 TIER_STORE: Final = "kvcache.tier.store"
@@ -40,11 +46,22 @@ TIER: Final = "kvcache.tier.name"
 KIND: Final = "kvcache.tier.type"
 REQUESTED: Final = "kvcache.block.requested"
 HIT: Final = "kvcache.block.hit"
+L1_HIT: Final = "kvcache.l1.block.hit"
 STORED: Final = "kvcache.block.stored"
 KNOWN: Final = "kvcache.block.known"
 FAILED: Final = "kvcache.block.failed"
 SKIPPED: Final = "kvcache.block.skipped"
 DROPPED: Final = "kvcache.block.dropped"
+EVICTED: Final = "kvcache.block.evicted"
+PROMPT_TOKENS: Final = "kvcache.token.prompt"
+HIT_TOKENS: Final = "kvcache.token.hit"
+OWN_TOKENS: Final = "kvcache.token.engine_hit"
+REQUEST_ID: Final = "kvcache.request.id"
+GEN_AI_REQUEST_ID: Final = "gen_ai.request.id"  # as vLLM's own spans have it
+GEN_AI_MODEL: Final = "gen_ai.request.model"
+DIRECTION: Final = "kvcache.copy.direction"
+RANK: Final = "kvcache.rank"
+CODEC: Final = "kvcache.codec"
 PAYLOAD: Final = "kvcache.payload.size"
 QUEUED: Final = "kvcache.queue.duration"
 SKIP: Final = "kvcache.skip.reason"
@@ -54,6 +71,9 @@ MESSAGE: Final = "exception.message"
 SLOWER: Final = "slower_than_computing"
 BREAKER_OPEN: Final = "breaker_open"
 
+ADMITTED: Final = "kvcache.request.admitted"
+FRAME_REJECTED: Final = "kvcache.frame.rejected"
+REASON: Final = "kvcache.frame.reason"
 TIER_FAILED: Final = "kvcache.tier.failed"
 BREAKER_OPENED: Final = "kvcache.breaker.opened"
 BREAKER_CLOSED: Final = "kvcache.breaker.closed"
@@ -80,6 +100,29 @@ def after(span: Span, name: str) -> Span:
     if not cause.trace_flags.sampled:
         return INVALID_SPAN
     return _tracer.start_span(name, Context(), links=[Link(cause)])
+
+
+def beyond(headers: Mapping[str, str], name: str) -> Span:
+    """Begin a span under one of another process, that :func:`carried` gave ``headers`` for."""
+    return start(name, caller(headers)) if headers else INVALID_SPAN
+
+
+def current() -> Span:
+    """The span of what this thread does now."""
+    return trace.get_current_span()
+
+
+def carried(span: Span) -> dict[str, str]:
+    """``span`` as W3C Trace Context headers for another process; none where it is not recorded."""
+    headers: dict[str, str] = {}
+    if span.is_recording():
+        _propagator.inject(headers, trace.set_span_in_context(span))
+    return headers
+
+
+def caller(headers: Mapping[str, str] | None) -> Context:
+    """The context that ``headers`` carry; without any, that of a trace of its own."""
+    return _propagator.extract(headers, Context()) if headers else Context()
 
 
 def within(span: Span) -> AbstractContextManager[object]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
 from kvcache.slab import Slab
 
 
@@ -60,9 +62,12 @@ class Lease:
         keys: the blocks' keys.
         slots: slot numbers, one per key.
         positions: the place of each key in the sequence that was asked for.
+        evicted: blocks that left to make room for these.
+        span: lasts as long as the lease, where a stack lent it; who copies under the lease may put
+            spans of its own below.
     """
 
-    __slots__ = ("_ends", "_view", "keys", "positions", "slots")
+    __slots__ = ("_ends", "_view", "evicted", "keys", "positions", "slots", "span")
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class Lease:
         self.keys = keys
         self.slots = slots
         self.positions = positions
+        self.evicted = 0
+        self.span: Span = INVALID_SPAN
         self._view = view
         self._ends: list[list[Ended]] = [[end]]
 

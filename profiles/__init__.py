@@ -31,12 +31,14 @@ def open_stack(
     block_nbytes: int,
     space: bytes = b"",
     element_nbytes: int = 2,
+    block_tokens: int = 0,
 ) -> Stack:
     """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
 
     ``profile`` is a shipped name or a path to a TOML file. ``block_nbytes`` is the bytes of a block
-    of all ranks, of elements of ``element_nbytes``. ``space`` is the namespace under which blocks
-    leave this process (``kvcache.namespace``): whoever has the same may find them.
+    of all ranks, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known, for
+    spans. ``space`` is the namespace under which blocks leave this process (``kvcache.namespace``):
+    whoever has the same may find them.
 
     Raises ProfileError if the profile is wrong or asks for more memory than is free.
     """
@@ -72,7 +74,7 @@ def open_stack(
                     **row.options_for(Lower),
                 )
             )
-        stack = Stack(front, lower, profile=chosen.name)
+        stack = Stack(front, lower, profile=chosen.name, block_tokens=block_tokens)
         opened.pop_all()  # the stack closes them from here on
     return stack
 

@@ -5,6 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from kvcache import telemetry
 
 # How long a case takes says more about the machine than the code. The cases are the same every
 # time, so that what fails is the change's doing; HYPOTHESIS_SEARCH=1 looks for new ones.
@@ -22,3 +27,12 @@ def _no_settings_from_the_shell() -> Iterator[None]:
             if name.startswith("KVCACHE"):
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """An application's own SDK: the spans that have ended."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("kvcache"))
+    return exporter

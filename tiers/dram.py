@@ -108,8 +108,13 @@ class DramTier(FrontTier):
 
     def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
         with self._lock:
+            before = self._index.evicted_blocks
             positions, slots = self._index.reserve(keys, after)
-        return Lease([keys[at] for at in positions], slots, positions, self._view, self._publish)
+            evicted = self._index.evicted_blocks - before
+        held = [keys[at] for at in positions]
+        lease = Lease(held, slots, positions, self._view, self._publish)
+        lease.evicted = evicted
+        return lease
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
         with self._lock:

@@ -36,6 +36,7 @@ from typing import Any, Final, Literal
 
 from xxhash import xxh3_128
 
+from kvcache import telemetry
 from kvcache.tier import Tier
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class Framed(Tier):
             raise ImportError("codec = \"zstd\" needs zstandard: pip install 'kvcache[zstd]'")
         self.block_nbytes = block_nbytes
         self.inner = inner
+        self.codec = codec
         self._level = level if codec == "zstd" else None
         self._element_nbytes = element_nbytes
         self._desks: queue.LifoQueue[_Desk | None] = queue.LifoQueue()  # None: not made yet
@@ -138,6 +140,7 @@ class Framed(Tier):
         A frame that needs ``zstandard`` where there is none is a miss too, but stays: nothing says
         that it is damaged, and others who share the inner tier can read it.
         """
+        telemetry.current().set_attribute(telemetry.CODEC, self.codec)
         pairs = list(zip(keys, into, strict=True))
         written: list[int] = []
         with self._desk() as desk:
@@ -167,6 +170,7 @@ class Framed(Tier):
         Raises:
             ValueError: for a block of more than ``block_nbytes`` bytes.
         """
+        telemetry.current().set_attribute(telemetry.CODEC, self.codec)
         full: list[int] = []
         for at, (_, block) in enumerate(zip(keys, blocks, strict=True)):
             if len(block) > self.block_nbytes:
@@ -216,6 +220,9 @@ class Framed(Tier):
             self._stats.loaded_frame_nbytes += nbytes
 
     def _count_rejected(self, reason: str) -> None:
+        span = telemetry.current()
+        if span.is_recording():
+            span.add_event(telemetry.FRAME_REJECTED, {telemetry.REASON: reason})
         with self._lock:
             self._stats.rejected[reason] += 1
             tell = reason == "codec" and self._stats.rejected[reason] == 1

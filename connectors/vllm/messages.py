@@ -47,6 +47,7 @@ class Transfer:
     job: int
     blocks: list[int]
     slots: list[int]
+    trace: dict[str, str] = field(default_factory=dict)  # of its lease's span, where recorded
 
 
 @dataclass(slots=True)

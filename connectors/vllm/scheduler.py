@@ -21,8 +21,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvcache import telemetry
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name, refusal
+from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab
@@ -83,6 +85,7 @@ class SchedulerSide:
             self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
             self._hashes_per_block = self._block_tokens // hashed
+        self._requests = Requests(vllm_config.model_config.served_model_name)
         self._stack: Stack | None = None
         self._memory: Memory | None = None
         self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
@@ -124,6 +127,7 @@ class SchedulerSide:
             block_nbytes=block_nbytes,
             space=namespace({**self._identity, **forms}),
             element_nbytes=max(shard.element_nbytes for shard in shards.values()),
+            block_tokens=self._block_tokens,
         )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now
@@ -143,7 +147,9 @@ class SchedulerSide:
         """A request is waiting: what lower tiers have of it begins to come up."""
         if self._stack is None or request.skip_reading_prefix_cache:
             return
-        coming = self._stack.prefetch(self._prompt_keys(request))
+        self._requests.arrived(request)
+        keys, context = self._prompt_keys(request), self._requests.context(request)
+        coming = self._stack.prefetch(keys, context=context)
         if coming is not None:
             self._coming[request.request_id] = coming
 
@@ -164,7 +170,8 @@ class SchedulerSide:
         if promised is not None and promised[0] == start:
             return len(promised[1]) * self._block_tokens
         self._withdraw(request.request_id)
-        lease = stack.fetch_here(self._prompt_keys(request), start)
+        context = self._requests.asks(request, computed)
+        lease = stack.fetch_here(self._prompt_keys(request), start, context=context)
         if not lease.keys:
             lease.end()
             return 0
@@ -177,17 +184,20 @@ class SchedulerSide:
             return
         running = self._running[request.request_id] = _Running(request)
         start, lease = self._promised.pop(request.request_id, (0, None))
+        self._requests.admitted(request, tokens)
         if lease is None:
             return
         count = tokens // self._block_tokens
         if not count:
             lease.end()
             return
+        lease.span.add_event(telemetry.ADMITTED)
         self._loads.append(
             Transfer(
                 self._begin(_Job(lease, running, start)),
                 list(blocks[0][start : start + count]),
                 list(lease.slots[:count]),
+                telemetry.carried(lease.span),
             )
         )
 
@@ -196,6 +206,7 @@ class SchedulerSide:
         self._withdraw(request.request_id)
         self._coming.pop(request.request_id, None)
         self._running.pop(request.request_id, None)
+        self._requests.finished(request)
 
     # Every step
 
@@ -245,7 +256,8 @@ class SchedulerSide:
         assert self._stack is not None
         running.offered = full
         after = self._keys(request, first - 1, first)[0] if first else None
-        lease = self._stack.reserve(self._keys(request, first, full), after)
+        keys, context = self._keys(request, first, full), self._requests.context(request)
+        lease = self._stack.reserve(keys, after, context=context)
         if not lease.keys:
             lease.end()
             return None
@@ -253,6 +265,7 @@ class SchedulerSide:
             self._begin(_Job(lease, running, first)),
             [running.blocks[first + at] for at in lease.positions],
             list(lease.slots),
+            telemetry.carried(lease.span),
         )
 
     def acked(self, acks: Acks) -> None:
@@ -298,6 +311,7 @@ class SchedulerSide:
         return self._stack.stats() if self._stack is not None else None
 
     def close(self) -> None:
+        self._requests.close()
         if self._stack is not None:
             self._stack.close()
 

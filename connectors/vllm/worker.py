@@ -13,6 +13,7 @@ import logging
 import platform
 from typing import TYPE_CHECKING
 
+from kvcache import telemetry
 from kvcache.connectors.pages import CpuCopier, PageCopier, Pages, prepare
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name
@@ -76,20 +77,30 @@ class WorkerSide:
                 self._copy(step.memory, transfer, load=False)
 
     def _copy(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
+        direction, error = "load" if load else "store", None
+        span = telemetry.beyond(transfer.trace, telemetry.COPY)
         try:
             copier = self.copier or self._attach(memory)
             if load:
                 copier.scatter(transfer.slots, transfer.blocks)
             else:
                 copier.gather(transfer.blocks, transfer.slots)
-        except Exception:
-            log.exception(
-                "kvcache: %s of %d blocks failed", "load" if load else "store", len(transfer.blocks)
-            )
-            self._ack(transfer, failed=True)
-            return False
-        self._ack(transfer, failed=False)
-        return True
+        except Exception as wrong:
+            error = type(wrong).__name__
+            log.exception("kvcache: %s of %d blocks failed", direction, len(transfer.blocks))
+        blocks = len(transfer.blocks)
+        telemetry.end(
+            span,
+            {
+                telemetry.DIRECTION: direction,
+                telemetry.RANK: "pp{} tp{}".format(*self._rank),
+                telemetry.REQUESTED: blocks,
+                telemetry.PAYLOAD: blocks * sum(pages.nbytes for pages in self._pages),
+            },
+            error=error,
+        )
+        self._ack(transfer, failed=error is not None)
+        return error is None
 
     def _attach(self, memory: Memory) -> PageCopier:
         slab = self._slab = self._slab or Slab.attach(memory.slab)

@@ -16,7 +16,7 @@ from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.keys import join
 from kvcache.lower import Lower
 from kvcache.slab import PAGE
-from tests.connectors.test_vllm_scheduler import (
+from tests.connectors.played import (
     BLOCK,
     RANKS,
     SHARD,

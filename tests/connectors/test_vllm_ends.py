@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.messages import Acks
-from tests.connectors.test_vllm_scheduler import BLOCK, Played, Request, opened
+from tests.connectors.played import BLOCK, Played, Request, opened
 
 pytestmark = pytest.mark.engine
 

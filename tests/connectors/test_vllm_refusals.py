@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.connectors.vllm.support import host_name
-from tests.connectors.test_vllm_scheduler import (
+from tests.connectors.played import (
     BLOCK,
     SHARD,
     Played,

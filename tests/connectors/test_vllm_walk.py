@@ -57,6 +57,8 @@ class Request:
     stale: bool = False  # runs on what was computed before a reset
     blocks: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 1 << 30
+    trace_headers: dict[str, str] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
     @property
     def block_hashes(self) -> list[bytes]:
@@ -76,7 +78,10 @@ class Miniature:
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16
         )
-        parallel: Any = SimpleNamespace(parallel_config=SimpleNamespace(world_size=len(RANKS)))
+        parallel: Any = SimpleNamespace(
+            parallel_config=SimpleNamespace(world_size=len(RANKS)),
+            model_config=SimpleNamespace(served_model_name="model"),
+        )
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         cache: Any = SimpleNamespace(kv_cache_groups=[group], num_blocks=BLOCKS)
         self.side = SchedulerSide(parallel, cache, {})

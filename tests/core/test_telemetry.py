@@ -41,6 +41,7 @@ def test_one_span_per_operation_and_none_per_block(
         "kvcache.block.requested": 5,
         "kvcache.block.stored": 4,
         "kvcache.block.failed": 1,
+        "kvcache.block.evicted": 0,
         "kvcache.payload.size": 4 * PAGE,
         "error.type": "copy_failed",
     }
@@ -52,6 +53,7 @@ def test_one_span_per_operation_and_none_per_block(
         "kvcache.profile.name": "ours",
         "kvcache.block.requested": 5,
         "kvcache.block.hit": 3,
+        "kvcache.l1.block.hit": 3,
     }
     lease.end()
     load = take(exported)["kvcache.load"]
@@ -60,6 +62,7 @@ def test_one_span_per_operation_and_none_per_block(
         "kvcache.block.requested": 3,
         "kvcache.block.hit": 3,
         "kvcache.block.failed": 0,
+        "kvcache.block.evicted": 0,
         "kvcache.payload.size": 3 * PAGE,
     }
     assert load.status.status_code is StatusCode.UNSET

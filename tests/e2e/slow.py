@@ -13,7 +13,7 @@ from tests.e2e.engine import Engine
 
 
 class SlowTier(Tier):
-    """Blocks in a dictionary, a tenth of a second to read each: a tiny model computes one in less."""
+    """Blocks in a dictionary, 0.1 s to read each: a tiny model computes one in less."""
 
     def __init__(self) -> None:
         self._held: dict[bytes, bytes] = {}

@@ -1,0 +1,166 @@
+"""The trace of a request: under its caller, over both halves of the connector, to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+pytest.importorskip("vllm")
+
+from kvcache.connectors.vllm.messages import Step
+from kvcache.connectors.vllm.worker import WorkerSide
+from tests.connectors.played import BLOCK, SHARD, Played, Request, opened
+from tests.connectors.test_vllm_worker import Copier
+
+pytestmark = pytest.mark.engine
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+    engine = opened(monkeypatch, 32)
+    yield engine
+    engine.side.close()
+
+
+def worker(*failing: int) -> WorkerSide:
+    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=[])], num_blocks=16)
+    side = WorkerSide(config, (0, 1), 1)
+    side._pages = [SimpleNamespace(nbytes=SHARD)]  # type: ignore[list-item]
+    side.copier = Copier(*failing)  # type: ignore[assignment]
+    return side
+
+
+def live(played: Played, request: Request, blocks: list[int], worker: WorkerSide) -> Step:
+    """A request's whole life, one step, with one worker that copies for both ranks."""
+    played.side.arrived(request)
+    played.admit(request, blocks)
+    step = played.step((request, request.num_tokens - request.num_computed_tokens))
+    worker.load(step)
+    worker.store(step)
+    played.ack(*step.loads, *step.stores)
+    played.side.finished(request)
+    return step
+
+
+class Trace:
+    def __init__(self, exported: InMemorySpanExporter) -> None:
+        self.spans = exported.get_finished_spans()
+        exported.clear()
+
+    def tree(self, span: ReadableSpan | None = None) -> dict[str, Any]:
+        """Names, each with what is below it."""
+        above = span and span.context
+        below = [
+            s for s in self.spans if (s.parent.span_id if s.parent else None)
+            == (above.span_id if above else None)
+        ]  # fmt: skip
+        return {s.name: self.tree(s) for s in below}
+
+    def one(self, name: str) -> ReadableSpan:
+        [span] = [span for span in self.spans if span.name == name]
+        return span
+
+    def of(self, name: str) -> dict[str, Any]:
+        return dict(self.one(name).attributes or {})
+
+
+COPIED: dict[str, Any] = {"kvcache.copy": {}}
+
+
+def test_a_request_without_a_caller_is_a_trace_of_its_own(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    live(played, Request("chat-1-0123abcd", 3 * BLOCK, "same"), [1, 2, 3], worker())
+    first = Trace(exported)
+    assert first.tree() == {"kvcache.request": {"kvcache.lookup": {}, "kvcache.store": COPIED}}
+    again = Request("chat-2-0123abcd", 4 * BLOCK, "same", num_prompt_tokens=4 * BLOCK)
+    live(played, again, [4, 5, 6, 7], worker())
+    second = Trace(exported)
+    assert second.tree() == {
+        "kvcache.request": {"kvcache.lookup": {}, "kvcache.load": COPIED, "kvcache.store": COPIED}
+    }
+    assert second.of("kvcache.request") == {
+        "kvcache.request.id": "chat-2-0123abcd",
+        "gen_ai.request.id": "chat-2",
+        "gen_ai.request.model": "model",
+        "kvcache.token.prompt": 4 * BLOCK,
+        "kvcache.token.engine_hit": 0,
+        "kvcache.token.hit": 3 * BLOCK,
+    }
+    assert second.of("kvcache.lookup")["kvcache.token.hit"] == 3 * BLOCK
+    traces = {span.context.trace_id for span in (*first.spans, *second.spans) if span.context}
+    assert len(traces) == 2
+    admitted = [event.name for event in second.one("kvcache.load").events]
+    assert admitted == ["kvcache.request.admitted"]
+
+
+@pytest.mark.parametrize("how", ["trace_headers", "kv_transfer_params"])
+def test_a_callers_trace_goes_through_to_the_workers(
+    played: Played, exported: InMemorySpanExporter, how: str
+) -> None:
+    request = Request("a", 2 * BLOCK, **{how: HEADERS})  # type: ignore[arg-type]
+    step = live(played, request, [1, 2], worker())
+    trace = Trace(exported)
+    for span in trace.spans:
+        assert span.context is not None
+        assert f"{span.context.trace_id:032x}" == TRACE
+    root = trace.one("kvcache.request")
+    assert root.parent is not None
+    assert f"{root.parent.span_id:016x}" == CALLER
+    [store] = step.stores
+    assert store.trace["tracestate"] == "vendor=1"
+    copy, above = trace.one("kvcache.copy"), trace.one("kvcache.store")
+    assert copy.parent is not None
+    assert copy.parent.is_remote
+    assert above.context is not None
+    assert copy.parent.span_id == above.context.span_id
+    assert trace.of("kvcache.copy") == {
+        "kvcache.copy.direction": "store",
+        "kvcache.rank": "pp0 tp1",
+        "kvcache.block.requested": 2,
+        "kvcache.payload.size": 2 * SHARD,
+    }
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"traceparent": "rubbish"}, {"traceparent": 7}, {"do_remote_decode": True}, {}, None],
+)
+def test_what_is_no_trace_is_no_error(
+    played: Played, exported: InMemorySpanExporter, params: dict[str, Any] | None
+) -> None:
+    live(played, Request("a", 2 * BLOCK, kv_transfer_params=params), [1, 2], worker())
+    assert Trace(exported).one("kvcache.request").parent is None
+
+
+def test_a_caller_who_does_not_record_gets_no_spans(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
+    step = live(played, Request("a", 2 * BLOCK, trace_headers=headers), [1, 2], worker())
+    assert Trace(exported).spans == ()
+    assert step.stores[0].trace == {}
+
+
+def test_a_copy_that_fails_is_seen(played: Played, exported: InMemorySpanExporter) -> None:
+    live(played, Request("a", 2 * BLOCK), [1, 2], worker(0))
+    trace = Trace(exported)
+    assert trace.of("kvcache.copy")["error.type"] == "OSError"
+
+
+def test_no_span_is_left_open(played: Played, exported: InMemorySpanExporter) -> None:
+    for name in ("waits", "runs"):
+        played.side.arrived(Request(name, 2 * BLOCK))
+    played.side.finished(Request("waits", 2 * BLOCK))
+    assert [span.name for span in Trace(exported).spans] == ["kvcache.request"]
+    played.side.close()
+    assert [span.name for span in Trace(exported).spans] == ["kvcache.request"]
+    assert not played.side._requests._spans
