@@ -349,8 +349,8 @@ class Lower:
                 telemetry.REQUESTED: len(lease),
                 telemetry.STORED: stored,
                 telemetry.KNOWN: len(lease) - len(new),
-                telemetry.FAILED: len(new) - stored,
                 telemetry.PAYLOAD: stored * self._front.block_nbytes,
+                **({telemetry.FAILED: len(new) - stored} if len(new) > stored else {}),
             },
             error=error or None,
         )

@@ -262,9 +262,9 @@ class Stack:
                 telemetry.PROFILE: self.profile,
                 telemetry.REQUESTED: requested,
                 outcome: good,
-                telemetry.FAILED: len(failed),
-                telemetry.EVICTED: lease.evicted,
                 telemetry.PAYLOAD: good * self.block_nbytes,
+                **({telemetry.FAILED: len(failed)} if failed else {}),
+                **({telemetry.EVICTED: lease.evicted} if lease.evicted else {}),
             },
             error="copy_failed" if failed else None,
         )

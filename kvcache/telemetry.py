@@ -19,11 +19,11 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Link, Span, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -82,9 +82,9 @@ BLOCKS_DROPPED: Final = "kvcache.blocks.dropped"
 Attributes = Mapping[str, str | int | float]
 
 
-def start(name: str, context: Context | None) -> Span:
-    """Begin a span under ``context``, ``None`` being the current one; :func:`end` ends it."""
-    return _tracer.start_span(name, context)
+def start(name: str, above: Context | None) -> Span:
+    """Begin a span under ``above``, ``None`` being the current one; :func:`end` ends it."""
+    return _tracer.start_span(name, above)
 
 
 def below(span: Span, name: str) -> Span:
@@ -125,11 +125,17 @@ def caller(headers: Mapping[str, str] | None) -> Context:
     return _propagator.extract(headers, Context()) if headers else Context()
 
 
-def within(span: Span) -> AbstractContextManager[object]:
+@contextmanager
+def within(span: Span) -> Iterator[None]:
     """Make ``span`` the current one of this thread, if it is recorded; does not end it."""
     if not span.is_recording():
-        return nullcontext()
-    return trace.use_span(span, record_exception=False, set_status_on_exception=False)
+        yield
+        return
+    token = context.attach(trace.set_span_in_context(span))
+    try:
+        yield
+    finally:
+        context.detach(token)
 
 
 def end(span: Span, attributes: Attributes, *, error: str | None = None) -> None:

@@ -41,7 +41,6 @@ def test_one_span_per_operation_and_none_per_block(
         "kvcache.block.requested": 5,
         "kvcache.block.stored": 4,
         "kvcache.block.failed": 1,
-        "kvcache.block.evicted": 0,
         "kvcache.payload.size": 4 * PAGE,
         "error.type": "copy_failed",
     }
@@ -61,8 +60,6 @@ def test_one_span_per_operation_and_none_per_block(
         "kvcache.profile.name": "ours",
         "kvcache.block.requested": 3,
         "kvcache.block.hit": 3,
-        "kvcache.block.failed": 0,
-        "kvcache.block.evicted": 0,
         "kvcache.payload.size": 3 * PAGE,
     }
     assert load.status.status_code is StatusCode.UNSET
@@ -96,3 +93,10 @@ def test_without_an_sdk_there_are_no_spans(stack: Stack) -> None:
     assert not span.is_recording()
     telemetry.end(span, {}, error="none")
     stack.reserve(keys_of("a", 1)).end()
+
+
+def test_a_store_says_how_many_had_to_leave(stack: Stack, exported: InMemorySpanExporter) -> None:
+    stack.reserve(keys_of("a", 8)).end()
+    take(exported)
+    stack.reserve(keys_of("b", 3)).end()
+    assert (take(exported)["kvcache.store"].attributes or {})["kvcache.block.evicted"] == 3

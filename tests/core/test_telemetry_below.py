@@ -125,7 +125,6 @@ def test_what_is_written_later_is_linked_to_its_cause(
         "kvcache.block.requested": 2,
         "kvcache.block.stored": 1,
         "kvcache.block.known": 1,
-        "kvcache.block.failed": 0,
         "kvcache.payload.size": PAGE,
     }
 
