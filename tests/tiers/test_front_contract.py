@@ -152,6 +152,78 @@ class RefusesAKeyTwice(WrongDram):
         return super().reserve(keys, after)
 
 
+class HoldsUpToAHole(WrongDram):
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        return self.pin(keys)
+
+
+class HoldsWhatIsReady(WrongDram):
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        return super().hold([key for key in keys if self.contains([key])[0]])
+
+
+class HoldPublishes(WrongDram):
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().hold(keys)
+        with self._lock:
+            self._index.publish([s for s in lease.slots if self._is_filling(s)])
+        return lease
+
+    def _is_filling(self, slot: int) -> bool:
+        return self._index._key[slot] in self._index._filling
+
+
+class ForgetsHolds(WrongDram):
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().hold(keys)
+        with self._lock:
+            self._index.unpin(lease.slots)
+        return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
+
+
+class HoldEndsOften(WrongDram):
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().hold(keys)
+        return LeaseThatEndsOften(
+            lease.keys, lease.slots, lease.positions, self._view, self._release
+        )
+
+
+class HoldNeverEnds(WrongDram):
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().hold(keys)
+        return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
+
+
+class HoldGivesUpWhatIsFilled(HoldPublishes):
+    """The end of a hold takes the slot from who fills it."""
+
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        return WrongDram.hold(self, keys)
+
+    def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
+        filling = [slot for slot in lease.slots if self._is_filling(slot)]
+        with self._lock:
+            self._index.publish(filling, lease.keys)
+        super()._release(lease, failed)
+
+
+class FailureFreesWhatIsHeld(WrongDram):
+    def _publish(self, lease: Lease, failed: frozenset[bytes]) -> None:
+        with self._lock:
+            for key, slot in zip(lease.keys, lease.slots, strict=True):
+                if key in failed:
+                    self._index._pins[slot] = 1
+        super()._publish(lease, failed)
+
+
+class ClearFreesEverySlot(WrongDram):
+    def clear(self) -> None:
+        with self._lock:
+            self._index._pins = [0] * ROOM
+        super().clear()
+
+
 WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     AccessIgnoresStart: {"test_access_says_how_much_of_a_prefix_is_held"},
     HeldWhileFilling: {"test_a_block_is_held_once_its_lease_ends_well"},
@@ -171,6 +243,15 @@ WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     ClearLeavesWhatIsFilling: {"test_clear_takes_nothing_from_a_lease"},
     CountsAreLate: {"test_stats_say_what_is_lent"},
     RefusesAKeyTwice: {"test_a_key_twice_in_a_reserve"},
+    HoldsUpToAHole: {"test_hold_lends_what_there_is_wherever_it_is"},
+    HoldsWhatIsReady: {"test_hold_lends_what_there_is_wherever_it_is"},
+    HoldPublishes: {"test_hold_lends_what_there_is_wherever_it_is"},
+    ForgetsHolds: {"test_what_is_held_on_to_stays", "test_clear_takes_nothing_from_a_hold"},
+    HoldEndsOften: {"test_a_lease_ends_exactly_once"},
+    HoldNeverEnds: {"test_what_is_held_on_to_stays", "test_clear_takes_nothing_from_a_hold"},
+    HoldGivesUpWhatIsFilled: {"test_a_hold_that_ends_first_leaves_a_block_to_who_fills_it"},
+    FailureFreesWhatIsHeld: {"test_a_hold_of_what_could_not_be_filled"},
+    ClearFreesEverySlot: {"test_clear_takes_nothing_from_a_hold"},
 }
 
 

@@ -1,173 +1,17 @@
-"""What a tier promises, as tests: inherit a class, give it a ``tier`` fixture. Needs pytest.
+"""What a front tier promises as well, as tests.
 
-::
-
-    class TestMyTier(TierTests):
-        @pytest.fixture
-        def tier(self):
-            with closing(MyTier(block_nbytes=self.block_nbytes)) as tier:
-                yield tier
-
-Always true here:
-
-* A block's bytes are made from its key, so a block that comes back under another key is seen.
-* A front tier has no slot pinned when a test of it ends.
+Always true: a front tier has no slot pinned when a test of it ends.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b, shake_128
+from collections.abc import Sequence
 
 import pytest
 
-from kvcache.tier import FrontTier, Lease, LeaseError, Tier
-
-AFTER_BLOCK = 64  # bytes of a buffer behind the block's, which no tier may touch
-
-
-def keys_of(name: str, count: int, nbytes: int = 32) -> list[bytes]:
-    """``count`` keys of ``nbytes`` bytes (at most 64) that no other name gives."""
-    return [blake2b(f"{name}/{at}".encode(), digest_size=nbytes).digest() for at in range(count)]
-
-
-def block_of(key: bytes, nbytes: int) -> bytes:
-    """The ``nbytes`` bytes that the tests keep under ``key``."""
-    return shake_128(key).digest(nbytes)
-
-
-class TierTests:
-    """Every tier: opaque blocks under opaque keys, answered per key and in order.
-
-    The fixture ``tier`` gives an empty one with room for ``room_blocks`` blocks of ``block_nbytes``
-    bytes, and closes it.
-    """
-
-    block_nbytes: int = 4096
-    room_blocks: int = 64
-
-    def blocks(self, keys: Sequence[bytes]) -> list[memoryview]:
-        """The blocks that belong to ``keys``, read-only."""
-        return [memoryview(block_of(key, self.block_nbytes)) for key in keys]
-
-    def put(self, tier: Tier, keys: Sequence[bytes]) -> None:
-        """Store the blocks that belong to ``keys``."""
-        assert tier.store(keys, self.blocks(keys)) == [True] * len(keys)
-
-    def check_load(self, tier: Tier, keys: Sequence[bytes], held: Sequence[bool]) -> None:
-        """Load ``keys``: exactly those ``held`` come, whole, and no other byte is written."""
-        clean = b"\xa5" * (self.block_nbytes + AFTER_BLOCK)
-        into = [bytearray(clean) for _ in keys]
-        assert tier.load(keys, [memoryview(buffer) for buffer in into]) == [
-            self.block_nbytes if there else 0 for there in held
-        ]
-        for key, there, buffer in zip(keys, held, into, strict=True):
-            block = block_of(key, self.block_nbytes) if there else clean[: self.block_nbytes]
-            assert buffer[: self.block_nbytes] == block, "these are not the bytes that belong here"
-            assert buffer[self.block_nbytes :] == clean[self.block_nbytes :], "written past a block"
-
-    def test_blocks_come_back_as_they_were(self, tier: Tier) -> None:
-        keys = keys_of("back", 5)
-        assert tier.contains(keys) == [False] * 5
-        self.check_load(tier, keys, [False] * 5)
-        self.put(tier, keys)
-        assert tier.contains(keys) == [True] * 5
-        self.check_load(tier, keys, [True] * 5)
-        self.check_load(tier, keys, [True] * 5)  # reading uses nothing up
-
-    def test_answers_are_per_key_and_in_order(self, tier: Tier) -> None:
-        keys = keys_of("order", 6)
-        self.put(tier, keys[1::2])
-        held = [False, True] * 3
-        assert tier.contains(keys) == held
-        self.check_load(tier, keys, held)
-        assert tier.contains(tuple(reversed(keys))) == held[::-1]
-        self.check_load(tier, tuple(reversed(keys)), held[::-1])
-
-    def test_a_held_key_stays_as_it_is(self, tier: Tier) -> None:
-        keys = keys_of("again", 3)
-        self.put(tier, keys[:2])
-        other = memoryview(bytes(self.block_nbytes))
-        tier.store(keys[:2], [other, other])
-        self.check_load(tier, keys, [True, True, False])
-        self.put(tier, keys)  # held ones and a new one in one batch
-        self.check_load(tier, keys, [True] * 3)
-
-    def test_empty_batches(self, tier: Tier) -> None:
-        assert tier.contains([]) == []
-        assert tier.load([], []) == []
-        assert tier.store([], []) == []
-        tier.remove([])
-
-    def test_remove_forgets_these_and_no_others(self, tier: Tier) -> None:
-        keys = keys_of("gone", 6)
-        self.put(tier, keys[:4])
-        tier.remove(keys[1:3])
-        self.check_load(tier, keys, [True, False, False, True, False, False])
-        tier.remove(keys)  # some held, some gone, some never there
-        assert tier.contains(keys) == [False] * 6
-        self.put(tier, keys)
-
-    def test_bytes_are_copied_in_and_out(self, tier: Tier) -> None:
-        keys = keys_of("copy", 1)
-        buffer = bytearray(block_of(keys[0], self.block_nbytes))
-        tier.store(keys, [memoryview(buffer)])
-        buffer[:] = bytes(len(buffer))
-        self.check_load(tier, keys, [True])
-        tier.load(keys, [memoryview(buffer)])
-        buffer[:] = bytes(len(buffer))
-        self.check_load(tier, keys, [True])
-
-    def test_keys_of_any_length_and_any_bytes(self, tier: Tier) -> None:
-        keys = [keys_of("length", 1, nbytes)[0] for nbytes in (16, 32, 64)]
-        keys += [keys[2][:16], keys[2][:32]]  # where one ends, the other goes on
-        keys += [bytes(16), bytes(32), bytes(64), b"\xff" * 32, b"../" * 10 + b"\n\0"]
-        for at, key in enumerate(keys):
-            assert tier.contains([key]) == [False], "two keys were taken for one"
-            self.put(tier, [key])
-            self.check_load(tier, keys[: at + 1], [True] * (at + 1))
-
-    def test_a_key_twice_in_a_batch(self, tier: Tier) -> None:
-        key, other = keys_of("twice", 2)
-        twice = [key, other, key]
-        zeros = memoryview(bytes(self.block_nbytes))
-        assert tier.store(twice, [*self.blocks(twice[:2]), zeros]) == [True] * 3
-        assert tier.contains(twice) == [True] * 3
-        self.check_load(tier, twice, [True] * 3)  # the first stayed
-        tier.remove([key, key])
-        assert tier.contains(twice) == [False, True, False]
-
-    def test_as_many_blocks_as_there_is_room_for(self, tier: Tier) -> None:
-        keys = keys_of("many", self.room_blocks)
-        self.put(tier, keys)
-        assert tier.contains(keys) == [True] * len(keys)
-        self.check_load(tier, keys, [True] * len(keys))
-
-    def test_closing_twice(self, tier: Tier) -> None:
-        self.put(tier, keys_of("close", 1))
-        tier.close()
-        tier.close()
-
-    def test_several_threads(self, tier: Tier) -> None:
-        shared, threads = keys_of("threads", 6), 4
-
-        def work(thread: int) -> None:
-            own = keys_of(f"thread {thread}", 2)
-            for turn in range(20):
-                self.put(tier, own)
-                self.check_load(tier, own, [True] * 2)
-                tier.store(shared, self.blocks(shared))
-                tier.remove([shared[(thread + turn) % len(shared)]])
-                for key in shared:
-                    buffer = bytearray(self.block_nbytes)
-                    if tier.load([key], [memoryview(buffer)])[0]:
-                        assert buffer == block_of(key, self.block_nbytes), "another key's bytes"
-                tier.remove(own)
-                assert tier.contains(own) == [False] * 2
-
-        together(threads, work)
+from kvcache.testing.blocks import block_of, keys_of, together
+from kvcache.testing.tier import TierTests
+from kvcache.tier import FrontTier, Lease, LeaseError
 
 
 class FrontTierTests(TierTests):
@@ -286,7 +130,7 @@ class FrontTierTests(TierTests):
 
     def test_a_lease_ends_exactly_once(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "once", 3)
-        for lend in (tier.reserve, tier.pin):
+        for lend in (tier.reserve, tier.pin, tier.hold):
             lease = lend(chain[:2])
             with pytest.raises(LeaseError):
                 lease.end(failed=[chain[2]])  # not one of its keys: it has not ended
@@ -375,6 +219,86 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, keys_of("newer", len(new))) == len(new)
         assert tier.stats().pinned_slots == 0
 
+    def test_hold_lends_what_there_is_wherever_it_is(self, tier: FrontTier) -> None:
+        chain = self.chain(tier, "hold", 7)
+        self.put(tier, [*chain[:2], chain[3]])
+        writer = tier.reserve(chain[5:6])
+        lease = tier.hold(chain)
+        assert list(lease.keys) == [*chain[:2], chain[3], chain[5]]
+        assert list(lease.positions) == [0, 1, 3, 5]
+        assert list(lease.slots[3:]) == list(writer.slots)
+        assert tier.stats().pinned_slots == 4
+        assert tier.contains(chain[5:6]) == [False], "a hold publishes nothing"
+        self.write(writer)
+        writer.end()
+        self.check_views(lease)
+        assert tier.stats().pinned_slots == 4
+        lease.end()
+        assert len(tier.hold(chain[4:5])) == len(tier.hold([])) == 0
+        self.check_load(tier, chain, [True, True, False, True, False, True, False])
+        self.check_idle(tier)
+
+    def test_what_is_held_on_to_stays(self, tier: FrontTier) -> None:
+        old, new = self.chain(tier, "old"), self.chain(tier, "new")
+        half = len(old) // 2
+        self.fill(tier, old[:half])
+        writer = tier.reserve(old[half : half + 1], old[half - 1])
+        with tier.hold(old) as one, tier.hold(old[half:]) as two:
+            self.write(writer)
+            writer.end()
+            assert self.fill(tier, new) == len(old) - half - 1
+            self.check_views(one)
+            one.end()
+            assert tier.stats().pinned_slots == 1
+            self.check_views(two)
+        self.check_load(tier, old[: half + 1], [True] * (half + 1))
+        assert self.fill(tier, keys_of("newer", len(old))) == len(old)
+        self.check_idle(tier)
+
+    def test_a_hold_that_ends_first_leaves_a_block_to_who_fills_it(self, tier: FrontTier) -> None:
+        chain, new = self.chain(tier, "filled on", 3), self.chain(tier, "new")
+        writer = tier.reserve(chain)
+        tier.hold(chain).end()
+        assert tier.stats().pinned_slots == 3
+        assert self.fill(tier, new) == len(new) - 3
+        self.write(writer)
+        writer.end()
+        self.check_load(tier, chain, [True] * 3)
+        self.check_idle(tier)
+
+    def test_a_hold_of_what_could_not_be_filled(self, tier: FrontTier) -> None:
+        chain, new = self.chain(tier, "not filled", 4), self.chain(tier, "new")
+        self.fill(tier, chain[:1])
+        writer = tier.reserve(chain[1:], chain[0])
+        lease = tier.hold(chain)
+        self.write(writer)
+        writer.end(failed=chain[2:3])
+        assert tier.contains(chain) == [True, True, False, True]
+        assert self.fill(tier, new) == len(new) - 4, "a slot was given out that is held"
+        self.check_views(lease)
+        assert tier.stats().pinned_slots == 4
+        lease.end(failed=chain[1:3])  # one that is there, and the one that is not
+        self.check_load(tier, chain, [True, False, False, True])
+        assert self.fill(tier, keys_of("newer", len(new))) == len(new)
+        assert (tier.stats().failed_blocks, tier.stats().dropped_blocks) == (1, 1)
+        self.check_idle(tier)
+
+    def test_clear_takes_nothing_from_a_hold(self, tier: FrontTier) -> None:
+        held, filling, new = keys_of("held", 2), keys_of("filling", 2), self.chain(tier, "new")
+        self.fill(tier, held)
+        writer = tier.reserve(filling)
+        lease = tier.hold([*held, *filling])
+        tier.clear()
+        assert len(tier.hold([*held, *filling])) == 0
+        self.write(writer)
+        writer.end()
+        assert tier.contains([*held, *filling]) == [False] * 4
+        assert self.fill(tier, new) == len(new) - 4
+        self.check_views(lease)
+        lease.end(failed=held[:1])
+        assert self.fill(tier, keys_of("newer", len(new))) == len(new)
+        assert tier.stats().pinned_slots == 0
+
     def test_stats_say_what_is_lent(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "stats")
         self.fill(tier, chain)
@@ -386,15 +310,3 @@ class FrontTierTests(TierTests):
         assert (stats.stored_blocks, stats.dropped_blocks) == (len(chain) + 1, 3)
         assert stats.block_nbytes == self.block_nbytes == tier.block_nbytes
         self.check_idle(tier)
-
-
-def together(threads: int, work: Callable[[int], None]) -> None:
-    """Run ``work(0) ... work(threads - 1)`` in as many threads at once; raise what one raised."""
-    start = threading.Barrier(threads)
-
-    def begin(thread: int) -> None:
-        start.wait()
-        work(thread)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(begin, range(threads)))

@@ -1,0 +1,16 @@
+"""What a tier promises, as tests: inherit a class, give it a ``tier`` fixture. Needs pytest.
+
+::
+
+    class TestMyTier(TierTests):
+        @pytest.fixture
+        def tier(self):
+            with closing(MyTier(block_nbytes=self.block_nbytes)) as tier:
+                yield tier
+"""
+
+from kvcache.testing.blocks import block_of, keys_of, together
+from kvcache.testing.front import FrontTierTests
+from kvcache.testing.tier import TierTests
+
+__all__ = ["FrontTierTests", "TierTests", "block_of", "keys_of", "together"]
