@@ -4,18 +4,26 @@ A block is checked by its language: python is executed (the blocks of one page s
 toml with tiers in it is loaded as a profile, json is parsed, and in bash the commands that are
 ours or name something of ours are held against it. Output is ```text. A language that is in
 neither table is an error, so that no block goes unchecked by accident.
+
+A page runs in a folder of its own. A block that begins with a comment that is a file's name is that
+file there from then on, for the other blocks to import and open; what `pytest FILE` and
+`pip install .` are said to do with such files is done.
 """
 
 import argparse
 import ast
+import importlib
 import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -29,6 +37,9 @@ from sybil.typing import Evaluator
 
 from kvcache import cli
 from kvcache.profiles import load_profile
+from kvcache.testing import TierTests
+from kvcache.tiers.framed import Framed
+from tests.core.wrongs import failures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,6 +72,10 @@ def check_bash(example: Example) -> None:
                 for target in targets:
                     if "=" not in target:
                         assert_target(target)
+            case ["pytest", file]:
+                run_python("-m", "pytest", "-q", file)
+            case ["pip", "install", "."]:
+                install_what_is_here()
             case ["pip", "install", *arguments]:
                 for argument in arguments:
                     assert_extras(argument)
@@ -95,6 +110,32 @@ def commands(script: str) -> Iterator[list[str]]:
                 : next((i for i, word in enumerate(words) if word in {"<", ">", ">>"}), None)
             ]
         words = []
+
+
+def run_python(*arguments: str) -> None:
+    """Run another interpreter that finds what this one finds; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-P", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def install_what_is_here() -> None:
+    """Install the page's package into a folder that takes the page's place on the path."""
+    here, there = Path.cwd(), Path("installed").absolute()
+    offline = ("--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
+    run_python("-m", "pip", "install", *offline, "--target", str(there), ".")
+    sys.path[sys.path.index(str(here))] = str(there)
+
+
+def forget_modules(folder: Path) -> None:
+    """Have what was imported from ``folder`` imported anew."""
+    importlib.invalidate_caches()
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{folder}{os.sep}"):
+            del sys.modules[name]
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -148,24 +189,46 @@ def fenced_blocks(document: Document) -> Iterable[Region]:
         yield region
 
 
-def run_page(page: Path) -> None:
+def write_if_named(block: str) -> None:
+    """Write a block to the file that it begins with the name of, if it does."""
+    if name := re.match(r"# ([\w-]+\.\w+)\n", block):
+        Path(name[1]).write_text(block, encoding="utf-8")
+
+
+def run_page(page: Path, folder: Path) -> None:
     """Check every block of a page, in order; the error names the page and the line.
 
-    What a block sets in the environment ends with the page.
+    What a block sets in the environment, and what it imports from ``folder``, ends with the page.
     """
-    with patch.dict(os.environ):
+    path = [str(folder), *sys.path]
+    with chdir(folder), patch.dict(os.environ), patch.object(sys, "path", path):
         for example in Document.parse(str(page), fenced_blocks, SkipParser()).examples():
+            write_if_named(example.parsed)
             try:
                 example.evaluate()
             except Exception as error:
                 error.add_note(f"in the block at {page}:{example.line}")
                 raise
+            finally:
+                forget_modules(folder)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_holds(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_page(page)
+def test_every_block_holds(page: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path)
+
+
+def test_the_printed_tier_keeps_the_contract_in_a_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the stack has it, in several threads too."""
+    run_page(ROOT / "docs/add-a-tier.md", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    printed = importlib.import_module("sqlite_tier").SqliteTier
+    names = (str(tmp_path / f"{at}.db") for at in count())
+    nbytes = TierTests.block_nbytes
+    assert not failures(TierTests, lambda: Framed(printed(path=next(names)), block_nbytes=nbytes))
+    forget_modules(tmp_path)
 
 
 SERVE = "vllm serve m --kv-transfer-config"
@@ -187,7 +250,7 @@ MODULE = '"kv_connector_module_path":"kvcache.connectors.vllm"'
 )
 def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
     (tmp_path / "page.md").write_text(f"# A page\n\n```{language}\n{block}\n```\n")
-    run_page(tmp_path / "page.md")
+    run_page(tmp_path / "page.md", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +264,8 @@ def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
         ("bash", "true && python -m kvcache bench --no-such-option"),
         ("bash", "make no-such-target"),
         ("bash", "pip install -e '.[no-such-extra]'"),
+        ("bash", "pip install ."),
+        ("bash", "pytest test_nothing.py"),
         ("bash", f"{SERVE} '{{\"kv_connector\":'"),
         ("bash", f'{SERVE}=\'{{"kv_connector":"NoSuchConnector",{MODULE}}}\''),
         ("no-such-language", ""),
@@ -210,4 +275,4 @@ def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
 def test_a_false_block_is_found(tmp_path: Path, language: str, block: str) -> None:
     (tmp_path / "page.md").write_text(f"# A page\n\n```{language}\n{block}\n```\n")
     with pytest.raises((AssertionError, ValueError)):
-        run_page(tmp_path / "page.md")
+        run_page(tmp_path / "page.md", tmp_path)
