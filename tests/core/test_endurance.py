@@ -131,13 +131,13 @@ class Traffic:
             pytest.fail("nobody asks the tier any more")
         self.tier.gate.set()
         self.lower.deadline_s = LONG
-        through = threading.Barrier(1 + len(self.lower._threads))
+        through = threading.Barrier(1 + len(self.lower._calls._threads))
 
         def arrive() -> None:
             through.wait(LONG)
 
-        for _ in self.lower._threads:
-            self.lower._put(0, arrive)
+        for _ in self.lower._calls._threads:
+            self.lower._calls.put(0, arrive)
         arrive()  # every thread is through with what it was called for before
 
 
@@ -198,9 +198,9 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
 
     sizes = dict(tables(stack, "stack", set()))
     under_way = (
-        "stack._coming",
-        "stack._lower.0._jobs",
-        "stack._waiters._work_queue",
+        "stack._below._coming",
+        "stack._below.lower.0._calls._jobs",
+        "stack._below._waiters._work_queue",
         "stack.front._index._filling",
     )
     assert [sizes[name] for name in under_way] == [0] * 4
