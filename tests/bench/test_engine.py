@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.bench, pytest.mark.engine]
 PROMPT, ANSWER, PAIRS = 2048, 8, 40
 
 
-def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", ["l1-only", "l1-disk"])
+def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path, profile: str) -> None:
     """One engine, whose connector is taken out and put back between requests never seen before.
 
     Two engines would not do: equal processes differ by several per cent for as long as they live,
@@ -33,19 +34,25 @@ def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path) -> None:
     setup = engine.Setup(model, PROMPT + ANSWER, blocks, l1_nbytes=512 << 20)
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    spawn.Process(target=pairs, args=(setup, theirs), daemon=True).start()
+    environment = {"KVCACHE_PROFILE": profile}
+    if profile == "l1-disk":
+        environment["KVCACHE__DISK__PATH"] = str(tmp_path / "disk")
+        environment["KVCACHE__DISK__CAPACITY"] = "4GiB"
+    spawn.Process(target=pairs, args=(setup, environment, theirs), daemon=True).start()
     theirs.close()
     spent: list[tuple[float, float]] = ours.recv()
     ratios = [with_it / without for without, with_it in spent]
-    print(f"with / without, quartiles of {PAIRS} pairs: {statistics.quantiles(ratios, n=4)}")
+    quartiles = statistics.quantiles(ratios, n=4)
+    print(f"{profile}: with / without, quartiles of {PAIRS} pairs: {quartiles}")
     print("medians in s:", [statistics.median(values) for values in zip(*spent, strict=True)])
     assert statistics.median(ratios) <= 1.01
 
 
-def pairs(setup: engine.Setup, pipe: Connection) -> None:
+def pairs(setup: engine.Setup, environment: dict[str, str], pipe: Connection) -> None:
     """Send the seconds of requests without the connector and with it, pair by pair."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     engine._set_environment(setup)
+    os.environ.update(environment)
     llm = engine._start(setup)
     from vllm.distributed.kv_transfer import kv_transfer_state
 
