@@ -9,7 +9,8 @@
 Always true here:
 
 * Disk space is taken when the tier is opened and never exceeds ``capacity``; when it is full,
-  blocks leave by the eviction order, of one call's chain the tail first.
+  blocks leave by the eviction order, of one call's chain the tail first, after a restart too.
+  Nothing is known of what one call's keys continue in another's.
 * A record names a block only while the block is whole: it is cleared before its slot is written,
   and written after. So a process may be killed at any moment. Nothing is synced: after a power cut
   a record may stand without its block, which is what the frames around this tier are for.
@@ -17,7 +18,7 @@ Always true here:
   end of the file of blocks, and files of another geometry, count as empty.
 * No lock is held while bytes move. A slot is given back only when no read or write of it is under
   way, and a file is closed only when no call is. What the disk will not do is a decline or a miss,
-  logged once.
+  of which one a minute is logged of each kind.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import fcntl
 import logging
 import mmap
 import os
+import stat
 import struct
 import threading
 import time
@@ -55,7 +57,11 @@ _MAGIC = b"kvcdisk1"
 _GEOMETRY = struct.Struct("<8sQQ")  # magic, bytes of a slot, slots
 _RECORD = struct.Struct("<IQHQ64s")  # slot, generation, bytes of the key, of the block, the key
 _CRC = struct.Struct("<I")
+_WHOLE = struct.Struct(f"<{_RECORD.size}sI{_RECORD_NBYTES - _RECORD.size - _CRC.size}x")
 _EMPTY = bytes(_RECORD_NBYTES)
+_BESIDE = 3 * PAGE  # the lock, the geometry, and the records' last page, which they may not fill
+_READ_NBYTES = 1 << 20  # of records at a time
+_TELL_EVERY_S = 60.0  # of one kind of failure
 
 
 class DiskTier(Tier):
@@ -64,10 +70,11 @@ class DiskTier(Tier):
     Args:
         block_nbytes: bytes of the largest value; larger ones are declined.
         path: a directory of this tier's own, made if it is not there.
-        capacity: bytes of disk to take.
+        capacity: bytes of disk to take. With another one, or another ``block_nbytes``, than before
+            a restart the tier starts empty.
         eviction: which blocks go when it is full.
         threads: reads or writes under way at once in one call.
-        clock: seconds, for the eviction policy.
+        clock: seconds, for the eviction policy and for what is logged how often.
 
     Raises:
         ValueError: when ``path`` cannot be used or is in use, the file system has no room, or
@@ -89,9 +96,10 @@ class DiskTier(Tier):
         if eviction not in POLICIES:
             raise ValueError(f"eviction is {eviction!r}; there are {', '.join(POLICIES)}")
         self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
-        slots = (capacity - PAGE) // (self._slot_nbytes + _RECORD_NBYTES)
+        each = self._slot_nbytes + _RECORD_NBYTES
+        slots = (capacity - _BESIDE) // each
         if slots < 1:
-            raise ValueError(f"capacity is {capacity} bytes; one block takes {self._slot_nbytes}")
+            raise ValueError(f"capacity is {capacity} bytes; one block takes {each + _BESIDE}")
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         self._block_nbytes = block_nbytes
@@ -101,7 +109,8 @@ class DiskTier(Tier):
         self._quiet = threading.Condition(self._lock)
         self._calls = 0  # under way
         self._closed = False
-        self._told: set[tuple[str, int | None]] = set()
+        self._told: dict[tuple[str, int | None], float] = {}
+        self._clock = clock
         self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
         try:
             self._lock_file = self._locked()
@@ -120,30 +129,34 @@ class DiskTier(Tier):
         except (OSError, RuntimeError) as error:
             self._close_files()
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
-        except ValueError:
+        except BaseException:
             self._close_files()
             raise
 
     # Files
 
     def _locked(self) -> int:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"path is {str(self._root)!r}, which is not a directory") from None
         fd = self._file("lock")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "of another process"
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "?"
             raise ValueError(
                 f"path is {str(self._root)!r}, which process {holder} has open; every tier needs a "
                 "directory of its own"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        os.pwrite(fd, str(os.getpid()).ljust(32).encode(), 0)
         return fd
 
     def _file(self, name: str, flags: int = 0) -> int:
         fd = os.open(self._root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
         self._open_files.append(fd)
+        if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077:  # it was there, for others to read
+            os.fchmod(fd, 0o600)
         return fd
 
     def _check_room(self, slots: int) -> None:
@@ -166,7 +179,7 @@ class DiskTier(Tier):
             direct = self._file("blocks", os.O_DIRECT)
             os.preadv(direct, [memoryview(mmap.mmap(-1, PAGE))], 0)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             return plain
         return direct
@@ -174,19 +187,12 @@ class DiskTier(Tier):
     def _recover(self, slots: int) -> int:
         """Fill the index from the records, the oldest first; give the next generation."""
         geometry = _GEOMETRY.pack(_MAGIC, self._slot_nbytes, slots)
-        size = PAGE + slots * _RECORD_NBYTES
-        if os.pread(self._records, len(geometry), 0) != geometry:
-            os.ftruncate(self._records, 0)
-            os.posix_fallocate(self._records, 0, size)
-            os.pwrite(self._records, geometry, 0)
-            return 1
-        os.ftruncate(self._records, size)
-        os.posix_fallocate(self._records, 0, size)
-        whole = min(slots, os.fstat(self._blocks).st_size // self._slot_nbytes)
-        with mmap.mmap(self._records, size) as records:
-            found = sorted(_read(records, whole))
-            lost = (slots - whole) * _RECORD_NBYTES
-            records[size - lost :] = bytes(lost)
+        known = os.pread(self._records, len(geometry), 0) == geometry
+        whole = min(slots, os.fstat(self._blocks).st_size // self._slot_nbytes) if known else 0
+        os.ftruncate(self._records, PAGE + whole * _RECORD_NBYTES)
+        os.posix_fallocate(self._records, 0, PAGE + slots * _RECORD_NBYTES)
+        os.pwrite(self._records, geometry, 0)
+        found = sorted(_read(self._records, slots))
         newest: dict[bytes, int] = {}
         for _, slot, nbytes, key in found:
             newest.pop(key, None)
@@ -197,7 +203,7 @@ class DiskTier(Tier):
 
     def _close_files(self) -> None:
         while self._open_files:
-            os.close(self._open_files.pop())  # and the lock with its file
+            os.close(self._open_files.pop())
 
     # The contract
 
@@ -231,22 +237,22 @@ class DiskTier(Tier):
         fit = [
             at
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
-            if len(block) <= self._block_nbytes and 0 < len(key) <= 64
+            if 0 < len(block) <= self._block_nbytes and 0 < len(key) <= 64
         ]
         with self._call() as may:
             if not may:
                 return [False] * len(keys)
             with self._lock:
                 positions, slots = self._index.reserve([keys[at] for at in fit], None)
-                first = self._generation
                 self._generation += len(slots)
+                head = self._generation - 1  # the newest after a restart, and the last to go
             where = [fit[position] for position in positions]
             writes: list[Future[bool]] = []
             try:
                 self._together(
                     writes,
                     [
-                        partial(self._write, slot, first + n, keys[at], blocks[at])
+                        partial(self._write, slot, head - n, keys[at], blocks[at])
                         for n, (slot, at) in enumerate(zip(slots, where, strict=True))
                     ],
                 )
@@ -285,6 +291,7 @@ class DiskTier(Tier):
             # A number of a file that was closed may be another file's by the time it is written to.
             self._quiet.wait_for(lambda: not self._calls)
         self._pool.shutdown()
+        fcntl.flock(self._lock_file, fcntl.LOCK_UN)  # a forked process may have the file as well
         self._close_files()
 
     @contextmanager
@@ -316,14 +323,11 @@ class DiskTier(Tier):
         nbytes = self._nbytes[slot]
         if nbytes > len(buffer):
             return 0
-        with self._declined("load"):
-            with self._pages(buffer[:nbytes]) as pages:
-                got = os.preadv(self._blocks, [pages], slot * self._slot_nbytes)
-                if got < nbytes:
-                    return 0
+        with self._declined("load"), self._pages(buffer[:nbytes]) as pages:
+            if os.preadv(self._blocks, [pages], slot * self._slot_nbytes) >= nbytes:
                 if pages.obj is not buffer.obj:
                     buffer[:nbytes] = pages[:nbytes]
-            return nbytes
+                return nbytes
         return 0
 
     def _write(self, slot: int, generation: int, key: bytes, block: memoryview) -> bool:
@@ -357,13 +361,13 @@ class DiskTier(Tier):
 
     @contextmanager
     def _declined(self, verb: str) -> Iterator[None]:
-        """What the disk will not do is said once, and is nobody's exception."""
+        """What the disk will not do is said, once a minute, and is nobody's exception."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # RuntimeError: the pool takes nothing any more
-            kind = (verb, getattr(error, "errno", None))
-            if kind not in self._told:
-                self._told.add(kind)
+            now, kind = self._clock(), (verb, getattr(error, "errno", None))
+            if now >= self._told.get(kind, now):
+                self._told[kind] = now + _TELL_EVERY_S
                 log.warning("kvcache: disk tier at %s: %s fails: %s", self._root, verb, error)
 
 
@@ -378,15 +382,17 @@ def _started(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _read(records: mmap.mmap, slots: int) -> Iterator[tuple[int, int, int, bytes]]:
+def _read(records: int, slots: int) -> Iterator[tuple[int, int, int, bytes]]:
     """Generation, slot, bytes and key of every record that verifies."""
-    for at in range(slots):
-        begin = PAGE + at * _RECORD_NBYTES
-        fields = records[begin : begin + _RECORD.size]
-        (crc,) = _CRC.unpack_from(records, begin + _RECORD.size)
-        slot, generation, key_nbytes, nbytes, key = _RECORD.unpack(fields)
-        if generation and slot == at and key_nbytes <= 64 and crc == zlib.crc32(fields):
-            yield generation, slot, nbytes, key[:key_nbytes]
+    end, at = PAGE + slots * _RECORD_NBYTES, 0
+    for begin in range(PAGE, end, _READ_NBYTES):
+        piece = os.pread(records, min(_READ_NBYTES, end - begin), begin)
+        for fields, crc in _WHOLE.iter_unpack(piece):
+            if crc == zlib.crc32(fields):
+                slot, generation, key_nbytes, nbytes, key = _RECORD.unpack(fields)
+                if slot == at and key_nbytes <= len(key):
+                    yield generation, slot, nbytes, key[:key_nbytes]
+            at += 1
 
 
 def _address(view: memoryview) -> int:

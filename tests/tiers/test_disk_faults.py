@@ -1,0 +1,399 @@
+"""What goes wrong with disks and processes: then blocks are missing, and never other bytes."""
+
+import errno
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcache.testing import block_of, keys_of
+from kvcache.tiers.disk import PAGE, DiskTier
+from tests.tiers.test_disk import RECORD, blocks, capacity, held, opened
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = 64 * PAGE  # long enough on its way to be cut
+NAMES = keys_of("killed", 30)
+
+
+def large(path: Path) -> DiskTier:
+    return DiskTier(block_nbytes=LARGE, path=str(path), capacity=capacity(6, LARGE))
+
+
+def child(code: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.tiers.test_disk import blocks
+from tests.tiers.test_disk_faults import LARGE, NAMES, large
+made = blocks(NAMES, LARGE)
+tier, turn = large(Path(sys.argv[1])), int(sys.argv[2])
+while True:
+    at = turn * 3 % len(NAMES)
+    tier.store(NAMES[at : at + 3], made[at : at + 3])
+    print(turn, flush=True)
+    turn += 1
+"""
+
+
+def test_a_writer_that_is_killed_leaves_whole_blocks(tmp_path: Path) -> None:
+    found = 0
+    for life in range(8):
+        writer = child(WRITER, str(tmp_path), str(life))
+        for _ in range(8 + life):
+            assert said(writer)
+        end(writer)
+        with closing(large(tmp_path)) as tier:
+            tier._index.check()
+            buffers = [bytearray(LARGE) for _ in NAMES]
+            written = tier.load(NAMES, [memoryview(buffer) for buffer in buffers])
+            for key, nbytes, buffer in zip(NAMES, written, buffers, strict=True):
+                assert nbytes in (0, LARGE)
+                assert not nbytes or buffer == block_of(key, LARGE)
+                found += bool(nbytes)
+    assert found >= 8
+
+
+HOLDER = """
+import os, sys
+from pathlib import Path
+from tests.tiers.test_disk import opened
+tier = opened(Path(sys.argv[1]))
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_is_named_and_its_end_is_enough(tmp_path: Path) -> None:
+    holder = child(HOLDER, str(tmp_path))
+    pid = said(holder)
+    with pytest.raises(ValueError, match=f"{tmp_path}.* process {pid} has open"):
+        opened(tmp_path)
+    end(holder)
+    opened(tmp_path).close()
+
+
+def test_a_forked_process_does_not_keep_the_directory(tmp_path: Path) -> None:
+    tier = opened(tmp_path)
+    inherited = os.dup(tier._lock_file)
+    tier.close()
+    opened(tmp_path).close()
+    os.close(inherited)
+
+
+LIMITED = """
+import resource, sys
+from contextlib import closing
+from pathlib import Path
+from tests.tiers.test_disk import PAGE, blocks, held, keys_of, opened
+old, new = keys_of("old", 4), keys_of("new", 8)
+with closing(opened(Path(sys.argv[1]))) as tier:
+    tier.store(old, blocks(old))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * PAGE, 2 * PAGE))
+    stored = tier.store(new, blocks(new))
+    print(sum(stored), held(tier, new) == stored, flush=True)
+try:
+    opened(Path(sys.argv[1]) / "larger")
+except ValueError as error:
+    print(error, flush=True)
+"""
+
+
+def test_no_more_than_the_process_may_write(tmp_path: Path) -> None:
+    writer = child(LIMITED, str(tmp_path))
+    assert said(writer) == "2 True"  # the slots below the limit
+    assert "which cannot be used: [Errno 27]" in said(writer)
+    end(writer)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(path)]
+    if os.getuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only who may mount can have a small file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_disk_that_is_full_after_start_takes_what_was_promised(small: Path) -> None:
+    keys = keys_of("a", 20)
+    with closing(opened(small / "kv", 20)) as tier:
+        with pytest.raises(OSError, match="No space left"):
+            (small / "other").write_bytes(bytes(256 << 10))
+        assert tier.store(keys, blocks(keys)) == [True] * 20
+        assert held(tier, keys) == [True] * 20
+    with closing(opened(small / "kv", 20)) as tier:  # what it had counts as room
+        assert held(tier, keys) == [True] * 20
+    with pytest.raises(ValueError, match=r"asks for .*KiB at .*, where .*KiB are free"):
+        opened(small / "kv", 30)
+    opened(small / "kv", 20).close()
+
+
+def test_a_read_only_file_system_is_no_place(small: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    with pytest.raises(ValueError, match=r"cannot be used: .*Read-only"):
+        opened(small / "kv")
+
+
+def test_a_directory_that_vanishes(tmp_path: Path) -> None:
+    keys = keys_of("a", 12)
+    with closing(opened(tmp_path / "kv")) as tier:
+        tier.store(keys[:4], blocks(keys[:4]))
+        shutil.rmtree(tmp_path / "kv")
+        stored = tier.store(keys[4:], blocks(keys[4:]))
+        assert held(tier, keys[4:]) == stored
+        tier.remove(keys)
+        assert held(tier, keys) == [False] * 12
+    with closing(opened(tmp_path / "kv")) as tier:
+        assert held(tier, keys) == [False] * 12
+
+
+@pytest.mark.parametrize("at", range(24))
+def test_another_geometry_page_is_another_tiers(tmp_path: Path, at: int) -> None:
+    keys = keys_of("a", 3)
+    with closing(opened(tmp_path)) as tier:
+        tier.store(keys, blocks(keys))
+    with (tmp_path / "records").open("r+b") as records:
+        records.seek(at)
+        byte = records.read(1)[0]
+        records.seek(at)
+        records.write(bytes([byte ^ 1]))
+    for _ in range(2):
+        with closing(opened(tmp_path)) as tier:
+            assert tier.contains(keys) == [False] * 3
+    with closing(opened(tmp_path)) as tier:
+        assert tier.store(keys, blocks(keys)) == [True] * 3
+        assert held(tier, keys) == [True] * 3
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, PAGE, 2 * PAGE - 1, 2 * PAGE])
+def test_blocks_beyond_the_end_of_their_file_are_gone_for_good(tmp_path: Path, nbytes: int) -> None:
+    keys = keys_of("a", 3)
+    there = [nbytes >= (at + 1) * PAGE for at in range(3)]
+    with closing(opened(tmp_path)) as tier:
+        tier.store(keys, blocks(keys))
+    os.truncate(tmp_path / "blocks", nbytes)
+    for _ in range(2):
+        with closing(opened(tmp_path)) as tier:
+            assert held(tier, keys) == there
+
+
+def test_a_file_cut_while_it_is_open_is_a_miss(tmp_path: Path) -> None:
+    keys = keys_of("a", 2)
+    with closing(opened(tmp_path)) as tier:
+        tier.store(keys, blocks(keys))
+        os.truncate(tmp_path / "blocks", PAGE)
+        assert held(tier, keys) == [True, False]
+
+
+def test_a_record_in_another_slots_place_is_no_block(tmp_path: Path) -> None:
+    keys = keys_of("a", 2)
+    with closing(opened(tmp_path)) as tier:
+        tier.store(keys, blocks(keys))
+    records = tmp_path / "records"
+    data = records.read_bytes()
+    one, two = data[PAGE : PAGE + RECORD], data[PAGE + RECORD : PAGE + 2 * RECORD]
+    records.write_bytes(data[:PAGE] + two + one + data[PAGE + 2 * RECORD :])
+    with closing(opened(tmp_path)) as tier:
+        assert held(tier, keys) == [False, False]
+
+
+def test_files_that_others_could_read_are_closed_to_them(tmp_path: Path) -> None:
+    for name in ("lock", "records", "blocks"):
+        (tmp_path / name).touch(mode=0o644)
+    with closing(opened(tmp_path)):
+        assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_path_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "kv").touch()
+    with pytest.raises(ValueError, match=r"path is .*kv', which is not a directory"):
+        opened(tmp_path / "kv")
+
+
+@pytest.mark.parametrize("call", ["statvfs", "ftruncate", "posix_fallocate", "pread", "preadv"])
+def test_what_fails_at_start_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(ValueError, match=r"which cannot be used: .*Input/output error"):
+            opened(tmp_path)
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    opened(tmp_path).close()
+
+
+def test_a_failure_is_logged_again_after_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    keys, now = keys_of("a", 3), [0.0]
+    with closing(opened(tmp_path, clock=lambda: now[0])) as tier:
+        monkeypatch.setattr(os, "pwritev", fail)
+        for at, logged in ((0.0, 1), (59.0, 1), (60.0, 2), (119.0, 2), (1000.0, 3)):
+            now[0] = at
+            assert tier.store(keys, blocks(keys)) == [False] * 3
+            assert len(caplog.records) == logged
+
+
+@pytest.mark.parametrize("verb", ["store", "load"])
+def test_nothing_is_under_way_when_a_call_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The first block of a call breaks; the second is still on its way."""
+    keys = keys_of("a", 2)
+    over, late = threading.Event(), []
+    real = {"store": os.pwritev, "load": os.preadv}[verb]
+
+    def slow(*of: Any) -> int:
+        over.wait(0.3)
+        late.append(over.is_set())
+        return real(*of)
+
+    broken = memoryview(bytearray(PAGE))[::-1]  # not contiguous: nobody's fault but the caller's
+    whole = memoryview(mmap.mmap(-1, PAGE))
+    with closing(opened(tmp_path)) as tier:
+        if verb == "load":
+            tier.store(keys, blocks(keys))
+        monkeypatch.setattr(os, "pwritev" if verb == "store" else "preadv", slow)
+        with pytest.raises((BufferError, TypeError, ValueError)):
+            getattr(tier, verb)(keys, [broken, whole])
+        over.set()
+        assert late == [False]
+        assert tier._index.pinned_slots == 0
+        tier._index.check()
+
+
+@pytest.mark.parametrize("verb", ["load", "store", "remove"])
+def test_files_are_closed_when_the_last_call_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Else what a call still writes could go to whatever file is opened next."""
+    keys, new = keys_of("a", 2), keys_of("new", 2)
+    tier = opened(tmp_path)
+    tier.store(keys, blocks(keys))
+    inside, closed, found = threading.Event(), threading.Event(), []
+
+    def meanwhile(real: Any) -> Any:
+        def call(*of: Any) -> Any:
+            inside.set()
+            closed.wait(0.3)
+            found.append(closed.is_set())
+            return real(*of)
+
+        return call
+
+    def close() -> None:
+        inside.wait()
+        tier.close()
+        closed.set()
+
+    monkeypatch.setattr(os, "preadv", meanwhile(os.preadv))
+    monkeypatch.setattr(tier, "_record", meanwhile(tier._record))
+    with ThreadPoolExecutor(1) as other:
+        closer = other.submit(close)
+        match verb:
+            case "load":
+                assert held(tier, keys) == [True] * 2
+            case "store":
+                assert tier.store(new, blocks(new)) == [False] * 2  # as it has closed by then
+            case _:
+                tier.remove(keys)
+        closer.result()
+    assert found
+    assert not any(found)
+    with closing(opened(tmp_path)) as again:
+        assert held(again, keys) == [verb != "remove"] * 2
+        assert held(again, new) == [verb == "store"] * 2
+
+
+def test_threads_that_are_no_more_to_be_had_are_a_decline(tmp_path: Path) -> None:
+    """As when Python is ending, and takes no more work for its pools."""
+    keys, new = keys_of("a", 2), keys_of("new", 2)
+    with closing(opened(tmp_path)) as tier:
+        tier.store(keys, blocks(keys))
+        tier._pool.shutdown()
+        assert held(tier, keys) == [False] * 2
+        assert tier.store(new, blocks(new)) == [False] * 2
+        assert tier._index.pinned_slots == 0
+        tier._index.check()
+
+
+def test_what_is_being_read_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = keys_of("old", 1), keys_of("new", 1)
+    real, answers = os.preadv, []
+    with closing(opened(tmp_path, 1)) as tier:
+        tier.store(old, blocks(old))
+
+        def read(*of: Any) -> int:
+            answers.append(writer.submit(tier.store, new, blocks(new)).result(10))
+            return real(*of)
+
+        with ThreadPoolExecutor(1) as writer:
+            monkeypatch.setattr(os, "preadv", read)
+            assert held(tier, old) == [True]
+        assert answers == [[False]]
+
+
+def test_a_record_is_cleared_before_its_block_and_written_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = keys_of("old", 1), keys_of("new", 1)
+    steps: list[str] = []
+    write = os.pwritev
+    with closing(opened(tmp_path, 1)) as tier:
+        tier.store(old, blocks(old))
+        record = tier._record
+
+        def payload(*of: Any) -> int:
+            steps.append("block")
+            return write(*of)
+
+        def noted(slot: int, data: bytes) -> None:
+            steps.append("record" if any(data) else "clear")
+            record(slot, data)
+
+        monkeypatch.setattr(os, "pwritev", payload)
+        monkeypatch.setattr(tier, "_record", noted)
+        assert tier.store(new, blocks(new)) == [True]
+    assert steps == ["clear", "block", "record"]
