@@ -15,14 +15,15 @@ import pytest
 
 from kvcache.sizes import DiskSize
 from kvcache.testing import TierTests, block_of, keys_of
-from kvcache.tiers import disk
 from kvcache.tiers.disk import PAGE, DiskTier
 
 RECORD = 128
+USED = 90  # bytes of a record that say something
+BESIDE = 3 * PAGE  # the lock, the geometry, the rest of the last page of records
 
 
 def capacity(slots: int, slot_nbytes: int = PAGE) -> DiskSize:
-    return DiskSize(disk._BESIDE + slots * (slot_nbytes + RECORD))
+    return DiskSize(BESIDE + slots * (slot_nbytes + RECORD))
 
 
 def opened(path: Path, slots: int = 8, **options: Any) -> DiskTier:
@@ -172,7 +173,7 @@ def test_input_and_output_are_direct_where_they_can_be(tmp_path: Path) -> None:
             os.close(os.open(tmp_path / "blocks", os.O_RDWR | os.O_DIRECT))
         except OSError:
             pytest.skip("this file system takes no direct I/O")
-        assert fcntl.fcntl(tier._blocks, fcntl.F_GETFL) & os.O_DIRECT
+        assert fcntl.fcntl(tier._files.blocks, fcntl.F_GETFL) & os.O_DIRECT
 
 
 def test_threads_are_there_from_the_start(tmp_path: Path) -> None:
@@ -257,8 +258,7 @@ def test_a_record_that_was_changed_is_no_block(tmp_path: Path, at: int) -> None:
     records.write_bytes(data)
     with closing(opened(tmp_path)) as tier:
         tier._index.check()
-        used = disk._RECORD.size + 4
-        assert held(tier, keys) == [True, at >= used, True]
+        assert held(tier, keys) == [True, at >= USED, True]
 
 
 @pytest.mark.parametrize("name", ["records", "blocks"])
@@ -336,9 +336,11 @@ def test_after_close_nothing_is_held_taken_or_touched(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"capacity": DiskSize(PAGE)}, f"one block takes {disk._BESIDE + PAGE + RECORD}"),
+        ({"capacity": DiskSize(PAGE)}, f"one block takes {BESIDE + PAGE + RECORD}"),
         ({"capacity": DiskSize(1 << 60)}, "are free"),
         ({"threads": 0}, "threads is 0"),
+        ({"block_nbytes": 0}, "block_nbytes is 0"),
+        ({"eviction": "lfu"}, "eviction is 'lfu'; there are lru, fifo, s3fifo"),
         ({"path": "/dev/null/kv"}, "which cannot be used"),
         ({"path": "/proc/kv"}, "which cannot be used"),
     ],

@@ -1,17 +1,13 @@
 """What goes wrong with disks and processes: then blocks are missing, and never other bytes."""
 
 import errno
-import mmap
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -104,7 +100,7 @@ def test_another_process_is_named_and_its_end_is_enough(tmp_path: Path) -> None:
 
 def test_a_forked_process_does_not_keep_the_directory(tmp_path: Path) -> None:
     tier = opened(tmp_path)
-    inherited = os.dup(tier._lock_file)
+    inherited = os.dup(tier._files.lock)
     tier.close()
     opened(tmp_path).close()
     os.close(inherited)
@@ -272,128 +268,3 @@ def test_a_failure_is_logged_again_after_a_minute(
             now[0] = at
             assert tier.store(keys, blocks(keys)) == [False] * 3
             assert len(caplog.records) == logged
-
-
-@pytest.mark.parametrize("verb", ["store", "load"])
-def test_nothing_is_under_way_when_a_call_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
-    """The first block of a call breaks; the second is still on its way."""
-    keys = keys_of("a", 2)
-    over, late = threading.Event(), []
-    real = {"store": os.pwritev, "load": os.preadv}[verb]
-
-    def slow(*of: Any) -> int:
-        over.wait(0.3)
-        late.append(over.is_set())
-        return real(*of)
-
-    broken = memoryview(bytearray(PAGE))[::-1]  # not contiguous: nobody's fault but the caller's
-    whole = memoryview(mmap.mmap(-1, PAGE))
-    with closing(opened(tmp_path)) as tier:
-        if verb == "load":
-            tier.store(keys, blocks(keys))
-        monkeypatch.setattr(os, "pwritev" if verb == "store" else "preadv", slow)
-        with pytest.raises((BufferError, TypeError, ValueError)):
-            getattr(tier, verb)(keys, [broken, whole])
-        over.set()
-        assert late == [False]
-        assert tier._index.pinned_slots == 0
-        tier._index.check()
-
-
-@pytest.mark.parametrize("verb", ["load", "store", "remove"])
-def test_files_are_closed_when_the_last_call_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
-) -> None:
-    """Else what a call still writes could go to whatever file is opened next."""
-    keys, new = keys_of("a", 2), keys_of("new", 2)
-    tier = opened(tmp_path)
-    tier.store(keys, blocks(keys))
-    inside, closed, found = threading.Event(), threading.Event(), []
-
-    def meanwhile(real: Any) -> Any:
-        def call(*of: Any) -> Any:
-            inside.set()
-            closed.wait(0.3)
-            found.append(closed.is_set())
-            return real(*of)
-
-        return call
-
-    def close() -> None:
-        inside.wait()
-        tier.close()
-        closed.set()
-
-    monkeypatch.setattr(os, "preadv", meanwhile(os.preadv))
-    monkeypatch.setattr(tier, "_record", meanwhile(tier._record))
-    with ThreadPoolExecutor(1) as other:
-        closer = other.submit(close)
-        match verb:
-            case "load":
-                assert held(tier, keys) == [True] * 2
-            case "store":
-                assert tier.store(new, blocks(new)) == [False] * 2  # as it has closed by then
-            case _:
-                tier.remove(keys)
-        closer.result()
-    assert found
-    assert not any(found)
-    with closing(opened(tmp_path)) as again:
-        assert held(again, keys) == [verb != "remove"] * 2
-        assert held(again, new) == [verb == "store"] * 2
-
-
-def test_threads_that_are_no_more_to_be_had_are_a_decline(tmp_path: Path) -> None:
-    """As when Python is ending, and takes no more work for its pools."""
-    keys, new = keys_of("a", 2), keys_of("new", 2)
-    with closing(opened(tmp_path)) as tier:
-        tier.store(keys, blocks(keys))
-        tier._pool.shutdown()
-        assert held(tier, keys) == [False] * 2
-        assert tier.store(new, blocks(new)) == [False] * 2
-        assert tier._index.pinned_slots == 0
-        tier._index.check()
-
-
-def test_what_is_being_read_is_not_written_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = keys_of("old", 1), keys_of("new", 1)
-    real, answers = os.preadv, []
-    with closing(opened(tmp_path, 1)) as tier:
-        tier.store(old, blocks(old))
-
-        def read(*of: Any) -> int:
-            answers.append(writer.submit(tier.store, new, blocks(new)).result(10))
-            return real(*of)
-
-        with ThreadPoolExecutor(1) as writer:
-            monkeypatch.setattr(os, "preadv", read)
-            assert held(tier, old) == [True]
-        assert answers == [[False]]
-
-
-def test_a_record_is_cleared_before_its_block_and_written_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = keys_of("old", 1), keys_of("new", 1)
-    steps: list[str] = []
-    write = os.pwritev
-    with closing(opened(tmp_path, 1)) as tier:
-        tier.store(old, blocks(old))
-        record = tier._record
-
-        def payload(*of: Any) -> int:
-            steps.append("block")
-            return write(*of)
-
-        def noted(slot: int, data: bytes) -> None:
-            steps.append("record" if any(data) else "clear")
-            record(slot, data)
-
-        monkeypatch.setattr(os, "pwritev", payload)
-        monkeypatch.setattr(tier, "_record", noted)
-        assert tier.store(new, blocks(new)) == [True]
-    assert steps == ["clear", "block", "record"]

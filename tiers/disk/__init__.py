@@ -1,0 +1,14 @@
+"""Blocks in a directory of a local disk: slots of one preallocated file, and a record for each.
+
+::
+
+    lock      held while the directory is open; has the pid of who holds it    files.py
+    records   one page of geometry, then 128 bytes per slot: whose block is
+              in it, or zeros                                                  records.py
+    blocks    slots of whole pages, allocated at once                          tier.py
+"""
+
+from kvcache.tiers.disk.files import PAGE
+from kvcache.tiers.disk.tier import DiskTier
+
+__all__ = ["PAGE", "DiskTier"]
