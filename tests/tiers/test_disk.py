@@ -5,6 +5,7 @@ import fcntl
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -194,26 +195,36 @@ def test_no_more_of_the_disk_is_taken_than_capacity(tmp_path: Path) -> None:
             assert sum(used.values()) <= capacity(slots)
 
 
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    """A hundred thousand blocks through a hundred slots."""
-    block = memoryview(bytes(PAGE))
-    allocated = []
-    with closing(opened(tmp_path, 100)) as tier:
-        for turn in range(1000):
+@pytest.mark.parametrize(("eviction", "turns"), [("lru", 1000), ("fifo", 200), ("s3fifo", 200)])
+def test_a_hundred_thousand_blocks_leave_nothing_behind(
+    tmp_path: Path, eviction: str, turns: int
+) -> None:
+    """Through a hundred slots: tables, files, open files and threads are as many as before."""
+    block, buffers = memoryview(bytes(PAGE)), [memoryview(bytearray(PAGE)) for _ in range(20)]
+
+    def there() -> tuple[int, int, list[int], int]:
+        return (
+            threading.active_count(),
+            sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            [(tmp_path / name).stat().st_size for name in ("blocks", "records", "lock")],
+            tier._bounces.qsize(),
+        )
+
+    with closing(opened(tmp_path, 100, eviction=eviction)) as tier:
+        used = []
+        for turn in range(turns):
             keys = keys_of(f"{turn}", 100)
             assert tier.store(keys, [block] * 100) == [True] * 100
-            if turn in (100, 999):
-                allocated.append(sys.getallocatedblocks())
-        assert len(tier._index) == 100
-    assert allocated[1] < allocated[0] + 2000
-
-
-def test_blocks_read_in_any_order_can_still_leave(tmp_path: Path) -> None:
-    old, new = keys_of("old", 2), keys_of("new", 2)
-    with closing(opened(tmp_path, 2)) as tier:
-        tier.store(old, blocks(old))
-        assert held(tier, old[::-1]) == [True, True]
-        assert tier.store(new, blocks(new)) == [True, True]
+            assert all(tier.load(keys[:20], buffers))
+            tier.remove(keys[: turn % 3])
+            if turn in (turns // 10, turns - 1):
+                used.append((there(), sys.getallocatedblocks()))
+        (before, less), (after, more) = used
+        assert after == before
+        assert more < less + 2000
+        assert len(tier._index) <= len(tier._nbytes) == 100
+        assert tier._index.pinned_slots == tier._calls == tier._pool._work_queue.qsize() == 0
+        tier._index.check()
 
 
 def test_aligned_memory_is_read_and_written_where_it_is(

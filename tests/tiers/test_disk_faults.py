@@ -5,14 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 
 import pytest
 
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
+from kvcache.tiers.disk.records import Record
 from tests.tiers.test_disk import RECORD, blocks, capacity, held, opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,9 +107,24 @@ def test_a_forked_process_does_not_keep_the_directory(tmp_path: Path) -> None:
     os.close(inherited)
 
 
+def test_a_forked_process_that_closes_does_not_open_the_directory_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = opened(tmp_path)
+    with closing(tier), monkeypatch.context() as patch:
+        inherited = [os.dup(file) for file in tier._files._open]
+        patch.setattr(os, "getpid", lambda: -1)  # as its child sees it
+        theirs = copy(tier._files)
+        theirs._open = inherited
+        theirs.close()
+        with pytest.raises(ValueError, match="has open"):
+            opened(tmp_path)
+
+
 LIMITED = """
 import resource, sys
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 from tests.tiers.test_disk import PAGE, blocks, held, keys_of, opened
 old, new = keys_of("old", 4), keys_of("new", 8)
@@ -129,38 +145,6 @@ def test_no_more_than_the_process_may_write(tmp_path: Path) -> None:
     assert said(writer) == "2 True"  # the slots below the limit
     assert "which cannot be used: [Errno 27]" in said(writer)
     end(writer)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(path)]
-    if os.getuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only who may mount can have a small file system")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
-def test_a_disk_that_is_full_after_start_takes_what_was_promised(small: Path) -> None:
-    keys = keys_of("a", 20)
-    with closing(opened(small / "kv", 20)) as tier:
-        with pytest.raises(OSError, match="No space left"):
-            (small / "other").write_bytes(bytes(256 << 10))
-        assert tier.store(keys, blocks(keys)) == [True] * 20
-        assert held(tier, keys) == [True] * 20
-    with closing(opened(small / "kv", 20)) as tier:  # what it had counts as room
-        assert held(tier, keys) == [True] * 20
-    with pytest.raises(ValueError, match=r"asks for .*KiB at .*, where .*KiB are free"):
-        opened(small / "kv", 30)
-    opened(small / "kv", 20).close()
-
-
-def test_a_read_only_file_system_is_no_place(small: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-    with pytest.raises(ValueError, match=r"cannot be used: .*Read-only"):
-        opened(small / "kv")
 
 
 def test_a_directory_that_vanishes(tmp_path: Path) -> None:
@@ -212,6 +196,30 @@ def test_a_file_cut_while_it_is_open_is_a_miss(tmp_path: Path) -> None:
         tier.store(keys, blocks(keys))
         os.truncate(tmp_path / "blocks", PAGE)
         assert held(tier, keys) == [True, False]
+
+
+def test_a_block_that_cannot_be_read_is_forgotten_and_can_be_stored_again(tmp_path: Path) -> None:
+    keys = keys_of("a", 3)
+    with closing(opened(tmp_path)) as tier:
+        tier.store(keys, blocks(keys))
+        os.truncate(tmp_path / "blocks", PAGE)
+        assert tier.contains(keys) == [True] * 3
+        assert held(tier, keys) == [True, False, False]
+        assert tier.contains(keys) == [True, False, False]
+        assert tier.store(keys, blocks(keys)) == [True] * 3
+        assert held(tier, keys) == [True] * 3
+
+
+def test_a_block_with_two_records_is_the_newer_and_leaves_with_it(tmp_path: Path) -> None:
+    [key] = keys_of("a", 1)
+    with closing(opened(tmp_path)) as tier:
+        tier.store([key], blocks([key]))
+        tier._records.write(Record(0, 5, PAGE, key))  # of a slot that was free
+    with closing(opened(tmp_path)) as tier:
+        assert held(tier, [key]) == [True]
+        tier.remove([key])
+    with closing(opened(tmp_path)) as tier:
+        assert tier.contains([key]) == [False]
 
 
 def test_a_record_in_another_slots_place_is_no_block(tmp_path: Path) -> None:
