@@ -210,6 +210,15 @@ def test_a_block_that_cannot_be_read_is_forgotten_and_can_be_stored_again(tmp_pa
         assert held(tier, keys) == [True] * 3
 
 
+def test_a_record_of_more_than_a_slot_holds_is_no_block(tmp_path: Path) -> None:
+    keys = keys_of("a", 2)
+    with closing(opened(tmp_path)) as tier:
+        for slot, (key, nbytes) in enumerate(zip(keys, (PAGE, PAGE + 1), strict=True)):
+            tier._records.write(Record(1, slot, nbytes, key))
+    with closing(opened(tmp_path)) as tier:
+        assert tier.contains(keys) == [True, False]
+
+
 def test_a_block_with_two_records_is_the_newer_and_leaves_with_it(tmp_path: Path) -> None:
     [key] = keys_of("a", 1)
     with closing(opened(tmp_path)) as tier:

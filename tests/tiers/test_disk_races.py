@@ -12,6 +12,7 @@ import pytest
 
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE
+from kvcache.tiers.disk import tier as tier_module
 from tests.tiers.test_disk import blocks, held, opened
 
 
@@ -63,7 +64,7 @@ def test_files_are_closed_when_the_last_call_has_ended(
         return call
 
     def close() -> None:
-        inside.wait()
+        inside.wait(10)
         tier.close()
         closed.set()
 
@@ -85,6 +86,31 @@ def test_files_are_closed_when_the_last_call_has_ended(
     with closing(opened(tmp_path)) as again:
         assert held(again, keys) == [verb != "remove"] * 2
         assert held(again, new) == [verb == "store"] * 2
+
+
+def test_a_disk_that_hangs_does_not_hold_up_who_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, inside, go, real = keys_of("a", 1), threading.Event(), threading.Event(), os.preadv
+    tier = opened(tmp_path)
+    tier.store(keys, blocks(keys))
+
+    def hang(*of: Any) -> int:
+        inside.set()
+        go.wait(10)
+        return real(*of)
+
+    monkeypatch.setattr(tier_module, "_CLOSE_S", 0.01)
+    monkeypatch.setattr(os, "preadv", hang)
+    with ThreadPoolExecutor(1) as other:
+        reader = other.submit(held, tier, keys)
+        inside.wait(10)
+        tier.close()
+        assert tier.contains(keys) == [False]
+        go.set()
+        assert reader.result() == [True]  # its files were not closed under it
+    tier._pool.shutdown()
+    tier._files.close()
 
 
 def test_threads_that_are_no_more_to_be_had_are_a_decline(tmp_path: Path) -> None:

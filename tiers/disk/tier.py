@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 _BESIDE = 3 * PAGE  # the lock, the geometry, and the records' last page, which they may not fill
 _TELL_EVERY_S = 60.0  # of one kind of failure
+_CLOSE_S = 10.0  # to wait for calls that are under way
 
 
 class DiskTier(Tier):
@@ -216,7 +217,9 @@ class DiskTier(Tier):
                 return
             self._closed = True
             # A number of a file that was closed may be another file's by the time it is written to.
-            self._quiet.wait_for(lambda: not self._calls)
+            if not self._quiet.wait_for(lambda: not self._calls, _CLOSE_S):
+                log.warning("kvcache: disk tier at %s: closed while it hangs", self._files.path)
+                return  # and leaves its files open
         self._pool.shutdown()
         self._files.close()
 
