@@ -65,10 +65,10 @@ class TestValuesThatAreNotWholePages(TierTests):
 
 
 class TestWithoutDirectInputAndOutput(TestDiskTier):
-    @pytest.fixture(autouse=True)
-    def _buffered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.fixture(autouse=True, params=[errno.EINVAL, errno.EOPNOTSUPP])
+    def _buffered(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
         def refuse(*_: object) -> int:
-            raise OSError(errno.EINVAL, "no direct I/O here")
+            raise OSError(request.param, "no direct I/O here")
 
         read = os.preadv
         monkeypatch.setattr(
@@ -328,6 +328,7 @@ def test_a_value_that_is_too_large_is_declined(tmp_path: Path) -> None:
         assert tier.store(keys, [memoryview(bytes(PAGE + 1)), *blocks(keys[1:])]) == [False, True]
         assert tier.load(keys[1:], [memoryview(bytearray(PAGE - 1))]) == [0]
         assert tier.store(keys[:1], [memoryview(b"")]) == [False]  # a load could not tell it
+        assert tier.store([b"", bytes(65)], blocks(keys)) == [False, False]  # keys of 1 to 64 bytes
 
 
 def test_after_close_nothing_is_held_taken_or_touched(

@@ -8,6 +8,7 @@ import sys
 from contextlib import closing
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,7 @@ def end(process: "subprocess.Popen[str]") -> None:
 WRITER = """
 import sys
 from pathlib import Path
+from typing import Any
 from tests.tiers.test_disk import blocks
 from tests.tiers.test_disk_faults import LARGE, NAMES, large
 made = blocks(NAMES, LARGE)
@@ -83,6 +85,7 @@ def test_a_writer_that_is_killed_leaves_whole_blocks(tmp_path: Path) -> None:
 HOLDER = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from tests.tiers.test_disk import opened
 tier = opened(Path(sys.argv[1]))
 print(os.getpid(), flush=True)
@@ -126,6 +129,7 @@ import resource, sys
 from contextlib import closing
 from copy import copy
 from pathlib import Path
+from typing import Any
 from tests.tiers.test_disk import PAGE, blocks, held, keys_of, opened
 old, new = keys_of("old", 4), keys_of("new", 8)
 with closing(opened(Path(sys.argv[1]))) as tier:
@@ -208,6 +212,24 @@ def test_a_block_that_cannot_be_read_is_forgotten_and_can_be_stored_again(tmp_pa
         assert tier.contains(keys) == [True, False, False]
         assert tier.store(keys, blocks(keys)) == [True] * 3
         assert held(tier, keys) == [True] * 3
+
+
+@pytest.mark.parametrize("call", ["pwritev", "pwrite"])
+def test_what_is_written_in_part_is_no_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    keys, real = keys_of("a", 1), os.pwrite
+
+    def part(file: int, data: Any, at: int) -> int:
+        [whole] = [data] if call == "pwrite" else data
+        return real(file, whole[: len(whole) // 2], at)
+
+    with closing(opened(tmp_path)) as tier, monkeypatch.context() as patch:
+        patch.setattr(os, call, part)
+        assert tier.store(keys, blocks(keys)) == [False]
+        assert tier.contains(keys) == [False]
+    with closing(opened(tmp_path)) as tier:
+        assert tier.contains(keys) == [False]
 
 
 def test_a_record_of_more_than_a_slot_holds_is_no_block(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import mmap
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,33 @@ def test_nothing_is_under_way_when_a_call_has_failed(
         assert late == [False]
         assert tier._index.pinned_slots == 0
         tier._index.check()
+
+
+def test_nothing_is_under_way_when_a_call_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, over, late, real = keys_of("a", 2), threading.Event(), [], os.pwritev
+    left = ["interrupt"]
+
+    def slow(*of: Any) -> int:
+        over.wait(0.3)
+        late.append(over.is_set())
+        return real(*of)
+
+    def interrupted(futures: Any) -> None:
+        if left:
+            raise KeyboardInterrupt(left.pop())
+        wait(futures)
+
+    with closing(opened(tmp_path)) as tier:
+        monkeypatch.setattr(os, "pwritev", slow)
+        monkeypatch.setattr(tier_module, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tier.store(keys, blocks(keys))
+        over.set()
+        assert late == [False, False]
+        assert tier._index.pinned_slots == 0
+        assert held(tier, keys) == [True] * 2  # what was written is there
 
 
 @pytest.mark.parametrize("verb", ["load", "store", "remove"])

@@ -38,7 +38,7 @@ def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     if not ready:
         pytest.skip(f"only who may mount can have a small {request.param}")
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # also with a file left open
 
 
 def fill(path: Path) -> None:
