@@ -121,8 +121,9 @@ def test_as_fast_as_fio(bench: Bench) -> None:
 
 
 def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None:
-    """The same calls on the same tier, through the page cache and past it; in turns, from the disk:
-    a tier that the page cache could hold would not be needed."""
+    """The same calls on the same tier, through the page cache and past it, in turns. What was
+    stored is on the disk in the end, and read from it: a tier that the page cache could hold
+    would not be needed."""
     used: dict[str, list[float]] = {}
     with closing(Bench(tmp_path / "kv", 2 << 20, 256 << 20)) as bench:
         files = bench.tier._files
@@ -133,10 +134,10 @@ def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None
 
         def spent(verb: Verb, keys: list[bytes]) -> float:
             """Seconds of processor per GiB, of all threads, the kernel's part included."""
-            os.fsync(buffered)
             os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_DONTNEED)
             begun = time.process_time()
             bench.rate(verb, keys)
+            os.fsync(buffered)
             return (time.process_time() - begun) * 2**30 / (bench.count * bench.block)
 
         for _ in range(PAIRS):
@@ -144,10 +145,16 @@ def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None
                 keys = bench.keys()
                 used.setdefault(f"{way} store", []).append(spent(bench.tier.store, keys))
                 used.setdefault(f"{way} load", []).append(spent(bench.tier.load, keys))
-    usual = {name: statistics.median(each) for name, each in used.items()}
-    print({name: f"{value:.3f} s/GiB" for name, value in usual.items()})
+    print()
+    ratios = []
     for verb in ("store", "load"):
-        assert usual[f"direct {verb}"] <= 0.5 * usual[f"buffered {verb}"]
+        ours, others = used[f"direct {verb}"], used[f"buffered {verb}"]
+        ratios.append(statistics.median(a / b for a, b in zip(ours, others, strict=True)))
+        print(
+            f"{verb}: {statistics.median(ours):.3f} s/GiB, buffered "
+            f"{statistics.median(others):.3f}; ratio {ratios[-1]:.2f}"
+        )
+    assert max(ratios) <= 0.5
 
 
 def test_an_index_comes_back_fast(tmp_path: Path) -> None:
