@@ -29,7 +29,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Final, Literal
@@ -252,7 +252,7 @@ class _Desk:
         self._block_nbytes = block_nbytes
         self._element_nbytes = element_nbytes
         self._nbytes = frame_nbytes(block_nbytes)
-        self._map = mmap.mmap(-1, max(1, _DESK_NBYTES // self._nbytes) * self._nbytes)
+        self._map = _memory(max(1, _DESK_NBYTES // self._nbytes) * self._nbytes)
         view = memoryview(self._map)
         self.frames = [view[at : at + self._nbytes] for at in range(0, len(view), self._nbytes)]
         zstandard: Any = _zstandard()
@@ -348,6 +348,18 @@ class _Desk:
         """Where the first, second, ... byte of every element of a raw payload is in the map."""
         at = slot * self._nbytes + HEADER_NBYTES
         return [slice(at + first, at + size, element) for first in range(element)]
+
+
+def _memory(nbytes: int) -> mmap.mmap:
+    """Zeros, in huge pages where the kernel gives them; a forked process does not have them.
+
+    A disk takes so many pieces of memory with one request, and a block in small pages can be more.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):  # else a fork moves it under direct I/O
+        with suppress(OSError):
+            memory.madvise(advice)
+    return memory
 
 
 def _digest(fields: bytes | memoryview, raw: memoryview, key: bytes) -> bytes:
