@@ -1,6 +1,8 @@
 """The spans of a stack, as an application's own SDK sees them."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from opentelemetry import trace
@@ -100,3 +102,15 @@ def test_a_store_says_how_many_had_to_leave(stack: Stack, exported: InMemorySpan
     take(exported)
     stack.reserve(keys_of("b", 3)).end()
     assert (take(exported)["kvcache.store"].attributes or {})["kvcache.block.evicted"] == 3
+
+
+def test_every_name_is_in_the_docs_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs/spans.md").read_text(encoding="utf-8")
+    values = {v for k, v in vars(telemetry).items() if k.isupper() and isinstance(v, str)}
+    rows = "".join(line for line in page.splitlines(True) if line.startswith("|"))
+    assert set(re.findall(r"`((?:kvcache|gen_ai|error|exception)\.[a-z0-9_.]+)`", rows)) == {
+        value for value in values if "." in value
+    }
+    reasons = {telemetry.SLOWER, telemetry.BREAKER_OPEN}
+    assert all(f"`{reason}`" in rows for reason in reasons)
+    assert {value for value in values if "." not in value} == reasons

@@ -10,9 +10,11 @@ from contextlib import closing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 pytest.importorskip("zstandard")
 
+from kvcache import telemetry
 from kvcache.sizes import Size
 from kvcache.testing import TierTests, block_of, keys_of, together
 from kvcache.tiers import framed
@@ -290,3 +292,19 @@ def test_calls_at_once_are_bounded_and_do_not_mix(monkeypatch: pytest.MonkeyPatc
     assert most == len(desks) == framed._DESKS
     assert tier.stats().verified_blocks == 2 * framed._DESKS * 30
     assert tier.stats().rejected == {}
+
+
+def test_a_span_knows_the_codec_and_what_was_rejected(exported: InMemorySpanExporter) -> None:
+    inner = Frames()
+    tier = Framed(inner, block_nbytes=64)
+    tier.store([b"k"], [memoryview(bytes(64))])
+    inner.held[b"k"] = inner.held[b"k"][:-1] + b"\1"
+    span = telemetry.start("above", None)
+    with telemetry.within(span):
+        assert tier.load([b"k"], [memoryview(bytearray(64))]) == [0]
+    span.end()
+    [seen] = exported.get_finished_spans()
+    assert dict(seen.attributes or {}) == {"kvcache.codec": "none"}
+    [event] = seen.events
+    assert event.name == "kvcache.frame.rejected"
+    assert dict(event.attributes or {}) == {"kvcache.frame.reason": "padding"}
