@@ -266,7 +266,7 @@ class Lower:
             self.write(keys, space, cause)
             return
         with self._lock:
-            self._counts["once_blocks"] += sum(key not in self._once for key in keys)
+            self._counts["once_blocks"] += len(keys)
             self._once.update(dict.fromkeys(keys, space))
             while len(self._once) > self._front.slab.slots:
                 self._once.popitem(last=False)
@@ -310,8 +310,8 @@ class Lower:
         """Offer what is new to the tier of the blocks under ``lease``, and end it."""
         if self._closed or not self._health.breaker.allows():
             self._count(dropped_blocks=len(lease))
-            self._written(len(lease))
             lease.end()
+            self._written(len(lease))
             return
         span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._clock()
         new: list[int] = []
@@ -328,7 +328,6 @@ class Lower:
         except Exception as wrong:  # noqa: BLE001 - whatever a tier does wrong is a decline
             error, why, new = type(wrong).__name__, str(wrong), list(range(len(lease)))
         finally:
-            self._written(len(lease))
             lease.end()
         if not error and self._clock() - begun > self.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
@@ -354,6 +353,7 @@ class Lower:
             },
             error=error or None,
         )
+        self._written(len(lease))  # last: who waits for that finds all of the above
 
     def clear(self) -> None:
         """Find nothing again of what was stored until now."""

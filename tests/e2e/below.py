@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import select
 from typing import Any
 
 from tests.e2e.engine import BLOCK, Answer, Engine, prompt
+from tests.e2e.processes import family, slabs_of
 
+END_S = 60.0
 PROMPTS = [prompt("head", 4 * BLOCK) + prompt(f"tail {n}", 90 + 40 * n) for n in range(3)]
 
 
@@ -30,6 +34,18 @@ def abort_while_it_waits(engine: Engine) -> dict[str, Any]:
     engine.drain()
     again = engine.ask(PROMPTS[0], tokens=12)
     return {"ends": engine.open_ends(), "cached": again["cached"], "tokens": again["tokens"]}
+
+
+def ask_until_it_dies(engine: Engine) -> list[bool]:
+    """Prompts that nobody has seen, for an engine on a deadly disk: whether its processes end.
+
+    Nobody waits for answers: vLLM would, for ever.
+    """
+    engine.ask(prompt("hello", BLOCK), tokens=2)  # a block is kept: its worker has the slab
+    ends = [os.pidfd_open(pid) for pid in family(os.getpid()) if slabs_of(pid)]
+    for number, asked in enumerate(PROMPTS):
+        engine.add(f"dies {number}", asked, tokens=12)
+    return [bool(select.select([end], [], [], END_S)[0]) for end in ends]
 
 
 def counts(engine: Engine) -> dict[str, int]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from kvcache.profiles import load_profile
 from tests.e2e import below
 from tests.e2e.conftest import Stage
+from tests.e2e.deadly import LAST
 from tests.e2e.engine import BLOCK, Play, starts
 
 pytestmark = pytest.mark.engine
@@ -21,23 +23,27 @@ ACTS = (
 )
 
 
+SMALL: dict[str, Any] = {"blocks": 100, "l1": "16MiB"}
+
+
+def on_disk(folder: Path) -> dict[str, str]:
+    return {
+        "KVCACHE_PROFILE": "l1-disk",
+        "KVCACHE__DISK__PATH": str(folder / "kv"),
+        "KVCACHE__DISK__CAPACITY": "64MiB",
+        "KVCACHE__DISK__DEADLINE_S": "30",
+        "KVCACHE__DISK__IF_SLOWER": "load",  # what is tested is what comes, not how fast
+    }
+
+
 @pytest.fixture(scope="module", params=["none", "zstd"])
 def lives(
     request: pytest.FixtureRequest, stage: Stage, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Play, Play]:
     """Two engines, one after another, on one directory."""
-    environment = {
-        "KVCACHE_PROFILE": "l1-disk",
-        "KVCACHE__DISK__PATH": str(tmp_path_factory.mktemp("disk") / "kv"),
-        "KVCACHE__DISK__CAPACITY": "64MiB",
-        "KVCACHE__DISK__CODEC": request.param,
-        # What is tested is what comes, not how fast.
-        "KVCACHE__DISK__DEADLINE_S": "30",
-        "KVCACHE__DISK__IF_SLOWER": "load",
-    }
-    options: dict[str, Any] = {"blocks": 100, "l1": "16MiB", "environment": environment}
-    first = stage((below.ask_first, below.counts), **options)
-    return first, stage(ACTS, **options)
+    environment = on_disk(tmp_path_factory.mktemp("disk")) | {"KVCACHE__DISK__CODEC": request.param}
+    first = stage((below.ask_first, below.counts), environment=environment, **SMALL)
+    return first, stage(ACTS, environment=environment, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +91,38 @@ def test_files_are_where_the_profile_says(tmp_path: Path, stage: Stage) -> None:
     }
     with pytest.raises(AssertionError, match="which cannot be used"):
         stage((), blocks=100, l1="16MiB", environment=environment).of(starts)
+
+
+@pytest.fixture(scope="module")
+def killed(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Play, Play]:
+    """An engine whose core is killed while it writes to disk, its worker apart; and the next."""
+    folder = tmp_path_factory.mktemp("killed")
+    shipped = load_profile("l1-disk").path.read_text()
+    deadly = shipped.replace('kind = "disk"', 'kind = "tests.e2e.deadly:DeadlyDisk"')
+    assert deadly != shipped
+    (folder / "deadly.toml").write_text(deadly)
+    its = {"KVCACHE_PROFILE": f"{folder}/deadly.toml", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    first = stage(
+        (below.ask_until_it_dies,),
+        environment=on_disk(folder) | its,
+        options={"distributed_executor_backend": "mp"},
+        **SMALL,
+    )
+    acts = (below.ask_first, below.ask_again, below.counts)
+    return first, stage(acts, environment=on_disk(folder), **SMALL)
+
+
+def test_what_was_written_before_a_kill_is_served_after_it(
+    killed: tuple[Play, Play], reference: Play
+) -> None:
+    first, second = killed
+    assert first.of(below.ask_until_it_dies) == [True, True]  # its core and its worker
+    second.of(starts)
+    found, right = second.of(below.ask_first), reference.of(below.ask_first)
+    assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in right]
+    assert found[0]["cached"] > 0
+    assert second.of(below.ask_again) == reference.of(below.ask_again)
+    read = second.of(below.counts)
+    assert 0 < read["loaded"] < LAST
+    # Were the block found whose write was not finished, its frame would be rejected: a miss.
+    assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)

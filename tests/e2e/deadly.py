@@ -1,0 +1,33 @@
+"""A disk that ends the process which writes to it, in the middle of a block, as `kill -9` would."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+from kvcache.tiers.disk import PAGE, DiskTier
+
+LAST = 9  # the write that is not finished
+
+_pwritev = os.pwritev
+_writes = count(1)
+
+
+class DeadlyDisk(DiskTier):
+    """The disk tier, on a disk that is written to `LAST` times."""
+
+    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        os.pwritev = _write  # type: ignore[assignment]
+        return super().store(keys, blocks)
+
+
+def _write(fd: int, buffers: Any, offset: int) -> int:
+    if next(_writes) < LAST:
+        return _pwritev(fd, buffers, offset)
+    [pages] = buffers
+    _pwritev(fd, [pages[: len(pages) // 2 // PAGE * PAGE]], offset)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
