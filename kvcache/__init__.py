@@ -6,7 +6,8 @@ The mechanics are here: keys, the tier contract, the index, eviction, the slab, 
 
 from kvcache.below import Match
 from kvcache.keys import block_keys, namespace
-from kvcache.stack import Stack, StackStats
+from kvcache.stack import Stack
+from kvcache.stats import StackStats
 from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats
 
 __version__ = "0.1.0"

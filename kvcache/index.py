@@ -61,15 +61,21 @@ class Index:
         # The last entry is taken first, so that slots are used from the lowest up.
         self._free[:0] = range(upto - 1, first - 1, -1)
 
-    def restore(self, held: Sequence[tuple[int, bytes]]) -> None:
-        """Make free slots READY as they were before a restart, the oldest first."""
-        taken = {slot for slot, _ in held}
+    def restore(self, held: Sequence[tuple[int, bytes, bytes | None]]) -> None:
+        """Make free slots READY as they were before a restart, the oldest first.
+
+        ``held`` has their slots and keys, and the keys that their blocks continue.
+        """
+        taken = {slot for slot, _, _ in held}
         self._free = [slot for slot in self._free if slot not in taken]
-        now = self._clock()
-        for slot, key in held:
+        now, children = self._clock(), self._children
+        for slot, key, parent in held:
             self._ready[key] = slot
             self._key[slot] = key
-            self._policy.add([key], None, now)
+            self._after[slot] = parent
+            if parent is not None:
+                children[parent] = children.get(parent, 0) + 1
+            self._policy.add([key], parent, now)
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._filling)

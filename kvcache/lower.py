@@ -17,8 +17,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, Literal, TypeVar
 
@@ -30,32 +29,17 @@ from kvcache.health import Health
 from kvcache.keys import DIGEST_NBYTES, join
 from kvcache.pace import Pace
 from kvcache.sizes import Size
+from kvcache.stats import LowerStats
 from kvcache.tier import FrontTier, Lease, Tier
 
 T = TypeVar("T")
+Parents = Mapping[bytes, bytes | None]
+"""Blocks by key, in order, each with the key that it continues."""
 
 PIECE_NBYTES: Final = (
     16 << 20
 )  # of one call: what a deadline is for, and what a load may have to wait for
 LOOK_AGAIN_S: Final = 5.0  # at a tier that was skipped
-
-
-@dataclass(frozen=True, slots=True)
-class LowerStats:
-    """What a lower tier was asked and did since it was opened. Most counts are in blocks."""
-
-    lookup_blocks: int
-    hit_blocks: int  # of these held
-    loaded_blocks: int
-    missed_blocks: int  # said to be held, and not loaded
-    skipped_blocks: int  # not asked for, or held and not loaded: computing them takes less time
-    stored_blocks: int
-    known_blocks: int  # not written, since the tier holds them
-    declined_blocks: int  # offered, and not taken
-    dropped_blocks: int  # never offered: the queue was full, or the breaker open
-    once_blocks: int  # not offered so far, since they were not used again
-    queued_nbytes: int
-    errors: int  # calls that failed or came late
 
 
 class Lower:
@@ -102,9 +86,9 @@ class Lower:
         self._hot = writes == "hot"
         self.waits_if_slower = if_slower == "load"
         self._whose = {telemetry.TIER: name, telemetry.KIND: kind or type(tier).__name__}
-        # Where only what is used again is written: the others, and their namespace. As many as L1
-        # has slots: what has left L1 cannot be written any more.
-        self._once: OrderedDict[bytes, bytes] = OrderedDict()
+        # Where only what is used again is written: the others, their namespace and parent. As many
+        # as L1 has slots: what has left L1 cannot be written any more.
+        self._once: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
         self._health = Health(name, self._whose, clock)
         self._clock = clock
         self._asking, self._loading = Pace(), Pace()
@@ -257,17 +241,17 @@ class Lower:
 
     # Writing, behind the engine's back
 
-    def stored(self, keys: Sequence[bytes], space: bytes, cause: Span) -> None:
-        """An engine stored ``keys``, whose slots were reserved when the namespace was ``space``.
+    def stored(self, parents: Parents, space: bytes, cause: Span) -> None:
+        """An engine stored blocks, whose slots were reserved when the namespace was ``space``.
 
         This and the others below get the span that is the ``cause``, which has not ended.
         """
         if not self._hot:
-            self.write(keys, space, cause)
+            self.write(parents, space, cause)
             return
         with self._lock:
-            self._counts["once_blocks"] += len(keys)
-            self._once.update(dict.fromkeys(keys, space))
+            self._counts["once_blocks"] += len(parents)
+            self._once.update({key: (space, parent) for key, parent in parents.items()})
             while len(self._once) > self._front.slab.slots:
                 self._once.popitem(last=False)
 
@@ -277,16 +261,18 @@ class Lower:
             return
         with self._lock:
             good = [key for key in keys if key in self._once and key not in failed]
-            spaces = {key: self._once.pop(key) for key in good}
-            self._counts["once_blocks"] -= len(spaces)
-        for space in dict.fromkeys(spaces.values()):
-            self.write([key for key, its in spaces.items() if its == space], space, cause)
+            kept = {key: self._once.pop(key) for key in good}
+            self._counts["once_blocks"] -= len(kept)
+        for space in dict.fromkeys(space for space, _ in kept.values()):
+            its = {key: parent for key, (of, parent) in kept.items() if of == space}
+            self.write(its, space, cause)
 
-    def write(self, keys: Sequence[bytes], space: bytes, cause: Span) -> None:
-        """Queue ``keys``, READY in L1, to be written: as many of the first as there is room for.
+    def write(self, parents: Parents, space: bytes, cause: Span) -> None:
+        """Queue blocks, READY in L1, to be written: as many of the first as there is room for.
 
         ``space`` is the namespace when their slots were reserved: it may be another by now.
         """
+        keys = list(parents)
         if not keys:
             return
         with self._lock:
@@ -304,9 +290,9 @@ class Lower:
             gone = len(piece) - len(lease)  # dropped from L1 as not to be trusted
             self._count(dropped_blocks=gone)
             self._written(gone)
-            self._calls.put(STORE, partial(self._store, lease, space, cause))
+            self._calls.put(STORE, partial(self._store, lease, parents, space, cause))
 
-    def _store(self, lease: Lease, space: bytes, cause: Span) -> None:
+    def _store(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
         """Offer what is new to the tier of the blocks under ``lease``, and end it."""
         if self._closed or not self._health.breaker.allows():
             self._count(dropped_blocks=len(lease))
@@ -314,27 +300,35 @@ class Lower:
             self._written(len(lease))
             return
         span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._clock()
-        new: list[int] = []
-        stored, error, why = 0, "", ""
+        new, stored, error, why = len(lease), 0, "", ""
         try:
-            names, views = [join(space, key) for key in lease.keys], lease.views
+            views = dict(zip(lease.keys, lease.views, strict=True))
             with telemetry.within(span):
-                held = self.tier.contains(names)
-                new = [at for at, known in enumerate(held) if not known]
-                taken = self.tier.store([names[at] for at in new], [views[at] for at in new])
-            if len(held) != len(lease) or len(taken) != len(new):
-                raise ValueError(f"{len(held)} and {len(taken)} answers to {len(lease)} keys")
-            stored = sum(map(bool, taken))
+                held = self.tier.contains([join(space, key) for key in lease.keys])
+                if len(held) != len(lease):
+                    raise ValueError(f"{len(held)} answers to {len(lease)} keys")
+                unknown = [key for key, known in zip(lease.keys, held, strict=True) if not known]
+                for stretch in _stretches(unknown, parents):
+                    after = parents[stretch[0]]
+                    taken = self.tier.store(
+                        [join(space, key) for key in stretch],
+                        [views[key] for key in stretch],
+                        after and join(space, after),
+                    )
+                    if len(taken) != len(stretch):
+                        raise ValueError(f"{len(taken)} answers to {len(stretch)} keys")
+                    stored += sum(map(bool, taken))
+            new = len(unknown)
         except Exception as wrong:  # noqa: BLE001 - whatever a tier does wrong is a decline
-            error, why, new = type(wrong).__name__, str(wrong), list(range(len(lease)))
+            error, why = type(wrong).__name__, str(wrong)
         finally:
             lease.end()
         if not error and self._clock() - begun > self.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
         counts = {
-            "known_blocks": len(lease) - len(new),
+            "known_blocks": len(lease) - new,
             "stored_blocks": stored,
-            "declined_blocks": len(new) - stored,
+            "declined_blocks": new - stored,
         }
         self._count(**counts)
         if error:
@@ -347,9 +341,9 @@ class Lower:
                 **self._whose,
                 telemetry.REQUESTED: len(lease),
                 telemetry.STORED: stored,
-                telemetry.KNOWN: len(lease) - len(new),
+                telemetry.KNOWN: len(lease) - new,
                 telemetry.PAYLOAD: stored * self._front.block_nbytes,
-                **({telemetry.FAILED: len(new) - stored} if len(new) > stored else {}),
+                **({telemetry.FAILED: new - stored} if new > stored else {}),
             },
             error=error or None,
         )
@@ -389,3 +383,15 @@ class Lower:
         self._calls.do_writes_here()  # they drop what they have
         self._calls.close(self.deadline_s)
         self.tier.close()
+
+
+def _stretches(keys: Sequence[bytes], parents: Parents) -> Iterator[list[bytes]]:
+    """``keys`` in runs, each of whose blocks continues the one before it."""
+    run: list[bytes] = []
+    for key in keys:
+        if run and parents[key] != run[-1]:
+            yield run
+            run = []
+        run.append(key)
+    if run:
+        yield run

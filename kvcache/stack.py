@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -25,24 +25,11 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.below import Below, Match
-from kvcache.lower import Lower, LowerStats
-from kvcache.tier import FrontTier, Lease, TierStats
+from kvcache.lower import Lower
+from kvcache.stats import StackStats
+from kvcache.tier import FrontTier, Lease
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class StackStats:
-    """Counts of L1, and of every tier below it."""
-
-    profile: str
-    tiers: tuple[TierStats, ...]
-    lower: tuple[LowerStats, ...] = ()
-
-    @property
-    def pinned_slots(self) -> int:
-        """Slots of L1 under leases that have not ended; 0 when nothing is in flight."""
-        return self.tiers[0].pinned_slots
 
 
 class Stack:
@@ -190,7 +177,9 @@ class Stack:
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             if spaces:
-                stored = [key for key in lease.keys if key not in failed]
+                before = [keys[at - 1] if at else after for at in lease.positions]
+                pairs = zip(lease.keys, before, strict=True)
+                stored = {key: parent for key, parent in pairs if key not in failed}
                 for lower, space in zip(self._below.lower, spaces, strict=True):
                     lower.stored(stored, space, span)
             self._ended(span, telemetry.STORED, len(keys), lease, failed)

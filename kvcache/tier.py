@@ -3,7 +3,8 @@
 Always true here:
 
 * A tier keeps opaque blocks of bytes under opaque keys. It is blocking, batched, and answers per
-  key and in order. It knows nothing of prefixes, models or threads.
+  key and in order. It knows nothing of models or threads, and of prefixes only what is of no use
+  without what.
 * Absence and refusal are values (0 bytes, ``False``); only breakage is an exception.
 * A lease ends exactly once. Until then the slots it names belong to its holder and to nobody else.
 """
@@ -37,8 +38,17 @@ class Tier(ABC):
         """Copy each block into its buffer; give the bytes written per key, 0 for a miss."""
 
     @abstractmethod
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
-        """Keep a copy of each block; ``False`` where it declined. A held key stays as it is."""
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        """Keep a copy of each block; ``False`` where it declined. A held key stays as it is.
+
+        Args:
+            keys: each is of use only to who also has the one before it.
+            blocks: of as many bytes as they have.
+            after: the key that is before ``keys[0]``; ``None`` if there is none, or it is not
+                known. It matters to a tier that chooses what has to go when it is full.
+        """
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:

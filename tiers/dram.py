@@ -79,7 +79,9 @@ class DramTier(FrontTier):
                 written.append(self.block_nbytes if lease.keys else 0)
         return written
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         for block in blocks:
             if len(block) != self.block_nbytes:
                 raise ValueError(
@@ -87,10 +89,11 @@ class DramTier(FrontTier):
                 )
         stored: list[bool] = []
         for key, block in zip(keys, blocks, strict=True):
-            with self.reserve([key]) as lease:
+            with self.reserve([key], after) as lease:
                 for view in lease.views:
                     view[:] = block
             stored.append(bool(lease.keys) or self.contains([key])[0])
+            after = key
         return stored
 
     def remove(self, keys: Sequence[bytes]) -> None:

@@ -164,7 +164,9 @@ class Framed(Tier):
                     self.inner.remove(list(dict.fromkeys(rejected)))
         return written
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         """As the contract says; an empty block is declined: it could not be told from a miss.
 
         Raises:
@@ -184,7 +186,8 @@ class Framed(Tier):
             for first in range(0, len(full), len(desk.frames)):
                 piece = full[first : first + len(desk.frames)]
                 frames = [desk.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(piece)]
-                taken = self.inner.store([keys[at] for at in piece], frames)
+                before = keys[piece[0] - 1] if piece[0] else after
+                taken = self.inner.store([keys[at] for at in piece], frames, before)
                 for at, frame, took in zip(piece, frames, taken, strict=True):
                     stored[at] = took
                     if took:

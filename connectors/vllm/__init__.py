@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from kvcache.connectors.vllm.scheduler import SchedulerSide
     from kvcache.connectors.vllm.worker import WorkerSide
-    from kvcache.stack import StackStats
+    from kvcache.stats import StackStats
 
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource

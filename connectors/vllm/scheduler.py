@@ -28,7 +28,8 @@ from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab
-from kvcache.stack import Stack, StackStats
+from kvcache.stack import Stack
+from kvcache.stats import StackStats
 from kvcache.tier import Lease
 
 if TYPE_CHECKING:

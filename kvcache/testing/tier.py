@@ -67,6 +67,14 @@ class TierTests:
         self.put(tier, keys)  # held ones and a new one in one batch
         self.check_load(tier, keys, [True] * 3)
 
+    def test_what_a_batch_continues_changes_no_answer(self, tier: Tier) -> None:
+        first, second, other = keys_of("chain", 2), keys_of("chain", 5)[2:], keys_of("other", 2)
+        assert tier.store(first, self.blocks(first), None) == [True] * 2
+        assert tier.store(second, self.blocks(second), first[-1]) == [True] * 3
+        assert tier.store(other, self.blocks(other), b"never seen" * 3) == [True] * 2
+        tier.remove(first)
+        self.check_load(tier, [*first, *second, *other], [False] * 2 + [True] * 5)
+
     def test_empty_batches(self, tier: Tier) -> None:
         assert tier.contains([]) == []
         assert tier.load([], []) == []

@@ -164,7 +164,7 @@ def test_an_index_comes_back_fast(tmp_path: Path) -> None:
     )
     with closing(reopened()) as tier:
         for slot in range(blocks):
-            tier._records.write(Record(slot + 1, slot, PAGE, os.urandom(64)))
+            tier._records.write(Record(slot + 1, slot, PAGE, os.urandom(64), b""))
     rate = 0.0
     for _ in range(5):
         begun = time.process_time()  # it is all work: what else runs here does not count

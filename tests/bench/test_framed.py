@@ -45,7 +45,9 @@ class Memory(Tier):
             buffer[: self.nbytes[key]] = memoryview(self._room[key])[: self.nbytes[key]]
         return [self.nbytes[key] for key in keys]
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         for key, block in zip(keys, blocks, strict=True):
             memoryview(self._room[key])[: len(block)] = block
             self.nbytes[key] = len(block)

@@ -51,7 +51,9 @@ class Faulty(Tier):
             written.append(len(block))
         return written[:-1] if self.fault == "count" else written
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         self._called("store")
         if self.fault == "decline":
             return [False] * len(keys)

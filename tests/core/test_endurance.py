@@ -41,8 +41,10 @@ FAULTS = [*[""] * 20, "raise", "hole", "short", "count", "lie", "decline"]
 class Small(Faulty):
     """Forgets the oldest; keeps no record of what it was asked."""
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
-        stored = super().store(keys, blocks)
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        stored = super().store(keys, blocks, after)
         for key in list(self.held)[:-ROOM]:
             self.held.pop(key, None)
         self.calls.clear()

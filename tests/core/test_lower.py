@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -344,4 +344,35 @@ def test_many_threads_and_a_tier_with_faults() -> None:
         down.stored_blocks + down.known_blocks + down.declined_blocks + down.dropped_blocks
         == stats.tiers[0].stored_blocks - down.loaded_blocks
     )
+    below.stack.close()
+
+
+def test_a_tier_is_told_what_a_stretch_continues() -> None:
+    below = Below(slots=64)
+    told: list[tuple[list[bytes], bytes | None]] = []
+    store = below.tiers[0].store
+
+    def noted(
+        keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        told.append((list(keys), after))
+        return store(keys, blocks, after)
+
+    below.tiers[0].store = noted  # type: ignore[method-assign]
+    keys = keys_of("a", 9)
+    names = [SPACE + key for key in keys]
+    below.put(keys[:2])
+    assert below.stack.flush(LONG)
+    below.put(keys[2:3], keys[1])  # the next step of the engine
+    below.keep_below(keys[4:5])
+    assert below.stack.flush(LONG)
+    below.put(keys[3:], keys[2])  # in pieces of four, with one that is known
+    assert below.stack.flush(LONG)
+    assert told == [
+        (names[:2], None),
+        (names[2:3], names[1]),
+        (names[3:4], names[2]),
+        (names[5:7], names[4]),
+        (names[7:9], names[6]),
+    ]
     below.stack.close()

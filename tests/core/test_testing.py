@@ -34,7 +34,9 @@ class DictTier(Tier):
         buffer[: len(block)] = block
         return len(block)
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         return [self.store_one(key, block) for key, block in zip(keys, blocks, strict=True)]
 
     def store_one(self, key: bytes, block: memoryview) -> bool:
@@ -107,6 +109,35 @@ class Overwrites(DictTier):
 class DeclinesWhatItHolds(DictTier):
     def store_one(self, key: bytes, block: memoryview) -> bool:
         return key not in self.held and super().store_one(key, block)
+
+
+class NeedsTheParent(DictTier):
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        if after is not None and after not in self.held:
+            return [False] * len(keys)
+        return super().store(keys, blocks)
+
+
+class LosesTheRest(DictTier):
+    """What continues a removed block goes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parents: dict[bytes, bytes | None] = {}
+
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        self.parents.update(dict.fromkeys(keys, after))
+        return super().store(keys, blocks)
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        super().remove(keys)
+        for key, parent in self.parents.items():
+            if parent in keys:
+                self.held.pop(key, None)
 
 
 class NeedsAKey(DictTier):
@@ -194,6 +225,8 @@ WRONG_TIERS: dict[type[DictTier], set[str]] = {
     Overwrites: {"test_a_held_key_stays_as_it_is", "test_a_key_twice_in_a_batch"},
     DeclinesWhatItHolds: {"test_a_held_key_stays_as_it_is", "test_a_key_twice_in_a_batch"},
     NeedsAKey: {"test_empty_batches"},
+    NeedsTheParent: {"test_what_a_batch_continues_changes_no_answer"},
+    LosesTheRest: {"test_what_a_batch_continues_changes_no_answer"},
     MissesAreErrors: {"test_remove_forgets_these_and_no_others"},
     RemovesAll: {"test_remove_forgets_these_and_no_others"},
     RemovesNothing: {"test_remove_forgets_these_and_no_others"},

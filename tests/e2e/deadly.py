@@ -19,9 +19,11 @@ _writes = count(1)
 class DeadlyDisk(DiskTier):
     """The disk tier, on a disk that is written to `LAST` times."""
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         os.pwritev = _write  # type: ignore[assignment]
-        return super().store(keys, blocks)
+        return super().store(keys, blocks, after)
 
 
 def _write(fd: int, buffers: Any, offset: int) -> int:

@@ -28,7 +28,9 @@ class SlowTier(Tier):
             buffer[: len(block)] = block
         return list(map(len, blocks))
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         self._held.update((key, bytes(block)) for key, block in zip(keys, blocks, strict=True))
         return [True] * len(keys)
 

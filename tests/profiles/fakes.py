@@ -21,7 +21,9 @@ class Lower(Tier):
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         return [0 for _ in keys]
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         return [False for _ in keys]
 
     def remove(self, keys: Sequence[bytes]) -> None:

@@ -36,7 +36,9 @@ class Frames(Tier):
             written.append(len(frame))
         return written
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         self.handed = max(self.handed, sum(map(len, blocks)))
         for key, block in zip(keys, blocks, strict=True):
             self.held.setdefault(key, bytes(block))

@@ -18,8 +18,8 @@ from kvcache.sizes import DiskSize
 from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 
-RECORD = 128
-USED = 90  # bytes of a record that say something
+RECORD = 256
+USED = 154
 BESIDE = 3 * PAGE  # the lock, the geometry, the rest of the last page of records
 
 

@@ -236,7 +236,7 @@ def test_a_record_of_more_than_a_slot_holds_is_no_block(tmp_path: Path) -> None:
     keys = keys_of("a", 2)
     with closing(opened(tmp_path)) as tier:
         for slot, (key, nbytes) in enumerate(zip(keys, (PAGE, PAGE + 1), strict=True)):
-            tier._records.write(Record(1, slot, nbytes, key))
+            tier._records.write(Record(1, slot, nbytes, key, b""))
     with closing(opened(tmp_path)) as tier:
         assert tier.contains(keys) == [True, False]
 
@@ -245,7 +245,7 @@ def test_a_block_with_two_records_is_the_newer_and_leaves_with_it(tmp_path: Path
     [key] = keys_of("a", 1)
     with closing(opened(tmp_path)) as tier:
         tier.store([key], blocks([key]))
-        tier._records.write(Record(0, 5, PAGE, key))  # of a slot that was free
+        tier._records.write(Record(0, 5, PAGE, key, b""))  # of a slot that was free
     with closing(opened(tmp_path)) as tier:
         assert held(tier, [key]) == [True]
         tier.remove([key])

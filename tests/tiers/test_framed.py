@@ -150,9 +150,11 @@ def test_a_frame_starts_on_a_page_and_so_does_its_payload() -> None:
             check_aligned(into)
             return super().load(keys, into)
 
-        def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        def store(
+            self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        ) -> list[bool]:
             check_aligned(blocks)
-            return super().store(keys, blocks)
+            return super().store(keys, blocks, after)
 
     def check_aligned(buffers: Sequence[memoryview]) -> None:
         for buffer in buffers:

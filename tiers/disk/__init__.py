@@ -3,7 +3,7 @@
 ::
 
     lock      held while the directory is open; has the pid of who holds it    files.py
-    records   one page of geometry, then 128 bytes per slot: whose block is
+    records   one page of geometry, then 256 bytes per slot: whose block is
               in it, or zeros                                                  records.py
     blocks    slots of whole pages, allocated at once                          tier.py
 """

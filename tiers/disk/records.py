@@ -1,8 +1,8 @@
 """The file of records: which block is in which slot of the file of blocks.
 
-A page of geometry (magic, bytes of a slot, slots), then 128 bytes per slot, zeros where there is no
-block. Little-endian, in a record: slot (4), generation (8), bytes of the key (2), bytes of the
-block (8), the key (64), a CRC-32 of all that (4), zeros.
+A page of geometry (magic, bytes of a slot, slots), then 256 bytes per slot, zeros where there is no
+block. Little-endian, in a record: slot (4), generation (8), bytes of the block (8), bytes of the
+key (1), bytes of the key before it (1), the keys (64 each), a CRC-32 of all that (4), zeros.
 
 Always true here:
 
@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from kvcache.tiers.disk.files import PAGE
 
-RECORD_NBYTES = 128
+RECORD_NBYTES = 256
 KEY_NBYTES = 64  # at most
 
-_MAGIC = b"kvcdisk1"
+_MAGIC = b"kvcdisk2"
 _GEOMETRY = struct.Struct("<8sQQ")
-_FIELDS = struct.Struct(f"<IQHQ{KEY_NBYTES}s")
+_FIELDS = struct.Struct(f"<IQQBB{KEY_NBYTES}s{KEY_NBYTES}s")
 _CRC = struct.Struct("<I")
 _WHOLE = struct.Struct(f"<{_FIELDS.size}sI{RECORD_NBYTES - _FIELDS.size - _CRC.size}x")
 _READ_NBYTES = 1 << 20  # at a time
@@ -45,6 +45,7 @@ class Record(NamedTuple):
     slot: int
     nbytes: int  # of the block
     key: bytes
+    after: bytes  # the key that the block continues; empty if that is not known
 
 
 class Records:
@@ -79,15 +80,17 @@ class Records:
             piece = os.pread(self._file, min(_READ_NBYTES, end - begin), begin)
             for fields, crc in _WHOLE.iter_unpack(piece):
                 if crc == zlib.crc32(fields):
-                    slot, generation, key_nbytes, nbytes, key = _FIELDS.unpack(fields)
-                    if slot == at and key_nbytes <= KEY_NBYTES and nbytes <= self._slot_nbytes:
-                        yield Record(generation, slot, nbytes, key[:key_nbytes])
+                    slot, generation, nbytes, size, size_after, key, after = _FIELDS.unpack(fields)
+                    whole = max(size, size_after) <= KEY_NBYTES and nbytes <= self._slot_nbytes
+                    if slot == at and whole:
+                        yield Record(generation, slot, nbytes, key[:size], after[:size_after])
                 at += 1
 
     def write(self, record: Record) -> None:
         """Name the block that is in a slot."""
+        sizes = len(record.key), len(record.after)
         fields = _FIELDS.pack(
-            record.slot, record.generation, len(record.key), record.nbytes, record.key
+            record.slot, record.generation, record.nbytes, *sizes, record.key, record.after
         )
         self._put(record.slot, _WHOLE.pack(fields, zlib.crc32(fields)))
 

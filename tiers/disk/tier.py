@@ -3,8 +3,7 @@
 Always true here:
 
 * Disk space is taken when the tier is opened and never exceeds ``capacity``; when it is full,
-  blocks leave by the eviction order, of one call's chain the tail first, after a restart too.
-  Nothing is known of what one call's keys continue in another's.
+  blocks leave by the eviction order, a chain's tail before its head, after a restart too.
 * A record names a block only while the block is whole: it is cleared before its slot is written,
   and written after. So a process may be killed at any moment. Nothing is synced: after a power cut
   a record may stand without its block, which is what the frames around this tier are for.
@@ -122,7 +121,7 @@ class DiskTier(Tier):
             newest[record.key] = record
             self._nbytes[record.slot] = record.nbytes
             self._generation = record.generation + 1
-        self._index.restore([(record.slot, key) for key, record in newest.items()])
+        self._index.restore([(r.slot, r.key, r.after or None) for r in newest.values()])
         files.take_blocks(nbytes)
 
     # The contract
@@ -157,7 +156,9 @@ class DiskTier(Tier):
                 self.remove(lost)
             return [written.get(at, 0) for at in range(len(keys))]
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         fit = [
             at
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
@@ -167,12 +168,13 @@ class DiskTier(Tier):
             if not may:
                 return [False] * len(keys)
             with self._lock:
-                positions, slots = self._index.reserve([keys[at] for at in fit], None)
+                positions, slots = self._index.reserve([keys[at] for at in fit], after)
+                first = self._generation
                 self._generation += len(slots)
-                head = self._generation - 1  # the newest after a restart, and the last to go
             where = [fit[position] for position in positions]
+            before = [after or b"", *keys]
             records = [
-                Record(head - n, slot, len(blocks[at]), keys[at])
+                Record(first + n, slot, len(blocks[at]), keys[at], before[at])
                 for n, (slot, at) in enumerate(zip(slots, where, strict=True))
             ]
             writes: list[Future[bool]] = []
