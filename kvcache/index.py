@@ -20,10 +20,11 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
-from kvcache.eviction import Policy
+from kvcache.eviction import Keep, Policy
+from kvcache.hints import Hints
 
 
 class Index:
@@ -43,6 +44,7 @@ class Index:
         self._key: list[bytes | None] = []  # by slot
         self._after: list[bytes | None] = []  # by slot: the key its block continues
         self._pins: list[int] = []  # by slot
+        self.hints = Hints()
         self._children: dict[bytes, int] = {}  # key -> blocks in the index that continue it, if any
         self.lookup_blocks = 0
         self.hit_blocks = 0
@@ -100,6 +102,7 @@ class Index:
                 break
             end += 1
         self._policy.access(chain, end, self._clock())
+        self.hints.used(chain)
         self.lookup_blocks += max(0, len(chain) - start)
         self.hit_blocks += end - start
         return end - start
@@ -193,13 +196,33 @@ class Index:
                 return pins[ready[key]] > 0 or key in children or key in held
 
             gone = 0
-            for key in islice(self._policy.victims(keep), need):
+            for key in islice(self._victims(keep), need):
                 self._forget(key, ready.pop(key))
                 gone += 1
             self.evicted_blocks += gone
         room = min(admitted, len(self._free))
         self.declined_blocks += len(absent) - min(room, len(absent))
         return absent[:room]
+
+    def _victims(self, keep: Keep) -> Iterator[bytes]:
+        """Whom to evict, first to go first: what callers are done with, then as the policy says."""
+        hints, now = self.hints, self._clock()
+        ready = self._ready
+        for key in hints.victims(lambda key: key not in ready or keep(key)):
+            self._policy.remove([key])
+            yield key
+        yield from self._policy.victims(lambda key: keep(key) or hints.is_kept(key, now))
+        yield from self._policy.victims(keep)
+
+    def done(self, keys: Sequence[bytes]) -> None:
+        """Have those of ``keys`` that are held go before all others."""
+        self.hints.done([key for key in keys if key in self._ready or key in self._filling])
+
+    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+        """Have others go before those of ``keys`` that are held, for so long."""
+        held = [key for key in keys if key in self._ready or key in self._filling]
+        now = self._clock()
+        self.hints.keep(held, now + seconds, now, self.slots)
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
         """Make FILLING slots READY, in the order of their reserve, but for those of ``failed``."""
@@ -247,6 +270,7 @@ class Index:
 
     def _forget(self, key: bytes, slot: int) -> None:
         """Take the key off its slot, which is free unless a lease still holds it."""
+        self.hints.left(key)
         parent = self._after[slot]
         if parent is not None:
             left = self._children[parent] - 1

@@ -188,6 +188,33 @@ class Stack:
         lease.on_end(ended)
         return lease
 
+    def hint(
+        self, keys: Sequence[bytes], *, done: bool = False, keep: float = 0.0, soon: bool = False
+    ) -> None:
+        """Say of a chain what is known of its future. It orders evictions, and promises nothing.
+
+        Args:
+            keys: of the chain, in order; for ``done`` the stretch that is meant.
+            done: they will not be used again: they go before all others, but for those that others
+                use after this, or continue.
+            keep: seconds for which others had better go first; of a quarter of L1 at most.
+            soon: they will be used soon: what lower tiers have of them comes up.
+
+        Raises:
+            ValueError: for hints that contradict each other, or a time that cannot be.
+        """
+        if not 0 <= keep < float("inf"):
+            raise ValueError(f"keep is {keep}; it takes seconds")
+        if done and (keep or soon):
+            raise ValueError("done is true, and so is keep or soon; it is one or the other")
+        if done:
+            self.front.done(keys)
+        if keep:
+            self.front.keep(keys, keep)
+        if soon:
+            self.front.access(keys)
+            self.prefetch(keys)
+
     def clear(self) -> None:
         """Forget every block of every tier. Leases that are out end as usual, and publish none."""
         for lower in self._below.lower:  # first: what is asked for from here on is a miss

@@ -165,6 +165,7 @@ class TierStats:
     failed_blocks: int  # given up by a lease that failed while filling
     evicted_blocks: int  # left to make room
     dropped_blocks: int  # left because their bytes were not to be trusted, or removed by name
+    unkept_blocks: int = 0  # asked to be kept, and refused: too many were
 
 
 class FrontTier(Tier):
@@ -207,6 +208,18 @@ class FrontTier(Tier):
 
         What is being filled may be read when the lease that fills it has ended well.
         """
+
+    @abstractmethod
+    def done(self, keys: Sequence[bytes]) -> None:
+        """``keys``, a stretch of a chain, will not be used again: have them go first.
+
+        What others use, or continue, stays. It orders evictions and promises nothing, as does
+        :meth:`keep`.
+        """
+
+    @abstractmethod
+    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+        """Have others go before ``keys``, for so long; of as many as the tier allows."""
 
     @abstractmethod
     def clear(self) -> None:

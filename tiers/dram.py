@@ -142,6 +142,14 @@ class DramTier(FrontTier):
                 self._index.drop(failed)
             self._index.unpin(lease.slots)
 
+    def done(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            self._index.done(keys)
+
+    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+        with self._lock:
+            self._index.keep(keys, seconds)
+
     def clear(self) -> None:
         with self._lock:
             self._index.clear()
@@ -162,4 +170,5 @@ class DramTier(FrontTier):
                 failed_blocks=index.failed_blocks,
                 evicted_blocks=index.evicted_blocks,
                 dropped_blocks=index.dropped_blocks,
+                unkept_blocks=index.hints.refused_blocks,
             )

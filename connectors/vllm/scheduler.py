@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
+from kvcache.connectors.vllm.hints import hints_of
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name, refusal
 from kvcache.connectors.vllm.tracing import Requests
@@ -206,8 +207,10 @@ class SchedulerSide:
         """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
         self._withdraw(request.request_id)
         self._coming.pop(request.request_id, None)
-        self._running.pop(request.request_id, None)
+        running = self._running.pop(request.request_id, None)
         self._requests.finished(request)
+        if self._stack is not None and running is not None and (hints := hints_of(request)):
+            self._stack.hint(self._keys(request, 0, running.offered), **hints)
 
     # Every step
 

@@ -63,6 +63,12 @@ class Front(FrontTier):
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
         return 0
 
+    def done(self, keys: Sequence[bytes]) -> None:
+        pass
+
+    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+        pass
+
     def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
         raise NotImplementedError
 
