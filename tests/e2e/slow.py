@@ -13,16 +13,17 @@ from tests.e2e.engine import Engine
 
 
 class SlowTier(Tier):
-    """Blocks in a dictionary, 0.1 s to read each: a tiny model computes one in less."""
+    """Blocks in a dictionary, ``seconds`` to read each: a tiny model computes one in less."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds = seconds
         self._held: dict[bytes, bytes] = {}
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         return [key in self._held for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        time.sleep(0.1 * len(keys))
+        time.sleep(self._seconds * len(keys))
         blocks = [self._held.get(key, b"") for key in keys]
         for buffer, block in zip(into, blocks, strict=True):
             buffer[: len(block)] = block
