@@ -16,6 +16,7 @@ GROUP = "kvcache.tiers"
 KINDS: dict[str, tuple[str, str | None]] = {
     "dram": ("kvcache.tiers.dram:DramTier", None),
     "disk": ("kvcache.tiers.disk:DiskTier", None),
+    "redis": ("kvcache.tiers.redis:RedisTier", "redis"),
 }
 """Shipped kinds: the class, and the extra that installs what it needs."""
 

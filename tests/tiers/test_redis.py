@@ -1,0 +1,67 @@
+"""Blocks in a real Redis: the contract, and what a server may do to them."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("redis")
+
+from kvcache.testing import TierTests
+from kvcache.tiers.redis import RedisTier
+from kvcache.tiers.framed import Framed, frame_nbytes
+from tests.tiers import servers
+from tests.tiers.servers import Server
+
+
+@pytest.fixture(scope="module", params=servers.binaries(), ids=lambda path: path.name)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with servers.server(tmp_path_factory.mktemp("redis"), binary=request.param) as server:
+        yield server
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def tier(request: pytest.FixtureRequest, server: Server) -> Iterator[RedisTier]:
+    server.client().flushall()
+    url = server.url if request.param == "tcp" else f"unix://{server.socket}"
+    with closing(RedisTier(url=url, timeout_s=30)) as tier:
+        yield tier
+
+
+class TestRedisTier(TierTests):
+    pass
+
+
+class TestTtl(TierTests):
+    @pytest.fixture
+    def tier(self, server: Server) -> Iterator[RedisTier]:
+        server.client().flushall()
+        with closing(RedisTier(url=server.url, ttl_s=1000, timeout_s=30)) as tier:
+            yield tier
+
+
+class TestFramed(TierTests):
+    @pytest.fixture
+    def tier(self, server: Server) -> Iterator[Framed]:
+        server.client().flushall()
+        inner = RedisTier(url=server.url, timeout_s=30)
+        with closing(Framed(inner, block_nbytes=self.block_nbytes)) as tier:
+            yield tier
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    with servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+class TestCluster(TierTests):
+    @pytest.fixture
+    def tier(self, nodes: list[Server]) -> Iterator[RedisTier]:
+        for node in nodes:
+            node.client().flushall()
+        with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=30)) as tier:
+            yield tier

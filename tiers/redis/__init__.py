@@ -1,0 +1,216 @@
+"""Blocks in a Redis or Valkey server, or a cluster of them, for every engine that can reach it.
+
+::
+
+    kvcache:1:<namespace, hex>:<key, hex>  ->  one value: a block in its frame
+
+Always true here:
+
+* One key and one value per block, written by one ``SET ... NX``: there is no half of a block, and
+  of engines that write the same one, one does.
+* A call ends ``timeout_s`` after it began, a little later where a connection had to be made; no
+  buffer is touched after that.
+* What a server says of one key is that key's miss or decline, logged once for each kind of error.
+  A call of which no key was answered is a ConnectionError.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from kvcache.keys import DIGEST_NBYTES
+from kvcache.tier import Tier
+from kvcache.tiers.redis.login import Login, check_files, read_password, read_url
+from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Cluster, Node, OneServer, Servers
+from kvcache.tiers.redis.wire import TOO_LONG, Command, Refused, Reply, command
+
+log = logging.getLogger(__name__)
+
+_NOBODY = {NO_ANSWER, LOGIN, "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "NOAUTH"}
+"""Codes that speak of a whole server: it will say the same of every key."""
+
+_FOR_GOOD = {LOGIN, "NOAUTH", "NOPERM", "MOVED"}
+"""Codes that waiting does not mend: an error at start."""
+
+_USUAL = {"MOVED", "ASK", "TRYAGAIN", NO_ANSWER, LOGIN}
+"""Codes that a cluster answers with in the course of its life, or that a node has logged."""
+
+_UNFIT = {TOO_LONG, "WRONGTYPE"}
+"""Codes for a value that is none of ours."""
+
+_NODES_AT_ONCE = 32
+
+
+class RedisTier(Tier):
+    """A tier on Redis or Valkey.
+
+    Args:
+        url: ``redis://HOST[:PORT][/DATABASE]``, ``rediss://...`` for TLS, or
+            ``unix:///PATH[?db=DATABASE]``; of a cluster any node. No user, no password.
+        cluster: whether it is a cluster.
+        username: for ACLs; "" is the default user.
+        password_env: the environment variable that has the password; "" is none.
+        ca_file: certificates to trust instead of the system's.
+        cert_file: our certificate, where the server asks for one.
+        key_file: its key.
+        ttl_s: seconds after which a block that nobody has loaded is gone; 0 keeps it for as long
+            as the server likes.
+        connections: to a node at once.
+        timeout_s: after which a call ends.
+
+    Raises:
+        ValueError: for an option that cannot be, and where the server can be reached but refuses
+            us. One that cannot be reached is a warning: it may come back.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        cluster: bool = False,
+        username: str = "",
+        password_env: str = "",
+        ca_file: str = "",
+        cert_file: str = "",
+        key_file: str = "",
+        ttl_s: int = 0,
+        connections: int = 4,
+        timeout_s: float = 1.0,
+    ) -> None:
+        address, tls, database = read_url(url)
+        if cluster and (database or address.path):
+            raise ValueError("cluster is true; a cluster has hosts, and no database but 0")
+        if not tls and (ca_file or cert_file or key_file):
+            raise ValueError("ca_file, cert_file and key_file are for a url with rediss://")
+        if ttl_s < 0:
+            raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, or 0 for no end")
+        if connections < 1:
+            raise ValueError(f"connections is {connections}; it must be at least 1")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
+        check_files(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        password = read_password(password_env)
+        login = Login(tls, database, username, password, ca_file, cert_file, key_file)
+        self._servers: Servers
+        if cluster:
+            self._servers = Cluster(address, login, connections)
+        else:
+            self._servers = OneServer(Node(address, login, connections))
+        ttl = str(ttl_s).encode()
+        self._get = (b"GETEX", b"EX", ttl) if ttl_s else (b"GET",)
+        self._ttl = (b"EX", ttl) if ttl_s else ()
+        self._timeout_s = timeout_s
+        self._told: set[str] = set()
+        self._closed = False
+        self._threads = ThreadPoolExecutor(_NODES_AT_ONCE, "kvcache-redis")  # a cluster's nodes
+        try:
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self) -> None:
+        """See whether a server that can be reached lets us in and is what the profile says."""
+        names = [b"kvcache:1:start:%d" % at for at in range(64)]  # some in any part of a cluster
+        replies = self._ask(names, [command(b"EXISTS", name) for name in names])
+        for reply in replies:
+            if isinstance(reply, Refused) and reply.code in _FOR_GOOD:
+                hint = "; is it a cluster? then set cluster = true" if reply.code == "MOVED" else ""
+                raise ValueError(f"url is right, and the server there refuses: {reply.text}{hint}")
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        names = [name_of(key) for key in keys]
+        replies = self._answers(names, [command(b"EXISTS", name) for name in names])
+        return [reply == 1 for reply in replies]
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        """As the contract says. What is there and cannot be a block is removed, or it would be in
+        the way of the block for ever."""
+        names = [name_of(key) for key in keys]
+        verb, *options = self._get
+        commands = [
+            command(verb, name, *options, into=view) for name, view in zip(names, into, strict=True)
+        ]
+        replies = self._answers(names, commands)
+        unfit = [
+            key
+            for key, reply in zip(keys, replies, strict=True)
+            if reply == 0 or (isinstance(reply, Refused) and reply.code in _UNFIT)
+        ]
+        if unfit:
+            self.remove(unfit)
+        return [reply if isinstance(reply, int) else 0 for reply in replies]
+
+    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        names = [name_of(key) for key in keys]
+        commands = [
+            command(b"SET", name, block, b"NX", *self._ttl)
+            for name, block in zip(names, blocks, strict=True)
+        ]
+        replies = self._answers(names, commands)
+        return [reply is None or reply == 1 for reply in replies]  # None: it was there
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        names = [name_of(key) for key in keys]
+        self._answers(names, [command(b"UNLINK", name) for name in names])
+
+    def close(self) -> None:
+        self._closed = True
+        self._servers.close()
+        self._threads.shutdown(wait=False)
+
+    def _answers(self, names: Sequence[bytes], commands: Sequence[Command]) -> list[Reply]:
+        """The reply to each command. Raises ConnectionError if nobody replied to any."""
+        if self._closed:
+            return [Refused(NO_ANSWER, "the tier is closed")] * len(names)
+        replies = self._ask(names, commands)
+        refused = [reply for reply in replies if isinstance(reply, Refused)]
+        if refused and len(refused) == len(replies) and all(r.code in _NOBODY for r in refused):
+            raise ConnectionError(refused[0].text)
+        return replies
+
+    def _ask(self, names: Sequence[bytes], commands: Sequence[Command]) -> list[Reply]:
+        """The reply to each command, of each node in its own thread when there are several."""
+        deadline = time.monotonic() + self._timeout_s
+        replies: list[Reply] = [None] * len(names)
+        shares: dict[Node, list[int]] = {}
+        for at, node in enumerate(self._servers.nodes_of(names, deadline)):
+            if isinstance(node, Node):
+                shares.setdefault(node, []).append(at)
+            else:
+                replies[at] = node
+
+        def ask(node: Node, share: Sequence[int]) -> None:
+            answers = node.ask([commands[at] for at in share], deadline)
+            for at, reply in zip(share, answers, strict=True):
+                replies[at] = reply
+
+        asked: list[Future[None]] = []
+        try:
+            for node, share in [*shares.items()][1:]:
+                asked.append(self._threads.submit(ask, node, share))
+            for node, share in [*shares.items()][:1]:
+                ask(node, share)
+        finally:
+            wait(asked)  # they write into the caller's memory
+        for answer in asked:
+            answer.result()
+        for reply in replies:
+            if isinstance(reply, Refused):
+                self._heard(reply)
+        return replies
+
+    def _heard(self, refused: Refused) -> None:
+        self._servers.heard(refused)
+        if refused.code not in _USUAL and refused.code not in self._told:
+            self._told.add(refused.code)
+            log.warning("kvcache: redis answers %s", refused.text)
+
+
+def name_of(key: bytes) -> bytes:
+    """What a block is called in the server: its namespace and its key, for people to read."""
+    space, own = key[:DIGEST_NBYTES].hex(), key[DIGEST_NBYTES:].hex()
+    return f"kvcache:1:{space}:{own}".encode()

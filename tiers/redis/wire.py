@@ -1,0 +1,208 @@
+"""Commands and replies on one connection, payloads from and into the caller's memory.
+
+Always true here:
+
+* Replies belong to commands by their order and by nothing else. Whatever is not the next reply,
+  whole and as RESP2 writes it, is a :class:`WireError`, and this connection is not used again.
+* A payload is sent from where it lies and received where it belongs; only the few bytes that came
+  with a reply's first line are copied.
+* What was asked for and not answered is at most ``WINDOW_NBYTES`` and one command more: enough to
+  keep a server at work, too little to fill its memory with replies.
+* No wait goes past the deadline, a time of ``time.monotonic()``.
+"""
+
+from __future__ import annotations
+
+import select
+import ssl
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from redis.connection import AbstractConnection
+
+WINDOW_NBYTES = 4 << 20
+
+TOO_LONG = "TOOLONG"
+"""The code of a value that is longer than its buffer; it was read past, and not kept."""
+
+_LINE_NBYTES = 512  # of a reply's line: a number, or an error in words
+_PARTS = 1024  # that the kernel takes in one call
+_DRAIN_NBYTES = 1 << 16
+
+
+class WireError(Exception):
+    """What came is no reply to what was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An error as the answer to one command: its first word, and all of it."""
+
+    code: str
+    text: str
+
+
+Reply = int | Refused | None
+"""A number, the bytes received of a value, 1 for "OK", or ``None`` for nothing there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is sent for one command, and where its reply's value goes."""
+
+    parts: Sequence[bytes | memoryview]
+    into: memoryview | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, both ways; replies of a line do not count."""
+        return sum(map(len, self.parts)) + (len(self.into) if self.into is not None else 0)
+
+
+def command(*words: bytes | memoryview, into: memoryview | None = None) -> Command:
+    """A command of these words; those that are views are payloads, and are not copied."""
+    parts: list[bytes | memoryview] = []
+    small = b"*%d\r\n" % len(words)
+    for word in words:
+        small += b"$%d\r\n" % len(word)
+        if isinstance(word, memoryview):
+            parts += [small, word]
+            small = b"\r\n"
+        else:
+            small += word + b"\r\n"
+    return Command([*parts, small], into)
+
+
+def left(deadline: float) -> float:
+    """Seconds until ``deadline``. Raises TimeoutError when there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("no answer in time")
+    return seconds
+
+
+class Wire:
+    """The socket of a connection that redis-py has made, past its greeting."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._connection = connection  # closes its socket when it is let go
+        self._sock = connection._sock
+        self._early = bytearray(_LINE_NBYTES)  # received with a line, not yet used: [at, end)
+        self._view = memoryview(self._early)
+        self._at = self._end = 0
+
+    def exchange(self, commands: Sequence[Command], deadline: float) -> Iterator[Reply]:
+        """Send ``commands`` and give their replies in order.
+
+        Raises:
+            WireError, OSError: nothing after the replies given so far is known.
+        """
+        sent = waiting_nbytes = 0
+        for at, command in enumerate(commands):
+            parts: list[bytes | memoryview] = []
+            while sent < len(commands) and (sent <= at or waiting_nbytes < WINDOW_NBYTES):
+                parts += commands[sent].parts
+                waiting_nbytes += commands[sent].nbytes
+                sent += 1
+            self._send(parts, deadline)
+            yield self._reply(command.into, deadline)
+            waiting_nbytes -= command.nbytes
+
+    def quiet(self) -> bool:
+        """Whether nothing came while nothing was asked. A connection that was closed is not."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return self._at == self._end and not poll.poll(0)
+
+    def close(self) -> None:
+        self._connection.disconnect()
+
+    # Sending
+
+    def _send(self, parts: Iterable[bytes | memoryview], deadline: float) -> None:
+        views = list(_joined(parts))
+        if isinstance(self._sock, ssl.SSLSocket):  # encrypts one piece at a time
+            for view in views:
+                self._sock.settimeout(left(deadline))
+                self._sock.sendall(view)
+            return
+        at = 0
+        while at < len(views):
+            self._sock.settimeout(left(deadline))
+            sent = self._sock.sendmsg(views[at : at + _PARTS])
+            while at < len(views) and sent >= len(views[at]):
+                sent -= len(views[at])
+                at += 1
+            if sent:
+                views[at] = views[at][sent:]
+
+    # Receiving
+
+    def _reply(self, into: memoryview | None, deadline: float) -> Reply:
+        line = self._line(deadline)
+        kind, rest = line[:1], line[1:]
+        if kind == b"+":
+            return 1
+        if kind == b"-":
+            text = rest.decode(errors="replace")
+            return Refused(text.partition(" ")[0], text)
+        if line == b"$-1":
+            return None
+        if kind in (b":", b"$") and rest.isdigit():
+            return int(rest) if kind == b":" else self._value(int(rest), into, deadline)
+        raise WireError(f"a reply begins with {line[:16]!r}")
+
+    def _value(self, nbytes: int, into: memoryview | None, deadline: float) -> Reply:
+        if into is None:
+            raise WireError("a value where none was asked for")
+        if nbytes <= len(into):
+            self._fill(into[:nbytes], deadline)
+        else:
+            drain = memoryview(bytearray(_DRAIN_NBYTES))
+            for at in range(0, nbytes, _DRAIN_NBYTES):
+                self._fill(drain[: nbytes - at], deadline)
+        if self._line(deadline):
+            raise WireError("a value does not end where it should")
+        if nbytes <= len(into):
+            return nbytes
+        return Refused(TOO_LONG, f"a value of {nbytes} bytes, {len(into)} at most are read")
+
+    def _line(self, deadline: float) -> bytes:
+        while (end := self._early.find(b"\r\n", self._at, self._end)) < 0:
+            rest = self._end - self._at
+            if rest == _LINE_NBYTES:
+                raise WireError("a line without an end")
+            self._early[:rest] = self._early[self._at : self._end]
+            self._at, self._end = 0, rest
+            self._end += self._receive(self._view[rest:], deadline)
+        line = bytes(self._view[self._at : end])
+        self._at = end + 2
+        return line
+
+    def _fill(self, view: memoryview, deadline: float) -> None:
+        have = min(self._end - self._at, len(view))
+        view[:have] = self._view[self._at : self._at + have]
+        self._at += have
+        while have < len(view):
+            have += self._receive(view[have:], deadline)
+
+    def _receive(self, view: memoryview, deadline: float) -> int:
+        self._sock.settimeout(left(deadline))
+        nbytes: int = self._sock.recv_into(view)
+        if not nbytes:
+            raise WireError("the server closed the connection")
+        return nbytes
+
+
+def _joined(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """``parts`` with the small ones between two payloads as one."""
+    small = bytearray()
+    for part in parts:
+        if isinstance(part, memoryview):
+            yield memoryview(small)
+            yield part
+            small = bytearray()
+        else:
+            small += part
+    yield memoryview(small)
