@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcache.lower import Lower
-from kvcache.profiles.errors import listed, nearest, show
+from kvcache.profiles.errors import listed, nearest, show, show_option
 from kvcache.profiles.kinds import tier_class
 from kvcache.profiles.lines import TOP, Lines
 from kvcache.profiles.options import Option, converted, from_text, options_of, takes
@@ -110,7 +110,7 @@ class _Reader:
         known = [_variable(name) for name in self._names]
         for variable, text in self._overrides.items():  # the rows took theirs
             self._wrong(
-                f"environment variable {variable} = {show(text)}",
+                f"environment variable {show_option(variable, text)}",
                 f"no such tier; the form is {OVERRIDE}<TIER>__<OPTION>, and the tiers here are "
                 + listed(known)
                 + nearest(variable.removeprefix(OVERRIDE).partition("__")[0], known),
@@ -146,7 +146,7 @@ class _Reader:
         seen = set()
         for place, key, given in self._given(number, table, overrides, options):
             seen.add(key)
-            here = f"{place}: {key} = {show(given)}"
+            here = f"{place}: {show_option(key, given)}"
             if key not in options:
                 allowed = f"takes {listed(options)}{nearest(key, options)}"
                 self._wrong(here, f"no such option; kind {show(kind)} {allowed}")

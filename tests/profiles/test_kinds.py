@@ -13,7 +13,7 @@ from tests.profiles.reading import FRONT, GOOD, only_problem, read
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
 WRONG_KINDS = [
-    ("drma", 'no such kind; there are "disk", "dram"', 'did you mean "dram"?'),
+    ("drma", 'no such kind; there are "disk", "dram", "redis"', 'did you mean "dram"?'),
     ("tape", 'or "pkg.mod:Class"', ""),
     ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
     ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),

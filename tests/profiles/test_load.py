@@ -69,7 +69,8 @@ def test_an_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> 
     with pytest.raises(ProfileError) as caught:
         load_profile(profile, {})
     says = str(caught.value)
-    assert f'profile "{profile}": no such profile; shipped are "l1-disk", "l1-only"' in says
+    names = ", ".join(f'"{name}"' for name in shipped())
+    assert f'profile "{profile}": no such profile; shipped are {names}' in says
     assert 'has a "/" or ends in ".toml"' in says
     assert ('did you mean "l1-only"?' in says) is near
 

@@ -83,7 +83,8 @@ class Server:
         self._process = subprocess.Popen(
             [
                 self._binary, "--bind", "127.0.0.1", *port, "--unixsocket", self.socket,
-                "--dir", self.folder, "--save", "", "--appendonly", "no", *self._options,
+                "--dir", self.folder, "--save", "", "--appendonly", "no",
+                "--repl-diskless-sync-delay", "0", *self._options,
             ],
             stdout=log, stderr=log,
         )  # fmt: skip

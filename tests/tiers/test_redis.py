@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("redis")
 
 from kvcache.testing import TierTests
+from kvcache.tiers.framed import Framed
 from kvcache.tiers.redis import RedisTier
-from kvcache.tiers.framed import Framed, frame_nbytes
 from tests.tiers import servers
 from tests.tiers.servers import Server
 

@@ -232,6 +232,7 @@ class Cluster:
         try:
             if time.monotonic() - self._looked_at < _PAUSE_S:
                 return
+            self._looked_at = time.monotonic()
             well = [address for address, node in self._nodes.items() if not node.failing]
             for address in dict.fromkeys([*well, self._seed]):
                 try:
@@ -244,7 +245,6 @@ class Cluster:
                 else:
                     break
         finally:
-            self._looked_at = time.monotonic()
             self._looking.release()
 
     def _learn(self, ranges: Sequence[tuple[int, int, Address]]) -> None:

@@ -1,0 +1,158 @@
+"""A real cluster: each key at its node, and what becomes of it when slots and nodes move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("redis")
+
+from redis.crc import key_slot
+
+from kvcache.testing import keys_of
+from kvcache.tiers.redis import RedisTier, name_of
+from tests.tiers import servers
+from tests.tiers.servers import Server, agrees, eventually
+from tests.tiers.test_redis_faults import answers, blocks, loaded
+
+KEYS = keys_of("cluster", 60)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[Server]]:
+    with servers.cluster(tmp_path) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def tier(nodes: list[Server]) -> Iterator[RedisTier]:
+    with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=5)) as tier:
+        yield tier
+
+
+def at(node: int, keys: Sequence[bytes] = KEYS) -> list[bool]:
+    """Which keys are at a node, as the cluster was made."""
+    return [16384 * node // 3 <= key_slot(name_of(key)) < 16384 * (node + 1) // 3 for key in keys]
+
+
+def not_at(node: int) -> list[bool]:
+    return [not each for each in at(node)]
+
+
+def tried(tier: RedisTier) -> list[bool]:
+    """What is loaded; nothing while nobody answers."""
+    try:
+        return loaded(tier, KEYS)
+    except ConnectionError:
+        return [False] * len(KEYS)
+
+
+def test_each_key_is_at_its_node(tier: RedisTier, nodes: list[Server]) -> None:
+    assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+    for number, node in enumerate(nodes):
+        there = {name_of(key) for key, its in zip(KEYS, at(number), strict=True) if its}
+        assert set(node.client().keys("*")) == there
+    assert loaded(tier, KEYS[::-1]) == [True] * len(KEYS)
+
+
+def test_a_node_that_dies_takes_its_blocks_and_no_others(
+    tier: RedisTier, nodes: list[Server]
+) -> None:
+    tier.store(KEYS, blocks(KEYS))
+    nodes[1].kill()  # the one that the URL names
+    assert loaded(tier, KEYS) == not_at(1)
+    assert tier.store(KEYS, blocks(KEYS)) == not_at(1)
+    nodes[1].start()
+    eventually(lambda: all(tier.store(KEYS, blocks(KEYS))), "it is asked again")
+    assert loaded(tier, KEYS) == [True] * len(KEYS)
+
+
+def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(nodes: list[Server]) -> None:
+    with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=0.5)) as tier:
+        tier.store(KEYS, blocks(KEYS))
+        with nodes[2].stopped():
+            for _ in range(5):
+                assert loaded(tier, KEYS) == not_at(2)
+        eventually(lambda: all(tried(tier)), "it is asked again")
+
+
+def test_all_nodes_gone_is_a_failure(tier: RedisTier, nodes: list[Server]) -> None:
+    for node in nodes:
+        node.kill()
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            tier.contains(KEYS)
+    for node in nodes:
+        node.start()
+    eventually(lambda: answers_at_all(tier), "it is found again")
+    eventually(lambda: all(tier.store(KEYS, blocks(KEYS))), "it takes blocks again")
+    assert answers(tier, KEYS)
+
+
+def answers_at_all(tier: RedisTier) -> bool:
+    try:
+        return tier.contains(KEYS) == [False] * len(KEYS)
+    except ConnectionError:
+        return False
+
+
+def test_a_slot_that_moves_is_missed_for_a_while(tier: RedisTier, nodes: list[Server]) -> None:
+    source, target = nodes[0].client(), nodes[2].client()
+    key = next(key for key, its in zip(KEYS, at(0), strict=True) if its)
+    slot = key_slot(name_of(key))
+    ids = {
+        client: client.execute_command("CLUSTER", "MYID").decode() for client in (source, target)
+    }
+    tier.store(KEYS, blocks(KEYS))
+
+    target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+    source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+    assert loaded(tier, KEYS) == [True] * len(KEYS)
+    source.migrate("127.0.0.1", nodes[2].port, [name_of(key)], 0, 5000)
+    missed = [each != key for each in KEYS]
+    assert loaded(tier, KEYS) == missed  # the source says ASK
+    assert tier.store([key], blocks([key])) == [False]
+
+    for client in (target, source, nodes[1].client()):
+        client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+    assert loaded(tier, KEYS) in (missed, [True] * len(KEYS))  # the source says MOVED, and where
+    assert loaded(tier, KEYS) == [True] * len(KEYS)
+    assert tier.store([key], blocks([key])) == [True]
+
+
+def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
+    replica = Server(tmp_path / "replica", *nodes[0]._options)
+    try:
+        replica.start()
+        client = replica.client()
+        client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+        eventually(lambda: agrees(replica, 3), "it knows the others")
+        primary = nodes[0].client().execute_command("CLUSTER", "MYID").decode()
+        client.execute_command("CLUSTER", "REPLICATE", primary)
+        with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=5)) as tier:
+            tier.store(KEYS, blocks(KEYS))
+            eventually(lambda: client.dbsize() == sum(at(0)), "it has the blocks")
+            eventually(
+                lambda: client.info("replication")["master_link_status"] == "up", "it follows"
+            )
+            nodes[0].kill()
+            assert loaded(tier, KEYS) == not_at(0)
+            eventually(lambda: all(tried(tier)), "it has taken over")
+            assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+    finally:
+        replica.kill()
+
+
+def test_a_cluster_and_one_server_are_not_taken_for_each_other(
+    tmp_path: Path, nodes: list[Server]
+) -> None:
+    with pytest.raises(ValueError, match="set cluster = true"):
+        RedisTier(url=nodes[0].url, timeout_s=5)
+    with (
+        servers.server(tmp_path / "alone") as alone,
+        pytest.raises(ValueError, match="cluster support disabled"),
+    ):
+        RedisTier(url=alone.url, cluster=True, timeout_s=5)
