@@ -26,7 +26,7 @@ class ProfileError(ValueError):
 
 
 _USER_IN_URL = re.compile(r"(?<=://).*@")
-_SECRET = re.compile(r"passw|passphrase|secret|token|credential|auth", re.IGNORECASE)
+_SECRET = re.compile(r"pas+w|pass|pwd|secret|token|credential|auth", re.IGNORECASE)
 _POINTER = re.compile(r"(_env|_file)$", re.IGNORECASE)
 
 

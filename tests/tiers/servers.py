@@ -169,3 +169,11 @@ def agrees(node: Server, count: int) -> bool:
     text = str(said)
     ok = "cluster_state:ok" in text or (isinstance(said, dict) and said["cluster_state"] == "ok")
     return ok and len(client.execute_command("CLUSTER", "SHARDS")) >= count
+
+
+def speaks_tls(binary: Path) -> bool:
+    """Whether a server was built with TLS: one without does not know the option, or says so."""
+    done = subprocess.run(
+        [binary, "--port", "0", "--tls-port", "1"], capture_output=True, text=True, check=False
+    )
+    return "No tls-cert-file configured" in done.stdout + done.stderr

