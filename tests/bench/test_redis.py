@@ -40,7 +40,7 @@ pytestmark = [
 TOTAL = 256 << 20  # bytes of one measurement
 CALL = 16 << 20  # bytes of one call, as the stack makes them
 CONNECTIONS = 2  # calls under way, as the stack has them
-ROUNDS = 7
+ROUNDS = 9
 
 PEER = """
 import socket, sys
@@ -116,7 +116,9 @@ class Calls:
 class Peer:
     """Bare sockets to another process: as many bytes there, and as many back."""
 
-    def __init__(self, kind: str, folder: Path, views: Sequence[memoryview]) -> None:
+    def __init__(
+        self, kind: str, folder: Path, pool: ThreadPoolExecutor, views: Sequence[memoryview]
+    ) -> None:
         where = str(folder / "p") if kind == "unix" else str(servers.free_port())
         self._share = TOTAL // CONNECTIONS
         self._process = subprocess.Popen(
@@ -129,18 +131,25 @@ class Peer:
             sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
             sock.connect(where if kind == "unix" else ("127.0.0.1", int(where)))
             self._socks.append(sock)
+        self._pool = pool
         self._views = views
+
+    def store(self) -> None:
+        list(self._pool.map(self._store, range(CONNECTIONS)))
+
+    def load(self) -> None:
+        list(self._pool.map(self._load, range(CONNECTIONS)))
 
     def _mine(self, at: int) -> Sequence[memoryview]:
         many = len(self._views) // CONNECTIONS
         return self._views[at * many : (at + 1) * many]
 
-    def store(self, at: int) -> None:
+    def _store(self, at: int) -> None:
         for view in self._mine(at):
             self._socks[at].sendall(view)
         self._socks[at].recv(1)
 
-    def load(self, at: int) -> None:
+    def _load(self, at: int) -> None:
         for view in self._mine(at):
             got = 0
             while got < len(view):
@@ -171,7 +180,7 @@ def test_as_fast_as_the_server(tmp_path: Path, kind: str, nbytes: int) -> None:
     with (
         servers.server(tmp_path / "redis", binary=Path(REDIS or "")) as server,
         ThreadPoolExecutor(CONNECTIONS) as pool,
-        closing(Peer(kind, tmp_path, views)) as peer,
+        closing(Peer(kind, tmp_path, pool, views)) as peer,
     ):
         url = server.url if kind == "tcp" else f"unix://{server.socket}"
         client = server.client()
@@ -194,13 +203,8 @@ def test_as_fast_as_the_server(tmp_path: Path, kind: str, nbytes: int) -> None:
                         calls = Calls(tier, pool, views)
                         note(f"store {name}", *gb_s(TOTAL, calls.store))
                         note(f"load {name}", *gb_s(TOTAL, calls.load))
-                note(
-                    "store socket",
-                    *gb_s(TOTAL, lambda: [*pool.map(peer.store, range(CONNECTIONS))]),
-                )
-                note(
-                    "load socket", *gb_s(TOTAL, lambda: [*pool.map(peer.load, range(CONNECTIONS))])
-                )
+                note("store socket", *gb_s(TOTAL, peer.store))
+                note("load socket", *gb_s(TOTAL, peer.load))
 
     def ratio(way: str, name: str) -> float:
         pairs = zip(rates[f"{way} {name}"], rates[f"{way} benchmark"], strict=True)

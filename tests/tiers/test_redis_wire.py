@@ -159,10 +159,12 @@ def test_no_more_is_asked_for_than_the_window_holds(monkeypatch: pytest.MonkeyPa
         send(self, parts, deadline)
 
     with Scripted(right) as server, closing(opened(server)) as tier:
-        monkeypatch.setattr(wire, "WINDOW_NBYTES", 2 * NBYTES)
         monkeypatch.setattr(wire.Wire, "_send", counted)
-        assert loaded(tier) == [True] * 4
-    assert sent == [2, 1, 1, 0]
+        for blocks, sends in ((1, [2, 1, 1, 0]), (3, [3, 1, 0, 0]), (9, [4, 0, 0, 0])):
+            monkeypatch.setattr(wire, "WINDOW_NBYTES", blocks * NBYTES)
+            assert loaded(tier) == [True] * 4
+            assert sent == sends
+            sent.clear()
 
 
 def test_a_server_that_drips_holds_nobody_past_the_deadline() -> None:

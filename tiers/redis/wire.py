@@ -6,8 +6,8 @@ Always true here:
   whole and as RESP2 writes it, is a :class:`WireError`, and this connection is not used again.
 * A payload is sent from where it lies and received where it belongs; only the few bytes that came
   with a reply's first line are copied.
-* What was asked for and not answered is at most ``WINDOW_NBYTES`` and one command more: enough to
-  keep a server at work, too little to fill its memory with replies.
+* Asked for and not answered are two commands, or as many as ``WINDOW_NBYTES`` hold: enough to keep
+  a server at work, too little to fill its memory with replies or to outgrow a processor's cache.
 * No wait goes past the deadline, a time of ``time.monotonic()``.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from redis.connection import AbstractConnection
 
-WINDOW_NBYTES = 4 << 20
+WINDOW_NBYTES = 2 << 20
 
 TOO_LONG = "TOOLONG"
 """The code of a value that is longer than its buffer; it was read past, and not kept."""
@@ -101,7 +101,7 @@ class Wire:
         sent = waiting_nbytes = 0
         for at, command in enumerate(commands):
             parts: list[bytes | memoryview] = []
-            while sent < len(commands) and (sent <= at or waiting_nbytes < WINDOW_NBYTES):
+            while sent < len(commands) and (sent < at + 2 or waiting_nbytes < WINDOW_NBYTES):
                 parts += commands[sent].parts
                 waiting_nbytes += commands[sent].nbytes
                 sent += 1
