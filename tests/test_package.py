@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("core", "tiers", "profiles")
-TEST_WITH = ("pytest>=9", "hypothesis", "opentelemetry-sdk")
+TEST_WITH = ("pytest>=9", "hypothesis", "opentelemetry-sdk", "redis>=6")  # a profile has redis
 NOT_PUBLISHED = (".*", "build", "dist", "*.egg-info", "__pycache__")
 
 
