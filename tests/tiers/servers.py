@@ -104,6 +104,11 @@ class Server:
         """A client that goes around everything a test looks at."""
         return redis.Redis(unix_socket_path=self.socket, retry=None, **self.login)
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def signal(self, number: int) -> None:
         assert self._process is not None
         self._process.send_signal(number)

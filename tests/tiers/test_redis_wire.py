@@ -119,9 +119,9 @@ def test_an_error_for_one_key_is_that_keys_and_the_connection_goes_on() -> None:
         assert server.connections == 1
 
 
-def test_what_comes_after_the_last_reply_is_nobodys_answer() -> None:
+@pytest.mark.parametrize("wrong", [value(b"?" * NBYTES), value(b"?"), b"+OK\r\n"])
+def test_what_comes_after_the_last_reply_is_nobodys_answer(wrong: bytes) -> None:
     """Two replies to one command: the second must not be taken for the next call's first."""
-    wrong = value(b"?" * NBYTES)
     script = once(lambda words: right(words) + wrong, 3)
     with Scripted(script) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * 4
