@@ -19,6 +19,7 @@ class Scripted:
     Attributes:
         heard: commands in the order in which they came, all connections together.
         connections: made so far.
+        hangs_up: on whoever connects from now on.
     """
 
     def __init__(self, script: Callable[[list[bytes]], bytes]) -> None:
@@ -27,7 +28,7 @@ class Scripted:
         self._open: list[socket.socket] = []
         self.heard: list[list[bytes]] = []
         self.connections = 0
-        self.more = threading.Condition()
+        self.hangs_up = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -45,15 +46,13 @@ class Scripted:
     def _talk(self, sock: socket.socket) -> None:
         with suppress(OSError), sock, sock.makefile("rb") as file:
             try:
-                while words := read(file):
+                while not self.hangs_up and (words := read(file)):
                     if words[0] == b"CLIENT":
                         sock.sendall(b"+OK\r\n")
                     elif words[-1].startswith(b"kvcache:1:start:"):
                         sock.sendall(b":0\r\n")
                     else:
-                        with self.more:
-                            self.heard.append(words)
-                            self.more.notify_all()
+                        self.heard.append(words)
                         sock.sendall(self._script(words))
             except Hangup as last:
                 sock.sendall(*last.args)

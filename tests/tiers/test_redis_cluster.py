@@ -15,6 +15,8 @@ from redis.crc import key_slot
 
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier, name_of
+from kvcache.tiers.redis.nodes import Node
+from kvcache.tiers.redis.wire import Reply
 from tests.tiers import servers
 from tests.tiers.servers import Server, agrees, eventually
 from tests.tiers.test_redis_faults import answers, blocks, loaded
@@ -71,12 +73,26 @@ def test_a_node_that_dies_takes_its_blocks_and_no_others(
     assert loaded(tier, KEYS) == [True] * len(KEYS)
 
 
-def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(nodes: list[Server]) -> None:
+def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(
+    nodes: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ask = Node.ask
+
+    def counted(node: Node, *arguments: Any) -> list[Reply]:
+        asked.append(node.address.port)
+        return ask(node, *arguments)
+
     with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=0.5)) as tier:
         tier.store(KEYS, blocks(KEYS))
+        monkeypatch.setattr(Node, "ask", counted)
+        monkeypatch.setattr("kvcache.tiers.redis.nodes._PAUSE_S", 3600)
         with nodes[2].stopped():
             for _ in range(5):
                 assert loaded(tier, KEYS) == not_at(2)
+        assert asked.count(nodes[2].port) == 1  # once, and then it rests
+        assert asked.count(nodes[0].port) == 5
+        monkeypatch.setattr("kvcache.tiers.redis.nodes._PAUSE_S", 0.1)
         eventually(lambda: all(tried(tier)), "it is asked again")
 
 

@@ -182,6 +182,17 @@ def test_a_server_that_drips_holds_nobody_past_the_deadline() -> None:
         over.set()
 
 
+def test_a_connection_that_fails_is_tried_once_in_a_call() -> None:
+    with Scripted(right) as server, closing(opened(server)) as tier:
+        assert loaded(tier) == [True] * 4
+        server.hangs_up = True
+        for connections in (2, 3):
+            tier._servers.close()
+            with pytest.raises(ConnectionError):
+                loaded(tier)
+            assert server.connections == connections
+
+
 @pytest.fixture(scope="module")
 def noise() -> Iterator[tuple[Scripted, RedisTier, list[bytes]]]:
     said: list[bytes] = []

@@ -14,10 +14,12 @@ Always true here:
 from __future__ import annotations
 
 import select
+import socket
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from redis.connection import AbstractConnection
 
@@ -26,6 +28,7 @@ WINDOW_NBYTES = 2 << 20
 TOO_LONG = "TOOLONG"
 """The code of a value that is longer than its buffer; it was read past, and not kept."""
 
+_LOCAL_SEND_NBYTES = 256 << 10  # in the kernel's hands, to a server on this machine
 _LINE_NBYTES = 512  # of a reply's line: a number, or an error in words
 _PARTS = 1024  # that the kernel takes in one call
 _DRAIN_NBYTES = 1 << 16
@@ -88,6 +91,10 @@ class Wire:
     def __init__(self, connection: AbstractConnection) -> None:
         self._connection = connection  # closes its socket when it is let go
         self._sock = connection._sock
+        if _is_local(self._sock):
+            # Left alone, this buffer grows to megabytes, which have left the processor's cache when
+            # the server reads them. To another machine it has to: bytes are under way there.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_NBYTES)
         self._early = bytearray(_LINE_NBYTES)  # received with a line, not yet used: [at, end)
         self._view = memoryview(self._early)
         self._at = self._end = 0
@@ -193,6 +200,12 @@ class Wire:
         if not nbytes:
             raise WireError("the server closed the connection")
         return nbytes
+
+
+def _is_local(sock: socket.socket) -> bool:
+    """Whether the other end is on this machine, by TCP."""
+    tcp = sock.family in {socket.AF_INET, socket.AF_INET6}
+    return tcp and ip_address(sock.getpeername()[0]).is_loopback
 
 
 def _joined(parts: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
