@@ -15,8 +15,9 @@ from redis.crc import key_slot
 
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier, name_of
-from kvcache.tiers.redis.nodes import Node
-from kvcache.tiers.redis.wire import Reply
+from kvcache.tiers.redis.login import Address, Login
+from kvcache.tiers.redis.nodes import Cluster, Node
+from kvcache.tiers.redis.wire import Refused, Reply
 from tests.tiers import servers
 from tests.tiers.servers import Server, agrees, eventually
 from tests.tiers.test_redis_faults import answers, blocks, loaded
@@ -161,6 +162,28 @@ def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
             assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
     finally:
         replica.kill()
+
+
+def test_an_old_map_is_asked_for_once_a_second_however_many_calls_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    asked: list[float] = []
+    here = Address("127.0.0.1", 1)
+
+    def slots_of(*_: object) -> list[tuple[int, int, Address]]:
+        asked.append(now)
+        return [(0, 16383, here)]
+
+    monkeypatch.setattr("kvcache.tiers.redis.nodes._slots_of", slots_of)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    cluster = Cluster(here, Login(), 1)
+    for tenths in range(31):
+        now = 100 + tenths / 10
+        assert [type(node) for node in cluster.nodes_of([b"name"], now + 1)] == [Node]
+        cluster.heard(Refused("MOVED", "MOVED 5 127.0.0.1:1"))
+    monkeypatch.undo()
+    assert asked == [100, 101, 102, 103]
 
 
 def test_a_cluster_lets_in_who_has_the_password(

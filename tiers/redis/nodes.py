@@ -233,8 +233,8 @@ class Cluster:
             if time.monotonic() - self._looked_at < _PAUSE_S:
                 return
             self._looked_at = time.monotonic()
-            well = [address for address, node in self._nodes.items() if not node.failing]
-            for address in dict.fromkeys([*well, self._seed]):
+            nodes = sorted(self._nodes.values(), key=lambda node: node.failing)
+            for address in dict.fromkeys([*(node.address for node in nodes), self._seed]):
                 try:
                     # Half of what is left: a node that hangs leaves time to ask another.
                     self._learn(_slots_of(self._login, address, left(deadline) / 2))
