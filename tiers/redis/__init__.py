@@ -144,7 +144,9 @@ class RedisTier(Tier):
             self.remove(unfit)
         return [reply if isinstance(reply, int) else 0 for reply in replies]
 
-    def store(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
         names = [name_of(key) for key in keys]
         commands = [
             command(b"SET", name, block, b"NX", *self._ttl)
