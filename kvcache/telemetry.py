@@ -25,7 +25,7 @@ from typing import Final
 
 from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import INVALID_SPAN, Link, Span, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 _tracer = trace.get_tracer("kvcache")  # a proxy: it finds a provider that is installed later
@@ -92,6 +92,14 @@ def below(span: Span, name: str) -> Span:
     if not span.is_recording():
         return INVALID_SPAN
     return _tracer.start_span(name, trace.set_span_in_context(span))
+
+
+def client(span: Span, name: str, attributes: Attributes) -> Span:
+    """As :func:`below`, of a call to a server: by the conventions of what it speaks."""
+    if not span.is_recording():
+        return INVALID_SPAN
+    above = trace.set_span_in_context(span)
+    return _tracer.start_span(name, above, SpanKind.CLIENT, attributes)
 
 
 def after(span: Span, name: str) -> Span:

@@ -21,6 +21,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from kvcache import telemetry
 from kvcache.keys import DIGEST_NBYTES
 from kvcache.tier import Tier
 from kvcache.tiers.redis.login import Login, check_files, read_password, read_url
@@ -100,6 +103,7 @@ class RedisTier(Tier):
         else:
             self._servers = OneServer(Node(address, login, connections))
         ttl = str(ttl_s).encode()
+        self._database = database
         self._get = (b"GETEX", b"EX", ttl) if ttl_s else (b"GET",)
         self._ttl = (b"EX", ttl) if ttl_s else ()
         self._timeout_s = timeout_s
@@ -115,7 +119,7 @@ class RedisTier(Tier):
     def _greet(self) -> None:
         """See whether a server that can be reached lets us in and is what the profile says."""
         names = [b"kvcache:1:start:%d" % at for at in range(64)]  # some in any part of a cluster
-        replies = self._ask(names, [command(b"EXISTS", name) for name in names])
+        replies = self._ask("EXISTS", names, [command(b"EXISTS", name) for name in names])
         for reply in replies:
             if isinstance(reply, Refused) and reply.code in _FOR_GOOD:
                 hint = "; is it a cluster? then set cluster = true" if reply.code == "MOVED" else ""
@@ -123,7 +127,7 @@ class RedisTier(Tier):
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         names = [name_of(key) for key in keys]
-        replies = self._answers(names, [command(b"EXISTS", name) for name in names])
+        replies = self._answers("EXISTS", names, [command(b"EXISTS", name) for name in names])
         return [reply == 1 for reply in replies]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
@@ -134,7 +138,7 @@ class RedisTier(Tier):
         commands = [
             command(verb, name, *options, into=view) for name, view in zip(names, into, strict=True)
         ]
-        replies = self._answers(names, commands)
+        replies = self._answers(verb.decode(), names, commands)
         unfit = [
             key
             for key, reply in zip(keys, replies, strict=True)
@@ -152,29 +156,31 @@ class RedisTier(Tier):
             command(b"SET", name, block, b"NX", *self._ttl)
             for name, block in zip(names, blocks, strict=True)
         ]
-        replies = self._answers(names, commands)
+        replies = self._answers("SET", names, commands)
         return [reply is None or reply == 1 for reply in replies]  # None: it was there
 
     def remove(self, keys: Sequence[bytes]) -> None:
         names = [name_of(key) for key in keys]
-        self._answers(names, [command(b"UNLINK", name) for name in names])
+        self._answers("UNLINK", names, [command(b"UNLINK", name) for name in names])
 
     def close(self) -> None:
         self._closed = True
         self._servers.close()
         self._threads.shutdown(wait=False)
 
-    def _answers(self, names: Sequence[bytes], commands: Sequence[Command]) -> list[Reply]:
+    def _answers(
+        self, verb: str, names: Sequence[bytes], commands: Sequence[Command]
+    ) -> list[Reply]:
         """The reply to each command. Raises ConnectionError if nobody replied to any."""
         if self._closed:
             return [Refused(NO_ANSWER, "the tier is closed")] * len(names)
-        replies = self._ask(names, commands)
+        replies = self._ask(verb, names, commands)
         refused = [reply for reply in replies if isinstance(reply, Refused)]
         if refused and len(refused) == len(replies) and all(r.code in _NOBODY for r in refused):
             raise ConnectionError(refused[0].text)
         return replies
 
-    def _ask(self, names: Sequence[bytes], commands: Sequence[Command]) -> list[Reply]:
+    def _ask(self, verb: str, names: Sequence[bytes], commands: Sequence[Command]) -> list[Reply]:
         """The reply to each command, of each node in its own thread when there are several."""
         deadline = time.monotonic() + self._timeout_s
         replies: list[Reply] = [None] * len(names)
@@ -185,8 +191,14 @@ class RedisTier(Tier):
             else:
                 replies[at] = node
 
+        above = telemetry.current()  # threads do not know it
+
         def ask(node: Node, share: Sequence[int]) -> None:
+            span = self._call(above, verb, node, len(share))
             answers = node.ask([commands[at] for at in share], deadline)
+            wrong = next((reply.code for reply in answers if isinstance(reply, Refused)), None)
+            status = {"db.response.status_code": wrong} if wrong else {}
+            telemetry.end(span, status, error=wrong)
             for at, reply in zip(share, answers, strict=True):
                 replies[at] = reply
 
@@ -204,6 +216,24 @@ class RedisTier(Tier):
             if isinstance(reply, Refused):
                 self._heard(reply)
         return replies
+
+    def _call(self, above: Span, verb: str, node: Node, count: int) -> Span:
+        """A span of one exchange with a server, by OpenTelemetry's conventions for Redis."""
+        if not above.is_recording():
+            return INVALID_SPAN
+        address = node.address
+        name = f"PIPELINE {verb}" if count > 1 else verb
+        attributes: dict[str, str | int] = {
+            "db.system.name": "redis",
+            "db.operation.name": name,
+            "db.namespace": str(self._database),
+            "server.address": address.path or address.host,
+        }
+        if not address.path:
+            attributes["server.port"] = address.port
+        if count > 1:
+            attributes["db.operation.batch.size"] = count
+        return telemetry.client(above, name, attributes)
 
     def _heard(self, refused: Refused) -> None:
         self._servers.heard(refused)
