@@ -192,6 +192,21 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, keys_of("more", 3), new[-1]) == 0, "a chain made room for itself"
         self.check_idle(tier)
 
+    def test_hints_take_nothing_away_and_promise_nothing(self, tier: FrontTier) -> None:
+        chain, new = self.chain(tier, "hint"), self.chain(tier, "new")
+        self.fill(tier, chain)
+        tier.done(keys_of("never there", 2))
+        tier.keep(keys_of("never there", 2), 60.0)
+        tier.keep(chain, 1e6)
+        tier.done(chain[2:])
+        self.check_load(tier, chain, [True] * len(chain))
+        with tier.pin(chain[:4]) as lease:
+            tier.done(chain)
+            assert self.fill(tier, new) == len(chain) - 4, "kept for ever, or pinned and let go"
+            self.check_views(lease)
+        self.check_load(tier, chain[:4], [True] * 4)
+        self.check_idle(tier)
+
     def test_a_dropped_block_is_read_to_the_end(self, tier: FrontTier) -> None:
         old, new = self.chain(tier, "old"), self.chain(tier, "new")
         self.fill(tier, old[:4])

@@ -68,6 +68,16 @@ class KeepsWhatReadersDistrust(WrongDram):
         super()._release(lease, frozenset())
 
 
+class DoneIsRemoved(WrongDram):
+    def done(self, keys: Sequence[bytes]) -> None:
+        self.remove(keys)
+
+
+class KeepsForEver(WrongDram):
+    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+        self.pin(keys)
+
+
 class LeaseThatEndsOften(Lease):
     def end(self, failed: Iterable[bytes] = ()) -> None:
         if not self.ended:
@@ -233,6 +243,8 @@ WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     PublishesFailures: {"test_an_exception_is_a_failure", "test_what_failed_is_given_up_alone"},
     FailsAll: {"test_what_failed_is_given_up_alone"},
     KeepsWhatReadersDistrust: {"test_an_exception_is_a_failure"},
+    DoneIsRemoved: {"test_hints_take_nothing_away_and_promise_nothing"},
+    KeepsForEver: {"test_hints_take_nothing_away_and_promise_nothing"},
     EndsOften: {"test_a_lease_ends_exactly_once"},
     LendsWhatIsBeingFilled: {"test_of_several_threads_one_fills_a_block"},
     AllOrNothing: {"test_a_lease_is_shorter_when_there_is_no_room"},
