@@ -1,0 +1,111 @@
+"""The whole stack over a real server, through a tier that goes wrong in every way; and two stacks.
+
+The machine is that of tests/core/test_lower_faults.py; what it keeps below is in the server.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, run_state_machine_as_test
+
+pytest.importorskip("redis")
+
+from kvcache import Stack
+from kvcache.profiles import open_stack
+from kvcache.slab import PAGE
+from kvcache.testing import block_of, keys_of
+from kvcache.tiers.redis import RedisTier
+from tests.core.below import LONG
+from tests.core.test_lower_faults import Faults
+from tests.tiers import servers
+from tests.tiers.servers import Server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+class InServer(dict[bytes, bytes]):
+    """What a tier holds, a block at a time, as if it were a dictionary."""
+
+    def __init__(self, tier: RedisTier) -> None:
+        self._tier = tier
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, bytes)
+        return self._tier.contains([key])[0]
+
+    def get(self, key: bytes, default: bytes = b"") -> bytes:  # type: ignore[override]
+        buffer = memoryview(bytearray(PAGE))
+        [nbytes] = self._tier.load([key], [buffer])
+        return bytes(buffer[:nbytes]) if nbytes else default
+
+    def __setitem__(self, key: bytes, block: bytes) -> None:
+        assert self._tier.store([key], [memoryview(block)]) == [True]
+
+    def pop(self, key: bytes, default: bytes = b"") -> bytes:  # type: ignore[override]
+        self._tier.remove([key])
+        return default
+
+
+def test_the_stack_is_right_whatever_goes_wrong_on_the_way(server: Server) -> None:
+    with closing(RedisTier(url=server.url, timeout_s=30)) as tier:
+
+        class FaultsBeforeAServer(Faults):
+            @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4))
+            def open(self, slots: int, pieces: int) -> None:
+                super().open(slots, pieces)
+                server.client().flushall()
+                self.below.tiers[0].held = InServer(tier)
+
+        run_state_machine_as_test(
+            FaultsBeforeAServer,
+            settings=settings(max_examples=25, stateful_step_count=25, deadline=None),
+        )
+
+
+def test_engines_that_write_the_same_blocks_at_once_leave_one_of_each(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.client().flushall()
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "1MiB")
+    monkeypatch.setenv("KVCACHE__REDIS__URL", server.url)
+    monkeypatch.setenv("KVCACHE__REDIS__TIMEOUT_S", "30")
+    monkeypatch.setenv("KVCACHE__REDIS__DEADLINE_S", "30")
+    keys, engines = keys_of("a", 40), 3
+    start = threading.Barrier(engines)
+
+    def compute(stack: Stack) -> None:
+        start.wait(LONG)
+        for at in range(0, len(keys), 4):
+            with stack.reserve(keys[at : at + 4], keys[at - 1] if at else None) as lease:
+                for key, view in zip(lease.keys, lease.views, strict=True):
+                    view[:] = block_of(key, PAGE)
+
+    with ExitStack() as opened:
+        stacks = [
+            opened.enter_context(open_stack("l1-redis", block_nbytes=PAGE, space=b"s" * 32))
+            for _ in range(engines)
+        ]
+        threads = [threading.Thread(target=compute, args=(stack,)) for stack in stacks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for stack in stacks:
+            assert stack.flush(LONG)
+            [lower] = stack.stats().lower
+            assert (lower.errors, lower.declined_blocks, lower.dropped_blocks) == (0, 0, 0)
+            assert lower.stored_blocks + lower.known_blocks == len(keys)
+        assert server.client().dbsize() == len(keys)
+        stacks[0].front.clear()
+        with stacks[0].fetch(stacks[0].match(keys).result(LONG)).result(LONG) as lease:
+            assert [bytes(view) for view in lease.views] == [block_of(key, PAGE) for key in keys]
