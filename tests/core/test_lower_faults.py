@@ -12,18 +12,19 @@ class Faults(RuleBasedStateMachine):
     """The whole stack over a tier that goes wrong in every way, against what was really stored."""
 
     reading: Bundle[Lease] = Bundle("reading")
-    chains = st.text("01", min_size=1, max_size=6)
+    chains = st.sampled_from(["0", "00", "000", "00000", "001", "00111", "1", "11"])
 
-    @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4))
-    def open(self, slots: int, pieces: int) -> None:
+    @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10))
+    def open(self, slots: int, pieces: int, queue: int) -> None:
         self.below = Below(slots=slots, pieces=pieces)
+        self.below.lower[0]._queue_blocks = queue  # more than a stack so small would have
         self.out: list[Lease] = []
 
     @staticmethod
     def keys(chain: str) -> list[bytes]:
         return [chain[: at + 1].encode() for at in range(len(chain))]
 
-    @rule(fault=st.sampled_from(["", "", "raise", "hole", "short", "count", "lie", "decline"]))
+    @rule(fault=st.sampled_from([*[""] * 12, "raise", "hole", "short", "count", "lie", "decline"]))
     def goes_wrong(self, fault: str) -> None:
         self.below.tiers[0].fault = fault
 
@@ -49,9 +50,11 @@ class Faults(RuleBasedStateMachine):
         if (coming := self.below.stack.prefetch(self.keys(chain))) is not None:
             coming.result(LONG)
 
-    @rule()
-    def l1_is_lost(self) -> None:
+    @rule(chain=chains)
+    def l1_is_lost_and_asked_for(self, chain: str) -> None:
+        assert self.below.stack.flush(LONG)
         self.below.front.clear()
+        self.below.fetch(self.keys(chain)).end()
 
     @rule()
     def clear(self) -> None:
@@ -81,5 +84,5 @@ class Faults(RuleBasedStateMachine):
         self.below.stack.close()
 
 
-Faults.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+Faults.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestFaults = Faults.TestCase

@@ -60,15 +60,17 @@ def test_the_stack_is_right_whatever_goes_wrong_on_the_way(server: Server) -> No
     with closing(RedisTier(url=server.url, timeout_s=30)) as tier:
 
         class FaultsBeforeAServer(Faults):
-            @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4))
-            def open(self, slots: int, pieces: int) -> None:
-                super().open(slots, pieces)
+            @initialize(
+                slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10)
+            )
+            def open(self, slots: int, pieces: int, queue: int) -> None:
+                super().open(slots, pieces, queue)
                 server.client().flushall()
                 self.below.tiers[0].held = InServer(tier)
 
         run_state_machine_as_test(
             FaultsBeforeAServer,
-            settings=settings(max_examples=25, stateful_step_count=25, deadline=None),
+            settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
         )
 
 
