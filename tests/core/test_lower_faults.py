@@ -7,6 +7,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvcache import Lease
 from tests.core.below import LONG, Below
 
+FAULTS = [*[""] * 6, "raise", "hole", "short", "count", "lie", "decline"]
+
 
 class Faults(RuleBasedStateMachine):
     """The whole stack over a tier that goes wrong in every way, against what was really stored."""
@@ -24,7 +26,7 @@ class Faults(RuleBasedStateMachine):
     def keys(chain: str) -> list[bytes]:
         return [chain[: at + 1].encode() for at in range(len(chain))]
 
-    @rule(fault=st.sampled_from([*[""] * 12, "raise", "hole", "short", "count", "lie", "decline"]))
+    @rule(fault=st.sampled_from(FAULTS))
     def goes_wrong(self, fault: str) -> None:
         self.below.tiers[0].fault = fault
 
@@ -50,10 +52,11 @@ class Faults(RuleBasedStateMachine):
         if (coming := self.below.stack.prefetch(self.keys(chain))) is not None:
             coming.result(LONG)
 
-    @rule(chain=chains)
-    def l1_is_lost_and_asked_for(self, chain: str) -> None:
+    @rule(chain=chains, fault=st.sampled_from(FAULTS))
+    def l1_is_lost_and_asked_for(self, chain: str, fault: str) -> None:
         assert self.below.stack.flush(LONG)
         self.below.front.clear()
+        self.below.tiers[0].fault = fault
         self.below.fetch(self.keys(chain)).end()
 
     @rule()
