@@ -55,7 +55,10 @@ class Faults(RuleBasedStateMachine):
     @rule(chain=chains, fault=st.sampled_from(FAULTS))
     def l1_is_lost_and_asked_for(self, chain: str, fault: str) -> None:
         assert self.below.stack.flush(LONG)
-        self.below.front.clear()
+        front = self.below.front
+        front.clear()
+        for slot in front._index._free:  # or what is not read would be there from before
+            front.slab.view(slot)[:] = b"\xee" * len(front.slab.view(slot))
         self.below.tiers[0].fault = fault
         self.below.fetch(self.keys(chain)).end()
 
