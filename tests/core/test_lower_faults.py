@@ -53,7 +53,10 @@ class Faults(RuleBasedStateMachine):
             coming.result(LONG)
 
     @rule(chain=chains, fault=st.sampled_from(FAULTS))
-    def l1_is_lost_and_asked_for(self, chain: str, fault: str) -> None:
+    def stored_and_lost_and_asked_for(self, chain: str, fault: str) -> None:
+        self.below.tiers[0].fault = ""
+        self.pause_ends()
+        self.below.put(self.keys(chain))
         assert self.below.stack.flush(LONG)
         front = self.below.front
         front.clear()
