@@ -94,7 +94,7 @@ class Below:
     @property
     def awake(self) -> bool:
         """Whether there is anybody to ask."""
-        return any(not lower.asleep for lower in self.lower)
+        return any(not lower.link.asleep for lower in self.lower)
 
     def submit(self, call: Callable[..., T], *arguments: object) -> Future[T]:
         """Have ``call`` made in a thread that may wait for lower tiers."""
@@ -143,7 +143,7 @@ class Below:
     def _skip(self, lower: Lower, name: str, keys: Sequence[bytes], span: Span) -> None:
         lower.skipped(name, len(keys), span)
         if lower.look_again():
-            self.submit(self._try, lower, keys[: lower.blocks_per_call])
+            self.submit(self._try, lower, keys[: lower.link.blocks_per_call])
 
     def _try(self, lower: Lower, keys: Sequence[bytes]) -> None:
         """Read what ``lower`` has of ``keys``, to see how long it takes."""
@@ -196,8 +196,8 @@ class Below:
         """
         lower = self.lower[source - 1] if source else None
         climb = telemetry.below(span, telemetry.TIER_LOAD) if lower else INVALID_SPAN
-        size = lower.blocks_per_call if lower else len(keys)
-        patience_s = max(lower.deadline_s for lower in self.lower)
+        size = lower.link.blocks_per_call if lower else len(keys)
+        patience_s = max(lower.link.deadline_s for lower in self.lower)
         begun, well = self._clock(), True
         pieces: list[_Piece] = []
         coming: deque[_Piece] = deque()  # those of them that nobody has waited for

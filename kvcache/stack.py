@@ -92,7 +92,7 @@ class Stack:
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             for lower in self._below.lower:
-                lower.used(lease.keys, failed, span)
+                lower.writes.used(lease.keys, failed, span)
             self._ended(span, telemetry.HIT, match.blocks, lease, failed)
 
         def lent(lease: Lease) -> Lease:
@@ -181,7 +181,7 @@ class Stack:
                 pairs = zip(lease.keys, before, strict=True)
                 stored = {key: parent for key, parent in pairs if key not in failed}
                 for lower, space in zip(self._below.lower, spaces, strict=True):
-                    lower.stored(stored, space, span)
+                    lower.writes.stored(stored, space, span)
             self._ended(span, telemetry.STORED, len(keys), lease, failed)
 
         lease.span = span
@@ -223,7 +223,7 @@ class Stack:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every lower tier was offered what was stored; whether that came about."""
-        return all(lower.flush(timeout_s) for lower in self._below.lower)
+        return all(lower.writes.flush(timeout_s) for lower in self._below.lower)
 
     def stats(self) -> StackStats:
         """Counts at this moment."""

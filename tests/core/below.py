@@ -45,7 +45,7 @@ class Below:
             for at, tier in enumerate(self.tiers, 2)
         ]
         for lower in self.lower:
-            lower.blocks_per_call = pieces
+            lower.link.blocks_per_call = pieces
         self.stack = Stack(self.front, self.lower, profile="test", clock=clock)
 
     def put(self, keys: list[bytes], after: bytes | None = None) -> int:
@@ -70,15 +70,15 @@ class Below:
     def hang(self, match: Match) -> None:
         """Fetch until a call hangs in the tier, and whoever waited for it has given up."""
         [lower] = self.lower
-        lower._health.breaker._limit = 1 << 30
-        before, lower.deadline_s = lower.deadline_s, 0.01
+        lower.link.health.breaker._limit = 1 << 30
+        before, lower.link.deadline_s = lower.link.deadline_s, 0.01
         self.tiers[0].gate.clear()
         while True:
             with self.stack.fetch(match).result(LONG) as lease:
                 assert not lease.keys
             if self.tiers[0].waiting.acquire(blocking=False):
                 break  # else it was given up before it began
-        lower.deadline_s = before
+        lower.link.deadline_s = before
 
     def got(self, keys: list[bytes], start: int = 0) -> int:
         with self.fetch(keys, start) as lease:

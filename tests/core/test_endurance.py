@@ -67,7 +67,7 @@ class Traffic:
             writes=writes,
             clock=itertools.count(0, 0.02).__next__,  # so that pauses end, however fast this runs
         )
-        self.lower.blocks_per_call = 4
+        self.lower.link.blocks_per_call = 4
         self.stack = Stack(self.front, [self.lower], profile="test")
         self.chats = [(0, 1)] * 12  # which chat a user talks in, and its turns so far
         self.names = itertools.count(1)
@@ -123,7 +123,7 @@ class Traffic:
 
     def tier_is_late(self, keys: list[bytes]) -> None:
         """Fetch until a call hangs and whoever waits has given up; then have the call end."""
-        self.lower.deadline_s = 0.01
+        self.lower.link.deadline_s = 0.01
         self.tier.gate.clear()
         for _ in range(5000):  # it may be given up before it began, or not asked for a while
             self.stack.fetch(Match(keys, 0, 3, (1, 1, 1))).result(LONG).end()
@@ -132,14 +132,14 @@ class Traffic:
         else:
             pytest.fail("nobody asks the tier any more")
         self.tier.gate.set()
-        self.lower.deadline_s = LONG
-        through = threading.Barrier(1 + len(self.lower._calls._threads))
+        self.lower.link.deadline_s = LONG
+        through = threading.Barrier(1 + len(self.lower.link.calls._threads))
 
         def arrive() -> None:
             through.wait(LONG)
 
-        for _ in self.lower._calls._threads:
-            self.lower._calls.put(0, arrive)
+        for _ in self.lower.link.calls._threads:
+            self.lower.link.calls.put(0, arrive)
         arrive()  # every thread is through with what it was called for before
 
 
@@ -199,7 +199,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
     sizes = dict(tables(stack, "stack", set()))
     under_way = (
         "stack._below._coming",
-        "stack._below.lower.0._calls._jobs",
+        "stack._below.lower.0.link.calls._jobs",
         "stack._below._waiters._work_queue",
         "stack.front._index._filling",
     )

@@ -53,7 +53,7 @@ class Engine(Below):
         self.slow = [Slow(self.clock) for _ in range(tiers)]
         self.tiers = list(self.slow)
         for lower, tier in zip(self.lower, self.slow, strict=True):
-            lower.tier = tier
+            lower.link.tier = tier
         self.turn = 0
 
     def computes(self) -> None:
@@ -205,6 +205,6 @@ def test_a_hung_tier_is_waited_for_no_longer_and_its_breaker_opens() -> None:
     match = engine.stack.match  # asked for the deadline at most
     for _ in range(3):
         assert match(keys).result(LONG).blocks == 0
-    assert engine.lower[0]._health.breaker.open
+    assert engine.lower[0].link.health.breaker.open
     slow.gate.set()
     engine.stack.close()

@@ -170,8 +170,8 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
     below.tiers[0].gate.set()
     [lower] = below.lower
     done = threading.Event()
-    lower._calls.put(0, done.set)  # behind the call that was late
-    lower._calls.put(0, done.set)
+    lower.link.calls.put(0, done.set)  # behind the call that was late
+    lower.link.calls.put(0, done.set)
     assert done.wait(LONG)
     while below.stack.stats().pinned_slots:
         pass
@@ -186,7 +186,7 @@ def test_a_call_that_never_began_keeps_nothing() -> None:
     below.keep_below(first + second)
     matches = [below.stack.match(keys).result(LONG) for keys in (first, second)]
     below.hang(matches[0])
-    below.lower[0].deadline_s = 0.01
+    below.lower[0].link.deadline_s = 0.01
     with below.stack.fetch(matches[1]).result(LONG) as lease:  # it waits behind the other
         assert not lease.keys
     assert below.stack.stats().pinned_slots == 2
@@ -196,7 +196,7 @@ def test_a_call_that_never_began_keeps_nothing() -> None:
 
 def test_a_tier_that_hangs_for_ever_stops_nobody() -> None:
     below = Below(deadline_s=0.01)
-    below.lower[0]._health.breaker._clock = lambda: 0.0
+    below.lower[0].link.health.breaker._clock = lambda: 0.0
     below.tiers[0].gate.clear()
     keys = keys_of("a", 4)
     for _ in range(5):
@@ -215,7 +215,7 @@ def test_a_tier_that_recovers_is_asked_again(caplog: pytest.LogCaptureFixture) -
     below = Below()
     now = 0.0
     [lower] = below.lower
-    lower._health.breaker._clock = lambda: now
+    lower.link.health.breaker._clock = lambda: now
     keys = keys_of("a", 2)
     below.keep_below(keys)
     below.tiers[0].fault = "raise"
@@ -245,7 +245,7 @@ def test_a_tier_may_take_only_what_is_used_again() -> None:
     assert (stats.stored_blocks, stats.known_blocks, stats.once_blocks) == (5, 0, 0)
     for name in range(10):
         below.put(keys_of(f"other {name}", 4))
-    assert len(below.lower[0]._once) <= 16
+    assert len(below.lower[0].writes._once) <= 16
     below.check()
     below.stack.close()
 

@@ -19,7 +19,7 @@ class Faults(RuleBasedStateMachine):
     @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10))
     def open(self, slots: int, pieces: int, queue: int) -> None:
         self.below = Below(slots=slots, pieces=pieces)
-        self.below.lower[0]._queue_blocks = queue  # more than a stack so small would have
+        self.below.lower[0].writes.queue_blocks = queue  # more than a stack so small would have
         self.out: list[Lease] = []
 
     @staticmethod
@@ -71,7 +71,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def pause_ends(self) -> None:
-        self.below.lower[0]._health.breaker._retry_at = 0.0
+        self.below.lower[0].link.health.breaker._retry_at = 0.0
 
     @invariant()
     def l1_is_whole(self) -> None:

@@ -137,7 +137,7 @@ def test_a_tier_may_add_spans_of_its_own(below: Below, exported: InMemorySpanExp
             telemetry.start("theirs", None).end()
             return inner.contains(keys)
 
-    below.lower[0].tier = Traced()
+    below.lower[0].link.tier = Traced()
     below.stack.match(keys_of("a", 1)).result(LONG)
     spans = Spans(exported)
     assert spans.is_below("theirs", "kvcache.tier.contains")
@@ -160,14 +160,14 @@ def test_failures_and_the_breaker_are_events(below: Below, exported: InMemorySpa
     below.stack.match(keys).result(LONG)
     assert Spans(exported).of("kvcache.lookup")["kvcache.skip.reason"] == "breaker_open"
     below.tiers[0].fault = ""
-    below.lower[0]._health.breaker._retry_at = 0.0
+    below.lower[0].link.health.breaker._retry_at = 0.0
     below.stack.match(keys).result(LONG)
     assert Spans(exported).events("kvcache.tier.contains") == ["kvcache.breaker.closed"]
 
 
 def test_of_two_tiers_the_one_not_asked_says_why(exported: InMemorySpanExporter) -> None:
     below = Below(tiers=2)
-    breaker = below.lower[0]._health.breaker
+    breaker = below.lower[0].link.health.breaker
     for _ in range(3):
         breaker.failed()
     below.stack.match(keys_of("a", 2)).result(LONG)

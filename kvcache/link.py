@@ -1,0 +1,74 @@
+"""One lower tier, and on what terms it is called: what asking it and writing to it share.
+
+Always true here: after ``close`` nobody asks, and what is counted is counted once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from kvcache import telemetry
+from kvcache.calls import Calls
+from kvcache.health import Health
+from kvcache.stats import LowerStats
+from kvcache.tier import Tier
+
+
+class Link:
+    """The way to a tier.
+
+    Args:
+        tier: what holds the bytes.
+        name: its name in the profile.
+        kind: what the profile calls its class.
+        deadline_s: what is waited for one answer.
+        blocks_per_call: at most.
+        calls: under way at once.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        *,
+        name: str,
+        kind: str,
+        deadline_s: float,
+        blocks_per_call: int,
+        calls: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.tier = tier
+        self.whose = {telemetry.TIER: name, telemetry.KIND: kind}
+        self.deadline_s = deadline_s
+        self.blocks_per_call = blocks_per_call
+        self.clock = clock
+        self.closed = False
+        self.health = Health(name, self.whose, clock)
+        self.calls = Calls(name, calls)
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(LowerStats.__slots__, 0)
+
+    @property
+    def asleep(self) -> bool:
+        """Whether asking would be answered with nothing at once, since the breaker is open."""
+        return self.health.breaker.idle
+
+    def count(self, **more: int) -> None:
+        """Add to counts of :class:`LowerStats`, by their names."""
+        with self._lock:
+            for name, by in more.items():
+                self._counts[name] += by
+
+    def counts(self) -> dict[str, int]:
+        """The counts at this moment."""
+        with self._lock:
+            return self._counts | {"errors": self.health.errors}
+
+    def close(self) -> None:
+        """Call the tier no more, but for what is under way; close it."""
+        self.closed = True
+        self.calls.do_writes_here()  # they drop what they have
+        self.calls.close(self.deadline_s)
+        self.tier.close()
