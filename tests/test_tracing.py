@@ -114,12 +114,14 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
 
     asked = {"kvcache.block.requested": BLOCKS}
     hit, bytes_ = {"kvcache.block.hit": BLOCKS}, {"kvcache.payload.size": BYTES}
-    whole, stored = {"kvcache.block.failed": 0}, {"kvcache.block.stored": BLOCKS}
+    codec = {"kvcache.codec": "none"}
+    from_below = hit | {"kvcache.l1.block.hit": 0}
+    stored, known = {"kvcache.block.stored": BLOCKS}, {"kvcache.block.known": 0}
     for name, attributes in {
-        "kvcache.lookup": PROFILE | asked | hit,
-        "kvcache.load": PROFILE | asked | hit | whole | bytes_,
-        "kvcache.prefetch": PROFILE | asked | hit,
-        "kvcache.store": PROFILE | asked | stored | whole | bytes_,
+        "kvcache.lookup": PROFILE | asked | from_below,
+        "kvcache.load": PROFILE | asked | hit | bytes_,
+        "kvcache.prefetch": PROFILE | asked | from_below,
+        "kvcache.store": PROFILE | asked | stored | bytes_,
     }.items():
         span = the(spans, name)
         assert (span.trace_id, span.parent_id) == (CALLER_TRACE, CALLER_SPAN), name
@@ -135,7 +137,7 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
         for child in children:
             span = the(spans, f"kvcache.tier.{child}", above)
             assert span.trace_id == CALLER_TRACE
-            assert said(span) == DISK | asked | hit | (bytes_ if child == "load" else {})
+            assert said(span) == DISK | asked | hit | (bytes_ | codec if child == "load" else {})
             assert span.attributes["kvcache.queue.duration"] >= 0
             assert above.start_ns <= span.start_ns
             assert not span.links
@@ -144,7 +146,7 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
     assert written.parent_id == ""
     assert written.trace_id != CALLER_TRACE
     assert written.links == ((cause.trace_id, cause.span_id),)
-    assert said(written) == DISK | asked | stored | whole | bytes_ | {"kvcache.block.known": 0}
+    assert said(written) == DISK | asked | stored | known | bytes_ | codec
 
 
 def test_what_the_caller_does_not_sample_is_not_sent(receiver: Receiver, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class Play:
 
 def environment(setup: Setup) -> dict[str, str]:
     """What the engine's process finds: no network, the imports of this one, and the setup's own."""
-    base = {name: value for name, value in os.environ.items() if not name.startswith("KVCACHE")}
+    ours = ("KVCACHE", "OTEL")
+    base = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     base |= {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
