@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench clean
+.PHONY: help run test lint bench viewer clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -26,8 +26,11 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## the performance bars
 	$(BIN)/python -m pytest tests/bench -m bench -s
 
+viewer: $(READY)  ## the trace of a real request in a viewer from PyPI (850 MB), and its picture
+	$(BIN)/python -m pytest tests/e2e/test_viewer.py -m viewer -s
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-viewer build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml tests/install_engine.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvcache needs Python 3.11 or later (make PYTHON=...); this is " + sys.version)'

@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 
 from tests.e2e.engine import BLOCK
-from tests.e2e.traced import (
-    BLOCK_NBYTES,
-    BLOCKS,
-    L1_BLOCKS,
-    MODEL,
-    SERVICE,
-    asked,
-    from_below,
-    traceparent,
-    tracing,
-)
+from tests.e2e.traced import MODEL, SERVICE, Traced
 from tests.otlp import Receiver, Span
 
 pytestmark = pytest.mark.engine
 
+BLOCKS = 5  # of the prompt
 FIRST, AGAIN, CALLER = "a1" * 16, "a2" * 16, "ca" * 8
 Tree = dict[str, Any]
 # Of the three requests: one has no caller, and one loads and stores nothing new.
@@ -35,8 +26,8 @@ ALL |= Counter({"kvcache.load": 1, "kvcache.store": 2, "kvcache.tier.store": 2, 
 class Traces:
     """All that came."""
 
-    def __init__(self, spans: list[Span]) -> None:
-        self.spans = spans
+    def __init__(self, spans: list[Span], model: Traced) -> None:
+        self.spans, self.model = spans, model
 
     def tree(self, trace_id: str, above: str) -> Tree:
         """Names, each with what is below it."""
@@ -61,17 +52,18 @@ class Traces:
 def traces(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Traces]:
-    folder, protocol = tmp_path_factory.mktemp("traced"), request.param
+    folder, protocol, model = tmp_path_factory.mktemp("traced"), request.param, Traced(checkpoint)
 
     def all_there(spans: list[Span]) -> bool:
         return Counter(span.name for span in spans) >= ALL
 
     with Receiver() as receiver:
         endpoint = receiver.endpoint(protocol) + ("" if protocol == "grpc" else "/v1/traces")
-        with tracing(checkpoint, folder, endpoint, protocol) as server:
-            from_below(server, traceparent(FIRST, CALLER), traceparent(AGAIN, CALLER))
+        with model.serving(folder, endpoint, protocol) as server:
+            model.keep(server, {"traceparent": f"00-{FIRST}-{CALLER}-01"})
+            model.come_back(server, {"traceparent": f"00-{AGAIN}-{CALLER}-01"})
             receiver.wait(all_there)  # vLLM kills its processes at the end, whatever they hold
-        yield Traces(receiver.spans)
+        yield Traces(receiver.spans, model)
 
 
 def test_a_request_is_under_its_caller(traces: Traces) -> None:
@@ -97,7 +89,7 @@ def test_a_request_is_under_its_caller(traces: Traces) -> None:
 
 def test_without_a_caller_a_request_is_a_trace_of_its_own(traces: Traces) -> None:
     [root] = [s for s in traces.spans if (s.name, s.parent_id) == ("kvcache.request", "")]
-    assert root.attributes["kvcache.token.prompt"] > L1_BLOCKS * BLOCK
+    assert root.attributes["kvcache.token.prompt"] > traces.model.l1_blocks * BLOCK
     assert set(traces.tree(root.trace_id, root.span_id)) == {
         "kvcache.prefetch",
         "kvcache.lookup",
@@ -132,9 +124,9 @@ def test_what_the_spans_say(traces: Traces) -> None:
     disk = {"kvcache.tier.name": "disk", "kvcache.tier.type": "disk"}
     blocks = {"kvcache.block.requested": BLOCKS, "kvcache.block.hit": BLOCKS}
     tokens = {"kvcache.token.hit": BLOCKS * BLOCK}
-    nbytes = {"kvcache.payload.size": BLOCKS * BLOCK_NBYTES}
+    nbytes = {"kvcache.payload.size": BLOCKS * traces.model.block_nbytes}
     looked = profile | blocks | tokens
-    prompt = {"kvcache.token.prompt": len(asked()), "kvcache.token.engine_hit": 0}
+    prompt = {"kvcache.token.prompt": len(traces.model.asked), "kvcache.token.engine_hit": 0}
     copy = {"kvcache.copy.direction": "load", "kvcache.rank": "pp0 tp0"}
     for name, said in {
         "kvcache.request": prompt | tokens | {"gen_ai.request.model": MODEL},

@@ -1,60 +1,70 @@
 """A server that traces, with a tier below L1 and its worker in a process of its own.
 
-`from_below` has it keep a prompt, lose it from its own cache and from L1, and be asked for it
-again: the trace of the last request has all that a load can have in it.
+It keeps a prompt, loses it from its own cache and from L1, and is asked for it again: the trace of
+that last request has all that a load can have in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.e2e.engine import BLOCK, Setup, prompt
 from tests.e2e.server import Server, serving
 
 SERVICE, MODEL = "vllm", "tiny-llama"  # what a trace calls them
-BLOCK_NBYTES = 32 << 10
-L1_BLOCKS = 20
-BLOCKS = 5  # of a prompt; a quarter of L1 may wait to be written
+Headers = Mapping[str, str]
 
 
-@contextmanager
-def tracing(checkpoint: Path, folder: Path, endpoint: str, protocol: str) -> Iterator[Server]:
-    """The server, with two things of tracing: where to send it, and what it is called."""
-    setup = Setup(
-        str(checkpoint),
-        blocks=40,
-        l1=str(L1_BLOCKS * BLOCK_NBYTES),
-        environment={
-            "OTEL_SERVICE_NAME": SERVICE,
-            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": protocol,
-            "OTEL_BSP_SCHEDULE_DELAY": "200",  # ms; so that a test waits less
-            "KVCACHE_PROFILE": "l1-disk",
-            "KVCACHE__DISK__PATH": str(folder / "disk"),
-            "KVCACHE__DISK__CAPACITY": "16MiB",
-            "KVCACHE__DISK__IF_SLOWER": "load",  # this model computes faster than any disk reads
-        },
-    )
-    more = ("--served-model-name", MODEL, "--distributed-executor-backend", "mp")
-    options = ("--otlp-traces-endpoint", endpoint, *more)
-    with serving(setup, folder, *options) as server:
-        yield server
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A model, the bytes of its blocks, and of how many of them the prompt is."""
 
+    checkpoint: Path
+    block_nbytes: int = 32 << 10
+    blocks: int = 5
 
-def traceparent(trace_id: str, span_id: str) -> dict[str, str]:
-    """The header by which a caller makes a request part of its trace."""
-    return {"traceparent": f"00-{trace_id}-{span_id}-01"}
+    @property
+    def l1_blocks(self) -> int:
+        """All of the prompt's blocks wait to be written at once, and no more than a quarter may."""
+        return 4 * self.blocks
 
+    @property
+    def asked(self) -> list[int]:
+        """The prompt."""
+        return prompt("traced", self.blocks * BLOCK + 9)
 
-def asked() -> list[int]:
-    """The prompt whose blocks come and go."""
-    return prompt("traced", BLOCKS * BLOCK + 9)
+    @contextmanager
+    def serving(self, folder: Path, endpoint: str, protocol: str) -> Iterator[Server]:
+        """The server, told where to send its spans and what it is called; no more of tracing."""
+        longest = self.l1_blocks + 2
+        setup = Setup(
+            str(self.checkpoint),
+            blocks=2 * longest,
+            l1=str(self.l1_blocks * self.block_nbytes),
+            context=longest * BLOCK,
+            environment={
+                "OTEL_SERVICE_NAME": SERVICE,
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": protocol,
+                "OTEL_BSP_SCHEDULE_DELAY": "200",  # ms; so that a test waits less
+                "KVCACHE_PROFILE": "l1-disk",
+                "KVCACHE__DISK__PATH": str(folder / "disk"),
+                "KVCACHE__DISK__CAPACITY": str(16 * self.l1_blocks * self.block_nbytes),
+                "KVCACHE__DISK__IF_SLOWER": "load",  # small models compute faster than disks read
+            },
+        )
+        more = ("--served-model-name", MODEL, "--distributed-executor-backend", "mp")
+        with serving(setup, folder, "--otlp-traces-endpoint", endpoint, *more) as server:
+            yield server
 
+    def keep(self, server: Server, headers: Headers) -> None:
+        """Ask for the prompt, and have what came of it leave vLLM's own cache and L1."""
+        assert server.complete(self.asked, headers) == 0
+        server.complete(prompt("another", self.l1_blocks * BLOCK + 9))
+        server.post("/reset_prefix_cache")
 
-def from_below(server: Server, first: dict[str, str], again: dict[str, str]) -> None:
-    """Ask with the headers `first`, have what came of it leave L1, ask with those of `again`."""
-    assert server.complete(asked(), first) == 0
-    server.complete(prompt("another", L1_BLOCKS * BLOCK + 9))
-    server.post("/reset_prefix_cache")
-    assert server.complete(asked(), again) == BLOCKS * BLOCK
+    def come_back(self, server: Server, headers: Headers) -> None:
+        """Ask for the prompt again; all of it comes from the disk."""
+        assert server.complete(self.asked, headers) == self.blocks * BLOCK

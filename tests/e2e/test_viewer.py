@@ -1,0 +1,128 @@
+"""A viewer shows the trace of a request, of both processes, and this is its picture in the docs.
+
+Opt-in (`make viewer`): it installs the viewer from PyPI where it is not there, and writes
+`docs/images/trace.png` anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+from opentelemetry import propagate
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.trace import Tracer
+
+from tests.e2e import browser
+from tests.e2e.engine import VOCABULARY
+from tests.e2e.traced import Traced
+from tests.e2e.viewer import Viewer, listens_at, viewing
+
+pytestmark = pytest.mark.viewer
+
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "trace.png"
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # also as an address of IPv6
+CALLER = "the user comes back"
+PARENTS = {
+    CALLER: None,
+    "llm_request": CALLER,  # of vLLM's API server
+    "kvcache.request": CALLER,  # from here on of the scheduler's process
+    "kvcache.prefetch": "kvcache.request",
+    "kvcache.tier.contains": "kvcache.prefetch",
+    "kvcache.tier.load": "kvcache.prefetch",
+    "kvcache.lookup": "kvcache.request",
+    "kvcache.load": "kvcache.request",
+    "kvcache.copy": "kvcache.load",  # of the worker's
+}
+MAX_NBYTES = 300_000
+TREE = "document.querySelector('ul[data-testid=trace-tree]')"
+DETAILS = "document.querySelector('[data-testid=span-details]')"
+ATTRIBUTES = f"[...{DETAILS}.querySelectorAll('[role=tab]')].find(t => /^Attrib/.test(t.innerText))"
+LONG = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """Large enough for milliseconds, since a viewer shows no less: 512 KiB to a block."""
+    pytest.importorskip("vllm")
+    from kvcache.cli.checkpoint import write
+
+    checkpoint = write(
+        tmp_path_factory.mktemp("checkpoint"),
+        layers=8, hidden=512, heads=8, kv_heads=8, head_dim=64, intermediate=1024,
+        vocabulary=VOCABULARY, positions=8192,
+    )  # fmt: skip
+    return Traced(checkpoint, block_nbytes=512 << 10, blocks=40)
+
+
+def trace_of(viewer: Viewer, request: str) -> list[Any]:
+    """The spans of one request's trace, found by the id that its sender got, when all are there."""
+    until = monotonic() + LONG
+    spans: list[Any] = []
+    while monotonic() < until:
+        for found in viewer.spans(name="kvcache.request", attribute=f"gen_ai.request.id:{request}"):
+            spans = viewer.spans(trace_id=found["context"]["trace_id"])
+        if {span["name"] for span in spans} >= PARENTS.keys():
+            return spans
+        sleep(0.1)  # a viewer tells nobody what came
+    raise AssertionError(f"only {[span['name'] for span in spans]} of {request}")
+
+
+@contextmanager
+def calling(tracer: Tracer, name: str) -> Iterator[dict[str, str]]:
+    """A span of the caller's; the headers that make a request part of its trace."""
+    headers: dict[str, str] = {}
+    with tracer.start_as_current_span(name):
+        propagate.inject(headers)
+        yield headers
+
+
+def take_picture(viewer: Viewer, spans: list[Any], folder: Path) -> None:
+    """Of the trace's tree, beside what the request's own span says."""
+    command = browser.chromium()
+    if command is None:
+        pytest.skip(f"no picture: none of {browser.NAMES} is installed")
+    [request] = [span for span in spans if span["name"] == "kvcache.request"]
+    with browser.browsing(command, folder) as page:
+        page.open(viewer.page(request["context"]["trace_id"], request["id"]), 1500, 720)
+        for span in spans:
+            page.wait(f"{TREE}?.innerText.includes('{span['name']}')")
+        page.wait(f"{DETAILS} && {ATTRIBUTES}")
+        page.run(f"{ATTRIBUTES}.click()")
+        page.wait(f"{DETAILS}.innerText.includes('kvcache.token.hit')")
+        drawer = page.run(
+            "document.querySelector('[role=dialog]').getBoundingClientRect().toJSON()"
+        )
+        picture = page.picture({key: drawer[key] for key in ("x", "y", "width", "height")})
+    assert len(picture) < MAX_NBYTES
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_bytes(picture)
+
+
+def test_the_trace_of_a_request_is_found_and_pictured(model: Traced, tmp_path: Path) -> None:
+    with viewing(tmp_path) as viewer:
+        assert listens_at(viewer.pid) <= LOOPBACK
+        provider = TracerProvider(resource=Resource.create({"service.name": "chat"}))
+        provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(viewer.traces_endpoint)))
+        tracer = provider.get_tracer("chat")
+        with model.serving(tmp_path, viewer.traces_endpoint, "http/protobuf") as server:
+            with calling(tracer, "first turn") as headers:
+                model.keep(server, headers)
+            with calling(tracer, CALLER) as headers:
+                model.come_back(server, headers | {"X-Request-Id": "turn-2"})
+            spans = trace_of(viewer, "cmpl-turn-2-0")
+        provider.shutdown()
+        parents = {span["context"]["span_id"]: span["name"] for span in spans}
+        tree = {span["name"]: parents.get(span["parent_id"]) for span in spans}
+        assert tree == PARENTS
+        assert len(spans) == len(tree)
+        [copy] = [span for span in spans if span["name"] == "kvcache.copy"]
+        assert copy["attributes"]["kvcache.rank"] == "pp0 tp0"
+        take_picture(viewer, spans, tmp_path)
