@@ -149,9 +149,16 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
     assert said(written) == DISK | asked | stored | known | bytes_ | codec
 
 
-def test_what_the_caller_does_not_sample_is_not_sent(receiver: Receiver, tmp_path: Path) -> None:
-    exports = exporting(receiver, "grpc")
-    run_bare(INSTRUMENT, folder=tmp_path, traceparent=NOT_SAMPLED, **exports)
+@pytest.mark.parametrize(
+    ("traceparent", "sampler"),
+    [(NOT_SAMPLED, "parentbased_always_on"), (TRACEPARENT, "always_off")],
+    ids=["the caller", "the variable"],
+)
+def test_what_is_not_sampled_is_not_sent(
+    receiver: Receiver, traceparent: str, sampler: str, tmp_path: Path
+) -> None:
+    exports = exporting(receiver, "grpc") | {"OTEL_TRACES_SAMPLER": sampler}
+    run_bare(INSTRUMENT, folder=tmp_path, traceparent=traceparent, **exports)
     assert receiver.spans == []  # the program has ended, and flushed what it had
 
 
