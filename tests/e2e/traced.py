@@ -25,6 +25,7 @@ class Traced:
     checkpoint: Path
     block_nbytes: int = 32 << 10
     blocks: int = 5
+    ranks: int = 1
 
     @property
     def l1_blocks(self) -> int:
@@ -40,12 +41,16 @@ class Traced:
     def serving(self, folder: Path, endpoint: str, protocol: str) -> Iterator[Server]:
         """The server, told where to send its spans and what it is called; no more of tracing."""
         longest = self.l1_blocks + 2
+        # Ranks bind their threads; one host has one memory node here, and two are pretended.
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": "", "OMP_NUM_THREADS": ""}
+        of_ranks = bound | {"VLLM_CPU_SIM_MULTI_NUMA": "1"} if self.ranks > 1 else {}
         setup = Setup(
             str(self.checkpoint),
             blocks=2 * longest,
             l1=str(self.l1_blocks * self.block_nbytes),
             context=longest * BLOCK,
-            environment={
+            environment=of_ranks
+            | {
                 "OTEL_SERVICE_NAME": SERVICE,
                 "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": protocol,
                 "OTEL_BSP_SCHEDULE_DELAY": "200",  # ms; so that a test waits less
@@ -55,8 +60,11 @@ class Traced:
                 "KVCACHE__DISK__IF_SLOWER": "load",  # small models compute faster than disks read
             },
         )
-        more = ("--served-model-name", MODEL, "--distributed-executor-backend", "mp")
-        with serving(setup, folder, "--otlp-traces-endpoint", endpoint, *more) as server:
+        more = [
+            *("--otlp-traces-endpoint", endpoint, "--served-model-name", MODEL),
+            *("--distributed-executor-backend", "mp", "--tensor-parallel-size", str(self.ranks)),
+        ]
+        with serving(setup, folder, *more) as server:
             yield server
 
     def keep(self, server: Server, headers: Headers) -> None:
