@@ -88,7 +88,7 @@ def take_picture(viewer: Viewer, spans: list[Any], folder: Path) -> None:
     """Of the trace's tree, beside what the request's own span says."""
     command = browser.chromium()
     if command is None:
-        pytest.skip(f"no picture: none of {browser.NAMES} is installed")
+        pytest.skip(f"found, but no picture: install one of {browser.NAMES}")
     [request] = [span for span in spans if span["name"] == "kvcache.request"]
     with browser.browsing(command, folder) as page:
         page.open(viewer.page(request["context"]["trace_id"], request["id"]), 1500, 720)

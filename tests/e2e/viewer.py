@@ -82,7 +82,7 @@ def install() -> Path:
     """Make its environment where it is not there yet; its interpreter."""
     python, made = HOME / "bin" / "python", HOME / ".made-of"
     if not made.exists() or made.read_text() != PACKAGE:
-        print(f"installing {PACKAGE} (a minute, 850 MB)", flush=True)
+        print(f"installing {PACKAGE} (a minute or two, 850 MB)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", HOME], check=True)
         quiet = ("--disable-pip-version-check", "--quiet")
         subprocess.run([python, "-m", "pip", *quiet, "install", PACKAGE], check=True)
