@@ -19,6 +19,7 @@ Always true here:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
@@ -112,7 +113,36 @@ def after(span: Span, name: str) -> Span:
 
 def beyond(headers: Mapping[str, str], name: str) -> Span:
     """Begin a span under one of another process, that :func:`carried` gave ``headers`` for."""
-    return start(name, caller(headers)) if headers else INVALID_SPAN
+    if not headers:
+        return INVALID_SPAN
+    with _ids_of_our_own():
+        return start(name, caller(headers))
+
+
+def request(headers: Mapping[str, str] | None) -> Span:
+    """Begin the span of a request, under its caller's if ``headers`` carry one."""
+    unheard = isinstance(_tracer, trace.ProxyTracer) and isinstance(
+        trace.get_tracer_provider(), trace.ProxyTracerProvider
+    )
+    if headers or unheard:
+        return start(REQUEST, caller(headers))
+    with _ids_of_our_own():
+        return start(REQUEST, Context())
+
+
+@contextmanager
+def _ids_of_our_own() -> Iterator[None]:
+    """Have a trace or span that begins here an id that no other process gives.
+
+    SDKs draw ids from ``random``, which an engine may seed alike in all its processes, as vLLM
+    does: two ranks' spans would be one, and two replicas' traces. What the engine draws stays.
+    """
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def current() -> Span:

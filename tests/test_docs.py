@@ -35,7 +35,7 @@ from sybil.parsers.markdown import SkipParser
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from sybil.typing import Evaluator
 
-from kvcache import cli
+from kvcache import cli, telemetry
 from kvcache.profiles import load_profile
 from kvcache.testing import TierTests
 from kvcache.tiers.framed import Framed
@@ -276,3 +276,15 @@ def test_a_false_block_is_found(tmp_path: Path, language: str, block: str) -> No
     (tmp_path / "page.md").write_text(f"# A page\n\n```{language}\n{block}\n```\n")
     with pytest.raises((AssertionError, ValueError)):
         run_page(tmp_path / "page.md", tmp_path)
+
+
+def test_every_span_attribute_and_event_is_on_its_page() -> None:
+    page = (ROOT / "docs/spans.md").read_text(encoding="utf-8")
+    values = {v for k, v in vars(telemetry).items() if k.isupper() and isinstance(v, str)}
+    rows = "".join(line for line in page.splitlines(True) if line.startswith("|"))
+    assert set(re.findall(r"`((?:kvcache|gen_ai|error|exception)\.[a-z0-9_.]+)`", rows)) == {
+        value for value in values if "." in value
+    }
+    reasons = {telemetry.SLOWER, telemetry.BREAKER_OPEN}
+    assert all(f"`{reason}`" in rows for reason in reasons)
+    assert {value for value in values if "." not in value} == reasons

@@ -38,7 +38,7 @@ class Requests:
             given = request.kv_transfer_params or {}
             names = ("traceparent", "tracestate")
             headers = {name: given[name] for name in names if isinstance(given.get(name), str)}
-        span = telemetry.start(telemetry.REQUEST, telemetry.caller(headers))
+        span = telemetry.request(headers)
         self._spans[request.request_id] = span, trace.set_span_in_context(span)
         if span.is_recording():
             span.set_attributes(

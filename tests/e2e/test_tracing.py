@@ -23,9 +23,6 @@ ALL = Counter({"kvcache.request": 3, "kvcache.lookup": 3, "kvcache.prefetch": 3,
 ALL |= Counter({"kvcache.load": 1, "kvcache.store": 2, "kvcache.tier.store": 2, "llm_request": 3})
 
 
-SEEDED = "every rank seeds `random` alike, and the SDK draws the ids of spans from it"
-
-
 class Traces:
     """All that came."""
 
@@ -146,7 +143,6 @@ def test_what_the_spans_say(traces: Traces) -> None:
     assert [name for name, _ in ours.events] == ["kvcache.request.admitted"]
 
 
-@pytest.mark.xfail(strict=True, reason=SEEDED)
 def test_the_copies_of_two_ranks_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:
     model = Traced(checkpoint, ranks=2)
 
