@@ -21,6 +21,7 @@ __all__ = [
     "StackStats",
     "Tier",
     "TierStats",
+    "TierUsage",
     "block_keys",
     "namespace",
 ]

@@ -119,12 +119,21 @@ class Answer(Generic[T]):
         """Make the call, unless it was refused."""
         if not self.future.set_running_or_notify_cancel():
             return
-        self.queued_s = time.monotonic() - self._begun
+        begun = time.monotonic()
+        self.queued_s = begun - self._begun
         try:
             with telemetry.within(self._span):
-                self.future.set_result(call())
+                given = call()
         except Exception as error:  # noqa: BLE001 - the one who waits is told
+            self._took(time.monotonic() - begun, type(error).__name__)
             self.future.set_exception(error)
+        else:
+            self._took(time.monotonic() - begun, "")
+            self.future.set_result(given)
+
+    def _took(self, seconds: float, error: str) -> None:
+        late = self.queued_s + seconds > self._deadline_s
+        self._health.timer.took(self._verb, seconds, error or ("timeout" if late else ""))
 
     def came(self, right: T) -> int:
         """How many answers are ``right``; none if there is no telling yet."""

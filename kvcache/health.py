@@ -14,6 +14,8 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.breaker import Breaker
+from kvcache.metrics import Timer
+from kvcache.stats import TierName
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Health:
         self._whose = whose
         self._lock = threading.Lock()
         self.breaker = Breaker(clock)
+        self.timer = Timer(TierName(name, whose[telemetry.KIND]))
         self.errors = 0  # calls that failed or came late
 
     def succeeded(self, span: Span) -> None:

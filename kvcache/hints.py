@@ -58,6 +58,11 @@ class Hints:
         self._done.pop(key, None)
         self._kept.pop(key, None)
 
+    @property
+    def any_kept(self) -> bool:
+        """Whether anything may have been asked to be kept."""
+        return bool(self._kept)
+
     def is_kept(self, key: bytes, now: float) -> bool:
         """Whether others should go before it."""
         return self._kept.get(key, now) > now

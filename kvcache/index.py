@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 
+from kvcache.changes import Changes
 from kvcache.eviction import Keep, Policy
 from kvcache.hints import Hints
 
@@ -36,6 +37,7 @@ class Index:
     """
 
     def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
+        self.changes = Changes()  # told of READY blocks
         self._policy = policy
         self._clock = clock
         self._ready: dict[bytes, int] = {}
@@ -195,11 +197,12 @@ class Index:
             def keep(key: bytes) -> bool:
                 return pins[ready[key]] > 0 or key in children or key in held
 
-            gone = 0
+            gone = []
             for key in islice(self._victims(keep), need):
                 self._forget(key, ready.pop(key))
-                gone += 1
-            self.evicted_blocks += gone
+                gone.append(key)
+            self.evicted_blocks += len(gone)
+            self.changes.left(gone)
         room = min(admitted, len(self._free))
         self.declined_blocks += len(absent) - min(room, len(absent))
         return absent[:room]
@@ -211,7 +214,8 @@ class Index:
         for key in hints.victims(lambda key: key not in ready or keep(key)):
             self._policy.remove([key])
             yield key
-        yield from self._policy.victims(lambda key: keep(key) or hints.is_kept(key, now))
+        if hints.any_kept:
+            yield from self._policy.victims(lambda key: keep(key) or hints.is_kept(key, now))
         yield from self._policy.victims(keep)
 
     def done(self, keys: Sequence[bytes]) -> None:
@@ -247,10 +251,12 @@ class Index:
             if not stretch or afters[slot] != stretch[-1]:
                 if stretch:
                     self._policy.add(stretch, start, now)
+                    self.changes.came(stretch)
                 stretch, start = [], afters[slot]
             stretch.append(key)
         if stretch:
             self._policy.add(stretch, start, now)
+            self.changes.came(stretch)
 
     def drop(self, keys: Collection[bytes]) -> None:
         """Forget READY blocks; a pinned slot becomes an orphan."""
@@ -259,6 +265,7 @@ class Index:
         for key in present:
             self._forget(key, self._ready.pop(key))
         self.dropped_blocks += len(present)
+        self.changes.left(present)
 
     def clear(self) -> None:
         """Forget every block, READY and FILLING."""
@@ -267,6 +274,7 @@ class Index:
             for key, slot in held.items():
                 self._forget(key, slot)
             held.clear()
+        self.changes.cleared()
 
     def _forget(self, key: bytes, slot: int) -> None:
         """Take the key off its slot, which is free unless a lease still holds it."""

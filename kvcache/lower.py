@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.calls import LOAD, Answer
-from kvcache.keys import DIGEST_NBYTES, join
+from kvcache.keys import join
 from kvcache.link import Link
 from kvcache.pace import Pace
 from kvcache.sizes import Size
@@ -69,12 +68,12 @@ class Lower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
-        self.space = space
         self.waits_if_slower = if_slower == "load"
         self.link = Link(
             tier,
             name=name,
             kind=kind or type(tier).__name__,
+            space=space,
             deadline_s=deadline_s,
             blocks_per_call=max(1, PIECE_NBYTES // front.block_nbytes),
             calls=calls,
@@ -87,6 +86,11 @@ class Lower:
         self._lock = threading.Lock()
         self._seen_slow = 0.0  # when it was last looked at for having been skipped
 
+    @property
+    def space(self) -> bytes:
+        """The namespace of the blocks that are asked for."""
+        return self.link.space
+
     # Questions, from threads of the stack
 
     def contains(self, keys: Sequence[bytes], span: Span) -> list[bool]:
@@ -94,7 +98,8 @@ class Lower:
 
         This and the other questions have a span below the ``span`` of what they are asked for.
         """
-        names = [join(self.space, key) for key in keys]
+        space = self.space
+        names = [join(space, key) for key in keys]
         asking, begun = telemetry.below(span, telemetry.TIER_CONTAINS), self.link.clock()
         answer = self._begin(
             "contains", lambda: self.link.tier.contains(names), len(names), asking, lambda: None
@@ -104,6 +109,7 @@ class Lower:
         if given is not None:
             held = [bool(each) for each in given]
             self._asking.told(len(keys), self.link.clock() - begun)
+            self.link.said(space, keys, held)
         self.link.count(lookup_blocks=len(keys), hit_blocks=sum(held))
         self._asked(asking, [answer], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
         return held
@@ -114,12 +120,14 @@ class Lower:
         The lease ends with the call, however late that is, and at once if the call is not made.
         ``span`` is that of the loads of this tier for one request; :meth:`climbed` ends it.
         """
-        names = [join(self.space, key) for key in lease.keys]
+        space = self.space
+        names = [join(space, key) for key in lease.keys]
 
         def fill() -> Sequence[int]:
             written: Sequence[int] = ()
             try:
                 written = self.link.tier.load(names, lease.views)
+                self.link.said(space, lease.keys, written)
                 return written
             finally:
                 if len(written) != len(lease):
@@ -225,12 +233,13 @@ class Lower:
 
     def clear(self) -> None:
         """Find nothing again of what was stored until now."""
-        self.space = os.urandom(len(self.space) or DIGEST_NBYTES)
+        self.link.clear()
 
     def stats(self) -> LowerStats:
         """Counts at this moment."""
-        queued = self.writes.waiting_blocks * self._front.block_nbytes
-        return LowerStats(**(self.link.counts() | {"queued_nbytes": queued}))
+        size = self._front.block_nbytes
+        mine = {"block_nbytes": size, "queued_nbytes": self.writes.waiting_blocks * size}
+        return LowerStats(**(self.link.counts() | mine))
 
     def close(self, flush_s: float) -> None:
         """Write what waits, for ``flush_s`` at most; what still waits then is dropped, counted."""

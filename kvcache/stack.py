@@ -13,20 +13,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
-from kvcache import telemetry
+from kvcache import metrics, telemetry
 from kvcache.below import Below, Match
+from kvcache.changes import Journal
 from kvcache.lower import Lower
-from kvcache.stats import StackStats
+from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 
 T = TypeVar("T")
@@ -40,6 +42,8 @@ class Stack:
         lower: the tiers below it, nearest first.
         profile: the name that spans and stats carry.
         block_tokens: tokens of a block, for spans; 0 if that is not known.
+        name: of the front tier, in the profile.
+        kind: what the profile calls the front tier's class.
         clock: seconds.
     """
 
@@ -50,12 +54,20 @@ class Stack:
         *,
         profile: str,
         block_tokens: int = 0,
+        name: str = "l1",
+        kind: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.front = front
         self.profile = profile
         self._block_tokens = block_tokens
+        self._named = TierName(name, kind or type(front).__name__)
+        self._timer = metrics.Timer(self._named)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._loaded_blocks = 0
         self._below = Below(front, lower, clock)
+        metrics.watch(self)
 
     @property
     def block_nbytes(self) -> int:
@@ -93,6 +105,8 @@ class Stack:
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             for lower in self._below.lower:
                 lower.writes.used(lease.keys, failed, span)
+            with self._lock:
+                self._loaded_blocks += len(lease) - len(failed)
             self._ended(span, telemetry.HIT, match.blocks, lease, failed)
 
         def lent(lease: Lease) -> Lease:
@@ -120,8 +134,10 @@ class Stack:
         self, keys: Sequence[bytes], start: int, context: Context | None
     ) -> tuple[Span, Match]:
         """Look in L1; the span of the look-up goes on."""
-        span = telemetry.start(telemetry.LOOKUP, context)
-        return span, Match(keys, start, self.front.access(keys, start))
+        span, begun = telemetry.start(telemetry.LOOKUP, context), self._clock()
+        held = self.front.access(keys, start)
+        self._timer.took("lookup", self._clock() - begun)
+        return span, Match(keys, start, held)
 
     def prefetch(
         self, keys: Sequence[bytes], *, context: Context | None = None
@@ -154,6 +170,12 @@ class Stack:
         """
         if blocks > 0:
             self._below.computing.told(blocks, seconds)
+
+    def copied(
+        self, operation: Literal["load", "store"], seconds: float, *, failed: bool = False
+    ) -> None:
+        """Tell that an engine's copy out of leased slots, or into them, took so long."""
+        self._timer.took(operation, seconds, "copy_failed" if failed else "")
 
     def reserve(
         self,
@@ -227,11 +249,36 @@ class Stack:
 
     def stats(self) -> StackStats:
         """Counts at this moment."""
-        lower = tuple(lower.stats() for lower in self._below.lower)
-        return StackStats(self.profile, (self.front.stats(),), lower)
+        lower = self._below.lower
+        return StackStats(
+            self.profile,
+            (self.front.stats(),),
+            tuple(tier.stats() for tier in lower),
+            (self._named, *(tier.link.named for tier in lower)),
+            self._loaded_blocks,
+        )
+
+    def take_durations(self) -> list[metrics.Duration]:
+        """How long calls to tiers took, those since this was called last: the last thousand."""
+        timers = [self._timer, *(lower.link.health.timer for lower in self._below.lower)]
+        return [duration for timer in timers for duration in timer.take()]
+
+    def record(self) -> list[tuple[TierName, Journal]]:
+        """Have it written down from now on what comes to every tier and leaves it, L1 first.
+
+        What lower tiers do by themselves shows when they are asked the next time. A journal grows
+        until it is taken.
+        """
+        journals = [(self._named, Journal())]
+        self.front.tell(journals[0][1])
+        for lower in self._below.lower:
+            journals.append((lower.link.named, Journal()))
+            lower.link.changes = journals[-1][1]
+        return journals
 
     def close(self, flush_s: float = 5.0) -> None:
         """Close every tier, writing for ``flush_s`` at most what waits. Twice is allowed."""
+        metrics.leave(self)
         for lower in self._below.lower:
             lower.close(flush_s)
         self._below.close()

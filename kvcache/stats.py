@@ -1,16 +1,26 @@
-"""What a stack counts: plain integers, since it was opened."""
+"""What a stack and its tiers did, in plain integers: the one source of every metric."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvcache.tier import TierStats
+from kvcache.tier import Tier, TierStats, TierUsage
+
+
+class TierName(NamedTuple):
+    """What a profile calls a tier."""
+
+    name: str
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
 class LowerStats:
     """What a lower tier was asked and did since it was opened. Most counts are in blocks."""
 
+    block_nbytes: int
     lookup_blocks: int
     hit_blocks: int  # of these held
     loaded_blocks: int
@@ -23,6 +33,15 @@ class LowerStats:
     once_blocks: int  # not offered so far, since they were not used again
     queued_nbytes: int
     errors: int  # calls that failed or came late
+    breaker_open: bool  # not asked, since calls failed in a row
+    usage: TierUsage  # by its own account
+
+
+def usage_of(tier: Tier) -> TierUsage:
+    """What ``tier`` says of itself; nothing if that fails: a number is not worth a failure."""
+    with suppress(Exception):
+        return tier.usage()
+    return TierUsage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +51,8 @@ class StackStats:
     profile: str
     tiers: tuple[TierStats, ...]
     lower: tuple[LowerStats, ...] = ()
+    names: tuple[TierName, ...] = ()  # of all of them, L1 first
+    loaded_blocks: int = 0  # lent by L1 to be read, in leases that ended well
 
     @property
     def pinned_slots(self) -> int:

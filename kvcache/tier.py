@@ -12,18 +12,29 @@ Always true here:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
+from kvcache.changes import Changes
 from kvcache.slab import Slab
 
 
 class LeaseError(RuntimeError):
     """A lease was ended a second time, or told of a key that it does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """What a tier knows of itself; ``None`` where it cannot say."""
+
+    used_nbytes: int | None = None
+    limit_nbytes: int | None = None
+    evicted_blocks: int | None = None  # left to make room since it was opened
+    rejected_blocks: Mapping[str, int] = field(default_factory=dict)  # did not verify, by reason
 
 
 class Tier(ABC):
@@ -57,6 +68,13 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back what the tier holds of the machine. Closing twice is allowed."""
+
+    def usage(self) -> TierUsage:
+        """What the tier knows of itself, for metrics; by default, nothing.
+
+        It may be called at any time, after ``close`` too, and must answer at once.
+        """
+        return TierUsage()
 
 
 Ended = Callable[["Lease", frozenset[bytes]], None]
@@ -224,6 +242,10 @@ class FrontTier(Tier):
     @abstractmethod
     def clear(self) -> None:
         """Forget every block. Slots under lease come back when their lease ends."""
+
+    @abstractmethod
+    def tell(self, changes: Changes) -> None:
+        """Tell ``changes`` from now on which blocks come to be held, and which no longer are."""
 
     @abstractmethod
     def stats(self) -> TierStats:

@@ -114,6 +114,7 @@ class Writes:
                 held = self._link.tier.contains([join(space, key) for key in lease.keys])
                 if len(held) != len(lease):
                     raise ValueError(f"{len(held)} answers to {len(lease)} keys")
+                self._link.said(space, lease.keys, held)
                 unknown = [key for key, known in zip(lease.keys, held, strict=True) if not known]
                 for stretch in _stretches(unknown, parents):
                     after = parents[stretch[0]]
@@ -124,14 +125,17 @@ class Writes:
                     )
                     if len(taken) != len(stretch):
                         raise ValueError(f"{len(taken)} answers to {len(stretch)} keys")
+                    self._link.said(space, stretch, taken)
                     stored += sum(map(bool, taken))
             new = len(unknown)
         except Exception as wrong:  # noqa: BLE001 - whatever a tier does wrong is a decline
             error, why = type(wrong).__name__, str(wrong)
         finally:
             lease.end()
-        if not error and self._link.clock() - begun > self._link.deadline_s:
+        took = self._link.clock() - begun
+        if not error and took > self._link.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
+        self._link.health.timer.took("store", took, error)
         counts = {
             "known_blocks": len(lease) - new,
             "stored_blocks": stored,

@@ -74,7 +74,15 @@ def open_stack(
                     **row.options_for(Lower),
                 )
             )
-        stack = Stack(front, lower, profile=chosen.name, block_tokens=block_tokens)
+        first = chosen.tiers[0]
+        stack = Stack(
+            front,
+            lower,
+            profile=chosen.name,
+            name=first.name,
+            kind=first.kind,
+            block_tokens=block_tokens,
+        )
         opened.pop_all()  # the stack closes them from here on
     return stack
 

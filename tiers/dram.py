@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from kvcache.changes import Changes
 from kvcache.eviction import POLICIES
 from kvcache.index import Index
 from kvcache.sizes import Size
@@ -153,6 +154,10 @@ class DramTier(FrontTier):
     def clear(self) -> None:
         with self._lock:
             self._index.clear()
+
+    def tell(self, changes: Changes) -> None:
+        with self._lock:
+            self._index.changes = changes
 
     def stats(self) -> TierStats:
         with self._lock:

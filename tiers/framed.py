@@ -37,7 +37,7 @@ from typing import Any, Final, Literal
 from xxhash import xxh3_128
 
 from kvcache import telemetry
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,11 @@ class Framed(Tier):
 
     def close(self) -> None:
         self.inner.close()
+
+    def usage(self) -> TierUsage:
+        inner = self.inner.usage()
+        rejected = self.stats().rejected + Counter(inner.rejected_blocks)
+        return replace(inner, rejected_blocks=rejected)
 
     def stats(self) -> FrameStats:
         """Counts at this moment."""

@@ -13,7 +13,7 @@ elsewhere too: importing this module starts nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -37,6 +37,7 @@ from kvcache.connectors.vllm.messages import Acks, Shard, Step  # noqa: E402
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvcache.connectors.vllm.scheduler import SchedulerSide
+    from kvcache.connectors.vllm.stats import PromMetrics, Stats
     from kvcache.connectors.vllm.worker import WorkerSide
     from kvcache.stats import StackStats
 
@@ -150,6 +152,30 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def stats(self) -> StackStats | None:
         """What the stack holds and did; ``None`` where nothing can be kept."""
         return self._scheduler.stats()
+
+    def take_events(self) -> Sequence[KVCacheEvent]:
+        return self._scheduler.events.take()
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        return self._scheduler.report() if hasattr(self, "_scheduler") else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        from kvcache.connectors.vllm.stats import Stats
+
+        return Stats().aggregate(Stats(data or {}))  # a copy: several loggers get the same data
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Mapping[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: Mapping[int, list[object]],
+    ) -> PromMetrics:
+        from kvcache.connectors.vllm.stats import PromMetrics
+
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # Worker
 

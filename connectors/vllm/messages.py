@@ -64,17 +64,21 @@ class Step(KVConnectorMetadata):
 class Acks(KVConnectorWorkerMetadata):
     """Workers to scheduler: how many ranks are through with a job, and the jobs that failed.
 
-    ``step`` is the number of the step that has ended; 0 is none.
+    ``step`` is the number of the step that has ended; 0 is none. ``seconds`` is what the copies of
+    a job took, of the slowest rank.
     """
 
     ranks: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     step: int = 0
+    seconds: dict[int, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Acks:
         assert isinstance(other, Acks)
         self.step = max(self.step, other.step)
         for job, ranks in other.ranks.items():
             self.ranks[job] = self.ranks.get(job, 0) + ranks
+        for job, took in other.seconds.items():
+            self.seconds[job] = max(self.seconds.get(job, 0.0), took)
         self.failed |= other.failed
         return self

@@ -19,11 +19,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from kvcache import telemetry
+from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.stats import Reports, Stats
 from kvcache.connectors.vllm.support import host_name, refusal
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
@@ -58,8 +61,10 @@ class _Job:
     lease: Lease
     running: _Running
     at: int
+    operation: Literal["load", "store"]
     acks: int = 0
     failed: bool = False
+    seconds: float = 0.0  # of the slowest rank
 
 
 class SchedulerSide:
@@ -90,6 +95,9 @@ class SchedulerSide:
         self._requests = Requests(vllm_config.model_config.served_model_name)
         self._stack: Stack | None = None
         self._memory: Memory | None = None
+        self._reports: Reports | None = None
+        self.events = Events()
+        self._events_of = partial(events_of, vllm_config, kv_cache_config)
         self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
         self._promised: dict[str, tuple[int, Lease]] = {}
         self._running: dict[str, _Running] = {}
@@ -134,6 +142,8 @@ class SchedulerSide:
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now
         self._memory = Memory(descriptor, offsets)
+        self._reports = Reports(self._stack, self._clock)
+        self.events = self._events_of(self._stack)
         log.info(
             "kvcache: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
             self._stack.profile,
@@ -151,6 +161,7 @@ class SchedulerSide:
             return
         self._requests.arrived(request)
         keys, context = self._prompt_keys(request), self._requests.context(request)
+        self.events.describe(request, 0, keys, None)
         coming = self._stack.prefetch(keys, context=context)
         if coming is not None:
             self._coming[request.request_id] = coming
@@ -196,7 +207,7 @@ class SchedulerSide:
         lease.span.add_event(telemetry.ADMITTED)
         self._loads.append(
             Transfer(
-                self._begin(_Job(lease, running, start)),
+                self._begin(_Job(lease, running, start, "load")),
                 list(blocks[0][start : start + count]),
                 list(lease.slots[:count]),
                 telemetry.carried(lease.span),
@@ -261,12 +272,13 @@ class SchedulerSide:
         running.offered = full
         after = self._keys(request, first - 1, first)[0] if first else None
         keys, context = self._keys(request, first, full), self._requests.context(request)
+        self.events.describe(request, first, keys, after)
         lease = self._stack.reserve(keys, after, context=context)
         if not lease.keys:
             lease.end()
             return None
         return Transfer(
-            self._begin(_Job(lease, running, first)),
+            self._begin(_Job(lease, running, first, "store")),
             [running.blocks[first + at] for at in lease.positions],
             list(lease.slots),
             telemetry.carried(lease.span),
@@ -284,10 +296,13 @@ class SchedulerSide:
             job = self._jobs[number]
             job.acks += ranks
             job.failed |= number in acks.failed
+            job.seconds = max(job.seconds, acks.seconds.get(number, 0.0))
             if job.acks < self._world:  # another rank may still be copying
                 continue
             del self._jobs[number]
             job.lease.end(failed=job.lease.keys if job.failed else ())
+            if job.seconds and self._stack is not None:  # else no rank has begun to copy
+                self._stack.copied(job.operation, job.seconds, failed=job.failed)
             if job.failed:
                 job.running.offered = min(job.running.offered, job.at)
 
@@ -313,6 +328,10 @@ class SchedulerSide:
 
     def stats(self) -> StackStats | None:
         return self._stack.stats() if self._stack is not None else None
+
+    def report(self) -> Stats | None:
+        """What was counted since the last report: once a second, and when no request is left."""
+        return self._reports.take(now=not self._running) if self._reports is not None else None
 
     def close(self) -> None:
         self._requests.close()

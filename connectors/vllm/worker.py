@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
@@ -78,7 +79,7 @@ class WorkerSide:
 
     def _copy(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
         direction, error = "load" if load else "store", None
-        span = telemetry.beyond(transfer.trace, telemetry.COPY)
+        span, begun = telemetry.beyond(transfer.trace, telemetry.COPY), time.perf_counter()
         try:
             copier = self.copier or self._attach(memory)
             if load:
@@ -88,6 +89,7 @@ class WorkerSide:
         except Exception as wrong:
             error = type(wrong).__name__
             log.exception("kvcache: %s of %d blocks failed", direction, len(transfer.blocks))
+        self._acks.seconds[transfer.job] = time.perf_counter() - begun
         blocks = len(transfer.blocks)
         telemetry.end(
             span,

@@ -187,6 +187,8 @@ def test_what_starts_again_after_a_reset_is_kept(played: Played) -> None:
 
 
 def test_acks_of_ranks_add_up() -> None:
-    acks = Acks({1: 1, 2: 1}, {2}, 4).aggregate(Acks({1: 1, 3: 1}, {1}, 4))
+    one, other = {1: 0.5, 2: 0.1}, {1: 0.75, 3: 0.2}
+    acks = Acks({1: 1, 2: 1}, {2}, 4, one).aggregate(Acks({1: 1, 3: 1}, {1}, 4, other))
     assert acks.ranks == {1: 2, 2: 1, 3: 1}
+    assert acks.seconds == {1: 0.75, 2: 0.1, 3: 0.2}
     assert acks.failed == {1, 2}

@@ -175,6 +175,16 @@ def test_the_step_after_a_failure_stores_again() -> None:
     assert play(worker, step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
+def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
+    worker = side(Copier(0))
+    worker.load(step())
+    worker.store(step())
+    acks = worker.take_acks()
+    assert acks is not None
+    assert set(acks.seconds) == {1, 2}  # the stores were not, since a load had failed
+    assert min(acks.seconds.values()) > 0
+
+
 def test_an_empty_step_says_that_it_has_ended() -> None:
     worker = side(Copier())
     assert play(worker, Step(NOWHERE)) == (set(), {}, set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,43 @@ from tests.e2e.server import Server, serving
 pytestmark = pytest.mark.engine
 
 END_S = 60.0
+LOGS = {"VLLM_LOG_STATS_INTERVAL": "1"}  # seconds
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    setup = Setup(str(checkpoint), blocks=40, l1="64MiB")
+    setup = Setup(str(checkpoint), blocks=40, l1="64MiB", environment=LOGS)
     with serving(setup, tmp_path_factory.mktemp("server")) as served:
         yield served
+
+
+def assert_our_metrics(page: str, hits: int, stored: int) -> None:
+    """What L1 did is there as the connector's own metrics; so are those that have no series yet."""
+    from kvcache import metrics
+    from kvcache.connectors.vllm.stats import prometheus_name
+
+    for metric in metrics.METRICS:
+        assert f"# HELP {prometheus_name(metric)}" in page
+    ours = re.findall(r"^vllm:kvcache_tier_(\w+)\{(.*)\} (\S+)$", page, re.MULTILINE)
+    values: dict[tuple[str, ...], float] = {}
+    for name, labels, value in ours:
+        words = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        assert words.pop("tier") == "l1"
+        assert words.pop("type") == "dram"
+        assert words.pop("engine") == "0"
+        del words["model_name"]
+        values[name, *sorted(words.values())] = float(value)
+    assert values["lookups_total", "hit"] == hits
+    assert values["stores_total", "stored"] == stored
+    block = values["io_bytes_total", "write"] / stored
+    assert values["io_bytes_total", "read"] == hits * block
+    assert values["usage_bytes",] == stored / 2 * block  # the first half was reset
+    assert values["pinned",] == 0
+    durations = "operation_duration_seconds_count"
+    assert values[durations, "", "lookup"] >= 3
+    assert values[durations, "", "load"] == 1
+    assert values[durations, "", "store"] == 2
+    assert 0 < values["operation_duration_seconds_sum", "", "load"] < 60
 
 
 def test_hits_show_in_usage_and_metrics(server: Server) -> None:
@@ -37,9 +68,28 @@ def test_hits_show_in_usage_and_metrics(server: Server) -> None:
     assert float(hits) == 5 * BLOCK
     server.post("/reset_prefix_cache?reset_external=true")
     assert server.complete(asked) == 0
+    assert_our_metrics(server.get("/metrics"), hits=5, stored=10)
     said = server.log.read_text()
     assert "kvcache: profile l1-only" in said
     assert not re.search("(WARNING|ERROR).*kvcache: ", said)
+
+
+def test_the_log_says_what_was_done(server: Server) -> None:
+    asked = prompt("logged", 3 * BLOCK + 9)
+    server.complete(asked)
+    server.post("/reset_prefix_cache")
+    before = len(server.log.read_text())
+    assert server.complete(asked) == 3 * BLOCK
+    until = time.monotonic() + END_S
+    while time.monotonic() < until:
+        line = (
+            r"KV Transfer metrics: l1 hits=(\d+)/\d+, l1 read=\d+KiB, l1 written=\d+KiB, l1 used="
+        )
+        said = re.findall(line, server.log.read_text()[before:])
+        if any(int(hits) >= 3 for hits in said):  # and what else was done in that second
+            return
+        time.sleep(0.2)  # it is written once a second, by another process
+    raise AssertionError(server.log.read_text()[before:])
 
 
 def test_no_memory_is_left_when_it_ends(server: Server) -> None:

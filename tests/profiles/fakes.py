@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from kvcache.changes import Changes
 from kvcache.sizes import Size
 from kvcache.tier import FrontTier, Lease, Tier, TierStats
 
@@ -79,6 +80,9 @@ class Front(FrontTier):
         raise NotImplementedError
 
     def clear(self) -> None:
+        pass
+
+    def tell(self, changes: Changes) -> None:
         pass
 
     def stats(self) -> TierStats:

@@ -94,7 +94,7 @@ def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
     def close(front: Front) -> None:
         closed.append(front)
 
-    def refuse(front: Front, lower: list[object], *, profile: str, block_tokens: int) -> None:
+    def refuse(front: Front, lower: list[object], *, profile: str, **named: object) -> None:
         raise RuntimeError(profile)
 
     monkeypatch.setattr(Front, "close", close)

@@ -32,7 +32,7 @@ from typing import Literal, TypeVar
 from kvcache.eviction import POLICIES, Policy
 from kvcache.index import Index
 from kvcache.sizes import DiskSize
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.disk.files import PAGE, Directory
 from kvcache.tiers.disk.records import KEY_NBYTES, RECORD_NBYTES, Record, Records, file_nbytes
 
@@ -212,6 +212,11 @@ class DiskTier(Tier):
             finally:
                 with self._lock:
                     self._index.unpin(pinned)
+
+    def usage(self) -> TierUsage:
+        with self._lock:
+            index, size = self._index, self._slot_nbytes
+            return TierUsage(len(index) * size, index.slots * size, index.evicted_blocks)
 
     def close(self) -> None:
         with self._lock:

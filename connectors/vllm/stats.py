@@ -1,0 +1,178 @@
+"""The numbers of ``Stack.stats()`` through vLLM: on its ``/metrics``, and in its log line.
+
+::
+
+    engine core                                  front end
+    Reports.take() -> Stats --- msgpack dict --> Stats.reduce()        "KV Transfer metrics: ..."
+                                             --> PromMetrics.observe() vllm:kvcache_...
+
+Always true here:
+
+* A report has what was counted since the one before: added up, reports are the counts. Gauges are
+  as of the report.
+* What crosses is ``{metric's name: {(tier, type, its own attribute): number, or seconds of each
+  call}}``, of plain types.
+* Names begin with ``vllm:`` as those of vLLM's own connectors do; vLLM unregisters by that prefix
+  when a process makes a second engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from kvcache import metrics, telemetry
+from kvcache.metrics import Metric
+from kvcache.sizes import format_size
+from kvcache.stack import Stack
+
+EVERY_S: Final = 1.0  # counts are read; more often would cost and tell nobody more
+
+LABELS: Final = {
+    metrics.RESULT: "result",
+    metrics.DIRECTION: "direction",
+    metrics.REASON: "reason",
+    metrics.OPERATION: "operation",
+    telemetry.ERROR: "error",
+}
+_WRONG: Final = (  # said when there is any
+    ("missed", metrics.LOADS, "missed"),
+    ("declined", metrics.STORES, "declined"),
+    ("dropped", metrics.STORES, "dropped"),
+    ("failed", metrics.STORES, "failed"),
+    ("invalid", metrics.INVALIDATIONS, None),
+    ("rejected", metrics.REJECTIONS, None),
+    ("errors", metrics.ERRORS, None),
+    ("breaker open", metrics.BREAKER, None),
+)
+_BY_NAME = {metric.name: metric for metric in metrics.METRICS}
+_SUFFIX = {"By": "_bytes", "s": "_seconds"}
+
+
+def prometheus_name(metric: Metric) -> str:
+    """What ``metric`` is called on ``/metrics``; that of a counter goes on with ``_total``."""
+    return f"vllm:{metric.name.replace('.', '_')}{_SUFFIX.get(metric.unit, '')}"
+
+
+def labels_of(metric: Metric) -> list[str]:
+    """Its labels, beside those that vLLM puts on all of its metrics."""
+    return ["tier", "type", *(LABELS[name] for name in metric.attributes)]
+
+
+class Stats(KVConnectorStats):
+    """What was counted in some time: ``data`` as above."""
+
+    def add(self, metric: Metric, labels: tuple[str, ...], value: Any) -> None:
+        """Count ``value`` in: a number, or a list of seconds for a histogram."""
+        numbers = self.data.setdefault(metric.name, {})
+        if metric.kind == "gauge" or labels not in numbers:
+            numbers[labels] = value
+        else:
+            numbers[labels] = numbers[labels] + value
+
+    def aggregate(self, other: KVConnectorStats) -> Stats:
+        for name, numbers in other.data.items():
+            for labels, value in numbers.items():
+                self.add(_BY_NAME[name], labels, value)
+        return self
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def reset(self) -> None:
+        self.data: dict[str, Any] = {}
+
+    def reduce(self) -> dict[str, Any]:
+        """For people: what every tier was asked and moved, and what went wrong, if anything."""
+        said: dict[str, Any] = {}
+        gauges = (self.data.get(metric.name, {}) for metric in (metrics.USAGE, metrics.BREAKER))
+        for tier in dict.fromkeys(labels[0] for gauge in gauges for labels in gauge):
+            hits = self._of(metrics.LOOKUPS, tier, "hit")
+            said[f"{tier} hits"] = f"{hits}/{hits + self._of(metrics.LOOKUPS, tier, 'miss')}"
+            said[f"{tier} read"] = format_size(self._of(metrics.IO, tier, "read"))
+            said[f"{tier} written"] = format_size(self._of(metrics.IO, tier, "write"))
+            if limit := self._of(metrics.LIMIT, tier):
+                used = self._of(metrics.USAGE, tier)
+                said[f"{tier} used"] = f"{format_size(used)}/{format_size(limit)}"
+            for word, metric, value in _WRONG:
+                if number := self._of(metric, tier, value):
+                    said[f"{tier} {word}"] = number
+        return said
+
+    def _of(self, metric: Metric, tier: str, value: str | None = None) -> int:
+        return sum(
+            number
+            for labels, number in self.data.get(metric.name, {}).items()
+            if labels[0] == tier and (value is None or labels[2] == value)
+        )
+
+
+class Reports:
+    """What a stack counted since the last report."""
+
+    def __init__(self, stack: Stack, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stack = stack
+        self._clock = clock
+        self._due = clock()
+        self._before: dict[tuple[str, tuple[str, ...]], int] = {}
+
+    def take(self, *, now: bool) -> Stats | None:
+        """The report, if it is time for one or it has to be ``now``."""
+        if not now and self._clock() < self._due:
+            return None
+        self._due = self._clock() + EVERY_S
+        stats = Stats()
+        for tier, numbers in metrics.numbers(self._stack.stats()):
+            for metric, by_value in numbers.items():
+                for value, number in by_value.items():
+                    labels = (*tier, value) if metric.attributes else tuple(tier)
+                    if metric.kind == "gauge":
+                        stats.add(metric, labels, number)
+                    elif more := number - self._before.get((metric.name, labels), 0):
+                        self._before[metric.name, labels] = number
+                        stats.add(metric, labels, more)
+        for tier, operation, error, seconds in self._stack.take_durations():
+            stats.add(metrics.DURATION, (*tier, operation, error), [seconds])
+        return stats
+
+
+class PromMetrics(KVConnectorPromMetrics):
+    """The same numbers as Prometheus metrics, in the process that answers ``/metrics``."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._families = {metric.name: self._family(metric) for metric in metrics.METRICS}
+
+    def _family(self, metric: Metric) -> Any:
+        settings = {
+            "name": prometheus_name(metric),
+            "documentation": f"KV cache blocks kept by kvcache: {metric.meaning}",
+            "labelnames": [*self._labelnames, *labels_of(metric)],
+        }
+        match metric.kind:
+            case "counter":
+                return self._counter_cls(**settings)
+            case "gauge":
+                return self._gauge_cls(**settings, multiprocess_mode="mostrecent")
+            case "histogram":
+                return self._histogram_cls(**settings, buckets=metrics.BUCKETS)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        engine = self.per_engine_labelvalues[engine_idx]
+        for name, numbers in transfer_stats_data.items():
+            for labels, value in numbers.items():
+                child = self._families[name].labels(*engine, *labels)
+                match _BY_NAME[name].kind:
+                    case "counter":
+                        child.inc(value)
+                    case "gauge":
+                        child.set(value)
+                    case "histogram":
+                        for seconds in value:
+                            child.observe(seconds)

@@ -1,0 +1,62 @@
+"""KV events of a real engine, over its own ZMQ publisher, are what L1 and the disk hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e import events
+from tests.e2e.conftest import Stage
+from tests.e2e.engine import Play, starts
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def published(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Play:
+    folder = tmp_path_factory.mktemp("events")
+    return stage(
+        events.ACTS,
+        blocks=100,
+        l1="1MiB",  # 32 blocks
+        options={
+            "kv_events_config": {
+                "enable_kv_cache_events": True,
+                "publisher": "zmq",
+                "endpoint": f"ipc://{folder}/events",
+            }
+        },
+        environment={
+            "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",
+            "KVCACHE_PROFILE": "l1-disk",
+            "KVCACHE__DISK__PATH": str(folder / "kv"),
+            "KVCACHE__DISK__CAPACITY": "2MiB",  # 56 blocks in frames
+            "KVCACHE__DISK__DEADLINE_S": "30",
+            "KVCACHE__DISK__IF_SLOWER": "load",
+        },
+    )
+
+
+def test_it_starts_without_a_warning(published: Play) -> None:
+    published.of(starts)
+
+
+def test_l1_is_known_after_every_request(published: Play) -> None:
+    found = published.of(events.l1_is_known)
+    assert found["wrong"] == []
+    assert found["evicted"] > 0
+    assert found["held"] > 16
+
+
+def test_the_disk_is_known_when_it_was_asked(published: Play) -> None:
+    found = published.of(events.the_disk_is_known)
+    assert found["lost"] > 0  # 8 prompts of 9 blocks are more than it holds
+    assert found["missing"] == 0
+    assert found["wrong"] == []
+    assert found["left"] < found["lost"]
+
+
+def test_a_reset_is_known(published: Play) -> None:
+    found = published.of(events.a_reset_is_known)
+    assert min(found["before"]) >= 3
+    assert found["emptied"] == [0, 0]
+    assert found["after"] == [3, 3]

@@ -1,0 +1,44 @@
+"""What tiers say of themselves: the disk its bytes and evictions, the frame what did not verify."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+from kvcache.testing import block_of, keys_of
+from kvcache.tier import TierUsage
+from kvcache.tiers.disk import DiskTier
+from kvcache.tiers.framed import PAGE, Framed, frame_nbytes
+from tests.tiers.frames import Frames
+from tests.tiers.test_disk import capacity
+
+FRAME = frame_nbytes(PAGE)
+
+
+def test_a_disk_behind_frames(tmp_path: Path) -> None:
+    room = capacity(4, FRAME)
+    disk = DiskTier(block_nbytes=FRAME, path=str(tmp_path), capacity=room)
+    with closing(Framed(disk, block_nbytes=PAGE)) as tier:
+        assert tier.usage() == TierUsage(0, 4 * FRAME, 0)
+        keys = keys_of("a", 5)
+        for key in keys:
+            assert tier.store([key], [memoryview(block_of(key, PAGE))]) == [True]
+        assert tier.usage() == TierUsage(4 * FRAME, 4 * FRAME, 1)
+        blocks = os.open(tmp_path / "blocks", os.O_WRONLY)
+        os.pwrite(blocks, bytes(FRAME), 2 * FRAME)
+        os.close(blocks)
+        into = [memoryview(bytearray(PAGE)) for _ in keys]
+        assert sum(map(bool, tier.load(keys, into))) == 3
+        assert tier.usage() == TierUsage(3 * FRAME, 4 * FRAME, 1, {"magic": 1})
+    assert tier.usage().limit_nbytes == 4 * FRAME  # also when it is closed
+
+
+def test_frames_in_frames_add_up() -> None:
+    inner = Frames()
+    tier = Framed(Framed(inner, block_nbytes=FRAME), block_nbytes=PAGE)
+    [key] = keys_of("a", 1)
+    tier.store([key], [memoryview(block_of(key, PAGE))])
+    inner.held[key] = bytes(len(inner.held[key]))
+    assert tier.load([key], [memoryview(bytearray(PAGE))]) == [0]
+    assert tier.usage() == TierUsage(rejected_blocks={"magic": 1})
