@@ -121,7 +121,7 @@ def written(engine: Engine) -> set[bytes]:
     """What the disk holds of this engine's."""
     [lower] = engine.side._stack._below.lower
     space = lower.space
-    held = list(lower.tier.inner._index._ready)
+    held = list(lower.link.tier.inner._index._ready)
     return {name[len(space) :] for name in held if name.startswith(space)}
 
 
