@@ -28,6 +28,7 @@ from kvcache import metrics, telemetry
 from kvcache.below import Below, Match
 from kvcache.changes import Journal
 from kvcache.lower import Lower
+from kvcache.recorder import SILENT, Recorder
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 
@@ -45,6 +46,7 @@ class Stack:
         name: of the front tier, in the profile.
         kind: what the profile calls the front tier's class.
         clock: seconds.
+        recorder: is told of every ``match``; who asks by ``fetch_here`` tells it itself.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Stack:
         name: str = "l1",
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder = SILENT,
     ) -> None:
         self.front = front
+        self.recorder = recorder
         self.profile = profile
         self._block_tokens = block_tokens
         self._named = TierName(name, kind or type(front).__name__)
@@ -84,6 +88,7 @@ class Stack:
             start: blocks that the engine has itself.
             context: the caller's trace; ``None`` is the current one.
         """
+        self.recorder.record(keys)
         span, match = self._look_here(keys, start, context)
         if start + match.blocks == len(keys) or not self._below.awake:
             self._looked(span, match)
@@ -283,6 +288,7 @@ class Stack:
             lower.close(flush_s)
         self._below.close()
         self.front.close()
+        self.recorder.close()
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ if __name__ == "profiles":
 import inspect
 from contextlib import ExitStack, closing
 
-from kvcache import memory
+from kvcache import memory, recorder
 from kvcache.lower import Lower
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.load import Profile, load_profile, shipped
@@ -74,6 +74,10 @@ def open_stack(
                     **row.options_for(Lower),
                 )
             )
+        try:
+            records = opened.enter_context(closing(recorder.opened(block_tokens)))
+        except ValueError as error:
+            raise ProfileError(chosen.name, [str(error)]) from error
         first = chosen.tiers[0]
         stack = Stack(
             front,
@@ -82,6 +86,7 @@ def open_stack(
             name=first.name,
             kind=first.kind,
             block_tokens=block_tokens,
+            recorder=records,
         )
         opened.pop_all()  # the stack closes them from here on
     return stack

@@ -162,6 +162,7 @@ class SchedulerSide:
         self._requests.arrived(request)
         keys, context = self._prompt_keys(request), self._requests.context(request)
         self.events.describe(request, 0, keys, None)
+        self._stack.recorder.record(keys, request.num_prompt_tokens)
         coming = self._stack.prefetch(keys, context=context)
         if coming is not None:
             self._coming[request.request_id] = coming

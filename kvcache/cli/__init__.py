@@ -1,4 +1,4 @@
-"""The command line: `kvcache demo` and `kvcache bench`.
+"""The command line: `kvcache demo`, `kvcache bench` and `kvcache replay`.
 
 This is the roof of the house: a command may use every room, but imports it inside its `run`, so
 that `kvcache --help` needs neither an engine nor torch nor numpy.
@@ -15,6 +15,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": "play chats against a real vLLM, with kvcache and without it, and compare",
     "bench": "measure memory copies, stores, loads and look-ups on this machine",
+    "replay": "replay a trace of requests: what L1 would find, by policy and capacity",
 }
 
 
