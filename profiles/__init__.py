@@ -10,12 +10,14 @@ if __name__ == "profiles":
     raise ImportError("import kvcache.profiles, not profiles (you are in the source checkout)")
 
 import inspect
+import logging
 from contextlib import ExitStack, closing
 
 from kvcache import memory, recorder
 from kvcache.lower import Lower
 from kvcache.profiles.errors import ProfileError
-from kvcache.profiles.load import Profile, load_profile, shipped
+from kvcache.profiles.files import shipped
+from kvcache.profiles.load import Profile, load_profile
 from kvcache.profiles.rows import Row
 from kvcache.sizes import Size
 from kvcache.stack import Stack
@@ -23,6 +25,8 @@ from kvcache.tier import FrontTier, Tier
 from kvcache.tiers.framed import Framed, frame_nbytes
 
 __all__ = ["Profile", "ProfileError", "load_profile", "open_stack", "shipped"]
+
+log = logging.getLogger(__name__)
 
 
 def open_stack(
@@ -32,17 +36,20 @@ def open_stack(
     space: bytes = b"",
     element_nbytes: int = 2,
     block_tokens: int = 0,
+    ranks: int = 1,
 ) -> Stack:
     """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
 
     ``profile`` is a shipped name or a path to a TOML file. ``block_nbytes`` is the bytes of a block
-    of all ranks, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known, for
-    spans. ``space`` is the namespace under which blocks leave this process (``kvcache.namespace``):
-    whoever has the same may find them.
+    of all ``ranks``, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known,
+    for spans. ``space`` is the namespace under which blocks leave this process
+    (``kvcache.namespace``): whoever has the same may find them.
 
     Raises ProfileError if the profile is wrong or asks for more memory than is free.
     """
-    chosen = load_profile(profile)
+    chosen = load_profile(profile, ranks=ranks)
+    if theirs := chosen.theirs:
+        log.log(logging.WARNING if theirs.no_effect else logging.INFO, "kvcache: %s", theirs)
     problems = [
         f"{setting.where}: {shortage}"
         for setting in chosen.tiers[0].settings

@@ -1,13 +1,14 @@
 """The one error of this room, and how a problem is put into words.
 
 Always true: a ``ProfileError`` lists every problem that was found, not the first one, and repeats
-no password: not in a URL, and not in an option that sounds like one.
+no secret.
 """
 
 import difflib
 import json
-import re
 from collections.abc import Iterable, Sequence
+
+from kvcache.profiles import secrets
 
 
 class ProfileError(ValueError):
@@ -25,20 +26,15 @@ class ProfileError(ValueError):
         return f"profile {show(self.profile)}: {len(self.problems)} problems:{lines}"
 
 
-_USER_IN_URL = re.compile(r"(?<=://).*@")
-_SECRET = re.compile(r"pas+w|pass|pwd|secret|token|credential|auth", re.IGNORECASE)
-_POINTER = re.compile(r"(_env|_file)$", re.IGNORECASE)
-
-
 def show(value: object) -> str:
-    """``value`` as a profile would write it, without user and password where it holds a URL."""
-    return _USER_IN_URL.sub("***@", json.dumps(value, ensure_ascii=False, default=str))
+    """``value`` as a profile would write it, without what may be a secret in it."""
+    text = json.dumps(secrets.without(value), ensure_ascii=False, default=str)
+    return secrets.without_user(text)
 
 
 def show_option(name: str, value: object) -> str:
-    """``name = value`` as a profile would write it; no value where the name is that of a secret."""
-    secret = _SECRET.search(name) and not _POINTER.search(name)
-    return f"{name} = {'***' if secret else show(value)}"
+    """``name = value`` as a profile would write it, without the value if it may be a secret."""
+    return f"{name} = {secrets.HIDDEN if secrets.hidden(name, value) else show(value)}"
 
 
 def listed(values: Iterable[object]) -> str:

@@ -21,6 +21,11 @@ KINDS: dict[str, tuple[str, str | None]] = {
 """Shipped kinds: the class, and the extra that installs what it needs."""
 
 
+def known_kinds() -> list[str]:
+    """The names that can be written for a kind: shipped ones, and those of installed packages."""
+    return sorted({*KINDS, *entry_points(group=GROUP).names})
+
+
 def tier_class(kind: str) -> type[Tier]:
     """The class that ``kind`` means. Raises ValueError that says what is wrong or allowed."""
     path, extra = _path(kind)
@@ -51,7 +56,7 @@ def _path(kind: str) -> tuple[str, str | None]:
             return path, None
         case [_, *_] as paths:
             raise ValueError(f"named by several packages, for {listed(paths)}; write one of these")
-    known = sorted({*KINDS, *installed.names})
+    known = known_kinds()
     raise ValueError(
         f'no such kind; there are {listed(known)}, or "pkg.mod:Class"{nearest(kind, known)}'
     )

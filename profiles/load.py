@@ -5,66 +5,57 @@ too small and a constructor can refuse; whatever else is wrong is in one ``Profi
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcache.profiles.errors import ProfileError, listed, nearest
-from kvcache.profiles.lines import Lines
+from kvcache.profiles import aibrix
+from kvcache.profiles.errors import ProfileError
+from kvcache.profiles.files import find, read_or_raise
 from kvcache.profiles.rows import Row, read_rows
 
 DEFAULT = "l1-only"
 VARIABLE = "KVCACHE_PROFILE"
 
-_SHIPPED = Path(__file__).parent
-
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile that was checked, its tiers nearest first."""
+    """A profile that was checked, its tiers nearest first.
+
+    ``bases`` are the files it extends, its own base first; ``theirs`` says what became of AIBrix's
+    variables, if there were any.
+    """
 
     name: str
     path: Path
     tiers: tuple[Row, ...]
+    bases: tuple[Path, ...] = ()
+    theirs: aibrix.Report | None = None
 
 
-def shipped() -> list[str]:
-    """Names of the profiles that come with the library: the TOML files beside this one."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
-
-
-def load_profile(profile: str | None = None, environ: Mapping[str, str] = os.environ) -> Profile:
+def load_profile(
+    profile: str | None = None, environ: Mapping[str, str] = os.environ, *, ranks: int = 1
+) -> Profile:
     """Read ``profile``, else the one that KVCACHE_PROFILE names, else l1-only.
 
     ``profile`` is a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
+    AIBrix's variables win over the file of a profile that nobody chose. ``ranks`` is of the engine;
+    AIBrix counts memory for each.
+
     Raises ProfileError with everything that is wrong.
     """
     by = ""
+    chosen = profile or environ.get(VARIABLE)
     if profile is None:
-        profile, by = environ.get(VARIABLE) or DEFAULT, f"environment variable {VARIABLE}: "
-    path = _find(profile, by)
+        profile, by = chosen or DEFAULT, f"environment variable {VARIABLE}: "
     try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except OSError as error:
-        raise ProfileError(path.stem, [f"{by}cannot read {path}: {error.strerror}"]) from error
-    except ValueError as error:  # tomllib's own words have the line and the column
-        raise ProfileError(path.stem, [f"{path} is not TOML: {error}"]) from error
-    rows, problems = read_rows(document, Lines(path, text), environ)
+        path = find(profile, Path.cwd())
+    except ValueError as error:
+        raise ProfileError(profile, [f"{by}{error}"]) from error
+    file, tables = read_or_raise(path, by)
+    theirs = aibrix.read(environ, chosen=bool(chosen), ranks=ranks)
+    rows, problems = read_rows(path, tables, environ, theirs.wishes)
+    problems = [*file.problems, *problems, *theirs.problems]
     if problems:
         raise ProfileError(path.stem, problems)
-    return Profile(path.stem, path, tuple(rows))
-
-
-def _find(profile: str, by: str) -> Path:
-    if "/" in profile or profile.endswith(".toml"):
-        return Path(profile).absolute()
-    known = shipped()
-    if profile in known:
-        return _SHIPPED / f"{profile}.toml"
-    problem = (
-        f"{by}no such profile; shipped are {listed(known)}, and a path to a file of yours "
-        f'has a "/" or ends in ".toml"{nearest(profile, known)}'
-    )
-    raise ProfileError(profile, [problem])
+    return Profile(path.stem, path, tuple(rows), file.bases, theirs.report(rows))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from kvcache import memory
+from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 
@@ -41,21 +42,27 @@ class Option:
     name: str
     hint: object
     required: bool
+    default: object = None  # nothing if it is required
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """What a profile may set for ``cls``, by name. Raises ValueError if annotations are broken."""
+    """What a profile may set for ``cls``, by name.
+
+    Raises ValueError if its annotations are broken, or one of them would be a secret.
+    """
     try:
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError) as error:
         raise ValueError(
             f"the annotations of {cls.__qualname__} cannot be read ({error})"
         ) from error
-    return {
-        name: Option(name, hints.get(name), parameter.default is parameter.empty)
+    options = {
+        name: Option(name, hints.get(name), parameter.default is parameter.empty, parameter.default)
         for name, parameter in inspect.signature(cls).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in GIVEN_BY_THE_STACK
     }
+    secrets.refuse(cls, [name for name, option in options.items() if option.hint is str])
+    return options
 
 
 def from_text(text: str, hint: object) -> object:

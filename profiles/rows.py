@@ -1,4 +1,4 @@
-"""From a profile's document and the variables that override it to checked rows, one per tier.
+"""From a profile's tables and the variables that override it to checked rows, one per tier.
 
 Always true: a row's options have the types of its class's constructor, none that is required is
 missing, and every variable that begins with KVCACHE__ was used or is a problem.
@@ -7,12 +7,14 @@ missing, and every variable that begins with KVCACHE__ was used or is a problem.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvcache.lower import Lower
+from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest, show, show_option
+from kvcache.profiles.files import TOP_KEYS, Table
 from kvcache.profiles.kinds import tier_class
-from kvcache.profiles.lines import TOP, Lines
 from kvcache.profiles.options import Option, converted, from_text, options_of, takes
 from kvcache.tier import FrontTier, Tier
 from kvcache.tiers.framed import Framed
@@ -28,11 +30,17 @@ AROUND = (Framed, Lower)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An option that was set. ``where`` says in which file and line or variable, and to what."""
+    """An option that was set: to what, and by which line of which file, or which variable."""
 
     option: Option
     value: object
-    where: str
+    given: object
+    place: str
+
+    @property
+    def where(self) -> str:
+        """Its place, and what was given."""
+        return f"{self.place}: {show_option(self.option.name, self.given)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,7 @@ class Row:
     """One tier of a profile. ``where`` says the file and line its row starts in.
 
     Below the first tier, a row has the options of its class, of the frame around it, and of the
-    stack's dealings with it.
+    stack's dealings with it. ``takes`` has them all, ``settings`` those that were set.
     """
 
     name: str
@@ -48,6 +56,7 @@ class Row:
     cls: type[Tier]
     settings: tuple[Setting, ...]
     where: str
+    takes: Mapping[str, Option]
 
     @property
     def options(self) -> dict[str, object]:
@@ -60,12 +69,26 @@ class Row:
         return {name: value for name, value in self.options.items() if name in its}
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What another variable than ours asks for: an option of the first tier, or of those below it.
+
+    ``wins`` says over a file; over our variables none does.
+    """
+
+    place: str
+    option: str
+    value: object
+    below: bool
+    wins: bool
+
+
 def read_rows(
-    document: Mapping[str, object], lines: Lines, environ: Mapping[str, str]
+    path: Path, tables: Sequence[Table], environ: Mapping[str, str], wishes: Sequence[Wish] = ()
 ) -> tuple[list[Row], list[str]]:
     """The rows that could be read, and everything that is wrong; the rows count if nothing is."""
-    reader = _Reader(lines, environ)
-    return reader.rows(document), reader.problems
+    reader = _Reader(path, environ, wishes)
+    return reader.rows(tables), reader.problems
 
 
 def _variable(name: str) -> str:
@@ -84,28 +107,18 @@ def _joined(own: dict[str, Option], *around: dict[str, Option]) -> dict[str, Opt
 
 
 class _Reader:
-    """One pass over a document. It goes on after a problem, to find the others."""
+    """One pass over the tables. It goes on after a problem, to find the others."""
 
-    def __init__(self, lines: Lines, environ: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, environ: Mapping[str, str], wishes: Sequence[Wish]) -> None:
         self.problems: list[str] = []
-        self._lines = lines
+        self._path = path
+        self._wishes = wishes
         self._names: list[str] = []
         self._overrides = {
             variable: text for variable, text in environ.items() if variable.startswith(OVERRIDE)
         }
 
-    def rows(self, document: Mapping[str, object]) -> list[Row]:
-        for key in document:
-            if key != "tier":
-                self._wrong(
-                    f"{self._lines.place(TOP, key)}: {key}",
-                    "no such key; a profile has [[tier]] tables and nothing else"
-                    + nearest(key, ["tier"]),
-                )
-        tables = document.get("tier", [])
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            self._wrong(f"{self._lines.place(TOP, 'tier')}: tier", "write tiers under [[tier]]")
-            return []
+    def rows(self, tables: Sequence[Table]) -> list[Row]:
         rows = [self._row(number, table) for number, table in enumerate(tables)]
         known = [_variable(name) for name in self._names]
         for variable, text in self._overrides.items():  # the rows took theirs
@@ -115,33 +128,35 @@ class _Reader:
                 + listed(known)
                 + nearest(variable.removeprefix(OVERRIDE).partition("__")[0], known),
             )
-        self._check_order(rows)
+        self._check_order(tables, rows)
         return [row for row in rows if row]
 
-    def _check_order(self, rows: Sequence[Row | None]) -> None:
+    def _check_order(self, tables: Sequence[Table], rows: Sequence[Row | None]) -> None:
         if not rows:
-            self._wrong(self._lines.place(TOP), 'lists no tier; write [[tier]], kind = "dram"')
+            self._wrong(str(self._path), 'lists no tier; write [[tier]], kind = "dram"')
         if rows and (front := rows[0]) and not issubclass(front.cls, FrontTier):
             self._wrong(
-                f"{self._lines.place(0, 'kind')}: kind = {show(front.kind)}",
+                tables[0].where("kind"),
                 'the first tier lends its memory to the engine; "dram" does, '
                 f"{front.cls.__qualname__} is no subclass of kvcache.tier.FrontTier",
             )
 
-    def _row(self, number: int, table: Mapping[str, object]) -> Row | None:
-        name, kind = self._name(number, table), table.get("kind")
+    def _row(self, number: int, table: Table) -> Row | None:
+        name, kind = self._name(table), table.value("kind")
         overrides = self._overrides_of(name)
         try:
             if not isinstance(kind, str):
-                raise ValueError('a tier needs a kind, such as "dram" or "pkg.mod:Class"')
+                # Perhaps it was to change a row of what this file extends.
+                near = nearest(name, [known for known in self._names if known != name])
+                raise ValueError(f'a tier needs a kind, such as "dram" or "pkg.mod:Class"{near}')
             cls = tier_class(kind)
             options = options_of(cls)
             if number:
                 options = _joined(options, *map(options_of, AROUND))
         except ValueError as error:
-            self._wrong(self._where(number, table, "kind"), str(error))
+            self._wrong(table.where("kind"), str(error))
             return None
-        where = f"{self._lines.place(number)}: tier {show(name)}"
+        where = f"{table.place}: tier {show(name)}"
         settings: dict[str, Setting] = {}
         seen = set()
         for place, key, given in self._given(number, table, overrides, options):
@@ -149,31 +164,37 @@ class _Reader:
             here = f"{place}: {show_option(key, given)}"
             if key not in options:
                 allowed = f"takes {listed(options)}{nearest(key, options)}"
+                if key in TOP_KEYS:
+                    allowed += f"; {key} stands above the first [[tier]]"
                 self._wrong(here, f"no such option; kind {show(kind)} {allowed}")
                 continue
             try:
                 value = converted(given, options[key].hint)
+                secrets.check(key, value)
             except (ValueError, OverflowError) as error:
                 self._wrong(here, str(error))
             else:
-                settings[key] = Setting(options[key], value, here)
+                settings[key] = Setting(options[key], value, given, place)
         for option in options.values():
             if option.required and option.name not in seen:
                 needs = f"kind {show(kind)} needs it; it takes {takes(option.hint)}"
                 self._wrong(where, f"{option.name} is missing; {needs}")
-        return Row(name, kind, cls, tuple(settings.values()), where)
+        return Row(name, kind, cls, tuple(settings.values()), where, options)
 
     def _given(
         self,
         number: int,
-        table: Mapping[str, object],
+        table: Table,
         overrides: Mapping[str, str],
         options: Mapping[str, Option],
     ) -> Iterator[tuple[str, str, object]]:
-        """What was set: the place, the option's name and the value. Overrides come last, to win."""
-        for key, value in table.items():
+        """What was set: the place, the option's name and the value. What wins comes later."""
+        wishes = [w for w in self._wishes if w.below == bool(number) and w.option in options]
+        yield from ((w.place, w.option, w.value) for w in wishes if not w.wins)
+        for key, given in table.given.items():
             if key not in _FIXED:
-                yield self._lines.place(number, key), key, value
+                yield given.place, key, given.value
+        yield from ((w.place, w.option, w.value) for w in wishes if w.wins)
         names = {_variable(name): name for name in options}
         for variable, text in overrides.items():
             place = f"environment variable {variable}"
@@ -185,29 +206,28 @@ class _Reader:
             else:
                 yield place, key, text
 
-    def _name(self, number: int, table: Mapping[str, object]) -> str:
-        name, where = table.get("name"), self._where(number, table, "name")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+    def _name(self, table: Table) -> str:
+        name = table.name
+        if name is None or not _NAME.fullmatch(name):
             self._wrong(
-                where,
+                table.where("name"),
                 "a tier needs a name of lower-case letters and digits, "
                 'with single "-" or "_" between, such as "l1"',
             )
         elif _variable(name) in map(_variable, self._names):
-            self._wrong(where, f"two tiers with one name; names here are {listed(self._names)}")
+            self._wrong(
+                table.where("name"),
+                f"two tiers with one name; names here are {listed(self._names)}",
+            )
         else:
             self._names.append(name)
-        return str(name)
+        return str(table.value("name"))
 
     def _overrides_of(self, name: str) -> dict[str, str]:
         """The variables that speak of this tier, taken away from those left over."""
         prefix = f"{OVERRIDE}{_variable(name)}__"
         mine = [variable for variable in self._overrides if variable.startswith(prefix)]
         return {variable: self._overrides.pop(variable) for variable in mine}
-
-    def _where(self, number: int, table: Mapping[str, object], key: str) -> str:
-        says = f"{key} = {show(table[key])}" if key in table else f"{key} is missing"
-        return f"{self._lines.place(number, key)}: {says}"
 
     def _wrong(self, where: str, says: str) -> None:
         self.problems.append(f"{where}: {says}")

@@ -21,10 +21,10 @@ settings.load_profile("kvcache")
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_from_the_shell() -> Iterator[None]:
-    """Take away the KVCACHE variables that whoever runs the tests has set."""
+    """Take away the variables, ours and AIBrix's, that whoever runs the tests has set."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith("KVCACHE"):
+            if name.startswith(("KVCACHE", "AIBRIX_KV_CACHE_OL_", "VLLM_AIBRIX_")):
                 patch.delenv(name)
         yield
 

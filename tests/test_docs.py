@@ -50,7 +50,7 @@ SHOWN_ONLY = {"diff", "mermaid", "text", "yaml"}
 
 def check_toml(example: Example) -> None:
     """Load a profile; anything else need only be TOML."""
-    if "tier" not in tomllib.loads(example.parsed):
+    if not {"tier", "extends"} & tomllib.loads(example.parsed).keys():
         return
     with TemporaryDirectory() as folder:
         profile = Path(folder, "page.toml")
@@ -258,6 +258,7 @@ def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
     [
         ("python", "assert 1 == 2"),
         ("toml", '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\nno_such_option = 1'),
+        ("toml", 'extends = "no-such-profile"'),
         ("toml", "[tier"),
         ("json", "{,}"),
         ("bash", "true  # first\nkvcache no-such-command"),

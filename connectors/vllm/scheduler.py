@@ -138,6 +138,7 @@ class SchedulerSide:
             space=namespace({**self._identity, **forms}),
             element_nbytes=max(shard.element_nbytes for shard in shards.values()),
             block_tokens=self._block_tokens,
+            ranks=self._world,
         )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now

@@ -1,4 +1,4 @@
-"""The command line: `kvcache demo`, `kvcache bench` and `kvcache replay`.
+"""The command line: what `kvcache COMMAND` does, a module for each command.
 
 This is the roof of the house: a command may use every room, but imports it inside its `run`, so
 that `kvcache --help` needs neither an engine nor torch nor numpy.
@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "play chats against a real vLLM, with kvcache and without it, and compare",
     "bench": "measure memory copies, stores, loads and look-ups on this machine",
     "replay": "replay a trace of requests: what L1 would find, by policy and capacity",
+    "profile": "list, show and check profiles, and print their JSON schema",
 }
 
 

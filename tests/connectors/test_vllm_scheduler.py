@@ -13,7 +13,18 @@ import pytest
 pytest.importorskip("vllm")
 
 
-from tests.connectors.played import BLOCK, SHARD, Played, Request, opened
+from kvcache.connectors.vllm.scheduler import SchedulerSide
+from tests.connectors.played import (
+    BLOCK,
+    SHARD,
+    Played,
+    Request,
+    cache_config,
+    engine_config,
+    full_attention,
+    opened,
+    shards,
+)  # fmt: skip
 
 pytestmark = pytest.mark.engine
 
@@ -252,3 +263,14 @@ def test_the_promised_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not slots & set(kept.stores[0].slots)
     assert played.admit(waiting, [8, 9, 10]) == 2 * BLOCK
     played.side.close()
+
+
+def test_memory_that_aibrix_counts_for_each_rank_is_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB", str(8 * SHARD / 2**30))
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    side.open(shards())
+    assert side._stack is not None
+    assert side._stack.front.slab.slots == 8
+    side.close()

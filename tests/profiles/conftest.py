@@ -16,4 +16,4 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def ten_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     """The container may use 10 GiB."""
-    monkeypatch.setattr(memory, "limit", lambda: memory.Memory(10 * GIB, "the test"))
+    monkeypatch.setattr(memory, "limit", lambda *_: memory.Memory(10 * GIB, "the test"))

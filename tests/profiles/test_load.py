@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.lower import Lower as LowerTier
-from kvcache.profiles import ProfileError, load, load_profile, shipped
+from kvcache.profiles import ProfileError, files, load_profile, shipped
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.profiles.fakes import Front
@@ -33,7 +33,7 @@ def test_every_shipped_profile_loads() -> None:
 
 
 def test_a_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(files, "_SHIPPED", tmp_path)
     (tmp_path / "fresh.toml").write_text(GOOD)
     assert shipped() == ["fresh"]
     assert load_profile("fresh", {}).tiers[0].cls is Front
@@ -219,7 +219,7 @@ WRONG_FILES = [
     ("tier = []\n", None, "lists no tier", ""),
     ("tier = 3\n", 1, "tier: write tiers under [[tier]]", ""),
     ('[tier]\nkind = "dram"\n', 1, "tier: write tiers under [[tier]]", ""),
-    ("version = 1\n" + GOOD, 1, "version: no such key", "[[tier]] tables and nothing else"),
+    ("version = 1\n" + GOOD, 1, "version: no such key", "[[tier]] tables, and above them"),
     (GOOD + "\n[telemetry]\non = true\n", 6, "telemetry: no such key", ""),
     (GOOD + "rome = 1\n", 5, 'rome = 1: no such option; kind "tests', 'did you mean "room"?'),
     (GOOD + '"rome" = 1\n', 5, "rome = 1: no such option", '"count", "ratio", "fast"'),

@@ -1,0 +1,196 @@
+"""List, show and check profiles.
+
+  list    the shipped ones
+  show    what an engine started now would get, each value with where it is from
+  check   files, as they stand, without the environment; every problem is listed
+  schema  the JSON schema of a profile, for editors
+
+Exit code: 0 when every profile is right, 1 when one is not, 2 for arguments that cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcache.profiles import Profile
+    from kvcache.profiles.rows import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions of `kvcache profile`, and what each takes."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, (action, summary) in _ACTIONS.items():
+        sub = actions.add_parser(name, help=summary, description=action.__doc__)
+        sub.add_argument("--json", action="store_true", help="print one JSON value")
+        sub.set_defaults(action=action)
+        if name == "show":
+            sub.add_argument(
+                "name", nargs="?", metavar="NAME",
+                help="a shipped name or a path; else what KVCACHE_PROFILE says, else l1-only",
+            )  # fmt: skip
+            sub.add_argument(
+                "--ranks", type=int, default=1, metavar="N",
+                help="of the engine; AIBrix's variables count memory for each (default: 1)",
+            )  # fmt: skip
+        if name == "check":
+            sub.add_argument("files", nargs="+", metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the action says, and return its exit code."""
+    return int(args.action(args))
+
+
+def list_(args: argparse.Namespace) -> int:
+    """List the shipped profiles: name, tiers, and what each is."""
+    from kvcache.profiles.files import find, head, read_or_raise, shipped
+
+    found: list[dict[str, Any]] = []
+    for name in shipped():
+        path = find(name, Path())
+        _, tables = read_or_raise(path)
+        tiers = [{"name": table.name, "kind": table.value("kind")} for table in tables]
+        found.append({"name": name, "tiers": tiers, "summary": head(path), "path": str(path)})
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    rows = [(one["name"], ", ".join(tier["name"] for tier in one["tiers"])) for one in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for (name, names), one in zip(rows, found, strict=True):
+        print(f"{name:{widths[0]}}  {names:{widths[1]}}  {one['summary']}")
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Show a profile as the environment makes it, as one file, with the place of each value."""
+    from kvcache.profiles import ProfileError, load_profile
+
+    if args.ranks < 1:
+        print(f"--ranks is {args.ranks}; it must be at least 1", file=sys.stderr)
+        return 2
+    try:
+        profile = load_profile(args.name, ranks=args.ranks)
+    except ProfileError as error:
+        if args.json:
+            print(json.dumps({"name": error.profile, "problems": error.problems}))
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(_facts(profile)) if args.json else _text(profile))
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check files as they stand, without the environment, and list every problem."""
+    from kvcache.profiles import ProfileError, load_profile
+
+    found: list[dict[str, Any]] = []
+    for file in args.files:
+        try:
+            load_profile(file, {})
+        except ProfileError as error:
+            found.append({"file": file, "problems": error.problems})
+            says = str(error)
+        else:
+            found.append({"file": file, "problems": []})
+            says = f"{file}: right"
+        if not args.json:
+            print(says)
+    if args.json:
+        print(json.dumps(found))
+    return 1 if any(one["problems"] for one in found) else 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    """Print the JSON schema of a profile, of the tiers that are installed here."""
+    from kvcache.profiles import schema
+
+    print(json.dumps(schema.schema(), indent=None if args.json else 2))
+    return 0
+
+
+_ACTIONS = {
+    "list": (list_, "the shipped profiles"),
+    "show": (show, "the values that a profile has here and now, and where each is from"),
+    "check": (check, "whether files are right; lists everything that is wrong"),
+    "schema": (schema, "the JSON schema of a profile"),
+}
+
+
+def _values(row: Row) -> dict[str, dict[str, Any]]:
+    """Of each option of a tier: what was given, what that is, and where it is from; no secrets."""
+    from kvcache.profiles.schema import written
+
+    values: dict[str, dict[str, Any]] = {}
+    places = {setting.option.name: setting for setting in row.settings}
+    for name, option in row.takes.items():
+        if setting := places.get(name):
+            given, value, place = setting.given, setting.value, setting.place
+        else:
+            given, value, place = written(option.default, option.hint), option.default, "default"
+        if given is not None:
+            values[name] = {
+                "given": _plain(name, given), "value": _plain(name, value), "from": place,
+            }  # fmt: skip
+    return values
+
+
+def _plain(name: str, value: object) -> object:
+    """``value`` as JSON has it, without what may be a secret."""
+    from kvcache.profiles import errors, secrets
+
+    return secrets.HIDDEN if secrets.hidden(name, value) else json.loads(errors.show(value))
+
+
+def _facts(profile: Profile) -> dict[str, Any]:
+    theirs = profile.theirs
+    return {
+        "name": profile.name,
+        "path": str(profile.path),
+        "extends": [str(path) for path in profile.bases],
+        "tiers": [
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "class": f"{row.cls.__module__}:{row.cls.__qualname__}",
+                "options": _values(row),
+            }
+            for row in profile.tiers
+        ],
+        "aibrix": theirs and {
+            "taken": theirs.taken, "overruled": theirs.overruled, "no_effect": theirs.no_effect,
+        },
+    }  # fmt: skip
+
+
+def _distinct(files: Sequence[Path]) -> bool:
+    return len({path.name for path in files}) == len(files)
+
+
+def _text(profile: Profile) -> str:
+    """A profile of its own that says all of this, in TOML."""
+    from kvcache.sizes import DiskSize, Size, format_size
+
+    files = [profile.path, *profile.bases]
+    short = {str(path): path.name for path in files} if _distinct(files) else {}
+    lines = [f"# {profile.name}: {' extends '.join(map(str, files))}"]
+    if profile.theirs:
+        lines.append(f"# {profile.theirs}")
+    for row in profile.tiers:
+        lines += ["", "[[tier]]", f'name = "{row.name}"', f"kind = {json.dumps(row.kind)}"]
+        values = _values(row)
+        texts = {name: f"{name} = {json.dumps(one['given'])}" for name, one in values.items()}
+        width = max(map(len, texts.values()), default=0)
+        for name, one in values.items():
+            path, line, number = one["from"].rpartition(", line ")
+            place = f"{short.get(path, path)}{line}{number}"
+            if row.takes[name].hint in (Size, DiskSize):
+                size = format_size(one["value"])
+                place = place if size == one["given"] else f"{size}; {place}"
+            lines.append(f"{texts[name]:{width}}  # {place}")
+    return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""The JSON schema of a profile, made from the constructors of the tiers that can be had here.
+
+Always true: what the loader takes, the schema does. The loader refuses more: a schema knows neither
+classes by path, nor a base's tiers, nor this machine.
+"""
+
+import inspect
+import re
+from typing import Any, Literal, get_args, get_origin
+
+from kvcache.profiles.kinds import known_kinds, tier_class
+from kvcache.profiles.options import Option, options_of, takes
+from kvcache.profiles.rows import AROUND
+from kvcache.sizes import DiskSize, Size, format_size, parse_size
+from kvcache.tier import FrontTier
+
+Schema = dict[str, Any]
+
+_NUMBER = r"^\s*\+?[0-9]+(\.[0-9]+)?\s*"
+_UNIT = r"([kKmMgGtT][iI]?[bB]|[bB])?"
+_TYPES: dict[object, Schema] = {
+    Size: {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": rf"{_NUMBER}({_UNIT}|%)\s*$"},
+        ]
+    },
+    DiskSize: {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": rf"{_NUMBER}{_UNIT}\s*$"},
+        ]
+    },
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    bool: {"type": "boolean"},
+    str: {"type": "string"},
+}
+_NAME: Schema = {
+    "type": "string",
+    "pattern": "^[a-z0-9]+([-_][a-z0-9]+)*$",
+    "description": "How variables, spans and messages call this tier.",
+}
+_ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
+
+
+def schema() -> Schema:
+    """The schema, in draft 2020-12. Tiers that need what is not installed take any option in it."""
+    first: dict[str, Schema] = {}
+    below: dict[str, Schema] = {}
+    for kind in known_kinds():
+        try:
+            cls = tier_class(kind)
+        except ValueError as error:
+            below[kind] = {"description": str(error)}
+            continue
+        if issubclass(cls, FrontTier):
+            first[kind] = _options(kind, cls)
+        below[kind] = _options(kind, cls, *AROUND)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A profile of kvcache: tiers, nearest first",
+        "type": "object",
+        "properties": {
+            "extends": {
+                "type": "string",
+                "description": "A shipped name, or a path from this file: whose tiers it changes.",
+            },
+            "without": {
+                "type": "array",
+                "items": _NAME,
+                "description": "Tiers of the base that are left out.",
+            },
+            "tier": {"type": "array"},
+        },
+        "additionalProperties": False,
+        "if": {"required": ["extends"]},
+        "then": {"properties": {"tier": {"items": {"$ref": "#/$defs/changed"}}}},
+        "else": {
+            "required": ["tier"],
+            "properties": {
+                "without": False,
+                "tier": {
+                    "minItems": 1,
+                    "prefixItems": [{"$ref": "#/$defs/first"}],
+                    "items": {"$ref": "#/$defs/below"},
+                },
+            },
+        },
+        "$defs": {
+            "first": _row(first),
+            "below": _row(below),
+            "changed": {
+                "type": "object",
+                "properties": {"name": _NAME, "kind": {"type": "string"}},
+                "required": ["name"],
+            },
+        },
+    }
+
+
+def _row(kinds: dict[str, Schema]) -> Schema:
+    """A row of one of these kinds, or of a class by its path, which may have any options."""
+    return {
+        "type": "object",
+        "properties": {
+            "name": _NAME,
+            "kind": {
+                "description": 'A tier that kvcache knows, or a class: "package.module:Class".',
+                "anyOf": [{"enum": sorted(kinds)}, {"type": "string", "pattern": ":"}],
+            },
+        },
+        "required": ["name", "kind"],
+        "allOf": [
+            {"if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]}, "then": options}
+            for kind, options in sorted(kinds.items())
+        ],
+    }
+
+
+def _options(kind: str, *classes: type) -> Schema:
+    """What a row of this kind takes; the options of all ``classes``."""
+    properties: Schema = {"name": True, "kind": True}
+    required = []
+    for cls in classes:
+        says = dict(_ARGUMENT.findall(inspect.getdoc(cls) or ""))
+        for name, option in options_of(cls).items():
+            properties[name] = _option(option, says.get(name, ""))
+            if option.required:
+                required.append(name)
+    return {
+        "title": f"The options of kind {kind}",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _option(option: Option, says: str) -> Schema:
+    words = " ".join(says.replace("``", "").split()) or takes(option.hint)
+    described: Schema = {"description": words}
+    if get_origin(option.hint) is Literal:
+        described["enum"] = list(get_args(option.hint))
+    else:
+        described |= _TYPES.get(option.hint, {})
+    if option.name.endswith("_env"):
+        described["pattern"] = "^([A-Za-z_][A-Za-z0-9_]*)?$"
+    if (default := written(option.default, option.hint)) is not None:
+        described["default"] = default
+    return described
+
+
+def written(value: object, hint: object) -> object:
+    """A value of an option as a profile would have it; None if none could."""
+    if hint in (Size, DiskSize) and isinstance(value, int):
+        size = format_size(value)
+        return size if parse_size(size) == value else value
+    return value if type(value) in (bool, float, int, str) else None

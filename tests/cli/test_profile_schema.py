@@ -1,0 +1,131 @@
+"""The schema takes what the loader takes, and refuses what it can see is wrong."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from kvcache import cli, memory
+from kvcache.profiles import ProfileError, kinds, load_profile, shipped
+from kvcache.profiles.schema import schema
+
+DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1GiB"\n'
+DISK = '[[tier]]\nname = "d"\nkind = "disk"\npath = "/d"\ncapacity = "1GiB"\n'
+OURS = '[[tier]]\nname = "x"\nkind = "tests.profiles.fakes:Lower"\nno_such_option = 1\n'
+EXTENDS = 'extends = "l1-disk"\n'
+
+
+@pytest.fixture(autouse=True)
+def some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "limit", lambda *_: memory.Memory(1 << 40, "the test"))
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    jsonschema.Draft202012Validator.check_schema(schema())
+    return jsonschema.Draft202012Validator(schema())
+
+
+def loads(file: Path, text: str) -> bool:
+    file.write_text(text)
+    try:
+        load_profile(str(file), {})
+    except ProfileError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_profiles_are_right(validator: Any, name: str) -> None:
+    text = load_profile(name, {}).path.read_text()
+    validator.validate(tomllib.loads(text))
+
+
+RIGHT = [
+    DRAM,
+    DRAM + 'eviction = "s3fifo"\n',
+    DRAM + DISK,
+    DRAM + DISK + 'codec = "zstd"\ndeadline_s = 2\nqueue = 1\nthreads = 8\n',
+    DRAM.replace('"1GiB"', "1073741824"),
+    DRAM.replace("1GiB", " 1.5 gib "),
+    DRAM.replace("1GiB", "50%"),
+    DRAM.replace("dram", "kvcache.tiers.dram:DramTier"),
+    EXTENDS,
+    EXTENDS + 'without = ["disk"]\n',
+    EXTENDS + '[[tier]]\nname = "disk"\npath = "/d"\n',
+    EXTENDS + DISK,
+]
+
+WRONG = [
+    "",
+    "tier = []\n",
+    "version = 1\n" + DRAM,
+    'without = ["l1"]\n' + DRAM,
+    "extends = 1\n",
+    EXTENDS + "without = 1\n",
+    EXTENDS + '[[tier]]\npath = "/d"\n',
+    DRAM + "no_such_option = 1\n",
+    DRAM + 'codec = "zstd"\n',
+    DRAM.replace('"1GiB"', "true"),
+    DRAM.replace('"1GiB"', "0"),
+    DRAM.replace("1GiB", "1 GB or so"),
+    DRAM.replace("1GiB", "-1GiB"),
+    DRAM.replace("dram", "drma"),
+    DRAM.replace('"l1"', '"L1"'),
+    DRAM.replace('name = "l1"\n', ""),
+    DRAM.replace('kind = "dram"\n', ""),
+    DRAM.replace('capacity = "1GiB"\n', ""),
+    DRAM + 'eviction = "lfru"\n',
+    DISK,
+    DRAM + DISK.replace("1GiB", "50%"),
+    DRAM + DISK + 'threads = "4"\n',
+    DRAM + DISK + "deadline_s = true\n",
+    DRAM + DISK + 'codec = "lz4"\n',
+]
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_what_the_loader_takes_is_right(validator: Any, tmp_path: Path, text: str) -> None:
+    assert loads(tmp_path / "ours.toml", text)
+    validator.validate(tomllib.loads(text))
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_profiles_fail(validator: Any, tmp_path: Path, text: str) -> None:
+    assert not loads(tmp_path / "ours.toml", text)
+    assert not validator.is_valid(tomllib.loads(text))
+
+
+def test_a_class_by_its_path_may_have_any_option(validator: Any, tmp_path: Path) -> None:
+    """The one thing of these that the loader knows and the schema cannot."""
+    assert not loads(tmp_path / "ours.toml", DRAM + OURS)
+    validator.validate(tomllib.loads(DRAM + OURS))
+
+
+def test_a_tier_that_is_not_installed_may_have_any_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kinds.KINDS, "far", ("no_such_package.far:FarTier", "far"))
+    document = tomllib.loads(DRAM + '[[tier]]\nname = "f"\nkind = "far"\nanything = 1\n')
+    jsonschema.Draft202012Validator(schema()).validate(document)
+    first = tomllib.loads(DRAM.replace("dram", "far"))
+    assert not jsonschema.Draft202012Validator(schema()).is_valid(first)
+
+
+def test_options_are_described_in_the_words_of_their_class() -> None:
+    (disk,) = [one for one in schema()["$defs"]["below"]["allOf"]
+               if one["if"]["properties"]["kind"]["const"] == "disk"]  # fmt: skip
+    options = disk["then"]["properties"]
+    assert options["path"]["description"] == (
+        "a directory of this tier's own, made if it is not there."
+    )
+    assert options["queue"]["default"] == "256MiB"
+    assert options["codec"]["enum"] == ["none", "zstd"]
+    assert all(option is True or option["description"] for option in options.values())
+
+
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["profile", "schema"], ["profile", "schema", "--json"]):
+        assert cli.main(argv) == 0
+        assert json.loads(capsys.readouterr().out) == schema()

@@ -1,0 +1,119 @@
+"""A profile names where a secret is; one that was written into it all the same is not repeated."""
+
+from pathlib import Path
+
+import pytest
+
+from kvcache.profiles.errors import show, show_option
+from kvcache.profiles.options import options_of
+from kvcache.sizes import Size
+from tests.profiles.fakes import Front
+from tests.profiles.reading import FRONT, GOOD, HEAD, only_problem, problems, read
+
+pytestmark = pytest.mark.usefixtures("ten_gib")
+
+SECRET = "hunter2-correct-horse"
+
+
+class Guarded(Front):
+    """Is let in by what a variable has, and has options that only sound like secrets."""
+
+    def __init__(
+        self, *, block_nbytes: int, password_env: str = "", token_file: str = "",
+        block_tokens: int = 1, tokenizer: str = "", bypass: str = "", home: str = "",
+        use_auth: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(block_nbytes=block_nbytes, room=Size(1))
+
+
+class Open(Front):
+    """Takes what no profile may hold."""
+
+    def __init__(self, *, block_nbytes: int, password: str) -> None:
+        super().__init__(block_nbytes=block_nbytes, room=Size(1))
+
+
+def with_option(name: str) -> type:
+    """A class with an option of this name, which is a string."""
+    scope: dict[str, type] = {}
+    exec(f"class Odd:\n def __init__(self, *, {name}: str = ''): pass\n", {}, scope)
+    return scope["Odd"]
+
+
+@pytest.mark.parametrize(
+    "name", ["password", "redis_password", "passwd", "secret", "secret_key", "api_key", "apikey",
+             "access_key", "auth_token", "token", "credentials"],
+)  # fmt: skip
+def test_a_class_that_takes_a_secret_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^Odd takes {name}, and .* take {name}_env, the name"):
+        options_of(with_option(name))
+
+
+def test_its_kind_is_what_is_wrong(file: Path) -> None:
+    text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Open") + f'password = "{SECRET}"\n'
+    problem = only_problem(file, text)
+    assert problem.startswith(f'{file}, line 3: kind = "tests.profiles.test_secrets:Open": Open ')
+    assert "a profile is no place for a secret" in problem
+
+
+def test_names_of_variables_and_what_only_sounds_like_a_secret_are_options(file: Path) -> None:
+    assert list(options_of(Guarded)) == [
+        "password_env", "token_file", "block_tokens", "tokenizer", "bypass", "home", "use_auth",
+    ]  # fmt: skip
+    text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Guarded")
+    row = read(file, text + 'password_env = "KV_PASSWORD"\n').tiers[0]
+    assert row.options == {"password_env": "KV_PASSWORD"}
+    assert row.settings[0].where == f'{file}, line 4: password_env = "KV_PASSWORD"'
+
+
+def test_a_password_in_the_place_of_a_name_is_refused_and_not_repeated(file: Path) -> None:
+    text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Guarded")
+    problem = only_problem(file, text + f'password_env = "{SECRET}"\n')
+    assert problem == (
+        f"{file}, line 4: password_env = ***: takes the name of an environment variable that has it"
+    )
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(file: Path) -> None:
+    problem = only_problem(file, GOOD + f'path = "redis://:{SECRET}@host"\n')
+    assert problem.startswith(f'{file}, line 5: path = "redis://***@host": holds a password')
+    problem = only_problem(file, GOOD, {"KVCACHE__L1__PATH": f"redis://me:{SECRET}@host"})
+    assert "password_env" in problem
+    assert SECRET not in problem
+    for text in ("redis://me@host:6379/1", "/a:b@c", "redis://host:6379"):
+        assert read(file, GOOD + f'path = "{text}"\n').tiers[0].options["path"] == text
+
+
+WRITTEN = [
+    f'password = "{SECRET}"\n',
+    f'pasword = "{SECRET}"\n',
+    f'db_Passwd = "{SECRET}"\n',
+    f'auth_token = "{SECRET}"\n',
+    f'url = "redis://me:{SECRET}@host"\n',
+    f'path = ["redis://{SECRET}@host"]\n',
+    f'login = {{ password = "{SECRET}", user = "me" }}\n',
+    f'logins = [{{ secret = "{SECRET}" }}]\n',
+    f'password_env = "{SECRET}"\n',
+]
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_no_problem_repeats_a_secret(file: Path, line: str) -> None:
+    for text in (GOOD + line, line + GOOD, f"without = [{{ {line.strip()} }}]\n" + GOOD):
+        for problem in problems(file, text):
+            assert SECRET not in problem
+            assert problem.startswith(f"{file}, line ")
+
+
+def test_no_variable_with_a_secret_is_repeated(file: Path) -> None:
+    for variable in ("KVCACHE__L1__PASSWORD", "KVCACHE__REDIS__PASSWORD", "KVCACHE__L1__TOKEN"):
+        problem = only_problem(file, GOOD, {variable: SECRET})
+        assert SECRET not in problem
+        assert variable in problem
+
+
+def test_what_is_no_secret_is_shown() -> None:
+    assert show({"a": [1, "b"]}) == '{"a": [1, "b"]}'
+    assert show("redis://host:6379/1") == '"redis://host:6379/1"'
+    assert show_option("path", "/a@b") == 'path = "/a@b"'
+    assert show_option("token_file", "/run/token") == 'token_file = "/run/token"'
