@@ -91,6 +91,11 @@ def read_rows(
     return reader.rows(tables), reader.problems
 
 
+def override_of(tier: str, option: str) -> str:
+    """The environment variable that sets an option of a tier."""
+    return f"{OVERRIDE}{_variable(tier)}__{_variable(option)}"
+
+
 def _variable(name: str) -> str:
     return name.upper().replace("-", "_")
 

@@ -17,6 +17,10 @@ COMMANDS = {
     "bench": "measure memory copies, stores, loads and look-ups on this machine",
     "replay": "replay a trace of requests: what L1 would find, by policy and capacity",
     "profile": "list, show and check profiles, and print their JSON schema",
+    "doctor": "what is in the way on this machine, and what to do about it",
+    "inspect": "what a disk or Redis tier holds, by namespace, and whether it is whole",
+    "plan": "from a model and a pod's memory: what fits, what to give L1, load against compute",
+    "top": "what the tiers of a running engine do: room, hits, bandwidth, pins, queues",
 }
 
 

@@ -10,6 +10,7 @@ GROUP_GAP = "    "
 BOLD = "1"
 RED = "1;31"
 GREEN = "1;32"
+YELLOW = "1;33"
 
 Painter = Callable[[str, str], str]
 """Takes text and one of the colours above; gives the text, coloured or not."""
@@ -46,3 +47,9 @@ def render(
         lines += [line.rjust(width) for line in body]
         blocks.append([paint(line, BOLD) for line in lines] if title == strong else lines)
     return "\n".join(GROUP_GAP.join(parts).rstrip() for parts in zip(*blocks, strict=True))
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """One line for each name and what is said of it, which begins in one column for all."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name.ljust(width)}{GAP}{said}".rstrip() for name, said in rows)

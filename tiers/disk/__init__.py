@@ -6,6 +6,8 @@
     records   one page of geometry, then 256 bytes per slot: whose block is
               in it, or zeros                                                  records.py
     blocks    slots of whole pages, allocated at once                          tier.py
+
+reader.py looks at all that from outside.
 """
 
 from kvcache.tiers.disk.files import PAGE

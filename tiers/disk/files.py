@@ -71,14 +71,8 @@ class Directory:
 
     def check_room(self, need: int) -> None:
         """Raise ``ValueError`` where the two files cannot have ``need`` bytes together."""
-        have = sum(os.fstat(file).st_blocks * 512 for file in (self.records, self.blocks))
-        space = os.statvfs(self.path)
-        free = space.f_bavail * space.f_frsize
-        if need > have + free:
-            raise ValueError(
-                f"capacity asks for {format_size(need)} at {str(self.path)!r}, where "
-                f"{format_size(have + free)} are free"
-            )
+        if why := shortage(self.path, need):
+            raise ValueError(why)
 
     def take_blocks(self, nbytes: int) -> None:
         """Give the file of blocks its space; from now on it is direct where it can be."""
@@ -101,3 +95,42 @@ class Directory:
             fcntl.flock(self._open[0], fcntl.LOCK_UN)
         while self._open:
             os.close(self._open.pop())
+
+
+def shortage(path: Path, need: int) -> str | None:
+    """Why the tier's files in ``path`` cannot have ``need`` bytes together; ``None`` if they can.
+
+    Opens nothing. Raises OSError where ``path`` is not there.
+    """
+    have = sum(
+        (path / name).stat().st_blocks * 512
+        for name in ("records", "blocks")
+        if (path / name).exists()
+    )
+    space = os.statvfs(path)
+    free = space.f_bavail * space.f_frsize
+    if need <= have + free:
+        return None
+    return (
+        f"capacity asks for {format_size(need)} at {str(path)!r}, where "
+        f"{format_size(have + free)} are free"
+    )
+
+
+def holder(path: Path) -> int | None:
+    """The process that has the directory open, if it can be seen from here.
+
+    Reads what the kernel says of locks: taking the lock, however shortly, could refuse an engine
+    that starts in this moment.
+    """
+    try:
+        lock = (path / "lock").stat()
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return None
+    file = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
+    for line in locks.splitlines():
+        match line.split():
+            case [_, "FLOCK", _, "WRITE", pid, where, *_] if where == file:
+                return int(pid)
+    return None

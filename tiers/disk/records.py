@@ -48,6 +48,53 @@ class Record(NamedTuple):
     after: bytes  # the key that the block continues; empty if that is not known
 
 
+class Geometry(NamedTuple):
+    """What the two files were made for."""
+
+    slot_nbytes: int
+    slots: int
+
+
+def read_geometry(file: int) -> Geometry | None:
+    """What a file of records says of itself; ``None`` if it is no such file."""
+    page = os.pread(file, _GEOMETRY.size, 0)
+    if len(page) < _GEOMETRY.size:
+        return None
+    magic, slot_nbytes, slots = _GEOMETRY.unpack(page)
+    return Geometry(slot_nbytes, slots) if magic == _MAGIC else None
+
+
+def read_records(file: int, geometry: Geometry) -> Iterator[Record]:
+    """Every record that verifies, by slot."""
+    at, end = 0, file_nbytes(geometry.slots)
+    for begin in range(PAGE, end, _READ_NBYTES):
+        piece = os.pread(file, min(_READ_NBYTES, end - begin), begin)
+        if len(piece) < RECORD_NBYTES:
+            return  # cut, by who opened the tier with another geometry
+        for fields, crc in _WHOLE.iter_unpack(piece[: len(piece) // RECORD_NBYTES * RECORD_NBYTES]):
+            if record := _verified(fields, crc, at, geometry.slot_nbytes):
+                yield record
+            at += 1
+
+
+def read_record(file: int, geometry: Geometry, slot: int) -> Record | None:
+    """The record of one slot; ``None`` if there is none that verifies."""
+    piece = os.pread(file, RECORD_NBYTES, file_nbytes(slot))
+    if len(piece) < RECORD_NBYTES:
+        return None
+    fields, crc = _WHOLE.unpack(piece)
+    return _verified(fields, crc, slot, geometry.slot_nbytes)
+
+
+def _verified(fields: bytes, crc: int, at: int, slot_nbytes: int) -> Record | None:
+    """The record that these bytes are, in slot ``at``."""
+    if crc == zlib.crc32(fields):
+        slot, generation, nbytes, size, size_after, key, after = _FIELDS.unpack(fields)
+        if slot == at and max(size, size_after) <= KEY_NBYTES and nbytes <= slot_nbytes:
+            return Record(generation, slot, nbytes, key[:size], after[:size_after])
+    return None
+
+
 class Records:
     """The records of ``slots`` slots.
 
@@ -63,28 +110,17 @@ class Records:
 
     def __init__(self, file: int, slot_nbytes: int, slots: int, blocks_nbytes: int) -> None:
         self._file = file
-        self._slot_nbytes = slot_nbytes
-        self._slots = slots
-        geometry = _GEOMETRY.pack(_MAGIC, slot_nbytes, slots)
-        known = os.pread(file, len(geometry), 0) == geometry
+        self._geometry = Geometry(slot_nbytes, slots)
+        known = read_geometry(file) == self._geometry
         whole = min(slots, blocks_nbytes // slot_nbytes) if known else 0
         # Cut and grown again: what was behind reads as zeros, now and after the next start.
         os.ftruncate(file, file_nbytes(whole))
         os.posix_fallocate(file, 0, file_nbytes(slots))
-        os.pwrite(file, geometry, 0)
+        os.pwrite(file, _GEOMETRY.pack(_MAGIC, *self._geometry), 0)
 
     def __iter__(self) -> Iterator[Record]:
         """Every record that verifies, by slot."""
-        end, at = file_nbytes(self._slots), 0
-        for begin in range(PAGE, end, _READ_NBYTES):
-            piece = os.pread(self._file, min(_READ_NBYTES, end - begin), begin)
-            for fields, crc in _WHOLE.iter_unpack(piece):
-                if crc == zlib.crc32(fields):
-                    slot, generation, nbytes, size, size_after, key, after = _FIELDS.unpack(fields)
-                    whole = max(size, size_after) <= KEY_NBYTES and nbytes <= self._slot_nbytes
-                    if slot == at and whole:
-                        yield Record(generation, slot, nbytes, key[:size], after[:size_after])
-                at += 1
+        return read_records(self._file, self._geometry)
 
     def write(self, record: Record) -> None:
         """Name the block that is in a slot."""

@@ -1,0 +1,104 @@
+"""What is installed, and whether it is what kvcache asks for.
+
+Always true: what is asked for is read from the installed package's own metadata, and nothing is
+imported, since importing an engine takes seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from importlib import metadata
+from platform import python_version
+from typing import NamedTuple
+
+from kvcache.cli.doctor.result import Result, fail, ok, warn
+
+_REQUIREMENT = re.compile(
+    r"""([\w.-]+)(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;.*extra\s*==\s*["']([\w-]+)["'])?"""
+)
+_OURS = {"test", "docs"}  # extras for working on kvcache
+
+
+class Requirement(NamedTuple):
+    """A package that kvcache asks for, with which extra, and since which version."""
+
+    package: str
+    at_least: str
+    extra: str
+
+
+def check(needed: Collection[str]) -> Iterator[Result]:
+    """One result for what is always needed, and one for every extra that is here or `needed`."""
+    try:
+        ours, asked = metadata.version("kvcache"), metadata.requires("kvcache") or []
+    except metadata.PackageNotFoundError:
+        yield warn(
+            "kvcache",
+            "not installed, so what it needs is not known here",
+            "pip install . in the checkout",
+        )
+        return
+    wanted = [_parsed(line) for line in asked]
+    yield from _extra(
+        "", [one for one in wanted if not one.extra], f"{ours}, Python {python_version()}", True
+    )
+    absent = []
+    for extra in sorted({one.extra for one in wanted if one.extra} - _OURS):
+        its = [one for one in wanted if one.extra == extra]
+        if _installed(its[0].package) or extra in needed:
+            yield from _extra(extra, its, "", extra in needed)
+        else:
+            absent.append(extra)
+    if absent:
+        yield ok("extras", f"not installed, and not needed by the profile: {', '.join(absent)}")
+
+
+def _extra(
+    extra: str, wanted: Sequence[Requirement], before: str, needed: bool
+) -> Iterator[Result]:
+    found = {one: _installed(one.package) for one in wanted}
+    have = [f"{one.package} {version}" for one, version in found.items() if version]
+    said, subject = ", ".join([*filter(None, [before]), *have]), extra or "kvcache"
+    pip = f"pip install 'kvcache[{extra}]'" if extra else "pip install kvcache"
+    if old := [one for one, version in found.items() if version and _older(version, one.at_least)]:
+        why = ", ".join(f"{one.package} must be {one.at_least} or newer" for one in old)
+        yield fail(subject, f"{said}: {why}", pip)
+    elif missing := [one.package for one, version in found.items() if not version]:
+        how = fail if needed else warn
+        yield how(
+            subject, f"{', '.join(missing)} not installed" + (f"; {said}" if said else ""), pip
+        )
+    else:
+        yield ok(subject, said)
+
+
+def _parsed(line: str) -> Requirement:
+    match = _REQUIREMENT.match(line)
+    assert match, line
+    since = re.search(r">=\s*([\d.]+)", match[2])
+    return Requirement(match[1], since[1] if since else "", match[3] or "")
+
+
+def _installed(package: str) -> str:
+    """The version of a package, also where another one brings its module; empty if none does."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        module = package.replace("-", "_")
+        for other in metadata.packages_distributions().get(module, ()):
+            return f"{metadata.version(other)}"
+    return ""
+
+
+def _older(version: str, than: str) -> bool:
+    """Whether a release is older. A build from source is taken at its word."""
+    return bool(than) and "dev" not in version and _numbers(version) < _numbers(than)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = re.match(r"[\d.]*\d", version)
+    numbers = [int(number) for number in found[0].split(".")] if found else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,79 @@
+"""The Redis or Valkey server that a tier's options name, for commands that look at it.
+
+Always true: looking at a value is no use of it, as far as the server can be asked for that (`CLIENT
+NO-TOUCH`, from 7.2; else its LRU sees one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+_WAIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a server has, of all that it keeps, and what it does when that is full."""
+
+    used_nbytes: int
+    limit_nbytes: int  # 0: none
+    when_full: str  # its maxmemory-policy
+
+
+@contextmanager
+def connected(options: Mapping[str, object]) -> Iterator[Any]:
+    """A client of the server, as the tier's options say; the tier's defaults where they do not.
+
+    Raises ValueError where it cannot be had, and for what the server refuses meanwhile.
+    """
+    try:
+        redis: Any = import_module("redis")
+    except ImportError as error:
+        raise ValueError(f"redis needs more: pip install 'kvcache[redis]' ({error})") from error
+    try:
+        with closing(_client(redis, options)) as client:
+            yield client
+    except redis.RedisError as error:
+        raise ValueError(f"{options['url']} cannot be read: {error}") from error
+
+
+def memory_of(client: Any, options: Mapping[str, object]) -> Memory | None:
+    """What one server says; None of a cluster, and where a managed one does not tell."""
+    if options.get("cluster"):
+        return None
+    with suppress(Exception):
+        info = client.info("memory")
+        used, limit, policy = (info[f] for f in ("used_memory", "maxmemory", "maxmemory_policy"))
+        return Memory(int(used), int(limit), str(policy))
+    return None
+
+
+def _client(redis: Any, options: Mapping[str, object]) -> Any:
+    """A connection as the tier's options say; what they do not say is the tier's default."""
+    from kvcache.tiers.redis.login import read_password, read_url
+
+    address, tls, database = read_url(str(options["url"]))
+    given: dict[str, object] = {
+        "username": options.get("username") or None,
+        "password": read_password(str(options.get("password_env", ""))) or None,
+        "socket_timeout": _WAIT_S,
+        "socket_connect_timeout": _WAIT_S,
+    }
+    if tls:
+        files = {"ssl_ca_certs": "ca_file", "ssl_certfile": "cert_file", "ssl_keyfile": "key_file"}
+        given |= {"ssl": True} | {ours: options.get(its) or None for ours, its in files.items()}
+    if options.get("cluster"):
+        return redis.RedisCluster(host=address.host, port=address.port, **given)
+    where = (
+        {"unix_socket_path": address.path}
+        if address.path
+        else {"host": address.host, "port": address.port}
+    )
+    client = redis.Redis(**where, **given, db=database, single_connection_client=True)
+    with suppress(redis.ResponseError):
+        client.execute_command("CLIENT", "NO-TOUCH", "ON")
+    return client

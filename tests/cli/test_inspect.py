@@ -1,0 +1,175 @@
+"""What `kvcache inspect` says of a disk tier: all of it, by namespace, and what is damaged."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcache import cli
+from kvcache.keys import join, namespace
+from kvcache.testing import keys_of
+from kvcache.tiers.disk import PAGE, DiskTier
+from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
+from tests.tiers.frames import BLOCK, like_kv
+from tests.tiers.test_disk import blocks, capacity, opened
+
+SPACES = [namespace({"model": model}) for model in ("a", "b")]
+FRAME = frame_nbytes(BLOCK)
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[Framed]:
+    """Three blocks of one namespace and one of another, in a tier that is open."""
+    path, size = tmp_path / "kv", capacity(8, FRAME)
+    inner = DiskTier(block_nbytes=FRAME, path=str(path), capacity=size)
+    with closing(Framed(inner, block_nbytes=BLOCK, codec="zstd")) as tier:
+        for space, count in zip(SPACES, (3, 1), strict=True):
+            for number, key in enumerate(keys_of("inspected", count)):
+                block = memoryview(like_kv(BLOCK, number))
+                assert tier.store([join(space, key)], [block]) == [True]
+        yield tier
+
+
+@pytest.fixture
+def inspected(
+    tier: Framed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, Any]]:
+    def inspect(*arguments: str) -> tuple[int, Any]:
+        code = cli.main(["inspect", str(tmp_path / "kv"), "--json", *arguments])
+        [found] = json.loads(capsys.readouterr().out)["tiers"]
+        return code, found
+
+    return inspect
+
+
+def damage(path: Path, key: bytes, tier: Framed) -> None:
+    """Change a byte of the block's payload."""
+    assert isinstance(tier.inner, DiskTier)
+    [slot] = tier.inner._index.pin([key])
+    tier.inner._index.unpin([slot])
+    with (path / "blocks").open("r+b") as file:
+        file.seek(slot * FRAME + HEADER_NBYTES + 1000)
+        [byte] = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_namespaces_are_counted_while_it_is_open(
+    inspected: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    code, found = inspected()
+    assert code == 0
+    assert found["tier"] == str(tmp_path / "kv")
+    assert (found["kind"], found["slots"], found["blocks"]) == ("disk", 8, 4)
+    assert found["open_in_process"] is not None
+    sizes = {name: held.pop("nbytes") for name, held in found["namespaces"].items()}
+    assert found["namespaces"] == {SPACES[0].hex(): {"blocks": 3}, SPACES[1].hex(): {"blocks": 1}}
+    assert all(0 < nbytes < 3 * FRAME and not nbytes % PAGE for nbytes in sizes.values())
+
+
+def test_whole_blocks_verify(inspected: Callable[..., tuple[int, Any]]) -> None:
+    code, found = inspected("--verify")
+    assert code == 0
+    assert [(held["intact"], held["rejected"]) for held in found["namespaces"].values()] == [
+        (3, {}), (1, {}),
+    ]  # fmt: skip
+
+
+def test_a_damaged_block_is_found_and_left_there(
+    inspected: Callable[..., tuple[int, Any]], tier: Framed, tmp_path: Path
+) -> None:
+    hurt = join(SPACES[0], keys_of("inspected", 3)[1])
+    damage(tmp_path / "kv", hurt, tier)
+    code, found = inspected("--verify")
+    assert code == 1
+    held = found["namespaces"][SPACES[0].hex()]
+    assert (held["intact"], held["rejected"]) == (2, {"checksum": 1})
+    assert tier.contains([hurt]) == [True]
+    assert inspected()[0] == 0  # without reading them nothing is known to be wrong
+
+
+def test_zstd_that_is_not_installed_is_no_damage(
+    inspected: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcache.tiers.framed._zstandard", lambda: None)
+    code, found = inspected("--verify")
+    assert code == 0
+    assert found["namespaces"][SPACES[1].hex()]["rejected"] == {"codec": 1}
+
+
+def test_blocks_that_leave_meanwhile_are_no_damage(
+    inspected: Callable[..., tuple[int, Any]], tier: Framed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Framed.load
+    keys = [join(SPACES[0], key) for key in keys_of("inspected", 3)]
+
+    def remove_then_load(self: Framed, *arguments: Any) -> list[int]:
+        tier.remove(keys)
+        return load(self, *arguments)
+
+    monkeypatch.setattr(Framed, "load", remove_then_load)
+    code, found = inspected("--verify")
+    assert code == 0
+    assert found["namespaces"][SPACES[0].hex()]["rejected"] == {"changed": 3}
+    assert found["namespaces"][SPACES[1].hex()]["intact"] == 1
+
+
+def test_the_text_has_a_row_for_each_namespace(
+    tier: Framed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(tmp_path / "kv", join(SPACES[1], keys_of("inspected", 1)[0]), tier)
+    assert cli.main(["inspect", str(tmp_path / "kv"), "--verify"]) == 1
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines()]
+    first, second = (space.hex()[:16] for space in SPACES)
+    assert [row[1:2] + row[3:] for row in rows if row[:1] == [first]] == [["3", "3", "none"]]
+    assert [row[3:] for row in rows if row[:1] == [second]] == [["0", "1", "checksum"]]
+    assert "Damaged: 1 blocks." in said
+
+
+def test_the_profile_says_where_its_tiers_are(
+    tier: Framed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "kv"))
+    assert cli.main(["inspect", "--profile", "l1-disk"]) == 0
+    assert SPACES[0].hex()[:16] in capsys.readouterr().out
+
+
+def test_keys_without_a_namespace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(opened(tmp_path / "kv")) as tier:
+        keys = keys_of("bare", 2)
+        tier.store(keys, blocks(keys))
+    assert cli.main(["inspect", str(tmp_path / "kv"), "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["tiers"]
+    assert found["namespaces"] == {"": {"blocks": 2, "nbytes": 2 * PAGE}}
+    assert found["open_in_process"] is None
+    assert cli.main(["inspect", str(tmp_path / "kv"), "--verify"]) == 2
+    assert "no room for a frame" in capsys.readouterr().err
+
+
+def test_an_empty_tier_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened(tmp_path / "kv").close()
+    assert cli.main(["inspect", str(tmp_path / "kv")]) == 0
+    assert "It holds no blocks." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["{path}"], "No such file"),
+        (["other://somewhere"], "of kind 'other'; kinds that can be read are disk"),
+        (["--profile", "l1-only"], "has no tier below L1"),
+        (["--profile", "l1-dsik"], 'did you mean "l1-disk"?'),
+    ],
+)
+def test_what_cannot_be_read_ends_with_code_2(
+    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", *(word.format(path=tmp_path) for word in arguments)]) == 2
+    assert complaint in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""What `kvcache inspect` says of a real Redis server, and that it leaves it as it is."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("redis")
+
+from kvcache import cli
+from kvcache.keys import join, namespace
+from kvcache.testing import keys_of
+from kvcache.tiers.framed import Framed, frame_nbytes
+from kvcache.tiers.redis import RedisTier, name_of
+from tests.tiers import servers
+from tests.tiers.frames import BLOCK, like_kv
+from tests.tiers.servers import Server
+
+SPACES = [namespace({"model": model}) for model in ("a", "b")]
+FRAME = frame_nbytes(BLOCK)
+KEYS = [join(SPACES[0], key) for key in keys_of("inspected", 3)] + [join(SPACES[1], b"one")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+def fill(url: str, *, cluster: bool = False) -> None:
+    """Three blocks of one namespace and one of another."""
+    inner = RedisTier(url=url, cluster=cluster, timeout_s=30)
+    with closing(Framed(inner, block_nbytes=BLOCK)) as tier:
+        blocks = [memoryview(like_kv(BLOCK, number)) for number in range(4)]
+        assert tier.store(KEYS, blocks) == [True] * 4
+
+
+@pytest.fixture
+def filled(server: Server) -> Server:
+    server.client().flushall()
+    fill(server.url)
+    server.client().set("somebody else's", "value")
+    server.client().set("kvcache:1:start:7", "no block")
+    return server
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    code = cli.main(["inspect", "--json", *arguments])
+    said = capsys.readouterr()
+    [found] = json.loads(said.out)["tiers"]
+    return code, found
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+def test_namespaces_are_counted(
+    way: str, filled: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = filled.url if way == "tcp" else f"unix://{filled.socket}"
+    code, found = inspected(capsys, url)
+    assert (code, found["kind"], found["tier"], found["blocks"]) == (0, "redis", url, 4)
+    assert found["namespaces"] == {
+        SPACES[0].hex(): {"blocks": 3, "nbytes": 3 * FRAME},
+        SPACES[1].hex(): {"blocks": 1, "nbytes": FRAME},
+    }
+    assert found["when_full"] == "noeviction"
+    assert found["used_nbytes"] > 4 * FRAME
+
+
+def test_a_damaged_block_is_found_and_left_there(
+    filled: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled.client().setrange(name_of(KEYS[1]), 5000, b"damage")
+    before = filled.client().dbsize()
+    code, found = inspected(capsys, filled.url, "--verify")
+    assert code == 1
+    held = [found["namespaces"][space.hex()] for space in SPACES]
+    assert [(one["intact"], one["rejected"]) for one in held] == [(2, {"checksum": 1}), (1, {})]
+    assert filled.client().dbsize() == before
+
+
+def test_looking_makes_no_block_live_longer(
+    filled: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = name_of(KEYS[0])
+    filled.client().expire(name, 1000)
+    deadline = filled.client().expiretime(name) if is_new(filled) else None
+    assert inspected(capsys, filled.url, "--verify")[0] == 0
+    assert 0 < filled.client().ttl(name) <= 1000
+    assert deadline is None or filled.client().expiretime(name) == deadline
+
+
+def is_new(server: Server) -> bool:
+    return int(server.client().info("server")["redis_version"].split(".")[0]) >= 7
+
+
+def test_a_block_that_leaves_meanwhile_is_no_damage(
+    filled: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Framed.load
+
+    def remove_then_load(self: Framed, *arguments: Any) -> list[int]:
+        filled.client().flushall()
+        return load(self, *arguments)
+
+    monkeypatch.setattr(Framed, "load", remove_then_load)
+    code, found = inspected(capsys, filled.url, "--verify")
+    assert code == 0
+    assert found["namespaces"][SPACES[0].hex()]["rejected"] == {"changed": 3}
+
+
+def test_values_too_small_for_a_frame(filled: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    filled.client().flushall()
+    filled.client().set(name_of(KEYS[0]), "short")
+    assert cli.main(["inspect", filled.url, "--verify"]) == 2
+    assert "no room for a frame" in capsys.readouterr().err
+
+
+def test_a_cluster(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: Any) -> None:
+    with servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        fill(nodes[0].url, cluster=True)
+        profile = tmp_path / "cluster.toml"
+        profile.write_text(
+            '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
+            f'[[tier]]\nname = "far"\nkind = "redis"\nurl = "{nodes[0].url}"\ncluster = true\n'
+        )
+        code, found = inspected(capsys, "--profile", str(profile), "--verify")
+    assert (code, found["blocks"]) == (0, 4)
+    assert [held["intact"] for held in found["namespaces"].values()] in ([3, 1], [1, 3])
+
+
+def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "redis://127.0.0.1:1"]) == 2
+    assert "redis://127.0.0.1:1 cannot be read" in capsys.readouterr().err
+
+
+def test_a_password_in_the_url_is_refused_and_not_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "redis://user:hunter2@127.0.0.1:1"]) == 2
+    assert "hunter2" not in capsys.readouterr().err

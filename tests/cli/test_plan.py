@@ -1,0 +1,265 @@
+"""The plan's numbers against models whose sizes are known, and what it refuses to guess."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcache import cli, memory
+from kvcache.sizes import Size
+from kvcache.slab import PAGE
+from kvcache.tiers.disk import DiskTier
+from kvcache.tiers.dram import DramTier
+from kvcache.tiers.framed import frame_nbytes
+
+LLAMA_8B = {  # DeepSeek-R1-Distill-Llama-8B
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+}
+QWEN_32B = {
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_size": 5120,  # not heads times head_dim
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "dtype": "bfloat16",
+}
+LLAMA_7B = {  # multi-head: the key of KV heads is not there
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_size": 4096,
+    "torch_dtype": "float16",
+}
+DEEPSEEK_V3 = {
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "torch_dtype": "bfloat16",
+}
+FALCON_7B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "multi_query": True,
+    "hidden_size": 4544,
+    "torch_dtype": "bfloat16",
+}
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "torch_dtype": "float32"}
+WITH_PICTURES = {"architectures": ["Both"], "dtype": "bfloat16", "text_config": LLAMA_8B}
+
+POD = ["--pod-memory", "120GiB", "--engine-memory", "20GiB", "--bandwidth", "16GiB"]
+
+
+def planned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: dict[str, Any], *more: str
+) -> dict[str, Any]:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["plan", str(tmp_path), *POD, "--json", *more]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "rank", "node"),
+    [
+        (LLAMA_8B, [], 128 << 10, 128 << 10),
+        (LLAMA_8B, ["--dtype", "fp8"], 64 << 10, 64 << 10),
+        (LLAMA_8B, ["--dtype", "fp8_e5m2"], 64 << 10, 64 << 10),
+        (LLAMA_8B, ["--tp", "4"], 32 << 10, 128 << 10),
+        (LLAMA_8B, ["--tp", "16"], 16 << 10, 256 << 10),  # every head twice
+        (LLAMA_8B, ["--kv-heads", "32"], 512 << 10, 512 << 10),
+        (QWEN_32B, [], 256 << 10, 256 << 10),
+        (LLAMA_7B, [], 512 << 10, 512 << 10),
+        (DEEPSEEK_V3, [], 61 * 576 * 2, 61 * 576 * 2),
+        (DEEPSEEK_V3, ["--tp", "8"], 61 * 576 * 2, 8 * 61 * 576 * 2),  # all of it in every rank
+        (FALCON_7B, [], 32 * 2 * 64 * 2, 32 * 2 * 64 * 2),
+        (GPT2, [], 12 * 2 * 768 * 2, 12 * 2 * 768 * 2),
+        (WITH_PICTURES, [], 128 << 10, 128 << 10),
+    ],
+)
+def test_bytes_of_a_token(
+    config: dict[str, Any],
+    arguments: list[str],
+    rank: int,
+    node: int,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    found = planned(capsys, tmp_path, config, *arguments)
+    assert (found["rank_token_nbytes"], found["token_nbytes"]) == (rank, node)
+    assert found["block_nbytes"] == 16 * node
+
+
+def test_flags_alone_are_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128"]
+    assert cli.main(["plan", *shape, *POD, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["token_nbytes"] == 128 << 10
+    assert cli.main(["plan", "--layers", "61", "--latent-dim", "576", *POD, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["token_nbytes"] == 61 * 576 * 2
+
+
+def test_what_it_says_fits_is_what_the_tiers_hold(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Small enough to be made: one layer, blocks of two pages."""
+    shape = ["--layers", "1", "--kv-heads", "1", "--head-dim", "128", "--block-tokens", "16"]
+    room = ["--pod-memory", "3MiB", "--engine-memory", "1MiB", "--bandwidth", "1GiB"]
+    assert (
+        cli.main(["plan", *shape, *room, "--disk", "1MiB", "--prefix-tokens", "40", "--json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    block = found["block_nbytes"]
+    assert block == 2 * PAGE
+    front = DramTier(block_nbytes=block, capacity=Size(found["l1_nbytes"]))
+    front.slab.wait_populated()
+    assert front.stats().capacity_blocks == found["l1_blocks"]
+    front.close()
+    assert (
+        found["l1_blocks"] * (2 * PAGE + 512)
+        < 2 << 20
+        < (found["l1_blocks"] + 2) * (2 * PAGE + 700)
+    )
+    assert found["l1_prefixes"] == found["l1_blocks"] // 2  # of 40 tokens, 32 are in full blocks
+    assert found["l1_tokens"] == 16 * found["l1_blocks"]
+    disk = DiskTier(
+        block_nbytes=frame_nbytes(block), path=str(tmp_path / "disk"), capacity=found["disk_nbytes"]
+    )
+    slots = len(disk._nbytes)
+    disk.close()
+    assert slots <= found["disk_blocks"] <= slots + 1
+
+
+def test_l1_is_the_nodes_and_aibrix_is_a_ranks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = planned(capsys, tmp_path, LLAMA_8B, "--tp", "4")
+    assert found["aibrix_rank_nbytes"] == 10 << 30
+    assert found["aibrix_node_nbytes"] == 40 << 30
+    assert 0.98 * (100 << 30) < found["l1_nbytes"] < 100 << 30
+
+
+def test_loading_and_computing_are_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = planned(
+        capsys, tmp_path, LLAMA_8B,
+        "--prefix-tokens", "8192", "--disk-bandwidth", "2GiB", "--prefill-tokens-per-s", "4096",
+    )  # fmt: skip
+    assert found["l1_load_s"] == 1 / 16
+    assert found["disk_load_s"] == 1 / 2
+    assert found["compute_s"] == 2
+    assert found["break_even_nbytes_per_s"] == 512 << 20
+
+
+def test_without_a_bandwidth_a_copy_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128"]
+    assert cli.main(["plan", *shape, *POD[:-2], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bandwidth_source"].startswith("a copy of memory")
+    assert found["l1_load_s"] * found["bandwidth_nbytes_per_s"] == pytest.approx(512 << 20)
+
+
+def test_without_memory_it_is_this_containers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "limit", lambda: memory.Memory(8 << 30, "a test"))
+    shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128", "--bandwidth", "1GiB"]
+    assert cli.main(["plan", *shape, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pod_nbytes"], found["pod_source"]) == (8 << 30, "a test")
+    assert (found["engine_nbytes"], found["engine_source"]) == (4 << 30, "assumed")
+
+
+@pytest.mark.parametrize(
+    ("more", "warning"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"layer_types": ["full_attention"] * 2, "sliding_window": 128}, None),
+        ({"sliding_window": 4096}, "sliding window of 4096"),
+        ({"full_attention_interval": 4}, "not attention"),
+        ({"torch_dtype": "float32"}, "says float32; bfloat16 is assumed"),
+        ({"torch_dtype": None}, "does not say"),
+    ],
+)
+def test_what_may_not_be_so_is_said(
+    more: dict[str, Any], warning: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    warnings = planned(capsys, tmp_path, LLAMA_8B | more)["warnings"]
+    assert [warning in said for said in warnings if warning] == ([True] if warning else [])
+    assert bool(warnings) == bool(warning)
+
+
+def test_the_text_has_the_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    assert (
+        cli.main(["plan", str(tmp_path), *POD, "--tp", "2", "--prefill-tokens-per-s", "1e4"]) == 0
+    )
+    said = capsys.readouterr().out
+    for part in (
+        "32 layers, 8 KV heads of 128, bfloat16",
+        "128KiB (64KiB in each of 2 ranks)",
+        "2MiB: 16 tokens",
+        "KVCACHE__L1__CAPACITY=99.",
+        "120GiB / 2 - 20GiB = 40GiB for each rank, 80GiB on the node",
+        "a tier is faster above 1.22 GiB/s",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "num_hidden_layers (--layers), num_key_value_heads (--kv-heads), head_dim"),
+        (["--layers", "0"], "--layers is 0"),
+        (["--layers", "2", "--kv-heads", "8", "--head-dim", "64", "--tp", "3"], "3 ranks cannot"),
+        (["no-such-folder"], "cannot read no-such-folder"),
+        (["--layers", "2", "--latent-dim", "9", "--pod-memory", "lots"], "--pod-memory is 'lots'"),
+        (["--layers", "2", "--latent-dim", "9", "--engine-memory", "100%"], "not one block"),
+        (
+            ["--layers", "2", "--latent-dim", "9", "--prefill-tokens-per-s", "0"],
+            "--prefill-tokens-per-s is 0.0",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_ends_with_code_2(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a model's configuration"),
+        ('{"num_hidden_layers": [1, 2]}', "num_hidden_layers is [1, 2], and not one whole number"),
+    ],
+)
+def test_a_file_that_is_no_model(
+    text: str, complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    assert cli.main(["plan", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert str(file) in said
+
+
+def test_the_page_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
+    _, after = page.split("```bash\nkvcache plan ", 1)
+    command, rest = after.split("```", 1)
+    _, shown = rest.split("```text\n", 1)
+    assert cli.main(["plan", *command.replace("\\\n", " ").split()]) == 0
+    assert capsys.readouterr().out == shown.split("```", 1)[0]

@@ -1,0 +1,244 @@
+"""The page of a running engine, read and shown: amounts, rates, and readings that fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from kvcache import cli
+from kvcache.cli import top
+from kvcache.cli.scrape import NUMBERS, PREFIX, tiers_of
+
+
+def page(hits: int = 75, read: int = 1 << 30, *, limit: int = 2 << 30, engine: int = 0) -> str:
+    """What `vllm serve` says, the lines of others around ours."""
+    common = f'engine="{engine}",model_name="a {{model}} \\"m\\""'
+    l1, disk = (
+        f'{common},tier="{name}",type="{kind}"' for name, kind in (("l1", "dram"), ("ssd", "disk"))
+    )
+    return f"""{PREFIX}lookups_total{{{disk},result="miss"}} 0.0
+# HELP vllm:kvcache_tier_lookups_total asked for
+# TYPE vllm:kvcache_tier_lookups_total counter
+{PREFIX}lookups_total{{{l1},result="hit"}} {hits}.0
+{PREFIX}lookups_total{{{l1},result="miss"}} 25.0
+{PREFIX}lookups_created{{{l1},result="miss"}} 1.7e+09
+{PREFIX}io_bytes_total{{{l1},direction="read"}} {read}
+{PREFIX}io_bytes_total{{{l1},direction="write"}} 1.048576e+06 1700000000000
+{PREFIX}usage_bytes{{{l1}}} 1.073741824e+09
+{PREFIX}limit_bytes{{{l1}}} {limit}
+{PREFIX}pinned{{{l1}}} 3.0
+{PREFIX}operation_duration_seconds_bucket{{{l1},le="0.1",operation="lookup"}} 9.0
+{PREFIX}breaker_open{{{disk}}} 1.0
+{PREFIX}rejections_total{{{disk},reason="checksum"}} 2.0
+{PREFIX}rejections_total{{{disk},reason="length"}} 1.0
+vllm:num_requests_running{{{common}}} 7.0
+"""
+
+
+class Engine:
+    """Serves one page after another; the last one again and again."""
+
+    def __init__(self) -> None:
+        self.pages: list[str | int] = [page()]
+        self.asked: list[str] = []
+        engine = self
+
+        class Get(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                engine.asked.append(self.path)
+                now = engine.pages.pop(0) if len(engine.pages) > 1 else engine.pages[0]
+                self.send_response(now if isinstance(now, int) else 200)
+                self.end_headers()
+                if isinstance(now, str):
+                    self.wfile.write(now.encode())
+
+            def log_message(self, *of: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Get)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine()
+    with engine.server as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield engine
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def watch(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[list[dict[str, Any]], str]]:
+    """Read so many times, two seconds apart, until Ctrl-C; what was said, and to stderr."""
+
+    def watch(times: int, *pages: str | int) -> tuple[list[dict[str, Any]], str]:
+        engine.pages = list(pages)
+        clock = {"now": 100.0, "left": float(times)}
+
+        def sleep(seconds: float) -> None:
+            clock["now"] += seconds
+            clock["left"] -= 1
+            if not clock["left"]:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(top, "_sleep", sleep)
+        monkeypatch.setattr("time.monotonic", lambda: clock["now"])
+        assert cli.main(["top", engine.url, "--json", "--interval", "2"]) == 0
+        said = capsys.readouterr()
+        return [json.loads(line) for line in said.out.splitlines()], said.err
+
+    return watch
+
+
+def test_a_page_is_read_by_tier() -> None:
+    l1, disk = tiers_of(page())
+    assert (l1.name, l1.kind, disk.name, disk.kind) == ("l1", "dram", "ssd", "disk")
+    assert l1.numbers == {
+        "hit_blocks": 75, "missed_blocks": 25, "read_nbytes": 1 << 30, "written_nbytes": 1 << 20,
+        "used_nbytes": 1 << 30, "limit_nbytes": 2 << 30, "pinned_slots": 3,
+    }  # fmt: skip
+    assert l1.hit_rate == 0.75
+    assert disk.numbers == {"missed_blocks": 0, "breaker_open": 1, "rejected_blocks": 3}
+    assert disk.hit_rate is None
+
+
+def test_engines_on_one_page_add_up() -> None:
+    l1, disk = tiers_of(page(engine=0) + page(engine=1))
+    assert l1.numbers["limit_nbytes"] == 4 << 30
+    assert disk.numbers["rejected_blocks"] == 6
+
+
+def test_once_gives_what_there_is(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top", engine.url, "--once", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] is None
+    assert found["tiers"][0]["hit_rate"] == 0.75
+    assert found["tiers"][0]["limit_nbytes"] == 2 << 30
+    assert not any(name.endswith("_per_s") for name in found["tiers"][0])
+    assert engine.asked == ["/metrics"]
+    assert cli.main(["top", f"{engine.url}/other", "--once", "--json"]) == 0
+    assert engine.asked[1:] == ["/other"]
+
+
+def test_rates_are_of_the_time_between(
+    watch: Callable[..., tuple[list[dict[str, Any]], str]],
+) -> None:
+    (first, second), _ = watch(2, page(), page(hits=175, read=3 << 30))
+    assert first["seconds"] is None
+    assert second["seconds"] == 2
+    l1 = second["tiers"][0]
+    assert (l1["hit_rate"], l1["hit_blocks"]) == (1.0, 175)
+    assert l1["read_nbytes_per_s"] == 1 << 30
+    assert l1["written_nbytes_per_s"] == 0
+    assert "used_nbytes_per_s" not in l1
+
+
+def test_an_engine_that_began_anew_has_no_negative_rates(
+    watch: Callable[..., tuple[list[dict[str, Any]], str]],
+) -> None:
+    (_, second), _ = watch(2, page(hits=1000), page(hits=10))
+    assert second["tiers"][0]["hit_blocks_per_s"] == 5
+
+
+def test_a_reading_that_fails_is_said_and_the_next_one_shown(
+    watch: Callable[..., tuple[list[dict[str, Any]], str]],
+) -> None:
+    (first, third), said = watch(3, page(), 503, page(hits=80))
+    assert "503" in said
+    assert first["tiers"][0]["hit_blocks"] == 75
+    assert third["seconds"] is None  # of how long is not known
+
+
+def test_the_table_has_a_row_for_each_tier(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["top", engine.url, "--once"]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()}
+    assert rows["l1"] == [
+        "1GiB", "2GiB", "50%", "75%", "1GiB", "1MiB", "-", "3", "-", "-", "-", "-",
+    ]  # fmt: skip
+    assert rows["ssd"] == [
+        "is",
+        "not",
+        "asked",
+        "for",
+        "a",
+        "while:",
+        "calls",
+        "to",
+        "it",
+        "failed",
+    ]
+    assert "since the engine started" in said
+    assert "\x1b" not in said
+    assert max(map(len, said.splitlines())) <= 110
+
+
+def test_the_table_has_rates(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, now = tiers_of(page()), tiers_of(page(read=3 << 30))
+    lately = [tier.since(old) for tier, old in zip(now, before, strict=True)]
+    said = top.table(lately, 2.0, lambda text, _: text)
+    assert "read/s" in said
+    assert said.splitlines()[3].split()[5] == "1GiB"
+
+
+def test_a_terminal_is_drawn_on_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        top, "painter", lambda _: lambda text, colour: f"\x1b[{colour}m{text}\x1b[0m"
+    )
+    assert cli.main(["top", engine.url, "--once"]) == 0
+    assert capsys.readouterr().out.startswith(top._REDRAW)
+
+
+def test_a_page_without_our_numbers(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.pages = ["vllm:num_requests_running 3\n"]
+    assert cli.main(["top", engine.url, "--once"]) == 1
+    assert "no numbers of kvcache" in capsys.readouterr().err
+
+
+def test_nobody_there(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.pages = [404]
+    assert cli.main(["top", engine.url]) == 1
+    assert "404" in capsys.readouterr().err
+    assert cli.main(["top", "http://127.0.0.1:9"]) == 1
+    assert "refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["localhost:8000"], ["http://x", "--interval", "0"]])
+def test_what_cannot_be_read_ends_with_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["top", *arguments]) == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_names_are_those_of_the_metrics() -> None:
+    metrics = pytest.importorskip("kvcache.metrics")
+    ending = {"By": "_bytes", "s": "_seconds"}
+    labels_of = {
+        metric.name.replace(".", "_")
+        + ending.get(metric.unit, "")
+        + ("_total" if metric.kind == "counter" else ""): [
+            attribute.rpartition(".")[2] for attribute in metric.attributes
+        ]
+        for metric in metrics.METRICS
+    }
+    for name, labels in NUMBERS.values():
+        assert labels.keys() <= set(labels_of[f"{PREFIX}{name}".removeprefix("vllm:")])
