@@ -52,7 +52,9 @@ _FIELDS = struct.Struct("<4sHBBQQ")
 _DIGEST_NBYTES = 16
 _USED = _FIELDS.size + _DIGEST_NBYTES
 _ZEROS = bytes(PAGE)
-_DESK_NBYTES = 16 << 20  # of frames handed to the inner tier at once: enough for it to overlap I/O
+# Of frames handed to the inner tier at once: a call of the stack, which is 16 MiB of blocks, and
+# their headers. Of less a disk would overlap less, and a rest of one block would be read alone.
+_DESK_NBYTES = 17 << 20
 _DESKS = 4  # calls at work; more of them wait
 
 

@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 pytest.importorskip("zstandard")
 
 from kvcache import telemetry
+from kvcache.lower import PIECE_NBYTES
 from kvcache.sizes import Size
 from kvcache.testing import TierTests, block_of, keys_of, together
 from kvcache.tiers import framed
@@ -240,6 +241,22 @@ def test_scratch_memory_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyP
     assert into == blocks
     assert len(desks) == 1, "one call at a time needs one desk"
     assert max(inner.handed, *desks) <= framed._DESK_NBYTES
+
+
+@pytest.mark.parametrize("block_nbytes", [64 << 10, 1 << 20, 2 << 20])
+def test_a_call_of_the_stack_is_one_call_of_the_inner_tier(block_nbytes: int) -> None:
+    """A rest of one block would be read alone, with nothing to overlap."""
+
+    class Pieces(Frames):
+        def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+            pieces.append(len(keys))
+            return super().load(keys, into)
+
+    pieces: list[int] = []
+    count = PIECE_NBYTES // block_nbytes
+    tier = Framed(Pieces(), block_nbytes=block_nbytes)
+    tier.load(keys_of("call", count), [memoryview(bytearray(block_nbytes))] * count)
+    assert pieces == [count]
 
 
 def test_blocks_larger_than_a_desk(monkeypatch: pytest.MonkeyPatch) -> None:
