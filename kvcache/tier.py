@@ -38,7 +38,13 @@ class TierUsage:
 
 
 class Tier(ABC):
-    """Holds bytes under keys. Its constructor's keyword arguments are its options in a profile."""
+    """Holds bytes under keys. Its constructor's keyword arguments are its options in a profile.
+
+    Attributes:
+        call_nbytes: of blocks, with which one call is at its best; more and fewer are as right.
+    """
+
+    call_nbytes: int = 16 << 20
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[bool]:

@@ -52,9 +52,6 @@ _FIELDS = struct.Struct("<4sHBBQQ")
 _DIGEST_NBYTES = 16
 _USED = _FIELDS.size + _DIGEST_NBYTES
 _ZEROS = bytes(PAGE)
-# Of frames handed to the inner tier at once: a call of the stack, which is 16 MiB of blocks, and
-# their headers. Of less a disk would overlap less, and a rest of one block would be read alone.
-_DESK_NBYTES = 17 << 20
 _DESKS = 4  # calls at work; more of them wait
 
 
@@ -124,6 +121,7 @@ class Framed(Tier):
             raise ImportError("codec = \"zstd\" needs zstandard: pip install 'kvcache[zstd]'")
         self.block_nbytes = block_nbytes
         self.inner = inner
+        self.call_nbytes = inner.call_nbytes
         self.codec = codec
         self._level = level if codec == "zstd" else None
         self._element_nbytes = element_nbytes
@@ -218,7 +216,10 @@ class Framed(Tier):
         desk = self._desks.get()
         try:
             if desk is None:
-                desk = _Desk(self.block_nbytes, self._level, self._element_nbytes)
+                # As many frames as blocks are best handed to the inner tier at once: with fewer a
+                # disk overlaps less, and a rest of one would be read alone.
+                frames = max(1, self.call_nbytes // self.block_nbytes)
+                desk = _Desk(frames, self.block_nbytes, self._level, self._element_nbytes)
             yield desk
         finally:
             self._desks.put(desk)
@@ -258,11 +259,13 @@ class _Desk:
     and put back with slices of the map itself: those of a memoryview are ten times slower.
     """
 
-    def __init__(self, block_nbytes: int, level: int | None, element_nbytes: int) -> None:
+    def __init__(
+        self, frames: int, block_nbytes: int, level: int | None, element_nbytes: int
+    ) -> None:
         self._block_nbytes = block_nbytes
         self._element_nbytes = element_nbytes
         self._nbytes = frame_nbytes(block_nbytes)
-        self._map = _memory(max(1, _DESK_NBYTES // self._nbytes) * self._nbytes)
+        self._map = _memory(frames * self._nbytes)
         view = memoryview(self._map)
         self.frames = [view[at : at + self._nbytes] for at in range(0, len(view), self._nbytes)]
         zstandard: Any = _zstandard()

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -240,7 +241,7 @@ def test_scratch_memory_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyP
     assert tier.load(keys, into) == [PAGE * 16] * 1000
     assert into == blocks
     assert len(desks) == 1, "one call at a time needs one desk"
-    assert max(inner.handed, *desks) <= framed._DESK_NBYTES
+    assert max(inner.handed, *desks) <= inner.call_nbytes * 17 // 16  # and the headers
 
 
 @pytest.mark.parametrize("block_nbytes", [64 << 10, 1 << 20, 2 << 20])
@@ -257,10 +258,14 @@ def test_a_call_of_the_stack_is_one_call_of_the_inner_tier(block_nbytes: int) ->
     tier = Framed(Pieces(), block_nbytes=block_nbytes)
     tier.load(keys_of("call", count), [memoryview(bytearray(block_nbytes))] * count)
     assert pieces == [count]
+    Pieces.call_nbytes = PIECE_NBYTES // 4  # of a tier that is better with less
+    tier = Framed(Pieces(), block_nbytes=block_nbytes)
+    tier.load(keys_of("call", count), [memoryview(bytearray(block_nbytes))] * count)
+    assert pieces[1:] == [count // 4] * 4
 
 
 def test_blocks_larger_than_a_desk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framed, "_DESK_NBYTES", PAGE)
+    monkeypatch.setattr(Frames, "call_nbytes", PAGE)
     tier = Framed(Frames(), block_nbytes=BLOCK)
     keys = keys_of("larger", 3)
     blocks = [like_kv(BLOCK, at) for at in range(3)]
@@ -273,8 +278,8 @@ def test_calls_at_once_are_bounded_and_do_not_mix(monkeypatch: pytest.MonkeyPatc
     desks: list[framed._Desk] = []
     make = framed._Desk.__init__
 
-    def counted(desk: framed._Desk, nbytes: int, level: int | None, element: int) -> None:
-        make(desk, nbytes, level, element)
+    def counted(desk: framed._Desk, *how: Any) -> None:
+        make(desk, *how)
         desks.append(desk)
 
     monkeypatch.setattr(framed._Desk, "__init__", counted)

@@ -69,6 +69,8 @@ class RedisTier(Tier):
             us. One that cannot be reached is a warning: it may come back.
     """
 
+    call_nbytes = 4 << 20  # what comes is still in a processor's cache when it is verified
+
     def __init__(
         self,
         *,
