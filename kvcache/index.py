@@ -48,6 +48,7 @@ class Index:
         self._pins: list[int] = []  # by slot
         self.hints = Hints()
         self._children: dict[bytes, int] = {}  # key -> blocks in the index that continue it, if any
+        self.declines = True  # blocks that the policy finds not worth a slot
         self.lookup_blocks = 0
         self.hit_blocks = 0
         self.stored_blocks = 0
@@ -187,7 +188,9 @@ class Index:
         """Evict for ``absent``; give those of them that can have a slot."""
         first = absent[0]
         parent = keys[first - 1] if first else after
-        admitted = self._policy.admit([keys[at] for at in absent], parent, self._clock())
+        admitted = len(absent)
+        if self.declines:
+            admitted = self._policy.admit([keys[at] for at in absent], parent, self._clock())
         ready, pins, children = self._ready, self._pins, self._children
         need = min(admitted, len(absent)) - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.

@@ -62,6 +62,8 @@ class Stack:
         recorder: Recorder = SILENT,
     ) -> None:
         self.front = front
+        if lower:
+            front.feeds()
         self.recorder = recorder
         self.profile = profile
         self._block_tokens = block_tokens

@@ -233,6 +233,12 @@ class FrontTier(Tier):
         What is being filled may be read when the lease that fills it has ended well.
         """
 
+    def feeds(self) -> None:
+        """Tell the tier that others below it get what it takes, and nothing else.
+
+        From then on it declines no block that it can make room for, whatever it is worth here.
+        """
+
     @abstractmethod
     def done(self, keys: Sequence[bytes]) -> None:
         """``keys``, a stretch of a chain, will not be used again: have them go first.

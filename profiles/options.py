@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from kvcache import memory
+from kvcache.eviction import POLICIES, Eviction, policy_class
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
@@ -32,6 +33,7 @@ _WORDS: dict[object, str] = {
     float: "a number",
     bool: "true or false",
     str: "a string",
+    Eviction: f'one of {listed(POLICIES)}, or a class of yours: "pkg.mod:Class"',
 }
 
 
@@ -83,6 +85,8 @@ def converted(given: object, hint: object) -> object:
         return parse_size(given, memory.limit().nbytes)
     if hint is DiskSize:
         return parse_size(given)
+    if hint is Eviction:
+        return _eviction(given)
     if hint is float and type(given) is int:
         given = float(given)
     if isinstance(given, float) and not math.isfinite(given):
@@ -95,6 +99,14 @@ def converted(given: object, hint: object) -> object:
         fits, near = type(given) is hint and hint in _WORDS, ""
     if not fits:
         raise ValueError(f"takes {takes(hint)}{near}")
+    return given
+
+
+def _eviction(given: object) -> str:
+    """The policy's name; a class path is imported, so that what is wrong with it is said."""
+    if not isinstance(given, str) or (given not in POLICIES and ":" not in given):
+        raise ValueError(f"takes {takes(Eviction)}{nearest(given, POLICIES)}")
+    policy_class(given)
     return given
 
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from kvcache.changes import Changes
-from kvcache.eviction import POLICIES
+from kvcache.eviction import DEFAULT, Eviction, policy_class
 from kvcache.index import Index
 from kvcache.sizes import Size
 from kvcache.slab import Slab, slot_nbytes_for
@@ -28,11 +27,12 @@ class DramTier(FrontTier):
     Args:
         block_nbytes: bytes of a block, of all ranks together.
         capacity: bytes of memory to take.
-        eviction: which blocks go when it is full.
+        eviction: which blocks go when it is full: a shipped policy, or a class path.
         clock: seconds, for the eviction policy.
 
     Raises:
-        ValueError: when ``capacity`` holds no block, or ``block_nbytes`` is not positive.
+        ValueError: when ``capacity`` holds no block, ``block_nbytes`` is not positive, or there is
+            no such policy.
         SlabError: when the kernel refuses the memory.
     """
 
@@ -41,18 +41,22 @@ class DramTier(FrontTier):
         *,
         block_nbytes: int,
         capacity: Size,
-        eviction: Literal["lru", "fifo", "s3fifo"] = "lru",
+        eviction: Eviction = DEFAULT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if block_nbytes < 1:
             raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
+        try:
+            policy = policy_class(eviction)
+        except ValueError as error:
+            raise ValueError(f"eviction is {eviction!r}: {error}") from error
         slot_nbytes = slot_nbytes_for(block_nbytes)
         slots = capacity // slot_nbytes
         if slots < 1:
             raise ValueError(f"capacity is {capacity} bytes; one block takes {slot_nbytes}")
         self.block_nbytes = block_nbytes
         self._lock = threading.Lock()
-        self._index = Index(POLICIES[eviction](slots), clock)
+        self._index = Index(policy(slots), clock)
         self.slab = Slab.create(slots, slot_nbytes)
         self.slab.populate(self._open)
 
@@ -150,6 +154,10 @@ class DramTier(FrontTier):
     def keep(self, keys: Sequence[bytes], seconds: float) -> None:
         with self._lock:
             self._index.keep(keys, seconds)
+
+    def feeds(self) -> None:
+        with self._lock:
+            self._index.declines = False
 
     def clear(self) -> None:
         with self._lock:

@@ -81,7 +81,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _policies(text: str) -> list[str]:
-    from kvcache.replay.simulate import policy_class
+    from kvcache.eviction import policy_class
 
     names = [name.strip() for name in text.split(",")]
     every = [each for name in names for each in (POLICIES if name == "all" else [name])]

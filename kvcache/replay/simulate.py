@@ -19,10 +19,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import groupby
 
-from kvcache.eviction import POLICIES, Policy
+from kvcache.eviction import Policy, policy_class
 from kvcache.index import Index
 from kvcache.replay.trace import Trace
 
@@ -62,29 +61,6 @@ class Outcome:
     def us_per_block(self) -> float:
         """Microseconds of processor time for each block that was asked for."""
         return self.cpu_s / max(1, self.block_accesses) * 1e6
-
-
-def policy_class(name: str) -> type[Policy]:
-    """The policy that ``name`` means: one of ``kvcache.eviction.POLICIES``, or "pkg.mod:Class".
-
-    Raises ValueError that says what is wrong or allowed.
-    """
-    if name in POLICIES:
-        return POLICIES[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(
-            f'no policy is called "{name}"; there are {", ".join(POLICIES)}, or "pkg.mod:Class"'
-        )
-    try:
-        found = getattr(import_module(module), attribute)
-    except Exception as error:  # a module of another package may raise anything
-        raise ValueError(f"cannot import {name} ({type(error).__name__}: {error})") from error
-    if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise ValueError(f"{name} is no subclass of kvcache.eviction.Policy")
-    if missing := sorted(found.__abstractmethods__):
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
-    return found
 
 
 def replay(
@@ -133,6 +109,7 @@ class _Tiers:
         indexes = [Index(policy(capacity), lambda: self._now) for capacity in capacities]
         for index, capacity in zip(indexes, capacities, strict=True):
             index.open_slots(capacity)
+        indexes[0].declines = len(indexes) == 1  # what L1 declines would reach no tier
         self.front, *self.lower = indexes
         self._hits = [0] * len(indexes)
         self._reads = [0] * len(indexes)
@@ -208,4 +185,5 @@ def _write(index: Index, chain: list[bytes], places: Sequence[int]) -> None:
     for _, stretch in groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
         run = [at for _, at in stretch]
         before = chain[run[0] - 1] if run[0] else None
+        index.access([chain[at] for at in run], 0)  # as the disk does
         index.publish(index.reserve([chain[at] for at in run], before)[1])

@@ -1,5 +1,7 @@
 """What a tier promises, as tests: inherit a class, give it a ``tier`` fixture. Needs pytest.
 
+What an eviction policy promises, too: ``class TestMine(PolicyTests): policy = Mine``.
+
 ::
 
     class TestMyTier(TierTests):
@@ -11,6 +13,7 @@
 
 from kvcache.testing.blocks import block_of, keys_of, together
 from kvcache.testing.front import FrontTierTests
+from kvcache.testing.policy import PolicyTests
 from kvcache.testing.tier import TierTests
 
-__all__ = ["FrontTierTests", "TierTests", "block_of", "keys_of", "together"]
+__all__ = ["FrontTierTests", "PolicyTests", "TierTests", "block_of", "keys_of", "together"]

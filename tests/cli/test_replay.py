@@ -269,7 +269,7 @@ def test_what_does_not_go_together_ends_with_code_2(
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        (["--policy", "lfu"], 'no policy is called "lfu"; there are lru, '),
+        (["--policy", "lfu"], 'no policy is called "lfu"; there are "gittins", '),
         (["--policy", "lru,no.such:Policy"], "cannot import no.such:Policy"),
         (["--capacity", "0"], "'0': it must hold a block at least"),
         (["--capacity", "many"], "'many': not a size"),

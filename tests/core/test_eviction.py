@@ -1,18 +1,15 @@
 """In which order blocks leave, by policy; and that a policy knows what the index holds, no more."""
 
 import itertools
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache.eviction import POLICIES, Fifo, Lru, Policy, S3Fifo
+from kvcache.eviction import POLICIES, AibrixS3Fifo, Fifo, Lru, Policy, S3Fifo
+from kvcache.eviction.runs import RunPolicy
 from kvcache.index import Index
-
-TRACE = Path(__file__).resolve().parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 
 
 def keys(names: str) -> list[bytes]:
@@ -136,6 +133,15 @@ def test_s3fifo_uses_are_forgotten_with_their_block() -> None:
     assert policy._uses == {}
 
 
+def test_s3fifo_of_aibrix_takes_one_use_for_enough() -> None:
+    for made, first in ((S3Fifo, "b"), (AibrixS3Fifo, "y")):
+        policy = made(4)
+        add(policy, "ab")
+        policy.access(keys("ab"), 2, 1.0)
+        add(policy, "xy")
+        assert order(policy)[0] == first
+
+
 def in_main(names: str, small: float = 0.5) -> S3Fifo:
     """A policy with these blocks in its main queue, none used since."""
     policy = S3Fifo(8, small)
@@ -243,10 +249,14 @@ chains = st.text("01", min_size=1, max_size=8)
 
 
 @given(
-    st.sampled_from(sorted(POLICIES)), st.lists(st.tuples(chains, st.integers(0, 8)), max_size=60)
+    st.sampled_from(sorted(name for name, made in POLICIES.items() if issubclass(made, RunPolicy))),
+    st.lists(st.tuples(chains, st.integers(0, 8)), max_size=60),
 )
-def test_a_policy_knows_what_the_index_holds(name: str, requests: list[tuple[str, int]]) -> None:
+def test_a_policy_of_queues_knows_what_the_index_holds(
+    name: str, requests: list[tuple[str, int]]
+) -> None:
     policy = POLICIES[name](8)
+    assert isinstance(policy, RunPolicy)
     index = Index(policy, map(float, itertools.count()).__next__)
     index.open_slots(8)
     for chain, pinned in requests:
@@ -257,7 +267,7 @@ def test_a_policy_knows_what_the_index_holds(name: str, requests: list[tuple[str
         index.unpin(slots)
         if pinned == 8:
             index.drop(names[-1:])
-        assert set(policy._owner) == set(index._ready)  # type: ignore[attr-defined]
+        assert set(policy._owner) == set(index._ready)
         if isinstance(policy, S3Fifo):
             assert set(policy._uses) <= set(index._ready)
             assert all(1 <= uses <= 3 for uses in policy._uses.values())
@@ -265,28 +275,4 @@ def test_a_policy_knows_what_the_index_holds(name: str, requests: list[tuple[str
         runs = [run for queue in queues for run in queue._runs]
         assert sum(queue.blocks for queue in queues) == len(index)
         assert sorted(key for run in runs for key in run.keys) == sorted(index._ready)
-        assert all(policy._owner[key] is run for run in runs for key in run.keys)  # type: ignore[attr-defined]
-
-
-def full_blocks() -> Iterator[list[bytes]]:
-    with TRACE.open() as lines:
-        for line in lines:
-            request = json.loads(line)
-            blocks = request["input_length"] // 512
-            yield [b"%d" % block for block in request["hash_ids"][:blocks]]
-
-
-@pytest.mark.skipif(not TRACE.exists(), reason=f"the trace is not at {TRACE}")
-def test_a_real_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    ratios = {}
-    for name in POLICIES:
-        index = Index(POLICIES[name](10_000), map(float, itertools.count()).__next__)
-        index.open_slots(10_000)
-        for names in full_blocks():
-            found = index.access(names, 0)
-            index.publish(index.reserve(names[found:], names[found - 1] if found else None)[1])
-        index.check()
-        ratios[name] = index.hit_blocks / index.lookup_blocks
-    print({name: round(ratio, 4) for name, ratio in ratios.items()})
-    assert ratios["lru"] > 0.20
-    assert abs(ratios["s3fifo"] - ratios["lru"]) < 0.02
+        assert all(policy._owner[key] is run for run in runs for key in run.keys)

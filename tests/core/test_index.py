@@ -372,21 +372,9 @@ class Slots(RuleBasedStateMachine):
         assert index.stored_blocks - left == len(index._ready)
 
 
-class SlotsFifo(Slots):
-    policy = "fifo"
-
-
-class SlotsS3Fifo(Slots):
-    policy = "s3fifo"
-
-
-for machine in (Slots, SlotsFifo, SlotsS3Fifo):
-    machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestLru = Slots.TestCase
-TestFifo = SlotsFifo.TestCase
-TestS3Fifo = SlotsS3Fifo.TestCase
-
-
-def test_every_policy_is_tried() -> None:
-    assert set(POLICIES) == {Slots.policy, SlotsFifo.policy, SlotsS3Fifo.policy}
-    assert POLICIES[Slots.policy] is Lru
+MACHINES: dict[str, type[Slots]] = {
+    name: type(f"Slots_{name}", (Slots,), {"policy": name}) for name in POLICIES
+}
+for name, machine in MACHINES.items():
+    machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+    globals()[f"Test_{name}"] = machine.TestCase

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvcache.eviction import POLICIES
 from kvcache.sizes import DiskSize
 from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
@@ -110,7 +111,7 @@ def test_when_it_is_full_the_tail_of_the_oldest_goes(tmp_path: Path) -> None:
         assert held(tier, old) == [True, True, False, False]
 
 
-@pytest.mark.parametrize("eviction", ["lru", "fifo", "s3fifo"])
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_the_order_of_leaving_outlives_a_restart(tmp_path: Path, eviction: str) -> None:
     first, second, new = keys_of("first", 3), keys_of("second", 3), keys_of("new", 6)
     with closing(opened(tmp_path, 6, eviction=eviction)) as tier:
@@ -145,7 +146,7 @@ def test_what_was_read_stays_longer(tmp_path: Path) -> None:
         assert tier.contains([read, other, new]) == [True, False, True]
 
 
-@pytest.mark.parametrize("eviction", ["lru", "fifo", "s3fifo"])
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_whatever_the_order_of_reading_blocks_can_leave(tmp_path: Path, eviction: str) -> None:
     old, new = keys_of("old", 8), keys_of("new", 8)
     with closing(opened(tmp_path, eviction=eviction)) as tier:
@@ -359,7 +360,7 @@ def test_after_close_nothing_is_held_taken_or_touched(
         ({"capacity": DiskSize(1 << 60)}, "are free"),
         ({"threads": 0}, "threads is 0"),
         ({"block_nbytes": 0}, "block_nbytes is 0"),
-        ({"eviction": "lfu"}, "eviction is 'lfu'; there are lru, fifo, s3fifo"),
+        ({"eviction": "lfu"}, "eviction is 'lfu': no policy is called \"lfu\"; there are"),
         ({"path": "/dev/null/kv"}, "which cannot be used"),
         ({"path": "/proc/kv"}, "which cannot be used"),
     ],

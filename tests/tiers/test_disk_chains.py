@@ -31,7 +31,7 @@ def test_a_head_that_others_continue_stays(tmp_path: Path, eviction: str, restar
 
 def test_of_a_chain_in_pieces_the_last_piece_goes_first(tmp_path: Path) -> None:
     keys, new = keys_of("chain", 9), keys_of("new", 9)
-    with closing(opened(tmp_path, 9)) as tier:
+    with closing(opened(tmp_path, 9, eviction="lru")) as tier:
         for at in (0, 3, 6):
             piece = keys[at : at + 3]
             tier.store(piece, blocks(piece), keys[at - 1] if at else None)

@@ -2,32 +2,32 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Literal
 
 import pytest
 
+from kvcache import Stack
+from kvcache.eviction import POLICIES, Eviction, Lru
+from kvcache.lower import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE, Slab
 from kvcache.testing import FrontTierTests, block_of, keys_of
 from kvcache.tiers.dram import DramTier
 
-Eviction = Literal["lru", "fifo", "s3fifo"]
 
-
-def dram(slots: int, block_nbytes: int = PAGE, eviction: Eviction = "lru") -> DramTier:
+def dram(slots: int, block_nbytes: int = PAGE, eviction: str = "lru") -> DramTier:
     slot_nbytes = -(-block_nbytes // PAGE) * PAGE
     return DramTier(
         block_nbytes=block_nbytes,
         capacity=Size(slots * slot_nbytes),
-        eviction=eviction,
+        eviction=Eviction(eviction),
         clock=map(float, itertools.count()).__next__,
     )
 
 
 class TestDramTier(FrontTierTests):
-    @pytest.fixture(params=["lru", "fifo", "s3fifo"])
+    @pytest.fixture(params=POLICIES)
     def tier(self, request: pytest.FixtureRequest) -> Iterator[DramTier]:
         with closing(dram(self.room_blocks, self.block_nbytes, request.param)) as tier:
             yield tier
@@ -116,3 +116,40 @@ def test_without_any_memory_all_is_declined(
         assert tier.store(keys, [memoryview(bytes(PAGE))]) == [False]
         assert tier.access(keys) == len(tier.pin(keys)) == 0
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+class Choosy(Lru):
+    """Finds nothing worth a slot of a full tier."""
+
+    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+        return 0
+
+
+def test_what_feeds_others_declines_nothing_there_is_room_for() -> None:
+    with closing(dram(3, eviction=f"{__name__}:Choosy")) as tier:
+        tier.slab.wait_populated()
+        a, b, c = (keys_of(name, 3) for name in "abc")
+        tier.reserve(a).end()
+        assert len(tier.reserve(b)) == 0
+        assert tier.stats().declined_blocks == 3
+        tier.feeds()
+        with tier.reserve(b) as lease:
+            assert len(lease) == 3
+            assert len(tier.reserve(c)) == 0
+
+
+@pytest.mark.parametrize("below", [0, 1])
+def test_a_stack_says_so_when_it_has_tiers_below(below: int) -> None:
+    front = dram(3, eviction=f"{__name__}:Choosy")
+    lower = [Lower(dram(3), name="l2", front=front, space=b"s") for _ in range(below)]
+    with Stack(front, lower, profile="test") as stack:
+        front.slab.wait_populated()
+        stack.reserve(keys_of("a", 3)).end()
+        lease = stack.reserve(keys_of("b", 3))
+        lease.end()
+        assert len(lease) == 3 * below
+
+
+def test_a_policy_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match="eviction is 'lfu': no policy is called"):
+        dram(3, eviction="lfu")

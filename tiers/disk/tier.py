@@ -27,9 +27,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from kvcache.eviction import POLICIES, Policy
+from kvcache.eviction import DEFAULT, Eviction, Policy, policy_class
 from kvcache.index import Index
 from kvcache.sizes import DiskSize
 from kvcache.tier import Tier, TierUsage
@@ -53,7 +53,7 @@ class DiskTier(Tier):
         path: a directory of this tier's own, made if it is not there.
         capacity: bytes of disk to take. With another one, or another ``block_nbytes``, than before
             a restart the tier starts empty.
-        eviction: which blocks go when it is full.
+        eviction: which blocks go when it is full: a shipped policy, or a class path.
         threads: reads and writes under way at once, of all calls together.
         clock: seconds, for the eviction policy and for what is logged how often.
 
@@ -68,14 +68,16 @@ class DiskTier(Tier):
         block_nbytes: int,
         path: str,
         capacity: DiskSize,
-        eviction: Literal["lru", "fifo", "s3fifo"] = "lru",
+        eviction: Eviction = DEFAULT,
         threads: int = 4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if block_nbytes < 1:
             raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
-        if eviction not in POLICIES:
-            raise ValueError(f"eviction is {eviction!r}; there are {', '.join(POLICIES)}")
+        try:
+            policy = policy_class(eviction)
+        except ValueError as error:
+            raise ValueError(f"eviction is {eviction!r}: {error}") from error
         self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
         each = self._slot_nbytes + RECORD_NBYTES
         slots = (capacity - _BESIDE) // each
@@ -94,7 +96,7 @@ class DiskTier(Tier):
             with ExitStack() as undo:
                 self._files = Directory(Path(path))
                 undo.callback(self._files.close)
-                self._open(slots, POLICIES[eviction])
+                self._open(slots, policy)
                 self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
                 for _ in range(threads):
                     self._bounces.put(mmap.mmap(-1, self._slot_nbytes))
@@ -168,7 +170,9 @@ class DiskTier(Tier):
             if not may:
                 return [False] * len(keys)
             with self._lock:
-                positions, slots = self._index.reserve([keys[at] for at in fit], after)
+                stored = [keys[at] for at in fit]
+                self._index.access(stored, 0)  # whoever stores them has just used them
+                positions, slots = self._index.reserve(stored, after)
                 first = self._generation
                 self._generation += len(slots)
             where = [fit[position] for position in positions]

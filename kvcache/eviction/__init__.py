@@ -1,0 +1,67 @@
+"""Policies: in which order blocks leave a full tier, and which there are.
+
+A tier takes an ``Eviction``: the name of a policy that is shipped, or the class path of one that is
+not, ``"package.module:Class"``, which is a ``Policy`` that is made with a capacity alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import isabstract
+from typing import NewType
+
+from kvcache.eviction.arc import Arc
+from kvcache.eviction.fifo import Fifo
+from kvcache.eviction.gittins import Gittins
+from kvcache.eviction.lru import Lru
+from kvcache.eviction.policy import Keep, Policy
+from kvcache.eviction.s3fifo import AibrixS3Fifo, S3Fifo
+
+Eviction = NewType("Eviction", str)
+"""Which policy. A tier whose option has this type takes a name or a class path in a profile."""
+
+POLICIES: dict[str, type[Policy]] = {
+    "gittins": Gittins,
+    "lru": Lru,
+    "arc": Arc,
+    "s3fifo": S3Fifo,
+    "s3fifo-aibrix": AibrixS3Fifo,
+    "fifo": Fifo,
+}
+
+DEFAULT = Eviction("gittins")
+
+
+def policy_class(eviction: str) -> type[Policy]:
+    """The policy of this name or class path. Raises ValueError that says what is wrong."""
+    if eviction in POLICIES:
+        return POLICIES[eviction]
+    module, colon, name = eviction.partition(":")
+    if not colon:
+        known = ", ".join(f'"{policy}"' for policy in POLICIES)
+        raise ValueError(f'no policy is called "{eviction}"; there are {known}, or "pkg.mod:Class"')
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # a module of another package may raise anything
+        raise ValueError(f"cannot import {eviction} ({type(error).__name__}: {error})") from error
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise ValueError(f"{eviction} is no subclass of kvcache.eviction.Policy")
+    if isabstract(found):
+        raise ValueError(f"{eviction} lacks {', '.join(sorted(found.__abstractmethods__))}")
+    return found
+
+
+__all__ = [
+    "DEFAULT",
+    "POLICIES",
+    "AibrixS3Fifo",
+    "Arc",
+    "Eviction",
+    "Fifo",
+    "Gittins",
+    "Keep",
+    "Lru",
+    "Policy",
+    "S3Fifo",
+    "policy_class",
+]

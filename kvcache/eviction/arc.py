@@ -1,0 +1,95 @@
+"""ARC: blocks used once, blocks used again, and a target for how many there are of each.
+
+Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003, as it is there:
+``_once`` is their T1 and ``_again`` T2, the ghosts are B1 and B2, the target is p. A request's
+blocks are taken one after another at look-up, which adapts the target; their REPLACE is done when
+room is made.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from kvcache.eviction.policy import Keep
+from kvcache.eviction.runs import Queue, Run, RunPolicy
+
+
+class Arc(RunPolicy):
+    """Adaptive replacement cache. It remembers as many blocks that left as it holds."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._once = Queue(self._owner)
+        self._again = Queue(self._owner)
+        self._left_once: OrderedDict[bytes, None] = OrderedDict()
+        self._left_again: OrderedDict[bytes, None] = OrderedDict()
+        self._target = 0.0  # blocks of `_once`
+        self._back = False  # a block that left `_again` is to be held
+
+    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
+        if keys := self._take(chain[:held]):
+            self._again.push(keys, None)
+        once, again = self._left_once, self._left_again
+        for key in chain[held:]:
+            if key in once:
+                more = max(1.0, len(again) / len(once))
+                self._target = min(float(self._capacity), self._target + more)
+            elif key in again:
+                less = max(1.0, len(once) / len(again))
+                self._target = max(0.0, self._target - less)
+
+    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+        self._back = keys[0] in self._left_again
+        return len(keys)
+
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        known: list[bytes] = []
+        for key in keys:  # whoever was used lately was used with its ancestors: the known ones lead
+            if key not in self._left_once and key not in self._left_again:
+                break
+            self._left_once.pop(key, None)
+            self._left_again.pop(key, None)
+            known.append(key)
+        if known:
+            self._again.push(known, after)
+            after = known[-1]
+        if len(known) < len(keys):
+            self._once.push(list(keys[len(known) :]), after)
+        self._trim()
+
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        once, again = self._once, self._again
+        spared = set[Run]()
+        gone = False
+        while len(once) or len(again):
+            full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
+            queue = once if len(once) and (full or not len(again)) else again
+            run = queue.oldest()
+            if run in spared:  # this queue has been gone through: try the other
+                queue = again if queue is once else once
+                if not len(queue) or (run := queue.oldest()) in spared:
+                    if not gone:
+                        return
+                    spared.clear()  # what was kept for a block that continued it may go by now
+                    gone = False
+                    continue
+            tail = run.keys[-1]
+            if keep(tail):
+                queue.rotate(run)
+                spared.add(self._owner[tail])
+                continue
+            gone = True
+            queue.pop_tail(run)
+            (self._left_once if queue is once else self._left_again)[tail] = None
+            self._trim()
+            yield tail
+
+    def _trim(self) -> None:
+        """Forget ghosts: with what was used once there are no more than the capacity, with all no
+        more than twice that."""
+        once, again = self._left_once, self._left_again
+        while once and self._once.blocks + len(once) > self._capacity:
+            once.popitem(last=False)
+        while again and len(self._owner) + len(once) + len(again) > 2 * self._capacity:
+            again.popitem(last=False)

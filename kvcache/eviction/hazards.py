@@ -1,0 +1,161 @@
+"""How soon blocks of a class are used again, learned, and what that makes a slot worth to them.
+
+Ages are seconds since a block was last used, in octaves::
+
+    octave   0            1                   2                  ...   31
+             [0, 1/1024)  [1/1024, 1/512)     [1/512, 1/256)           12 days and more
+
+Ages below the time that usually lies between two look-ups are not told apart: they are learned as
+one octave.
+
+Of each class it is counted how many blocks came to an octave (were *at risk* there) and how many
+were used again in it; the quotient is the octave's hazard. Where little was seen it is drawn to
+that of the classes like it, then of all, then to one that is the same in every octave.
+
+``worth`` of a class at an age is the Gittins index of keeping a block: the best quotient, over all
+times to give up at, of the chance that it is used by then and the expected time its slot is taken.
+One hazard for all octaves makes it fall with age: nothing learned is LRU.
+
+Always true: the counts of a class are halved before they outgrow what the tier holds by far, so
+what was learned long ago is forgotten; ``learn`` costs the same whatever was counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import frexp
+
+OCTAVES = 32
+FIRST_S = 1 / 1024
+STARTS = [0.0, *(FIRST_S * 2**octave for octave in range(OCTAVES))]  # and where the last one ends
+WIDTHS = [end - start for start, end in pairwise(STARTS)]
+
+_PRIOR = 0.12  # of the blocks that come to an octave, how many are used in it
+_PRIOR_BLOCKS = 30.0  # the prior and the pool weigh as much as this many blocks at risk
+_SILENCE_S = 60.0  # a longer time without look-ups says nothing of how often there are some
+_POOL_BLOCKS = 100.0  # and the classes like it as this many
+
+LAST, MORE, NEW, AGAIN, OFTEN, ALWAYS = range(6)
+"""Classes: the last block that a request asked for, blocks that continue a known chain, blocks of a
+new one, and blocks used 2-3, 4-15 and more times; only these three are alike. Of equals the first
+class goes first, which is how a chain has them from its end."""
+
+CLASSES = 6
+_USED = (AGAIN, OFTEN, ALWAYS)
+_ALIKE = [_USED if kind in _USED else (kind,) for kind in range(CLASSES)]
+
+
+def octave_of(age: float) -> int:
+    """The octave that ``age`` lies in."""
+    if age < FIRST_S:
+        return 0
+    return min(frexp(age / FIRST_S)[1], OCTAVES - 1)
+
+
+class Hazards:
+    """What was seen of each class, and the worth that was learned from it.
+
+    Args:
+        capacity: blocks that the tier can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._enough = 3.0 * capacity + 5000
+        self._used = [[0.0] * OCTAVES for _ in range(CLASSES)]
+        self._risk = [[0.0] * OCTAVES for _ in range(CLASSES)]
+        # What came to octaves since then, as differences from each octave to the next.
+        self.came = [[0.0] * (OCTAVES + 1) for _ in range(CLASSES)]
+        self._pool = [_PRIOR] * OCTAVES
+        self._seconds = 0.0  # in which there were so many look-ups, since something was learned
+        self._lookups = 0
+        self._first = 0  # octave that is told apart from those before it
+        start = _worth([_PRIOR] * OCTAVES, 0)
+        self.tables = [start.copy() for _ in range(CLASSES)]
+
+    def at_risk(self, kind: int, first: int, last: int, blocks: int) -> None:
+        """``blocks`` of a class came to the octaves ``first`` to ``last``."""
+        came = self.came[kind]
+        came[first] += blocks
+        came[last + 1] -= blocks
+
+    def used(self, kind: int, octave: int, blocks: int) -> None:
+        """``blocks`` of a class were used again in an octave that they had come to."""
+        self._used[kind][octave] += blocks
+
+    def worth(self, kind: int, age: float) -> float:
+        """What a slot is worth to a block of a class at an age, in uses per second."""
+        table = self.tables[kind]
+        if age < FIRST_S:
+            return table[0] + (table[1] - table[0]) * max(0.0, age / FIRST_S)
+        half, octave = frexp(age / FIRST_S)
+        if octave >= OCTAVES:
+            return table[OCTAVES]
+        return table[octave] + (table[octave + 1] - table[octave]) * (2 * half - 1)
+
+    def passed(self, seconds: float) -> None:
+        """So much time lies between two look-ups."""
+        self._seconds += min(seconds, _SILENCE_S)
+        self._lookups += 1
+
+    def pool(self) -> None:
+        """Take in what was counted, of all classes; the first step of learning."""
+        for used, risk, came in zip(self._used, self._risk, self.came, strict=True):
+            sofar = 0.0
+            for octave in range(OCTAVES):
+                sofar += came[octave]
+                risk[octave] += sofar
+            came[:] = [0.0] * len(came)
+            if risk[0] > self._enough:
+                used[:] = [blocks / 2 for blocks in used]
+                risk[:] = [blocks / 2 for blocks in risk]
+        prior = _PRIOR * _PRIOR_BLOCKS
+        self._first = octave_of(self._seconds / max(1, self._lookups))
+        self._seconds, self._lookups = 0.0, 0
+        used, risk = self._seen(range(CLASSES))
+        prior = _PRIOR * _PRIOR_BLOCKS
+        self._pool = [
+            (blocks + prior) / (at_risk + _PRIOR_BLOCKS)
+            for blocks, at_risk in zip(used, risk, strict=True)
+        ]
+
+    def _seen(self, kinds: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Blocks used and at risk, of these classes together. The octaves up to the first that is
+        told apart are one, which all come to."""
+        first = self._first + 1
+        used = [sum(column) for column in zip(*(self._used[kind] for kind in kinds), strict=True)]
+        risk = [sum(column) for column in zip(*(self._risk[kind] for kind in kinds), strict=True)]
+        return [sum(used[:first]), *used[first:]], [risk[0], *risk[first:]]
+
+    def learn(self, kind: int) -> None:
+        """Make the table of one class anew; the other steps of learning."""
+        seen = zip(self._pool, *self._seen(_ALIKE[kind]), *self._seen([kind]), strict=True)
+        hazards = []
+        for pooled, alike_used, alike_risk, used, risk in seen:
+            family = (alike_used + pooled * _PRIOR_BLOCKS) / (alike_risk + _PRIOR_BLOCKS)
+            hazards.append(min(1.0, (used + family * _POOL_BLOCKS) / (risk + _POOL_BLOCKS)))
+        self.tables[kind] = _worth(hazards, self._first)
+
+
+def _worth(hazards: list[float], apart: int) -> list[float]:
+    """The index at the start of each octave, and at the end of the last.
+
+    Whatever comes after the last octave is not counted: a block that old would never leave.
+
+    Args:
+        hazards: of the octaves up to ``apart`` together, and of each one after it.
+        apart: octave.
+    """
+    table = []
+    steps = list(zip(hazards, [STARTS[apart + 1], *WIDTHS[apart + 1 :]], strict=True))
+    for first in range(len(steps)):
+        best = uses = seconds = 0.0
+        left = 1.0
+        for hazard, width in steps[first:]:
+            uses += left * hazard
+            seconds += left * width * (1 - hazard / 2)
+            left *= 1 - hazard
+            if uses > best * seconds:
+                best = uses / seconds
+        table.append(best)
+    return [*[table[0]] * apart, *table, table[-1] / 2]

@@ -1,0 +1,23 @@
+"""Least recently used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcache.eviction.fifo import Fifo
+
+
+class Lru(Fifo):
+    """Least recently used, by request: a chain that is used is the newest, its tail going first."""
+
+    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
+        keys = self._take(chain[:held])
+        if keys:
+            self._queue.push(keys, None)
+
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        run = self._owner.get(after) if after is not None else None
+        if run is not None and run.keys[-1] == after:
+            self._queue.extend(run, list(keys))
+        else:
+            self._queue.push(list(keys), after)

@@ -1,0 +1,64 @@
+"""The seam: what orders the blocks of an index.
+
+A policy only orders keys. It is told of accesses a request at a time, because a request's blocks
+live and die together, and it answers with victims, lazily. It holds no bytes, takes no lock, starts
+no thread and reads no clock: the index calls it under its own lock and hands it the time.
+
+What a policy is told of a request, in this order::
+
+    access(chain, held)    its whole prompt, when it is looked up; again while it waits
+    admit(keys, after)     a stretch of it that there are no free slots for: asked before any copy
+    victims(keep)          at once after, as many as there are to be slots
+    add(keys, after)       a stretch that is held from now on
+
+Always true of a policy:
+
+* What ``victims`` yields is forgotten as it is yielded: it is held no more. No key that ``keep``
+  claims is yielded, nor one that has left already.
+* Its state is a bounded number of entries per block of capacity, whatever the traffic.
+* Its answers follow from what it was told: no randomness, no clock of its own.
+
+``kvcache.testing.PolicyTests`` has this as tests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+Keep = Callable[[bytes], bool]
+
+
+class Policy(ABC):
+    """Orders the keys of one index.
+
+    Args:
+        capacity: blocks that the index can hold.
+    """
+
+    @abstractmethod
+    def __init__(self, capacity: int) -> None: ...
+
+    @abstractmethod
+    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
+        """A request asked for ``chain``, from its first block; ``chain[:held]`` were there."""
+
+    @abstractmethod
+    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+        """Say how many leading ``keys`` are worth a slot of a full tier; asked before any copy."""
+
+    @abstractmethod
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        """``keys``, a stretch of a chain that continues ``after``, are held from now on."""
+
+    @abstractmethod
+    def remove(self, keys: Sequence[bytes]) -> None:
+        """Forget keys that left for another reason than eviction."""
+
+    @abstractmethod
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        """Yield, and forget, the keys to go, first to go first, none for which ``keep(key)``.
+
+        May end where the next one is worth more than the block that it would go for, one of those
+        that ``admit`` was asked about just before.
+        """

@@ -1,0 +1,104 @@
+"""S3-FIFO."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from kvcache.eviction.policy import Keep
+from kvcache.eviction.runs import Queue, Run, RunPolicy
+
+
+class S3Fifo(RunPolicy):
+    """S3-FIFO: a small queue on probation, a main queue, a ghost of keys that left the small one.
+
+    Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Counts are kept per
+    block; a run moves whole when its tail earned it, since whoever used the tail used the rest.
+
+    Args:
+        capacity: blocks.
+        small: share of the capacity that is on probation.
+        promote: uses on probation from which on a block moves to the main queue.
+    """
+
+    def __init__(self, capacity: int, small: float = 0.3, promote: int = 2) -> None:
+        super().__init__(capacity)
+        self._small = Queue(self._owner)
+        self._main = Queue(self._owner)
+        self._small_share = max(1, int(capacity * small))
+        self._promote = promote
+        self._uses: dict[bytes, int] = {}  # of blocks used since they came or were last moved; 1..3
+        self._ghost: OrderedDict[bytes, None] = OrderedDict()
+
+    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
+        uses, owner = self._uses, self._owner
+        for key in chain[:held]:
+            if key in owner:
+                uses[key] = min(3, uses.get(key, 0) + 1)
+
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        ghost = self._ghost
+        known = 0  # whoever was used lately was used with its ancestors: the known ones lead
+        while known < len(keys) and keys[known] in ghost:
+            del ghost[keys[known]]
+            known += 1
+        if known:
+            self._main.push(list(keys[:known]), after)
+            after = keys[known - 1]
+        if known < len(keys):
+            self._small.push(list(keys[known:]), after)
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        super().remove(keys)
+        for key in keys:
+            self._uses.pop(key, None)
+
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        small, main, uses = self._small, self._main, self._uses
+        spared = set[Run]()
+        moved = False
+        while len(small) or len(main):
+            queue = small if small.blocks >= self._small_share or not len(main) else main
+            run = queue.oldest()
+            if run in spared:  # this queue has been gone through: try the other
+                queue = main if queue is small else small
+                if not len(queue) or (run := queue.oldest()) in spared:
+                    if not moved:
+                        return
+                    spared.clear()  # some may go by now, or have come to stand behind the spared
+                    moved = False
+                    continue
+            tail = run.keys[-1]
+            if keep(tail):
+                queue.rotate(run)
+                spared.add(self._owner[tail])
+                continue
+            moved = True
+            if queue is small and uses.get(tail, 0) >= self._promote:
+                small.drop(run)
+                for key in run.keys:
+                    uses.pop(key, None)
+                main.push(run.keys, run.after)
+            elif queue is main and uses.get(tail, 0):
+                for key in run.keys:
+                    if (left := uses.pop(key, 0) - 1) > 0:
+                        uses[key] = left
+                main.rotate(run)
+            else:
+                uses.pop(tail, None)
+                queue.pop_tail(run)
+                if queue is small:
+                    self._remember(tail)
+                yield tail
+
+    def _remember(self, key: bytes) -> None:
+        self._ghost[key] = None
+        if len(self._ghost) > self._capacity:
+            self._ghost.popitem(last=False)
+
+
+class AibrixS3Fifo(S3Fifo):
+    """S3-FIFO with what AIBrix's KV cache has by default: one use is enough for the main queue."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity, small=0.3, promote=1)

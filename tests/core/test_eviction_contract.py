@@ -1,0 +1,146 @@
+"""Every policy keeps the contract, and each test of it fails on some policy that is wrong.
+
+A wrong policy is a right one with one thing changed.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from random import Random
+
+import pytest
+
+from kvcache.eviction import POLICIES, Arc, Fifo, Gittins, Keep, Lru, Policy, S3Fifo
+from kvcache.testing import PolicyTests
+
+NAMES = {name for name in dir(PolicyTests) if name.startswith("test_")}
+
+for name, policy in POLICIES.items():
+    globals()[f"Test_{name}"] = type(f"Test_{name}", (PolicyTests,), {"policy": policy})
+
+
+class GivesTwice(Lru):
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        for key in super().victims(keep):
+            yield from (key, key)
+
+
+class ForgetsAnswers(Lru):
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        if after is None:
+            super().add(keys, after, now)
+
+
+class RefusesOldFriends(Gittins):
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        if not any((run := self._runs.get(key)) and not run.awaited for key in keys):
+            super().add(keys, after, now)
+
+
+class HoldsWhatIsAskedFor(Lru):
+    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
+        super().access(chain, held, now)
+        super().add([key for key in chain if key not in self._owner], None, now)
+
+
+class KeepsNothing(Lru):
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        return super().victims(lambda _: False)
+
+
+class StopsAtWhatIsKept(Lru):
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        for key in super().victims(lambda _: False):
+            if keep(key):
+                self.add([key], None, 0.0)
+                return
+            yield key
+
+
+class GoesRoundAndRound(Lru):
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        yield from super().victims(keep)
+        if self._owner:
+            yield from iter(lambda: next(iter(self._owner)), b"")
+
+
+class ForgetsAllAtOnce(Lru):
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        return iter(list(super().victims(keep)))
+
+
+class RemovesRuns(Lru):
+    def remove(self, keys: Sequence[bytes]) -> None:
+        whole = (self._owner[key].keys for key in keys if key in self._owner)
+        super().remove(list(dict.fromkeys(chain.from_iterable(list(whole)))))
+
+
+class AdmitsMore(Lru):
+    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+        return len(keys) + 1
+
+
+class Remembers(S3Fifo):
+    def _remember(self, key: bytes) -> None:
+        self._ghost[key] = None
+
+
+class KnowsNoLimit(Gittins):
+    def _forget(self) -> None:
+        pass
+
+
+class KeepsGhosts(Arc):
+    def _trim(self) -> None:
+        pass
+
+
+class Draws(Fifo):
+    draw = Random(0)
+
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        for key in super().victims(keep):
+            if self.draw.random() < 0.9:
+                yield key
+            else:
+                self.add([key], None, 0.0)
+
+
+class HoldsNothing(Lru):
+    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+        return 0
+
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        pass
+
+
+WRONG: dict[type[Policy], str] = {
+    GivesTwice: "test_what_is_held_leaves_once",
+    ForgetsAnswers: "test_a_block_without_a_request_is_held_as_well",
+    RefusesOldFriends: "test_what_left_can_come_back",
+    HoldsWhatIsAskedFor: "test_what_is_asked_for_in_vain_is_not_held",
+    KeepsNothing: "test_what_is_kept_stays",
+    StopsAtWhatIsKept: "test_what_is_kept_stays",
+    GoesRoundAndRound: "test_when_all_is_kept_there_is_an_end",
+    ForgetsAllAtOnce: "test_an_answer_cut_short_forgets_what_was_given",
+    RemovesRuns: "test_what_is_removed_does_not_leave_again",
+    AdmitsMore: "test_an_answer_about_slots_is_a_number_of_blocks",
+    HoldsNothing: "test_an_index_stays_sound",
+    Draws: "test_the_same_traffic_has_the_same_answers",
+    Remembers: "test_the_state_is_bounded",
+    KnowsNoLimit: "test_the_state_is_bounded",
+    KeepsGhosts: "test_the_state_is_bounded",
+}
+
+
+@pytest.mark.parametrize(("wrong", "test"), WRONG.items())
+def test_a_wrong_policy_is_found(wrong: type[Policy], test: str) -> None:
+    suite = type("Suite", (PolicyTests,), {"policy": wrong})()
+    try:
+        getattr(suite, test)()
+    except Exception:  # noqa: BLE001 - what a wrong policy raises is its own
+        return
+    pytest.fail(f"{wrong.__name__} passes {test}")
+
+
+def test_each_test_finds_some_policy() -> None:
+    assert set(WRONG.values()) == NAMES

@@ -1,0 +1,60 @@
+"""What every policy reaches on a recorded trace, in the real index.
+
+The conversation trace, its second half after a first half that warms the index up. Traffic, clock
+and policies are deterministic, so the numbers are exact: a change of one is a change of behaviour.
+``tests/bench/test_eviction.py`` has the whole table.
+"""
+
+from functools import cache
+
+import pytest
+
+from kvcache.eviction import DEFAULT, POLICIES
+from tests.core.traffic import TRACE, Replay, belady, conversation
+
+pytestmark = pytest.mark.skipif(
+    not TRACE.exists(), reason=f"the trace is not at {TRACE}; KVCACHE_TRACE may say where it is"
+)
+
+
+@cache
+def second_half(policy: str, slots: int, *, partial: bool) -> float:
+    requests = conversation(partial=partial)
+    half = len(requests) // 2
+    if policy == "belady":
+        return belady(requests, slots, half)
+    replay = Replay(POLICIES[policy], slots)
+    replay.play(requests[:half])
+    return replay.play(requests[half:])
+
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "ratio"),
+    [
+        ("fifo", 3000, 6.68),
+        ("lru", 3000, 6.56),
+        ("lru", 10_000, 21.51),
+        ("lru", 30_000, 33.68),
+        ("s3fifo", 3000, 10.31),
+        ("s3fifo-aibrix", 3000, 10.40),
+        ("arc", 5000, 11.48),
+        ("belady", 1000, 19.30),
+        ("belady", 3000, 30.33),
+        ("belady", 10_000, 39.00),
+    ],
+)
+def test_baselines_are_honest(policy: str, slots: int, ratio: float) -> None:
+    assert second_half(policy, slots, partial=True) == pytest.approx(ratio, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("slots", "bar"), [(1000, 8.0), (3000, 13.8), (5000, 17.5), (10_000, 23.9), (30_000, 34.6)]
+)
+def test_the_default_with_partial_blocks(slots: int, bar: float) -> None:
+    assert second_half(DEFAULT, slots, partial=True) >= bar
+
+
+@pytest.mark.parametrize(("slots", "share"), [(1000, 0.24), (5000, 0.24), (10_000, 0.12)])
+def test_the_default_with_full_blocks(slots: int, share: float) -> None:
+    lru, best = (second_half(name, slots, partial=False) for name in ("lru", "belady"))
+    assert second_half(DEFAULT, slots, partial=False) >= lru + share * (best - lru)

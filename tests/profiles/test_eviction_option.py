@@ -1,0 +1,69 @@
+"""A profile says which policy a tier has: one of ours, or a class path."""
+
+from abc import abstractmethod
+from pathlib import Path
+
+import pytest
+
+from kvcache.eviction import POLICIES, Lru, Policy, policy_class
+from kvcache.profiles import ProfileError, load_profile
+
+ROW = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "64MiB"\neviction = "{}"\n'
+
+
+class Ours(Lru):
+    pass
+
+
+class Half(Lru):
+    @abstractmethod
+    def more(self) -> None: ...
+
+
+NO_CLASS = "no class"
+
+
+def load(tmp_path: Path, eviction: str) -> object:
+    profile = tmp_path / "ours.toml"
+    profile.write_text(ROW.format(eviction))
+    return load_profile(str(profile), environ={}).tiers[0].options["eviction"]
+
+
+@pytest.mark.parametrize("eviction", [*POLICIES, f"{__name__}:Ours"])
+def test_a_policy_that_is_known(tmp_path: Path, eviction: str) -> None:
+    assert load(tmp_path, eviction) == eviction
+    assert isinstance(policy_class(eviction)(10), Policy)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "says"),
+    [
+        ("lfu", 'takes one of "gittins", "lru"'),
+        ("LRU", 'did you mean "lru"?'),
+        ("nowhere.at.all:Ours", "cannot import nowhere.at.all:Ours (ModuleNotFoundError"),
+        (f"{__name__}:Theirs", "cannot import"),
+        (f"{__name__}:NO_CLASS", "is no subclass of kvcache.eviction.Policy"),
+        ("pathlib:Path", "is no subclass of kvcache.eviction.Policy"),
+        (f"{__name__}:Half", "lacks more"),
+        (":", "cannot import :"),
+    ],
+)
+def test_a_policy_that_is_not(tmp_path: Path, eviction: str, says: str) -> None:
+    with pytest.raises(ProfileError) as error:
+        load(tmp_path, eviction)
+    assert says in str(error.value)
+    assert "ours.toml" in str(error.value)
+    assert f'eviction = "{eviction}"' in str(error.value)
+
+
+def test_what_is_no_name_at_all(tmp_path: Path) -> None:
+    profile = tmp_path / "ours.toml"
+    profile.write_text(ROW.replace('"{}"', "3"))
+    with pytest.raises(ProfileError, match=r"takes one of .* or a class of yours"):
+        load_profile(str(profile), environ={})
+
+
+def test_a_name_is_not_known_outside_of_profiles_either() -> None:
+    said = r'no policy is called "lfu"; there are "gittins", .*pkg\.mod:Class'
+    with pytest.raises(ValueError, match=said):
+        policy_class("lfu")
