@@ -29,7 +29,7 @@ POLICIES: dict[str, type[Policy]] = {
     "fifo": Fifo,
 }
 
-DEFAULT = Eviction("gittins")
+DEFAULT = Eviction("lru")
 
 
 def policy_class(eviction: str) -> type[Policy]:

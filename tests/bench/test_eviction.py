@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from kvcache.eviction import DEFAULT, POLICIES
+from kvcache.eviction import POLICIES
 from tests.core.traffic import TRACE, Replay, belady, conversation
 
 pytestmark = [
@@ -37,7 +37,7 @@ def test_hit_ratios(partial: bool) -> None:
     print(f"| policy | {' | '.join(map(str, SLOTS))} |")
     for name, ratios in [*found.items(), ("Belady", best)]:
         print(f"| `{name}` | {' | '.join(f'{ratio:.1f}' for ratio in ratios)} |")
-    rows = zip(SLOTS, found[DEFAULT], found["lru"], best, strict=True)
+    rows = zip(SLOTS, found["gittins"], found["lru"], best, strict=True)
     for slots, ours, lru, most in rows:
         assert ours >= lru - 0.2
         assert ours >= (BARS[slots] if partial else lru + SHARES[slots] * (most - lru))

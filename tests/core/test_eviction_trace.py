@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from kvcache.eviction import DEFAULT, POLICIES
+from kvcache.eviction import POLICIES
 from tests.core.traffic import TRACE, Replay, belady, conversation
 
 pytestmark = pytest.mark.skipif(
@@ -50,11 +50,11 @@ def test_baselines_are_honest(policy: str, slots: int, ratio: float) -> None:
 @pytest.mark.parametrize(
     ("slots", "bar"), [(1000, 8.0), (3000, 13.8), (5000, 17.5), (10_000, 23.9), (30_000, 34.6)]
 )
-def test_the_default_with_partial_blocks(slots: int, bar: float) -> None:
-    assert second_half(DEFAULT, slots, partial=True) >= bar
+def test_what_is_learned_with_partial_blocks(slots: int, bar: float) -> None:
+    assert second_half("gittins", slots, partial=True) >= bar
 
 
 @pytest.mark.parametrize(("slots", "share"), [(1000, 0.24), (5000, 0.24), (10_000, 0.12)])
-def test_the_default_with_full_blocks(slots: int, share: float) -> None:
+def test_what_is_learned_with_full_blocks(slots: int, share: float) -> None:
     lru, best = (second_half(name, slots, partial=False) for name in ("lru", "belady"))
-    assert second_half(DEFAULT, slots, partial=False) >= lru + share * (best - lru)
+    assert second_half("gittins", slots, partial=False) >= lru + share * (best - lru)
