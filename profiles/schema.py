@@ -8,6 +8,7 @@ import inspect
 import re
 from typing import Any, Literal, get_args, get_origin
 
+from kvcache.eviction import POLICIES, Eviction
 from kvcache.profiles.kinds import known_kinds, tier_class
 from kvcache.profiles.options import Option, options_of, takes
 from kvcache.profiles.rows import AROUND
@@ -19,6 +20,7 @@ Schema = dict[str, Any]
 _NUMBER = r"^\s*\+?[0-9]+(\.[0-9]+)?\s*"
 _UNIT = r"([kKmMgGtT][iI]?[bB]|[bB])?"
 _TYPES: dict[object, Schema] = {
+    Eviction: {"anyOf": [{"enum": list(POLICIES)}, {"type": "string", "pattern": ":"}]},
     Size: {
         "anyOf": [
             {"type": "integer", "minimum": 1},
