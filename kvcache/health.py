@@ -24,17 +24,19 @@ class Health:
     """Whether to ask a tier, and what came of it. Safe to call from several threads.
 
     Args:
-        name: of the tier, in its profile.
+        named: the tier.
         whose: the attributes that say which tier an event is about.
         clock: seconds.
     """
 
-    def __init__(self, name: str, whose: Mapping[str, str], clock: Callable[[], float]) -> None:
-        self._name = name
+    def __init__(
+        self, named: TierName, whose: Mapping[str, str], clock: Callable[[], float]
+    ) -> None:
+        self._name = named.name
         self._whose = whose
         self._lock = threading.Lock()
         self.breaker = Breaker(clock)
-        self.timer = Timer(TierName(name, whose[telemetry.KIND]))
+        self.timer = Timer(named)
         self.errors = 0  # calls that failed or came late
 
     def succeeded(self, span: Span) -> None:

@@ -54,7 +54,7 @@ class Link:
         self.blocks_per_call = blocks_per_call
         self.clock = clock
         self.closed = False
-        self.health = Health(name, self.whose, clock)
+        self.health = Health(self.named, self.whose, clock)
         self.calls = Calls(name, calls)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(LowerStats.__slots__, 0)

@@ -306,6 +306,8 @@ class Stack:
     # Spans
 
     def _looked(self, span: Span, match: Match) -> None:
+        if not span.is_recording():  # or the blocks of every look-up would be counted for nobody
+            return
         requested = len(match.keys) - match.start
         asleep = self._below.lower and match.blocks < requested and not self._below.awake
         telemetry.end(

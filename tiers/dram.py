@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvcache.changes import Changes
-from kvcache.eviction import DEFAULT, Eviction, policy_class
+from kvcache.eviction import DEFAULT, Eviction, policy_option
 from kvcache.index import Index
 from kvcache.sizes import Size
 from kvcache.slab import Slab, slot_nbytes_for
@@ -46,10 +46,7 @@ class DramTier(FrontTier):
     ) -> None:
         if block_nbytes < 1:
             raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
-        try:
-            policy = policy_class(eviction)
-        except ValueError as error:
-            raise ValueError(f"eviction is {eviction!r}: {error}") from error
+        policy = policy_option(eviction)
         slot_nbytes = slot_nbytes_for(block_nbytes)
         slots = capacity // slot_nbytes
         if slots < 1:

@@ -51,6 +51,14 @@ def policy_class(eviction: str) -> type[Policy]:
     return found
 
 
+def policy_option(eviction: str) -> type[Policy]:
+    """As :func:`policy_class`, for a tier's option ``eviction``: the error names the option."""
+    try:
+        return policy_class(eviction)
+    except ValueError as error:
+        raise ValueError(f"eviction is {eviction!r}: {error}") from error
+
+
 __all__ = [
     "DEFAULT",
     "POLICIES",
@@ -64,4 +72,5 @@ __all__ = [
     "Policy",
     "S3Fifo",
     "policy_class",
+    "policy_option",
 ]

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
-from kvcache.eviction import DEFAULT, Eviction, Policy, policy_class
+from kvcache.eviction import DEFAULT, Eviction, Policy, policy_option
 from kvcache.index import Index
 from kvcache.sizes import DiskSize
 from kvcache.tier import Tier, TierUsage
@@ -74,10 +74,7 @@ class DiskTier(Tier):
     ) -> None:
         if block_nbytes < 1:
             raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
-        try:
-            policy = policy_class(eviction)
-        except ValueError as error:
-            raise ValueError(f"eviction is {eviction!r}: {error}") from error
+        policy = policy_option(eviction)
         self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
         each = self._slot_nbytes + RECORD_NBYTES
         slots = (capacity - _BESIDE) // each
