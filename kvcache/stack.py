@@ -154,11 +154,14 @@ class Stack:
         Returns:
             a future, done when what can be had is in L1; ``None`` when there is nothing to do.
         """
+        return self._prefetch(keys, lambda: telemetry.start(telemetry.PREFETCH, context))
+
+    def _prefetch(self, keys: Sequence[bytes], begin: Callable[[], Span]) -> Future[None] | None:
         held = self.front.contains(keys) if self._below.awake else []
         if all(held):
             return None
         match = Match(keys, 0, held.index(False))
-        span = telemetry.start(telemetry.PREFETCH, context)
+        span = begin()
 
         def bring() -> None:
             found = self._below.look(match, span)
@@ -218,7 +221,13 @@ class Stack:
         return lease
 
     def hint(
-        self, keys: Sequence[bytes], *, done: bool = False, keep: float = 0.0, soon: bool = False
+        self,
+        keys: Sequence[bytes],
+        *,
+        done: bool = False,
+        keep: float = 0.0,
+        soon: bool = False,
+        context: Context | None = None,
     ) -> None:
         """Say of a chain what is known of its future. It orders evictions, and promises nothing.
 
@@ -227,7 +236,9 @@ class Stack:
             done: they will not be used again: they go before all others, but for those that others
                 use after this, or continue.
             keep: seconds for which others had better go first; of a quarter of L1 at most.
-            soon: they will be used soon: what lower tiers have of them comes up.
+            soon: they will be used soon: what lower tiers have of them comes up, unawaited.
+            context: the caller's trace; ``None`` is the current one. Its span is the cause of what
+                comes up, which has a trace of its own.
 
         Raises:
             ValueError: for hints that contradict each other, or a time that cannot be.
@@ -242,7 +253,7 @@ class Stack:
             self.front.keep(keys, keep)
         if soon:
             self.front.access(keys)
-            self.prefetch(keys)
+            self._prefetch(keys, lambda: telemetry.after(context, telemetry.PREFETCH))
 
     def clear(self) -> None:
         """Forget every block of every tier. Leases that are out end as usual, and publish none."""

@@ -103,12 +103,16 @@ def client(span: Span, name: str, attributes: Attributes) -> Span:
     return _tracer.start_span(name, above, SpanKind.CLIENT, attributes)
 
 
-def after(span: Span, name: str) -> Span:
-    """Begin a span of a trace of its own, with a link to ``span``, which may have ended."""
-    cause = span.get_span_context()
-    if not cause.trace_flags.sampled:
+def after(cause: Span | Context | None, name: str) -> Span:
+    """Begin a span of a trace of its own, with a link to its cause, which may have ended.
+
+    Of a context the cause is the span, ``None`` being the current one; without any, no link.
+    """
+    span = cause if isinstance(cause, Span) else trace.get_current_span(cause)
+    whose = span.get_span_context()
+    if not whose.trace_flags.sampled and (whose.is_valid or isinstance(cause, Span)):
         return INVALID_SPAN
-    return _tracer.start_span(name, Context(), links=[Link(cause)])
+    return _tracer.start_span(name, Context(), links=[Link(whose)] if whose.is_valid else ())
 
 
 def beyond(headers: Mapping[str, str], name: str) -> Span:

@@ -221,9 +221,10 @@ class SchedulerSide:
         self._withdraw(request.request_id)
         self._coming.pop(request.request_id, None)
         running = self._running.pop(request.request_id, None)
-        self._requests.finished(request)
         if self._stack is not None and running is not None and (hints := hints_of(request)):
-            self._stack.hint(self._keys(request, 0, running.offered), **hints)
+            context = self._requests.context(request)
+            self._stack.hint(self._keys(request, 0, running.offered), context=context, **hints)
+        self._requests.finished(request)
 
     # Every step
 

@@ -106,6 +106,30 @@ def test_a_prefetch_is_an_operation_of_its_own(
     assert spans.of("kvcache.prefetch")["kvcache.block.hit"] == 2
 
 
+def test_what_comes_up_for_a_hint_is_linked_to_its_cause(
+    below: Below, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(below.stack._below, "submit", lambda call: call())
+    caller = TracerProvider().get_tracer("caller").start_span("request")
+    silent = TracerProvider(sampler=ALWAYS_OFF).get_tracer("caller").start_span("request")
+    for name, cause in (("a", caller), ("b", silent), ("c", None)):
+        keys = keys_of(name, 2)
+        below.keep_below(keys)
+        context = None if cause is None else trace.set_span_in_context(cause)
+        below.stack.hint(keys, soon=True, context=context)
+        assert all(below.front.contains(keys))
+        spans = Spans(exported)
+        if cause is silent:
+            assert not spans.all
+            continue
+        coming = spans.one("kvcache.prefetch")
+        assert coming.parent is None
+        assert [link.context for link in coming.links] == (
+            [] if cause is None else [cause.get_span_context()]
+        )
+        assert spans.is_below("kvcache.tier.load", "kvcache.prefetch")
+
+
 def test_what_is_written_later_is_linked_to_its_cause(
     below: Below, exported: InMemorySpanExporter
 ) -> None:
