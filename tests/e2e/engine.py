@@ -218,16 +218,24 @@ class Engine:
     # Requests
 
     def add(
-        self, name: str, prompt: Sequence[int], tokens: int = 8, salt: str | None = None
+        self,
+        name: str,
+        prompt: Sequence[int],
+        tokens: int = 8,
+        salt: str | None = None,
+        lora: str | None = None,
     ) -> None:
-        """Queue a request for exactly `tokens` greedy tokens."""
+        """Queue a request for exactly `tokens` greedy tokens; `lora` is an adapter's folder."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         greedy = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=3, detokenize=False
         )
         salted = {"cache_salt": salt} if salt else {}
-        self.core.add_request(name, {"prompt_token_ids": list(prompt), **salted}, greedy)
+        adapter = LoRARequest(Path(lora).name, 1, lora) if lora else None
+        asked = {"prompt_token_ids": list(prompt), **salted}
+        self.core.add_request(name, asked, greedy, lora_request=adapter)
 
     def step(self) -> list[Any]:
         """One step of the engine; the outputs that came of it."""
@@ -246,20 +254,20 @@ class Engine:
         self.core.abort_request([name])
 
     def together(
-        self, prompts: Sequence[Sequence[int]], tokens: int = 8, salt: str | None = None
+        self, prompts: Sequence[Sequence[int]], tokens: int = 8, **whose: str | None
     ) -> list[Answer]:
-        """Ask all `prompts` at once."""
+        """Ask all `prompts` at once, of one `salt` or `lora`."""
         names = []
         for prompt in prompts:
             self._asked += 1
             names.append(f"asked{self._asked}")
-            self.add(names[-1], prompt, tokens, salt)
+            self.add(names[-1], prompt, tokens, **whose)
         answers = self.drain()
         return [answers[name] for name in names]
 
-    def ask(self, prompt: Sequence[int], tokens: int = 8, salt: str | None = None) -> Answer:
+    def ask(self, prompt: Sequence[int], tokens: int = 8, **whose: str | None) -> Answer:
         """Ask one prompt alone."""
-        [answer] = self.together([prompt], tokens, salt)
+        [answer] = self.together([prompt], tokens, **whose)
         return answer
 
     # Caches

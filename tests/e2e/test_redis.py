@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +17,52 @@ pytest.importorskip("redis")
 from tests.e2e import below
 from tests.e2e.below import PROMPTS
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import Answer, Engine, Play, starts
+from tests.e2e.engine import BLOCK, Answer, Engine, Play, starts
 from tests.tiers import servers
 from tests.tiers.servers import Server
 
 pytestmark = pytest.mark.engine
+
+
+def ask_as_strangers(engine: Engine) -> dict[str, list[int]]:
+    """Cached tokens of a prompt that others have stored, and of it again, for other askers."""
+    askers: dict[str, dict[str, str | None]] = {
+        "salt": {"salt": "mine"},
+        "lora": {"lora": os.environ["ADAPTER"]},
+        "nobody": {},
+    }
+    cached: dict[str, list[int]] = {name: [] for name in askers}
+    for _ in range(2):
+        engine.evict_own()
+        engine.side._stack.front.clear()
+        for name, asker in askers.items():
+            cached[name].append(engine.ask(PROMPTS[0], tokens=2, **asker)["cached"])
+        assert engine.side._stack.flush(60)
+    return cached
+
+
+def ask_once(engine: Engine) -> int:
+    """Cached tokens of a prompt that engines with other settings have stored."""
+    return int(engine.ask(PROMPTS[0], tokens=2)["cached"])
+
+
+def ask_with_another(engine: Engine) -> dict[str, Any]:
+    """The prompts, from when another engine is there too; and again from what both have stored."""
+    import redis
+
+    with redis.Redis.from_url(os.environ["KVCACHE__REDIS__URL"]) as place:
+        meet(place, "begin")
+        first, counts = below.ask_first(engine), below.counts(engine)
+        meet(place, "stored")
+    engine.side._stack.front.clear()
+    return {"first": first, "again": below.ask_again(engine), **counts}
+
+
+def meet(place: Any, name: str) -> None:
+    """Wait for the other engine."""
+    if place.incr(name) == 2:
+        place.rpush(f"{name} go", 1, 1)
+    assert place.blpop(f"{name} go", timeout=120)
 
 
 def without_the_server(engine: Engine) -> dict[str, Any]:
@@ -34,20 +78,73 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def lives(server: Server, stage: Stage) -> tuple[Play, Play]:
-    """Two engines, each with its own L1, at one server."""
-    environment = {
-        "KVCACHE_PROFILE": "l1-redis",
-        "KVCACHE__REDIS__URL": server.url,
-        "KVCACHE__REDIS__DEADLINE_S": "30",  # what is tested is what comes, not how fast
-        "KVCACHE__REDIS__TIMEOUT_S": "30",
-        "SERVER_PID": str(server.pid),
+def at(server: Server, **environment: str) -> dict[str, Any]:
+    """The settings of an engine at ``server``."""
+    return {
+        "blocks": 100,
+        "l1": "16MiB",
+        "environment": {
+            "KVCACHE_PROFILE": "l1-redis",
+            "KVCACHE__REDIS__URL": server.url,
+            "KVCACHE__REDIS__DEADLINE_S": "30",  # what is tested is what comes, not how fast
+            "KVCACHE__REDIS__TIMEOUT_S": "30",
+            "KVCACHE__REDIS__IF_SLOWER": "load",
+            **environment,
+        },
     }
-    options: dict[str, Any] = {"blocks": 100, "l1": "16MiB", "environment": environment}
-    first = stage((below.ask_first, below.counts), **options)
-    acts = (below.ask_again, below.counts, below.abort_while_it_waits, without_the_server)
-    return first, stage(acts, **options)
+
+
+@pytest.fixture(scope="module")
+def first(server: Server, stage: Stage) -> Play:
+    return stage((below.ask_first, below.counts), **at(server))
+
+
+@pytest.fixture(scope="module")
+def strangers(
+    first: Play,
+    server: Server,
+    stage: Stage,
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Play]:
+    """Engines at the same server that differ from the first in one thing each."""
+    renamed = tmp_path_factory.mktemp("another") / "model"
+    renamed.symlink_to(checkpoint)
+    others: list[dict[str, Any]] = [
+        {"checkpoint": str(renamed)},
+        {"options": {"dtype": "float32"}},
+        {"options": {"block_size": 2 * BLOCK}},
+    ]
+    return [stage((ask_once,), **at(server), **other) for other in others]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the checkpoint of these tests."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("lora") / "poet"
+    folder.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.v_proj.lora"
+    save_file(
+        {f"{name}_A.weight": torch.ones(8, 128), f"{name}_B.weight": torch.ones(64, 8)},
+        str(folder / "adapter_model.safetensors"),
+    )
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second(first: Play, strangers: list[Play], server: Server, stage: Stage, adapter: Path) -> Play:
+    """An engine like the first, after it; it kills the server in the end."""
+    acts = (
+        below.ask_again, below.counts, below.abort_while_it_waits, ask_as_strangers,
+        without_the_server,
+    )  # fmt: skip
+    settings = at(server, SERVER_PID=str(server.pid), ADAPTER=str(adapter))
+    return stage(acts, **settings, options={"enable_lora": True, "max_lora_rank": 8})
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +153,8 @@ def reference(stage: Stage) -> Play:
 
 
 def test_the_second_engine_serves_what_only_the_first_has_seen(
-    lives: tuple[Play, Play], reference: Play
+    first: Play, second: Play, reference: Play
 ) -> None:
-    first, second = lives
     first.of(starts)
     assert first.of(below.ask_first) == reference.of(below.ask_first)
     wrote = first.of(below.counts)
@@ -73,16 +169,26 @@ def test_the_second_engine_serves_what_only_the_first_has_seen(
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)
 
 
-def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(lives: tuple[Play, Play]) -> None:
-    found = lives[1].of(below.abort_while_it_waits)
+def test_another_salt_or_lora_finds_only_its_own(second: Play) -> None:
+    found = second.of(ask_as_strangers)
+    assert found["nobody"][0] > 0
+    assert found == {name: [0, found["nobody"][0]] for name in ("salt", "lora")} | {
+        "nobody": 2 * [found["nobody"][0]]
+    }
+
+
+def test_another_model_dtype_or_block_size_finds_nothing(strangers: list[Play]) -> None:
+    assert [stranger.of(ask_once) for stranger in strangers] == [0, 0, 0]
+
+
+def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(second: Play) -> None:
+    found = second.of(below.abort_while_it_waits)
     assert not any(found["ends"].values()), found["ends"]
     assert found["cached"] > 0
 
 
-def test_without_the_server_everything_is_computed(
-    lives: tuple[Play, Play], reference: Play
-) -> None:
-    found = lives[1].of(without_the_server, warned=True)
+def test_without_the_server_everything_is_computed(second: Play, reference: Play) -> None:
+    found = second.of(without_the_server, warned=True)
 
     def said(answers: list[Answer]) -> list[Any]:
         return [answer["tokens"] for answer in answers]
@@ -90,3 +196,30 @@ def test_without_the_server_everything_is_computed(
     assert len(found["answers"]) == len(PROMPTS)
     assert said(found["answers"]) == said(reference.of(below.ask_again))
     assert not any(found["ends"].values()), found["ends"]
+
+
+def test_engines_that_write_the_same_at_once_keep_one_copy(
+    tmp_path: Path, stage: Stage, reference: Play
+) -> None:
+    with (
+        servers.server(tmp_path) as server,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        settings = at(server)
+        plays = list(threads.map(lambda _: stage((ask_with_another,), **settings), range(2)))
+        kept = len(list(server.client().scan_iter("kvcache:1:*")))
+    found = [play.of(ask_with_another) for play in plays]
+    # One may find what the other has just stored, and computes the rest in other shapes than alone.
+    right = [answer["tokens"][0] for answer in reference.of(below.ask_first)]
+    assert [[answer["tokens"][0] for answer in each["first"]] for each in found] == 2 * [right]
+    assert found[0]["again"] == found[1]["again"]
+    assert all(answer["cached"] > 0 for answer in found[0]["again"])
+    assert [(each["dropped"], each["errors"], each["pinned"]) for each in found] == 2 * [(0, 0, 0)]
+    blocks = {
+        tuple(asked[: end + BLOCK])
+        for each in found
+        for asked, answer in zip(PROMPTS, each["first"], strict=True)
+        for asked in [[*asked, *answer["tokens"][:-1]]]  # the last is never an input
+        for end in range(0, len(asked) - BLOCK + 1, BLOCK)
+    }
+    assert kept == len(blocks)
