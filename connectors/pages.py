@@ -1,40 +1,39 @@
-"""Page copies between an engine's KV cache and slots of host memory.
+"""Page copies where the engine's cache and the slots are both in this process's memory.
 
-An engine keeps one region of memory per layer, cut into pages; block b is page b of every layer.
-A slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is the
-pages of its layers, one after another.
-
-Always true here:
-- Only whole pages move, and nothing outside them is read or written.
-- A call refused for its arguments has moved nothing; a call that returns has moved everything.
-- After `close` returns no copy is running and none can begin, so the memory may be unmapped.
+Always true here, beside what `copier` says: a copy is over when the call returns.
 """
 
 import ctypes
 import os
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 try:
     import numba
-    import numpy as np
     from llvmlite import ir  # type: ignore[import-untyped]
     from numba.extending import intrinsic
-    from numpy.typing import NDArray
+
+    from kvcache.connectors.copier import (
+        Integers,
+        Made,
+        PageCopier,
+        Pages,
+        Side,
+        Sides,
+        integers,
+        paired,
+    )
 except ImportError as error:
     raise ImportError(
         f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[vllm]'"
     ) from error
-
-_Integers = NDArray[np.int64]
 
 # A page begins far from the one before it, where the processor has nothing to foresee it by: asked
 # for a page early, its first lines are there in time. A gather of 64 KiB pages ran at 1.09 of a
@@ -49,51 +48,11 @@ _memcpy.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)
 _memcpy.restype = ctypes.c_size_t
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """One layer's pages: page b is the `nbytes` bytes at `address + b * stride`, 0 <= b < `count`.
-
-    `stride` is in bytes; it exceeds `nbytes` where the engine interleaves layers.
-    """
-
-    address: int
-    nbytes: int
-    stride: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.nbytes < 1 or self.count < 1 or self.stride < self.nbytes:
-            raise ValueError(f"{self}: nbytes and count must be at least 1, stride at least nbytes")
-
-
-class PageCopier(ABC):
-    """Moves blocks between one rank's pages and its shards of the slots; safe to call from threads.
-
-    Both copies take two sequences of equal length: the i-th block goes with the i-th slot.
-    They raise ValueError when the lengths differ or two copies have the same target, IndexError
-    for a block or slot that does not exist, RuntimeError after `close`.
-    """
-
-    @abstractmethod
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy the engine's pages of `blocks` into `slots`."""
-
-    @abstractmethod
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy the shards in `slots` to the engine's pages of `blocks`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for running copies and refuse new ones. May be called again."""
-
-
 class CpuCopier(PageCopier):
-    """Copies between pages and slots that are both in this process's memory.
+    """Copies by the processor; safe to call from several threads.
 
-    `layers` are this rank's pages, in the order of its shard; blocks exist that every layer has.
-    Slot s begins at `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and
-    slab must not overlap. Every copy is cut into `threads` shares of equal bytes, of which the
-    calling thread copies one; `threads - 1` are started for the others.
+    Every copy is cut into `threads` shares of equal bytes, of which the calling thread copies one;
+    `threads - 1` are started for the others. The other arguments are those of `Sides`.
     """
 
     def __init__(
@@ -106,28 +65,10 @@ class CpuCopier(PageCopier):
         offset: int = 0,
         threads: int = 1,
     ) -> None:
-        if not layers:
-            raise ValueError("layers is empty: there are no pages to copy")
-        if threads < 1 or slots < 1:
-            raise ValueError(f"threads={threads} and slots={slots} must be at least 1")
-        *begins, end = accumulate((layer.nbytes for layer in layers), initial=offset)
-        if offset < 0 or end > slot_nbytes:
-            raise ValueError(
-                f"a shard of {end - offset} bytes at offset {offset}"
-                f" does not lie inside a slot of {slot_nbytes} bytes"
-            )
-        self._nbytes = _integers([layer.nbytes for layer in layers])
-        self._blocks = _Side(
-            "block",
-            min(layer.count for layer in layers),
-            _integers([layer.address for layer in layers]),
-            _integers([layer.stride for layer in layers]),
-        )
-        self._slots = _Side(
-            "slot",
-            slots,
-            _integers([slab_address + begin for begin in begins]),
-            _integers([slot_nbytes] * len(layers)),
+        if threads < 1:
+            raise ValueError(f"threads={threads} must be at least 1")
+        self._sides = Sides(
+            layers, slab_address=slab_address, slots=slots, slot_nbytes=slot_nbytes, offset=offset
         )
         self._copy_share = _compiled()
         self._threads = threads
@@ -139,11 +80,14 @@ class CpuCopier(PageCopier):
         self._closed = False
         self._changed = threading.Condition()
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        self._copy(self._blocks, blocks, self._slots, slots)
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
+        return self._copy(self._sides.blocks, blocks, self._sides.slots, slots)
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        self._copy(self._slots, slots, self._blocks, blocks)
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> Made:
+        return self._copy(self._sides.slots, slots, self._sides.blocks, blocks)
+
+    def fence(self, blocks: Collection[int]) -> None:
+        """Nobody reads blocks when a call has returned."""
 
     def close(self) -> None:
         with self._changed:
@@ -152,23 +96,18 @@ class CpuCopier(PageCopier):
         self._pool.shutdown()
 
     def _copy(
-        self, source: "_Side", sources: Sequence[int], target: "_Side", targets: Sequence[int]
-    ) -> None:
+        self, source: Side, sources: Sequence[int], target: Side, targets: Sequence[int]
+    ) -> Made:
+        begun = time.perf_counter()
         with self._in_flight():
-            if len(sources) != len(targets):
-                raise ValueError(
-                    f"{len(sources)} {source.noun}s do not pair up with"
-                    f" {len(targets)} {target.noun}s"
-                )
-            read, written = source.rows(sources), target.rows(targets)
-            if len(set(targets)) < len(targets):
-                raise ValueError(f"a {target.noun} is the target of two copies: {list(targets)}")
+            read, written = paired(source, sources, target, targets)
+            nbytes = self._sides.nbytes
             what = (
                 *(written, target.addresses, target.strides),
                 *(read, source.addresses, source.strides),
-                self._nbytes,
+                nbytes,
             )
-            total = len(read) * int(self._nbytes.sum())
+            total = len(read) * int(nbytes.sum())
             shares = 1 if total < _ALONE_BELOW else self._threads
             own, *others = pairwise([total * cut // shares for cut in range(shares + 1)])
             lent = [(self._pool.submit(self._copy_share, *what, *share), share) for share in others]
@@ -178,6 +117,7 @@ class CpuCopier(PageCopier):
                     self._copy_share(*what, *share)
                 else:
                     future.result()
+        return Made(time.perf_counter() - begun)
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:
@@ -193,41 +133,19 @@ class CpuCopier(PageCopier):
                 self._changed.notify_all()
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """Where each layer's pages lie on one side of a copy, and how many rows of them there are."""
-
-    noun: str
-    count: int
-    addresses: _Integers
-    strides: _Integers
-
-    def rows(self, ids: Sequence[int]) -> _Integers:
-        """`ids` as an array, every one of them checked."""
-        rows = _integers(ids)
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.count):
-            wrong = next(row for row in ids if not 0 <= row < self.count)
-            raise IndexError(f"{self.noun} {wrong} does not exist: there are {self.count}, from 0")
-        return rows
-
-
 def prepare() -> None:
     """Have everything compiled that a copy needs, so that no request waits for it."""
     _compiled()
 
 
-def _integers(values: Sequence[int]) -> _Integers:
-    return np.array(values, dtype=np.int64)
-
-
 def _copy_share(
-    targets: _Integers,
-    target_addresses: _Integers,
-    target_strides: _Integers,
-    sources: _Integers,
-    source_addresses: _Integers,
-    source_strides: _Integers,
-    nbytes: _Integers,
+    targets: Integers,
+    target_addresses: Integers,
+    target_strides: Integers,
+    sources: Integers,
+    source_addresses: Integers,
+    source_strides: Integers,
+    nbytes: Integers,
     begin: int,
     end: int,
 ) -> None:
@@ -276,7 +194,7 @@ def _compiled() -> Callable[..., None]:
     array, integer = numba.int64[::1], numba.int64
     signature = numba.void(*[array] * 7, integer, integer)
     compiled: Callable[..., None] = numba.njit(signature, nogil=True)(_copy_share)
-    compiled(*[_integers([])] * 7, 0, 0)  # the first call looks the signature up, for milliseconds
+    compiled(*[integers([])] * 7, 0, 0)  # the first call looks the signature up, for milliseconds
     return compiled
 
 

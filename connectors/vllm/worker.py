@@ -15,7 +15,8 @@ import time
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
-from kvcache.connectors.pages import CpuCopier, PageCopier, Pages, prepare
+from kvcache.connectors.copier import PageCopier, Pages
+from kvcache.connectors.pages import CpuCopier, prepare
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab

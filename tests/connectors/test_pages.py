@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.connectors import pages
-from kvcache.connectors.pages import CpuCopier, Pages
+from kvcache.connectors.copier import Pages
+from kvcache.connectors.pages import CpuCopier
 
 GUARD = 64
 
