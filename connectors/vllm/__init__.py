@@ -133,6 +133,10 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(acks, Acks):
             self._scheduler.acked(acks)
 
+    def has_pending_push_work(self) -> bool:
+        """Whether vLLM has to go on stepping, with no request if need be, to hear of copies."""
+        return self._scheduler.copying
+
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -185,6 +189,10 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_handshake_metadata(self) -> Shard | None:
         return self._worker.shard()
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if isinstance(kv_connector_metadata, Step):
+            self._worker.prepare(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if (step := self._step()) is not None:

@@ -52,20 +52,24 @@ class Transfer:
 
 @dataclass(slots=True)
 class Step(KVConnectorMetadata):
-    """Scheduler to workers, every step. Loads come before the forward pass, stores after it."""
+    """Scheduler to workers, every step. Loads come before the forward pass, stores after it.
+
+    ``fresh`` are the blocks that this step's requests are given, which the engine may write.
+    """
 
     memory: Memory
     loads: list[Transfer] = field(default_factory=list)
     stores: list[Transfer] = field(default_factory=list)
     number: int = 0
+    fresh: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Acks(KVConnectorWorkerMetadata):
     """Workers to scheduler: how many ranks are through with a job, and the jobs that failed.
 
-    ``step`` is the number of the step that has ended; 0 is none. ``seconds`` is what the copies of
-    a job took, of the slowest rank.
+    ``step`` is the number of the step that has ended; 0 is none. Jobs may end later than the step
+    they were of. ``seconds`` is what the copies of a job took, of the slowest rank.
     """
 
     ranks: dict[int, int] = field(default_factory=dict)

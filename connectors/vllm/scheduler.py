@@ -238,10 +238,10 @@ class SchedulerSide:
         step = Step(self._memory, loads=self._loads, number=self._step)
         self._loads = []
         for new in output.scheduled_new_reqs:
-            self._extend(new.req_id, new.block_ids)
+            step.fresh += self._extend(new.req_id, new.block_ids)
         cached = output.scheduled_cached_reqs  # all blocks of a resumed one, the new ones of others
         for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            self._extend(request_id, more)
+            step.fresh += self._extend(request_id, more)
         prefilled = 0
         for request_id, scheduled in output.num_scheduled_tokens.items():
             running = self._running.get(request_id)
@@ -255,10 +255,14 @@ class SchedulerSide:
         self._steps[step.number] = self._clock(), blocks
         return step
 
-    def _extend(self, request_id: str, block_ids: Sequence[Sequence[int]] | None) -> None:
+    def _extend(self, request_id: str, block_ids: Sequence[Sequence[int]] | None) -> Sequence[int]:
+        """Note what blocks a request was given; they are returned."""
+        if block_ids is None:
+            return ()
         running = self._running.get(request_id)
-        if running is not None and block_ids is not None:
+        if running is not None:
             running.blocks += block_ids[0]
+        return block_ids[0]
 
     def _offer(self, running: _Running, scheduled: int) -> Transfer | None:
         """Reserve slots for the blocks of ``running`` that this step completes."""
@@ -308,6 +312,11 @@ class SchedulerSide:
                 self._stack.copied(job.operation, job.seconds, failed=job.failed)
             if job.failed:
                 job.running.offered = min(job.running.offered, job.at)
+
+    @property
+    def copying(self) -> bool:
+        """Whether some job has not ended: the engine has to step until it has."""
+        return bool(self._jobs)
 
     def resting_on(self, bad: Collection[int]) -> set[int]:
         """``bad`` blocks of the engine, and those that running requests have computed from them."""

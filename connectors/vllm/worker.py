@@ -1,8 +1,9 @@
 """The worker's half of the vLLM connector: whole pages between the engine's cache and the slab.
 
 1. No keys, no policy: a step says which block goes with which slot.
-2. Loads are done before the forward pass, stores after it; both have ended when the step ends, so
-   a block that is freed afterwards has no copy under way.
+2. Loads come before the forward pass, stores after it. On a CPU both have ended when the step ends.
+   On a GPU they go on beside what the engine does next: a job is acknowledged when its last page is
+   there, and a block that the engine hands out anew is written when no copy reads it any more.
 3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
    What this step computed may rest on blocks that were not loaded: it publishes no store.
 """
@@ -12,11 +13,16 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from opentelemetry.trace import Span
+
 from kvcache import telemetry
-from kvcache.connectors.copier import PageCopier, Pages
+from kvcache.connectors.copier import Copy, PageCopier, Pages
+from kvcache.connectors.device import Device, DeviceCopier
 from kvcache.connectors.pages import CpuCopier, prepare
+from kvcache.connectors.pins import Pins
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab
@@ -26,6 +32,16 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A copy that was begun, and whose it is."""
+
+    transfer: Transfer
+    load: bool
+    span: Span
+    copy: Copy
 
 
 class WorkerSide:
@@ -39,7 +55,10 @@ class WorkerSide:
         self._form = ""
         self._element_nbytes = 0
         self._slab: Slab | None = None
+        self.device: Device | None = None  # that the engine computes on; None: this processor
+        self._pins: Pins | None = None
         self.copier: PageCopier | None = None
+        self._under_way: list[_UnderWay] = []
         self._acks = Acks()
         self._bad_blocks: set[int] = set()
 
@@ -47,7 +66,7 @@ class WorkerSide:
         """Learn where the pages of every layer lie.
 
         Raises:
-            RuntimeError: for a cache that is not on the CPU, or whose pages are not contiguous.
+            RuntimeError: for a cache on another device, or whose pages are not contiguous.
         """
         group = self._config.kv_cache_groups[0]
         self._pages = [
@@ -55,7 +74,12 @@ class WorkerSide:
         ]
         first = caches[group.layer_names[0]]
         self._form, self._element_nbytes = form_of(first), first.element_size()
-        prepare()
+        if first.device.type == "cuda":
+            from kvcache.connectors.cuda import Cuda
+
+            self.device = Cuda(first.device)
+        else:
+            prepare()
 
     def shard(self) -> Shard | None:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
@@ -64,10 +88,15 @@ class WorkerSide:
         nbytes = sum(pages.nbytes for pages in self._pages)
         return Shard(nbytes, host_name(), self._form, self._element_nbytes)
 
+    def prepare(self, step: Step) -> None:
+        """Before anything is done for ``step``: the engine may write the blocks it hands out."""
+        if self.copier is not None:
+            self.copier.fence(step.fresh)
+
     def load(self, step: Step) -> None:
         self._acks.step = step.number
         for transfer in step.loads:
-            if not self._copy(step.memory, transfer, load=True):
+            if not self._begin(step.memory, transfer, load=True):
                 self._bad_blocks.update(transfer.blocks)
 
     def store(self, step: Step) -> None:
@@ -76,26 +105,34 @@ class WorkerSide:
             if doubtful:
                 self._ack(transfer, failed=True)
             else:
-                self._copy(step.memory, transfer, load=False)
+                self._begin(step.memory, transfer, load=False)
 
-    def _copy(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
-        direction, error = "load" if load else "store", None
+    def _begin(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
         span, begun = telemetry.beyond(transfer.trace, telemetry.COPY), time.perf_counter()
         try:
             copier = self.copier or self._attach(memory)
             if load:
-                copier.scatter(transfer.slots, transfer.blocks)
+                copy = copier.scatter(transfer.slots, transfer.blocks)
             else:
-                copier.gather(transfer.blocks, transfer.slots)
+                copy = copier.gather(transfer.blocks, transfer.slots)
         except Exception as wrong:
-            error = type(wrong).__name__
-            log.exception("kvcache: %s of %d blocks failed", direction, len(transfer.blocks))
-        self._acks.seconds[transfer.job] = time.perf_counter() - begun
+            what = "load" if load else "store"
+            log.exception("kvcache: %s of %d blocks failed", what, len(transfer.blocks))
+            seconds = time.perf_counter() - begun
+            self._end(transfer, span, seconds, load=load, error=type(wrong).__name__)
+            return False
+        self._under_way.append(_UnderWay(transfer, load, span, copy))
+        return True
+
+    def _end(
+        self, transfer: Transfer, span: Span, seconds: float, *, load: bool, error: str | None
+    ) -> None:
+        self._acks.seconds[transfer.job] = seconds
         blocks = len(transfer.blocks)
         telemetry.end(
             span,
             {
-                telemetry.DIRECTION: direction,
+                telemetry.DIRECTION: "load" if load else "store",
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
                 telemetry.REQUESTED: blocks,
                 telemetry.PAYLOAD: blocks * sum(pages.nbytes for pages in self._pages),
@@ -103,19 +140,22 @@ class WorkerSide:
             error=error,
         )
         self._ack(transfer, failed=error is not None)
-        return error is None
 
     def _attach(self, memory: Memory) -> PageCopier:
         slab = self._slab = self._slab or Slab.attach(memory.slab)
-        self.copier = CpuCopier(
-            self._pages,
-            slab_address=slab.address,
-            slots=slab.slots,
-            slot_nbytes=slab.slot_nbytes,
-            offset=memory.offsets[self._rank],
-            threads=self._threads,
-        )
-        slab.populate()
+        where = {
+            "slab_address": slab.address,
+            "slots": slab.slots,
+            "slot_nbytes": slab.slot_nbytes,
+            "offset": memory.offsets[self._rank],
+        }
+        if self.device is None:
+            self.copier = CpuCopier(self._pages, **where, threads=self._threads)
+            slab.populate()
+        else:
+            self.copier = DeviceCopier(self._pages, **where, device=self.device)
+            self._pins = Pins(slab, self.device)
+            slab.populate(self._pins.ready)
         return self.copier
 
     def _ack(self, transfer: Transfer, *, failed: bool) -> None:
@@ -129,6 +169,14 @@ class WorkerSide:
         return bad
 
     def take_acks(self) -> Acks | None:
+        """The jobs that have ended since this was asked last."""
+        going = []
+        for job in self._under_way:
+            if job.copy.over:
+                self._end(job.transfer, job.span, job.copy.seconds, load=job.load, error=None)
+            else:
+                going.append(job)
+        self._under_way = going
         acks, self._acks = self._acks, Acks()
         return acks if acks.ranks or acks.step else None
 
@@ -136,6 +184,9 @@ class WorkerSide:
         if self.copier is not None:
             self.copier.close()
             self.copier = None
+        if self._pins is not None:
+            self._pins.close()
+            self._pins = None
         if self._slab is not None:
             self._slab.close()
             self._slab = None
@@ -165,10 +216,10 @@ def layer_pages(name: str, cache: torch.Tensor, blocks: int) -> Pages:
     Raises:
         RuntimeError: when this cannot be copied page by page here.
     """
-    if cache.device.type != "cpu":
+    if cache.device.type not in ("cpu", "cuda"):
         raise RuntimeError(
             f"kvcache: the KV cache of layer {name} is on {cache.device}; this version copies "
-            "between host memory only (the CPU backend of vLLM)"
+            "from and to a CPU and CUDA devices"
         )
     if cache.shape[0] % blocks or not cache[0].is_contiguous():
         raise RuntimeError(

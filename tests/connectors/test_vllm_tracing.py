@@ -45,6 +45,7 @@ def live(played: Played, request: Request, blocks: list[int], worker: WorkerSide
     step = played.step((request, request.num_tokens - request.num_computed_tokens))
     worker.load(step)
     worker.store(step)
+    worker.take_acks()
     played.ack(*step.loads, *step.stores)
     played.side.finished(request)
     return step

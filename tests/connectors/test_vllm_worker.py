@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 import torch
 
+from kvcache.connectors.copier import Made
 from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, layer_pages
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
@@ -90,7 +91,7 @@ def test_what_is_not_pages_is_refused(cache: torch.Tensor) -> None:
 
 def test_another_device_is_refused() -> None:
     cache = torch.zeros((BLOCKS, 2, 32, 8), device="meta")
-    with pytest.raises(RuntimeError, match=r"layer one is on meta; .* host memory only"):
+    with pytest.raises(RuntimeError, match=r"layer one is on meta; .* CPU and CUDA"):
         layer_pages("one", cache, BLOCKS)
 
 
@@ -104,19 +105,20 @@ class Copier:
         self.failing = failing
         self.calls: list[tuple[str, list[int], list[int]]] = []
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        self._call("gather", blocks, slots)
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
+        return self._call("gather", blocks, slots)
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        self._call("scatter", slots, blocks)
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> Made:
+        return self._call("scatter", slots, blocks)
 
     def close(self) -> None:
         pass
 
-    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> None:
+    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> Made:
         self.calls.append((name, list(sources), list(targets)))
         if len(self.calls) - 1 in self.failing:
             raise OSError("fails")
+        return Made(1.0)
 
 
 NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
