@@ -242,9 +242,9 @@ class Engine:
         return list(self.core.step())
 
     def drain(self) -> dict[str, Answer]:
-        """Step until no request is left; the answers by name."""
+        """Step until no request is left, and no copy goes on; the answers by name."""
         answers: dict[str, Answer] = {}
-        while self.core.has_unfinished_requests():
+        while self.core.has_unfinished_requests() or (self.keeps and self.side.copying):
             for output in self.step():
                 if output.finished:
                     answers[output.request_id] = _answer(output)

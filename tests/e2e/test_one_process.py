@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e import acts, inside
+from tests.e2e import acts, beside, inside
 from tests.e2e.conftest import Stage
 from tests.e2e.engine import BLOCK, Act, Play, starts
 
@@ -17,6 +17,13 @@ NOTHING = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
 @pytest.fixture(scope="module")
 def kept(stage: Stage) -> Play:
     return stage((*acts.SAME, *inside.ACTS), blocks=TINY, l1="64MiB")
+
+
+@pytest.fixture(scope="module")
+def dawdling(stage: Stage) -> Play:
+    """The same where copies go on beside later steps, as on a GPU."""
+    acts_of_it = (beside.copy_beside, *acts.SAME, inside.pages, beside.late, beside.locked)
+    return stage(acts_of_it, blocks=TINY, l1="64MiB")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +42,25 @@ def test_answers_and_hits_are_those_of_a_cache_that_keeps_all(
     assert kept.of(act) == reference.of(act)
 
 
+@pytest.mark.parametrize("act", acts.SAME, ids=lambda act: act.__name__)
+def test_copies_that_go_on_beside_steps_change_nothing(
+    dawdling: Play, reference: Play, act: Act
+) -> None:
+    assert dawdling.of(act) == reference.of(act)
+
+
+def test_a_job_ends_when_its_last_page_is_there(dawdling: Play) -> None:
+    facts = dawdling.of(beside.late)
+    assert facts["going"] == NOTHING | {"jobs": 1, "pinned": 6}
+    assert facts["drained"] == NOTHING
+
+
+def test_l1_is_locked_for_the_device(dawdling: Play) -> None:
+    found = dawdling.of(beside.locked)
+    assert found["locked"] == found["slab"] > 0
+    assert found["in the end"] == 0
+
+
 def test_later_turns_are_found_whole(kept: Play) -> None:
     answers = kept.of(acts.chats)
     assert [answer["cached"] for answer in answers[4:8]] == [9 * BLOCK] * 4  # of 290 + 23 tokens
@@ -46,8 +72,9 @@ def test_a_hit_leaves_a_token_to_compute(kept: Play) -> None:
     assert [answer["cached"] for answer in kept.of(acts.whole_blocks)] == [0, 3 * BLOCK, 3 * BLOCK]
 
 
-def test_restored_pages_are_those_computed(kept: Play) -> None:
-    pages = kept.of(inside.pages)
+@pytest.mark.parametrize("engine", ["kept", "dawdling"])
+def test_restored_pages_are_those_computed(engine: str, request: pytest.FixtureRequest) -> None:
+    pages = request.getfixturevalue(engine).of(inside.pages)
     assert len(pages["computed"]) == 4
     for layer in range(4):
         for block in range(6):

@@ -1,0 +1,51 @@
+"""Acts for an engine whose copies go on beside its steps, as on a GPU, and dawdle."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from tests.connectors import streams
+from tests.e2e.engine import BLOCK, Engine, prompt
+
+
+class Present(streams.Stream):
+    """The stream of an engine on a processor: what it was given is done, and its waits are real."""
+
+    def mark(self) -> streams.Mark:
+        return streams.Mark(self.device, at=float(self.device.time))
+
+    def after(self, mark: streams.Mark) -> None:
+        mark.wait()
+
+
+class Dawdling(streams.Device):
+    """Copies a page now and then when it is asked whether it is ready."""
+
+    def engine(self) -> Present:
+        return Present(self)
+
+
+def copy_beside(engine: Engine) -> None:
+    """From the first step on."""
+    assert engine.worker.copier is None
+    engine.worker.device = Dawdling(Random(0))
+
+
+def late(engine: Engine) -> dict[str, Any]:
+    """Jobs that have not ended with their step, and slots that are pinned for them."""
+    engine.fresh()
+    engine.add("late", prompt("late", 6 * BLOCK + 1), tokens=1)
+    engine.step()
+    going = engine.open_ends()
+    engine.drain()
+    return {"going": going, "drained": engine.open_ends()}
+
+
+def locked(engine: Engine) -> dict[str, int]:
+    """Bytes of the slab, and how many of them are locked for the device; in the end none are."""
+    slab, device = engine.worker._slab, engine.worker.device
+    slab.wait_populated()
+    locked = {"slab": slab.nbytes, "locked": sum(device.pinned.values())}
+    engine.worker.close()
+    return locked | {"in the end": sum(device.pinned.values())}
