@@ -111,6 +111,9 @@ class Copier:
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> Made:
         return self._call("scatter", slots, blocks)
 
+    def fence(self, blocks: Sequence[int]) -> None:
+        self.calls.append(("fence", list(blocks), []))
+
     def close(self) -> None:
         pass
 
@@ -185,6 +188,13 @@ def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
     assert acks is not None
     assert set(acks.seconds) == {1, 2}  # the stores were not, since a load had failed
     assert min(acks.seconds.values()) > 0
+
+
+def test_blocks_are_fenced_before_the_engine_has_them_anew() -> None:
+    copier = Copier()
+    side().prepare(Step(NOWHERE, fresh=[7]))  # before there is a copier there is nothing to fence
+    side(copier).prepare(Step(NOWHERE, fresh=[3, 4]))
+    assert copier.calls == [("fence", [3, 4], [])]
 
 
 def test_an_empty_step_says_that_it_has_ended() -> None:

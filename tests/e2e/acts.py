@@ -114,6 +114,19 @@ def reset_while_running(engine: Engine) -> list[Answer]:
     return answers
 
 
+def blocks_that_change_hands(engine: Engine) -> list[Answer]:
+    """A request takes the blocks of one that has just ended, whose copies may still go on."""
+    engine.fresh()
+    known = prompt("gives", 28 * BLOCK + 5)
+    for name, asked in (("gives", known), ("takes", prompt("takes", 28 * BLOCK + 5))):
+        engine.add(name, asked, tokens=1)
+        while engine.core.has_unfinished_requests():
+            engine.step()
+    engine.drain()
+    engine.evict_own()
+    return [engine.ask(known)]
+
+
 SAME: tuple[Act, ...] = (
     chats,
     generated,
@@ -123,4 +136,5 @@ SAME: tuple[Act, ...] = (
     chunked,
     aborted_midway,
     reset_while_running,
+    blocks_that_change_hands,
 )
