@@ -64,6 +64,7 @@ class Cuda:
     """One GPU."""
 
     def __init__(self, device: torch.device) -> None:
+        _runtime()  # where there is none this is said at start
         self._device = device
         self._copy = _batched() or _by_page
 

@@ -200,8 +200,10 @@ def form_of(cache: torch.Tensor) -> str:
     """
     import torch
 
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     page = f"{tuple(cache.shape[1:])} {cache.stride()[1:]} {cache.dtype}"
+    if cache.device.type != "cpu":
+        return f"{page} {cache.device.type}"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return f"{page} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
 
 
@@ -216,7 +218,9 @@ def layer_pages(name: str, cache: torch.Tensor, blocks: int) -> Pages:
     Raises:
         RuntimeError: when this cannot be copied page by page here.
     """
-    if cache.device.type not in ("cpu", "cuda"):
+    import torch
+
+    if cache.device.type != "cpu" and (cache.device.type != "cuda" or torch.version.hip):
         raise RuntimeError(
             f"kvcache: the KV cache of layer {name} is on {cache.device}; this version copies "
             "from and to a CPU and CUDA devices"
