@@ -78,8 +78,12 @@ class PageCopier(ABC):
         """Copy the engine's pages of `blocks` into `slots`."""
 
     @abstractmethod
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> Copy:
-        """Copy the shards in `slots` to the engine's pages of `blocks`."""
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Copy:
+        """Copy the shards in `slots` to the engine's pages of `blocks`.
+
+        Not `awaited`: what the engine begins after the call need not see them, and touches none of
+        them until the copy is over.
+        """
 
     @abstractmethod
     def fence(self, blocks: Collection[int]) -> None:

@@ -8,7 +8,7 @@ Every arrow is an event on the device: the engine's thread waits for nobody.
 
 Always true here:
 * A copy begins when what the engine had begun before the call is done; what the engine begins after
-  `scatter` begins when its pages are there.
+  a `scatter` that is awaited begins when its pages are there.
 * A store's pages are written by nobody while it reads them: not by loads, which wait for it, nor by
   the engine, if it names in `fence` what it will write anew.
 * Slots are touched until the copy is over, and no longer; so they are even when a call raises.
@@ -112,13 +112,16 @@ class DeviceCopier(PageCopier):
         self._storing = [*self._under_way(), copying]
         return copying
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> _Copying:
+    def scatter(
+        self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True
+    ) -> _Copying:
         for storing in self._reading(blocks):
             self._loads.after(storing.end)
         copying = self._copy(
             self._loads, self._sides.slots, slots, self._sides.blocks, blocks, blocks
         )
-        self._device.engine().after(copying.end)
+        if awaited:
+            self._device.engine().after(copying.end)
         return copying
 
     def fence(self, blocks: Collection[int]) -> None:

@@ -83,7 +83,7 @@ class CpuCopier(PageCopier):
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
         return self._copy(self._sides.blocks, blocks, self._sides.slots, slots)
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> Made:
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Made:
         return self._copy(self._sides.slots, slots, self._sides.blocks, blocks)
 
     def fence(self, blocks: Collection[int]) -> None:

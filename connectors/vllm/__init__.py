@@ -112,7 +112,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return self._scheduler.matched_tokens(request, num_computed_tokens), False
+        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
+        return tokens, bool(tokens) and self._scheduler.comes_later(request)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -209,6 +210,9 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         if (step := self._step()) is not None:
             self._worker.store(step)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._worker.take_received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_bad_blocks()

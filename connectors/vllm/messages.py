@@ -30,6 +30,7 @@ class Shard(KVConnectorHandshakeMetadata):
     host: str
     form: str  # of the bytes: how the attention of this device lays them out
     element_nbytes: int = 2  # of the numbers they are
+    beside: bool = False  # whether copies go on beside the engine's steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,17 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One job: block ``blocks[i]`` of the engine and slot ``slots[i]`` of the slab, for every i."""
+    """One job: block ``blocks[i]`` of the engine and slot ``slots[i]`` of the slab, for every i.
+
+    ``awaited_by`` is the request that vLLM schedules when this load is over; without one the load
+    is for the step that it comes with.
+    """
 
     job: int
     blocks: list[int]
     slots: list[int]
     trace: dict[str, str] = field(default_factory=dict)  # of its lease's span, where recorded
+    awaited_by: str | None = None
 
 
 @dataclass(slots=True)

@@ -9,7 +9,9 @@
    stored one is not published, and the request offers it again.
 5. How long the engine takes to compute a block is measured over the steps that compute prompts:
    from when a step was built, or the one before it has ended, until it has ended.
-6. After ``reset`` nothing computed before it is promised or published.
+6. A load that would hold up the others' step is not awaited by it: its request is scheduled when it
+   is over. Copies that are made in the step are always awaited.
+7. After ``reset`` nothing computed before it is promised or published.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kvcache import telemetry
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.promises import Promises
 from kvcache.connectors.vllm.stats import Reports, Stats
 from kvcache.connectors.vllm.support import host_name, refusal
 from kvcache.connectors.vllm.tracing import Requests
@@ -99,7 +102,7 @@ class SchedulerSide:
         self.events = Events()
         self._events_of = partial(events_of, vllm_config, kv_cache_config)
         self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
-        self._promised: dict[str, tuple[int, Lease]] = {}
+        self._promised = Promises()
         self._running: dict[str, _Running] = {}
         self._jobs: dict[int, _Job] = {}
         self._next_job = 0
@@ -132,6 +135,7 @@ class SchedulerSide:
                 )
             offsets[rank] = block_nbytes
             block_nbytes += shard.nbytes
+        self._promised.beside = all(shard.beside for shard in shards.values())
         forms = {str(rank): shard.form for rank, shard in shards.items()}
         self._stack = open_stack(
             block_nbytes=block_nbytes,
@@ -181,31 +185,40 @@ class SchedulerSide:
                 return None
             del self._coming[request.request_id]
         start = computed // self._block_tokens
-        promised = self._promised.get(request.request_id)
-        if promised is not None and promised[0] == start:
-            return len(promised[1]) * self._block_tokens
-        self._withdraw(request.request_id)
+        if (promised := self._promised.blocks(request.request_id, start)) is not None:
+            return promised * self._block_tokens
+        self._promised.withdraw(request.request_id)
         context = self._requests.asks(request, computed)
         lease = stack.fetch_here(self._prompt_keys(request), start, context=context)
         if not lease.keys:
             lease.end()
             return 0
-        self._promised[request.request_id] = (start, lease)
+        others = bool(self._running)
+        self._promised.give(request.request_id, start, lease, others=others)
         return len(lease) * self._block_tokens
+
+    def comes_later(self, request: Request) -> bool:
+        """Whether what is promised is there later than in the next step."""
+        return self._promised.comes_later(request.request_id)
 
     def admitted(self, request: Request, blocks: Sequence[Sequence[int]], tokens: int) -> None:
         """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
         if self._stack is None:
             return
         running = self._running[request.request_id] = _Running(request)
-        start, lease = self._promised.pop(request.request_id, (0, None))
-        self._requests.admitted(request, tokens)
-        if lease is None:
+        if self._promised.arrives(request.request_id):
             return
+        self._requests.admitted(request, tokens)
+        promised = self._promised.redeem(request.request_id)
+        if promised is None:
+            return
+        start, lease = promised.start, promised.lease
         count = tokens // self._block_tokens
         if not count:
             lease.end()
             return
+        if promised.later:
+            self._promised.expect(request.request_id)
         lease.span.add_event(telemetry.ADMITTED)
         self._loads.append(
             Transfer(
@@ -213,12 +226,13 @@ class SchedulerSide:
                 list(blocks[0][start : start + count]),
                 list(lease.slots[:count]),
                 telemetry.carried(lease.span),
+                request.request_id if promised.later else None,
             )
         )
 
     def finished(self, request: Request) -> None:
         """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
-        self._withdraw(request.request_id)
+        self._promised.withdraw(request.request_id)
         self._coming.pop(request.request_id, None)
         running = self._running.pop(request.request_id, None)
         if self._stack is not None and running is not None and (hints := hints_of(request)):
@@ -310,6 +324,8 @@ class SchedulerSide:
             job.lease.end(failed=job.lease.keys if job.failed else ())
             if job.seconds and self._stack is not None:  # else no rank has begun to copy
                 self._stack.copied(job.operation, job.seconds, failed=job.failed)
+                if job.operation == "load" and not job.failed:
+                    self._promised.loaded(len(job.lease), job.seconds)
             if job.failed:
                 job.running.offered = min(job.running.offered, job.at)
 
@@ -334,7 +350,7 @@ class SchedulerSide:
         if self._stack is None:
             return
         for request_id in list(self._promised):
-            self._withdraw(request_id)
+            self._promised.withdraw(request_id)
         self._running.clear()  # what goes on running was computed before: it is kept no more
         self._stack.clear()
 
@@ -359,11 +375,6 @@ class SchedulerSide:
     def _prompt_keys(self, request: Request) -> list[bytes]:
         """The keys of all blocks of which one token at least is left to compute after them."""
         return self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
-
-    def _withdraw(self, request_id: str) -> None:
-        _, lease = self._promised.pop(request_id, (0, None))
-        if lease is not None:
-            lease.end()
 
     def _begin(self, job: _Job) -> int:
         self._next_job += 1

@@ -61,6 +61,7 @@ class WorkerSide:
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
         self._bad_blocks: set[int] = set()
+        self._received: set[str] = set()  # requests whose loads are over
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn where the pages of every layer lie.
@@ -86,7 +87,8 @@ class WorkerSide:
         if not self._pages:
             return None
         nbytes = sum(pages.nbytes for pages in self._pages)
-        return Shard(nbytes, host_name(), self._form, self._element_nbytes)
+        beside = self.device is not None
+        return Shard(nbytes, host_name(), self._form, self._element_nbytes, beside)
 
     def prepare(self, step: Step) -> None:
         """Before anything is done for ``step``: the engine may write the blocks it hands out."""
@@ -112,7 +114,8 @@ class WorkerSide:
         try:
             copier = self.copier or self._attach(memory)
             if load:
-                copy = copier.scatter(transfer.slots, transfer.blocks)
+                awaited = transfer.awaited_by is None
+                copy = copier.scatter(transfer.slots, transfer.blocks, awaited=awaited)
             else:
                 copy = copier.gather(transfer.blocks, transfer.slots)
         except Exception as wrong:
@@ -128,6 +131,8 @@ class WorkerSide:
         self, transfer: Transfer, span: Span, seconds: float, *, load: bool, error: str | None
     ) -> None:
         self._acks.seconds[transfer.job] = seconds
+        if transfer.awaited_by is not None:
+            self._received.add(transfer.awaited_by)
         blocks = len(transfer.blocks)
         telemetry.end(
             span,
@@ -168,8 +173,20 @@ class WorkerSide:
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
+    def take_received(self) -> set[str]:
+        """Requests that waited for a load that is over, well or not."""
+        self._look()
+        received, self._received = self._received, set()
+        return received
+
     def take_acks(self) -> Acks | None:
         """The jobs that have ended since this was asked last."""
+        self._look()
+        acks, self._acks = self._acks, Acks()
+        return acks if acks.ranks or acks.step else None
+
+    def _look(self) -> None:
+        """End the copies that are over."""
         going = []
         for job in self._under_way:
             if job.copy.over:
@@ -177,8 +194,6 @@ class WorkerSide:
             else:
                 going.append(job)
         self._under_way = going
-        acks, self._acks = self._acks, Acks()
-        return acks if acks.ranks or acks.step else None
 
     def close(self) -> None:
         if self.copier is not None:

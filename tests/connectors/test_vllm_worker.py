@@ -108,7 +108,7 @@ class Copier:
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
         return self._call("gather", blocks, slots)
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> Made:
+    def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Made:
         return self._call("scatter", slots, blocks)
 
     def fence(self, blocks: Sequence[int]) -> None:

@@ -32,6 +32,57 @@ def copy_beside(engine: Engine) -> None:
     engine.worker.device = Dawdling(Random(0))
 
 
+def load_later(engine: Engine) -> None:
+    """From now on no load is awaited by the step that it comes with."""
+    promises = engine.side._promised
+    give = promises.give
+    promises.beside, promises.long_s = True, -1.0
+    promises.give = lambda *promise, others: give(*promise, others=True)
+
+
+def later(engine: Engine) -> dict[str, Any]:
+    """Others compute while a load goes on; and it is not for who is gone when it is over."""
+    engine.fresh()
+    known = prompt("loaded later", 6 * BLOCK + 1)
+    right = engine.ask(known, tokens=4)
+    engine.evict_own()
+    engine.add("waits", known, tokens=4)
+    engine.add("computes", prompt("computed meanwhile", 40), tokens=30)
+    told: list[str] = []  # who had another token
+    while engine.core.has_unfinished_requests():
+        told += [output.request_id for output in engine.step()]
+    engine.drain()
+    engine.evict_own()
+    engine.add("gone", known, tokens=4)
+    engine.step()
+    loading = engine.open_ends()["jobs"]
+    engine.abort("gone")
+    engine.drain()
+    engine.evict_own()
+    again = engine.ask(known, tokens=4)
+    return {
+        "before": told.index("waits"), "loading": loading,
+        "right": right["tokens"], "again": [again["tokens"], again["cached"]],
+        "ends": engine.open_ends(),
+    }  # fmt: skip
+
+
+def later_fails(engine: Engine) -> dict[str, Any]:
+    """A load that nobody awaits cannot be begun: its request computes."""
+    engine.fresh()
+    known = prompt("fails later", 6 * BLOCK + 1)
+    right = engine.ask(known, tokens=4)
+    engine.evict_own()
+    with engine.failing("scatter") as calls:
+        answer = engine.ask(known, tokens=4)
+    engine.evict_own()
+    again = engine.ask(known, tokens=4)
+    return {
+        "loads": calls, "tokens": [answer["tokens"], again["tokens"]], "right": right["tokens"],
+        "cached": again["cached"], "ends": engine.open_ends(),
+    }  # fmt: skip
+
+
 def late(engine: Engine) -> dict[str, Any]:
     """Jobs that have not ended with their step, and slots that are pinned for them."""
     engine.fresh()

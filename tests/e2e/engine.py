@@ -289,11 +289,11 @@ class Engine:
         original = getattr(copier, copy)
         calls: list[int] = []
 
-        def fails(*arguments: Any) -> Any:
+        def fails(*arguments: Any, **options: Any) -> Any:
             calls.append(len(arguments[0]))
             if len(calls) <= times:
                 raise OSError("a copy that fails on purpose")
-            return original(*arguments)
+            return original(*arguments, **options)
 
         setattr(copier, copy, fails)
         try:

@@ -75,7 +75,7 @@ def _fail_one_load(worker: Any) -> None:
         return
     copier = get_kv_transfer_group()._worker.copier
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         del copier.scatter  # the class's own again
         raise OSError("a copy that fails on purpose")
 

@@ -27,6 +27,16 @@ def dawdling(stage: Stage) -> Play:
 
 
 @pytest.fixture(scope="module")
+def later(stage: Stage) -> Play:
+    """The same where every load is one that the step does not await."""
+    acts_of_it = (
+        beside.copy_beside, beside.load_later, *acts.SAME,
+        beside.later, beside.later_fails, inside.ends,
+    )  # fmt: skip
+    return stage(acts_of_it, blocks=TINY, l1="64MiB")
+
+
+@pytest.fixture(scope="module")
 def reference(stage: Stage) -> Play:
     return stage(acts.SAME, blocks=LARGE)
 
@@ -43,10 +53,27 @@ def test_answers_and_hits_are_those_of_a_cache_that_keeps_all(
 
 
 @pytest.mark.parametrize("act", acts.SAME, ids=lambda act: act.__name__)
+@pytest.mark.parametrize("engine", ["dawdling", "later"])
 def test_copies_that_go_on_beside_steps_change_nothing(
-    dawdling: Play, reference: Play, act: Act
+    engine: str, reference: Play, act: Act, request: pytest.FixtureRequest
 ) -> None:
-    assert dawdling.of(act) == reference.of(act)
+    assert request.getfixturevalue(engine).of(act) == reference.of(act)
+
+
+def test_a_load_that_is_not_awaited_holds_nobody_up(later: Play) -> None:
+    facts = later.of(beside.later)
+    assert facts["before"] >= 3  # tokens of the other
+    assert facts["loading"] == 1
+    assert facts["again"] == [facts["right"], 6 * BLOCK]
+    assert facts["ends"] == NOTHING
+
+
+def test_a_load_that_is_not_awaited_and_fails_is_computed(later: Play) -> None:
+    facts = later.of(beside.later_fails, warned=True)
+    assert facts["loads"] == [6]
+    assert facts["tokens"] == 2 * [facts["right"]]
+    assert facts["cached"] == 6 * BLOCK
+    assert later.of(inside.ends) == facts["ends"] == NOTHING
 
 
 def test_a_job_ends_when_its_last_page_is_there(dawdling: Play) -> None:
