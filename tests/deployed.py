@@ -8,6 +8,7 @@ A Kubernetes container and a compose service say the same with other words; here
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,9 @@ def _container(found: Mapping[str, Any], secret: str) -> Container:
 
 def _service(found: Mapping[str, Any], secret: str) -> Container:
     def filled(text: str) -> str:
-        """What compose makes of `$$` and of `${VARIABLE:?...}`."""
+        """What compose makes of `$$` and of a variable, `$NAME` or `${NAME:?...}`."""
         return re.sub(
-            r"\$\$|\$\{\w+:\?[^}]*\}", lambda at: "$" if at[0] == "$$" else secret, str(text)
+            r"\$(\$|\w+|\{[^}]*\})", lambda at: "$" if at[1] == "$" else secret, str(text)
         )
 
     return Container(
@@ -107,8 +108,6 @@ class Request:
 
 def request() -> Request:
     """The one that the page asks the engine."""
-    import shlex
-
     [command] = re.findall(r"(?m)^curl (?:.*\\\n)*.*'\{[^']*\}'$", PAGE.read_text(encoding="utf-8"))
     words = shlex.split(command.replace("\\\n", " "))[1:]
     headers, body, url = {}, "", ""
