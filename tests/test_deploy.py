@@ -255,6 +255,9 @@ def test_the_gateway_finds_the_engine(manifest: Path) -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = pod["spec"]["containers"][0][probe]["httpGet"]
         assert asked == {"path": "/health", "port": port["containerPort"]}
+    starts = pod["spec"]["containers"][0]["startupProbe"]
+    waits = starts["periodSeconds"] * starts["failureThreshold"]
+    assert deployment["spec"]["progressDeadlineSeconds"] > waits
 
 
 def test_the_server_is_reached_by_engines_alone() -> None:
