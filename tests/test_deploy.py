@@ -25,6 +25,7 @@ from tests import deployed
 from tests.deployed import COMPOSE, FOLDER, MANIFESTS, PAGE, ROOT, Value
 from tests.e2e.viewer import PACKAGE, QUIET
 from tests.install_engine import ENGINE_VERSION
+from tests.test_package import NOT_PUBLISHED
 
 TRACING = FOLDER / "compose-tracing.yaml"
 COMPOSES = [COMPOSE, TRACING]
@@ -282,6 +283,8 @@ def test_the_image_is_of_the_engine_that_is_tested() -> None:
         image = deployed.containers(file, SECRET)[0].image
         assert image.endswith(f"vllm-kvcache:{project['version']}")
     assert f"-t {deployed.containers(MANIFESTS[0], SECRET)[0].image} ." in dockerfile
+    ignored = (FOLDER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()[1:]
+    assert [line.removeprefix("**/") for line in ignored] == list(NOT_PUBLISHED)
 
 
 def test_the_page_names_what_is_there() -> None:
