@@ -84,7 +84,7 @@ def open_stack(
         try:
             records = opened.enter_context(closing(recorder.opened(block_tokens)))
         except ValueError as error:
-            raise ProfileError(chosen.name, [str(error)]) from error
+            raise ProfileError(chosen.name, [str(error)]) from None
         first = chosen.tiers[0]
         stack = Stack(
             front,

@@ -51,7 +51,7 @@ def load_profile(
     try:
         path = find(profile, Path.cwd())
     except ValueError as error:
-        raise ProfileError(profile, [f"{by}{error}"]) from error
+        raise ProfileError(profile, [f"{by}{error}"]) from None
     file, tables = read_or_raise(path, by)
     theirs = aibrix.read(environ, chosen=bool(chosen), ranks=ranks)
     rows, problems = read_rows(path, tables, environ, theirs.wishes)

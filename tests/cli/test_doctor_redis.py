@@ -1,6 +1,9 @@
 """The doctor and a real Redis server: reached, measured, and what it will do when it is full."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,33 @@ def test_it_is_tried_and_asked_what_it_does_when_full(
     assert server.client().keys() == [b"somebody's"]
 
 
-def test_nobody_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = ask("redis://127.0.0.1:1", "", tmp_path, capsys)
-    assert (code, [check["status"] for check in found]) == (1, ["FAIL"])
-    assert "refused" in found[0]["what"]
+def test_nobody_there(tmp_path: Path) -> None:
+    """One line says so, and where to say otherwise; the tier's own warning would say it again."""
+    l1, url = {"KVCACHE__L1__CAPACITY": "1MiB"}, f"redis://localhost:{servers.free_port()}"
+    code, found, log = alone("", l1 | {"KVCACHE__REDIS__URL": url})
+    [redis] = [check for check in found if check["subject"] == "redis"]
+    assert code == 1
+    assert redis["status"] == "FAIL"
+    assert "refused" in redis["what"]
+    assert "KVCACHE__REDIS__..." in redis["fix"]
+    assert not log
+
+
+def test_the_extra_is_not_there() -> None:
+    code, found, _ = alone("import sys; sys.modules['redis'] = None", {})
+    [profile] = [check for check in found if check["subject"] == "profile"]
+    assert code == 1
+    assert profile["fix"] == "pip install 'kvcache[redis]'"
+    assert not [check for check in found if "not needed by the profile" in check["what"]]
+
+
+def alone(before: str, environ: dict[str, str]) -> tuple[int, list[dict[str, Any]], str]:
+    """The doctor on `l1-redis` in a process of its own, in which `before` was run."""
+    run = "from kvcache import cli; raise SystemExit(cli.main(['doctor', '--json']))"
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{before}\n{run}"],
+        env=os.environ | paths | {"KVCACHE_PROFILE": "l1-redis"} | environ,
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout)["checks"], done.stderr

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,16 +61,21 @@ class Server:
         assert usage["prompt_tokens"] == len(tokens)
         return int((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
 
-    def wait(self) -> None:
-        """Until it answers; fails with what it printed when it ends or takes too long."""
+    def answers(self, path: str = "/health") -> bool:
+        """Whether a GET is answered."""
+        try:
+            self.get(path)
+        except (urllib.error.URLError, ConnectionError):
+            return False
+        return True
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Until it is `ready`; fails with what it printed when it ends or takes too long."""
         until = time.monotonic() + START_S
         while self.process.poll() is None and time.monotonic() < until:
-            try:
-                self.get("/health")
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.2)  # nothing says when it listens
-            else:
+            if ready():
                 return
+            time.sleep(0.2)  # nothing says when it listens
         raise AssertionError(f"the server did not start:\n{self.log.read_text()[-TAIL:]}")
 
 
@@ -84,7 +89,7 @@ def free_port() -> int:
 @contextmanager
 def serving(setup: Setup, folder: Path, *options: str) -> Iterator[Server]:
     """A server of this setup, and with these options, until `with` ends; its log is in `folder`."""
-    port, log = free_port(), folder / "log"
+    port = free_port()
     command = [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", setup.checkpoint),
@@ -95,14 +100,21 @@ def serving(setup: Setup, folder: Path, *options: str) -> Iterator[Server]:
         *options,
     ]
     server = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment(setup) | server, stdout=sink, stderr=sink
-        )
-    served = Server(process, port, log)
-    try:
-        served.wait()
+    with running(command, environment(setup) | server, port, folder) as served:
+        served.wait(served.answers)
         yield served
+
+
+@contextmanager
+def running(
+    command: Sequence[str], env: Mapping[str, str], port: int, folder: Path
+) -> Iterator[Server]:
+    """The process of a server that will listen on `port`, until `with` ends."""
+    log = folder / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=sink, stderr=sink)
+    try:
+        yield Server(process, port, log)
     finally:
         process.terminate()
         process.wait()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from kvcache.profiles.rows import Row
 
 WAIT_S = 30.0  # for all there is to ask of one tier
+_PIP = re.compile(r"pip install '[^']+'")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"doctor: --block-bytes is {args.block_bytes!r}: {error}", file=sys.stderr)
         return 2
+    # What a tier logs while it is tried, the line about it says.
+    logging.getLogger("kvcache").addHandler(logging.NullHandler())
     paint, found = painter(sys.stdout), []
     for result in checks(args.profile, block_nbytes):
         found.append(result)
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def checks(profile: str | None, block_nbytes: int | None) -> Iterator[Result]:
     """All of them, in the order in which they are shown."""
     chosen, problems = _profile(profile)
-    yield from versions.check(_needed(chosen))
+    yield from versions.check(_needed(chosen) if chosen is not None else None)
     yield from problems
     yield from machine.memory_checks(chosen)
     yield machine.memlock(chosen)
@@ -76,17 +81,23 @@ def _profile(name: str | None) -> tuple[Profile | None, list[Result]]:
     try:
         chosen = load_profile(name)
     except ProfileError as error:
-        fix = "correct that line or variable; docs/profiles.md has all options"
-        return None, [fail("profile", problem, fix) for problem in error.problems]
+        return None, [fail("profile", problem, _fix(problem)) for problem in error.problems]
     tiers = " > ".join(f"{row.name} ({row.kind})" for row in chosen.tiers)
     return chosen, [ok("profile", f"{chosen.name}: {tiers} ({chosen.path})")]
 
 
-def _needed(profile: Profile | None) -> set[str]:
+def _fix(problem: str) -> str:
+    """What to do about a problem of a profile: what it says itself, if it says how to install."""
+    if pip := _PIP.search(problem):
+        return pip[0]
+    return "correct that line or variable; docs/profiles.md has all options"
+
+
+def _needed(profile: Profile) -> set[str]:
     """The extras that the profile cannot do without."""
     from kvcache.profiles.kinds import KINDS
 
-    rows = profile.tiers if profile is not None else ()
+    rows = profile.tiers
     extras = {KINDS[row.kind][1] for row in rows if row.kind in KINDS}
     if any(row.options.get("codec") == "zstd" for row in rows):
         extras.add("zstd")

@@ -28,6 +28,7 @@ _ROUNDS = 5
 
 def check(row: Row, block_nbytes: int | None) -> Result:
     """Open the tier, have it keep a block, and close it. `block_nbytes` as the engine has it."""
+    from kvcache.profiles.rows import override_of
     from kvcache.tiers.framed import Framed, frame_nbytes
 
     given = {}
@@ -46,8 +47,11 @@ def check(row: Row, block_nbytes: int | None) -> Result:
             return _asked(row, framed, size)
     except Exception as error:  # noqa: BLE001 - a tier may raise anything, and that is the finding
         why = f"{type(error).__name__}: {error}"
+        its = f"{override_of(row.name, '...')}, or {row.where}"
         return fail(
-            row.name, f"cannot be used: {why}", f"start what it needs, or correct {row.where}"
+            row.name,
+            f"cannot be used: {why}",
+            f"start what it needs, or correct its options: {its}",
         )
 
 

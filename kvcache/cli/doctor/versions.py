@@ -28,8 +28,11 @@ class Requirement(NamedTuple):
     extra: str
 
 
-def check(needed: Collection[str]) -> Iterator[Result]:
-    """One result for what is always needed, and one for every extra that is here or `needed`."""
+def check(needed: Collection[str] | None) -> Iterator[Result]:
+    """One result for what is always needed, and one for every extra that is here or `needed`.
+
+    None: what is needed is not known, since the profile cannot be read.
+    """
     try:
         ours, asked = metadata.version("kvcache"), metadata.requires("kvcache") or []
     except metadata.PackageNotFoundError:
@@ -46,12 +49,14 @@ def check(needed: Collection[str]) -> Iterator[Result]:
     absent = []
     for extra in sorted({one.extra for one in wanted if one.extra} - _OURS):
         its = [one for one in wanted if one.extra == extra]
-        if _installed(its[0].package) or extra in needed:
-            yield from _extra(extra, its, "", extra in needed)
+        wants = needed is not None and extra in needed
+        if _installed(its[0].package) or wants:
+            yield from _extra(extra, its, "", wants)
         else:
             absent.append(extra)
     if absent:
-        yield ok("extras", f"not installed, and not needed by the profile: {', '.join(absent)}")
+        known = ", and not needed by the profile" if needed is not None else ""
+        yield ok("extras", f"not installed{known}: {', '.join(absent)}")
 
 
 def _extra(
