@@ -1,0 +1,118 @@
+"""The site builds strictly, from any checkout and with no network, and asks for none when read."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvcache
+import kvcache.eviction
+import kvcache.profiles
+import kvcache.testing
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc="([^"]+)"|"""
+    r"""<link\b(?=[^>]*\brel="(?:stylesheet|icon|preload|preconnect)")[^>]*\bhref="([^"]+)"|"""
+    r"""(?:url\(|@import\s+)["']?([^"')\s]+)"""
+)
+
+
+def command() -> list[str]:
+    """How `make docs` calls Sphinx, less the two folders at its end."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    [line] = re.findall(r"(?m)^\t\$\(BIN\)/python (-m sphinx .*)$", makefile)
+    *options, source, target = shlex.split(line)
+    assert (source, target) == ("docs", "build/docs")
+    return [sys.executable, *options]
+
+
+def built(pages: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build ``pages``, as `make docs` does, into ``site``; proxies lead nowhere."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    return subprocess.run(
+        [*command(), str(pages), str(site)],
+        cwd=ROOT, env=os.environ | nowhere, text=True, check=False, capture_output=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly."""
+    site = tmp_path_factory.mktemp("site")
+    done = built(ROOT / "docs", site)
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+def test_every_page_is_there_and_in_the_sidebar(site: Path) -> None:
+    sidebar = (site / "index.html").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (site / f"{page.stem}.html").exists()
+        if page.stem != "index":
+            assert f'<a class="reference internal" href="{page.stem}.html"' in sidebar
+    decisions = (site / "decisions" / "README.html").read_text(encoding="utf-8")
+    for page in (ROOT / "docs" / "decisions").glob("0*.md"):
+        assert f'href="{page.stem}.html"' in decisions
+
+
+def test_what_is_public_is_in_the_reference(site: Path) -> None:
+    page = (site / "reference.html").read_text(encoding="utf-8")
+    described = set(re.findall(r'<dt class="sig[^>]* id="([\w.]+)"', page))
+    for module in (kvcache, kvcache.profiles, kvcache.testing):
+        for name in module.__all__:
+            assert hasattr(module, name)
+            assert f"{module.__name__}.{name}" in described
+    assert {"kvcache.eviction.Policy", "kvcache.Tier.load", "kvcache.Lease.end"} <= described
+
+
+def test_a_page_that_is_looked_at_loads_nothing_from_elsewhere(site: Path) -> None:
+    loaded = [
+        (file.name, found)
+        for file in site.rglob("*")
+        if file.suffix in {".html", ".css"}
+        for found in loads(file.read_text(encoding="utf-8"))
+    ]
+    assert loaded
+    assert [(name, place) for name, place in loaded if re.match(r"(?:https?:)?//", place)] == []
+
+
+def loads(text: str) -> list[str]:
+    return [next(filter(None, found)) for found in LOADED.findall(text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<script async src="https://x.example/a.js"></script>',
+        '<img alt="" src="https://x.example/a.png">',
+        '<link href="https://x.example/a.css" rel="stylesheet">',
+        "@import 'https://x.example/a.css'",
+        "body { background: url(https://x.example/a.png) }",
+    ],
+)
+def test_what_is_loaded_from_elsewhere_is_found(text: str) -> None:
+    [place] = loads(text)
+    assert place.startswith("https://x.example/a.")
+
+
+def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
+    pages = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs", pages)
+    with (pages / "vllm.md").open("a", encoding="utf-8") as page:
+        page.write("\n[gone](no-such-page.md), [gone too](metrics.md#no-such-heading)\n")
+        page.write("\n![gone as well](images/no-such-picture.png)\n")
+    with (pages / "reference.md").open("a", encoding="utf-8") as page:
+        page.write("\n```{eval-rst}\n.. autofunction:: kvcache.no_such_name\n\n")
+        page.write(":func:`kvcache.no_such_reference`\n```\n")
+    (pages / "lost.md").write_text("# Of a page that nothing lists\n", encoding="utf-8")
+    done = built(pages, tmp_path / "site")
+    assert done.returncode == 1
+    for what in ("no-such-page", "no-such-heading", "no-such-picture", "no_such_name",
+                 "no_such_reference", "lost.md"):  # fmt: skip
+        assert what in done.stderr, what
