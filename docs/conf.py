@@ -2,8 +2,8 @@
 
 `make docs` builds it strictly, into build/docs. Always true:
 
-* A page of Markdown names no page twice: what is in the sidebar, and in which order, are the links
-  that `index.md` lists. A page that is not listed there is an error.
+* The sidebar has the pages that `index.md` links to in its lists, in that order. A page that is not
+  there is an error.
 * Building asks nothing of the network, and neither does a page that is looked at.
 """
 
@@ -28,6 +28,7 @@ html_show_copyright = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True  # as written: a default such as os.environ is nobody's business
 
 OTHERS = "array|collections|concurrent|io|opentelemetry|pathlib|typing"
 
@@ -36,6 +37,7 @@ OTHERS = "array|collections|concurrent|io|opentelemetry|pathlib|typing"
 nitpicky = True
 nitpick_ignore_regex = [("py:(?:class|obj)", rf"(?:{OTHERS})(?:\..*)?")]
 
+FILE_AS_TITLE = re.compile(r"\[[\w/-]+\.md\]\(")
 LISTED = re.compile(r"(?m)^\* \[.*?\]\((?P<page>[\w/-]+)\.md\)|^\*\*(?P<caption>[\w ,]+)\*\*$")
 
 
@@ -51,9 +53,10 @@ def sidebar(index: str) -> str:
 
 
 def listed(_: Sphinx, page: str, source: list[str]) -> None:
-    """Give the site what Markdown has no word for: which pages there are."""
+    """Give the site what Markdown has no word for: the titles of pages, and which there are."""
+    source[0] = FILE_AS_TITLE.sub("[](", source[0])
     if page == "index":
-        source[0] += sidebar(source[0])
+        source[0] += "\n" + sidebar(source[0])
     if page == "decisions/README":
         source[0] += "\n```{toctree}\n:glob:\n\n0*\n```\n"
 

@@ -32,12 +32,16 @@ def command() -> list[str]:
     return [sys.executable, *options]
 
 
+SECRET = "a-secret-of-whoever-builds"
+
+
 def built(pages: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """Build ``pages``, as `make docs` does, into ``site``; proxies lead nowhere."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     return subprocess.run(
         [*command(), str(pages), str(site)],
-        cwd=ROOT, env=os.environ | nowhere, text=True, check=False, capture_output=True,
+        cwd=ROOT, env=os.environ | nowhere | {"SECRET": SECRET},
+        text=True, check=False, capture_output=True,
     )  # fmt: skip
 
 
@@ -69,6 +73,12 @@ def test_what_is_public_is_in_the_reference(site: Path) -> None:
             assert hasattr(module, name)
             assert f"{module.__name__}.{name}" in described
     assert {"kvcache.eviction.Policy", "kvcache.Tier.load", "kvcache.Lease.end"} <= described
+
+
+def test_nothing_of_who_built_it_is_in_it(site: Path) -> None:
+    files = [file for file in site.rglob("*") if file.is_file() and ".doctrees" not in file.parts]
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+    assert [file for file in files if str(ROOT).encode() in file.read_bytes()] == []
 
 
 def test_a_page_that_is_looked_at_loads_nothing_from_elsewhere(site: Path) -> None:
