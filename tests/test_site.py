@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -109,6 +110,30 @@ def loads(text: str) -> list[str]:
 def test_what_is_loaded_from_elsewhere_is_found(text: str) -> None:
     [place] = loads(text)
     assert place.startswith("https://x.example/a.")
+
+
+def test_links_from_the_front_page_lead_somewhere() -> None:
+    """Sphinx sees to those between pages; these two are outside of its folder."""
+    for page in ("README.md", "CONTRIBUTING.md"):
+        links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+        for place, _, heading in (link.partition("#") for link in links if "://" not in link):
+            assert (ROOT / place).exists(), place
+            if heading:
+                assert heading in headings(ROOT / place), f"{place}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_picture_of_the_demo_is_of_the_run_that_the_page_has() -> None:
+    picture = (ROOT / "docs" / "images" / "demo.svg").read_text(encoding="utf-8")
+    drawn = ["".join(text.itertext()) for text in ET.fromstring(picture)[2:]]
+    page = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    [printed] = re.findall(r"(?s)```text\n(.*?)```", page)
+    assert drawn == ["$ make run", *filter(None, printed.splitlines())]
 
 
 def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
