@@ -38,7 +38,9 @@ nitpicky = True
 nitpick_ignore_regex = [("py:(?:class|obj)", rf"(?:{OTHERS})(?:\..*)?")]
 
 FILE_AS_TITLE = re.compile(r"\[[\w/-]+\.md\]\(")
-LISTED = re.compile(r"(?m)^\* \[.*?\]\((?P<page>[\w/-]+)\.md\)|^\*\*(?P<caption>[\w ,]+)\*\*$")
+LISTED = re.compile(
+    r"(?m)^\* \[(?P<title>.*?)\]\((?P<page>[\w/-]+)\.md\)|^\*\*(?P<caption>[\w ,]+)\*\*$"
+)
 
 
 def sidebar(index: str) -> str:
@@ -48,7 +50,7 @@ def sidebar(index: str) -> str:
         if found["caption"]:
             lines += ["```", "", "```{toctree}", ":hidden:", f":caption: {found['caption']}", ""]
         else:
-            lines.append(found["page"])
+            lines.append(f"{found['title']} <{found['page']}>")
     return "\n".join([*lines[2:], "```", ""])
 
 
