@@ -24,7 +24,7 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(READY)  ## the site, into build/docs; every warning is an error
-	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs build/docs
 
 bench: $(READY)  ## the performance bars
 	$(BIN)/python -m pytest tests/bench -m bench -s

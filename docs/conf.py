@@ -25,6 +25,8 @@ myst_heading_anchors = 3  # links to headings, as on GitHub
 html_theme = "furo"
 html_copy_source = False
 html_show_copyright = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
