@@ -136,6 +136,19 @@ def test_the_picture_of_the_demo_is_of_the_run_that_the_page_has() -> None:
     assert drawn == ["$ make run", *filter(None, printed.splitlines())]
 
 
+def test_a_terminal_is_drawn_in_its_colours() -> None:
+    printed = "1 of 2 .\r2 of 2 ..\r\n\r\n\x1b[1;32mfine\x1b[0m <&>\r\n"
+    log = f"Script started on a day\n{printed}Script done\n"
+    drawn = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "images" / "terminal.py"), "make it"],
+        input=log, text=True, check=True, capture_output=True,
+    ).stdout  # fmt: skip
+    texts = ET.fromstring(drawn)[2:]
+    assert ["".join(text.itertext()) for text in texts] == ["$ make it", "2 of 2 ..", "fine <&>"]
+    [green] = [span for span in texts[2] if span.text == "fine"]
+    assert "fill" in green.attrib["style"]
+
+
 def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
     pages = tmp_path / "docs"
     shutil.copytree(ROOT / "docs", pages)
