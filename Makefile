@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench viewer clean
+.PHONY: help run test lint docs bench viewer clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -22,6 +22,9 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(READY)  ## the site, into build/docs; every warning is an error
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs build/docs
 
 bench: $(READY)  ## the performance bars
 	$(BIN)/python -m pytest tests/bench -m bench -s

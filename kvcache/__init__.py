@@ -8,7 +8,7 @@ from kvcache.below import Match
 from kvcache.keys import block_keys, namespace
 from kvcache.stack import Stack
 from kvcache.stats import StackStats
-from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats
+from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats, TierUsage
 
 __version__ = "0.1.0"
 

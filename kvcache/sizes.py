@@ -12,7 +12,7 @@ Size = NewType("Size", int)
 """Bytes. A tier whose option has this type takes "10GiB" and "80%" in a profile."""
 
 DiskSize = NewType("DiskSize", int)
-"""Bytes, of something else than memory: takes what a ``Size`` takes but for percentages."""
+"""Bytes of something else than memory. It takes what a ``Size`` takes but for percentages."""
 
 FORMS = '"10GiB", "512MB", "80%" or a whole number of bytes'
 

@@ -6,8 +6,9 @@ ours or name something of ours are held against it. Output is ```text. A languag
 neither table is an error, so that no block goes unchecked by accident.
 
 A page runs in a folder of its own. A block that begins with a comment that is a file's name is that
-file there from then on, for the other blocks to import and open; what `pytest FILE` and
-`pip install .` are said to do with such files is done.
+file there from then on, for the other blocks to import and open; what `pytest FILE`, `python FILE`
+and `pip install .` are said to do with such files is done. What `kvcache plan` and a `replay` of
+made-up traffic print is on the page that calls them, but for what they measure.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import count
@@ -43,9 +44,10 @@ from tests.core.wrongs import failures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ON_AN_ENGINE = {"quick-start.md"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(PROJECT["optional-dependencies"])
-SHOWN_ONLY = {"diff", "mermaid", "text", "yaml"}
+SHOWN_ONLY = {"diff", "text", "yaml", "{eval-rst}"}  # the last is read by the site's build
 
 
 def check_toml(example: Example) -> None:
@@ -68,20 +70,20 @@ def check_bash(example: Example) -> None:
         match words:
             case ["kvcache", *arguments] | ["python", "-m", "kvcache", *arguments]:
                 parse_arguments(cli.parser(), arguments)
+                if prints_the_same_anywhere(arguments):
+                    assert_printed(arguments, example.document.text)
             case ["make", *targets]:
                 for target in targets:
                     if "=" not in target:
                         assert_target(target)
-            case ["pytest", file]:
-                run_python("-m", "pytest", "-q", file)
-            case ["pip", "install", "."]:
-                install_what_is_here()
-            case ["pip", "install", *arguments]:
+            case ["pip", "install", *arguments] if arguments != ["."]:
                 for argument in arguments:
                     assert_extras(argument)
             case ["vllm", "serve", *arguments]:
                 for config in values_of("--kv-transfer-config", arguments):
                     assert_connector(config)
+            case _:
+                run_what_is_here(words)
 
 
 CHECKS: dict[str, Evaluator] = {
@@ -112,11 +114,27 @@ def commands(script: str) -> Iterator[list[str]]:
         words = []
 
 
+def run_what_is_here(words: list[str]) -> None:
+    """Do what is said to be done with the files of the page."""
+    match words:
+        case ["pytest", file]:
+            run_python("-m", "pytest", "-q", file)
+        case ["python" | ".venv/bin/python", file]:
+            run_python(file)
+        case ["pip", "install", "."]:
+            install_what_is_here()
+
+
 def run_python(*arguments: str) -> None:
-    """Run another interpreter that finds what this one finds; it must succeed."""
+    """Run another interpreter that finds what this one finds; it must succeed.
+
+    An engine that it starts asks nobody for anything.
+    """
+    path = os.pathsep.join(path for path in sys.path if path)
+    alone = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
         [sys.executable, "-P", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=os.environ | alone | {"PYTHONPATH": path},
         text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -146,6 +164,24 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> No
     except SystemExit as stop:
         if stop.code:
             raise AssertionError(said.getvalue()) from None
+
+
+def prints_the_same_anywhere(arguments: Sequence[str]) -> bool:
+    """Whether a command needs nothing of the machine, and writes no file."""
+    given = set(arguments)
+    return ({"plan", "--pod-memory", "--bandwidth"} <= given) or (
+        {"replay", "--generate"} <= given and "--plot" not in given
+    )
+
+
+def assert_printed(arguments: Sequence[str], page: str) -> None:
+    """What the command prints is on the page, but for the last column of a replay, its times."""
+    printed = StringIO()
+    with redirect_stdout(printed):
+        assert cli.main(arguments) == 0
+    for line in printed.getvalue().splitlines():
+        measured = re.fullmatch(r"(.* )\d+\.\d\d", line) if arguments[0] == "replay" else None
+        assert (measured[1] if measured else line) in page, f"not on the page: {line}"
 
 
 def assert_target(target: str) -> None:
@@ -189,10 +225,13 @@ def fenced_blocks(document: Document) -> Iterable[Region]:
         yield region
 
 
-def write_if_named(block: str) -> None:
-    """Write a block to the file that it begins with the name of, if it does."""
-    if name := re.match(r"# ([\w-]+\.\w+)\n", block):
-        Path(name[1]).write_text(block, encoding="utf-8")
+def write_if_named(block: str) -> str:
+    """Write a block to the file that it begins with the name of, if it does; give the name."""
+    name = re.match(r"# ([\w-]+\.\w+)\n", block)
+    if not name:
+        return ""
+    Path(name[1]).write_text(block, encoding="utf-8")
+    return name[1]
 
 
 def run_page(page: Path, folder: Path) -> None:
@@ -203,7 +242,9 @@ def run_page(page: Path, folder: Path) -> None:
     path = [str(folder), *sys.path]
     with chdir(folder), patch.dict(os.environ), patch.object(sys, "path", path):
         for example in Document.parse(str(page), fenced_blocks, SkipParser()).examples():
-            write_if_named(example.parsed)
+            name = write_if_named(example.parsed)
+            if name and f"python {name}\n" in example.document.text:
+                continue  # a program, which another block runs
             try:
                 example.evaluate()
             except Exception as error:
@@ -213,7 +254,17 @@ def run_page(page: Path, folder: Path) -> None:
                 forget_modules(folder)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(ROOT)),
+            marks=[pytest.mark.engine] if page.name in ON_AN_ENGINE else [],
+        )
+        for page in PAGES
+    ],
+)
 def test_every_block_holds(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)
 
@@ -266,6 +317,8 @@ def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
         ("bash", "make no-such-target"),
         ("bash", "pip install -e '.[no-such-extra]'"),
         ("bash", "pip install ."),
+        ("bash", "python no_such_program.py"),
+        ("bash", "kvcache replay --generate rag --requests 10 --capacity 10 --policy lru"),
         ("bash", "pytest test_nothing.py"),
         ("bash", f"{SERVE} '{{\"kv_connector\":'"),
         ("bash", f'{SERVE}=\'{{"kv_connector":"NoSuchConnector",{MODULE}}}\''),
