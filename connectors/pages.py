@@ -1,8 +1,8 @@
 """Page copies between an engine's KV cache and slots of host memory.
 
-An engine keeps one region of memory per layer, cut into pages; block b is page b of every layer.
-A slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is the
-pages of its layers, one after another.
+A block lies in an engine's cache in one run of bytes per layer, or several (`placement.Pages`). A
+slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is those
+runs, one after another.
 
 Always true here:
 - Only whole pages move, and nothing outside them is read or written.
@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -31,8 +30,11 @@ try:
     from numpy.typing import NDArray
 except ImportError as error:
     raise ImportError(
-        f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[vllm]'"
+        f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[torch]',"
+        " or 'kvcache[vllm]', which has them too"
     ) from error
+
+from kvcache.connectors.placement import Pages
 
 _Integers = NDArray[np.int64]
 
@@ -49,135 +51,59 @@ _memcpy.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)
 _memcpy.restype = ctypes.c_size_t
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """One layer's pages: page b is the `nbytes` bytes at `address + b * stride`, 0 <= b < `count`.
-
-    `stride` is in bytes; it exceeds `nbytes` where the engine interleaves layers.
-    """
-
-    address: int
-    nbytes: int
-    stride: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.nbytes < 1 or self.count < 1 or self.stride < self.nbytes:
-            raise ValueError(f"{self}: nbytes and count must be at least 1, stride at least nbytes")
-
-
 class PageCopier(ABC):
     """Moves blocks between one rank's pages and its shards of the slots; safe to call from threads.
 
     Both copies take two sequences of equal length: the i-th block goes with the i-th slot.
     They raise ValueError when the lengths differ or two copies have the same target, IndexError
-    for a block or slot that does not exist, RuntimeError after `close`.
+    for a block or slot that does not exist, RuntimeError after `close`. A mechanism has two methods
+    to fill in; what it is given there has been checked.
     """
 
-    @abstractmethod
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy the engine's pages of `blocks` into `slots`."""
-
-    @abstractmethod
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy the shards in `slots` to the engine's pages of `blocks`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for running copies and refuse new ones. May be called again."""
-
-
-class CpuCopier(PageCopier):
-    """Copies between pages and slots that are both in this process's memory.
-
-    `layers` are this rank's pages, in the order of its shard; blocks exist that every layer has.
-    Slot s begins at `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and
-    slab must not overlap. Every copy is cut into `threads` shares of equal bytes, of which the
-    calling thread copies one; `threads - 1` are started for the others.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[Pages],
-        *,
-        slab_address: int,
-        slots: int,
-        slot_nbytes: int,
-        offset: int = 0,
-        threads: int = 1,
-    ) -> None:
-        if not layers:
-            raise ValueError("layers is empty: there are no pages to copy")
-        if threads < 1 or slots < 1:
-            raise ValueError(f"threads={threads} and slots={slots} must be at least 1")
-        *begins, end = accumulate((layer.nbytes for layer in layers), initial=offset)
-        if offset < 0 or end > slot_nbytes:
-            raise ValueError(
-                f"a shard of {end - offset} bytes at offset {offset}"
-                f" does not lie inside a slot of {slot_nbytes} bytes"
-            )
-        self._nbytes = _integers([layer.nbytes for layer in layers])
-        self._blocks = _Side(
-            "block",
-            min(layer.count for layer in layers),
-            _integers([layer.address for layer in layers]),
-            _integers([layer.stride for layer in layers]),
-        )
-        self._slots = _Side(
-            "slot",
-            slots,
-            _integers([slab_address + begin for begin in begins]),
-            _integers([slot_nbytes] * len(layers)),
-        )
-        self._copy_share = _compiled()
-        self._threads = threads
-        # Starts a thread when it is first given a share, so none where threads is 1.
-        self._pool = ThreadPoolExecutor(
-            max(1, threads - 1), "kvcache-pages", _may_run_on, (_cores(),)
-        )
+    def __init__(self, *, blocks: int, slots: int) -> None:
+        self._counts = {"block": blocks, "slot": slots}
         self._running = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        self._copy(self._blocks, blocks, self._slots, slots)
+        """Copy the engine's pages of `blocks` into `slots`."""
+        with self._in_flight():
+            self._gather(*self._checked(block=blocks, slot=slots))
 
     def scatter(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        self._copy(self._slots, slots, self._blocks, blocks)
+        """Copy the shards in `slots` to the engine's pages of `blocks`."""
+        with self._in_flight():
+            self._scatter(*self._checked(slot=slots, block=blocks))
 
     def close(self) -> None:
+        """Wait for running copies and refuse new ones. May be called again."""
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._running)
-        self._pool.shutdown()
 
-    def _copy(
-        self, source: "_Side", sources: Sequence[int], target: "_Side", targets: Sequence[int]
-    ) -> None:
-        with self._in_flight():
-            if len(sources) != len(targets):
-                raise ValueError(
-                    f"{len(sources)} {source.noun}s do not pair up with"
-                    f" {len(targets)} {target.noun}s"
-                )
-            read, written = source.rows(sources), target.rows(targets)
-            if len(set(targets)) < len(targets):
-                raise ValueError(f"a {target.noun} is the target of two copies: {list(targets)}")
-            what = (
-                *(written, target.addresses, target.strides),
-                *(read, source.addresses, source.strides),
-                self._nbytes,
+    @abstractmethod
+    def _gather(self, blocks: _Integers, slots: _Integers) -> None: ...
+
+    @abstractmethod
+    def _scatter(self, slots: _Integers, blocks: _Integers) -> None: ...
+
+    def _checked(self, **given: Sequence[int]) -> list[_Integers]:
+        """Sources and targets as arrays, every one of them looked at."""
+        (source, sources), (target, targets) = given.items()
+        if len(sources) != len(targets):
+            raise ValueError(
+                f"{len(sources)} {source}s do not pair up with {len(targets)} {target}s"
             )
-            total = len(read) * int(self._nbytes.sum())
-            shares = 1 if total < _ALONE_BELOW else self._threads
-            own, *others = pairwise([total * cut // shares for cut in range(shares + 1)])
-            lent = [(self._pool.submit(self._copy_share, *what, *share), share) for share in others]
-            self._copy_share(*what, *own)
-            for future, share in lent:
-                if future.cancel():  # nobody has begun it, and this thread has nothing else to do
-                    self._copy_share(*what, *share)
-                else:
-                    future.result()
+        rows = [_integers(ids) for ids in (sources, targets)]
+        for noun, ids in zip(given, rows, strict=True):
+            count = self._counts[noun]
+            if len(ids) and (ids.min() < 0 or ids.max() >= count):
+                wrong = next(row for row in ids.tolist() if not 0 <= row < count)
+                raise IndexError(f"{noun} {wrong} does not exist: there are {count}, from 0")
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"a {target} is the target of two copies: {list(targets)}")
+        return rows
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:
@@ -193,22 +119,79 @@ class CpuCopier(PageCopier):
                 self._changed.notify_all()
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """Where each layer's pages lie on one side of a copy, and how many rows of them there are."""
+class CpuCopier(PageCopier):
+    """Copies between pages and slots that are both in this process's memory.
 
-    noun: str
-    count: int
-    addresses: _Integers
-    strides: _Integers
+    `pages` are this rank's, in the order of its shard; blocks exist that all of them have.
+    Slot s begins at `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and
+    slab must not overlap. Every copy is cut into `threads` shares of equal bytes, of which the
+    calling thread copies one; `threads - 1` are started for the others.
+    """
 
-    def rows(self, ids: Sequence[int]) -> _Integers:
-        """`ids` as an array, every one of them checked."""
-        rows = _integers(ids)
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.count):
-            wrong = next(row for row in ids if not 0 <= row < self.count)
-            raise IndexError(f"{self.noun} {wrong} does not exist: there are {self.count}, from 0")
-        return rows
+    def __init__(
+        self,
+        pages: Sequence[Pages],
+        *,
+        slab_address: int,
+        slots: int,
+        slot_nbytes: int,
+        offset: int = 0,
+        threads: int = 1,
+    ) -> None:
+        if not pages:
+            raise ValueError("there are no pages to copy")
+        if threads < 1 or slots < 1:
+            raise ValueError(f"threads={threads} and slots={slots} must be at least 1")
+        super().__init__(blocks=min(page.count for page in pages), slots=slots)
+        *begins, end = accumulate((page.nbytes for page in pages), initial=offset)
+        check_shard(offset, end - offset, slot_nbytes)
+        self._nbytes = _integers([page.nbytes for page in pages])
+        self._engine = (
+            _integers([page.address for page in pages]),
+            _integers([page.stride for page in pages]),
+        )
+        self._slab = (
+            _integers([slab_address + begin for begin in begins]),
+            _integers([slot_nbytes] * len(pages)),
+        )
+        self._copy_share = _compiled()
+        self._threads = threads
+        # Starts a thread when it is first given a share, so none where threads is 1.
+        self._pool = ThreadPoolExecutor(
+            max(1, threads - 1), "kvcache-pages", _may_run_on, (_cores(),)
+        )
+
+    def close(self) -> None:
+        super().close()
+        self._pool.shutdown()
+
+    def _gather(self, blocks: _Integers, slots: _Integers) -> None:
+        self._copy(slots, *self._slab, blocks, *self._engine, self._nbytes)
+
+    def _scatter(self, slots: _Integers, blocks: _Integers) -> None:
+        self._copy(blocks, *self._engine, slots, *self._slab, self._nbytes)
+
+    def _copy(self, *what: _Integers) -> None:
+        """Targets, their addresses and strides; sources, theirs; bytes: as `_copy_share` takes."""
+        total = len(what[0]) * int(self._nbytes.sum())
+        shares = 1 if total < _ALONE_BELOW else self._threads
+        own, *others = pairwise([total * cut // shares for cut in range(shares + 1)])
+        lent = [(self._pool.submit(self._copy_share, *what, *share), share) for share in others]
+        self._copy_share(*what, *own)
+        for future, share in lent:
+            if future.cancel():  # nobody has begun it, and this thread has nothing else to do
+                self._copy_share(*what, *share)
+            else:
+                future.result()
+
+
+def check_shard(offset: int, nbytes: int, slot_nbytes: int) -> None:
+    """Raise ValueError for a shard that does not lie inside a slot."""
+    if offset < 0 or offset + nbytes > slot_nbytes:
+        raise ValueError(
+            f"a shard of {nbytes} bytes at offset {offset}"
+            f" does not lie inside a slot of {slot_nbytes} bytes"
+        )
 
 
 def prepare() -> None:

@@ -15,7 +15,10 @@ import time
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
-from kvcache.connectors.pages import CpuCopier, PageCopier, Pages, prepare
+from kvcache.connectors.copies import form, open_copier
+from kvcache.connectors.layouts import LayoutError
+from kvcache.connectors.pages import PageCopier, prepare
+from kvcache.connectors.placement import Placement, place
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab
@@ -34,9 +37,8 @@ class WorkerSide:
         self._config = kv_cache_config
         self._rank = rank
         self._threads = threads
-        self._pages: list[Pages] = []
-        self._form = ""
-        self._element_nbytes = 0
+        self._placement: Placement | None = None
+        self._shard: Shard | None = None
         self._slab: Slab | None = None
         self.copier: PageCopier | None = None
         self._acks = Acks()
@@ -46,22 +48,26 @@ class WorkerSide:
         """Learn where the pages of every layer lie.
 
         Raises:
-            RuntimeError: for a cache that is not on the CPU, or whose pages are not contiguous.
+            RuntimeError: for a cache that is not on the CPU, or not cut into blocks.
         """
-        group = self._config.kv_cache_groups[0]
-        self._pages = [
-            layer_pages(name, caches[name], self._config.num_blocks) for name in group.layer_names
-        ]
-        first = caches[group.layer_names[0]]
-        self._form, self._element_nbytes = form_of(first), first.element_size()
+        names = self._config.kv_cache_groups[0].layer_names
+        try:
+            ours = {name: caches[name] for name in names}  # there may be aliases among the others
+            self._placement = place_caches(ours, self._config.num_blocks)
+            what = form(self._placement)
+        except ValueError as error:
+            raise RuntimeError(f"kvcache: {error}") from error
+        self._shard = Shard(
+            self._placement.block_nbytes,
+            host_name(),
+            f"{what} {host_form()}",
+            self._placement.element_nbytes,
+        )
         prepare()
 
     def shard(self) -> Shard | None:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
-        if not self._pages:
-            return None
-        nbytes = sum(pages.nbytes for pages in self._pages)
-        return Shard(nbytes, host_name(), self._form, self._element_nbytes)
+        return self._shard
 
     def load(self, step: Step) -> None:
         self._acks.step = step.number
@@ -97,7 +103,7 @@ class WorkerSide:
                 telemetry.DIRECTION: direction,
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
                 telemetry.REQUESTED: blocks,
-                telemetry.PAYLOAD: blocks * sum(pages.nbytes for pages in self._pages),
+                telemetry.PAYLOAD: blocks * (self._shard.nbytes if self._shard else 0),
             },
             error=error,
         )
@@ -106,13 +112,9 @@ class WorkerSide:
 
     def _attach(self, memory: Memory) -> PageCopier:
         slab = self._slab = self._slab or Slab.attach(memory.slab)
-        self.copier = CpuCopier(
-            self._pages,
-            slab_address=slab.address,
-            slots=slab.slots,
-            slot_nbytes=slab.slot_nbytes,
-            offset=memory.offsets[self._rank],
-            threads=self._threads,
+        assert self._placement is not None
+        self.copier = open_copier(
+            self._placement, slab, offset=memory.offsets[self._rank], threads=self._threads
         )
         slab.populate()
         return self.copier
@@ -140,52 +142,34 @@ class WorkerSide:
             self._slab = None
 
 
-def form_of(cache: torch.Tensor) -> str:
-    """What sets the bytes of a page apart, beyond their number.
+def host_form() -> str:
+    """What sets the bytes of a page apart on a CPU, beyond what its tensor shows.
 
-    On a CPU the same model has other bytes on another instruction set: attention packs its keys and
-    values for the one it runs on.
+    The same model has other bytes on another instruction set: attention packs its keys and values
+    for the one it runs on.
     """
     import torch
 
     amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    page = f"{tuple(cache.shape[1:])} {cache.stride()[1:]} {cache.dtype}"
-    return f"{page} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
 
 
-def layer_pages(name: str, cache: torch.Tensor, blocks: int) -> Pages:
-    """Where the pages of one layer lie.
+def place_caches(caches: dict[str, torch.Tensor], blocks: int) -> Placement:
+    """Where the blocks of these layers lie.
 
     Args:
-        name: the layer, for messages.
-        cache: ``[blocks * n, ...]``, n kernel blocks to a block; the view that vLLM registers.
-        blocks: blocks of the engine's cache.
+        caches: by name, the views that vLLM registers: ``[blocks * n, ...]``, n kernel blocks to
+            a block. What the other axes mean is not known on a CPU, so pages are opaque.
+        blocks: of the engine's cache.
 
     Raises:
-        RuntimeError: when this cannot be copied page by page here.
+        LayoutError: when a cache is not so many blocks, or cannot be copied run by run.
     """
-    if cache.device.type != "cpu":
-        raise RuntimeError(
-            f"kvcache: the KV cache of layer {name} is on {cache.device}; this version copies "
-            "between host memory only (the CPU backend of vLLM)"
-        )
-    if cache.shape[0] % blocks or not cache[0].is_contiguous():
-        raise RuntimeError(
-            f"kvcache: the KV cache of layer {name}, shape {tuple(cache.shape)}, strides "
-            f"{cache.stride()}, is not {blocks} blocks of contiguous pages; use a layout in which "
-            "a block of a layer is one run of bytes, such as VLLM_KV_CACHE_LAYOUT=LBHNC"
-        )
-    kernel_blocks = cache.shape[0] // blocks
-    stride = cache.stride(0) * cache.element_size()
-    nbytes = cache[0].nbytes
-    if kernel_blocks > 1 and stride != nbytes:
-        raise RuntimeError(
-            f"kvcache: the KV cache of layer {name} splits a block into {kernel_blocks} pieces "
-            f"that lie {stride} bytes apart and have {nbytes}; they must follow each other"
-        )
-    return Pages(
-        address=cache.data_ptr(),
-        nbytes=nbytes * kernel_blocks,
-        stride=stride * kernel_blocks,
-        count=blocks,
-    )
+    for name, cache in caches.items():
+        if not cache.shape[0] or cache.shape[0] % blocks:
+            raise LayoutError(
+                f"the KV cache of layer {name}, shape {tuple(cache.shape)}, strides "
+                f"{cache.stride()}, is not {blocks} blocks"
+            )
+    views = {name: cache.unflatten(0, (blocks, -1)) for name, cache in caches.items()}
+    return place(views, "opaque")

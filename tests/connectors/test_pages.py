@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.connectors import pages
-from kvcache.connectors.pages import CpuCopier, Pages
+from kvcache.connectors.pages import CpuCopier
+from kvcache.connectors.placement import Pages
 
 GUARD = 64
 
@@ -253,7 +254,7 @@ def test_blocks_exist_that_every_layer_has() -> None:
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
-        ([], {}, "layers is empty"),
+        ([], {}, "no pages to copy"),
         ([8], {"threads": 0}, "threads=0"),
         ([8], {"slots": 0}, "slots=0"),
         ([8], {"offset": -1}, "offset -1"),
