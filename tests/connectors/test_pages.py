@@ -269,12 +269,6 @@ def test_refuses_a_shape_that_cannot_be(
         CpuCopier([Pages(0, nbytes, nbytes, 1) for nbytes in layers], **shape)
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 1), (8, 7, 1), (8, 8, 0)])
-def test_refuses_pages_that_cannot_be(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="at least"):
-        Pages(0, *shape)
-
-
 def test_gather_and_scatter_at_the_same_time() -> None:
     world = World([999] * 16, 64, 64, interleaved=True, threads=2)
     copier = world.copier()
