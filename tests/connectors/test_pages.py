@@ -105,6 +105,7 @@ LAYOUTS = {
     "one layer": World([4096], 40, 50),
     "32 layers": World([1024] * 32, 40, 50),
     "block outermost": World([1024] * 32, 40, 50, interleaved=True),
+    "long pages": World([20000, 8192, 4160], 40, 50, offset=8),
     "odd pages": World([1, 4097, 3, 999], 40, 50, tail=5),
     "second of two ranks": World([512] * 8, 40, 50, offset=4096),
     "first of two ranks": World([512] * 8, 40, 50, tail=4096, interleaved=True),
@@ -129,7 +130,7 @@ def test_copies_the_pages_and_nothing_else(layout: str, blocks: int, threads: in
 def test_copies_any_layout(data: st.DataObject) -> None:
     blocks, slots = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     world = World(
-        data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=6)),
+        data.draw(st.lists(st.integers(1, 3000) | st.integers(1, 20000), min_size=1, max_size=6)),
         blocks,
         slots,
         interleaved=data.draw(st.booleans()),
