@@ -70,7 +70,7 @@ LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout("kv-first", ("kv blocks tokens heads dim",), "FlashAttention of vLLM to 0.22"),
-        Layout("kv-first-hnd", ("kv blocks heads tokens dim",), "CPU attention of vLLM to 0.22"),
+        Layout("kv-first-hnd", ("kv blocks heads tokens dim",), "the same, heads first"),
         Layout(
             "blocks-first",
             ("blocks kv tokens heads dim",),

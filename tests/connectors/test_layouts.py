@@ -24,6 +24,7 @@ from kvcache.connectors.placement import MOST_RUNS, Pages, Placement, place
 from tests.connectors.paged_caches import KINDS, LATENT, Geometry, tensors
 
 ALL = KINDS | LATENT
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def block_bytes(placement: Placement, block: int) -> bytes:
@@ -168,6 +169,16 @@ def test_a_layout_must_say_which_axis_is_blocks() -> None:
         Layout("ours", ("blocks tokens", "tokens heads"))
 
 
+def test_the_page_has_every_layout() -> None:
+    page = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| `([a-z-]+)` \| (.* \|)$", page))
+    assert list(rows) == list(LAYOUTS)
+    for name, layout in LAYOUTS.items():
+        axes, used_by = rows[name].removesuffix(" |").rsplit(" | ", 1)
+        assert used_by == layout.used_by
+        assert re.findall(r"`(.*?)`", axes) == list(dict.fromkeys(layout.tensors))
+
+
 # Where it lies
 
 
@@ -269,8 +280,7 @@ def test_refuses_pages_that_cannot_be(shape: tuple[int, int, int]) -> None:
 
 def test_layouts_need_neither_torch_nor_numba() -> None:
     code = "import sys, kvcache.connectors.placement; print(*sys.modules)"
-    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"torch", "numba", "numpy"} & set(done.stdout.split())
