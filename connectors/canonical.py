@@ -32,16 +32,20 @@ def canonical_sizes(placement: Placement) -> dict[str, int]:
     Raises:
         LayoutError: for axes without a meaning, and for layers that are not all alike.
     """
-    apart = len(placement.layout.tensors) == 2  # K and V, each a tensor
+    tensors = len(placement.layout.tensors)
+    known = {"one", *ORDER} - {"layers"} - ({"kv"} if tensors > 1 else set())
     found: dict[str, int] = {}
     for part in placement.parts:
-        totals = ({"kv": 2} if apart else {}) | sizes_of(part.axes)
-        totals.pop("one", None)
-        if strange := totals.keys() - {*ORDER}:
+        totals = sizes_of(part.axes)
+        if (strange := totals.keys() - known) or tensors > 2:
             raise LayoutError(
-                f"layout {placement.layout} has no canonical order: {', '.join(sorted(strange))}"
-                f" are none of {', '.join(ORDER)}"
+                f"layout {placement.layout} has no canonical order: it takes one tensor of a layer,"
+                f" or K and V, and no axes but {', '.join(sorted(known))}; this has {tensors},"
+                f" and {', '.join(sorted(strange)) or 'no others'}"
             )
+        totals.pop("one", None)
+        if tensors > 1:
+            totals["kv"] = tensors
         found = found or totals
         if found != totals or part.tensor.dtype != placement.parts[0].tensor.dtype:
             raise LayoutError(

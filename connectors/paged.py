@@ -102,7 +102,8 @@ class PagedCache:
 class Attached:
     """A registered cache and the stack it is kept in; safe to call from threads.
 
-    Close it before the stack, and before the tensors change their place.
+    Close it before the stack, and before the tensors change their place. It holds L1's memory: a
+    stack that is closed too early is not a crash, and its memory goes when this is closed.
     """
 
     def __init__(self, cache: PagedCache, stack: Stack, threads: int) -> None:
@@ -114,6 +115,7 @@ class Attached:
         self._cache = cache
         self._closed = False
         self._stack = stack
+        self._memory = stack.front.slab.view(0)
         self._copier = open_copier(
             cache.placement, stack.front.slab, order=cache.order, threads=threads
         )
@@ -174,6 +176,7 @@ class Attached:
         """Wait for running copies, and refuse new ones. Twice is allowed."""
         self._closed = True
         self._copier.close()
+        self._memory.release()
 
     def __enter__(self) -> Self:
         return self

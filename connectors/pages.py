@@ -43,8 +43,8 @@ _Integers = NDArray[np.int64]
 # bytes ahead, over the end of a run into the next; and the next one's first line when a run begins,
 # since it takes longest to find out where a new page of memory is. Lines are written past the
 # caches: what a cache would have to read first, only to have it overwritten, is not read. Of one
-# contiguous copy, runs of 4 to 32 KiB were gathered at 0.73 to 0.90 by a memcpy each, and at 1.00
-# to 1.14 so (at 0.83 to 1.05 with 1 KiB ahead); scattered at 0.96 to 1.07, and at 1.30 to 1.36.
+# contiguous copy, runs of 4 to 32 KiB were gathered at 0.76 to 0.90 by a memcpy each, and at 1.00
+# to 1.14 so (at 0.90 to 1.05 with 1 KiB ahead); scattered at 0.96 to 1.04, and at 1.30 to 1.36.
 _AHEAD = 4096
 _LINE = 64
 

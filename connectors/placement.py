@@ -5,7 +5,7 @@ Always true here:
 * The pages of a block are all its bytes, each once, in the order that they have in memory: layer
   after layer, tensor after tensor, axis by axis, the one with the widest stride first.
 * ``form`` says what that order means. Of two caches with equal forms, one's bytes are the other's.
-* No two elements share an address; tensors of which that cannot be said are refused.
+* No two elements of a tensor share an address; where that cannot be said, it is refused.
 """
 
 from __future__ import annotations

@@ -160,7 +160,25 @@ def test_a_layout_of_ones_own() -> None:
     assert len(placement.pages()) == 4  # a run of K, and of V, for each head
     both = keys[:, 3].numpy().tobytes() + values[:, 3].numpy().tobytes()
     assert block_bytes(placement, 3) == both
-    with pytest.raises(LayoutError, match="no canonical order: width are none of"):
+    with pytest.raises(LayoutError, match=r"no canonical order: .* this has 2, and width"):
+        canonical_form(placement)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "shapes", "wrong"),
+    [
+        (("blocks layers tokens heads dim",), [(9, 2, 16, 3, 8)], "this has 1, and layers"),
+        (("blocks kv tokens dim",) * 2, [(9, 2, 16, 8)] * 2, "this has 2, and kv"),
+        (("blocks tokens dim",) * 3, [(9, 16, 8)] * 3, "this has 3, and no others"),
+    ],
+)
+def test_what_canonical_order_cannot_place_is_refused(
+    tensors: tuple[str, ...], shapes: list[tuple[int, ...]], wrong: str
+) -> None:
+    layer = [torch.zeros(shape) for shape in shapes]
+    placement = place([layer], Layout("ours", tensors))
+    assert placement.block_nbytes == sum(tensor[0].nbytes for tensor in layer)
+    with pytest.raises(LayoutError, match=wrong):
         canonical_form(placement)
 
 

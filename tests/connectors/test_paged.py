@@ -321,10 +321,23 @@ def test_after_close_nothing_is_copied_and_nothing_is_lost() -> None:
             assert kept.load(chain(2), [4, 5]) == 2
 
 
+@pytest.mark.parametrize("order", ["raw", "canonical"])
+def test_a_stack_closed_too_early_is_no_crash(order: Any) -> None:
+    engine = Engine("kv-first", order)
+    stack = opened(BLOCK_NBYTES)
+    kept = engine.attach(stack)
+    stack.close()
+    assert kept.save([0, 1], chain(2)).stored == 2  # into memory that nobody else has any more
+    assert kept.load(chain(2), [4, 5]) == 2
+    kept.close()
+
+
 def test_a_layout_without_meaning_has_no_canonical_order() -> None:
     layers = KINDS["packed"].make(G)
     assert PagedCache(layers, "opaque").block_nbytes == BLOCK_NBYTES
-    with pytest.raises(LayoutError, match=r"opaque \[blocks, ...\] has no canonical order"):
+    with pytest.raises(
+        LayoutError, match=r"opaque \[blocks, ...\] has no canonical order.* 1, 2, 3"
+    ):
         PagedCache(layers, "opaque", order="canonical")
     layers[1] = torch.zeros(8, 2, 16, 64, dtype=torch.bfloat16)
     with pytest.raises(LayoutError, match="layers that differ: layer 1 has"):
