@@ -1,19 +1,21 @@
-"""The seam between who knows what to copy and who copies it: pages of an engine, slots of a slab.
+"""The seam between who knows what to copy and who copies it: blocks of an engine, slots of a slab.
 
-An engine keeps one region of memory per layer, cut into pages; block b is page b of every layer.
-A slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is the
-pages of its layers, one after another.
+A block lies in an engine's cache in one run of bytes per layer, or several (`placement.Pages`). A
+slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is those
+runs, one after another.
 
 Always true of every copier:
 - Only whole pages move, and nothing outside them is read or written.
-- A call that raises has moved nothing of which more is to come: nothing is under way.
+- A call refused for its arguments has moved nothing; of a call that raises nothing is under way.
 - After `close` returns no copy is running and none can begin, so the memory may be unmapped.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -21,24 +23,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcache.connectors.placement import Pages
+
 Integers = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """One layer's pages: page b is the `nbytes` bytes at `address + b * stride`, 0 <= b < `count`.
-
-    `stride` is in bytes; it exceeds `nbytes` where the engine interleaves layers.
-    """
-
-    address: int
-    nbytes: int
-    stride: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.nbytes < 1 or self.count < 1 or self.stride < self.nbytes:
-            raise ValueError(f"{self}: nbytes and count must be at least 1, stride at least nbytes")
 
 
 class Copy(Protocol):
@@ -52,6 +39,9 @@ class Copy(Protocol):
     def seconds(self) -> float:
         """What it took, once it is over."""
 
+    def wait(self) -> None:
+        """Wait until it is over."""
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -60,112 +50,142 @@ class Made:
     seconds: float
     over: bool = True
 
+    def wait(self) -> None:
+        return
+
 
 class PageCopier(ABC):
-    """Moves blocks between one rank's pages and its shards of the slots.
+    """Moves blocks between one rank's pages and its shards of the slots; safe to call from threads.
 
     Both copies take two sequences of equal length: the i-th block goes with the i-th slot.
     They raise ValueError when the lengths differ or two copies have the same target, IndexError
-    for a block or slot that does not exist, RuntimeError after `close`.
+    for a block or slot that does not exist, RuntimeError after `close`. A mechanism has two methods
+    to fill in; what it is given there has been checked.
 
     Pages are the engine's in the order of its own work: a copy sees what the engine had begun to
     write before the call, and what it begins after the call sees what the copy wrote. Slots are
     the caller's, who leaves them alone until the copy is over.
     """
 
-    @abstractmethod
+    def __init__(self, *, blocks: int, slots: int) -> None:
+        self._counts = {"block": blocks, "slot": slots}
+        self._running = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Copy:
         """Copy the engine's pages of `blocks` into `slots`."""
+        with self._in_flight():
+            return self._gather(*self._checked(block=blocks, slot=slots))
 
-    @abstractmethod
     def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Copy:
         """Copy the shards in `slots` to the engine's pages of `blocks`.
 
         Not `awaited`: what the engine begins after the call need not see them, and touches none of
         them until the copy is over.
         """
+        with self._in_flight():
+            read, written = self._checked(slot=slots, block=blocks)
+            return self._scatter(read, written, awaited)
 
-    @abstractmethod
     def fence(self, blocks: Collection[int]) -> None:
         """The engine will write `blocks` from now on: it does when nobody reads them any more."""
+        return  # nobody does where copies are over when calls return
 
-    @abstractmethod
+    def ready(self, slots: int) -> None:
+        """The memory of the first `slots` slots is there: it may be made ready for copies."""
+        return
+
     def close(self) -> None:
         """Wait for running copies and refuse new ones. May be called again."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._running)
 
+    @abstractmethod
+    def _gather(self, blocks: Integers, slots: Integers) -> Copy: ...
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Where each layer's pages lie on one side of a copy, and how many rows of them there are."""
+    @abstractmethod
+    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> Copy: ...
 
-    noun: str
-    count: int
-    addresses: Integers
-    strides: Integers
-
-    def rows(self, ids: Sequence[int]) -> Integers:
-        """`ids` as an array, every one of them checked."""
-        rows = integers(ids)
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.count):
-            wrong = next(row for row in ids if not 0 <= row < self.count)
-            raise IndexError(f"{self.noun} {wrong} does not exist: there are {self.count}, from 0")
+    def _checked(self, **given: Sequence[int]) -> tuple[Integers, Integers]:
+        """Sources and targets as arrays, every one of them looked at."""
+        (source, sources), (target, targets) = given.items()
+        if len(sources) != len(targets):
+            raise ValueError(
+                f"{len(sources)} {source}s do not pair up with {len(targets)} {target}s"
+            )
+        rows = integers(sources), integers(targets)
+        for noun, ids in zip(given, rows, strict=True):
+            count = self._counts[noun]
+            if len(ids) and (ids.min() < 0 or ids.max() >= count):
+                wrong = next(row for row in ids.tolist() if not 0 <= row < count)
+                raise IndexError(f"{noun} {wrong} does not exist: there are {count}, from 0")
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"a {target} is the target of two copies: {list(targets)}")
         return rows
+
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("this page copier is closed")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
 
 
 class Sides:
-    """Both sides of a rank's copies.
+    """Where every run of a block begins on both sides of a rank's copies, and how far apart.
 
-    `layers` are this rank's pages, in the order of its shard; blocks exist that every layer has.
+    `pages` are this rank's, in the order of its shard; blocks exist that all of them have.
     Slot s begins at `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and
     slab must not overlap.
+
+    Attributes:
+        nbytes: of each run.
+        engine: addresses of the runs of block 0, and strides to those of the next.
+        slab: the same of slots.
     """
 
     def __init__(
         self,
-        layers: Sequence[Pages],
+        pages: Sequence[Pages],
         *,
         slab_address: int,
         slots: int,
         slot_nbytes: int,
         offset: int = 0,
     ) -> None:
-        if not layers:
-            raise ValueError("layers is empty: there are no pages to copy")
+        if not pages:
+            raise ValueError("there are no pages to copy")
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
-        *begins, end = accumulate((layer.nbytes for layer in layers), initial=offset)
-        if offset < 0 or end > slot_nbytes:
-            raise ValueError(
-                f"a shard of {end - offset} bytes at offset {offset}"
-                f" does not lie inside a slot of {slot_nbytes} bytes"
-            )
-        self.nbytes = integers([layer.nbytes for layer in layers])  # per layer
-        self.blocks = Side(
-            "block",
-            min(layer.count for layer in layers),
-            integers([layer.address for layer in layers]),
-            integers([layer.stride for layer in layers]),
+        *begins, end = accumulate((page.nbytes for page in pages), initial=offset)
+        check_shard(offset, end - offset, slot_nbytes)
+        self.counts = {"blocks": min(page.count for page in pages), "slots": slots}
+        self.nbytes = integers([page.nbytes for page in pages])
+        self.engine = (
+            integers([page.address for page in pages]),
+            integers([page.stride for page in pages]),
         )
-        self.slots = Side(
-            "slot",
-            slots,
+        self.slab = (
             integers([slab_address + begin for begin in begins]),
-            integers([slot_nbytes] * len(layers)),
+            integers([slot_nbytes] * len(pages)),
         )
 
 
-def paired(
-    source: Side, sources: Sequence[int], target: Side, targets: Sequence[int]
-) -> tuple[Integers, Integers]:
-    """The rows to read and those to write, checked as `PageCopier` says."""
-    if len(sources) != len(targets):
+def check_shard(offset: int, nbytes: int, slot_nbytes: int) -> None:
+    """Raise ValueError for a shard that does not lie inside a slot."""
+    if offset < 0 or offset + nbytes > slot_nbytes:
         raise ValueError(
-            f"{len(sources)} {source.noun}s do not pair up with {len(targets)} {target.noun}s"
+            f"a shard of {nbytes} bytes at offset {offset}"
+            f" does not lie inside a slot of {slot_nbytes} bytes"
         )
-    read, written = source.rows(sources), target.rows(targets)
-    if len(set(targets)) < len(targets):
-        raise ValueError(f"a {target.noun} is the target of two copies: {list(targets)}")
-    return read, written
 
 
 def integers(values: Sequence[int]) -> Integers:

@@ -12,58 +12,19 @@ Always true here:
 * A store's pages are written by nobody while it reads them: not by loads, which wait for it, nor by
   the engine, if it names in `fence` what it will write anew.
 * Slots are touched until the copy is over, and no longer; so they are even when a call raises.
-* One thread makes all calls, the engine's own: the streams are of its order.
+* One thread makes all copies, the engine's own: the streams are of its order.
+* The slab is pinned as far as it is `ready`, until `close`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from kvcache.connectors.copier import Integers, PageCopier, Pages, Side, Sides, paired
-
-
-class Mark(Protocol):
-    """A point in the order of a stream."""
-
-    def passed(self) -> bool:
-        """Whether the device is past it; asking waits for nobody."""
-
-    def wait(self) -> None:
-        """Wait until it is; the caller's thread does."""
-
-    def since(self, earlier: Any) -> float:
-        """Seconds between two points that the device is past."""
-
-
-class Stream(Protocol):
-    """Work for a device, done in order."""
-
-    def mark(self) -> Mark:
-        """The point after all that was given to it until now."""
-
-    def after(self, mark: Any) -> None:
-        """What is given to it from now on is done when the device is past `mark`."""
-
-    def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
-        """Copy `nbytes[i]` bytes from the address `sources[i]` to `targets[i]`, for every i."""
-
-
-class Device(Protocol):
-    """What computes and copies."""
-
-    def engine(self) -> Stream:
-        """The stream that the calling thread computes on."""
-
-    def stream(self) -> Stream:
-        """A stream of one's own."""
-
-    def pin(self, address: int, nbytes: int) -> str:
-        """Lock host memory for copies at full speed; why that failed, or nothing."""
-
-    def unpin(self, address: int) -> None:
-        """Undo `pin`."""
+from kvcache.connectors.copier import Integers, PageCopier, Sides
+from kvcache.connectors.pins import Pins
+from kvcache.connectors.placement import Pages
+from kvcache.connectors.streams import Device, Mark, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +44,16 @@ class _Copying:
     def seconds(self) -> float:
         return self.end.since(self.begin)
 
+    def wait(self) -> None:
+        self.end.wait()
+
 
 class DeviceCopier(PageCopier):
     """Copies on two streams, one for each direction; arguments as `Sides` has them."""
 
     def __init__(
         self,
-        layers: Sequence[Pages],
+        pages: Sequence[Pages],
         *,
         slab_address: int,
         slots: int,
@@ -98,28 +62,26 @@ class DeviceCopier(PageCopier):
         device: Device,
     ) -> None:
         self._sides = Sides(
-            layers, slab_address=slab_address, slots=slots, slot_nbytes=slot_nbytes, offset=offset
+            pages, slab_address=slab_address, slots=slots, slot_nbytes=slot_nbytes, offset=offset
         )
+        super().__init__(**self._sides.counts)
         self._device = device
+        self._pins = Pins(slab_address, slots, slot_nbytes, device)
         self._loads, self._stores = device.stream(), device.stream()
         self._storing: list[_Copying] = []  # under way when it was last looked
-        self._closed = False
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> _Copying:
-        copying = self._copy(
-            self._stores, self._sides.blocks, blocks, self._sides.slots, slots, blocks
-        )
+    def _gather(self, blocks: Integers, slots: Integers) -> _Copying:
+        ends = (slots, *self._sides.slab, blocks, *self._sides.engine)
+        copying = self._copy(self._stores, ends, frozenset(blocks.tolist()))
         self._storing = [*self._under_way(), copying]
         return copying
 
-    def scatter(
-        self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True
-    ) -> _Copying:
-        for storing in self._reading(blocks):
+    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> _Copying:
+        written = frozenset(blocks.tolist())
+        for storing in self._reading(written):
             self._loads.after(storing.end)
-        copying = self._copy(
-            self._loads, self._sides.slots, slots, self._sides.blocks, blocks, blocks
-        )
+        ends = (blocks, *self._sides.engine, slots, *self._sides.slab)
+        copying = self._copy(self._loads, ends, written)
         if awaited:
             self._device.engine().after(copying.end)
         return copying
@@ -128,10 +90,14 @@ class DeviceCopier(PageCopier):
         for storing in self._reading(blocks):
             self._device.engine().after(storing.end)
 
+    def ready(self, slots: int) -> None:
+        self._pins.ready(slots)
+
     def close(self) -> None:
-        self._closed = True
+        super().close()
         for stream in (self._loads, self._stores):
             stream.mark().wait()
+        self._pins.close()
 
     def _reading(self, blocks: Collection[int]) -> list[_Copying]:
         """The stores under way that read some of `blocks`."""
@@ -141,28 +107,19 @@ class DeviceCopier(PageCopier):
     def _under_way(self) -> list[_Copying]:
         return [storing for storing in self._storing if not storing.over]
 
-    def _copy(
-        self,
-        stream: Stream,
-        source: Side,
-        sources: Sequence[int],
-        target: Side,
-        targets: Sequence[int],
-        blocks: Sequence[int],
-    ) -> _Copying:
-        if self._closed:
-            raise RuntimeError("this page copier is closed")
-        read, written = paired(source, sources, target, targets)
+    def _copy(self, stream: Stream, ends: tuple[Integers, ...], blocks: frozenset[int]) -> _Copying:
+        """Targets, their addresses and strides; sources, and theirs."""
+        written, to, to_strides, read, at, at_strides = ends
         addresses = (
-            (target.addresses + written[:, None] * target.strides).ravel(),
-            (source.addresses + read[:, None] * source.strides).ravel(),
+            (to + written[:, None] * to_strides).ravel(),
+            (at + read[:, None] * at_strides).ravel(),
             self._sides.nbytes[None, :].repeat(len(read), axis=0).ravel(),
         )
         stream.after(self._device.engine().mark())
         begin = stream.mark()
         try:
             stream.copy(*addresses)
-            return _Copying(begin, stream.mark(), frozenset(blocks), addresses)
+            return _Copying(begin, stream.mark(), blocks, addresses)
         except BaseException:
             stream.mark().wait()  # part of it may be under way, and the slots are another's next
             raise

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from kvcache.connectors.device import Device
-from kvcache.slab import Slab
+from kvcache.connectors.streams import Device
 
 log = logging.getLogger(__name__)
 
@@ -18,35 +17,38 @@ _PIECE = 1 << 30  # a registration costs the driver something, whatever its size
 
 
 class Pins:
-    """Pins `slab` for `device` while `slab.populate(pins.ready)` makes it."""
+    """Pins for `device` the slots that are ready, of a slab that begins at `address`."""
 
-    def __init__(self, slab: Slab, device: Device) -> None:
-        self._slab = slab
+    def __init__(self, address: int, slots: int, slot_nbytes: int, device: Device) -> None:
+        self._address = address
+        self._slots = slots
+        self._slot_nbytes = slot_nbytes
         self._device = device
         self._lock = threading.Lock()
         self._pieces: list[int] = []  # their addresses
-        self._end = 0  # bytes from the slab's begin that need no pinning any more
+        self._end = 0  # bytes from the slab's begin that are pinned
         self._refused = False
 
     def ready(self, slots: int) -> None:
         """The memory of the first `slots` slots is there."""
+        whole = self._slots * self._slot_nbytes
         with self._lock:
-            end = slots * self._slab.slot_nbytes
-            if self._refused or end - self._end < (_PIECE if slots < self._slab.slots else 1):
+            end = slots * self._slot_nbytes
+            if self._refused or end - self._end < (_PIECE if slots < self._slots else 1):
                 return
-            address = self._slab.address + self._end
+            address = self._address + self._end
             if why := self._device.pin(address, end - self._end):
                 self._refused = True
                 log.warning(
                     "kvcache: %.1f of %.1f GiB of L1 are pinned, and no more can be: %s; copies "
                     "from and to the rest are slower",
-                    self._end / 2**30, self._slab.nbytes / 2**30, why,
+                    self._end / 2**30, whole / 2**30, why,
                 )  # fmt: skip
                 return
             self._pieces.append(address)
             self._end = end
-            if slots == self._slab.slots:
-                log.info("kvcache: %.1f GiB of L1 are pinned", self._slab.nbytes / 2**30)
+            if end == whole:
+                log.info("kvcache: %.1f GiB of L1 are pinned", whole / 2**30)
 
     def close(self) -> None:
         """Unpin all, and pin no more."""

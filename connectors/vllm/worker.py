@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
-from kvcache.connectors.copier import Copy, PageCopier, Pages
-from kvcache.connectors.device import Device, DeviceCopier
-from kvcache.connectors.pages import CpuCopier, prepare
-from kvcache.connectors.pins import Pins
+from kvcache.connectors.copier import Copy, PageCopier
+from kvcache.connectors.copies import device_of, form, open_copier
+from kvcache.connectors.layouts import LayoutError
+from kvcache.connectors.pages import prepare
+from kvcache.connectors.placement import Placement, place
+from kvcache.connectors.streams import Device
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab
@@ -51,12 +53,10 @@ class WorkerSide:
         self._config = kv_cache_config
         self._rank = rank
         self._threads = threads
-        self._pages: list[Pages] = []
-        self._form = ""
-        self._element_nbytes = 0
+        self._placement: Placement | None = None
+        self._shard: Shard | None = None
         self._slab: Slab | None = None
         self.device: Device | None = None  # that the engine computes on; None: this processor
-        self._pins: Pins | None = None
         self.copier: PageCopier | None = None
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
@@ -67,28 +67,29 @@ class WorkerSide:
         """Learn where the pages of every layer lie.
 
         Raises:
-            RuntimeError: for a cache on another device, or whose pages are not contiguous.
+            RuntimeError: for a cache on a device that is not known, or not cut into blocks.
         """
-        group = self._config.kv_cache_groups[0]
-        self._pages = [
-            layer_pages(name, caches[name], self._config.num_blocks) for name in group.layer_names
-        ]
-        first = caches[group.layer_names[0]]
-        self._form, self._element_nbytes = form_of(first), first.element_size()
-        if first.device.type == "cuda":
-            from kvcache.connectors.cuda import Cuda
-
-            self.device = Cuda(first.device)
-        else:
+        names = self._config.kv_cache_groups[0].layer_names
+        try:
+            ours = {name: caches[name] for name in names}  # there may be aliases among the others
+            placement = self._placement = place_caches(ours, self._config.num_blocks)
+            self.device = device_of(placement)
+        except ValueError as error:
+            raise RuntimeError(f"kvcache: {error}") from error
+        where = host_form() if self.device is None else placement.device.partition(":")[0]
+        self._shard = Shard(
+            placement.block_nbytes,
+            host_name(),
+            f"{form(placement)} {where}",
+            placement.element_nbytes,
+            beside=self.device is not None,
+        )
+        if self.device is None:
             prepare()
 
     def shard(self) -> Shard | None:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
-        if not self._pages:
-            return None
-        nbytes = sum(pages.nbytes for pages in self._pages)
-        beside = self.device is not None
-        return Shard(nbytes, host_name(), self._form, self._element_nbytes, beside)
+        return self._shard
 
     def prepare(self, step: Step) -> None:
         """Before anything is done for ``step``: the engine may write the blocks it hands out."""
@@ -140,7 +141,7 @@ class WorkerSide:
                 telemetry.DIRECTION: "load" if load else "store",
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
                 telemetry.REQUESTED: blocks,
-                telemetry.PAYLOAD: blocks * sum(pages.nbytes for pages in self._pages),
+                telemetry.PAYLOAD: blocks * (self._shard.nbytes if self._shard else 0),
             },
             error=error,
         )
@@ -148,19 +149,15 @@ class WorkerSide:
 
     def _attach(self, memory: Memory) -> PageCopier:
         slab = self._slab = self._slab or Slab.attach(memory.slab)
-        where = {
-            "slab_address": slab.address,
-            "slots": slab.slots,
-            "slot_nbytes": slab.slot_nbytes,
-            "offset": memory.offsets[self._rank],
-        }
-        if self.device is None:
-            self.copier = CpuCopier(self._pages, **where, threads=self._threads)
-            slab.populate()
-        else:
-            self.copier = DeviceCopier(self._pages, **where, device=self.device)
-            self._pins = Pins(slab, self.device)
-            slab.populate(self._pins.ready)
+        assert self._placement is not None
+        self.copier = open_copier(
+            self._placement,
+            slab,
+            device=self.device,
+            offset=memory.offsets[self._rank],
+            threads=self._threads,
+        )
+        slab.populate(self.copier.ready)
         return self.copier
 
     def _ack(self, transfer: Transfer, *, failed: bool) -> None:
@@ -199,64 +196,39 @@ class WorkerSide:
         if self.copier is not None:
             self.copier.close()
             self.copier = None
-        if self._pins is not None:
-            self._pins.close()
-            self._pins = None
         if self._slab is not None:
             self._slab.close()
             self._slab = None
 
 
-def form_of(cache: torch.Tensor) -> str:
-    """What sets the bytes of a page apart, beyond their number.
+def host_form() -> str:
+    """What sets the bytes of a page apart on a CPU, beyond what its tensor shows.
 
-    On a CPU the same model has other bytes on another instruction set: attention packs its keys and
-    values for the one it runs on.
+    The same model has other bytes on another instruction set: attention packs its keys and values
+    for the one it runs on.
     """
     import torch
 
-    page = f"{tuple(cache.shape[1:])} {cache.stride()[1:]} {cache.dtype}"
-    if cache.device.type != "cpu":
-        return f"{page} {cache.device.type}"
     amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return f"{page} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
 
 
-def layer_pages(name: str, cache: torch.Tensor, blocks: int) -> Pages:
-    """Where the pages of one layer lie.
+def place_caches(caches: dict[str, torch.Tensor], blocks: int) -> Placement:
+    """Where the blocks of these layers lie.
 
     Args:
-        name: the layer, for messages.
-        cache: ``[blocks * n, ...]``, n kernel blocks to a block; the view that vLLM registers.
-        blocks: blocks of the engine's cache.
+        caches: by name, the views that vLLM registers: ``[blocks * n, ...]``, n kernel blocks to
+            a block. What the other axes mean is their attention's matter, so pages are opaque.
+        blocks: of the engine's cache.
 
     Raises:
-        RuntimeError: when this cannot be copied page by page here.
+        LayoutError: when a cache is not so many blocks, or cannot be copied run by run.
     """
-    import torch
-
-    if cache.device.type != "cpu" and (cache.device.type != "cuda" or torch.version.hip):
-        raise RuntimeError(
-            f"kvcache: the KV cache of layer {name} is on {cache.device}; this version copies "
-            "from and to a CPU and CUDA devices"
-        )
-    if cache.shape[0] % blocks or not cache[0].is_contiguous():
-        raise RuntimeError(
-            f"kvcache: the KV cache of layer {name}, shape {tuple(cache.shape)}, strides "
-            f"{cache.stride()}, is not {blocks} blocks of contiguous pages; use a layout in which "
-            "a block of a layer is one run of bytes, such as VLLM_KV_CACHE_LAYOUT=LBHNC"
-        )
-    kernel_blocks = cache.shape[0] // blocks
-    stride = cache.stride(0) * cache.element_size()
-    nbytes = cache[0].nbytes
-    if kernel_blocks > 1 and stride != nbytes:
-        raise RuntimeError(
-            f"kvcache: the KV cache of layer {name} splits a block into {kernel_blocks} pieces "
-            f"that lie {stride} bytes apart and have {nbytes}; they must follow each other"
-        )
-    return Pages(
-        address=cache.data_ptr(),
-        nbytes=nbytes * kernel_blocks,
-        stride=stride * kernel_blocks,
-        count=blocks,
-    )
+    for name, cache in caches.items():
+        if not cache.shape[0] or cache.shape[0] % blocks:
+            raise LayoutError(
+                f"the KV cache of layer {name}, shape {tuple(cache.shape)}, strides "
+                f"{cache.stride()}, is not {blocks} blocks"
+            )
+    views = {name: cache.unflatten(0, (blocks, -1)) for name, cache in caches.items()}
+    return place(views, "opaque")

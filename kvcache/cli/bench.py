@@ -69,8 +69,8 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
 
     import numpy as np
 
-    from kvcache.connectors.copier import Pages
     from kvcache.connectors.pages import CpuCopier
+    from kvcache.connectors.placement import Pages
     from kvcache.sizes import Size
     from kvcache.slab import Slab
     from kvcache.stack import Stack

@@ -24,27 +24,25 @@ class Rig:
     """Pages on the GPU and as many slots, ours; and flat memory of the same size, for the floor."""
 
     def __init__(self, torch: Any) -> None:
-        from kvcache.connectors.copier import Pages
         from kvcache.connectors.cuda import Cuda
         from kvcache.connectors.device import DeviceCopier
-        from kvcache.connectors.pins import Pins
+        from kvcache.connectors.placement import Pages
         from kvcache.slab import Slab
 
         self.torch = torch
         device = torch.device("cuda", 0)
         count = NBYTES // (PAGE * LAYERS)
         pages = torch.zeros((LAYERS, 4 * count, PAGE), dtype=torch.uint8, device=device)
-        cuda, self.slab = Cuda(device), Slab.create(2 * count, LAYERS * PAGE)
-        self.pins = Pins(self.slab, cuda)
-        self.slab.populate(self.pins.ready)
-        self.slab.wait_populated()
+        self.slab = Slab.create(2 * count, LAYERS * PAGE)
         self.copier = DeviceCopier(
             [Pages(layer.data_ptr(), PAGE, PAGE, 4 * count) for layer in pages],
             slab_address=self.slab.address,
             slots=2 * count,
             slot_nbytes=self.slab.slot_nbytes,
-            device=cuda,
+            device=Cuda(device),
         )
+        self.slab.populate(self.copier.ready)
+        self.slab.wait_populated()
         blocks = random.Random(0).sample(range(4 * count), 2 * count)
         self.stored, self.loaded = blocks[:count], blocks[count:]
         self.low, self.high = list(range(count)), list(range(count, 2 * count))
@@ -79,9 +77,8 @@ class Rig:
 
     def product_beside(self) -> float:
         """Seconds of the product, while copies go on in both directions."""
-        sides, copier = self.copier._sides, self.copier
-        copier.gather(self.stored, self.low)
-        copier._copy(copier._loads, sides.slots, self.high, sides.blocks, self.loaded, self.loaded)
+        self.copier.gather(self.stored, self.low)
+        self.copier.scatter(self.high, self.loaded, awaited=False)
         return self.seconds(self.product)
 
     def seconds(self, work: Callable[[], None]) -> float:
@@ -111,7 +108,6 @@ class Rig:
 
     def close(self) -> None:
         self.copier.close()
-        self.pins.close()
         self.slab.close()
 
 

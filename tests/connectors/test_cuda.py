@@ -11,9 +11,8 @@ pytest.importorskip("torch")
 
 import torch
 
-from kvcache.connectors.copier import Pages
 from kvcache.connectors.device import DeviceCopier
-from kvcache.connectors.pins import Pins
+from kvcache.connectors.placement import Pages
 from kvcache.slab import Slab
 
 pytestmark = [
@@ -50,9 +49,6 @@ def pages() -> Any:
 
 @pytest.fixture
 def copier(slab: Slab, device: Any, pages: Any) -> Iterator[DeviceCopier]:
-    pins = Pins(slab, device)
-    slab.populate(pins.ready)
-    slab.wait_populated()
     made = DeviceCopier(
         [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS) for layer in pages],
         slab_address=slab.address,
@@ -60,9 +56,10 @@ def copier(slab: Slab, device: Any, pages: Any) -> Iterator[DeviceCopier]:
         slot_nbytes=slab.slot_nbytes,
         device=device,
     )
+    slab.populate(made.ready)
+    slab.wait_populated()
     yield made
     made.close()
-    pins.close()
 
 
 def wait(copy: Any) -> None:

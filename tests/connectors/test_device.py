@@ -13,8 +13,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors.copier import Copy, Pages
+from kvcache.connectors.copier import Copy
 from kvcache.connectors.device import DeviceCopier
+from kvcache.connectors.placement import Pages
 from tests.connectors.streams import Device
 
 LAYERS, PAGE, BLOCKS, SLOTS = 3, 8, 5, 4

@@ -28,12 +28,13 @@ there.wait()
 
 import numpy as np
 from kvcache.connectors import pages
+from kvcache.connectors.placement import Pages
 
 pages._ALONE_BELOW = 0
 memory = np.zeros(2, dtype=np.uint8)
 address = memory.ctypes.data
 copier = pages.CpuCopier(
-    [pages.Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1, threads=2
+    [Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1, threads=2
 )
 copier.gather([0], [0])
 (worker,) = [t for t in threading.enumerate() if t.name.startswith("kvcache-pages")]
@@ -57,5 +58,5 @@ def test_says_what_to_install_when_numba_is_missing(monkeypatch: pytest.MonkeyPa
     spec = importlib.util.spec_from_file_location("pages_without_numba", pages.__file__)
     assert spec is not None
     assert spec.loader is not None
-    with pytest.raises(ImportError, match=r"pip install 'kvcache\[vllm\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'kvcache\[torch\]', or 'kvcache\[vllm\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

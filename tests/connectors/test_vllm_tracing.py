@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.messages import Step
+from kvcache.connectors.vllm.messages import Shard, Step
 from kvcache.connectors.vllm.worker import WorkerSide
 from tests.connectors.played import BLOCK, SHARD, Played, Request, opened
 from tests.connectors.test_vllm_worker import Copier
@@ -33,7 +33,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
 def worker(*failing: int) -> WorkerSide:
     config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=[])], num_blocks=16)
     side = WorkerSide(config, (0, 1), 1)
-    side._pages = [SimpleNamespace(nbytes=SHARD)]  # type: ignore[list-item]
+    side._shard = Shard(SHARD, "", "")
     side.copier = Copier(*failing)  # type: ignore[assignment]
     return side
 

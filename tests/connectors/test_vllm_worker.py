@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from kvcache.connectors.copier import Made
 from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
-from kvcache.connectors.vllm.worker import WorkerSide, layer_pages
+from kvcache.connectors.vllm.worker import WorkerSide, place_caches
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
 
 pytestmark = pytest.mark.engine
@@ -23,8 +24,13 @@ pytestmark = pytest.mark.engine
 BLOCKS = 4
 
 
-def bytes_of(pages: Any, block: int) -> bytes:
-    return ctypes.string_at(pages.address + block * pages.stride, pages.nbytes)
+def block_bytes(cache: torch.Tensor, block: int) -> bytes:
+    """All runs of a block, in their order."""
+    pages = place_caches({"one": cache}, BLOCKS).pages()
+    assert {page.count for page in pages} == {BLOCKS}
+    return b"".join(
+        ctypes.string_at(page.address + block * page.stride, page.nbytes) for page in pages
+    )
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -37,62 +43,88 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_contiguous_pages(dtype: torch.dtype) -> None:
     cache = torch.randint(0, 100, (BLOCKS, 2, 32, 8)).to(dtype)
-    pages = layer_pages("layer", cache, BLOCKS)
-    assert pages.count == BLOCKS
     for block in range(BLOCKS):
-        assert bytes_of(pages, block) == tensor_bytes(cache[block])
+        assert block_bytes(cache, block) == tensor_bytes(cache[block])
 
 
 def test_a_layer_inside_the_storage_of_all() -> None:
     """As vLLM registers it: all layers are views of one storage."""
     storage = torch.randint(0, 100, (3, BLOCKS, 2, 32, 8), dtype=torch.int16)
     for layer in range(3):
-        pages = layer_pages("layer", storage[layer], BLOCKS)
-        assert bytes_of(pages, 2) == tensor_bytes(storage[layer, 2])
+        assert block_bytes(storage[layer], 2) == tensor_bytes(storage[layer, 2])
 
 
 def test_layers_interleaved() -> None:
     """A block-outermost layout: between two pages of a layer lie those of the others."""
     storage = torch.randint(0, 100, (BLOCKS, 3, 2, 32, 8), dtype=torch.int16)
     for layer in range(3):
-        pages = layer_pages("layer", storage[:, layer], BLOCKS)
-        assert pages.stride == 3 * pages.nbytes
+        [page] = place_caches({"one": storage[:, layer]}, BLOCKS).pages()
+        assert page.stride == 3 * page.nbytes
         for block in range(BLOCKS):
-            assert bytes_of(pages, block) == tensor_bytes(storage[block, layer])
+            assert block_bytes(storage[:, layer], block) == tensor_bytes(storage[block, layer])
 
 
 def test_blocks_of_several_kernel_blocks() -> None:
     cache = torch.randint(0, 100, (BLOCKS * 4, 2, 32, 8), dtype=torch.int16)
-    pages = layer_pages("layer", cache, BLOCKS)
-    assert pages.count == BLOCKS
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 1
     for block in range(BLOCKS):
-        assert bytes_of(pages, block) == tensor_bytes(cache[4 * block : 4 * block + 4])
+        assert block_bytes(cache, block) == tensor_bytes(cache[4 * block : 4 * block + 4])
 
 
-def test_kernel_blocks_apart_are_refused() -> None:
-    storage = torch.zeros((BLOCKS * 2, 3, 2, 32, 8), dtype=torch.int16)
-    with pytest.raises(RuntimeError, match=r"layer one splits a block into 2 pieces .* 3072 bytes"):
-        layer_pages("one", storage[:, 1], BLOCKS)
+def test_kernel_blocks_apart_are_pages_of_their_own() -> None:
+    storage = torch.randint(0, 100, (BLOCKS * 2, 3, 2, 32, 8), dtype=torch.int16)
+    cache = storage[:, 1]
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 2
+    for block in range(BLOCKS):
+        assert block_bytes(cache, block) == tensor_bytes(cache[2 * block : 2 * block + 2])
 
 
-@pytest.mark.parametrize(
-    "cache",
-    [
-        torch.zeros((BLOCKS, 32, 2, 8)).transpose(1, 2),  # tokens before heads
-        torch.zeros((2, BLOCKS, 32, 8)).transpose(0, 1),  # blocks under heads
-        torch.zeros((BLOCKS + 1, 2, 32, 8)),
-    ],
-    ids=["strided in a page", "page in two halves", "no whole number"],
-)
-def test_what_is_not_pages_is_refused(cache: torch.Tensor) -> None:
-    with pytest.raises(RuntimeError, match=r"layer one, shape .* is not 4 blocks of contiguous"):
-        layer_pages("one", cache, BLOCKS)
+def test_a_page_is_in_the_order_of_memory() -> None:
+    """Tokens before heads: the shape says heads first, and the bytes are not shuffled for that."""
+    cache = torch.randint(0, 100, (BLOCKS, 32, 2, 8), dtype=torch.int16).transpose(1, 2)
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 1
+    assert block_bytes(cache, 1) == tensor_bytes(cache[1].transpose(0, 1))
+
+
+def test_a_block_in_two_halves() -> None:
+    """Blocks lie under heads: every head of a block is a run."""
+    cache = torch.randint(0, 100, (2, BLOCKS, 32, 8), dtype=torch.int16).transpose(0, 1)
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 2
+    for block in range(BLOCKS):
+        assert block_bytes(cache, block) == tensor_bytes(cache[block])
+
+
+def test_what_is_not_blocks_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"layer two, shape \(5, 2, 8\), .* is not 16 blocks"):
+        side().register({"one": torch.zeros(16, 2, 8), "two": torch.zeros(5, 2, 8)})
+
+
+def test_elements_that_overlap_are_refused() -> None:
+    cache = torch.zeros(16, 1, 8).expand(16, 2, 8)
+    with pytest.raises(RuntimeError, match=r"layer one is .* its elements overlap"):
+        side().register({"one": cache, "two": torch.zeros(16, 2, 8)})
 
 
 def test_another_device_is_refused() -> None:
-    cache = torch.zeros((BLOCKS, 2, 32, 8), device="meta")
-    with pytest.raises(RuntimeError, match=r"layer one is on meta; .* CPU and CUDA"):
-        layer_pages("one", cache, BLOCKS)
+    worker = side()
+    worker._config.kv_cache_groups[0].layer_names.remove("two")
+    with pytest.raises(RuntimeError, match=r"the KV cache is on meta; .* CPU and CUDA"):
+        worker.register({"one": torch.zeros(16, 2, 8, device="meta")})
+
+
+def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
+    def form(*shape: int, swap: bool = False) -> str:
+        worker, cache = side(), torch.zeros(16, *shape)
+        cache = cache.transpose(1, 2) if swap else cache
+        worker.register({"one": cache, "two": torch.zeros(16, 2, 8)})
+        shard = worker.shard()
+        assert shard is not None
+        return shard.form
+
+    assert form(2, 32, 8) == form(2, 32, 8)
+    others = [form(32, 2, 8), form(32, 2, 8, swap=True), form(2, 8, 32)]
+    assert len({form(2, 32, 8), *others}) == 4
+    assert platform.machine() in form(2, 32, 8)
 
 
 # Copies

@@ -1,0 +1,204 @@
+"""Paged caches as engines lay them out, and what they mean: a model that knows no names of axes.
+
+Each kind makes the tensors of a cache in plain torch, and gives views of its K and V, in which
+numbers have their meaning: ``[blocks, tokens, heads, dim]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcache.sizes import Size
+from kvcache.slab import slot_nbytes_for
+from kvcache.stack import Stack
+from kvcache.tiers.dram import DramTier
+
+Tensor = Any
+Seen = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a cache. ``dtype`` is that of its numbers."""
+
+    layers: int = 2
+    blocks: int = 12
+    tokens: int = 16
+    heads: int = 3
+    dim: int = 32
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to lay a cache out: ``make`` all layers, ``see`` K and V of one.
+
+    ``see`` gives views, so what is written there is in the cache. An axis that a layout splits is
+    split in the view too: K of PagedAttention is ``[blocks, tokens, heads, dim / x, x]``.
+    """
+
+    layout: str
+    make: Callable[[Geometry], list[Any]]
+    see: Callable[[Any], Seen]
+
+
+def _empty(g: Geometry, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=g.dtype)
+
+
+def _each(make: Callable[[Geometry], Any]) -> Callable[[Geometry], list[Any]]:
+    return lambda g: [make(g) for _ in range(g.layers)]
+
+
+def _paged_attention(g: Geometry) -> Any:
+    x = 16 // g.dtype.itemsize
+    keys = _empty(g, g.blocks, g.heads, g.dim // x, g.tokens, x)
+    return keys, _empty(g, g.blocks, g.heads, g.dim, g.tokens)
+
+
+def _interleaved(g: Geometry) -> list[Any]:
+    """Block-outermost, as LMCache and vLLM's BLHNC have it: the layers of a block side by side."""
+    whole = _empty(g, g.blocks, g.layers, g.heads, g.tokens, 2 * g.dim)
+    return [whole[:, layer] for layer in range(g.layers)]
+
+
+def _heads_outside(g: Geometry) -> list[Any]:
+    """vLLM's LHBNC: every head has its own blocks."""
+    whole = _empty(g, g.layers, g.heads, g.blocks, g.tokens, 2 * g.dim)
+    return [layer.transpose(0, 1) for layer in whole]
+
+
+def opened(block_nbytes: int, blocks: int = 16) -> Stack:
+    """A stack of L1 alone that has room for so many blocks."""
+    slot_nbytes = slot_nbytes_for(block_nbytes)
+    tier = DramTier(block_nbytes=block_nbytes, capacity=Size(blocks * slot_nbytes))
+    tier.slab.wait_populated()
+    return Stack(tier, profile="tests")
+
+
+def _hnd(cache: Tensor) -> Seen:
+    keys, values = cache.transpose(-2, -3).unbind(1)
+    return keys, values
+
+
+def _packed(cache: Tensor) -> Seen:
+    keys, values = cache.transpose(1, 2).chunk(2, dim=-1)
+    return keys, values
+
+
+KINDS: dict[str, Kind] = {
+    "kv-first": Kind(
+        "kv-first",
+        _each(lambda g: _empty(g, 2, g.blocks, g.tokens, g.heads, g.dim)),
+        lambda cache: (cache[0], cache[1]),
+    ),
+    "kv-first, heads first in memory": Kind(
+        "kv-first",
+        _each(lambda g: _empty(g, 2, g.blocks, g.heads, g.tokens, g.dim).transpose(2, 3)),
+        lambda cache: (cache[0], cache[1]),
+    ),
+    "kv-first-hnd": Kind(
+        "kv-first-hnd",
+        _each(lambda g: _empty(g, 2, g.blocks, g.heads, g.tokens, g.dim)),
+        lambda cache: (cache[0].transpose(1, 2), cache[1].transpose(1, 2)),
+    ),
+    "blocks-first": Kind(
+        "blocks-first",
+        _each(lambda g: _empty(g, g.blocks, 2, g.tokens, g.heads, g.dim)),
+        lambda cache: (cache[:, 0], cache[:, 1]),
+    ),
+    "blocks-first-hnd": Kind(
+        "blocks-first-hnd",
+        _each(lambda g: _empty(g, g.blocks, 2, g.heads, g.tokens, g.dim)),
+        _hnd,
+    ),
+    "packed": Kind(
+        "packed", _each(lambda g: _empty(g, g.blocks, g.heads, g.tokens, 2 * g.dim)), _packed
+    ),
+    "packed, tokens first in memory": Kind(
+        "packed",
+        _each(lambda g: _empty(g, g.blocks, g.tokens, g.heads, 2 * g.dim).transpose(1, 2)),
+        _packed,
+    ),
+    "packed, layers interleaved": Kind("packed", _interleaved, _packed),
+    "packed, heads outside blocks": Kind("packed", _heads_outside, _packed),
+    "pair": Kind(
+        "pair",
+        _each(lambda g: tuple(_empty(g, g.blocks, g.tokens, g.heads, g.dim) for _ in "kv")),
+        lambda pair: (pair[0], pair[1]),
+    ),
+    "pair-hnd": Kind(
+        "pair-hnd",
+        _each(lambda g: tuple(_empty(g, g.blocks, g.heads, g.tokens, g.dim) for _ in "kv")),
+        lambda pair: (pair[0].transpose(1, 2), pair[1].transpose(1, 2)),
+    ),
+    "paged-attention": Kind(
+        "paged-attention",
+        _each(_paged_attention),
+        lambda pair: (pair[0].permute(0, 3, 1, 2, 4), pair[1].permute(0, 3, 1, 2)),
+    ),
+}
+
+# A latent serves as the key and, but for its last part, as the value; there is one head.
+LATENT = {
+    "mla": Kind(
+        "mla",
+        _each(lambda g: _empty(g, g.blocks, g.tokens, g.dim)),
+        lambda cache: (cache[:, :, None, :], cache[:, :, None, :-8]),
+    ),
+    "mla-packed": Kind(
+        "mla-packed",
+        _each(lambda g: _empty(g, g.blocks, 1, g.tokens, g.dim)),
+        lambda cache: (cache.transpose(1, 2), cache.transpose(1, 2)[..., :-8]),
+    ),
+}
+
+
+def meaning(kind: Kind, layers: list[Any]) -> list[Seen]:
+    """Copies of K and V of every layer, ``[blocks, tokens, heads, dim]``."""
+    return [
+        (keys.flatten(3).clone(), values.flatten(3).clone())
+        for keys, values in map(kind.see, layers)
+    ]
+
+
+def tensors(layers: list[Any]) -> list[Tensor]:
+    """All tensors of a cache, layer after layer."""
+    return [
+        tensor for layer in layers for tensor in (layer if isinstance(layer, tuple) else (layer,))
+    ]
+
+
+def compute(layers: list[Any], seed: int = 0) -> None:
+    """Have the whole cache hold normal numbers, as if an engine had computed them."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors(layers):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+
+def wipe(layers: list[Any], seed: int = 1) -> None:
+    """Have the whole cache hold random bytes, NaNs among them."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors(layers):
+        noise = torch.randint(
+            0, 256, (*tensor.shape, tensor.itemsize), generator=generator, dtype=torch.uint8
+        )
+        tensor.copy_(noise.view(tensor.dtype).squeeze(-1))
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of numbers, since NaN is not equal to itself."""
+    return tensor.flatten().view(torch.uint8)
+
+
+def same(one: list[Seen], ids: list[int], other: list[Seen], others: list[int]) -> bool:
+    """Whether block ``ids[i]`` of one cache means what block ``others[i]`` of another does."""
+    return all(
+        torch.equal(raw(part[ids]), raw(another[others]))
+        for seen, counterpart in zip(one, other, strict=True)
+        for part, another in zip(seen, counterpart, strict=True)
+    )
