@@ -158,3 +158,44 @@ def test_after_close_nothing_begins() -> None:
     world.copier.close()
     with pytest.raises(RuntimeError, match="closed"):
         world.copier.scatter([0], [0])
+
+
+def test_anybodys_tensors_on_a_device_are_there_when_a_call_returns() -> None:
+    torch = pytest.importorskip("torch")
+    from kvcache import block_keys
+    from kvcache.connectors.paged import PagedCache
+    from tests.connectors.paged_caches import opened
+
+    device = Device(Random(1))
+    layers = [torch.randint(0, 100, (2, 8, 16, 2, 16), dtype=torch.int16) for _ in range(2)]
+    before = [layer.clone() for layer in layers]
+    cache = PagedCache(layers, "kv-first")
+    cache.device = device
+    keys = block_keys(range(48), 16)
+    with opened(cache.block_nbytes) as stack, cache.attach(stack) as kept:
+        assert sum(device.pinned.values()) == stack.front.slab.nbytes
+        assert kept.save([4, 2, 7], keys).stored == 3
+        for layer in layers:
+            layer.zero_()
+        assert kept.load(keys, [0, 1, 2]) == 3
+        for layer, right in zip(layers, before, strict=True):
+            assert torch.equal(layer[:, [0, 1, 2]], right[:, [4, 2, 7]])
+            assert not layer[:, 3:].any()
+    assert not device.pinned
+
+
+def test_what_cannot_be_pinned_is_said_once_and_copied_nonetheless(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(0)
+    world.device.no_more = "out of memory (error 2)"
+    world.copier.ready(2)  # too little to be worth a registration
+    assert not caplog.records
+    world.copier.ready(SLOTS)
+    world.copier.ready(SLOTS)
+    [said] = caplog.records
+    assert "no more can be: out of memory (error 2)" in said.getMessage()
+    copy = world.copier.gather([0], [0])
+    copy.wait()
+    assert (world.slab[0] == world.pages[:, 0]).all()
+    world.copier.close()
