@@ -47,7 +47,8 @@ class Index:
         self._after: list[bytes | None] = []  # by slot: the key its block continues
         self._pins: list[int] = []  # by slot
         self.hints = Hints()
-        self._children: dict[bytes, int] = {}  # key -> blocks in the index that continue it, if any
+        self._children: list[int] = []  # by slot: blocks in the index that continue its block
+        self._fatherless: dict[bytes, int] = {}  # the same of keys that are not in the index
         self.declines = True  # blocks that the policy finds not worth a slot
         self.lookup_blocks = 0
         self.hit_blocks = 0
@@ -63,6 +64,7 @@ class Index:
         self._key += [None] * more
         self._after += [None] * more
         self._pins += [0] * more
+        self._children += [0] * more
         # The last entry is taken first, so that slots are used from the lowest up.
         self._free[:0] = range(upto - 1, first - 1, -1)
 
@@ -73,13 +75,14 @@ class Index:
         """
         taken = {slot for slot, _, _ in held}
         self._free = [slot for slot in self._free if slot not in taken]
-        now, children = self._clock(), self._children
+        now = self._clock()
         for slot, key, parent in held:
             self._ready[key] = slot
             self._key[slot] = key
             self._after[slot] = parent
+            self._children[slot] = self._fatherless.pop(key, 0)
             if parent is not None:
-                children[parent] = children.get(parent, 0) + 1
+                self._count(parent, 1)
             self._policy.add([key], parent, now)
 
     def __len__(self) -> int:
@@ -158,13 +161,13 @@ class Index:
             the positions in ``keys`` that got a slot, and their slots.
         """
         ready, filling = self._ready, self._filling
-        if ready.keys().isdisjoint(keys) and filling.keys().isdisjoint(keys):
+        if ready.keys().isdisjoint(keys) and not (filling and not filling.keys().isdisjoint(keys)):
             absent = list(range(len(keys)))
         else:
             absent = [at for at, key in enumerate(keys) if key not in ready and key not in filling]
         if not absent:
             return [], []
-        asked = set(keys)
+        asked: set[bytes | None] = set(keys)
         if len(asked) < len(keys):
             firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
             absent = [at for at in absent if firsts[keys[at]] == at]
@@ -174,21 +177,30 @@ class Index:
             if not absent:
                 return [], []
         names, afters, pins, children = self._key, self._after, self._pins, self._children
+        fatherless = self._fatherless
+        last, before = -2, -1  # where in `keys`, and in which slot
         slots = free[: -len(absent) - 1 : -1]
         del free[-len(absent) :]
         for at, slot in zip(absent, slots, strict=True):
             key = names[slot] = keys[at]
             filling[key] = slot
             pins[slot] = 1
+            if fatherless:
+                children[slot] = fatherless.pop(key, 0)
             parent = afters[slot] = keys[at - 1] if at else after
-            if parent in children:
-                children[parent] += 1
+            if at == last + 1:
+                children[before] += 1
             elif parent is not None:
-                children[parent] = 1
+                self._count(parent, 1)
+            last, before = at, slot
         return absent, slots
 
     def _make_room(
-        self, keys: Sequence[bytes], asked: set[bytes], after: bytes | None, absent: list[int]
+        self,
+        keys: Sequence[bytes],
+        asked: set[bytes | None],
+        after: bytes | None,
+        absent: list[int],
     ) -> list[int]:
         """Evict for ``absent`` ones of ``keys``, which as a set are ``asked``; give those of them
         that can have a slot."""
@@ -200,7 +212,8 @@ class Index:
         need = min(admitted, len(absent)) - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.
         if need > 0 and (parent is None or parent in self._ready or parent in self._filling):
-            self._evict(need, {parent, *asked})  # what the new blocks continue stays
+            asked.add(parent)  # what the new blocks continue stays
+            self._evict(need, asked)
         room = min(admitted, len(self._free))
         self.declined_blocks += len(absent) - min(room, len(absent))
         return absent[:room]
@@ -210,7 +223,8 @@ class Index:
         ready, pins, children, afters = self._ready, self._pins, self._children, self._after
 
         def keep(key: bytes) -> bool:
-            return key in children or pins[ready[key]] > 0 or key in held
+            slot = ready[key]
+            return children[slot] > 0 or pins[slot] > 0 or key in held
 
         gone: list[bytes] = []
         slots: list[int] = []
@@ -220,11 +234,10 @@ class Index:
                 gone.append(key)
                 slots.append(slot)
                 parent = afters[slot]
-                if parent is not None:  # which may go next
-                    if left := children[parent] - 1:
-                        children[parent] = left
-                    else:
-                        del children[parent]
+                if parent in ready:  # which may go next
+                    children[ready[parent]] -= 1
+                elif parent is not None:
+                    self._count(parent, -1)
         finally:  # somebody's policy may raise
             names = self._key
             for slot in slots:
@@ -303,9 +316,12 @@ class Index:
         """Forget every block, READY and FILLING."""
         self._policy.remove(list(self._ready))
         for held in (self._ready, self._filling):
-            for key, slot in held.items():
-                self._forget(key, slot)
+            self.hints.left(held)
+            for slot in held.values():
+                self._vacate(slot)
             held.clear()
+        self._children = [0] * self.slots
+        self._fatherless.clear()
         self.changes.cleared()
 
     def _forget(self, key: bytes, slot: int) -> None:
@@ -313,14 +329,28 @@ class Index:
         self.hints.left((key,))
         parent = self._after[slot]
         if parent is not None:
-            left = self._children[parent] - 1
-            if left:
-                self._children[parent] = left
-            else:
-                del self._children[parent]
+            self._count(parent, -1)
+        if self._children[slot]:
+            self._fatherless[key] = self._children[slot]
+            self._children[slot] = 0
+        self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
         self._key[slot] = self._after[slot] = None
         if not self._pins[slot]:
             self._free.append(slot)
+
+    def _count(self, parent: bytes, more: int) -> None:
+        """So many more blocks in the index continue ``parent``."""
+        slot = self._ready.get(parent)
+        if slot is None:
+            slot = self._filling.get(parent)
+        if slot is not None:
+            self._children[slot] += more
+        elif left := self._fatherless.get(parent, 0) + more:
+            self._fatherless[parent] = left
+        else:
+            del self._fatherless[parent]
 
     def check(self) -> None:
         """Raise ``AssertionError`` where what is always true is not; for tests, linear in slots."""
@@ -338,4 +368,7 @@ class Index:
         for slot in held.values():
             if (parent := self._after[slot]) is not None:
                 children[parent] = children.get(parent, 0) + 1
-        assert children == self._children, "children are miscounted"
+        counted = {key: self._children[slot] for key, slot in held.items() if self._children[slot]}
+        assert children == counted | self._fatherless, "children are miscounted"
+        assert not any(self._children[slot] for slot in self._free), "a free slot has children"
+        assert held.keys().isdisjoint(self._fatherless), "a key in the index is fatherless"

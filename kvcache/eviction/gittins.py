@@ -273,9 +273,7 @@ def _at_least(worths: list[float], least: float) -> int:
 def _all(run: Run, keys: Sequence[bytes], at: int) -> bool:
     """Whether all of ``run`` is asked for by ``keys`` from ``at`` on."""
     ours = run.keys
-    return (
-        ours[-1] in keys[at + len(ours) - 1 : at + len(ours)] and ours == keys[at : at + len(ours)]
-    )
+    return at + len(ours) <= len(keys) and ours == keys[at : at + len(ours)]
 
 
 def _unknown(keys: Sequence[bytes], at: int, runs: dict[bytes, Run]) -> int:
