@@ -251,7 +251,9 @@ class Gittins(AgedRuns):
         if self._to_learn:
             self._to_learn -= 1
             self._hazards.learn(self._to_learn)
-            self._sort()
+            if not self._to_learn:
+                self._hazards.apply()
+                self._sort()
         elif self._asked >= self._next_learn:
             self._asked = 0
             self._next_learn = min(self._next_learn * 5 // 4, _LAST_LEARN)
