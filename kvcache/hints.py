@@ -13,7 +13,7 @@ Always true here:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 KEPT_SHARE = 4  # one in so many slots may be kept
 
@@ -27,6 +27,9 @@ class Hints:
         self._done: OrderedDict[bytes, None] = OrderedDict()  # the first to go first
         self._kept: dict[bytes, float] = {}  # until when
         self.refused_blocks = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._done or self._kept)
 
     def done(self, keys: Sequence[bytes]) -> None:
         """``keys``, a stretch of a chain, will not be used again by who says so."""
@@ -53,10 +56,12 @@ class Hints:
             for key in keys:
                 self._done.pop(key, None)
 
-    def left(self, key: bytes) -> None:
-        """``key`` is held no more."""
-        self._done.pop(key, None)
-        self._kept.pop(key, None)
+    def left(self, keys: Iterable[bytes]) -> None:
+        """``keys`` are held no more."""
+        if self:
+            for key in keys:
+                self._done.pop(key, None)
+                self._kept.pop(key, None)
 
     @property
     def any_kept(self) -> bool:

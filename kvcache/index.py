@@ -47,7 +47,8 @@ class Index:
         self._after: list[bytes | None] = []  # by slot: the key its block continues
         self._pins: list[int] = []  # by slot
         self.hints = Hints()
-        self._children: dict[bytes, int] = {}  # key -> blocks in the index that continue it, if any
+        self._children: list[int] = []  # by slot: blocks in the index that continue its block
+        self._fatherless: dict[bytes, int] = {}  # the same of keys that are not in the index
         self.declines = True  # blocks that the policy finds not worth a slot
         self.lookup_blocks = 0
         self.hit_blocks = 0
@@ -63,6 +64,7 @@ class Index:
         self._key += [None] * more
         self._after += [None] * more
         self._pins += [0] * more
+        self._children += [0] * more
         # The last entry is taken first, so that slots are used from the lowest up.
         self._free[:0] = range(upto - 1, first - 1, -1)
 
@@ -73,13 +75,14 @@ class Index:
         """
         taken = {slot for slot, _, _ in held}
         self._free = [slot for slot in self._free if slot not in taken]
-        now, children = self._clock(), self._children
+        now = self._clock()
         for slot, key, parent in held:
             self._ready[key] = slot
             self._key[slot] = key
             self._after[slot] = parent
+            self._children[slot] = self._fatherless.pop(key, 0)
             if parent is not None:
-                children[parent] = children.get(parent, 0) + 1
+                self._count(parent, 1)
             self._policy.add([key], parent, now)
 
     def __len__(self) -> int:
@@ -157,69 +160,109 @@ class Index:
         Returns:
             the positions in ``keys`` that got a slot, and their slots.
         """
-        ready, filling, children = self._ready, self._filling, self._children
-        absent = [at for at, key in enumerate(keys) if key not in ready and key not in filling]
+        ready, filling = self._ready, self._filling
+        if ready.keys().isdisjoint(keys) and not (filling and not filling.keys().isdisjoint(keys)):
+            absent = list(range(len(keys)))
+        else:
+            absent = [at for at, key in enumerate(keys) if key not in ready and key not in filling]
         if not absent:
             return [], []
-        if len(set(keys)) < len(keys):
+        asked: set[bytes | None] = set(keys)
+        if len(asked) < len(keys):
             firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
             absent = [at for at in absent if firsts[keys[at]] == at]
         free = self._free
         if len(free) < len(absent):
-            absent = self._make_room(keys, after, absent)
-        names, afters, pins = self._key, self._after, self._pins
-        slots: list[int] = []
-        for at in absent:
-            key = keys[at]
-            slot = free.pop()
-            parent = keys[at - 1] if at else after
+            absent = self._make_room(keys, asked, after, absent)
+            if not absent:
+                return [], []
+        names, afters, pins, children = self._key, self._after, self._pins, self._children
+        fatherless = self._fatherless
+        last, before = -2, -1  # where in `keys`, and in which slot
+        slots = free[: -len(absent) - 1 : -1]
+        del free[-len(absent) :]
+        for at, slot in zip(absent, slots, strict=True):
+            key = names[slot] = keys[at]
             filling[key] = slot
-            names[slot] = key
-            afters[slot] = parent
             pins[slot] = 1
-            if parent is not None:
-                children[parent] = children.get(parent, 0) + 1
-            slots.append(slot)
+            if fatherless:
+                children[slot] = fatherless.pop(key, 0)
+            parent = afters[slot] = keys[at - 1] if at else after
+            if at == last + 1:
+                children[before] += 1
+            elif parent is not None:
+                self._count(parent, 1)
+            last, before = at, slot
         return absent, slots
 
     def _make_room(
-        self, keys: Sequence[bytes], after: bytes | None, absent: list[int]
+        self,
+        keys: Sequence[bytes],
+        asked: set[bytes | None],
+        after: bytes | None,
+        absent: list[int],
     ) -> list[int]:
-        """Evict for ``absent``; give those of them that can have a slot."""
+        """Evict for ``absent`` ones of ``keys``, which as a set are ``asked``; give those of them
+        that can have a slot."""
         first = absent[0]
         parent = keys[first - 1] if first else after
         admitted = len(absent)
         if self.declines:
             admitted = self._policy.admit([keys[at] for at in absent], parent, self._clock())
-        ready, pins, children = self._ready, self._pins, self._children
         need = min(admitted, len(absent)) - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.
-        if need > 0 and (parent is None or parent in ready or parent in self._filling):
-            held = {parent, *keys}  # what the new blocks continue stays
-
-            def keep(key: bytes) -> bool:
-                return pins[ready[key]] > 0 or key in children or key in held
-
-            gone = []
-            for key in islice(self._victims(keep), need):
-                self._forget(key, ready.pop(key))
-                gone.append(key)
-            self.evicted_blocks += len(gone)
-            self.changes.left(gone)
+        if need > 0 and (parent is None or parent in self._ready or parent in self._filling):
+            asked.add(parent)  # what the new blocks continue stays
+            self._evict(need, asked)
         room = min(admitted, len(self._free))
         self.declined_blocks += len(absent) - min(room, len(absent))
         return absent[:room]
 
+    def _evict(self, count: int, held: Collection[bytes | None]) -> None:
+        """Have so many blocks go, if so many can, and none that is ``held``."""
+        ready, pins, children, afters = self._ready, self._pins, self._children, self._after
+
+        def keep(key: bytes) -> bool:
+            slot = ready[key]
+            return children[slot] > 0 or pins[slot] > 0 or key in held
+
+        gone: list[bytes] = []
+        slots: list[int] = []
+        try:
+            for key in islice(self._victims(keep), count):
+                slot = ready.pop(key)
+                gone.append(key)
+                slots.append(slot)
+                parent = afters[slot]
+                if parent in ready:  # which may go next
+                    children[ready[parent]] -= 1
+                elif parent is not None:
+                    self._count(parent, -1)
+        finally:  # somebody's policy may raise
+            names = self._key
+            for slot in slots:
+                names[slot] = afters[slot] = None
+            self._free += slots
+            self.hints.left(gone)
+            self.evicted_blocks += len(gone)
+            self.changes.left(gone)
+
     def _victims(self, keep: Keep) -> Iterator[bytes]:
         """Whom to evict, first to go first: what callers are done with, then as the policy says."""
-        hints, now = self.hints, self._clock()
-        ready = self._ready
-        for key in hints.victims(lambda key: key not in ready or keep(key)):
-            self._policy.remove([key])
-            yield key
-        if hints.any_kept:
-            yield from self._policy.victims(lambda key: keep(key) or hints.is_kept(key, now))
-        yield from self._policy.victims(keep)
+        victims = self._policy.victims
+        hints, ready, now = self.hints, self._ready, self._clock()
+        if not hints:
+            return victims(keep)
+
+        def hinted() -> Iterator[bytes]:
+            for key in hints.victims(lambda key: key not in ready or keep(key)):
+                self._policy.remove([key])
+                yield key
+            if hints.any_kept:
+                yield from victims(lambda key: keep(key) or hints.is_kept(key, now))
+            yield from victims(keep)
+
+        return hinted()
 
     def done(self, keys: Sequence[bytes]) -> None:
         """Have those of ``keys`` that are held go before all others."""
@@ -233,32 +276,31 @@ class Index:
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
         """Make FILLING slots READY, in the order of their reserve, but for those of ``failed``."""
-        names, afters = self._key, self._after
-        stretch: list[bytes] = []
-        start: bytes | None = None
-        now = self._clock()
+        names, afters, pins = self._key, self._after, self._pins
+        ready, filling = self._ready, self._filling
+        stretches: list[tuple[list[bytes], bytes | None]] = []
+        last: bytes | None = None
         for slot in slots:
-            self._pins[slot] -= 1
+            pins[slot] -= 1
             key = names[slot]
             if key is None:  # cleared meanwhile
-                if not self._pins[slot]:
+                if not pins[slot]:
                     self._free.append(slot)
                 continue
-            del self._filling[key]
+            del filling[key]
             if key in failed:
                 self._forget(key, slot)
                 self.failed_blocks += 1
                 continue
-            self._ready[key] = slot
-            self.stored_blocks += 1
-            if not stretch or afters[slot] != stretch[-1]:
-                if stretch:
-                    self._policy.add(stretch, start, now)
-                    self.changes.came(stretch)
-                stretch, start = [], afters[slot]
+            ready[key] = slot
+            if last is None or afters[slot] != last:
+                stretches.append((stretch := [], afters[slot]))
             stretch.append(key)
-        if stretch:
-            self._policy.add(stretch, start, now)
+            last = key
+        now = self._clock()
+        for stretch, after in stretches:
+            self.stored_blocks += len(stretch)
+            self._policy.add(stretch, after, now)
             self.changes.came(stretch)
 
     def drop(self, keys: Collection[bytes]) -> None:
@@ -274,24 +316,41 @@ class Index:
         """Forget every block, READY and FILLING."""
         self._policy.remove(list(self._ready))
         for held in (self._ready, self._filling):
-            for key, slot in held.items():
-                self._forget(key, slot)
+            self.hints.left(held)
+            for slot in held.values():
+                self._vacate(slot)
             held.clear()
+        self._children = [0] * self.slots
+        self._fatherless.clear()
         self.changes.cleared()
 
     def _forget(self, key: bytes, slot: int) -> None:
         """Take the key off its slot, which is free unless a lease still holds it."""
-        self.hints.left(key)
+        self.hints.left((key,))
         parent = self._after[slot]
         if parent is not None:
-            left = self._children[parent] - 1
-            if left:
-                self._children[parent] = left
-            else:
-                del self._children[parent]
+            self._count(parent, -1)
+        if self._children[slot]:
+            self._fatherless[key] = self._children[slot]
+            self._children[slot] = 0
+        self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
         self._key[slot] = self._after[slot] = None
         if not self._pins[slot]:
             self._free.append(slot)
+
+    def _count(self, parent: bytes, more: int) -> None:
+        """So many more blocks in the index continue ``parent``."""
+        slot = self._ready.get(parent)
+        if slot is None:
+            slot = self._filling.get(parent)
+        if slot is not None:
+            self._children[slot] += more
+        elif left := self._fatherless.get(parent, 0) + more:
+            self._fatherless[parent] = left
+        else:
+            del self._fatherless[parent]
 
     def check(self) -> None:
         """Raise ``AssertionError`` where what is always true is not; for tests, linear in slots."""
@@ -309,4 +368,7 @@ class Index:
         for slot in held.values():
             if (parent := self._after[slot]) is not None:
                 children[parent] = children.get(parent, 0) + 1
-        assert children == self._children, "children are miscounted"
+        counted = {key: self._children[slot] for key, slot in held.items() if self._children[slot]}
+        assert children == counted | self._fatherless, "children are miscounted"
+        assert not any(self._children[slot] for slot in self._free), "a free slot has children"
+        assert held.keys().isdisjoint(self._fatherless), "a key in the index is fatherless"

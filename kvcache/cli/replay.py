@@ -63,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a block (what the trace says, or 512)",
     )  # fmt: skip
     add("--partial", action="store_true", help="keep and count last blocks that are not full, too")
+    add(
+        "--hints", type=_share, default=0.0, metavar="SHARE",
+        help="have so many of the sessions that end say so, 0 to 1 (0)",
+    )  # fmt: skip
     add("--processes", type=_at_least(1), metavar="N", help="to use at most (all processors)")
     add("--json", action="store_true", help="print a JSON object a line for each policy, capacity")
     add(
@@ -78,6 +82,16 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; a share, from 0 to 1")
+    return share
 
 
 def _policies(text: str) -> list[str]:
@@ -169,6 +183,13 @@ def _check_plot(args: argparse.Namespace) -> None:
 
 
 def _trace(args: argparse.Namespace) -> Trace:
+    from kvcache.replay.oracle import with_hints
+
+    trace = _without_hints(args)
+    return with_hints(trace, args.hints, args.seed or 0) if args.hints else trace
+
+
+def _without_hints(args: argparse.Namespace) -> Trace:
     from kvcache.replay.generators import generate
     from kvcache.replay.trace import read
 

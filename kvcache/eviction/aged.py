@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from math import frexp
 
-from kvcache.eviction.hazards import CLASSES, FIRST_S, OCTAVES, STARTS, Hazards, octave_of
+from kvcache.eviction.hazards import CLASSES, OCTAVES, STARTS, Hazards, octave_of
 from kvcache.eviction.policy import Policy
 
 _TICKS_PER_S = 1024
@@ -127,12 +127,7 @@ class AgedRuns(Policy):
             first = len(ours) - 1 if ours[-1] == keys[at] else ours.index(keys[at])
         count = alike(ours, first, keys, at)
         taken = ours[first : first + count]
-        octave, uses = max(run.octave, octave_of(self._now - run.time)), run.uses
-        if not (run.told and octave <= _TOLD):
-            uses += 1
-            if octave > run.octave:
-                self._hazards.at_risk(run.kind, run.octave + 1, octave, count)
-            self._hazards.used(run.kind, octave, count)
+        uses = self._used(run, count)
         held = max(0, min(run.held, first + count) - first)
         del ours[first : first + count]
         if held:
@@ -144,6 +139,25 @@ class AgedRuns(Policy):
         elif not first:
             run.after = taken[-1]
         return taken, held, uses
+
+    def _used(self, run: Run, count: int) -> int:
+        """So many blocks of ``run`` are used now; how often that makes it."""
+        octave = max(run.octave, octave_of(self._now - run.time))
+        if run.told and octave <= _TOLD:
+            return run.uses
+        if octave > run.octave:
+            self._hazards.at_risk(run.kind, run.octave + 1, octave, count)
+        self._hazards.used(run.kind, octave, count)
+        return run.uses + 1
+
+    def _again(self, run: Run, after: bytes | None, kind: int, uses: int) -> None:
+        """All of ``run`` is used now: it is a new one, of another class perhaps."""
+        self._hazards.at_risk(kind, 0, 0, len(run.keys))
+        run.kind, run.uses, run.after = kind, uses, after
+        run.awaited, run.told, run.ends = True, False, False
+        self._past[run] = None
+        self._past.move_to_end(run)
+        self._restart(run)
 
     def _hold(self, run: Run, count: int) -> None:
         """The next ``count`` blocks of ``run`` are in the index from now on."""
@@ -172,13 +186,17 @@ class AgedRuns(Policy):
         queue = run.queue = self._queues[run.kind][run.octave]
         queue[run] = None
 
-    def _leave(self, run: Run) -> None:
-        """``run`` holds nothing any more: what it continued may be a tail now."""
+    def _off(self, run: Run) -> None:
+        """``run`` is not found where it is."""
         if run.queue is None:
             del self._parked[run]
         else:
             del run.queue[run]
-            run.queue = None
+
+    def _leave(self, run: Run) -> None:
+        """``run`` holds nothing any more: what it continued may be a tail now."""
+        self._off(run)
+        run.queue = None
         if run.after is not None:
             before = self._runs.get(run.after)
             if before is not None and before in self._parked:
@@ -209,8 +227,9 @@ class AgedRuns(Policy):
             return
         upto = (ticks ^ self._ticks).bit_length() + 5
         moves = _MOVES
+        lines, queues, came = self._lines, self._queues, self._hazards.came
         for octave in range(min(upto, self._oldest + 1, OCTAVES - 1) - 1, -1, -1):
-            line, limit = self._lines[octave], now - STARTS[octave + 1]
+            line, limit = lines[octave], now - STARTS[octave + 1]
             while line:
                 run = next(iter(line))
                 if run.time > limit:
@@ -218,41 +237,39 @@ class AgedRuns(Policy):
                 if not moves:
                     return  # and go on at the next call
                 moves -= 1
+                older = frexp((now - run.time) * _TICKS_PER_S)[1]
+                if older >= self._oldest:
+                    older = min(older, OCTAVES - 1)
+                    self._oldest = older + 1
+                    self._sort()
+                counts, blocks = came[run.kind], len(run.keys)
+                counts[octave + 1] += blocks
+                counts[older + 1] -= blocks
                 del line[run]
-                self._move(run, frexp((now - run.time) / FIRST_S)[1])
+                lines[older][run] = None
+                run.octave = older
+                if run.held:
+                    if (queue := run.queue) is None:
+                        del self._parked[run]
+                    else:
+                        del queue[run]
+                    queue = run.queue = queues[run.kind][older]
+                    queue[run] = None
         self._ticks = ticks
 
-    def _move(self, run: Run, octave: int) -> None:
-        """Put ``run`` where runs of this octave are."""
-        if octave >= self._oldest:
-            octave = min(octave, OCTAVES - 1)
-            self._oldest = octave + 1
-            self._sort()
-        kind, blocks = run.kind, len(run.keys)
-        came = self._hazards.came[kind]
-        came[run.octave + 1] += blocks
-        came[octave + 1] -= blocks
-        run.octave = octave
-        self._lines[octave][run] = None
-        if run.held:
-            if run.queue is None:
-                del self._parked[run]
-            else:
-                del run.queue[run]
-            queue = run.queue = self._queues[kind][octave]
-            queue[run] = None
-
-    def _renew(self, run: Run, now: float) -> None:
+    def _renew(self, run: Run) -> None:
         """``run`` was in use until now, by who continues it: its age begins again."""
         self._hazards.at_risk(run.kind, 1, run.octave, -len(run.keys))  # it will come there again
+        self._restart(run)
+
+    def _restart(self, run: Run) -> None:
+        """The age of ``run`` is nothing."""
         del self._lines[run.octave][run]
-        run.time, run.octave = now, 0
+        run.time, run.octave = self._now, 0
         self._lines[0][run] = None
-        if run.queue is None:
-            del self._parked[run]
-        else:
-            del run.queue[run]
-        self._enter(run)
+        if run.held:
+            self._off(run)
+            self._enter(run)
 
     # What it is worth
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from kvcache.eviction.policy import Keep
-from kvcache.eviction.runs import Queue, Run, RunPolicy
+from kvcache.eviction.runs import Queue, RunPolicy
 
 
 class Arc(RunPolicy):
@@ -60,27 +60,13 @@ class Arc(RunPolicy):
 
     def victims(self, keep: Keep) -> Iterator[bytes]:
         once, again = self._once, self._again
-        spared = set[Run]()
-        gone = False
-        while len(once) or len(again):
+
+        def order() -> tuple[Queue, Queue]:
             full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
-            queue = once if len(once) and (full or not len(again)) else again
-            run = queue.oldest()
-            if run in spared:  # this queue has been gone through: try the other
-                queue = again if queue is once else once
-                if not len(queue) or (run := queue.oldest()) in spared:
-                    if not gone:
-                        return
-                    spared.clear()  # what was kept for a block that continued it may go by now
-                    gone = False
-                    continue
-            tail = run.keys[-1]
-            if keep(tail):
-                queue.rotate(run)
-                spared.add(self._owner[tail])
-                continue
-            gone = True
-            queue.pop_tail(run)
+            return (once, again) if full else (again, once)
+
+        for queue, run in self._turns(order, keep):
+            tail = queue.pop_tail(run)
             (self._left_once if queue is once else self._left_again)[tail] = None
             self._trim()
             yield tail

@@ -18,7 +18,10 @@ Always true here, beside what ``aged`` keeps:
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from operator import neg
+from sys import maxsize
 
 from kvcache.eviction.aged import AgedRuns, Run, alike
 from kvcache.eviction.hazards import AGAIN, ALWAYS, CLASSES, LAST, MORE, NEW, OFTEN
@@ -111,7 +114,7 @@ class Gittins(AgedRuns):
         lowest = self._found = self._lowest()
         if lowest is None:
             return len(keys)
-        return next((at for at, worth in enumerate(worths) if worth < lowest[0]), len(keys))
+        return _at_least(worths, lowest[0])
 
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
         self._now = now
@@ -161,23 +164,24 @@ class Gittins(AgedRuns):
                     self._unpark(run)
                 continue
             worth, run, others = lowest
-            queue, ours, first = run.queue, run.keys, True
+            queue, ours, whole = run.queue, run.keys, run.held
+            allowed = maxsize if worths is None else _at_least(worths, worth)
             self._stirred = False
-            while run.held:
-                if worths is not None and (given >= len(worths) or worths[given] < worth):
+            while held := run.held:
+                if given >= allowed:
                     return
-                key = ours[run.held - 1]
+                key = ours[held - 1]
                 if keep(key):
                     self._park(run)
                     break
-                if first:
-                    first = run.awaited = False
+                if held == whole:
+                    run.awaited = False
                     self._past[run] = None
-                run.held -= 1
-                if not run.held:
+                    gone = True
+                run.held = held - 1
+                if held == 1:
                     self._leave(run)
                 given += 1
-                gone = True
                 yield key
             lowest = None if self._stirred else self._next(queue, run, others)
 
@@ -204,6 +208,13 @@ class Gittins(AgedRuns):
                 else:
                     new = self._join(new, keys[at : last + 1], 0, before, now, kind, 1)
                     new.ends = ends
+            elif (new is None or new.kind != _kind_of(run.uses + 1)) and _all(run, keys, at):
+                count = len(run.keys)
+                if run.ends or run.kind == LAST:
+                    self._ends.see(run, 0)
+                uses = self._used(run, count)
+                self._again(run, before, _kind_of(uses), uses)
+                new = run
             else:
                 taken, held, uses = self._cut(run, keys, at)
                 count = len(taken)
@@ -222,7 +233,7 @@ class Gittins(AgedRuns):
             and run.held == len(run.keys)
             and run.keys[-1] == after
         ):
-            self._renew(run, now)
+            self._renew(run)
             run.keys += keys
             self._runs.update(dict.fromkeys(keys, run))
             self._hazards.at_risk(kind, 0, 0, len(keys))
@@ -240,7 +251,9 @@ class Gittins(AgedRuns):
         if self._to_learn:
             self._to_learn -= 1
             self._hazards.learn(self._to_learn)
-            self._sort()
+            if not self._to_learn:
+                self._hazards.apply()
+                self._sort()
         elif self._asked >= self._next_learn:
             self._asked = 0
             self._next_learn = min(self._next_learn * 5 // 4, _LAST_LEARN)
@@ -252,6 +265,17 @@ def _kind_of(uses: int) -> int:
     if uses < 2:
         return NEW
     return AGAIN if uses < 4 else OFTEN if uses < 16 else ALWAYS
+
+
+def _at_least(worths: list[float], least: float) -> int:
+    """How many of ``worths``, which never rise, are no less than ``least``."""
+    return bisect_right(worths, -least, key=neg)
+
+
+def _all(run: Run, keys: Sequence[bytes], at: int) -> bool:
+    """Whether all of ``run`` is asked for by ``keys`` from ``at`` on."""
+    ours = run.keys
+    return at + len(ours) <= len(keys) and ours == keys[at : at + len(ours)]
 
 
 def _unknown(keys: Sequence[bytes], at: int, runs: dict[bytes, Run]) -> int:

@@ -72,6 +72,7 @@ class Hazards:
         self._first = 0  # octave that is told apart from those before it
         start = _worth([_PRIOR] * OCTAVES, 0)
         self.tables = [start.copy() for _ in range(CLASSES)]
+        self._learned = self.tables.copy()  # what they will be once all are made anew
 
     def at_risk(self, kind: int, first: int, last: int, blocks: int) -> None:
         """``blocks`` of a class came to the octaves ``first`` to ``last``."""
@@ -128,13 +129,17 @@ class Hazards:
         return [sum(used[:first]), *used[first:]], [risk[0], *risk[first:]]
 
     def learn(self, kind: int) -> None:
-        """Make the table of one class anew; the other steps of learning."""
+        """Make the table of one class anew; the steps of learning between."""
         seen = zip(self._pool, *self._seen(_ALIKE[kind]), *self._seen([kind]), strict=True)
         hazards = []
         for pooled, alike_used, alike_risk, used, risk in seen:
             family = (alike_used + pooled * _PRIOR_BLOCKS) / (alike_risk + _PRIOR_BLOCKS)
             hazards.append(min(1.0, (used + family * _POOL_BLOCKS) / (risk + _POOL_BLOCKS)))
-        self.tables[kind] = _worth(hazards, self._first)
+        self._learned[kind] = _worth(hazards, self._first)
+
+    def apply(self) -> None:
+        """Have ``worth`` say what was learned; the last step of learning."""
+        self.tables = self._learned.copy()
 
 
 def _worth(hazards: list[float], apart: int) -> list[float]:

@@ -13,10 +13,10 @@ A run whose tail is kept goes to the newest end, since it is in use.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
-from kvcache.eviction.policy import Policy
+from kvcache.eviction.policy import Keep, Policy
 
 
 class Run:
@@ -120,6 +120,34 @@ class RunPolicy(Policy):
         gone = set(keys)
         for run in {self._owner.pop(key): None for key in keys}:
             run.queue.take(run, gone)
+
+    def _turns(
+        self, queues: Callable[[], Sequence[Queue]], keep: Keep
+    ) -> Iterator[tuple[Queue, Run]]:
+        """The runs whose tails may go, one at a time, and the queues they are in.
+
+        It is the oldest one of the first of ``queues``, which says in what order they are asked
+        each time; a queue that has been gone through, all of it kept, has the next one asked.
+        """
+        spared = set[Run]()
+        moved = False
+        while True:
+            for queue in queues():
+                if len(queue) and (run := queue.oldest()) not in spared:
+                    break
+            else:
+                if not moved:
+                    return
+                spared.clear()  # some may go by now, or have come to stand behind the spared
+                moved = False
+                continue
+            tail = run.keys[-1]
+            if keep(tail):
+                queue.rotate(run)
+                spared.add(self._owner[tail])
+            else:
+                moved = True
+                yield queue, run
 
     def _take(self, keys: Sequence[bytes]) -> list[bytes]:
         """Take ``keys`` out of their runs; give those that had one, in order.

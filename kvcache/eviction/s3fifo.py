@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from kvcache.eviction.policy import Keep
-from kvcache.eviction.runs import Queue, Run, RunPolicy
+from kvcache.eviction.runs import Queue, RunPolicy
 
 
 class S3Fifo(RunPolicy):
@@ -55,25 +55,12 @@ class S3Fifo(RunPolicy):
 
     def victims(self, keep: Keep) -> Iterator[bytes]:
         small, main, uses = self._small, self._main, self._uses
-        spared = set[Run]()
-        moved = False
-        while len(small) or len(main):
-            queue = small if small.blocks >= self._small_share or not len(main) else main
-            run = queue.oldest()
-            if run in spared:  # this queue has been gone through: try the other
-                queue = main if queue is small else small
-                if not len(queue) or (run := queue.oldest()) in spared:
-                    if not moved:
-                        return
-                    spared.clear()  # some may go by now, or have come to stand behind the spared
-                    moved = False
-                    continue
+
+        def order() -> tuple[Queue, Queue]:
+            return (small, main) if small.blocks >= self._small_share else (main, small)
+
+        for queue, run in self._turns(order, keep):
             tail = run.keys[-1]
-            if keep(tail):
-                queue.rotate(run)
-                spared.add(self._owner[tail])
-                continue
-            moved = True
             if queue is small and uses.get(tail, 0) >= self._promote:
                 small.drop(run)
                 for key in run.keys:

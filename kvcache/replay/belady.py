@@ -27,7 +27,7 @@ class Optimum:
 def optimum(trace: Trace, capacity: int) -> Optimum:
     """Replay ``trace`` with ``capacity`` blocks and knowledge of what comes."""
     never = len(trace)
-    following = _next_uses(trace)
+    following = next_uses(trace)
     held: set[int] = set()
     # (-next use, block), the last use first. A block used since has a later entry: it goes with
     # that, and this one finds it gone.
@@ -50,7 +50,7 @@ def optimum(trace: Trace, capacity: int) -> Optimum:
     return Optimum(capacity, hit_blocks, hit_tokens)
 
 
-def _next_uses(trace: Trace) -> array[int]:
+def next_uses(trace: Trace) -> array[int]:
     """For each access, the number of the request that asks for its block next."""
     never = len(trace)
     following = array("q", bytes(8 * len(trace.blocks)))

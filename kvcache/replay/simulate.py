@@ -3,7 +3,7 @@
 For each request of a trace, what an engine's connector does for one that is computed at once::
 
     lower tiers:  contains, and what continues L1's prefix comes up into L1, up to a hole
-    L1:           access(chain), then reserve and publish what was not found
+    L1:           access(chain), then reserve and publish what was not found; then the hint
     lower tiers:  each is offered what L1 took, as far as it does not have it
 
 Always true here:
@@ -81,10 +81,12 @@ def replay(
     chains = trace.keys()
     hit_tokens = 0
     begun = time.process_time()
-    for number, (now, tokens, chain) in enumerate(
-        zip(trace.times_s, trace.tokens, chains, strict=True), 1
+    for number, (now, tokens, chain, done) in enumerate(
+        zip(trace.times_s, trace.tokens, chains, trace.done, strict=True), 1
     ):
         found = tiers.request(chain, now)
+        if done < len(chain):
+            tiers.front.done(chain[done:])
         hit_tokens += min(found * trace.block_tokens, tokens)
         if not number % TICK:
             ticked(TICK)

@@ -5,7 +5,9 @@
 ``timestamp`` is in milliseconds, lengths are in tokens, and ``hash_ids`` has one number for each
 block of the input, the last of which may be partial. A number stands for a whole prefix: the same
 number means the same tokens up to there. A line may say of how many tokens its blocks are
-(``block_tokens``); Mooncake's traces do not, and theirs have 512.
+(``block_tokens``); Mooncake's traces do not, and theirs have 512. It may say that, when the request
+has ended, its blocks from one on will not be used again (``done``, 0 for all of them), which is the
+hint ``stack.hint(keys[done:], done=True)``.
 
 Always true of a ``Trace``:
 
@@ -37,16 +39,23 @@ class TraceError(ValueError):
 
 
 class Request(NamedTuple):
-    """A prompt of ``tokens`` that came at ``time_s``; ``ids`` has one number per block of it."""
+    """A prompt of ``tokens`` that came at ``time_s``; ``ids`` has one number per block of it.
+
+    From the block ``done`` on it is said to be done with, at its end; ``None``: nothing is said.
+    """
 
     time_s: float
     tokens: int
     ids: Sequence[int]
+    done: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Requests in order. Chain ``n`` is ``blocks[ends[n] : ends[n + 1]]``."""
+    """Requests in order. Chain ``n`` is ``blocks[ends[n] : ends[n + 1]]``.
+
+    Its blocks from ``done[n]`` on are said to be done with; it has no such block if nothing is.
+    """
 
     block_tokens: int
     times_s: array[float]
@@ -54,6 +63,7 @@ class Trace:
     ends: array[int]
     blocks: array[int]
     distinct: int
+    done: array[int]
 
     @classmethod
     def of(
@@ -71,9 +81,11 @@ class Trace:
         numbers: dict[int, int] = {}
         blocks = array("q")
         lengths = [0]
+        done = array("q")
         for request in ordered:
             kept = request.ids if partial else request.ids[: request.tokens // block_tokens]
             lengths.append(len(kept))
+            done.append(len(kept) if request.done is None else request.done)
             blocks.extend([numbers.setdefault(block, len(numbers)) for block in kept])
         return cls(
             block_tokens,
@@ -82,6 +94,7 @@ class Trace:
             array("q", accumulate(lengths)),
             blocks,
             len(numbers),
+            done,
         )
 
     def __len__(self) -> int:
@@ -167,7 +180,13 @@ def _request(line: bytes, block_tokens: int | None) -> tuple[Request, int]:
         )
     if len(set(ids)) < len(ids):
         raise TraceError("hash_ids has a number twice; a number stands for all up to its block")
-    return Request(at / 1000, tokens, ids), size
+    done = given.get("done")
+    if done is not None and (type(done) is not int or not 0 <= done <= len(ids)):
+        raise TraceError(
+            f"done is {_shown(done)}; it is the place in hash_ids, 0 to {len(ids)}, from which on "
+            "blocks are not used again"
+        )
+    return Request(at / 1000, tokens, ids, done), size
 
 
 def _shown(value: object) -> str:

@@ -60,6 +60,23 @@ def figures(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_sessions_that_end_may_say_so(said: Any) -> None:
+    plain, told = (
+        json.loads(said(*MADE, "--policy", "lru", "--capacity", "500", "--json", *more))
+        for more in ([], ["--hints", "1"])
+    )
+    assert plain["hit_ratio"] < told["hit_ratio"] <= told["belady_hit_ratio"]
+    assert plain["belady_hit_ratio"] == told["belady_hit_ratio"]
+
+
+@pytest.mark.parametrize("share", ["1.5", "-0.1", "nan", "most"])
+def test_a_share_of_hints_is_one(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*MADE, "--hints", share])
+    assert left.value.code == 2
+    assert "a share, from 0 to 1" in capsys.readouterr().err
+
+
 def test_one_policy_and_capacity_are_one_json_object(said: Any, trace: str) -> None:
     found = json.loads(said("replay", trace, "--policy", "lru", "--capacity", "3", "--json"))
     assert found["us_per_block"] > 0

@@ -102,6 +102,7 @@ def teach(policy: Gittins, kind: int, hazards: Sequence[float], blocks: int = 10
         left *= 1 - hazard
     policy._hazards.pool()
     policy._hazards.learn(kind)
+    policy._hazards.apply()
     policy._sort()
 
 
@@ -273,6 +274,7 @@ def test_little_seen_is_drawn_to_what_is_alike() -> None:
     tables = []
     for kind in range(CLASSES):
         policy._hazards.learn(kind)
+        policy._hazards.apply()
         tables.append(policy._hazards.worth(kind, 1.0))
     new, more, last, again, often, always = tables
     assert again > often == always > new == more == last
@@ -285,6 +287,7 @@ def test_of_ages_that_are_not_told_apart_the_older_goes_first() -> None:
     policy._hazards.pool()
     for kind in range(CLASSES):
         policy._hazards.learn(kind)
+        policy._hazards.apply()
     for at, name in enumerate("abc"):
         policy.access(keys(name), 0, float(at))
         policy.add(keys(name), None, float(at))

@@ -197,6 +197,26 @@ def test_a_parent_that_comes_back_is_guarded_by_the_children_it_had() -> None:
     assert kept == "ab"
 
 
+class Failing(Lru):
+    """Has one block go, and fails at the next."""
+
+    def victims(self, keep: Keep) -> Iterator[bytes]:
+        yield next(super().victims(keep))
+        raise LookupError("a bug")
+
+
+def test_a_policy_that_fails_loses_no_slot() -> None:
+    index = Index(Failing(3), map(float, itertools.count()).__next__)
+    index.open_slots(3)
+    fill(index, "abc")
+    with pytest.raises(LookupError):
+        index.reserve(keys("yz"), None)
+    index.check()
+    assert held(index, "abc") == "ab"
+    assert index.evicted_blocks == 1
+    assert fill(index, "z") == 1
+
+
 class Told(Lru):
     """Writes down what it is told; finds ``worth`` blocks of a reserve worth their slots."""
 

@@ -9,6 +9,7 @@ import pytest
 from kvcache.eviction import POLICIES, Eviction, Lru, policy_class
 from kvcache.lower import Lower
 from kvcache.replay.generators import generate
+from kvcache.replay.oracle import with_hints
 from kvcache.replay.simulate import TICK, Outcome, replay
 from kvcache.replay.trace import Request, Trace
 from kvcache.sizes import DiskSize, Size
@@ -57,7 +58,7 @@ def counts(outcome: Outcome) -> list[tuple[int, int, int, int]]:
 
 def played(trace: Trace, stack: Stack, now: list[float]) -> Iterator[tuple[int, int]]:
     """Play ``trace`` on a live stack as a connector does; for each request what L1 had, and all."""
-    for time_s, chain in zip(trace.times_s, trace.keys(), strict=True):
+    for time_s, chain, done in zip(trace.times_s, trace.keys(), trace.done, strict=True):
         now[0] = time_s
         held = stack.front.contains(chain)
         coming = stack.prefetch(chain)
@@ -67,6 +68,8 @@ def played(trace: Trace, stack: Stack, now: list[float]) -> Iterator[tuple[int, 
             found = len(lease)
         yield sum(held[: min(found, (*held, False).index(False))]), found
         stack.reserve(chain[found:], chain[found - 1] if found else None).end()
+        if done < len(chain):
+            stack.hint(chain[done:], done=True)
         assert stack.flush(60)
 
 
@@ -75,9 +78,10 @@ def small(requests: int) -> Trace:
     return generate("rag", requests, seed=3)
 
 
+@pytest.mark.parametrize("hints", [0.0, 0.5])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_l1_does_the_same_live(policy: str) -> None:
-    trace, now = small(600), [0.0]
+def test_l1_does_the_same_live(policy: str, hints: float) -> None:
+    trace, now = with_hints(small(600), hints), [0.0]
     tier = DramTier(
         block_nbytes=BLOCK,
         capacity=Size(300 * BLOCK),

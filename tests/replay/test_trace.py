@@ -62,6 +62,11 @@ def test_a_block_that_is_just_full_may_be_left_out() -> None:
     assert shape(found(line(tokens=1024, ids=[1]))) == [(0.0, 1024, [0])]
 
 
+def test_a_line_may_say_what_is_done_with() -> None:
+    trace = found(line(done=1) + line(done=0) + line(done=3) + line())
+    assert list(trace.done) == [1, 0, 3, 2]  # of two full blocks each
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -81,6 +86,8 @@ def test_a_block_that_is_just_full_may_be_left_out() -> None:
         (line(ids=list(range(40))), "hash_ids has 40 blocks, and input_length is 1300 tokens"),
         (line(ids=[1]), "which is 3 blocks of 512; is that the block size of this trace?"),
         (line(ids=[1, 2, 1]), "hash_ids has a number twice"),
+        (line(done=4), "done is 4; it is the place in hash_ids, 0 to 3, from which on"),
+        (line(done=True), "done is true"),
         (line(block_tokens=0), "block_tokens is 0; it is a number of tokens from 1"),
         (line(tokens=40, ids=[1, 2], block_tokens=16), "of 16 tokens, and were of 512 before"),
     ],
