@@ -146,6 +146,7 @@ def test_what_was_evicted_is_seen_to_be_used_again() -> None:
     assert index.hit_blocks == 0
     policy._hazards.pool()
     assert sum(map(sum, policy._hazards._used)) == 4
+    assert sum(risk[0] for risk in policy._hazards._risk) == 8  # two of each time asked
 
 
 def test_a_request_that_asks_again_is_one_use() -> None:
