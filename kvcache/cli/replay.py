@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("trace", nargs="?", metavar="TRACE", help='a file, or "-" for the standard input')
     add("--generate", choices=TRAFFIC, help="make traffic up instead")
     add("--requests", type=_at_least(1), metavar="N", help="of made-up traffic (10000)")
-    add("--seed", type=_at_least(0), metavar="N", help="of made-up traffic (0)")
+    add("--seed", type=_at_least(0), metavar="N", help="of made-up traffic and of hints (0)")
     add(
         "--policy", type=_policies, default=list(POLICIES), metavar="NAMES",
         help=f'of {", ".join(POLICIES)}, "pkg.mod:Class", with commas between, or "all" (all)',
@@ -149,8 +149,10 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what can be told to be wrong without a look at the trace."""
     if (args.trace is None) == (args.generate is None):
         raise UsageError("give a TRACE, or --generate traffic, and not both")
-    if args.generate is None and (args.requests or args.seed is not None):
-        raise UsageError("--requests and --seed are of made-up traffic: they go with --generate")
+    if args.generate is None and args.requests:
+        raise UsageError("--requests is of made-up traffic: it goes with --generate")
+    if args.generate is None and not args.hints and args.seed is not None:
+        raise UsageError("--seed is of made-up traffic or hints: give --generate, or --hints")
     if args.generate and args.block_tokens:
         raise UsageError("--block-tokens is of a trace; made-up traffic has blocks of 512 tokens")
     if args.capacity and args.tiers:

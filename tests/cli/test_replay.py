@@ -259,7 +259,7 @@ def test_it_is_drawn_around_the_capacity(capacity: int, enough: int, drawn: list
         (["replay"], "give a TRACE, or --generate traffic"),
         ([*MADE, "also.jsonl"], "and not both"),
         (["replay", "no-such.jsonl"], "cannot read no-such.jsonl: No such file"),
-        (["replay", "t", "--seed", "1"], "go with --generate"),
+        (["replay", "t", "--seed", "1"], "give --generate, or --hints"),
         ([*MADE, "--block-tokens", "16"], "--block-tokens is of a trace"),
         ([*MADE, "--capacity", "1", "--tiers", "1,2"], "leave --capacity out"),
         ([*MADE, "--capacity", "64GiB"], "64GiB is in bytes: say how many a block takes"),
