@@ -154,6 +154,12 @@ class Engine:
         return self.setup.l1 is not None
 
     @property
+    def copying(self) -> bool:
+        """Whether copies go on that only another step hears of; elsewhere vLLM steps by itself."""
+        here = hasattr(self.core.engine_core, "engine_core")
+        return here and self.keeps and bool(self.side.copying)
+
+    @property
     def side(self) -> Any:
         """The connector's half in the scheduler."""
         return self.scheduler.connector._scheduler
@@ -244,7 +250,7 @@ class Engine:
     def drain(self) -> dict[str, Answer]:
         """Step until no request is left, and no copy goes on; the answers by name."""
         answers: dict[str, Answer] = {}
-        while self.core.has_unfinished_requests() or (self.keeps and self.side.copying):
+        while self.core.has_unfinished_requests() or self.copying:
             for output in self.step():
                 if output.finished:
                     answers[output.request_id] = _answer(output)
