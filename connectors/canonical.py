@@ -61,7 +61,7 @@ def canonical_form(placement: Placement) -> list[str]:
 class CanonicalCopier(PageCopier):
     """Copies between an engine's cache and slots in canonical order, both in host memory.
 
-    Slots and shards are those of :class:`~kvcache.connectors.pages.CpuCopier`. The copies are
+    Slots and shards are those of :class:`~kvcache.connectors.copier.Sides`. The copies are
     torch's, one per tensor and block, in the calling thread: a second one made none of them faster.
     """
 

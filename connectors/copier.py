@@ -147,6 +147,7 @@ class Sides:
     slab must not overlap.
 
     Attributes:
+        blocks: of the engine.
         nbytes: of each run.
         engine: addresses of the runs of block 0, and strides to those of the next.
         slab: the same of slots.
@@ -167,7 +168,8 @@ class Sides:
             raise ValueError(f"slots={slots} must be at least 1")
         *begins, end = accumulate((page.nbytes for page in pages), initial=offset)
         check_shard(offset, end - offset, slot_nbytes)
-        self.counts = {"blocks": min(page.count for page in pages), "slots": slots}
+        self.slab_address, self.slots, self.slot_nbytes = slab_address, slots, slot_nbytes
+        self.blocks = min(page.count for page in pages)
         self.nbytes = integers([page.nbytes for page in pages])
         self.engine = (
             integers([page.address for page in pages]),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kvcache.connectors.canonical import CanonicalCopier, canonical_form
-from kvcache.connectors.copier import PageCopier
+from kvcache.connectors.copier import PageCopier, Sides
 from kvcache.connectors.device import DeviceCopier
 from kvcache.connectors.pages import CpuCopier
 from kvcache.connectors.placement import Placement
@@ -83,6 +83,5 @@ def open_copier(
     where = {"slab_address": slab.address, "slots": slab.slots, "slot_nbytes": slab.slot_nbytes}
     if order == "canonical":
         return CanonicalCopier(placement, offset=offset, **where)
-    if device is not None:
-        return DeviceCopier(placement.pages(), offset=offset, device=device, **where)
-    return CpuCopier(placement.pages(), offset=offset, threads=threads, **where)
+    sides = Sides(placement.pages(), offset=offset, **where)
+    return DeviceCopier(sides, device) if device is not None else CpuCopier(sides, threads=threads)

@@ -18,12 +18,11 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvcache.connectors.copier import Integers, PageCopier, Sides
 from kvcache.connectors.pins import Pins
-from kvcache.connectors.placement import Pages
 from kvcache.connectors.streams import Device, Mark, Stream
 
 
@@ -49,24 +48,13 @@ class _Copying:
 
 
 class DeviceCopier(PageCopier):
-    """Copies on two streams, one for each direction; arguments as `Sides` has them."""
+    """Copies on two streams, one for each direction."""
 
-    def __init__(
-        self,
-        pages: Sequence[Pages],
-        *,
-        slab_address: int,
-        slots: int,
-        slot_nbytes: int,
-        offset: int = 0,
-        device: Device,
-    ) -> None:
-        self._sides = Sides(
-            pages, slab_address=slab_address, slots=slots, slot_nbytes=slot_nbytes, offset=offset
-        )
-        super().__init__(**self._sides.counts)
+    def __init__(self, sides: Sides, device: Device) -> None:
+        super().__init__(blocks=sides.blocks, slots=sides.slots)
+        self._sides = sides
         self._device = device
-        self._pins = Pins(slab_address, slots, slot_nbytes, device)
+        self._pins = Pins(sides, device)
         self._loads, self._stores = device.stream(), device.stream()
         self._storing: list[_Copying] = []  # under way when it was last looked
 

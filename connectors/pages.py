@@ -6,7 +6,7 @@ Always true here, beside what `copier` says: a copy is over when the call return
 import ctypes
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -25,8 +25,6 @@ except ImportError as error:
         f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[torch]',"
         " or 'kvcache[vllm]', which has them too"
     ) from error
-
-from kvcache.connectors.placement import Pages
 
 # A run begins far from the one before it, where the processor has nothing to foresee it by, and its
 # end says nothing of where the next begins. So the lines that are read next are asked for this many
@@ -50,25 +48,14 @@ class CpuCopier(PageCopier):
     """Copies by the processor.
 
     Every copy is cut into `threads` shares of equal bytes, of which the calling thread copies one;
-    `threads - 1` are started for the others. The other arguments are those of `Sides`.
+    `threads - 1` are started for the others.
     """
 
-    def __init__(
-        self,
-        pages: Sequence[Pages],
-        *,
-        slab_address: int,
-        slots: int,
-        slot_nbytes: int,
-        offset: int = 0,
-        threads: int = 1,
-    ) -> None:
+    def __init__(self, sides: Sides, *, threads: int = 1) -> None:
         if threads < 1:
             raise ValueError(f"threads={threads} must be at least 1")
-        self._sides = Sides(
-            pages, slab_address=slab_address, slots=slots, slot_nbytes=slot_nbytes, offset=offset
-        )
-        super().__init__(**self._sides.counts)
+        super().__init__(blocks=sides.blocks, slots=sides.slots)
+        self._sides = sides
         self._copy_share = _compiled()
         self._threads = threads
         # Starts a thread when it is first given a share, so none where threads is 1.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from kvcache.connectors.copier import Sides
 from kvcache.connectors.streams import Device
 
 log = logging.getLogger(__name__)
@@ -17,12 +18,10 @@ _PIECE = 1 << 30  # a registration costs the driver something, whatever its size
 
 
 class Pins:
-    """Pins for `device` the slots that are ready, of a slab that begins at `address`."""
+    """Pins for `device` the slots that are ready."""
 
-    def __init__(self, address: int, slots: int, slot_nbytes: int, device: Device) -> None:
-        self._address = address
-        self._slots = slots
-        self._slot_nbytes = slot_nbytes
+    def __init__(self, sides: Sides, device: Device) -> None:
+        self._sides = sides
         self._device = device
         self._lock = threading.Lock()
         self._pieces: list[int] = []  # their addresses
@@ -31,12 +30,13 @@ class Pins:
 
     def ready(self, slots: int) -> None:
         """The memory of the first `slots` slots is there."""
-        whole = self._slots * self._slot_nbytes
+        of = self._sides
+        whole = of.slots * of.slot_nbytes
         with self._lock:
-            end = slots * self._slot_nbytes
-            if self._refused or end - self._end < (_PIECE if slots < self._slots else 1):
+            end = slots * of.slot_nbytes
+            if self._refused or end - self._end < (_PIECE if slots < of.slots else 1):
                 return
-            address = self._address + self._end
+            address = of.slab_address + self._end
             if why := self._device.pin(address, end - self._end):
                 self._refused = True
                 log.warning(

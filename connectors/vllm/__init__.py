@@ -193,7 +193,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if isinstance(kv_connector_metadata, Step):
-            self._worker.prepare(kv_connector_metadata)
+            self._worker.fence(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if (step := self._step()) is not None:

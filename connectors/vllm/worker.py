@@ -91,7 +91,7 @@ class WorkerSide:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
         return self._shard
 
-    def prepare(self, step: Step) -> None:
+    def fence(self, step: Step) -> None:
         """Before anything is done for ``step``: the engine may write the blocks it hands out."""
         if self.copier is not None:
             self.copier.fence(step.fresh)

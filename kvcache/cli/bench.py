@@ -69,6 +69,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
 
     import numpy as np
 
+    from kvcache.connectors.copier import Sides
     from kvcache.connectors.pages import CpuCopier
     from kvcache.connectors.placement import Pages
     from kvcache.sizes import Size
@@ -95,14 +96,13 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     def opened() -> tuple[Stack, CpuCopier]:
         tier = DramTier(block_nbytes=BLOCK, capacity=Size(blocks * BLOCK))
         tier.slab.wait_populated()
-        copier = CpuCopier(
+        sides = Sides(
             layers,
             slab_address=tier.slab.address,
             slots=tier.slab.slots,
             slot_nbytes=tier.slab.slot_nbytes,
-            threads=threads,
         )
-        return Stack(tier, profile="bench"), copier
+        return Stack(tier, profile="bench"), CpuCopier(sides, threads=threads)
 
     def memcpy() -> None:
         futures = [pool.submit(np.copyto, *part) for part in parts[1:]]

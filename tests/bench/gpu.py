@@ -24,6 +24,7 @@ class Rig:
     """Pages on the GPU and as many slots, ours; and flat memory of the same size, for the floor."""
 
     def __init__(self, torch: Any) -> None:
+        from kvcache.connectors.copier import Sides
         from kvcache.connectors.cuda import Cuda
         from kvcache.connectors.device import DeviceCopier
         from kvcache.connectors.placement import Pages
@@ -34,13 +35,13 @@ class Rig:
         count = NBYTES // (PAGE * LAYERS)
         pages = torch.zeros((LAYERS, 4 * count, PAGE), dtype=torch.uint8, device=device)
         self.slab = Slab.create(2 * count, LAYERS * PAGE)
-        self.copier = DeviceCopier(
+        sides = Sides(
             [Pages(layer.data_ptr(), PAGE, PAGE, 4 * count) for layer in pages],
             slab_address=self.slab.address,
             slots=2 * count,
             slot_nbytes=self.slab.slot_nbytes,
-            device=Cuda(device),
         )
+        self.copier = DeviceCopier(sides, Cuda(device))
         self.slab.populate(self.copier.ready)
         self.slab.wait_populated()
         blocks = random.Random(0).sample(range(4 * count), 2 * count)

@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 
 import torch
 
+from kvcache.connectors.copier import Sides
 from kvcache.connectors.device import DeviceCopier
 from kvcache.connectors.placement import Pages
 from kvcache.slab import Slab
@@ -49,13 +50,13 @@ def pages() -> Any:
 
 @pytest.fixture
 def copier(slab: Slab, device: Any, pages: Any) -> Iterator[DeviceCopier]:
-    made = DeviceCopier(
+    sides = Sides(
         [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS) for layer in pages],
         slab_address=slab.address,
         slots=SLOTS,
         slot_nbytes=slab.slot_nbytes,
-        device=device,
     )
+    made = DeviceCopier(sides, device)
     slab.populate(made.ready)
     slab.wait_populated()
     yield made

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors.copier import Copy
+from kvcache.connectors.copier import Copy, Sides
 from kvcache.connectors.device import DeviceCopier
 from kvcache.connectors.placement import Pages
 from tests.connectors.streams import Device
@@ -31,13 +31,13 @@ class World:
         self.pages = rng.integers(0, 256, (LAYERS, BLOCKS, PAGE), dtype=np.uint8)
         self.slab = rng.integers(0, 256, (SLOTS, LAYERS, PAGE), dtype=np.uint8)
         self.right_pages, self.right_slab = self.pages.copy(), self.slab.copy()
-        self.copier = DeviceCopier(
+        sides = Sides(
             [Pages(layer.ctypes.data, PAGE, PAGE, BLOCKS) for layer in self.pages],
             slab_address=self.slab.ctypes.data,
             slots=SLOTS,
             slot_nbytes=LAYERS * PAGE,
-            device=self.device,
         )
+        self.copier = DeviceCopier(sides, self.device)
         self.busy: list[tuple[Copy, list[int]]] = []  # copies and the slots that they touch
         self.wrong: list[str] = []
 

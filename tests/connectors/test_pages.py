@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.connectors import pages
+from kvcache.connectors.copier import Sides
 from kvcache.connectors.pages import CpuCopier
 from kvcache.connectors.placement import Pages
 
@@ -60,7 +61,7 @@ class World:
         self.slab = rng.integers(0, 256, self.slot_nbytes * self.slots + 2 * GUARD, dtype=np.uint8)
 
     def copier(self) -> CpuCopier:
-        return CpuCopier(
+        sides = Sides(
             [
                 Pages(self.engine.ctypes.data + start, nbytes, stride, self.blocks)
                 for (start, stride), nbytes in zip(self.at, self.layers, strict=True)
@@ -69,8 +70,8 @@ class World:
             slots=self.slots,
             slot_nbytes=self.slot_nbytes,
             offset=self.offset,
-            threads=self.threads,
         )
+        return CpuCopier(sides, threads=self.threads)
 
     def ranges(self, block: int, slot: int) -> Iterator[tuple[slice, slice]]:
         """Layer after layer: the bytes of the block in `engine`, those of the slot in `slab`."""
@@ -241,12 +242,8 @@ def test_refuses_two_copies_to_one_place_and_allows_two_from_one() -> None:
 def test_blocks_exist_that_every_layer_has() -> None:
     memory = np.zeros(64, dtype=np.uint8)
     address = memory.ctypes.data
-    copier = CpuCopier(
-        [Pages(address, 4, 4, 3), Pages(address + 12, 4, 4, 2)],
-        slab_address=address + 32,
-        slots=4,
-        slot_nbytes=8,
-    )
+    pages = [Pages(address, 4, 4, 3), Pages(address + 12, 4, 4, 2)]
+    copier = CpuCopier(Sides(pages, slab_address=address + 32, slots=4, slot_nbytes=8))
     with pytest.raises(IndexError, match="block 2 does not exist: there are 2"):
         copier.gather([2], [0])
     copier.close()
@@ -265,9 +262,11 @@ def test_blocks_exist_that_every_layer_has() -> None:
 def test_refuses_a_shape_that_cannot_be(
     layers: list[int], options: dict[str, int], message: str
 ) -> None:
+    threads = options.get("threads", 1)
     shape = {"slab_address": 0, "slots": 1, "slot_nbytes": 16} | options
+    shape.pop("threads", None)
     with pytest.raises(ValueError, match=message):
-        CpuCopier([Pages(0, nbytes, nbytes, 1) for nbytes in layers], **shape)
+        CpuCopier(Sides([Pages(0, n, n, 1) for n in layers], **shape), threads=threads)
 
 
 def test_gather_and_scatter_at_the_same_time() -> None:

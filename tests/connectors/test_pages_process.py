@@ -28,14 +28,14 @@ there.wait()
 
 import numpy as np
 from kvcache.connectors import pages
+from kvcache.connectors.copier import Sides
 from kvcache.connectors.placement import Pages
 
 pages._ALONE_BELOW = 0
 memory = np.zeros(2, dtype=np.uint8)
 address = memory.ctypes.data
-copier = pages.CpuCopier(
-    [Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1, threads=2
-)
+sides = Sides([Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)
+copier = pages.CpuCopier(sides, threads=2)
 copier.gather([0], [0])
 (worker,) = [t for t in threading.enumerate() if t.name.startswith("kvcache-pages")]
 copier._pool.submit(int).result()  # it has run its initializer

@@ -224,8 +224,8 @@ def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
 
 def test_blocks_are_fenced_before_the_engine_has_them_anew() -> None:
     copier = Copier()
-    side().prepare(Step(NOWHERE, fresh=[7]))  # before there is a copier there is nothing to fence
-    side(copier).prepare(Step(NOWHERE, fresh=[3, 4]))
+    side().fence(Step(NOWHERE, fresh=[7]))  # before there is a copier there is nothing to fence
+    side(copier).fence(Step(NOWHERE, fresh=[3, 4]))
     assert copier.calls == [("fence", [3, 4], [])]
 
 
