@@ -1,0 +1,205 @@
+"""The canonical order against plain torch: every byte of slots and cache, touched or not.
+
+What was stored in it must be found by later versions, so the order is pinned here by what it means:
+``[tokens, layers, kv, heads, dim]``, or ``[tokens, layers, latent]``, dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any, cast
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache.connectors import pages
+from kvcache.connectors.canonical import canonical_sizes
+from kvcache.connectors.copies import open_copier
+from kvcache.connectors.layouts import Layout
+from kvcache.connectors.placement import Placement, place
+from kvcache.slab import Slab
+from tests.connectors.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
+
+ALL = KINDS | LATENT
+GUARD = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_copy_is_shared() -> Iterator[None]:
+    """Small copies would all be made by the calling thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "_ALONE_BELOW", 0)
+        yield
+
+
+def canonical(placement: Placement, block: int) -> bytes:
+    """A block in canonical order, as torch puts it: by the names of axes, and by nothing else."""
+    whole = torch.empty(
+        [*canonical_sizes(placement).values()], dtype=placement.parts[0].tensor.dtype
+    )
+    names = [*canonical_sizes(placement)]
+    for part in placement.parts:
+        tensor: Any = part.tensor
+        step = tensor.element_size()
+        inside = tensor.as_strided(
+            [axis.size for axis in part.axes],
+            [axis.stride // step for axis in part.axes],
+            tensor.storage_offset() + block * (part.blocks.stride // step),
+        )
+        # Axes of one name come together, in their order, and then the names in that of a block.
+        kept = [at for at, axis in enumerate(part.axes) if axis.name in names]
+        order = sorted(kept, key=lambda at: names.index(part.axes[at].name))
+        target = whole.select(names.index("layers"), part.layer)
+        inside = inside.permute([*order, *(at for at in range(len(part.axes)) if at not in kept)])
+        if "kv" in names and not any(axis.name == "kv" for axis in part.axes):
+            target = target.select(names.index("kv") - 1, part.number)
+        target.copy_(inside.reshape(target.shape))
+    return bytes(whole.contiguous().view(torch.uint8).numpy())
+
+
+class Room:
+    """Slots anywhere in memory, with something before and after them; what `open_copier` asks."""
+
+    def __init__(self, slots: int, slot_nbytes: int) -> None:
+        self.slots, self.slot_nbytes = slots, slot_nbytes
+        self.memory = np.random.default_rng(1).integers(
+            0, 256, slots * slot_nbytes + 3 * GUARD, dtype=np.uint8
+        )
+        begin = -self.memory.ctypes.data % GUARD + GUARD
+        self.address = self.memory.ctypes.data + begin
+        self.rows = self.memory[begin : begin + slots * slot_nbytes].reshape(slots, slot_nbytes)
+
+
+def cache_bytes(placement: Placement) -> tuple[list[Any], list[Any]]:
+    """The memory that tensors lie in, and which bytes of it are no block's."""
+    found: dict[int, tuple[Any, Any]] = {}
+    for part in placement.parts:
+        tensor: Any = part.tensor
+        memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        _, outside = found.setdefault(
+            memory.data_ptr(), (memory.clone(), torch.ones(len(memory), dtype=torch.bool))
+        )
+        numbers = outside.view(-1, tensor.element_size())
+        at = torch.arange(len(numbers))
+        numbers[at.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())] = False
+    return [memory for memory, _ in found.values()], [outside for _, outside in found.values()]
+
+
+def check(
+    placement: Placement, layers: Any, *, offset: int = 0, tail: int = 0, threads: int = 1
+) -> None:
+    """Gather, change everything, scatter to other blocks: both memories are right after each."""
+    shard = slice(offset, offset + placement.block_nbytes)
+    room = Room(placement.blocks + 1, offset + placement.block_nbytes + tail)
+    copier = open_copier(
+        placement, cast("Slab", room), order="canonical", offset=offset, threads=threads
+    )
+    random, count = Random(3), placement.blocks - (placement.blocks > 1)
+    blocks = random.sample(range(placement.blocks), count)
+    slots = random.sample(range(room.slots), count)
+    wipe(layers, seed=5)
+
+    memory, (before, outside) = room.memory.copy(), cache_bytes(placement)
+    copier.gather(blocks, slots).wait()
+    gathered, room.memory[:] = room.memory.copy(), memory
+    for block, slot in zip(blocks, slots, strict=True):
+        room.rows[slot, shard] = np.frombuffer(canonical(placement, block), dtype=np.uint8)
+    np.testing.assert_array_equal(gathered, room.memory)
+    assert all(map(torch.equal, cache_bytes(placement)[0], before))
+
+    right = [canonical(placement, block) for block in range(placement.blocks)]
+    targets = random.sample(range(placement.blocks), count)
+    room.memory ^= 0xA5
+    memory = room.memory.copy()
+    copier.scatter(slots, targets).wait()
+    for slot, target in zip(slots, targets, strict=True):
+        right[target] = room.rows[slot, shard].tobytes()
+    assert [canonical(placement, block) for block in range(placement.blocks)] == right
+    np.testing.assert_array_equal(room.memory, memory)
+    for now, then, free in zip(cache_bytes(placement)[0], before, outside, strict=True):
+        assert torch.equal(now[free], then[free])
+    copier.close()
+
+
+SHAPES = {  # tokens, heads, dim
+    "16 tokens": (16, 2, 64),
+    "128 tokens": (128, 3, 32),
+    "dim 80": (16, 2, 80),
+    "dim 576": (16, 1, 576),
+    "few tokens": (4, 5, 48),
+    "odd": (3, 7, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ALL)
+def test_the_bytes_of_a_canonical_block(name: str, shape: str, dtype: torch.dtype) -> None:
+    tokens, heads, dim = SHAPES[shape]
+    g = Geometry(2, 5, tokens, 1 if name in LATENT else heads, dim, dtype)
+    layers = ALL[name].make(g)
+    placement = place(layers, ALL[name].layout)
+    check(placement, layers, threads=1 + tokens % 2)
+    if name in KINDS:  # and the model of a block is right, which knows the names of axes
+        seen = [part for pair in meaning(ALL[name], layers) for part in pair]
+        block = torch.stack([part[3] for part in seen], dim=1)  # [tokens, layers and kv, ...]
+        assert canonical(placement, 3) == block.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_a_shard_of_a_slot(name: str, threads: int) -> None:
+    """Where nothing begins on a line, and shares of threads end anywhere."""
+    g = Geometry(layers=3, blocks=5, tokens=16, heads=1 if name in LATENT else 2, dim=48)
+    layers = ALL[name].make(g)
+    check(place(layers, ALL[name].layout), layers, offset=4098, tail=6, threads=threads)
+
+
+AXES = ("blocks", "tokens", "heads", "dim", "kv", "tokens", "dim", "one")
+
+
+@st.composite
+def laid_out(draw: st.DrawFn) -> tuple[Placement, Any]:
+    """Any axes in any order, with gaps, in tensors that hold more than blocks."""
+    names = draw(st.permutations(AXES))[: draw(st.integers(1, len(AXES)))]
+    names = ["blocks", *(name for name in names if name != "blocks")]
+    names = draw(st.permutations(names))
+    pair = draw(st.booleans()) and "kv" not in names
+    sizes = [
+        {"kv": 2, "one": 1}.get(name) or draw(st.sampled_from([1, 2, 3, 8, 17, 32]))
+        for name in names
+    ]
+    while np.prod(sizes) > 4096:
+        widest = max(range(len(sizes)), key=lambda at: sizes[at])
+        sizes[widest] = 1
+    dtype = draw(st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.float64]))
+
+    def tensor() -> Any:
+        strides, step = [0] * len(names), 1
+        for axis in draw(st.permutations(range(len(names)))):
+            strides[axis] = step
+            step *= sizes[axis] + draw(st.sampled_from([0, 0, 0, 1, 2]))
+        begin = draw(st.integers(0, 3))
+        return torch.zeros(step + 3, dtype=dtype).as_strided(sizes, strides, begin)
+
+    count = draw(st.integers(1, 3))
+    layers = [(tensor(), tensor()) if pair else tensor() for _ in range(count)]
+    layout = Layout("any", (" ".join(names),) * (1 + pair))
+    return place(layers, layout), layers
+
+
+@settings(deadline=None, max_examples=150)
+@given(laid_out(), st.integers(0, 70), st.integers(0, 70), st.integers(1, 3))
+def test_any_axes_in_any_order(given: Any, offset: int, tail: int, threads: int) -> None:
+    placement, layers = given
+    nbytes = placement.element_nbytes
+    begin, end = offset // nbytes * nbytes, tail // nbytes * nbytes
+    check(placement, layers, offset=begin, tail=end, threads=threads)
