@@ -9,14 +9,18 @@ Always true here: two caches whose canonical forms are equal mean the same by ev
 
 from __future__ import annotations
 
-import ctypes
 import math
-import time
-from typing import Any
+from itertools import product
+from typing import NamedTuple
 
-from kvcache.connectors.copier import Integers, Made, PageCopier, check_shard
 from kvcache.connectors.layouts import LayoutError, sizes_of
-from kvcache.connectors.placement import Part, Placement
+from kvcache.connectors.placement import MOST_RUNS, Pages, Part, Placement
+
+LINE = 64
+"""Bytes: shorter runs, and those that end within a line, are turned where they can be."""
+
+MOST_TURNED_NBYTES = 32 << 10
+"""Of a run that is turned: with what it is made of, it stays in a core's own caches."""
 
 ORDER = ("tokens", "layers", "kv", "heads", "dim", "latent")
 
@@ -58,73 +62,123 @@ def canonical_form(placement: Placement) -> list[str]:
     return [f"canonical: {placement.parts[0].tensor.dtype} {sizes}"]
 
 
-class CanonicalCopier(PageCopier):
-    """Copies between an engine's cache and slots in canonical order, both in host memory.
+class Turn(NamedTuple):
+    """A run that is a matrix of cells on both sides: what is a row in the engine's is a column.
 
-    Slots and shards are those of :class:`~kvcache.connectors.copier.Sides`. The copies are
-    torch's, one per tensor and block, in the calling thread: a second one made none of them faster.
+    Attributes:
+        cell: bytes of a cell.
+        engine_row: bytes from row to row in the engine, and so on.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        *,
-        slab_address: int,
-        slots: int,
-        slot_nbytes: int,
-        offset: int = 0,
-    ) -> None:
-        import torch
+    cell: int
+    rows: int
+    columns: int
+    engine_row: int
+    engine_column: int
+    slot_row: int
+    slot_column: int
 
-        super().__init__(blocks=placement.blocks, slots=slots)
-        check_shard(offset, placement.block_nbytes, slot_nbytes)
-        nbytes = placement.element_nbytes
-        if offset % nbytes or slot_nbytes % nbytes:
-            raise ValueError(f"offset {offset}: numbers of {nbytes} bytes begin on such a multiple")
-        whole = (ctypes.c_uint8 * (slots * slot_nbytes)).from_address(slab_address)
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[nbytes]
-        slab = torch.frombuffer(whole, dtype=integers)
-        sizes = canonical_sizes(placement)
-        self._pairs: list[tuple[Any, Any]] = []  # of every tensor: the engine's, the slots'
-        for part in placement.parts:
-            shape = [axis.size for axis in part.axes]
-            cache = part.tensor.view(integers)  # type: ignore[attr-defined]
-            engine = cache.as_strided(
-                [part.blocks.size, *shape],
-                [axis.stride // nbytes for axis in (part.blocks, *part.axes)],
-                cache.storage_offset(),
+
+class _Axis(NamedTuple):
+    """An axis on both sides: steps in bytes."""
+
+    size: int
+    engine: int
+    slot: int
+
+
+class Runs(NamedTuple):
+    """What a block is copied by into canonical order.
+
+    Attributes:
+        pages: where the runs lie in the engine; of those that are turned, the first cell.
+        begins: where they begin in a canonical block, in bytes.
+        turns: how each of them is turned; none, where none is.
+    """
+
+    pages: list[Pages]
+    begins: list[int]
+    turns: list[Turn]
+
+
+def canonical_runs(placement: Placement, *, turned: bool) -> Runs:
+    """How blocks come into canonical order.
+
+    Args:
+        turned: whether the copier turns runs. It does where they would be shorter than lines, or
+            too many, if they are copied as they lie.
+
+    Raises:
+        LayoutError: as :func:`canonical_sizes`, and for too many runs.
+    """
+    sizes = canonical_sizes(placement)
+    found = [_on_both_sides(part, sizes) for part in placement.parts]
+    turned = turned and any(
+        len(axes) > 1 and (cell % LINE or _count(axes) > MOST_RUNS) for _, cell, axes in found
+    )
+    runs = Runs([], [], [])
+    for part, (first, cell, inside) in zip(placement.parts, found, strict=True):
+        axes = inside
+        if turned:
+            turn, axes = _turned(cell, inside)
+            runs.turns.extend([turn] * _count(axes))
+        if (count := _count(axes)) > MOST_RUNS:
+            raise LayoutError(
+                f"layer {part.layer} has no canonical order on {placement.device}: a block of it"
+                f" lies in {count} runs of {cell} bytes; there may be {MOST_RUNS}, since each is"
+                " copied by itself"
             )
-            first, strides = _inside_a_block(part, sizes)
-            slotted = slab.as_strided(
-                [slots, *shape], [slot_nbytes // nbytes, *strides], offset // nbytes + first
-            )
-            self._pairs.append((engine, slotted))
-
-    def _gather(self, blocks: Integers, slots: Integers) -> Made:
-        begun, rows = time.perf_counter(), list(zip(blocks.tolist(), slots.tolist(), strict=True))
-        for engine, slotted in self._pairs:
-            for block, slot in rows:
-                slotted[slot].copy_(engine[block])
-        return Made(time.perf_counter() - begun)
-
-    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> Made:
-        begun, rows = time.perf_counter(), list(zip(blocks.tolist(), slots.tolist(), strict=True))
-        for engine, slotted in self._pairs:
-            for block, slot in rows:
-                engine[block].copy_(slotted[slot])
-        return Made(time.perf_counter() - begun)
+        stride = part.blocks.stride if part.blocks.size > 1 else cell
+        for steps in product(*(range(axis.size) for axis in axes)):
+            at = list(zip(steps, axes, strict=True))
+            address = part.tensor.data_ptr() + sum(step * axis.engine for step, axis in at)
+            runs.pages.append(Pages(address, cell, stride, part.blocks.size))
+            runs.begins.append(first + sum(step * axis.slot for step, axis in at))
+    return runs
 
 
-def _inside_a_block(part: Part, sizes: dict[str, int]) -> tuple[int, list[int]]:
-    """Where a tensor's numbers begin in a canonical block, and its axes' strides: in elements."""
-    names = list(sizes)
-    step = {name: math.prod([sizes[n] for n in names[at + 1 :]]) for at, name in enumerate(names)}
-    first = part.layer * step["layers"]
-    if part.number:
-        first += step["kv"]
-    strides = []
+def _on_both_sides(part: Part, sizes: dict[str, int]) -> tuple[int, int, list[_Axis]]:
+    """Where a tensor begins in a canonical block, the bytes of it that lie together, and its axes.
+
+    All in bytes; the axis first whose steps in a canonical block are the smallest.
+    """
+    step, nbytes = {}, part.tensor.element_size()
+    for name, size in reversed(sizes.items()):
+        step[name], nbytes = nbytes, nbytes * size
+    first = part.layer * step["layers"] + (step["kv"] if part.number else 0)
+    found = []
     for axis in reversed(part.axes):
-        strides.append(step.get(axis.name, 0))
-        if axis.name in step:
+        if axis.size > 1:
+            found.append(_Axis(axis.size, axis.stride, step[axis.name]))
             step[axis.name] *= axis.size  # the part of the name that is outside this one
-    return first, strides[::-1]
+    element = part.tensor.element_size()
+    axes = [_Axis(1, element, element)]
+    for size, engine, slot in sorted(found, key=lambda axis: axis.slot):
+        inner = axes[-1]
+        if (engine, slot) == (inner.size * inner.engine, inner.size * inner.slot):
+            axes[-1] = inner._replace(size=inner.size * size)
+        else:
+            axes.append(_Axis(size, engine, slot))
+    return first, axes[0].size * element, axes[1:]
+
+
+def _turned(cell: int, axes: list[_Axis]) -> tuple[Turn, list[_Axis]]:
+    """The matrix whose rows are as long as can be on both sides, and the axes of such ones."""
+    rows, *others = axes or [_Axis(1, cell, cell)]
+    columns = min(others, key=lambda axis: axis.engine, default=_Axis(1, cell, cell))
+    rest = [axis for axis in others if axis is not columns]
+    high, wide = rows.size, columns.size
+    while cell * high * wide > MOST_TURNED_NBYTES and max(high, wide) > 1:
+        high, wide = (_part(high), wide) if high >= wide else (high, _part(wide))
+    for axis, size in ((rows, high), (columns, wide)):
+        rest.append(_Axis(axis.size // size, axis.engine * size, axis.slot * size))
+    return Turn(cell, high, wide, rows.engine, columns.engine, rows.slot, columns.slot), rest
+
+
+def _part(size: int) -> int:
+    """The largest number that goes into a larger one without a remainder."""
+    return max(part for part in range(1, size) if size % part == 0)
+
+
+def _count(axes: list[_Axis]) -> int:
+    return math.prod(axis.size for axis in axes)

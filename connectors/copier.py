@@ -142,9 +142,10 @@ class PageCopier(ABC):
 class Sides:
     """Where every run of a block begins on both sides of a rank's copies, and how far apart.
 
-    `pages` are this rank's, in the order of its shard; blocks exist that all of them have.
-    Slot s begins at `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and
-    slab must not overlap.
+    `pages` are this rank's; blocks exist that all of them have. In its shard they begin where
+    `begins` says, in bytes, or lie one after another. Slot s begins at
+    `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and slab must not
+    overlap.
 
     Attributes:
         blocks: of the engine.
@@ -156,6 +157,8 @@ class Sides:
     def __init__(
         self,
         pages: Sequence[Pages],
+        begins: Sequence[int] | None = None,
+        /,
         *,
         slab_address: int,
         slots: int,
@@ -166,8 +169,10 @@ class Sides:
             raise ValueError("there are no pages to copy")
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
-        *begins, end = accumulate((page.nbytes for page in pages), initial=offset)
-        check_shard(offset, end - offset, slot_nbytes)
+        if begins is None:
+            begins = [*accumulate((page.nbytes for page in pages[:-1]), initial=0)]
+        ends = [begin + page.nbytes for begin, page in zip(begins, pages, strict=True)]
+        check_shard(offset, max(ends), slot_nbytes)
         self.slab_address, self.slots, self.slot_nbytes = slab_address, slots, slot_nbytes
         self.blocks = min(page.count for page in pages)
         self.nbytes = integers([page.nbytes for page in pages])
@@ -176,7 +181,7 @@ class Sides:
             integers([page.stride for page in pages]),
         )
         self.slab = (
-            integers([slab_address + begin for begin in begins]),
+            integers([slab_address + offset + begin for begin in begins]),
             integers([slot_nbytes] * len(pages)),
         )
 

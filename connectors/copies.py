@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from kvcache.connectors.canonical import CanonicalCopier, canonical_form
-from kvcache.connectors.copier import PageCopier, Sides
+from kvcache.connectors.canonical import canonical_form, canonical_runs
+from kvcache.connectors.copier import PageCopier, Sides, check_shard
 from kvcache.connectors.device import DeviceCopier
 from kvcache.connectors.pages import CpuCopier
 from kvcache.connectors.placement import Placement
@@ -27,17 +27,13 @@ def form(placement: Placement, order: Order = "raw") -> list[str]:
 
     Raises:
         LayoutError: for a cache that has no canonical order, where that is asked for.
-        ValueError: for another order, and for a cache that is not in host memory, where that is
-            asked for.
+        ValueError: for another order.
     """
     if order == "raw":
         return placement.form
     if order != "canonical":
         raise ValueError(f"order is {order!r}; there are 'raw' and 'canonical'")
-    if placement.device != "cpu":
-        raise ValueError(
-            f"the KV cache is on {placement.device}; the canonical order is for host memory"
-        )
+    canonical_runs(placement, turned=placement.device == "cpu")
     return canonical_form(placement)
 
 
@@ -82,6 +78,11 @@ def open_copier(
     """
     where = {"slab_address": slab.address, "slots": slab.slots, "slot_nbytes": slab.slot_nbytes}
     if order == "canonical":
-        return CanonicalCopier(placement, offset=offset, **where)
-    sides = Sides(placement.pages(), offset=offset, **where)
-    return DeviceCopier(sides, device) if device is not None else CpuCopier(sides, threads=threads)
+        check_shard(offset, placement.block_nbytes, slab.slot_nbytes)
+        pages, begins, turns = canonical_runs(placement, turned=device is None)
+    else:
+        pages, begins, turns = placement.pages(), None, []
+    sides = Sides(pages, begins, offset=offset, **where)
+    if device is not None:
+        return DeviceCopier(sides, device)
+    return CpuCopier(sides, turns=turns, threads=threads)

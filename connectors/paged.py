@@ -55,8 +55,7 @@ class PagedCache:
         layout: a name of :data:`~kvcache.connectors.layouts.LAYOUTS` or a layout of your own;
             ``None`` to tell it from the shapes.
         order: of the bytes that are kept. ``raw`` copies pages as they are. ``canonical`` is one
-            order for all layouts, so that engines with different attention share blocks; it costs
-            about half of the speed, or more where a layout scatters its numbers.
+            order for all layouts, so that engines with different attention share blocks.
         sizes: of axes, by name, as far as they are known: ``tokens=16, heads=8``.
 
     Attributes:
@@ -92,7 +91,7 @@ class PagedCache:
         """Get ready to copy between these tensors and the stack's L1.
 
         Args:
-            threads: that a copy of raw pages is shared out among.
+            threads: that a copy by the processor is shared out among.
 
         Raises:
             ValueError: when the stack's blocks have another number of bytes.

@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.connectors import pages
-from kvcache.connectors.canonical import canonical_sizes
-from kvcache.connectors.copies import open_copier
-from kvcache.connectors.layouts import Layout
-from kvcache.connectors.placement import Placement, place
+from kvcache.connectors.canonical import canonical_runs, canonical_sizes
+from kvcache.connectors.copies import form, open_copier
+from kvcache.connectors.layouts import Layout, LayoutError
+from kvcache.connectors.placement import MOST_RUNS, Placement, place
 from kvcache.slab import Slab
 from tests.connectors.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
+from tests.connectors.streams import Device
 
 ALL = KINDS | LATENT
 GUARD = 64
@@ -94,13 +95,20 @@ def cache_bytes(placement: Placement) -> tuple[list[Any], list[Any]]:
 
 
 def check(
-    placement: Placement, layers: Any, *, offset: int = 0, tail: int = 0, threads: int = 1
+    placement: Placement,
+    layers: Any,
+    *,
+    offset: int = 0,
+    tail: int = 0,
+    threads: int = 1,
+    device: Device | None = None,
 ) -> None:
     """Gather, change everything, scatter to other blocks: both memories are right after each."""
     shard = slice(offset, offset + placement.block_nbytes)
     room = Room(placement.blocks + 1, offset + placement.block_nbytes + tail)
+    slab = cast("Slab", room)
     copier = open_copier(
-        placement, cast("Slab", room), order="canonical", offset=offset, threads=threads
+        placement, slab, device=device, order="canonical", offset=offset, threads=threads
     )
     random, count = Random(3), placement.blocks - (placement.blocks > 1)
     blocks = random.sample(range(placement.blocks), count)
@@ -161,6 +169,30 @@ def test_a_shard_of_a_slot(name: str, threads: int) -> None:
     g = Geometry(layers=3, blocks=5, tokens=16, heads=1 if name in LATENT else 2, dim=48)
     layers = ALL[name].make(g)
     check(place(layers, ALL[name].layout), layers, offset=4098, tail=6, threads=threads)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "paged-attention"])
+def test_beside_a_devices_work(name: str) -> None:
+    """By the same runs, none of them turned."""
+    g = Geometry(layers=2, blocks=4, tokens=16, heads=1 if name in LATENT else 2, dim=48)
+    layers = ALL[name].make(g)
+    check(place(layers, ALL[name].layout), layers, offset=96, tail=32, device=Device(Random(1)))
+
+
+def test_on_a_device_there_may_not_be_too_many_runs() -> None:
+    across = torch.zeros(4, 2, 8, 128, 16, dtype=torch.bfloat16, device="meta")
+    placement = place([across], Layout("ours", ("blocks kv heads dim tokens",)))
+    with pytest.raises(LayoutError, match="on meta: a block of it lies in 32768 runs of 2 bytes"):
+        form(placement, "canonical")
+
+
+def test_too_many_runs_are_turned() -> None:
+    g = Geometry(layers=1, blocks=2, tokens=1024, heads=8, dim=32)
+    layers = KINDS["pair-hnd"].make(g)
+    placement = place(layers, "pair-hnd")
+    assert g.tokens * g.heads > MOST_RUNS
+    assert len(canonical_runs(placement, turned=True).pages) < MOST_RUNS
+    check(placement, layers)
 
 
 AXES = ("blocks", "tokens", "heads", "dim", "kv", "tokens", "dim", "one")

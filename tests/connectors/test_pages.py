@@ -166,8 +166,9 @@ def test_a_share_is_its_bytes_and_no_others() -> None:
     copy_share = pages._compiled()
     source, target = np.arange(1, 25, dtype=np.uint8), np.zeros(24, dtype=np.uint8)
     starts, strides, rows = np.array([0, 4]), np.array([12, 12]), np.array([0, 1])
-    sides = [rows, target.ctypes.data + starts, strides, rows, source.ctypes.data + starts, strides]
-    copy_share(*sides, np.array([4, 8]), 6, 14)  # from the middle of a page to that of another
+    sides = [target.ctypes.data + starts, strides, source.ctypes.data + starts, strides]
+    nbytes, turns = np.array([4, 8]), np.empty((0, 7), dtype=np.int64)
+    copy_share(rows, rows, *sides, nbytes, turns, 6, 14)  # from within a page to within another
     np.testing.assert_array_equal(target[6:14], source[6:14])
     assert not target[:6].any()
     assert not target[14:].any()
