@@ -136,7 +136,8 @@ def _compiled(turned_by: frozenset[int] = frozenset()) -> Callable[..., None]:
         What is turned is so as a whole, in the share that has its first byte.
         """
         runs, row_nbytes = nbytes.size, nbytes.sum()
-        scratch = np.empty(nbytes.max() + LINE if turned else 0, dtype=np.uint8)
+        if turned:
+            scratch = np.empty(nbytes.max() + LINE, dtype=np.uint8)
         far = min(max(_FAR * runs // row_nbytes, 1), runs)  # runs from here to what is asked for
         for row in range(begin // row_nbytes, min(-(-end // row_nbytes), targets.size)):
             at = row * row_nbytes
