@@ -81,7 +81,7 @@ class Cuda:
         return Stream(torch.cuda.current_stream(self._device), self.mechanisms, self._pinned)
 
     def stream(self) -> Stream:
-        return Stream(torch.cuda.Stream(self._device), self.mechanisms, self._pinned)
+        return Stream(self._own(), self.mechanisms, self._pinned)
 
     def pin(self, address: int, nbytes: int) -> str:
         with torch.cuda.device(self._device):
@@ -102,9 +102,14 @@ class Cuda:
         if self._trial is not None:
             self._trial.join()
 
+    def _own(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
     def _try(self) -> None:
         try:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            # The device first: a thread goes back from a stream to the device it was on, and at the
+            # start that is the first one, which a process of another would take memory of.
+            with torch.cuda.device(self._device), torch.cuda.stream(self._own()):
                 scratch = _Scratch(self._device)
                 try:
                     measure(self.mechanisms, scratch)

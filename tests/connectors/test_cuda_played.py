@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +27,13 @@ from kvcache.connectors import trials
 from kvcache.connectors.copier import Integers, Sides
 from kvcache.connectors.cuda import Cuda, device, runtime, ways
 from kvcache.connectors.device import DeviceCopier
+from kvcache.connectors.mechanisms import Runs
 from kvcache.connectors.placement import Pages
 from kvcache.slab import Slab
 from tests.connectors.test_kernel import load
 
+DEVICE = torch.device("cpu")
+FIRST = torch.device("meta")  # another device, which threads are on when they begin
 LAYERS, BLOCKS, PAGE, SLOTS = 4, 24, 4096, 16
 
 
@@ -42,9 +47,13 @@ class Runtime:
         self.refuses = 0  # the code that a registration is answered with
         self.unheard = 0  # an error that nobody has fetched
         self.did: list[str] = []
+        self.current = threading.local()
+        self.current.device = DEVICE  # of this thread, where an engine has chosen
+        self.went_back_to: set[torch.device] = set()
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert flags == 3  # portable and mapped
+        assert self.here() == DEVICE
         if self.refuses:
             self.unheard = self.refuses
             return self.refuses
@@ -75,6 +84,25 @@ class Runtime:
     def cudaGetLastError(self) -> int:  # noqa: N802
         code, self.unheard = self.unheard, 0
         return code
+
+    def here(self) -> torch.device:
+        return getattr(self.current, "device", FIRST)
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.current.device = self.here(), device
+        yield
+        self.current.device = before
+
+    @contextmanager
+    def on_stream(self, stream: object) -> Iterator[None]:
+        """As torch does: it goes back to the stream, and so to the device, that it came from."""
+        before, self.current.device = self.here(), DEVICE
+        try:
+            yield
+        finally:
+            self.current.device = before
+            self.went_back_to.add(before)
 
     def holds(self, address: int, nbytes: int) -> bool:
         end = address + nbytes
@@ -124,8 +152,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(made))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", made.on_stream)
+    monkeypatch.setattr(torch.cuda, "device", made.on_device)
     monkeypatch.setattr(device._Scratch, "nbytes", 512 << 10)
     monkeypatch.setattr(trials, "_RUNS", 16)  # the interpreter is slow
     monkeypatch.setattr(trials, "_ROUNDS", 2)
@@ -139,7 +167,7 @@ def kernel(played: Runtime) -> Kernel:
 
 @pytest.fixture
 def cuda(played: Runtime, kernel: Kernel) -> Cuda:
-    return Cuda(torch.device("cpu"), [ways.ByPage(), kernel.mechanism])
+    return Cuda(DEVICE, [ways.ByPage(), kernel.mechanism])
 
 
 class Engine:
@@ -227,6 +255,16 @@ def test_the_trial_leaves_nothing_pinned(cuda: Cuda, engine: Engine, played: Run
     assert played.registered == {}
 
 
+def test_a_thread_touches_no_other_device(cuda: Cuda, engine: Engine, played: Runtime) -> None:
+    populating = threading.Thread(target=engine.copier.ready, args=(SLOTS,))
+    populating.start()
+    populating.join()
+    cuda.wait_tried()
+    engine.go_round()
+    assert played.went_back_to == {DEVICE}
+    assert played.registered
+
+
 def test_the_trial_is_over_when_memory_is_unpinned(
     cuda: Cuda, engine: Engine, played: Runtime
 ) -> None:
@@ -303,7 +341,43 @@ def test_a_kernel_that_copies_wrong_is_not_used(
     engine.go_round()
 
 
-def test_what_can_copy_here_is_found(played: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def names() -> list[str]:
+    return [mechanism.name for mechanism in ways.all_of(DEVICE)]
+
+
+def test_what_can_copy_here_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "batched", lambda: ways.Batched(None))
+    assert names() == ["the copy engine", "a call for each page", "a kernel"]
     monkeypatch.setattr(ways, "batched", lambda: None)
-    found = ways.all_of(torch.device("cpu"))
-    assert [mechanism.name for mechanism in found][:1] == ["a call for each page"]
+    assert names() == ["a call for each page", "a kernel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("kvcache.connectors.cuda.kernel", load(interpreted=True)), ("triton", None)],
+    ids=["interpreted", "no Triton"],
+)
+def test_there_is_no_kernel_where_it_is_not_compiled(
+    name: str, found: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "batched", lambda: None)
+    monkeypatch.delitem(sys.modules, "kvcache.connectors.cuda.kernel", raising=False)
+    monkeypatch.setitem(sys.modules, name, found)
+    assert names() == ["a call for each page"]
+
+
+def test_vllm_is_told_sources_first() -> None:
+    told: list[list[int]] = []
+    operator = ways.Batched(lambda *tensors: told.extend(tensor.tolist() for tensor in tensors))
+    one, two, three = (np.array([number], dtype=np.int64) for number in (1, 2, 3))
+    operator.copy(Runs(targets=one, sources=two, nbytes=three, way=None))
+    assert told == [[2], [1], [3]]
+
+
+def test_a_copy_that_cuda_refuses_is_said_in_its_words(
+    played: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(played, "cudaMemcpyAsync", lambda *_: 2)
+    one = np.array([1], dtype=np.int64)
+    with pytest.raises(RuntimeError, match=r"a copy of 1 bytes: out of memory \(error 2\)"):
+        ways.ByPage().copy(Runs(one, one, one, None))
