@@ -23,7 +23,7 @@ Bytes = NDArray[np.uint8]
 
 _RUNS = 512  # in a copy, at most: what calls cost shows, and it is over in a second or two
 _TICK = 1e-9  # seconds: less than any clock tells apart
-_ROUNDS = 6  # of all mechanisms in turns; the first one compiles and warms up
+_ROUNDS = 5  # of all mechanisms in turns; one that compiles first is no median
 
 
 class Memory(Protocol):
@@ -113,7 +113,7 @@ def _in_turns(
                 except _MechanismError as why:
                     mechanisms.drop(mechanism, str(why))
     return {
-        mechanism: max(statistics.median(seconds[1:]), _TICK)
+        mechanism: max(statistics.median(seconds), _TICK)
         for mechanism, seconds in took.items()
         if mechanism in mechanisms.left
     }

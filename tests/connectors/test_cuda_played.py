@@ -44,6 +44,7 @@ class Runtime:
         self.now = 0.0  # seconds
         self.registered: dict[int, int] = {}
         self.elsewhere = 0  # how far from the host's address the device has registered memory
+        self.unreachable = 0  # the code that a question for that is answered with
         self.refuses = 0  # the code that a registration is answered with
         self.unheard = 0  # an error that nobody has fetched
         self.did: list[str] = []
@@ -68,7 +69,8 @@ class Runtime:
     def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:  # noqa: N802
         assert flags == 0
         found._obj.value = address + self.elsewhere
-        return 0
+        self.unheard = self.unreachable
+        return self.unreachable
 
     def cudaMemcpyAsync(  # noqa: N802
         self, target: int, source: int, nbytes: int, kind: int, stream: int
@@ -237,14 +239,16 @@ def test_what_is_not_pinned_is_not_touched_by_the_kernel(
     assert len(kernel.sent) == tried
 
 
+@pytest.mark.parametrize(("elsewhere", "unreachable"), [(1 << 40, 0), (0, 1)])
 def test_a_device_with_addresses_of_its_own_has_no_copies_by_the_kernel(
-    cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime
+    cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime, elsewhere: int, unreachable: int
 ) -> None:
-    played.elsewhere = 1 << 40
+    played.elsewhere, played.unreachable = elsewhere, unreachable
     engine.copier.ready(SLOTS)
     cuda.wait_tried()
     engine.go_round()
     assert not kernel.sent
+    assert not played.unheard
 
 
 def test_the_trial_leaves_nothing_pinned(cuda: Cuda, engine: Engine, played: Runtime) -> None:

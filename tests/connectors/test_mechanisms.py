@@ -177,7 +177,11 @@ def test_what_leaves_a_wrong_byte_anywhere_is_never_used(
     world: World, way: Way, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.kernel.wrong = lambda runs: runs.way == way and int(runs.nbytes[0]) == size
-    measure(world.mechanisms, world.scratch)
+    with caplog.at_level(logging.INFO):
+        measure(world.mechanisms, world.scratch)
+    assert said(caplog, logging.INFO) == [
+        "kvcache: loads by the copy engine; stores by the copy engine"
+    ]
     count = min(512, world.scratch.nbytes // size // 2)
     [told] = said(caplog, logging.WARNING)
     assert told == (
@@ -248,6 +252,26 @@ def test_what_raises_later_is_replaced_in_the_same_call(
         assert (world.memory[0] == 7).all()
     assert (len(world.kernel.calls), len(world.engine.calls)) == (calls[0], calls[1] + 1)
     assert len(said(caplog, logging.WARNING)) == 1
+
+
+def test_what_is_dropped_twice_is_said_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        world.mechanisms.drop(world.kernel, "in the trial and in a copy at once")
+    assert len(said(caplog, logging.WARNING)) == 1
+
+
+def test_what_takes_no_time_is_fast(world: World) -> None:
+    world.kernel.cost = lambda way, nbytes: 0.0
+    measure(world.mechanisms, world.scratch)
+    assert world.by(64, 256 * KIB) == "a kernel"
+
+
+def test_what_is_slow_once_is_not_slow(world: World) -> None:
+    """A kernel is compiled in its first call."""
+    costs = iter([1.0])
+    world.kernel.cost = lambda way, nbytes: next(costs, 1e-9)
+    measure(world.mechanisms, world.scratch)
+    assert world.by(64, 4 * KIB) == "a kernel"
 
 
 def test_what_the_first_one_raises_is_the_callers(world: World) -> None:
