@@ -35,14 +35,14 @@ def _copy_runs(table, runs, chunks, chunk: tl.constexpr):  # type: ignore[no-unt
     lanes = tl.arange(0, chunk)
     for piece in range(tl.program_id(0), runs * chunks, tl.num_programs(0)):
         run = piece // chunks
-        at = piece % chunks * chunk + lanes
+        # Nothing here waits for another of the three; and what they are multiples of, the compiler
+        # has to be told.
+        target = tl.load(table + run).to(tl.pointer_type(tl.int64))
+        source = tl.load(table + runs + run).to(tl.pointer_type(tl.int64))
         words = tl.multiple_of(tl.load(table + 2 * runs + run) // 8, 2)
-        if piece % chunks * chunk < words:
-            target = tl.load(table + run).to(tl.pointer_type(tl.int64))
-            source = tl.load(table + runs + run).to(tl.pointer_type(tl.int64))
-            inside = at < words
-            read = tl.load(tl.multiple_of(source, 16) + at, mask=inside)
-            tl.store(tl.multiple_of(target, 16) + at, read, mask=inside)
+        at = piece % chunks * chunk + lanes
+        read = tl.load(tl.multiple_of(source, 16) + at, mask=at < words)
+        tl.store(tl.multiple_of(target, 16) + at, read, mask=at < words)
 
 
 class Kernel:
