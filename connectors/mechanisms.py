@@ -22,7 +22,7 @@ Way = Literal["load", "store"]
 WAYS: tuple[Way, ...] = ("load", "store")
 
 SIZES = tuple(4096 << doubled for doubled in range(7))  # of runs, 4 to 256 KiB, that are tried
-FEW = 16  # runs: copies of fewer were not measured
+FEW = 32  # runs: copies of fewer are not tried
 
 # Times as fast as the first: a kernel takes from the model what a copy engine does not.
 _CLEARLY = 1.2

@@ -21,7 +21,7 @@ from kvcache.connectors.mechanisms import SIZES, WAYS, Mechanism, Mechanisms, Ru
 
 Bytes = NDArray[np.uint8]
 
-_RUNS = 512  # in a copy, at most: what calls cost shows, and it is over in a second or two
+_RUNS = 512  # in a copy, at most: what a call costs does not hide what a run costs
 _TICK = 1e-9  # seconds: less than any clock tells apart
 _ROUNDS = 5  # of all mechanisms in turns; one that compiles first is no median
 

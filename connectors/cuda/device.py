@@ -16,14 +16,14 @@ import torch
 
 from kvcache.connectors.copier import Integers
 from kvcache.connectors.cuda import runtime, ways
-from kvcache.connectors.mechanisms import Mechanism, Mechanisms, Pinned
+from kvcache.connectors.mechanisms import FEW, SIZES, Mechanism, Mechanisms, Pinned
 from kvcache.connectors.trials import Bytes, measure
 
 log = logging.getLogger(__name__)
 
-# On each side, for a moment. torch takes as much from the device as it is asked for above 10 MiB,
-# keeps it, and gives it back before anybody is told that there is none.
-_SCRATCH = 16 << 20
+# On each side, for a moment: 16 MiB, twice what is copied, for half of it has to stay as it was.
+# torch keeps the device's afterwards, and gives it back before anybody is told that there is none.
+_SCRATCH = 2 * FEW * SIZES[-1]
 
 
 class Event:

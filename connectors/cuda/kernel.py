@@ -35,8 +35,7 @@ def _copy_runs(table, runs, chunks, chunk: tl.constexpr):  # type: ignore[no-unt
     lanes = tl.arange(0, chunk)
     for piece in range(tl.program_id(0), runs * chunks, tl.num_programs(0)):
         run = piece // chunks
-        # Nothing here waits for another of the three; and what they are multiples of, the compiler
-        # has to be told.
+        # None of the three waits for another. The compiler has to be told what they divide by.
         target = tl.load(table + run).to(tl.pointer_type(tl.int64))
         source = tl.load(table + runs + run).to(tl.pointer_type(tl.int64))
         words = tl.multiple_of(tl.load(table + 2 * runs + run) // 8, 2)
@@ -58,8 +57,9 @@ class Kernel:
         self._send = send
 
     def takes(self, runs: Runs) -> bool:
-        ends = runs.targets | runs.sources | runs.nbytes
-        return runs.way is not None and not int(np.bitwise_or.reduce(ends)) % _ACCESS
+        if runs.way is None:
+            return False
+        return not int(np.bitwise_or.reduce(runs.targets | runs.sources | runs.nbytes)) % _ACCESS
 
     def copy(self, runs: Runs) -> None:
         table = self._send(np.stack((runs.targets, runs.sources, runs.nbytes)))

@@ -56,7 +56,7 @@ class ByPage:
 
 
 def batched() -> Mechanism | None:
-    """Vllm's, where there is a vLLM for CUDA."""
+    """What vLLM brings, where there is a vLLM for CUDA."""
     try:
         import vllm._custom_ops
     except ImportError:
@@ -67,7 +67,7 @@ def batched() -> Mechanism | None:
 
 
 def kernel(device: torch.device) -> Mechanism | None:
-    """Triton's, where it is installed and compiles."""
+    """What Triton makes, where it is installed and compiles."""
     try:
         from kvcache.connectors.cuda.kernel import Kernel, compiled
     except Exception as error:  # noqa: BLE001 - of somebody else's package; there are other ways
