@@ -1,29 +1,34 @@
 """Copies between a GPU and pinned slots, beside one contiguous copy: `python tests/bench/gpu.py`.
 
-One table: what 256 MiB in pages of 64 KiB reach of one contiguous pinned copy in each direction, of
-both directions at once, and what a matrix product loses while both go on. Medians of rounds taken
-in turns, by CUDA's own clock.
+It prints what copies runs of which size, as tried at start, and two tables. The first has floors:
+what 256 MiB in pages of 64 KiB, by what was chosen, reach of one contiguous pinned copy in each
+direction, of both at once, and what a matrix product keeps of its speed while both go on. The
+second has the same of every mechanism, for pages of several sizes. Medians of rounds taken in
+turns, by CUDA's own clock.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 PAGE, LAYERS, NBYTES, ROUNDS = 64 << 10, 32, 256 << 20, 15
+PAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
+Row = tuple[Callable[[], float], Callable[[], float]]  # what is measured, and held against
 FLOORS = {"load": 0.9, "store": 0.9, "both at once": 0.85, "product beside": 0.97}
 
 
 class Rig:
     """Pages on the GPU and as many slots, ours; and flat memory of the same size, for the floor."""
 
-    def __init__(self, torch: Any) -> None:
+    def __init__(self, torch: Any, page: int) -> None:
         from kvcache.connectors.copier import Sides
         from kvcache.connectors.cuda import Cuda
         from kvcache.connectors.device import DeviceCopier
@@ -32,18 +37,20 @@ class Rig:
 
         self.torch = torch
         device = torch.device("cuda", 0)
-        count = NBYTES // (PAGE * LAYERS)
-        pages = torch.zeros((LAYERS, 4 * count, PAGE), dtype=torch.uint8, device=device)
-        self.slab = Slab.create(2 * count, LAYERS * PAGE)
+        count = NBYTES // (page * LAYERS)
+        pages = torch.zeros((LAYERS, 4 * count, page), dtype=torch.uint8, device=device)
+        self.slab = Slab.create(2 * count, LAYERS * page)
         sides = Sides(
-            [Pages(layer.data_ptr(), PAGE, PAGE, 4 * count) for layer in pages],
+            [Pages(layer.data_ptr(), page, page, 4 * count) for layer in pages],
             slab_address=self.slab.address,
             slots=2 * count,
             slot_nbytes=self.slab.slot_nbytes,
         )
-        self.copier = DeviceCopier(sides, Cuda(device))
+        self.cuda = Cuda(device)
+        self.copier = DeviceCopier(sides, self.cuda)
         self.slab.populate(self.copier.ready)
         self.slab.wait_populated()
+        self.cuda.wait_tried()
         blocks = random.Random(0).sample(range(4 * count), 2 * count)
         self.stored, self.loaded = blocks[:count], blocks[count:]
         self.low, self.high = list(range(count)), list(range(count, 2 * count))
@@ -51,6 +58,13 @@ class Rig:
         self.flat = [torch.zeros(NBYTES, dtype=torch.uint8, device=device) for _ in range(2)]
         self.streams = [torch.cuda.Stream(device) for _ in range(2)]
         self.factor = torch.randn((8192, 8192), dtype=torch.bfloat16, device=device)
+
+    def use(self, mechanism: Any) -> None:
+        """Have all be copied by it."""
+        from kvcache.connectors.mechanisms import SIZES, WAYS
+
+        took = {self.cuda.mechanisms.first: 1.0, mechanism: 0.01}
+        self.cuda.mechanisms.learn({(way, size): took for way in WAYS for size in SIZES})
 
     def paged(self, *ways: str) -> None:
         if "store" in ways:
@@ -91,10 +105,8 @@ class Rig:
         cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
-    def rows(self) -> dict[str, tuple[Callable[[], float], Callable[[], float]]]:
-        """What is measured, and what it is held against."""
-
-        def both(*ways: str) -> tuple[Callable[[], float], Callable[[], float]]:
+    def rows(self) -> dict[str, Row]:
+        def both(*ways: str) -> Row:
             return (
                 lambda: self.seconds(lambda: self.paged(*ways)),
                 lambda: self.seconds(lambda: self.contiguous(*ways)),
@@ -112,28 +124,58 @@ class Rig:
         self.slab.close()
 
 
+def measured(
+    rows: Mapping[Any, Row], rounds: int, before: Callable[[Any], None] = lambda _: None
+) -> dict[Any, tuple[float, float]]:
+    """Medians of the rows, taken in turns, of what is measured and what it is held against."""
+    took: dict[Any, tuple[list[float], list[float]]] = {name: ([], []) for name in rows}
+    for turn in range(rounds + 2):  # two to warm up
+        for name, pair in rows.items():
+            before(name)
+            for which in (0, 1) if turn % 2 else (1, 0):
+                took[name][which].append(pair[which]())
+    return {name: (median(ours[2:]), median(theirs[2:])) for name, (ours, theirs) in took.items()}
+
+
+def chosen(rig: Rig) -> int:
+    """Print the first table; how many floors were missed."""
+    print(f"\n{'256 MiB, 64 KiB':16}{'ms':>8}{'GB/s':>8}{'ratio':>8}{'floor':>8}")
+    missed = 0
+    for name, (ours, theirs) in measured(rig.rows(), ROUNDS).items():
+        moved = 0 if "product" in name else NBYTES * (2 if "both" in name else 1)
+        missed += theirs / ours < FLOORS[name]
+        rate = f"{moved / ours / 1e9:.1f}" if moved else ""
+        print(f"{name:16}{ours * 1e3:8.2f}{rate:>8}{theirs / ours:8.2f}{FLOORS[name]:8.2f}")
+    return missed
+
+
+def compared(rig: Rig, page: int) -> None:
+    """Print what each mechanism reaches with pages of this size."""
+    mechanisms = {mechanism.name: mechanism for mechanism in rig.cuda.mechanisms.left}
+    rows = {(by, name): row for by in mechanisms for name, row in rig.rows().items()}
+    took = measured(rows, ROUNDS // 3, before=lambda key: rig.use(mechanisms[key[0]]))
+    for by in mechanisms:
+        ratios = (took[by, name][1] / took[by, name][0] for name in FLOORS)
+        print(f"{page >> 10:4} KiB by {by:22}", *(f"{ratio:15.2f}" for ratio in ratios))
+
+
 def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing is measured")
         return 0
-    rig = Rig(torch)
-    took: dict[tuple[str, int], list[float]] = {}
-    for turn in range(ROUNDS + 2):  # two to warm up
-        for name, pair in rig.rows().items():
-            for which in (0, 1) if turn % 2 else (1, 0):
-                took.setdefault((name, which), []).append(pair[which]())
-    print(f"{torch.cuda.get_device_name(0)}, 256 MiB in pages of 64 KiB, {LAYERS} layers")
-    print(f"{'':16}{'ms':>8}{'GB/s':>8}{'ratio':>8}{'floor':>8}")
-    missed = 0
-    for name, floor in FLOORS.items():
-        ours, theirs = (statistics.median(took[name, which][2:]) for which in (0, 1))
-        moved = 0 if "product" in name else NBYTES * (2 if "both" in name else 1)
-        missed += theirs / ours < floor
-        rate = f"{moved / ours / 1e9:.1f}" if moved else ""
-        print(f"{name:16}{ours * 1e3:8.2f}{rate:>8}{theirs / ours:8.2f}{floor:8.2f}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(f"{torch.cuda.get_device_name(0)}, {LAYERS} layers")
+    rig = Rig(torch, PAGE)  # whose trial is told
+    missed = chosen(rig)
     rig.close()
+    logging.disable(logging.INFO)
+    print(f"\n{'256 MiB, ratios':34}", *(f"{name:>15}" for name in FLOORS))
+    for page in PAGES:
+        rig = Rig(torch, page)
+        compared(rig, page)
+        rig.close()
     return 1 if missed else 0
 
 
