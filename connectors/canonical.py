@@ -107,7 +107,7 @@ class CanonicalCopier(PageCopier):
                 slotted[slot].copy_(engine[block])
         return Made(time.perf_counter() - begun)
 
-    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> Made:
+    def _scatter(self, slots: Integers, blocks: Integers, *_when: object) -> Made:
         begun, rows = time.perf_counter(), list(zip(blocks.tolist(), slots.tolist(), strict=True))
         for engine, slotted in self._pairs:
             for block, slot in rows:

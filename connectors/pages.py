@@ -70,7 +70,7 @@ class CpuCopier(PageCopier):
     def _gather(self, blocks: Integers, slots: Integers) -> Made:
         return self._copy(slots, *self._sides.slab, blocks, *self._sides.engine)
 
-    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> Made:
+    def _scatter(self, slots: Integers, blocks: Integers, *_when: object) -> Made:
         return self._copy(blocks, *self._sides.engine, slots, *self._sides.slab)
 
     def _copy(self, *ends: Integers) -> Made:
