@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("the vLLM connector needs vLLM: pip install 'kvcache[vllm]'") from error
 
-from kvcache.connectors.vllm.support import check_version, log_as_vllm_does
+from kvcache.connectors.vllm.support import check_version, kind_of, log_as_vllm_does
 
 check_version(vllm.__version__)
 
@@ -92,6 +92,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             from kvcache.connectors.vllm.support import refusal
             from kvcache.connectors.vllm.worker import WorkerSide
 
+            self._drafts = vllm_config.speculative_config is not None
             self._refused = refusal(vllm_config, kv_cache_config) is not None
             rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
             self._worker = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
@@ -197,10 +198,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if (step := self._step()) is not None:
-            self._worker.load(step)
+            # A drafter may replay a graph of its own, which asks for no layer that it reads.
+            self._worker.load(step, None if self._drafts else kind_of(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
+        self._worker.reach(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any

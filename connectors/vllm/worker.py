@@ -6,6 +6,8 @@
    there, and a block that the engine hands out anew is written when no copy reads it any more.
 3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
    What this step computed may rest on blocks that were not loaded: it publishes no store.
+4. On a GPU a forward pass waits for a layer's pages when it asks for that layer. It is only trusted
+   to do so for layers that the last pass of its kind has asked for; the others' are there before.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +61,10 @@ class WorkerSide:
         self._slab: Slab | None = None
         self.device: Device | None = None  # that the engine computes on; None: this processor
         self.copier: PageCopier | None = None
+        self._layers: dict[str, int] = {}
+        self._kind: str | None = None  # of this step's forward pass
+        self._asked: set[int] = set()  # layers, by this step
+        self._announced: dict[str | None, Collection[int]] = {}  # by kind: what the last asked for
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
         self._bad_blocks: set[int] = set()
@@ -76,6 +83,7 @@ class WorkerSide:
             self.device = device_of(placement)
         except ValueError as error:
             raise RuntimeError(f"kvcache: {error}") from error
+        self._layers = {name: number for number, name in enumerate(names)}
         where = host_form() if self.device is None else placement.device.partition(":")[0]
         self._shard = Shard(
             placement.block_nbytes,
@@ -96,13 +104,28 @@ class WorkerSide:
         if self.copier is not None:
             self.copier.fence(step.fresh)
 
-    def load(self, step: Step) -> None:
+    def load(self, step: Step, kind: str | None = None) -> None:
+        """Begin the loads of ``step``, whose forward pass is of this ``kind`` (``kind_of``)."""
+        self._kind = kind
         self._acks.step = step.number
         for transfer in step.loads:
             if not self._begin(step.memory, transfer, load=True):
                 self._bad_blocks.update(transfer.blocks)
 
+    def reach(self, name: str) -> None:
+        """The forward pass asks for a layer. One that is not ours may have the cache of any."""
+        layer = self._layers.get(name)
+        if layer is not None:
+            self._asked.add(layer)
+        if self.copier is not None:
+            self.copier.reach(layer)
+
     def store(self, step: Step) -> None:
+        if self._kind is not None:
+            self._announced[self._kind] = self._asked
+        self._asked = set()
+        if self.copier is not None:
+            self.copier.reach()
         doubtful = bool(self._bad_blocks)
         for transfer in step.stores:
             if doubtful:
@@ -115,8 +138,12 @@ class WorkerSide:
         try:
             copier = self.copier or self._attach(memory)
             if load:
-                awaited = transfer.awaited_by is None
-                copy = copier.scatter(transfer.slots, transfer.blocks, awaited=awaited)
+                copy = copier.scatter(
+                    transfer.slots,
+                    transfer.blocks,
+                    awaited=transfer.awaited_by is None,
+                    announced=self._announced.get(self._kind, ()),
+                )
             else:
                 copy = copier.gather(transfer.blocks, transfer.slots)
         except Exception as wrong:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,12 +136,26 @@ class Copier:
     def __init__(self, *failing: int) -> None:
         self.failing = failing
         self.calls: list[tuple[str, list[int], list[int]]] = []
+        self.announced: list[int] = []  # by the last load
+        self.reached: list[int | None] = []
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
+        assert self.reached[-1] is None, "stored before all is there"
         return self._call("gather", blocks, slots)
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Made:
+    def scatter(
+        self,
+        slots: Sequence[int],
+        blocks: Sequence[int],
+        *,
+        awaited: bool = True,
+        announced: Collection[int] = (),
+    ) -> Made:
+        self.announced = sorted(announced)
         return self._call("scatter", slots, blocks)
+
+    def reach(self, layer: int | None = None) -> None:
+        self.reached.append(layer)
 
     def fence(self, blocks: Sequence[int]) -> None:
         self.calls.append(("fence", list(blocks), []))
@@ -171,7 +185,9 @@ def side(copier: Copier | None = None) -> WorkerSide:
     config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["one", "two"])])
     config.num_blocks = 16
     worker = WorkerSide(config, (0, 0), 1)
-    worker.copier = copier  # type: ignore[assignment]
+    if copier is not None:
+        worker.register({name: torch.zeros(16, 2, 32, 8) for name in ("one", "two")})
+        worker.copier = copier  # type: ignore[assignment]
     return worker
 
 
@@ -234,6 +250,71 @@ def test_an_empty_step_says_that_it_has_ended() -> None:
     assert play(worker, Step(NOWHERE)) == (set(), {}, set())
     worker.load(Step(NOWHERE, number=7))
     assert worker.take_acks() == Acks(step=7)
+
+
+# Layer by layer
+
+
+def forward(worker: WorkerSide, kind: str | None, *asks: str) -> list[int]:
+    """One step with loads, whose forward pass asks for these layers; those that were announced."""
+    worker.load(step(), kind)
+    for name in asks:
+        worker.reach(name)
+    worker.store(step())
+    copier: Any = worker.copier
+    return list(copier.announced)
+
+
+def test_layers_are_announced_once_a_pass_has_asked_for_them() -> None:
+    worker = side(Copier())
+    assert forward(worker, "NONE", "one", "two") == []
+    assert forward(worker, "NONE", "one", "two") == [0, 1]
+
+
+def test_a_step_without_loads_teaches_as_well() -> None:
+    worker = side(Copier())
+    for name in ("one", "two"):
+        worker.reach(name)
+    worker.load(Step(NOWHERE), "NONE")  # which vLLM begins after the forward pass then
+    worker.store(Step(NOWHERE))
+    assert forward(worker, "NONE") == [0, 1]
+
+
+def test_a_layer_that_was_not_asked_for_is_there_before() -> None:
+    worker = side(Copier())
+    forward(worker, "NONE", "two")
+    assert forward(worker, "NONE", "one", "two") == [1]
+    assert forward(worker, "NONE", "two") == [0, 1]
+    assert forward(worker, "NONE", "two") == [1]  # the last pass did without the first
+
+
+def test_a_pass_that_asks_for_nothing_has_all_before_it_and_teaches_nothing() -> None:
+    worker = side(Copier())
+    assert forward(worker, None, "one", "two") == []
+    assert forward(worker, None, "one", "two") == []
+    assert forward(worker, "NONE", "one", "two") == []
+    assert forward(worker, None) == []
+    assert forward(worker, "NONE") == [0, 1]
+
+
+def test_what_one_kind_of_pass_asks_for_says_nothing_of_another() -> None:
+    worker = side(Copier())
+    forward(worker, "NONE", "one", "two")
+    assert forward(worker, "PIECEWISE", "one") == []
+    assert forward(worker, "PIECEWISE", "one") == [0]
+    assert forward(worker, "NONE", "one", "two") == [0, 1]
+
+
+def test_layers_are_reached_by_name_and_a_strangers_name_reaches_all() -> None:
+    copier = Copier()
+    worker = side(copier)
+    side().reach("one")  # before there is a copier there is nothing to wait for
+    worker.load(step(), "NONE")
+    for name in ("two", "one", "two", "alias of any"):
+        worker.reach(name)
+    assert copier.reached == [1, 0, 1, None]
+    worker.store(Step(NOWHERE))
+    assert copier.reached == [1, 0, 1, None, None]  # also in a step that stores nothing
 
 
 def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:

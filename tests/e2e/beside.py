@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+from kvcache.connectors import device
 from tests.connectors import streams
 from tests.e2e.engine import BLOCK, Engine, prompt
 
@@ -27,8 +28,9 @@ class Dawdling(streams.Device):
 
 
 def copy_beside(engine: Engine) -> None:
-    """From the first step on."""
+    """From the first step on; a layer is worth a call of its own."""
     assert engine.worker.copier is None
+    device.LEAST_NBYTES = 1  # type: ignore[misc]
     engine.worker.device = Dawdling(Random(0))
 
 
@@ -81,6 +83,39 @@ def later_fails(engine: Engine) -> dict[str, Any]:
         "loads": calls, "tokens": [answer["tokens"], again["tokens"]], "right": right["tokens"],
         "cached": again["cached"], "ends": engine.open_ends(),
     }  # fmt: skip
+
+
+def by_layer(engine: Engine) -> list[list[list[int]]]:
+    """Of a load, how many layers are there before and after each is asked for, in two steps."""
+    engine.fresh()
+    known = prompt("loaded by layer", 6 * BLOCK + 1)
+    engine.ask(known, tokens=1)
+    worker = engine.worker
+    seen: list[list[list[int]]] = []
+    scatter, reach = worker.copier.scatter, worker.reach
+
+    def scattered(*what: Any, **how: Any) -> Any:
+        copies.append(scatter(*what, **how))
+        return copies[-1]
+
+    def reached(name: str) -> None:
+        before = there()
+        reach(name)
+        seen[-1].append([before, there()])
+
+    def there() -> int:
+        return sum(end.at == end.at for copy in copies for end in copy.ends)
+
+    worker.copier.scatter, worker.reach = scattered, reached
+    try:
+        for _ in range(2):
+            copies: list[Any] = []
+            seen.append([])
+            engine.evict_own()
+            engine.ask(known, tokens=1)
+    finally:
+        del worker.copier.scatter, worker.reach
+    return seen
 
 
 def late(engine: Engine) -> dict[str, Any]:

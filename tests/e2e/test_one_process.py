@@ -22,7 +22,14 @@ def kept(stage: Stage) -> Play:
 @pytest.fixture(scope="module")
 def dawdling(stage: Stage) -> Play:
     """The same where copies go on beside later steps, as on a GPU."""
-    acts_of_it = (beside.copy_beside, *acts.SAME, inside.pages, beside.late, beside.locked)
+    acts_of_it = (
+        beside.copy_beside,
+        *acts.SAME,
+        inside.pages,
+        beside.by_layer,
+        beside.late,
+        beside.locked,
+    )
     return stage(acts_of_it, blocks=TINY, l1="64MiB")
 
 
@@ -34,6 +41,11 @@ def later(stage: Stage) -> Play:
         beside.later, beside.later_fails, inside.ends,
     )  # fmt: skip
     return stage(acts_of_it, blocks=TINY, l1="64MiB")
+
+
+def by_layer(stage: Stage, **options: object) -> Play:
+    acts_of_it = (beside.copy_beside, beside.by_layer, inside.pages, inside.ends)
+    return stage(acts_of_it, blocks=TINY, l1="64MiB", options=options)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,28 @@ def test_a_job_ends_when_its_last_page_is_there(dawdling: Play) -> None:
     facts = dawdling.of(beside.late)
     assert facts["going"] == NOTHING | {"jobs": 1, "pinned": 6}
     assert facts["drained"] == NOTHING
+
+
+EACH_WHEN_IT_IS_ASKED_FOR = [[0, 1], [1, 2], [2, 3], [3, 4]]
+ALL_BEFORE = 4 * [[1, 1]]  # in one call
+
+
+def test_layers_are_awaited_when_they_are_asked_for(dawdling: Play) -> None:
+    assert dawdling.of(beside.by_layer) == 2 * [EACH_WHEN_IT_IS_ASKED_FOR]
+
+
+def test_a_compiled_model_asks_for_its_layers(stage: Stage) -> None:
+    play = by_layer(stage, enforce_eager=False, compilation_config={"backend": "eager"})
+    assert play.of(beside.by_layer) == 2 * [EACH_WHEN_IT_IS_ASKED_FOR]
+    pages = play.of(inside.pages)
+    assert pages["restored"] == pages["computed"] != pages["overwritten"]
+    assert play.of(inside.ends) == NOTHING
+
+
+def test_with_a_drafter_all_is_there_before_the_forward_pass(stage: Stage) -> None:
+    drafter = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    play = by_layer(stage, speculative_config=drafter)
+    assert play.of(beside.by_layer) == 2 * [ALL_BEFORE]
 
 
 def test_l1_is_locked_for_the_device(dawdling: Play) -> None:
