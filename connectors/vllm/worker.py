@@ -198,14 +198,17 @@ class WorkerSide:
         return bad
 
     def take_received(self) -> set[str]:
-        """Requests that waited for a load that is over, well or not."""
+        """Requests that waited for a load that is over, well or not. Looks at all copies."""
         self._look()
         received, self._received = self._received, set()
         return received
 
     def take_acks(self) -> Acks | None:
-        """The jobs that have ended since this was asked last."""
-        self._look()
+        """The jobs that had ended when `take_received` looked, since this was asked last.
+
+        No later ones: the engine may make no step after it has heard of the last job, and it must
+        have heard of the request that waited for it.
+        """
         acks, self._acks = self._acks, Acks()
         return acks if acks.ranks or acks.step else None
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Collection, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,10 +11,10 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.copier import Made
 from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, place_caches
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
+from tests.connectors.workers import NOWHERE, Copier, side, step
 
 pytestmark = pytest.mark.engine
 
@@ -130,71 +127,11 @@ def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
 # Copies
 
 
-class Copier:
-    """Stands in for the page copier; the calls whose number is in `failing` raise."""
-
-    def __init__(self, *failing: int) -> None:
-        self.failing = failing
-        self.calls: list[tuple[str, list[int], list[int]]] = []
-        self.announced: list[int] = []  # by the last load
-        self.reached: list[int | None] = []
-
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
-        assert self.reached[-1] is None, "stored before all is there"
-        return self._call("gather", blocks, slots)
-
-    def scatter(
-        self,
-        slots: Sequence[int],
-        blocks: Sequence[int],
-        *,
-        awaited: bool = True,
-        announced: Collection[int] = (),
-    ) -> Made:
-        self.announced = sorted(announced)
-        return self._call("scatter", slots, blocks)
-
-    def reach(self, layer: int | None = None) -> None:
-        self.reached.append(layer)
-
-    def fence(self, blocks: Sequence[int]) -> None:
-        self.calls.append(("fence", list(blocks), []))
-
-    def close(self) -> None:
-        pass
-
-    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> Made:
-        self.calls.append((name, list(sources), list(targets)))
-        if len(self.calls) - 1 in self.failing:
-            raise OSError("fails")
-        return Made(1.0)
-
-
-NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
-
-
-def step(memory: Memory = NOWHERE) -> Step:
-    return Step(
-        memory,
-        loads=[Transfer(1, [10, 11], [0, 1]), Transfer(2, [12], [2])],
-        stores=[Transfer(3, [13], [3]), Transfer(4, [14, 15], [4, 5])],
-    )
-
-
-def side(copier: Copier | None = None) -> WorkerSide:
-    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["one", "two"])])
-    config.num_blocks = 16
-    worker = WorkerSide(config, (0, 0), 1)
-    if copier is not None:
-        worker.register({name: torch.zeros(16, 2, 32, 8) for name in ("one", "two")})
-        worker.copier = copier  # type: ignore[assignment]
-    return worker
-
-
 def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[int]]:
     """One step as the model runner makes it: bad blocks, acked jobs, failed jobs."""
     worker.load(what)
     worker.store(what)
+    worker.take_received()
     bad, acks = worker.take_bad_blocks(), worker.take_acks()
     assert worker.take_acks() is None
     assert worker.take_bad_blocks() == set()
@@ -232,10 +169,31 @@ def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
     worker = side(Copier(0))
     worker.load(step())
     worker.store(step())
+    worker.take_received()
     acks = worker.take_acks()
     assert acks is not None
     assert set(acks.seconds) == {1, 2}  # the stores were not, since a load had failed
     assert min(acks.seconds.values()) > 0
+
+
+def test_a_job_is_acked_in_the_step_that_tells_of_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Load:
+        seconds = 1.0
+        looks = iter([False, True])
+
+        @property
+        def over(self) -> bool:
+            return next(self.looks)
+
+    load = Load()
+    monkeypatch.setattr(Copier, "_call", lambda *_: load)
+    worker = side(Copier())
+    worker.load(Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")]))
+    assert (worker.take_received(), worker.take_acks()) == (set(), None)
+    assert worker.take_received() == {"waits"}
+    assert worker.take_acks() == Acks({1: 1}, seconds={1: 1.0})
 
 
 def test_blocks_are_fenced_before_the_engine_has_them_anew() -> None:
@@ -250,71 +208,6 @@ def test_an_empty_step_says_that_it_has_ended() -> None:
     assert play(worker, Step(NOWHERE)) == (set(), {}, set())
     worker.load(Step(NOWHERE, number=7))
     assert worker.take_acks() == Acks(step=7)
-
-
-# Layer by layer
-
-
-def forward(worker: WorkerSide, kind: str | None, *asks: str) -> list[int]:
-    """One step with loads, whose forward pass asks for these layers; those that were announced."""
-    worker.load(step(), kind)
-    for name in asks:
-        worker.reach(name)
-    worker.store(step())
-    copier: Any = worker.copier
-    return list(copier.announced)
-
-
-def test_layers_are_announced_once_a_pass_has_asked_for_them() -> None:
-    worker = side(Copier())
-    assert forward(worker, "NONE", "one", "two") == []
-    assert forward(worker, "NONE", "one", "two") == [0, 1]
-
-
-def test_a_step_without_loads_teaches_as_well() -> None:
-    worker = side(Copier())
-    for name in ("one", "two"):
-        worker.reach(name)
-    worker.load(Step(NOWHERE), "NONE")  # which vLLM begins after the forward pass then
-    worker.store(Step(NOWHERE))
-    assert forward(worker, "NONE") == [0, 1]
-
-
-def test_a_layer_that_was_not_asked_for_is_there_before() -> None:
-    worker = side(Copier())
-    forward(worker, "NONE", "two")
-    assert forward(worker, "NONE", "one", "two") == [1]
-    assert forward(worker, "NONE", "two") == [0, 1]
-    assert forward(worker, "NONE", "two") == [1]  # the last pass did without the first
-
-
-def test_a_pass_that_asks_for_nothing_has_all_before_it_and_teaches_nothing() -> None:
-    worker = side(Copier())
-    assert forward(worker, None, "one", "two") == []
-    assert forward(worker, None, "one", "two") == []
-    assert forward(worker, "NONE", "one", "two") == []
-    assert forward(worker, None) == []
-    assert forward(worker, "NONE") == [0, 1]
-
-
-def test_what_one_kind_of_pass_asks_for_says_nothing_of_another() -> None:
-    worker = side(Copier())
-    forward(worker, "NONE", "one", "two")
-    assert forward(worker, "PIECEWISE", "one") == []
-    assert forward(worker, "PIECEWISE", "one") == [0]
-    assert forward(worker, "NONE", "one", "two") == [0, 1]
-
-
-def test_layers_are_reached_by_name_and_a_strangers_name_reaches_all() -> None:
-    copier = Copier()
-    worker = side(copier)
-    side().reach("one")  # before there is a copier there is nothing to wait for
-    worker.load(step(), "NONE")
-    for name in ("two", "one", "two", "alias of any"):
-        worker.reach(name)
-    assert copier.reached == [1, 0, 1, None]
-    worker.store(Step(NOWHERE))
-    assert copier.reached == [1, 0, 1, None, None]  # also in a step that stores nothing
 
 
 def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:
