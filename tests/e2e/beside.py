@@ -36,10 +36,7 @@ def copy_beside(engine: Engine) -> None:
 
 def load_later(engine: Engine) -> None:
     """From now on no load is awaited by the step that it comes with."""
-    promises = engine.side._promised
-    give = promises.give
-    promises.beside, promises.long_s = True, -1.0
-    promises.give = lambda *promise, others: give(*promise, others=True)
+    engine.side._promised.later = lambda blocks, others: True
 
 
 def later(engine: Engine) -> dict[str, Any]:
@@ -70,9 +67,9 @@ def later(engine: Engine) -> dict[str, Any]:
 
 
 def later_fails(engine: Engine) -> dict[str, Any]:
-    """A load that nobody awaits cannot be begun: its request computes."""
+    """A load of a whole prompt that nobody awaits cannot be begun: its request computes."""
     engine.fresh()
-    known = prompt("fails later", 6 * BLOCK + 1)
+    known = prompt("fails later", 6 * BLOCK)
     right = engine.ask(known, tokens=4)
     engine.evict_own()
     with engine.failing("scatter") as calls:

@@ -69,7 +69,10 @@ def test_answers_and_hits_are_those_of_a_cache_that_keeps_all(
 def test_copies_that_go_on_beside_steps_change_nothing(
     engine: str, reference: Play, act: Act, request: pytest.FixtureRequest
 ) -> None:
-    assert request.getfixturevalue(engine).of(act) == reference.of(act)
+    right = reference.of(act)
+    if (engine, act) == ("later", acts.whole_blocks):  # the first is computed, the others wait
+        right = [right[0], *({**answer, "cached": 4 * BLOCK} for answer in right[1:])]
+    assert request.getfixturevalue(engine).of(act) == right
 
 
 def test_a_load_that_is_not_awaited_holds_nobody_up(later: Play) -> None:
