@@ -209,9 +209,9 @@ class SchedulerSide:
         """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
         if self._stack is None:
             return
-        running = self._running[request.request_id] = _Running(request)
         if self._promised.arrives(request.request_id):
-            return
+            return  # it runs already, unless everything was reset while its load went on
+        running = self._running[request.request_id] = _Running(request)
         self._requests.admitted(request, tokens)
         promised = self._promised.redeem(request.request_id)
         if promised is None:

@@ -192,6 +192,28 @@ def test_who_is_preempted_after_a_load_is_looked_up_again(played: Played) -> Non
     played.side.finished(request)
 
 
+def test_of_who_waited_through_a_reset_nothing_is_kept(played: Played) -> None:
+    """What it has loaded was computed before, by other weights perhaps."""
+    others(played)
+    request = known()
+    played.admit(request, [10, 11, 12, 13])
+    played._new.clear()
+    [load] = played.step().loads
+    played.side.reset()
+    played.ack(load)
+    request.blocks.append(14)
+    played.side.admitted(request, (request.blocks,), 0)
+    played._new = [request]
+    assert not played.step((request, 1)).stores
+    assert played.held(request) == [False] * 4
+    request.num_computed_tokens = 0  # preempted: what it computes from now on is new
+    assert played.admit(request, [20, 21, 22, 23, 24], resumed=True) == 0
+    [store] = played.step((request, 4 * BLOCK + 1)).stores
+    assert store.blocks == [20, 21, 22, 23]
+    played.ack(store)
+    played.side.finished(request)
+
+
 def test_one_that_is_gone_leaves_nothing(played: Played) -> None:
     request = known()
     runs = others(played)
