@@ -12,6 +12,7 @@ Always true here:
   a `scatter` that is awaited begins when its pages are there, but for those of layers that it has
   announced: they are there for what it begins after it has come to `reach` their layer, to `gather`
   or to `fence`.
+* A `scatter` that is not awaited holds up none that is.
 * A store's pages are written by nobody while it reads them: not by loads, which wait for it, nor by
   the engine, if it names in `fence` what it will write anew.
 * Slots are touched until the copy is over, and no longer; so they are even when a call raises.
@@ -68,14 +69,14 @@ class _Copying:
 
 
 class DeviceCopier(PageCopier):
-    """Copies on two streams, one for each direction."""
+    """Copies on a stream for stores, one for loads, and one for loads that nobody awaits."""
 
     def __init__(self, sides: Sides, device: Device) -> None:
         super().__init__(blocks=sides.blocks, slots=sides.slots)
         self._sides = sides
         self._device = device
         self._pins = Pins(sides, device)
-        self._loads, self._stores = device.stream(), device.stream()
+        self._stores, self._loads, self._later = (device.stream() for _ in range(3))
         self._storing: list[_Copying] = []  # under way when it was last looked
         self._coming: dict[int, Mark] = {}  # by layer, of the last load: it has them all
 
@@ -90,11 +91,12 @@ class DeviceCopier(PageCopier):
         self, slots: Integers, blocks: Integers, awaited: bool, announced: Collection[int]
     ) -> _Copying:
         written = frozenset(blocks.tolist())
+        stream = self._loads if awaited else self._later
         for storing in self._reading(written):
-            self._loads.after(storing.end)
+            stream.after(storing.end)
         calls = self._calls(len(blocks), announced if awaited else ())
         where = (blocks, *self._sides.engine, slots, *self._sides.slab)
-        copying = self._copy(self._loads, where, written, calls)
+        copying = self._copy(stream, where, written, calls)
         if awaited:
             if not set(calls[0]) <= set(announced):
                 self._device.engine().after(copying.ends[0])
@@ -119,7 +121,7 @@ class DeviceCopier(PageCopier):
 
     def close(self) -> None:
         super().close()
-        for stream in (self._loads, self._stores):
+        for stream in (self._stores, self._loads, self._later):
             stream.mark().wait()
         self._pins.close()
 

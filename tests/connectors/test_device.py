@@ -22,7 +22,7 @@ from kvcache.connectors.placement import Pages
 from tests.connectors.streams import Device
 
 LAYERS, PAGE, BLOCKS, SLOTS = 4, 8, 5, 4
-ACTS = ["gather", "scatter", "forward", "write", "read", "work"]
+ACTS = ["gather", "scatter", "later", "forward", "write", "read", "work"]
 
 
 class World:
@@ -46,6 +46,7 @@ class World:
         )
         self.copier = DeviceCopier(sides, self.device)
         self.busy: list[tuple[Copy, list[int]]] = []  # copies and the slots that they touch
+        self.later_ones: list[tuple[Copy, list[int]]] = []  # loads and the blocks that they touch
         self.unreached: set[int] = set()  # layers of which it is not said that all is there
         self.other = self.device.stream()  # on which the engine computes half of a forward pass
         self.wrong: list[str] = []
@@ -59,22 +60,35 @@ class World:
         taken = {slot for _, slots in self.busy for slot in slots}
         return [slot for slot in range(SLOTS) if slot not in taken]
 
+    def blocks(self) -> list[int]:
+        """Blocks that the engine may touch."""
+        self.later_ones = [(copy, blocks) for copy, blocks in self.later_ones if not copy.over]
+        taken = {block for _, blocks in self.later_ones for block in blocks}
+        return [block for block in range(BLOCKS) if block not in taken]
+
     def gather(self) -> None:
-        slots = self.some(self.free())
-        blocks = [self.random.randrange(BLOCKS) for _ in slots]
+        there = self.blocks()
+        slots = self.some(self.free()) if there else []
+        blocks = [self.random.choice(there) for _ in slots]
         for block, slot in zip(blocks, slots, strict=True):
             self.right_slab[slot] = self.right_pages[:, block]
         self.busy.append((self.copier.gather(blocks, slots), slots))
         self.unreached.clear()
 
-    def scatter(self, announced: Collection[int] = ()) -> list[int]:
-        blocks = self.some(list(range(BLOCKS)))
+    def later(self) -> None:
+        """A load that nobody awaits."""
+        blocks = self.scatter(awaited=False)
+        self.later_ones.append((self.busy[-1][0], blocks))
+
+    def scatter(self, announced: Collection[int] = (), *, awaited: bool = True) -> list[int]:
+        blocks = self.some(self.blocks())
         free = self.free()
         slots = [self.random.choice(free) for _ in blocks] if free else []
         blocks = blocks[: len(slots)]
         for block, slot in zip(blocks, slots, strict=True):
             self.right_pages[:, block] = self.right_slab[slot]
-        self.busy.append((self.copier.scatter(slots, blocks, announced=announced), slots))
+        copy = self.copier.scatter(slots, blocks, awaited=awaited, announced=announced)
+        self.busy.append((copy, slots))
         self.unreached.update(announced)
         return blocks
 
@@ -104,7 +118,7 @@ class World:
         halves[0].after(halves[-1].mark())
 
     def fence(self) -> list[int]:
-        blocks = self.some(list(range(BLOCKS)))
+        blocks = self.some(self.blocks())
         self.copier.fence(blocks)
         self.unreached.clear()
         return blocks
@@ -124,15 +138,16 @@ class World:
         self.device.engine().todo.append(step)
 
     def read(self, *layers: int) -> None:
-        """The engine reads all blocks of these layers, or of all of which all is there."""
+        """The engine reads its blocks of these layers, or of all of which all is there."""
         if not layers and self.random.random() < 0.5:
             self.copier.reach()
             self.unreached.clear()
         which = list(layers) or [n for n in range(LAYERS) if n not in self.unreached]
-        right = self.right_pages[which]
+        where = np.ix_(which, self.blocks())
+        right = self.right_pages[where]
 
         def step() -> None:
-            if not (self.pages[which] == right).all():
+            if not (self.pages[where] == right).all():
                 self.wrong.append("the engine has read other pages than it should have")
 
         self.device.engine().todo.append(step)
@@ -189,6 +204,16 @@ def test_a_copy_is_over_when_the_last_page_is_there(which: str, how: dict[str, A
     slots, blocks = ([0, 3], [1, 2]) if which == "gather" else ([1, 2], [0, 3])
     assert (world.slab[slots] == world.pages[:, blocks].transpose(1, 0, 2)).all()
     assert copy.seconds > 0
+
+
+def test_a_load_that_nobody_awaits_holds_up_none_that_somebody_does() -> None:
+    before = 0
+    for seed in range(20):
+        world = World(seed)
+        nobody = world.copier.scatter([0, 1, 2], [0, 1, 2], awaited=False)
+        world.copier.scatter([3], [3]).wait()
+        before += not nobody.over
+    assert before > 10
 
 
 @pytest.mark.usefixtures("by_layer")
