@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("the vLLM connector needs vLLM: pip install 'kvcache[vllm]'") from error
 
-from kvcache.connectors.vllm.support import check_version, kind_of, log_as_vllm_does
+from kvcache.connectors.vllm.support import check_version, log_as_vllm_does
 
 check_version(vllm.__version__)
 
@@ -33,6 +33,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
 )
 
 from kvcache.connectors.vllm.messages import Acks, Shard, Step  # noqa: E402
+from kvcache.connectors.vllm.passes import kind_of  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

@@ -31,17 +31,6 @@ def check_version(version: str) -> None:
         )
 
 
-def kind_of(forward_context: object) -> str | None:
-    """How this forward pass runs, if it asks for layers before it reads them; else ``None``.
-
-    The replay of a FULL graph asks for nothing. Its context says so, or, in vLLM's second runner,
-    is made for the call alone and says nothing of a pass.
-    """
-    mode = getattr(getattr(forward_context, "cudagraph_runtime_mode", None), "name", None)
-    computes = getattr(forward_context, "attn_metadata", None) is not None
-    return mode if computes and mode in ("NONE", "PIECEWISE") else None
-
-
 def log_as_vllm_does() -> None:
     """Have what kvcache logs said where vLLM's words go, unless somebody saw to it already.
 

@@ -6,8 +6,9 @@
    there, and a block that the engine hands out anew is written when no copy reads it any more.
 3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
    What this step computed may rest on blocks that were not loaded: it publishes no store.
-4. On a GPU a forward pass waits for a layer's pages when it asks for that layer. It is only trusted
-   to do so for layers that the last pass of its kind has asked for; the others' are there before.
+4. On a GPU a forward pass waits for a layer's pages when it asks for that layer, if it is trusted
+   to (`passes`); the others' are there before. One that did not ask what it was trusted to is not
+   believed: the blocks that it loaded are reported, and it publishes no store.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from kvcache.connectors.pages import prepare
 from kvcache.connectors.placement import Placement, place
 from kvcache.connectors.streams import Device
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.passes import Passes
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab
 
@@ -62,9 +63,7 @@ class WorkerSide:
         self.device: Device | None = None  # that the engine computes on; None: this processor
         self.copier: PageCopier | None = None
         self._layers: dict[str, int] = {}
-        self._kind: str | None = None  # of this step's forward pass
-        self._asked: set[int] = set()  # layers, by this step
-        self._announced: dict[str | None, Collection[int]] = {}  # by kind: what the last asked for
+        self._passes = Passes()
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
         self._bad_blocks: set[int] = set()
@@ -106,7 +105,7 @@ class WorkerSide:
 
     def load(self, step: Step, kind: str | None = None) -> None:
         """Begin the loads of ``step``, whose forward pass is of this ``kind`` (``kind_of``)."""
-        self._kind = kind
+        self._passes.is_of(kind if self.device is not None else None)
         self._acks.step = step.number
         for transfer in step.loads:
             if not self._begin(step.memory, transfer, load=True):
@@ -116,16 +115,22 @@ class WorkerSide:
         """The forward pass asks for a layer. One that is not ours may have the cache of any."""
         layer = self._layers.get(name)
         if layer is not None:
-            self._asked.add(layer)
+            self._passes.asks(layer)
         if self.copier is not None:
             self.copier.reach(layer)
 
     def store(self, step: Step) -> None:
-        if self._kind is not None:
-            self._announced[self._kind] = self._asked
-        self._asked = set()
         if self.copier is not None:
             self.copier.reach()
+        unasked = self._passes.ends()
+        loaded = [load for load in step.loads if load.awaited_by is None]
+        if unasked and loaded:
+            log.warning(
+                "kvcache: a forward pass read %d layers that it had not asked for, "
+                "maybe before they were loaded: it is made again",
+                len(unasked),
+            )
+            self._bad_blocks.update(block for load in loaded for block in load.blocks)
         doubtful = bool(self._bad_blocks)
         for transfer in step.stores:
             if doubtful:
@@ -142,7 +147,7 @@ class WorkerSide:
                     transfer.slots,
                     transfer.blocks,
                     awaited=transfer.awaited_by is None,
-                    announced=self._announced.get(self._kind, ()),
+                    announced=self._passes.trusted,
                 )
             else:
                 copy = copier.gather(transfer.blocks, transfer.slots)

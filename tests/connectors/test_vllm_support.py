@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm import plugin
-from kvcache.connectors.vllm.support import check_version, host_name, kind_of
+from kvcache.connectors.vllm.support import check_version, host_name
 
 pytestmark = pytest.mark.engine
 
@@ -38,35 +36,6 @@ def test_too_old(version: str) -> None:
 def test_a_host_is_the_same_to_all_its_processes() -> None:
     assert host_name() == host_name()
     assert host_name().count("/") >= 2
-
-
-@pytest.mark.parametrize(
-    ("mode", "computes", "kind"),
-    [
-        ("NONE", True, "NONE"),
-        ("PIECEWISE", True, "PIECEWISE"),
-        ("FULL", True, None),
-        ("NONE", False, None),  # so the second runner says FULL, and a step without tokens is told
-    ],
-)
-def test_which_forward_passes_ask_for_layers(mode: str, computes: bool, kind: str | None) -> None:
-    from vllm.config import CUDAGraphMode
-    from vllm.forward_context import ForwardContext
-
-    context = ForwardContext(
-        no_compile_layers={},
-        attn_metadata={} if computes else None,
-        slot_mapping={},
-        cudagraph_runtime_mode=CUDAGraphMode[mode],
-    )
-    assert kind_of(context) == kind
-
-
-def test_a_context_that_says_nothing_asks_for_nothing() -> None:
-    new = SimpleNamespace(name="NEW")
-    assert kind_of(None) is None
-    assert kind_of(SimpleNamespace(attn_metadata={})) is None
-    assert kind_of(SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=new)) is None
 
 
 def test_the_plugin_makes_the_name_known(monkeypatch: pytest.MonkeyPatch) -> None:

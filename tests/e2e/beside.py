@@ -8,6 +8,7 @@ from typing import Any
 from kvcache.connectors import device
 from tests.connectors import streams
 from tests.e2e.engine import BLOCK, Engine, prompt
+from tests.e2e.inside import use_every_page
 
 
 class Present(streams.Stream):
@@ -113,6 +114,29 @@ def by_layer(engine: Engine) -> list[list[list[int]]]:
     finally:
         del worker.copier.scatter, worker.reach
     return seen
+
+
+def unasked(engine: Engine) -> dict[str, Any]:
+    """A pass reads a layer that it does not ask for, unlike those before it; so do those after."""
+    engine.fresh()
+    known = prompt("unasked", 6 * BLOCK + 1)
+    right = engine.ask(known, tokens=4)
+    engine.evict_own()
+    use_every_page(engine)
+    engine.evict_own()
+    worker = engine.worker
+    reach = worker.reach
+    worker.reach = lambda name: None if ".2." in name else reach(name)
+    try:
+        answers = [engine.ask(known, tokens=4)]
+        engine.evict_own()
+        answers.append(engine.ask(known, tokens=4))
+    finally:
+        del worker.reach
+    return {
+        "computed": right["logprobs"], "answered": answers[0]["logprobs"],
+        "tokens": [answer["tokens"] for answer in (right, *answers)], "ends": engine.open_ends(),
+    }  # fmt: skip
 
 
 def late(engine: Engine) -> dict[str, Any]:

@@ -23,13 +23,9 @@ def kept(stage: Stage) -> Play:
 def dawdling(stage: Stage) -> Play:
     """The same where copies go on beside later steps, as on a GPU."""
     acts_of_it = (
-        beside.copy_beside,
-        *acts.SAME,
-        inside.pages,
-        beside.by_layer,
-        beside.late,
-        beside.locked,
-    )
+        beside.copy_beside, *acts.SAME, inside.pages,
+        beside.by_layer, beside.unasked, beside.late, beside.locked,
+    )  # fmt: skip
     return stage(acts_of_it, blocks=TINY, l1="64MiB")
 
 
@@ -103,6 +99,15 @@ ALL_BEFORE = 4 * [[1, 1]]  # in one call
 
 def test_layers_are_awaited_when_they_are_asked_for(dawdling: Play) -> None:
     assert dawdling.of(beside.by_layer) == 2 * [EACH_WHEN_IT_IS_ASKED_FOR]
+
+
+def test_what_a_pass_read_without_asking_is_computed_again(dawdling: Play) -> None:
+    facts = dawdling.of(beside.unasked, warned=True)
+    assert facts["answered"] == facts["computed"]
+    assert facts["tokens"] == 3 * facts["tokens"][:1]
+    assert facts["ends"] == NOTHING
+    [said] = dawdling.warnings(beside.unasked)
+    assert "read 1 layers that it had not asked for" in said
 
 
 def test_a_compiled_model_asks_for_its_layers(stage: Stage) -> None:
