@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A copy that was begun, and whose it is."""
+    """A transfer, and the copy that was begun for it and maybe others."""
 
     transfer: Transfer
     load: bool
     span: Span
     copy: Copy
+    share: float  # of the copy
+
+    @property
+    def seconds(self) -> float:
+        return self.copy.seconds * self.share
 
 
 class WorkerSide:
@@ -107,9 +113,11 @@ class WorkerSide:
         """Begin the loads of ``step``, whose forward pass is of this ``kind`` (``kind_of``)."""
         self._passes.is_of(kind if self.device is not None else None)
         self._acks.step = step.number
-        for transfer in step.loads:
-            if not self._begin(step.memory, transfer, load=True):
-                self._bad_blocks.update(transfer.blocks)
+        # What the pass awaits is one copy, so that its first layers are there for all requests.
+        awaited = [load for load in step.loads if load.awaited_by is None]
+        for loads in (awaited, *([load] for load in step.loads if load.awaited_by is not None)):
+            if not self._begin(step.memory, loads, load=True):
+                self._bad_blocks.update(block for load in loads for block in load.blocks)
 
     def reach(self, name: str) -> None:
         """The forward pass asks for a layer. One that is not ours may have the cache of any."""
@@ -136,28 +144,34 @@ class WorkerSide:
             if doubtful:
                 self._ack(transfer, failed=True)
             else:
-                self._begin(step.memory, transfer, load=False)
+                self._begin(step.memory, [transfer], load=False)
 
-    def _begin(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
-        span, begun = telemetry.beyond(transfer.trace, telemetry.COPY), time.perf_counter()
+    def _begin(self, memory: Memory, transfers: Sequence[Transfer], *, load: bool) -> bool:
+        """Begin one copy for all of them, which are loads together or not at all."""
+        blocks = [block for transfer in transfers for block in transfer.blocks]
+        slots = [slot for transfer in transfers for slot in transfer.slots]
+        if not blocks:
+            return True
+        begun = time.perf_counter()
+        spans = [telemetry.beyond(transfer.trace, telemetry.COPY) for transfer in transfers]
         try:
             copier = self.copier or self._attach(memory)
             if load:
-                copy = copier.scatter(
-                    transfer.slots,
-                    transfer.blocks,
-                    awaited=transfer.awaited_by is None,
-                    announced=self._passes.trusted,
-                )
+                awaited = transfers[0].awaited_by is None
+                trusted = self._passes.trusted
+                copy = copier.scatter(slots, blocks, awaited=awaited, announced=trusted)
             else:
-                copy = copier.gather(transfer.blocks, transfer.slots)
+                copy = copier.gather(blocks, slots)
         except Exception as wrong:
             what = "load" if load else "store"
-            log.exception("kvcache: %s of %d blocks failed", what, len(transfer.blocks))
+            log.exception("kvcache: %s of %d blocks failed", what, len(blocks))
             seconds = time.perf_counter() - begun
-            self._end(transfer, span, seconds, load=load, error=type(wrong).__name__)
+            for transfer, span in zip(transfers, spans, strict=True):
+                self._end(transfer, span, seconds, load=load, error=type(wrong).__name__)
             return False
-        self._under_way.append(_UnderWay(transfer, load, span, copy))
+        for transfer, span in zip(transfers, spans, strict=True):
+            share = len(transfer.blocks) / len(blocks)
+            self._under_way.append(_UnderWay(transfer, load, span, copy, share))
         return True
 
     def _end(
@@ -222,7 +236,7 @@ class WorkerSide:
         going = []
         for job in self._under_way:
             if job.copy.over:
-                self._end(job.transfer, job.span, job.copy.seconds, load=job.load, error=None)
+                self._end(job.transfer, job.span, job.seconds, load=job.load, error=None)
             else:
                 going.append(job)
         self._under_way = going

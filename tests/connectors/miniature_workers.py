@@ -93,6 +93,8 @@ class Workers:
 
     def work(self, step: Step, scheduled: Collection[Request], before: dict[Request, int]) -> Told:
         told = Told()
+        written = [block for load in step.loads for block in load.blocks]
+        assert len(set(written)) == len(written)
         for rank in RANKS:
             bad: set[int] = set()
             for load in step.loads:

@@ -142,21 +142,46 @@ def test_a_step_that_succeeds() -> None:
     copier = Copier()
     assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
     assert copier.calls == [
-        ("scatter", [0, 1], [10, 11]),
-        ("scatter", [2], [12]),
+        ("scatter", [0, 1, 2], [10, 11, 12]),
         ("gather", [13], [3]),
         ("gather", [14, 15], [4, 5]),
     ]
 
 
-def test_a_load_that_fails_leaves_the_other_but_no_store() -> None:
+def test_loads_that_the_step_awaits_fail_together_and_nothing_is_stored() -> None:
     copier = Copier(0)
-    assert play(side(copier), step()) == ({10, 11}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 3, 4})
-    assert [name for name, *_ in copier.calls] == ["scatter", "scatter"]
+    assert play(side(copier), step()) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
+    assert [name for name, *_ in copier.calls] == ["scatter"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "bad", "failed"), [(0, {10}, {2}), (1, {9}, {1}), (2, {11}, {3})]
+)
+def test_a_load_that_nobody_awaits_is_by_itself(
+    fails: int, bad: set[int], failed: set[int]
+) -> None:
+    copier = Copier(fails)
+    loads = [
+        Transfer(1, [9], [0], awaited_by="one"),
+        Transfer(2, [10], [1]),
+        Transfer(3, [11], [2], awaited_by="other"),
+    ]
+    assert play(side(copier), Step(NOWHERE, loads=loads)) == (bad, {1: 1, 2: 1, 3: 1}, failed)
+    assert [slots for _, slots, _ in copier.calls] == [[1], [0], [2]]
+    assert copier.awaited == [True, False, False]
+
+
+def test_each_load_took_its_share_of_the_copy() -> None:
+    worker = side(Copier())
+    worker.load(step())
+    worker.take_received()
+    acks = worker.take_acks()
+    assert acks is not None
+    assert acks.seconds == pytest.approx({1: 2 / 3, 2: 1 / 3})
 
 
 def test_a_store_that_fails_is_no_load_error() -> None:
-    assert play(side(Copier(3)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
+    assert play(side(Copier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
 
 
 def test_the_step_after_a_failure_stores_again() -> None:
@@ -233,7 +258,7 @@ def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
 ) -> None:
     worker, _ = registered()
     assert play(worker, step(memory)) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
-    assert any("load of 2 blocks failed" in record.getMessage() for record in caplog.records)
+    assert any("load of 3 blocks failed" in record.getMessage() for record in caplog.records)
     worker.close()
 
 

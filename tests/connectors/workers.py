@@ -24,6 +24,7 @@ class Copier:
     def __init__(self, *failing: int) -> None:
         self.failing = failing
         self.calls: list[tuple[str, list[int], list[int]]] = []
+        self.awaited: list[bool] = []  # of every load
         self.announced: list[int] = []  # by the last load
         self.reached: list[int | None] = []
 
@@ -39,6 +40,7 @@ class Copier:
         awaited: bool = True,
         announced: Collection[int] = (),
     ) -> Made:
+        self.awaited.append(awaited)
         self.announced = sorted(announced)
         return self._call("scatter", slots, blocks)
 
