@@ -75,6 +75,7 @@ class DeviceCopier(PageCopier):
         super().__init__(blocks=sides.blocks, slots=sides.slots)
         self._sides = sides
         self._device = device
+        self._layer_nbytes = np.bincount(sides.layers, sides.nbytes)
         self._pins = Pins(sides, device)
         self._stores, self._loads, self._later = (device.stream() for _ in range(3))
         self._storing: list[_Copying] = []  # under way when it was last looked
@@ -138,13 +139,16 @@ class DeviceCopier(PageCopier):
 
         Those that are not announced come in the first; all others after them, in their order.
         """
-        nbytes = blocks * np.bincount(self._sides.layers, self._sides.nbytes)
-        least = max(LEAST_NBYTES, nbytes.sum() / MOST_CALLS)
+        nbytes = (blocks * self._layer_nbytes).tolist()
+        least = max(LEAST_NBYTES, sum(nbytes) / MOST_CALLS)
         calls: list[list[int]] = [[]]
-        for layer in sorted(range(nbytes.size), key=lambda layer: layer in announced):
-            if layer in announced and nbytes[calls[-1]].sum() >= least:
+        size = 0
+        for layer in sorted(range(len(nbytes)), key=lambda layer: layer in announced):
+            if layer in announced and size >= least:
                 calls.append([])
+                size = 0
             calls[-1].append(layer)
+            size += nbytes[layer]
         return calls
 
     def _copy(
@@ -170,7 +174,9 @@ class DeviceCopier(PageCopier):
     def _addresses(self, where: tuple[Integers, ...], layers: Sequence[int]) -> Addresses:
         """Of the runs of these layers, of every block: where to, where from, and how many bytes."""
         written, to, to_strides, read, at, at_strides = where
-        runs = np.isin(self._sides.layers, layers)
+        chosen = np.zeros(self._layer_nbytes.size, dtype=bool)
+        chosen[layers] = True
+        runs = chosen[self._sides.layers]
         return (
             (to[runs] + written[:, None] * to_strides[runs]).ravel(),
             (at[runs] + read[:, None] * at_strides[runs]).ravel(),
