@@ -132,7 +132,7 @@ def canonical_runs(placement: Placement, *, turned: bool) -> Runs:
         for steps in product(*(range(axis.size) for axis in axes)):
             at = list(zip(steps, axes, strict=True))
             address = part.tensor.data_ptr() + sum(step * axis.engine for step, axis in at)
-            runs.pages.append(Pages(address, cell, stride, part.blocks.size))
+            runs.pages.append(Pages(address, cell, stride, part.blocks.size, part.layer))
             runs.begins.append(first + sum(step * axis.slot for step, axis in at))
     return runs
 

@@ -78,15 +78,32 @@ class PageCopier(ABC):
         with self._in_flight():
             return self._gather(*self._checked(block=blocks, slot=slots))
 
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Copy:
+    def scatter(
+        self,
+        slots: Sequence[int],
+        blocks: Sequence[int],
+        *,
+        awaited: bool = True,
+        announced: Collection[int] = (),
+    ) -> Copy:
         """Copy the shards in `slots` to the engine's pages of `blocks`.
+
+        Pages of a layer that the engine has `announced` are seen by what it begins after it is said
+        to `reach` it, and until then it touches none of them.
 
         Not `awaited`: what the engine begins after the call need not see them, and touches none of
         them until the copy is over.
         """
         with self._in_flight():
             read, written = self._checked(slot=slots, block=blocks)
-            return self._scatter(read, written, awaited)
+            return self._scatter(read, written, awaited, announced)
+
+    def reach(self, layer: int | None = None) -> None:
+        """The engine comes to `layer`, or to all: it goes on when its awaited pages are there.
+
+        Any thread of the engine's may say so, and each must that computes on a stream of its own.
+        """
+        return  # they are where copies are over when calls return
 
     def fence(self, blocks: Collection[int]) -> None:
         """The engine will write `blocks` from now on: it does when nobody reads them any more."""
@@ -106,7 +123,9 @@ class PageCopier(ABC):
     def _gather(self, blocks: Integers, slots: Integers) -> Copy: ...
 
     @abstractmethod
-    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> Copy: ...
+    def _scatter(
+        self, slots: Integers, blocks: Integers, awaited: bool, announced: Collection[int]
+    ) -> Copy: ...
 
     def _checked(self, **given: Sequence[int]) -> tuple[Integers, Integers]:
         """Sources and targets as arrays, every one of them looked at."""
@@ -150,6 +169,7 @@ class Sides:
     Attributes:
         blocks: of the engine.
         nbytes: of each run.
+        layers: that each run is of.
         engine: addresses of the runs of block 0, and strides to those of the next.
         slab: the same of slots.
     """
@@ -176,6 +196,7 @@ class Sides:
         self.slab_address, self.slots, self.slot_nbytes = slab_address, slots, slot_nbytes
         self.blocks = min(page.count for page in pages)
         self.nbytes = integers([page.nbytes for page in pages])
+        self.layers = integers([page.layer for page in pages])
         self.engine = (
             integers([page.address for page in pages]),
             integers([page.stride for page in pages]),

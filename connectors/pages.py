@@ -68,7 +68,7 @@ class CpuCopier(PageCopier):
     def _gather(self, blocks: Integers, slots: Integers) -> Made:
         return self._copy(slots, blocks, *self._out)
 
-    def _scatter(self, slots: Integers, blocks: Integers, awaited: bool) -> Made:
+    def _scatter(self, slots: Integers, blocks: Integers, *_when: object) -> Made:
         return self._copy(blocks, slots, *self._back)
 
     def _copy(self, *what: Integers) -> Made:

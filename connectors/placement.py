@@ -36,12 +36,14 @@ class Pages:
     """One run of bytes of every block: that of b is the `nbytes` at `address + b * stride`.
 
     0 <= b < `count`. `stride` is in bytes; it exceeds `nbytes` where something else lies between.
+    `layer` is the number of the layer that it is of.
     """
 
     address: int
     nbytes: int
     stride: int
     count: int
+    layer: int = 0
 
     def __post_init__(self) -> None:
         if self.nbytes < 1 or self.count < 1 or self.stride < self.nbytes:
@@ -90,7 +92,8 @@ class Part:
         steps = product(*(range(0, axis.size * axis.stride, axis.stride) for axis in outer))
         stride = self.blocks.stride if self.blocks.size > 1 else nbytes
         first = self.tensor.data_ptr()
-        return [Pages(first + sum(step), nbytes, stride, self.blocks.size) for step in steps]
+        count = self.blocks.size
+        return [Pages(first + sum(step), nbytes, stride, count, self.layer) for step in steps]
 
 
 @dataclass(frozen=True, slots=True)

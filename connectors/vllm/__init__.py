@@ -33,6 +33,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
 )
 
 from kvcache.connectors.vllm.messages import Acks, Shard, Step  # noqa: E402
+from kvcache.connectors.vllm.passes import kind_of  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             from kvcache.connectors.vllm.support import refusal
             from kvcache.connectors.vllm.worker import WorkerSide
 
+            self._drafts = vllm_config.speculative_config is not None
             self._refused = refusal(vllm_config, kv_cache_config) is not None
             rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
             self._worker = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
@@ -197,10 +199,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if (step := self._step()) is not None:
-            self._worker.load(step)
+            # A drafter may replay a graph of its own, which asks for no layer that it reads.
+            self._worker.load(step, None if self._drafts else kind_of(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
+        self._worker.reach(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any

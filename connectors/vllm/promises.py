@@ -50,9 +50,11 @@ class Promises:
 
     def give(self, request_id: str, start: int, lease: Lease, *, others: bool) -> None:
         """Promise what ``lease`` has pinned; ``others`` would wait if the next step waited."""
-        seconds = self._loading.least(len(lease)) or 0.0
-        later = self.beside and others and seconds > self.long_s
-        self._given[request_id] = Promise(start, lease, later)
+        self._given[request_id] = Promise(start, lease, self.later(len(lease), others=others))
+
+    def later(self, blocks: int, *, others: bool) -> bool:
+        """Whether so many blocks would be promised for later."""
+        return self.beside and others and (self._loading.least(blocks) or 0.0) > self.long_s
 
     def comes_later(self, request_id: str) -> bool:
         """Whether its promise is for later than the next step."""

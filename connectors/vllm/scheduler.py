@@ -2,7 +2,8 @@
 
 1. Only blocks that are pinned in L1 are promised. The lease of a promise is kept until the request
    is admitted (it becomes a load), asks again from elsewhere, or is finished.
-2. A hit leaves at least one token to compute.
+2. A hit that comes with the step leaves at least one token to compute. Of one that comes later vLLM
+   computes the last token anew, so that it may be all there is.
 3. Every full block of an admitted request is offered once its KV has been computed, prompt and
    generated tokens alike, those that vLLM found in its own cache included.
 4. A job's lease ends when every rank has acked it. When one failed, a loaded block is dropped and a
@@ -189,11 +190,14 @@ class SchedulerSide:
             return promised * self._block_tokens
         self._promised.withdraw(request.request_id)
         context = self._requests.asks(request, computed)
-        lease = stack.fetch_here(self._prompt_keys(request), start, context=context)
+        others = bool(self._running)
+        keys = self._keys(request, 0, request.num_tokens // self._block_tokens)
+        if not self._promised.later(len(keys) - start, others=others):
+            keys = self._prompt_keys(request)
+        lease = stack.fetch_here(keys, start, context=context)
         if not lease.keys:
             lease.end()
             return 0
-        others = bool(self._running)
         self._promised.give(request.request_id, start, lease, others=others)
         return len(lease) * self._block_tokens
 
@@ -205,9 +209,9 @@ class SchedulerSide:
         """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
         if self._stack is None:
             return
-        running = self._running[request.request_id] = _Running(request)
         if self._promised.arrives(request.request_id):
-            return
+            return  # it runs already, unless everything was reset while its load went on
+        running = self._running[request.request_id] = _Running(request)
         self._requests.admitted(request, tokens)
         promised = self._promised.redeem(request.request_id)
         if promised is None:

@@ -6,6 +6,9 @@
    there, and a block that the engine hands out anew is written when no copy reads it any more.
 3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
    What this step computed may rest on blocks that were not loaded: it publishes no store.
+4. On a GPU a forward pass waits for a layer's pages when it asks for that layer, if it is trusted
+   to (`passes`); the others' are there before. One that did not ask what it was trusted to is not
+   believed: the blocks that it loaded are reported, and it publishes no store.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +30,7 @@ from kvcache.connectors.pages import prepare
 from kvcache.connectors.placement import Placement, place
 from kvcache.connectors.streams import Device
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.passes import Passes
 from kvcache.connectors.vllm.support import host_name
 from kvcache.slab import Slab
 
@@ -38,12 +43,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A copy that was begun, and whose it is."""
+    """A transfer, and the copy that was begun for it and maybe others."""
 
     transfer: Transfer
     load: bool
     span: Span
     copy: Copy
+    share: float  # of the copy
+
+    @property
+    def seconds(self) -> float:
+        return self.copy.seconds * self.share
 
 
 class WorkerSide:
@@ -58,6 +68,8 @@ class WorkerSide:
         self._slab: Slab | None = None
         self.device: Device | None = None  # that the engine computes on; None: this processor
         self.copier: PageCopier | None = None
+        self._layers: dict[str, int] = {}
+        self._passes = Passes()
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
         self._bad_blocks: set[int] = set()
@@ -76,6 +88,7 @@ class WorkerSide:
             self.device = device_of(placement)
         except ValueError as error:
             raise RuntimeError(f"kvcache: {error}") from error
+        self._layers = {name: number for number, name in enumerate(names)}
         where = host_form() if self.device is None else placement.device.partition(":")[0]
         self._shard = Shard(
             placement.block_nbytes,
@@ -96,36 +109,69 @@ class WorkerSide:
         if self.copier is not None:
             self.copier.fence(step.fresh)
 
-    def load(self, step: Step) -> None:
+    def load(self, step: Step, kind: str | None = None) -> None:
+        """Begin the loads of ``step``, whose forward pass is of this ``kind`` (``kind_of``)."""
+        self._passes.is_of(kind if self.device is not None else None)
         self._acks.step = step.number
-        for transfer in step.loads:
-            if not self._begin(step.memory, transfer, load=True):
-                self._bad_blocks.update(transfer.blocks)
+        # What the pass awaits is one copy, so that its first layers are there for all requests.
+        awaited = [load for load in step.loads if load.awaited_by is None]
+        for loads in (awaited, *([load] for load in step.loads if load.awaited_by is not None)):
+            if not self._begin(step.memory, loads, load=True):
+                self._bad_blocks.update(block for load in loads for block in load.blocks)
+
+    def reach(self, name: str) -> None:
+        """The forward pass asks for a layer. One that is not ours may have the cache of any."""
+        layer = self._layers.get(name)
+        if layer is not None:
+            self._passes.asks(layer)
+        if self.copier is not None:
+            self.copier.reach(layer)
 
     def store(self, step: Step) -> None:
+        if self.copier is not None:
+            self.copier.reach()
+        unasked = self._passes.ends()
+        loaded = [load for load in step.loads if load.awaited_by is None]
+        if unasked and loaded:
+            log.warning(
+                "kvcache: a forward pass read %d layers that it had not asked for, "
+                "maybe before they were loaded: it is made again",
+                len(unasked),
+            )
+            self._bad_blocks.update(block for load in loaded for block in load.blocks)
         doubtful = bool(self._bad_blocks)
         for transfer in step.stores:
             if doubtful:
                 self._ack(transfer, failed=True)
             else:
-                self._begin(step.memory, transfer, load=False)
+                self._begin(step.memory, [transfer], load=False)
 
-    def _begin(self, memory: Memory, transfer: Transfer, *, load: bool) -> bool:
-        span, begun = telemetry.beyond(transfer.trace, telemetry.COPY), time.perf_counter()
+    def _begin(self, memory: Memory, transfers: Sequence[Transfer], *, load: bool) -> bool:
+        """Begin one copy for all of them, which are loads together or not at all."""
+        blocks = [block for transfer in transfers for block in transfer.blocks]
+        slots = [slot for transfer in transfers for slot in transfer.slots]
+        if not blocks:
+            return True
+        begun = time.perf_counter()
+        spans = [telemetry.beyond(transfer.trace, telemetry.COPY) for transfer in transfers]
         try:
             copier = self.copier or self._attach(memory)
             if load:
-                awaited = transfer.awaited_by is None
-                copy = copier.scatter(transfer.slots, transfer.blocks, awaited=awaited)
+                awaited = transfers[0].awaited_by is None
+                trusted = self._passes.trusted
+                copy = copier.scatter(slots, blocks, awaited=awaited, announced=trusted)
             else:
-                copy = copier.gather(transfer.blocks, transfer.slots)
+                copy = copier.gather(blocks, slots)
         except Exception as wrong:
             what = "load" if load else "store"
-            log.exception("kvcache: %s of %d blocks failed", what, len(transfer.blocks))
+            log.exception("kvcache: %s of %d blocks failed", what, len(blocks))
             seconds = time.perf_counter() - begun
-            self._end(transfer, span, seconds, load=load, error=type(wrong).__name__)
+            for transfer, span in zip(transfers, spans, strict=True):
+                self._end(transfer, span, seconds, load=load, error=type(wrong).__name__)
             return False
-        self._under_way.append(_UnderWay(transfer, load, span, copy))
+        for transfer, span in zip(transfers, spans, strict=True):
+            share = len(transfer.blocks) / len(blocks)
+            self._under_way.append(_UnderWay(transfer, load, span, copy, share))
         return True
 
     def _end(
@@ -171,14 +217,17 @@ class WorkerSide:
         return bad
 
     def take_received(self) -> set[str]:
-        """Requests that waited for a load that is over, well or not."""
+        """Requests that waited for a load that is over, well or not. Looks at all copies."""
         self._look()
         received, self._received = self._received, set()
         return received
 
     def take_acks(self) -> Acks | None:
-        """The jobs that have ended since this was asked last."""
-        self._look()
+        """The jobs that had ended when `take_received` looked, since this was asked last.
+
+        No later ones: the engine may make no step after it has heard of the last job, and it must
+        have heard of the request that waited for it.
+        """
         acks, self._acks = self._acks, Acks()
         return acks if acks.ranks or acks.step else None
 
@@ -187,7 +236,7 @@ class WorkerSide:
         going = []
         for job in self._under_way:
             if job.copy.over:
-                self._end(job.transfer, job.span, job.copy.seconds, load=job.load, error=None)
+                self._end(job.transfer, job.span, job.seconds, load=job.load, error=None)
             else:
                 going.append(job)
         self._under_way = going

@@ -1,14 +1,12 @@
 """A vLLM engine in miniature, with two ranks: as far as it matters to the connector.
 
-Blocks that are reused, a prefix cache of its own, chunks, preemption, aborts, resets, copies that
-fail on either rank, and copies that go on beside later steps and read a block at the latest when it
-is handed out again. A block's content is the key it should have and the number of the reset after
-which all of it was computed, or None.
+Blocks that are reused, a prefix cache of its own, chunks, preemption, aborts, resets, loads that
+their step awaits and loads that a request waits for, copies that fail on either rank, and copies
+that go on beside later steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -17,54 +15,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.messages import Acks, Shard, Transfer
+from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.connectors.vllm.support import host_name
-
-BLOCK = 32
-BLOCKS = 14
-SLOTS = 9
-SHARED = 3  # leading blocks that all prompts of a family have in common
-RANKS = (0, 1)
-
-Content = tuple[bytes, int] | None
-
-
-@dataclass(eq=False)
-class Request:
-    """A request as the connector sees it, and when it ends."""
-
-    request_id: str
-    family: int
-    num_tokens: int
-    ends_at: int
-    num_computed_tokens: int = 0
-    skip_reading_prefix_cache: bool = False
-    stale: bool = False  # runs on what was computed before a reset
-    blocks: list[int] = field(default_factory=list)
-    num_prompt_tokens: int = 1 << 30
-    trace_headers: dict[str, str] | None = None
-    kv_transfer_params: dict[str, Any] | None = None
-
-    @property
-    def block_hashes(self) -> list[bytes]:
-        return [
-            f"{self.family}{self.request_id[-1] if n >= SHARED else ''}/{n}".encode()
-            for n in range(self.num_tokens // BLOCK)
-        ]
-
-
-@dataclass(eq=False)
-class Copying:
-    """A copy that was begun on one rank; `read` is the content of what it has read, by slot."""
-
-    rank: int
-    what: Transfer
-    read: dict[int, Content] = field(default_factory=dict)
+from tests.connectors.miniature_workers import BLOCK, BLOCKS, RANKS, Content, Request, Workers
 
 
 class Miniature:
-    """The engine: its scheduler, its workers, and what lies in every block and slot."""
+    """The engine: its scheduler, and its workers."""
 
     def __init__(self, random: Random) -> None:
         import torch
@@ -88,16 +46,15 @@ class Miniature:
         self.free = list(range(BLOCKS))
         self.own: dict[bytes, int] = {}
         self.users = [0] * BLOCKS
-        self.kv: list[list[Content]] = [[None] * BLOCKS for _ in RANKS]
-        self.slots: list[list[Content]] = [[None] * SLOTS for _ in RANKS]
-        self.late = random.random() < 0.5  # whether copies go on when the step has ended
-        self.stores: list[Copying] = []
-        self.loads: list[Copying] = []
+        self.workers = Workers(random)
+        self.side._promised.beside = self.workers.late
+        self.side._promised.long_s = random.choice((-1.0, 1.0))  # all loads are long, or none is
         self.given: set[int] = set()  # blocks, since the last step
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.remote: dict[str, Request] = {}  # whose loads no step awaits
+        self.received: list[str] = []  # by every rank that has its load
         self.preempted: set[Request] = set()
-        self.resets = 0
         self.asked = 0
         self.keys: set[bytes] = set()
 
@@ -111,16 +68,17 @@ class Miniature:
         self.waiting.append(Request(name, self.random.randrange(2), tokens, ends_at))
 
     def abort(self) -> None:
-        if everyone := [*self.waiting, *self.running]:
+        loading = [request for request in self.remote.values() if not request.gone]
+        if everyone := [*self.waiting, *self.running, *loading]:
             self._finish(self.random.choice(everyone))
 
     def reset(self) -> None:
         if self.random.random() < 0.5:
             for request in self.running[::-1]:
                 self._preempt(request)
-        for request in self.running:
-            request.stale = True
-        self.resets += 1
+        for request in [*self.running, *self.waiting, *self.remote.values()]:
+            request.stale = bool(request.blocks)
+        self.workers.resets += 1
         self.own.clear()
         self.side.reset()
         assert self.front.stats().used_blocks == 0
@@ -154,14 +112,16 @@ class Miniature:
         )
         step = self.side.step(output)
         assert step is not None
-        assert self.given <= set(step.fresh)
+        loaded = [block for load in step.loads if load.awaited_by for block in load.blocks]
+        assert self.given <= {*step.fresh, *loaded}
         self.given.clear()
         for request, tokens in scheduled.items():
             request.num_computed_tokens += tokens
-        bad, acks = self._work(step.loads, step.stores, scheduled, before)
-        if acks.ranks:
-            self.side.acked(acks)
-        affected = self._take_back(bad, before)
+        told = self.workers.work(step, scheduled, before)
+        if told.acks.ranks:
+            self.side.acked(told.acks)
+        affected = self._take_back(told.bad, before)
+        self._receive(told.received)
         for request in scheduled:
             if request not in affected and request.num_computed_tokens == request.num_tokens:
                 request.num_tokens += 1
@@ -195,43 +155,67 @@ class Miniature:
     def _admit(self, new: list[Request], scheduled: dict[Request, int]) -> None:
         while self.waiting:
             request = self.waiting[0]
-            hashes = request.block_hashes
-            most = (request.num_tokens - 1) // BLOCK
-            own: list[int] = []
-            for key in hashes[:most]:
-                if key not in self.own:
-                    break
-                own.append(self.own[key])
-            promised = self.side.matched_tokens(request, len(own) * BLOCK)
-            assert promised is not None
-            computed = len(own) * BLOCK + promised
-            assert computed < request.num_tokens
-            tokens = self._chunk(request, computed)
-            need = -(-(computed + tokens) // BLOCK) - len(own)
+            own, promised, later = request.blocks, 0, False
+            computed = request.num_computed_tokens
+            if not computed:
+                own = self._found(request)
+                promised_or_not = self.side.matched_tokens(request, len(own) * BLOCK)
+                assert promised_or_not is not None
+                promised, later = promised_or_not, self.side.comes_later(request)
+                computed = len(own) * BLOCK + promised
+            assert computed <= request.num_tokens - (not later)
+            tokens = 0 if later else self._chunk(request, computed)
+            need = max(0, -(-(computed + tokens) // BLOCK) - len(own))
             if need > len([block for block in self.free if block not in own]):
                 break
-            for block in own:
-                self.users[block] += 1
-                if block in self.free:
-                    self.free.remove(block)
+            if own is not request.blocks:
+                for block in own:
+                    self.users[block] += 1
+                    if block in self.free:
+                        self.free.remove(block)
             request.blocks = own + self._allocate(need)
             self.side.admitted(request, (request.blocks,), promised)
             request.num_computed_tokens = computed
+            self.waiting.pop(0)
+            if later:
+                self.remote[request.request_id] = request
+                continue
             self._know(request, computed + tokens)
-            self.running.append(self.waiting.pop(0))
+            self.running.append(request)
             new.append(request)
             scheduled[request] = tokens
+
+    def _found(self, request: Request) -> list[int]:
+        """The blocks that the engine has of a request, which leave it a token to compute."""
+        own: list[int] = []
+        for key in request.block_hashes[: (request.num_tokens - 1) // BLOCK]:
+            if key not in self.own:
+                break
+            own.append(self.own[key])
+        return own
+
+    def _receive(self, told: list[str]) -> None:
+        """Ranks have their loads: who waited for the last of them goes on, or is free to go."""
+        self.received += told
+        for name in {name for name in told if self.received.count(name) == len(RANKS)}:
+            self.received = [other for other in self.received if other != name]
+            request = self.remote.pop(name)
+            if request.gone or not request.num_computed_tokens:
+                self._release(request)
+            else:
+                self._know(request, request.num_computed_tokens)
+                # Of one that has it all the last token is computed anew.
+                most = request.num_tokens - 1
+                request.num_computed_tokens = min(request.num_computed_tokens, most)
+            if not request.gone:
+                self.waiting.insert(0, request)
 
     def _allocate(self, count: int) -> list[int]:
         blocks, self.free = self.free[:count], self.free[count:]
         self.given.update(blocks)
-        for store in self.stores:
-            if not self.given.isdisjoint(store.what.blocks):
-                self._read(store)
+        self.workers.hand_out(blocks)
         for block in blocks:
             self.users[block] = 1
-            for rank in RANKS:
-                self.kv[rank][block] = None
         self.own = {key: block for key, block in self.own.items() if block not in blocks}
         return blocks
 
@@ -259,15 +243,20 @@ class Miniature:
         self.preempted.add(request)
 
     def _finish(self, request: Request) -> None:
-        (self.running if request in self.running else self.waiting).remove(request)
         self.preempted.discard(request)
         self.side.finished(request)
+        if request.request_id in self.remote:
+            request.gone = True
+            return
+        (self.running if request in self.running else self.waiting).remove(request)
         self._release(request)
 
     def _take_back(self, bad: set[int], before: dict[Request, int]) -> set[Request]:
         affected = set()
-        for request in self.running:
-            for at in range(-(-before[request] // BLOCK)):
+        loading = {request: request.num_computed_tokens for request in self.remote.values()}
+        before = {request: before[request] for request in self.running} | loading
+        for request, computed in before.items():
+            for at in range(-(-computed // BLOCK)):
                 if request.blocks[at] in bad:
                     request.num_computed_tokens = at * BLOCK
                     affected.add(request)
@@ -275,93 +264,9 @@ class Miniature:
         self.own = {
             key: block
             for key, block in self.own.items()
-            if all(self._is(self.kv[rank][block], key) for rank in RANKS)
+            if all(self._is(self.workers.kv[rank][block], key) for rank in RANKS)
         }
         return affected
-
-    # The workers
-
-    def _work(
-        self,
-        loads: list[Transfer],
-        stores: list[Transfer],
-        scheduled: dict[Request, int],
-        before: dict[Request, int],
-    ) -> tuple[set[int], Acks]:
-        bad: set[int] = set()
-        acks = Acks()
-        for rank in RANKS:
-            kv, slots = self.kv[rank], self.slots[rank]
-            rank_bad: set[int] = set()
-            rank_acks = Acks()
-            for load in loads:
-                fails = self.random.random() < 0.15
-                for block, slot in zip(load.blocks, load.slots, strict=True):
-                    kv[block] = None if fails else slots[slot]
-                if fails:
-                    rank_bad.update(load.blocks)
-                    rank_acks.ranks[load.job] = 1
-                    rank_acks.failed.add(load.job)
-                else:
-                    read = {slot: slots[slot] for slot in load.slots}
-                    self.loads.append(Copying(rank, load, read))
-            self._forward(kv, rank_bad, scheduled, before)
-            for store in stores:
-                fails = bool(rank_bad) or self.random.random() < 0.05
-                if fails:
-                    for slot in store.slots:
-                        slots[slot] = None
-                    rank_acks.ranks[store.job] = 1
-                    rank_acks.failed.add(store.job)
-                else:
-                    self.stores.append(Copying(rank, store))
-            bad |= rank_bad
-            acks.aggregate(rank_acks)
-        for over in self._ended(self.loads, acks):
-            slots = self.slots[over.rank]
-            assert all(slots[slot] == content for slot, content in over.read.items())
-        for over in self._ended(self.stores, acks):
-            self._read(over)
-            for slot, content in over.read.items():
-                self.slots[over.rank][slot] = content
-        return bad, acks
-
-    def _read(self, store: Copying) -> None:
-        """A store reads its blocks, if it has not yet."""
-        for block, slot in zip(store.what.blocks, store.what.slots, strict=True):
-            store.read.setdefault(slot, self.kv[store.rank][block])
-
-    def _ended(self, under_way: list[Copying], acks: Acks) -> list[Copying]:
-        """Those that end with this step."""
-        ended = [each for each in under_way if not self.late or self.random.random() < 0.4]
-        for each in ended:
-            under_way.remove(each)
-            acks.aggregate(Acks({each.what.job: 1}))
-        return ended
-
-    def _forward(
-        self,
-        kv: list[Content],
-        bad: set[int],
-        scheduled: dict[Request, int],
-        before: dict[Request, int],
-    ) -> None:
-        for request in scheduled:
-            hashes = request.block_hashes
-            first = before[request] // BLOCK
-            rests_on = list(zip(hashes[:first], request.blocks, strict=False))
-            if not bad.intersection(request.blocks[:first]):
-                # The engine computes on what it believes to have: it had better have it.
-                for key, block in rests_on:
-                    content = kv[block]
-                    assert content is not None, (request, key)
-                    assert content[0] == key
-            for at in range(first, min(request.num_computed_tokens, request.num_tokens) // BLOCK):
-                earlier = [kv[block] for block in request.blocks[:at]]
-                sound = [content[1] for content in earlier if content is not None]
-                whole = len(sound) == len(earlier)
-                since = min(sound, default=self.resets)
-                kv[request.blocks[at]] = (hashes[at], since) if whole else None
 
     # What must hold
 
@@ -375,20 +280,23 @@ class Miniature:
             lease = self.front.pin([key])
             for slot in lease.slots:
                 for rank in RANKS:
-                    assert self.slots[rank][slot] == (key, self.resets), (key, rank)
+                    right = (key, self.workers.resets)
+                    assert self.workers.slots[rank][slot] == right, (key, rank)
             lease.end()
-        assert self.side.copying == bool(self.loads or self.stores)
-        assert self.side._running.keys() <= {request.request_id for request in self.running} | {
-            request.request_id for request in self.preempted
-        }
+        assert self.side.copying == bool(self.workers.loads or self.workers.stores)
+        there = [*self.running, *self.waiting, *self.remote.values()]
+        assert self.side._running.keys() <= {request.request_id for request in there}
 
     def end(self) -> None:
         """All are aborted."""
-        for request in [*self.waiting, *self.running]:
-            self._finish(request)
+        for request in [*self.waiting, *self.running, *self.remote.values()]:
+            if not request.gone:
+                self._finish(request)
         while self.side.copying:  # as vLLM does
             self.step()
+        assert sorted(self.free) == list(range(BLOCKS))
         side = self.side
-        assert not any((side._promised, side._running, side._jobs, side._loads))
+        assert not any((side._promised, side._promised._expected, side._running))
+        assert not any((side._jobs, side._loads))
         assert self.front.stats().pinned_slots == 0
         side.close()

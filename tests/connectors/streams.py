@@ -71,11 +71,11 @@ class Device:
         self.breaks = 0  # the copy of a page, counted from the next, that raises
         self.pinned: dict[int, int] = {}
         self.no_more = ""  # what is said to who wants more pinned
-        self._engine = Stream(self)
-        self._streams = [self._engine]
+        self.current = Stream(self)  # that the engine computes on
+        self._streams = [self.current]
 
     def engine(self) -> Stream:
-        return self._engine
+        return self.current
 
     def stream(self) -> Stream:
         self._streams.append(Stream(self))

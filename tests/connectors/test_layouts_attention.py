@@ -89,8 +89,8 @@ def test_the_proof_finds_a_block_that_is_wrong(monkeypatch: pytest.MonkeyPatch) 
 
     right = CpuCopier._scatter
 
-    def swapped(self: CpuCopier, slots: Any, blocks: Any, awaited: bool) -> Any:
-        return right(self, slots[[1, 0, *range(2, len(slots))]], blocks, awaited)
+    def swapped(self: CpuCopier, slots: Any, blocks: Any, *when: Any) -> Any:
+        return right(self, slots[[1, 0, *range(2, len(slots))]], blocks, *when)
 
     monkeypatch.setattr(CpuCopier, "_scatter", swapped)
     with pytest.raises(AssertionError):

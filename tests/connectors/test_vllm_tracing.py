@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.messages import Shard, Step
 from kvcache.connectors.vllm.worker import WorkerSide
 from tests.connectors.played import BLOCK, SHARD, Played, Request, opened
-from tests.connectors.test_vllm_worker import Copier
+from tests.connectors.workers import Copier
 
 pytestmark = pytest.mark.engine
 
@@ -45,6 +45,7 @@ def live(played: Played, request: Request, blocks: list[int], worker: WorkerSide
     step = played.step((request, request.num_tokens - request.num_computed_tokens))
     worker.load(step)
     worker.store(step)
+    worker.take_received()
     worker.take_acks()
     played.ack(*step.loads, *step.stores)
     played.side.finished(request)

@@ -16,7 +16,8 @@ pytest.importorskip("vllm")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.connectors.miniature import RANKS, SLOTS, Miniature
+from tests.connectors.miniature import Miniature
+from tests.connectors.miniature_workers import RANKS, SLOTS
 
 pytestmark = pytest.mark.engine
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,10 +11,10 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.copier import Made
 from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, place_caches
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
+from tests.connectors.workers import NOWHERE, Copier, side, step
 
 pytestmark = pytest.mark.engine
 
@@ -130,55 +127,11 @@ def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
 # Copies
 
 
-class Copier:
-    """Stands in for the page copier; the calls whose number is in `failing` raise."""
-
-    def __init__(self, *failing: int) -> None:
-        self.failing = failing
-        self.calls: list[tuple[str, list[int], list[int]]] = []
-
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
-        return self._call("gather", blocks, slots)
-
-    def scatter(self, slots: Sequence[int], blocks: Sequence[int], *, awaited: bool = True) -> Made:
-        return self._call("scatter", slots, blocks)
-
-    def fence(self, blocks: Sequence[int]) -> None:
-        self.calls.append(("fence", list(blocks), []))
-
-    def close(self) -> None:
-        pass
-
-    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> Made:
-        self.calls.append((name, list(sources), list(targets)))
-        if len(self.calls) - 1 in self.failing:
-            raise OSError("fails")
-        return Made(1.0)
-
-
-NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
-
-
-def step(memory: Memory = NOWHERE) -> Step:
-    return Step(
-        memory,
-        loads=[Transfer(1, [10, 11], [0, 1]), Transfer(2, [12], [2])],
-        stores=[Transfer(3, [13], [3]), Transfer(4, [14, 15], [4, 5])],
-    )
-
-
-def side(copier: Copier | None = None) -> WorkerSide:
-    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["one", "two"])])
-    config.num_blocks = 16
-    worker = WorkerSide(config, (0, 0), 1)
-    worker.copier = copier  # type: ignore[assignment]
-    return worker
-
-
 def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[int]]:
     """One step as the model runner makes it: bad blocks, acked jobs, failed jobs."""
     worker.load(what)
     worker.store(what)
+    worker.take_received()
     bad, acks = worker.take_bad_blocks(), worker.take_acks()
     assert worker.take_acks() is None
     assert worker.take_bad_blocks() == set()
@@ -189,21 +142,46 @@ def test_a_step_that_succeeds() -> None:
     copier = Copier()
     assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
     assert copier.calls == [
-        ("scatter", [0, 1], [10, 11]),
-        ("scatter", [2], [12]),
+        ("scatter", [0, 1, 2], [10, 11, 12]),
         ("gather", [13], [3]),
         ("gather", [14, 15], [4, 5]),
     ]
 
 
-def test_a_load_that_fails_leaves_the_other_but_no_store() -> None:
+def test_loads_that_the_step_awaits_fail_together_and_nothing_is_stored() -> None:
     copier = Copier(0)
-    assert play(side(copier), step()) == ({10, 11}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 3, 4})
-    assert [name for name, *_ in copier.calls] == ["scatter", "scatter"]
+    assert play(side(copier), step()) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
+    assert [name for name, *_ in copier.calls] == ["scatter"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "bad", "failed"), [(0, {10}, {2}), (1, {9}, {1}), (2, {11}, {3})]
+)
+def test_a_load_that_nobody_awaits_is_by_itself(
+    fails: int, bad: set[int], failed: set[int]
+) -> None:
+    copier = Copier(fails)
+    loads = [
+        Transfer(1, [9], [0], awaited_by="one"),
+        Transfer(2, [10], [1]),
+        Transfer(3, [11], [2], awaited_by="other"),
+    ]
+    assert play(side(copier), Step(NOWHERE, loads=loads)) == (bad, {1: 1, 2: 1, 3: 1}, failed)
+    assert [slots for _, slots, _ in copier.calls] == [[1], [0], [2]]
+    assert copier.awaited == [True, False, False]
+
+
+def test_each_load_took_its_share_of_the_copy() -> None:
+    worker = side(Copier())
+    worker.load(step())
+    worker.take_received()
+    acks = worker.take_acks()
+    assert acks is not None
+    assert acks.seconds == pytest.approx({1: 2 / 3, 2: 1 / 3})
 
 
 def test_a_store_that_fails_is_no_load_error() -> None:
-    assert play(side(Copier(3)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
+    assert play(side(Copier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
 
 
 def test_the_step_after_a_failure_stores_again() -> None:
@@ -216,10 +194,31 @@ def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
     worker = side(Copier(0))
     worker.load(step())
     worker.store(step())
+    worker.take_received()
     acks = worker.take_acks()
     assert acks is not None
     assert set(acks.seconds) == {1, 2}  # the stores were not, since a load had failed
     assert min(acks.seconds.values()) > 0
+
+
+def test_a_job_is_acked_in_the_step_that_tells_of_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Load:
+        seconds = 1.0
+        looks = iter([False, True])
+
+        @property
+        def over(self) -> bool:
+            return next(self.looks)
+
+    load = Load()
+    monkeypatch.setattr(Copier, "_call", lambda *_: load)
+    worker = side(Copier())
+    worker.load(Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")]))
+    assert (worker.take_received(), worker.take_acks()) == (set(), None)
+    assert worker.take_received() == {"waits"}
+    assert worker.take_acks() == Acks({1: 1}, seconds={1: 1.0})
 
 
 def test_blocks_are_fenced_before_the_engine_has_them_anew() -> None:
@@ -259,7 +258,7 @@ def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
 ) -> None:
     worker, _ = registered()
     assert play(worker, step(memory)) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
-    assert any("load of 2 blocks failed" in record.getMessage() for record in caplog.records)
+    assert any("load of 3 blocks failed" in record.getMessage() for record in caplog.records)
     worker.close()
 
 

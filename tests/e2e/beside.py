@@ -5,8 +5,10 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+from kvcache.connectors import device
 from tests.connectors import streams
 from tests.e2e.engine import BLOCK, Engine, prompt
+from tests.e2e.inside import use_every_page
 
 
 class Present(streams.Stream):
@@ -27,17 +29,15 @@ class Dawdling(streams.Device):
 
 
 def copy_beside(engine: Engine) -> None:
-    """From the first step on."""
+    """From the first step on; a layer is worth a call of its own."""
     assert engine.worker.copier is None
+    device.LEAST_NBYTES = 1  # type: ignore[misc]
     engine.worker.device = Dawdling(Random(0))
 
 
 def load_later(engine: Engine) -> None:
     """From now on no load is awaited by the step that it comes with."""
-    promises = engine.side._promised
-    give = promises.give
-    promises.beside, promises.long_s = True, -1.0
-    promises.give = lambda *promise, others: give(*promise, others=True)
+    engine.side._promised.later = lambda blocks, others: True
 
 
 def later(engine: Engine) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def later(engine: Engine) -> dict[str, Any]:
 
 
 def later_fails(engine: Engine) -> dict[str, Any]:
-    """A load that nobody awaits cannot be begun: its request computes."""
+    """A load of a whole prompt that nobody awaits cannot be begun: its request computes."""
     engine.fresh()
-    known = prompt("fails later", 6 * BLOCK + 1)
+    known = prompt("fails later", 6 * BLOCK)
     right = engine.ask(known, tokens=4)
     engine.evict_own()
     with engine.failing("scatter") as calls:
@@ -80,6 +80,62 @@ def later_fails(engine: Engine) -> dict[str, Any]:
     return {
         "loads": calls, "tokens": [answer["tokens"], again["tokens"]], "right": right["tokens"],
         "cached": again["cached"], "ends": engine.open_ends(),
+    }  # fmt: skip
+
+
+def by_layer(engine: Engine) -> list[list[list[int]]]:
+    """Of a load, how many layers are there before and after each is asked for, in two steps."""
+    engine.fresh()
+    known = prompt("loaded by layer", 6 * BLOCK + 1)
+    engine.ask(known, tokens=1)
+    worker = engine.worker
+    seen: list[list[list[int]]] = []
+    scatter, reach = worker.copier.scatter, worker.reach
+
+    def scattered(*what: Any, **how: Any) -> Any:
+        copies.append(scatter(*what, **how))
+        return copies[-1]
+
+    def reached(name: str) -> None:
+        before = there()
+        reach(name)
+        seen[-1].append([before, there()])
+
+    def there() -> int:
+        return sum(end.at == end.at for copy in copies for end in copy.ends)
+
+    worker.copier.scatter, worker.reach = scattered, reached
+    try:
+        for _ in range(2):
+            copies: list[Any] = []
+            seen.append([])
+            engine.evict_own()
+            engine.ask(known, tokens=1)
+    finally:
+        del worker.copier.scatter, worker.reach
+    return seen
+
+
+def unasked(engine: Engine) -> dict[str, Any]:
+    """A pass reads a layer that it does not ask for, unlike those before it; so do those after."""
+    engine.fresh()
+    known = prompt("unasked", 6 * BLOCK + 1)
+    right = engine.ask(known, tokens=4)
+    engine.evict_own()
+    use_every_page(engine)
+    engine.evict_own()
+    worker = engine.worker
+    reach = worker.reach
+    worker.reach = lambda name: None if ".2." in name else reach(name)
+    try:
+        answers = [engine.ask(known, tokens=4)]
+        engine.evict_own()
+        answers.append(engine.ask(known, tokens=4))
+    finally:
+        del worker.reach
+    return {
+        "computed": right["logprobs"], "answered": answers[0]["logprobs"],
+        "tokens": [answer["tokens"] for answer in (right, *answers)], "ends": engine.open_ends(),
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def pages(engine: Engine) -> dict[str, Any]:
     computed = read(places)
     engine.drain()
     engine.evict_own()
-    _use_every_page(engine)
+    use_every_page(engine)
     overwritten = read(places)
     engine.evict_own()
     engine.add("second", six, tokens=2)
@@ -39,7 +39,7 @@ def pages(engine: Engine) -> dict[str, Any]:
     return {"computed": computed, "overwritten": overwritten, "restored": restored}
 
 
-def _use_every_page(engine: Engine) -> None:
+def use_every_page(engine: Engine) -> None:
     """Prefill twice the engine's cache: vLLM takes the longest unused block that has a hash."""
     engine.together([prompt(f"traffic {n}", 13 * BLOCK) for n in range(6)], tokens=1)
 
@@ -302,7 +302,7 @@ def abort_after_a_failed_load(engine: Engine) -> dict[str, Any]:
     asked = known + prompt("unseen", 40)
     engine.ask(known)
     engine.evict_own()
-    _use_every_page(engine)
+    use_every_page(engine)
     engine.evict_own()
     with engine.failing("scatter"):
         engine.add("goes", asked)

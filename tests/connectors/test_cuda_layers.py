@@ -1,0 +1,85 @@
+"""Loads layer by layer on a real GPU: a layer that was reached is there, and in the end all are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from kvcache.connectors import device as device_module
+from kvcache.connectors.copier import Sides
+from kvcache.connectors.device import DeviceCopier
+from kvcache.connectors.placement import Pages
+from kvcache.slab import Slab
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+LAYERS, BLOCKS, PAGE = 16, 33, 256 << 10
+LOADED = list(range(1, BLOCKS))
+
+
+@pytest.fixture(params=[1, 8 << 20], ids=["a call a layer", "few calls"])
+def copier(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pages: torch.Tensor
+) -> Iterator[DeviceCopier]:
+    from kvcache.connectors.cuda import Cuda
+
+    monkeypatch.setattr(device_module, "LEAST_NBYTES", request.param)
+    slab = Slab.create(1, LAYERS * PAGE)
+    sides = Sides(
+        [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS, at) for at, layer in enumerate(pages)],
+        slab_address=slab.address,
+        slots=1,
+        slot_nbytes=slab.slot_nbytes,
+    )
+    made = DeviceCopier(sides, Cuda(torch.device("cuda", 0)))
+    slab.populate(made.ready)
+    slab.wait_populated()
+    yield made
+    made.close()
+    slab.close()
+
+
+@pytest.fixture
+def pages() -> torch.Tensor:
+    return torch.zeros((LAYERS, BLOCKS, PAGE), dtype=torch.uint8, device="cuda")
+
+
+def test_a_layer_that_was_reached_is_there(copier: DeviceCopier, pages: torch.Tensor) -> None:
+    other = torch.cuda.Stream()
+    for turn in range(20):
+        pages.fill_(turn)
+        copier.gather([0], [0]).wait()
+        pages.zero_()
+        copier.scatter(len(LOADED) * [0], LOADED, announced=range(LAYERS))
+        other.wait_stream(torch.cuda.current_stream())
+        seen = []
+        for layer in range(LAYERS):
+            for stream in (torch.cuda.current_stream(), other):
+                with torch.cuda.stream(stream):
+                    copier.reach(layer)
+                    seen.append(pages[layer, 1:].clone())
+        torch.cuda.synchronize()
+        assert all(bool((each == turn).all()) for each in seen)
+        copier.fence(LOADED)
+
+
+def test_a_layer_that_was_never_reached_is_there_for_the_next_step(
+    copier: DeviceCopier, pages: torch.Tensor
+) -> None:
+    for turn in range(20):
+        pages.fill_(turn)
+        copier.gather([0], [0]).wait()
+        copier.scatter(len(LOADED) * [0], LOADED, announced=range(LAYERS))
+        copier.reach(0)
+        copier.fence(LOADED)
+        pages[:, 1:].fill_(255)
+        torch.cuda.synchronize()
+        assert bool((pages[:, 1:] == 255).all())
