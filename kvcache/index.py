@@ -234,10 +234,11 @@ class Index:
                 gone.append(key)
                 slots.append(slot)
                 parent = afters[slot]
-                if parent in ready:  # which may go next
-                    children[ready[parent]] -= 1
-                elif parent is not None:
-                    self._count(parent, -1)
+                if parent is not None:
+                    if (at := ready.get(parent)) is not None:  # which may go next
+                        children[at] -= 1
+                    else:
+                        self._count(parent, -1)
         finally:  # somebody's policy may raise
             names = self._key
             for slot in slots:

@@ -1,93 +1,59 @@
-"""Runs by class and age, of blocks that are held and of blocks that have left.
+"""Cohorts by class and age, of blocks that are held and of blocks that have left.
 
-A *run* here is blocks of one chain, head first, that were used last at one time and are of one
-class. It is known beyond its eviction::
+::
 
-    Run     keys   a0 a1 a2 a3 | a4 a5
-                   held          known: evicted, declined, or not there yet
-
-    _lines[octave]         all runs whose age is in an octave, the oldest first
-    _queues[kind][octave]  those that hold blocks, by class: here victims are found
+    _open[kind]            the cohort that runs of now join, until it is a few seconds long, or large
+    _lines[octave]         all others whose age is in an octave, the oldest first
+    _queues[kind][octave]  those that have runs to ask, by class: here victims are found
 
 Always true here:
 
-* ``run.keys[: run.held]`` are the blocks of the run that the index holds. Every known key is in one
-  run, every run in the line of its octave, and if it holds blocks in its queue or parked.
-* A run is parked when its tail was kept, until what continued it has left, or it comes to the next
-  octave, or there is nobody else to ask.
+* Every known key is in one run, every run in one cohort, every cohort that knows a block open or in
+  the line of its octave, and if it has runs that are not parked in its queue.
+* A run is parked when its tail was kept, until what continued it has left, or its cohort comes to
+  the next octave, or there is nobody else to ask.
 * No more keys are known than ``_limit``; those not held are forgotten first, the first to leave
-  first. A run without keys is nowhere.
-* A call moves no more than ``_MOVES`` runs from octave to octave; what is late moves at the next.
+  first. A run or a cohort without keys is nowhere.
+* A call moves no more than ``_MOVES`` cohorts from octave to octave; what is late moves at the next.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from math import frexp
 
+from kvcache.eviction.cohorts import Cohort, Line, Run, alike
 from kvcache.eviction.hazards import CLASSES, OCTAVES, STARTS, Hazards, octave_of
 from kvcache.eviction.policy import Policy
+from kvcache.eviction.trust import Trust
 
-_TICKS_PER_S = 1024
+_PARTS, _MOST = 32, 512  # cohorts of as many blocks as there are slots; and blocks of one
+_SPAN_S = 8.0  # that a cohort is open for
 _MOVES = 256
 _TOLD = 17  # octave, of two minutes, up to which what came back is asked for by who had it come
-
-
-class Run:
-    """Blocks of one chain that were last used at one time.
-
-    Attributes:
-        keys: those that are known, in order; the first ``held`` are in the index.
-        after: the key that the first of them continued.
-        time: when they were used.
-        kind: their class.
-        uses: how often, at least.
-        octave: of their age, as last seen.
-        awaited: asked for, and none has left: who has more of it stored does not use it again.
-        told: it came back before the request asked: that does not use it again either.
-        ends: a request ended with it, or with one block more.
-        queue: where it is found when blocks must go; none when it holds none, or is parked.
-    """
-
-    __slots__ = (
-        "after", "awaited", "ends", "held", "keys", "kind", "octave", "queue", "time", "told",
-        "uses",
-    )  # fmt: skip
-
-    def __init__(self, after: bytes | None, time: float, kind: int, uses: int) -> None:
-        self.keys: list[bytes] = []
-        self.held = 0
-        self.after = after
-        self.time = time
-        self.kind = kind
-        self.uses = uses
-        self.octave = 0
-        self.awaited = True
-        self.told = False
-        self.ends = False
-        self.queue: Line | None = None
-
-
-Line = OrderedDict[Run, None]
+_NEVER = float("inf")
 
 
 class AgedRuns(Policy):
-    """What a policy knows that ranks runs by their class and age."""
+    """What a policy knows that ranks blocks by their class and age."""
 
     def __init__(self, capacity: int) -> None:
         self._limit = capacity + max(4 * capacity, 24_000)
         self._hazards = Hazards(capacity)
+        self._trust = Trust(capacity)
         self._runs: dict[bytes, Run] = {}  # of every known key
         self._lines = [Line() for _ in range(OCTAVES)]
         self._queues = [[Line() for _ in range(OCTAVES)] for _ in range(CLASSES)]
-        self._parked = Line()
-        self._past = Line()  # all runs with keys that are not held, and some others
+        self._past: OrderedDict[Run, None] = OrderedDict()  # all with keys not held, and others
+        self._open: list[Cohort | None] = [None] * CLASSES
+        self._opened = 0.0  # the first of them
+        self._joined = 0  # blocks, since then
+        self._enough = max(1, min(capacity // _PARTS, _MOST))
         self._order: list[tuple[float, bool, int, Line]] = []
         self._stirred = False  # what was parked may be worth less than what is looked at
         self._now = 0.0
-        self._ticks = 0
-        self._oldest = 1  # octave that no run has come to yet
+        self._due = _NEVER  # when a cohort comes to its next octave
+        self._oldest = 1  # octave that no cohort has come to yet
         self._sort()
 
     # What a run has
@@ -98,19 +64,22 @@ class AgedRuns(Policy):
         keys: list[bytes],
         held: int,
         after: bytes | None,
-        now: float,
         kind: int,
         uses: int,
     ) -> Run:
         """Put ``keys``, the first ``held`` of them held, at the end of ``run`` or of a new one."""
-        if run is None or run.kind != kind or (held and run.held < len(run.keys)):
-            run = Run(after, now, kind, uses)
-            self._lines[0][run] = None
+        cohort = self._open[kind] or self._begin(kind)
+        if run is None or run.cohort is not cohort or (held and run.held < len(run.keys)):
+            run = Run(after, cohort, uses)
             self._past[run] = None
-        run.uses = min(run.uses, uses)
+        elif uses < run.uses:
+            run.uses = uses
+        count = len(keys)
         run.keys += keys
         self._runs.update(dict.fromkeys(keys, run))
-        self._hazards.at_risk(kind, 0, 0, len(keys))
+        self._hazards.at_risk(kind, 0, 0, count)
+        self._joined += count
+        self._trust.count(cohort, count, count)
         if held:
             self._hold(run, held)
         return run
@@ -127,154 +96,200 @@ class AgedRuns(Policy):
             first = len(ours) - 1 if ours[-1] == keys[at] else ours.index(keys[at])
         count = alike(ours, first, keys, at)
         taken = ours[first : first + count]
-        uses = self._used(run, count)
         held = max(0, min(run.held, first + count) - first)
+        uses = self._used(run, count, held)
+        cohort = run.cohort
         del ours[first : first + count]
+        self._trust.count(cohort, -count, held - count)
         if held:
             run.held -= held
             if not run.held:
                 self._leave(run)
         if not ours:
-            self._bury(run)
+            self._past.pop(run, None)
+            self._bury(cohort)
         elif not first:
             run.after = taken[-1]
         return taken, held, uses
 
-    def _used(self, run: Run, count: int) -> int:
+    def _used(self, run: Run, count: int, held: int) -> int:
         """So many blocks of ``run`` are used now; how often that makes it."""
-        octave = max(run.octave, octave_of(self._now - run.time))
+        cohort = run.cohort
+        self._trust.used(cohort, held, count - held)
+        octave = max(cohort.octave, octave_of(self._now - cohort.time))
         if run.told and octave <= _TOLD:
             return run.uses
-        if octave > run.octave:
-            self._hazards.at_risk(run.kind, run.octave + 1, octave, count)
-        self._hazards.used(run.kind, octave, count)
+        if octave > cohort.octave:
+            self._hazards.at_risk(cohort.kind, cohort.octave + 1, octave, count)
+        self._hazards.used(cohort.kind, octave, count)
         return run.uses + 1
 
     def _again(self, run: Run, after: bytes | None, kind: int, uses: int) -> None:
         """All of ``run`` is used now: it is a new one, of another class perhaps."""
         self._hazards.at_risk(kind, 0, 0, len(run.keys))
-        run.kind, run.uses, run.after = kind, uses, after
+        run.uses, run.after = uses, after
         run.awaited, run.told, run.ends = True, False, False
         self._past[run] = None
         self._past.move_to_end(run)
-        self._restart(run)
+        self._restart(run, kind)
 
     def _hold(self, run: Run, count: int) -> None:
         """The next ``count`` blocks of ``run`` are in the index from now on."""
         if not run.held:
             self._enter(run)
         run.held += count
-
-    def _bury(self, run: Run) -> None:
-        del self._lines[run.octave][run]
-        self._past.pop(run, None)
+        self._trust.count(run.cohort, 0, -count)
 
     def _forget(self) -> None:
         """Forget keys that are not held, the first to leave first, until few enough are known."""
         runs, past = self._runs, self._past
         while len(runs) > self._limit and past:
             run, _ = past.popitem(last=False)
-            for key in run.keys[run.held :]:
+            gone = run.keys[run.held :]
+            for key in gone:
                 del runs[key]
             del run.keys[run.held :]
-            if not run.keys:
-                del self._lines[run.octave][run]
+            self._trust.count(run.cohort, -len(gone), -len(gone))
+            self._bury(run.cohort)
 
     # Where it is found
 
     def _enter(self, run: Run) -> None:
-        queue = run.queue = self._queues[run.kind][run.octave]
-        queue[run] = None
+        cohort = run.cohort
+        if not cohort.runs:
+            self._queues[cohort.kind][cohort.octave][cohort] = None
+        cohort.runs[run] = None
 
     def _off(self, run: Run) -> None:
         """``run`` is not found where it is."""
-        if run.queue is None:
-            del self._parked[run]
+        cohort = run.cohort
+        if run in cohort.runs:
+            del cohort.runs[run]
+            if not cohort.runs:
+                del self._queues[cohort.kind][cohort.octave][cohort]
         else:
-            del run.queue[run]
+            del cohort.parked[run]
 
     def _leave(self, run: Run) -> None:
         """``run`` holds nothing any more: what it continued may be a tail now."""
         self._off(run)
-        run.queue = None
         if run.after is not None:
             before = self._runs.get(run.after)
-            if before is not None and before in self._parked:
-                self._unpark(before)
+            if before is not None and before in before.cohort.parked:
+                del before.cohort.parked[before]
+                self._enter(before)
+                self._stirred = True
 
     def _park(self, run: Run) -> None:
-        assert run.queue is not None
-        del run.queue[run]
-        run.queue = None
-        self._parked[run] = None
+        self._off(run)
+        run.cohort.parked[run] = None
 
-    def _unpark(self, run: Run) -> None:
-        del self._parked[run]
-        self._enter(run)
-        self._stirred = True
+    def _unpark_all(self) -> None:
+        """Ask all that are parked again."""
+        for cohorts in (*self._lines, filter(None, self._open)):
+            for cohort in cohorts:
+                for run in cohort.parked:
+                    self._enter(run)
+                cohort.parked.clear()
 
     # How old it is
 
-    def _tick(self, now: float) -> None:
-        """Move runs to the octave of their age.
+    def _begin(self, kind: int) -> Cohort:
+        """The cohort that runs of this class join from now on."""
+        if not any(self._open):
+            self._opened, self._joined = self._now, 0
+        cohort = self._open[kind] = Cohort(kind, self._now)
+        self._trust.recent[cohort] = None
+        return cohort
 
-        An octave of many seconds is looked at seldom: when the clock's binary digit of a sixteenth
-        of it changes, or a higher one.
-        """
+    def _close(self) -> None:
+        """Runs join other cohorts from now on."""
+        line = self._lines[0]
+        for cohort in self._open:
+            if cohort is not None:
+                if cohort.blocks:
+                    line[cohort] = None
+                    self._due = min(self._due, cohort.time + STARTS[1])
+                else:
+                    self._trust.recent.pop(cohort, None)
+        self._open = [None] * CLASSES
+
+    def _bury(self, cohort: Cohort) -> None:
+        """Have nothing to do with a cohort that has no blocks, and will have none."""
+        line = self._lines[cohort.octave]
+        if not cohort.blocks and cohort in line:
+            del line[cohort]
+            self._trust.recent.pop(cohort, None)
+
+    def _tick(self, now: float) -> None:
+        """Move cohorts to the octave of their age."""
         self._now = now
-        ticks = int(now * _TICKS_PER_S)
-        if ticks == self._ticks:
+        if self._joined >= self._enough or now - self._opened >= _SPAN_S:
+            self._close()
+        if now < self._due:
             return
-        upto = (ticks ^ self._ticks).bit_length() + 5
         moves = _MOVES
-        lines, queues, came = self._lines, self._queues, self._hazards.came
-        for octave in range(min(upto, self._oldest + 1, OCTAVES - 1) - 1, -1, -1):
-            line, limit = lines[octave], now - STARTS[octave + 1]
+        due = _NEVER
+        for octave in range(min(self._oldest, OCTAVES - 1) - 1, -1, -1):
+            line, ends = self._lines[octave], STARTS[octave + 1]
             while line:
-                run = next(iter(line))
-                if run.time > limit:
+                cohort = next(iter(line))
+                if now < cohort.time + ends:
+                    due = min(due, cohort.time + ends)
                     break
                 if not moves:
                     return  # and go on at the next call
                 moves -= 1
-                older = frexp((now - run.time) * _TICKS_PER_S)[1]
-                if older >= self._oldest:
-                    older = min(older, OCTAVES - 1)
-                    self._oldest = older + 1
-                    self._sort()
-                counts, blocks = came[run.kind], len(run.keys)
-                counts[octave + 1] += blocks
-                counts[older + 1] -= blocks
-                del line[run]
-                lines[older][run] = None
-                run.octave = older
-                if run.held:
-                    if (queue := run.queue) is None:
-                        del self._parked[run]
-                    else:
-                        del queue[run]
-                    queue = run.queue = queues[run.kind][older]
-                    queue[run] = None
-        self._ticks = ticks
+                due = min(due, self._age(cohort, now - cohort.time))
+        self._due = due
+
+    def _age(self, cohort: Cohort, age: float) -> float:
+        """Move a cohort to a later octave; when it leaves that."""
+        kind, octave = cohort.kind, cohort.octave
+        older = max(octave + 1, octave_of(age))
+        if older >= self._oldest:
+            self._oldest = older + 1
+            self._sort()
+        self._hazards.at_risk(kind, octave + 1, older, cohort.blocks)
+        del self._lines[octave][cohort]
+        self._lines[older][cohort] = None
+        cohort.octave = older
+        if cohort.runs or cohort.parked:
+            self._queues[kind][octave].pop(cohort, None)
+            self._queues[kind][older][cohort] = None
+            if cohort.parked:
+                cohort.runs.update(cohort.parked)
+                cohort.parked.clear()
+        return cohort.time + STARTS[older + 1] if older < OCTAVES - 1 else _NEVER
 
     def _renew(self, run: Run) -> None:
         """``run`` was in use until now, by who continues it: its age begins again."""
-        self._hazards.at_risk(run.kind, 1, run.octave, -len(run.keys))  # it will come there again
-        self._restart(run)
+        cohort = run.cohort
+        self._hazards.at_risk(cohort.kind, 1, cohort.octave, -len(run.keys))  # it will come again
+        self._restart(run, cohort.kind)
 
-    def _restart(self, run: Run) -> None:
-        """The age of ``run`` is nothing."""
-        del self._lines[run.octave][run]
-        run.time, run.octave = self._now, 0
-        self._lines[0][run] = None
-        if run.held:
+    def _restart(self, run: Run, kind: int) -> None:
+        """``run`` is of this class, and its age is nothing."""
+        old, new = run.cohort, self._open[kind] or self._begin(kind)
+        if old is new:
+            if run in old.runs:
+                old.runs.move_to_end(run)
+            return
+        held, count = run.held, len(run.keys)
+        if held:
             self._off(run)
+        self._trust.count(old, -count, held - count)
+        self._bury(old)
+        run.cohort = new
+        self._joined += count
+        self._trust.count(new, count, count - held)
+        if held:
             self._enter(run)
 
     # What it is worth
 
     def _sort(self) -> None:
-        """Sort the queues by the least that a run in them can be worth."""
+        """Sort the queues by the least that a block in them can be worth."""
         self._order = sorted(
             (
                 (
@@ -291,41 +306,57 @@ class AgedRuns(Policy):
             key=lambda entry: entry[0],
         )
 
-    def _lowest(self) -> tuple[float, Run, float] | None:
-        """The run that is worth least, of those not parked; and what the others are at least."""
+    def _lowest(self, *, spare: bool = False) -> tuple[float, Cohort] | None:
+        """The cohort that is worth least, of those that have runs to ask.
+
+        Args:
+            spare: of those that LRU would not hold.
+        """
         hazards, now = self._hazards, self._now
         lowest = None
-        least = others = float("inf")
+        least = _NEVER
         for bound, rising, kind, line in self._order:
             if bound > least:
-                others = min(others, bound)
                 break
             if line:
-                run = next(reversed(line)) if rising else next(iter(line))
-                worth = hazards.worth(kind, now - run.time)
-                older = lowest is None or run.time < lowest.time
+                cohort = _end(line, rising, spare)
+                if cohort is None:
+                    continue
+                worth = hazards.worth(kind, now - cohort.time)
+                older = lowest is None or cohort.time < lowest.time
                 if worth < least or (worth == least and older):
-                    least, lowest, others = worth, run, least
-                elif worth < others:
-                    others = worth
-        return None if lowest is None else (least, lowest, others)
+                    least, lowest = worth, cohort
+        return None if lowest is None else (least, lowest)
 
-    def _next(
-        self, queue: Line | None, gone: Run, others: float
-    ) -> tuple[float, Run, float] | None:
-        """The run that is found after one that left this queue, if it is worth least now."""
-        if not queue:
-            return None
-        kind, octave = gone.kind, gone.octave
-        table = self._hazards.tables[kind]
-        run = next(reversed(queue)) if table[octave + 1] > table[octave] else next(iter(queue))
-        worth = self._hazards.worth(kind, self._now - run.time)
-        return (worth, run, others) if worth < others else None
+    def _least_recent(self) -> tuple[float, Cohort] | None:
+        """The cohort that was used first, of those that LRU would hold and have runs to ask."""
+        for cohort in self._trust.recent:
+            if cohort.runs:
+                return self._hazards.worth(cohort.kind, self._now - cohort.time), cohort
+        return None
 
 
-def alike(ours: list[bytes], first: int, keys: Sequence[bytes], at: int) -> int:
-    """How many keys ``ours`` from ``first`` and ``keys`` from ``at`` begin with alike."""
-    count = min(len(ours) - first, len(keys) - at)
-    if ours[first : first + count] == keys[at : at + count]:
-        return count
-    return next(i for i in range(count) if ours[first + i] != keys[at + i])
+    def _first(self, spare: bool) -> tuple[float, Cohort] | None:
+        """The cohort that goes first, and what it is worth.
+
+        Args:
+            spare: what LRU would hold is to stay, as far as that goes.
+        """
+        if spare:
+            return self._lowest(spare=True) or self._least_recent()
+        return self._lowest()
+
+    def _rising(self, cohort: Cohort) -> bool:
+        """Whether blocks of a cohort are worth more as they grow older."""
+        table = self._hazards.tables[cohort.kind]
+        return table[cohort.octave + 1] > table[cohort.octave]
+
+
+def _end(line: Line, rising: bool, spare: bool) -> Cohort | None:
+    """The cohort of a line that is worth least."""
+    if not spare:
+        return next(reversed(line)) if rising else next(iter(line))
+    if not rising:
+        oldest = next(iter(line))
+        return None if oldest.recent else oldest
+    return next((cohort for cohort in reversed(line) if not cohort.recent), None)

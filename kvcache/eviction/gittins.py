@@ -23,7 +23,8 @@ from collections.abc import Iterator, Sequence
 from operator import neg
 from sys import maxsize
 
-from kvcache.eviction.aged import AgedRuns, Run, alike
+from kvcache.eviction.aged import AgedRuns
+from kvcache.eviction.cohorts import Cohort, Run, alike
 from kvcache.eviction.hazards import AGAIN, ALWAYS, CLASSES, LAST, MORE, NEW, OFTEN
 from kvcache.eviction.policy import Keep
 
@@ -43,7 +44,7 @@ class _Ends:
 
     def see(self, run: Run, left: int) -> None:
         """All blocks of ``run`` were used but for ``left``."""
-        if run.kind == LAST:
+        if run.cohort.kind == LAST:
             self._used += 1
         elif run.ends:
             self._reached += left <= (0 if self.apart else 1)
@@ -61,7 +62,9 @@ class Gittins(AgedRuns):
         self._ends = _Ends()
         self._last: tuple[int, list[bytes]] = (0, [])  # who asked last, and how much was held
         self._worths: list[float] | None = None  # of what `admit` was asked about last
-        self._found: tuple[float, Run, float] | None = None  # by `admit`: the first of them to go
+        self._owed = 0  # how many of these LRU must not be without
+        self._coming = 0  # and how many were worth a slot
+        self._found: tuple[float, Cohort] | None = None  # by `admit`: the first to go
         self._asked_at = 0.0
         self._asked = 0  # blocks, since something was learned
         self._next_learn = _FIRST_LEARN
@@ -81,7 +84,8 @@ class Gittins(AgedRuns):
         if self._last == (held, keys):
             return  # a request that could not be admitted asks again
         self._last = held, keys
-        self._use(keys, now)
+        self._use(keys)
+        self._trust.asked(len(keys))
         self._forget()
         self._asked += len(keys)
         self._learn()
@@ -99,7 +103,7 @@ class Gittins(AgedRuns):
             else:
                 count = max(1, alike(run.keys, run.held, keys, at))
                 if run.awaited:
-                    worth = hazards.worth(run.kind, now - run.time)
+                    worth = hazards.worth(run.cohort.kind, now - run.cohort.time)
                 else:
                     worth = hazards.tables[_kind_of(run.uses + 1)][0]
             stretches.append((count, worth))
@@ -111,10 +115,12 @@ class Gittins(AgedRuns):
             worths += [best] * count
         worths.reverse()
         self._worths = worths
-        lowest = self._found = self._lowest()
-        if lowest is None:
-            return len(keys)
-        return _at_least(worths, lowest[0])
+        slack = int(self._trust.slack()) + len(keys)  # of these as many may be missing
+        self._owed = max(0, len(keys) - max(0, slack))
+        found = self._found = self._first(spare=slack < 1)
+        admitted = len(keys) if found is None else max(self._owed, _at_least(worths, found[0]))
+        self._coming = admitted
+        return admitted
 
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
         self._now = now
@@ -126,13 +132,13 @@ class Gittins(AgedRuns):
             run, before = runs.get(keys[at]), keys[at - 1] if at else after
             if run is None:
                 count = _unknown(keys, at, runs)
-                self._grow(list(keys[at : at + count]), before, now)
+                self._grow(list(keys[at : at + count]), before)
             elif run.awaited and (count := alike(run.keys, run.held, keys, at)):
                 self._hold(run, count)
             else:  # it comes back before it is asked for, or out of its order
                 taken, _, uses = self._cut(run, keys, at)
                 count = len(taken)
-                back = self._join(back, taken, count, before, now, _kind_of(uses), uses)
+                back = self._join(back, taken, count, before, _kind_of(uses), uses)
                 back.told = True
             at += count
         self._forget()
@@ -141,53 +147,66 @@ class Gittins(AgedRuns):
         self._worths = self._found = None
         gone = set(keys)
         for run in dict.fromkeys(run for key in keys if (run := self._runs.pop(key, None))):
+            known = len(run.keys)
             held = [key for key in run.keys[: run.held] if key not in gone]
             run.keys = held + [key for key in run.keys[run.held :] if key not in gone]
             if run.held and not held:
                 self._leave(run)
+            less, away = known - len(run.keys), known - run.held
             run.held = len(held)
+            self._trust.count(run.cohort, -less, len(run.keys) - run.held - away)
             if not run.keys:
-                self._bury(run)
+                self._past.pop(run, None)
+                self._bury(run.cohort)
 
     def victims(self, keep: Keep) -> Iterator[bytes]:
-        worths, self._worths = self._worths, None
+        worths, owed, found = self._worths, self._owed, self._found
+        coming, self._coming = self._coming, 0
+        self._worths = self._found = None
+        trust = self._trust
         given = 0
         gone = True  # somebody left since the parked were asked last
-        lowest, self._found = self._found, None
         while True:
-            lowest = lowest or self._lowest()
-            if lowest is None:
-                if not self._parked or not gone:
+            spare = trust.slack() + coming < 1
+            found = found or self._first(spare)
+            if found is None:
+                if not gone:
                     return
                 gone = False
-                for run in list(self._parked):
-                    self._unpark(run)
+                self._unpark_all()
                 continue
-            worth, run, others = lowest
-            queue, ours, whole = run.queue, run.keys, run.held
-            allowed = maxsize if worths is None else _at_least(worths, worth)
+            (worth, cohort), found = found, None
+            allowed = maxsize if worths is None else max(owed, _at_least(worths, worth))
+            rising = self._rising(cohort)
             self._stirred = False
-            while held := run.held:
-                if given >= allowed:
-                    return
-                key = ours[held - 1]
-                if keep(key):
-                    self._park(run)
+            while runs := cohort.runs:
+                run = next(reversed(runs)) if rising else next(iter(runs))
+                whole = held = run.held
+                while held:
+                    if given >= allowed:
+                        return
+                    key = run.keys[held - 1]
+                    if keep(key):
+                        self._park(run)
+                        break
+                    if held == whole:
+                        run.awaited = False
+                        self._past[run] = None
+                        gone = True
+                    held = run.held = held - 1
+                    if cohort.recent:
+                        cohort.missing += 1
+                        trust.missing += 1
+                    if not held:
+                        self._leave(run)
+                    given += 1
+                    yield key
+                if self._stirred or (cohort.recent and trust.slack() + coming < 1):
                     break
-                if held == whole:
-                    run.awaited = False
-                    self._past[run] = None
-                    gone = True
-                run.held = held - 1
-                if held == 1:
-                    self._leave(run)
-                given += 1
-                yield key
-            lowest = None if self._stirred else self._next(queue, run, others)
 
     # Runs
 
-    def _use(self, keys: list[bytes], now: float) -> None:
+    def _use(self, keys: list[bytes]) -> None:
         """Cut ``keys`` off the runs they are in, and make runs of now of them."""
         runs = self._runs
         new: Run | None = None
@@ -201,50 +220,52 @@ class Gittins(AgedRuns):
                 ends = last + 1 == len(keys)
                 if ends and self._ends.apart:
                     if count > 1:
-                        new = self._join(new, keys[at:last], 0, before, now, kind, 1)
+                        new = self._join(new, keys[at:last], 0, before, kind, 1)
                         new.ends = True
                         before = keys[last - 1]
-                    new = self._join(new, keys[last:], 0, before, now, LAST, 1)
+                    new = self._join(new, keys[last:], 0, before, LAST, 1)
                 else:
-                    new = self._join(new, keys[at : last + 1], 0, before, now, kind, 1)
+                    new = self._join(new, keys[at : last + 1], 0, before, kind, 1)
                     new.ends = ends
-            elif (new is None or new.kind != _kind_of(run.uses + 1)) and _all(run, keys, at):
+            elif (new is None or new.cohort.kind != _kind_of(run.uses + 1)) and _all(run, keys, at):
                 count = len(run.keys)
-                if run.ends or run.kind == LAST:
+                if run.ends or run.cohort.kind == LAST:
                     self._ends.see(run, 0)
-                uses = self._used(run, count)
+                uses = self._used(run, count, run.held)
                 self._again(run, before, _kind_of(uses), uses)
                 new = run
             else:
                 taken, held, uses = self._cut(run, keys, at)
                 count = len(taken)
-                if run.ends or run.kind == LAST:
+                if run.ends or run.cohort.kind == LAST:
                     self._ends.see(run, len(run.keys))
-                new = self._join(new, taken, held, before, now, _kind_of(uses), uses)
+                new = self._join(new, taken, held, before, _kind_of(uses), uses)
             at += count
 
-    def _grow(self, keys: list[bytes], after: bytes | None, now: float) -> None:
+    def _grow(self, keys: list[bytes], after: bytes | None) -> None:
         """Blocks that nobody asked for are held: an answer's, or what a restart found."""
         run = self._runs.get(after) if after is not None else None
         kind = self._kind_after(after)
         if (
             run is not None
-            and run.kind == kind
+            and run.cohort.kind == kind
             and run.held == len(run.keys)
             and run.keys[-1] == after
         ):
             self._renew(run)
+            self._joined += len(keys)
+            self._trust.count(run.cohort, len(keys), len(keys))
             run.keys += keys
             self._runs.update(dict.fromkeys(keys, run))
             self._hazards.at_risk(kind, 0, 0, len(keys))
         else:
-            run = self._join(None, keys, 0, after, now, kind, 1)
+            run = self._join(None, keys, 0, after, kind, 1)
         self._hold(run, len(keys))
 
     def _kind_after(self, key: bytes | None) -> int:
         """The class of unknown blocks that continue ``key``."""
         run = self._runs.get(key) if key is not None else None
-        return NEW if run is None or run.kind in (NEW, ALWAYS) else MORE
+        return NEW if run is None or run.cohort.kind in (NEW, ALWAYS) else MORE
 
     def _learn(self) -> None:
         """One step of learning, when it is time for it."""

@@ -1,0 +1,104 @@
+"""How far the learned policy may be from LRU: as far as it has earned.
+
+What LRU would hold needs no second cache: it is what was used last, whether it was kept or not,
+that is the newest cohorts::
+
+    oldest                                                        newest
+    cohort   cohort | cohort   cohort   cohort   cohort   cohort   cohort
+                    | edge     all these together are as many blocks as there are slots
+                      of which a share
+
+So it is known of each block that is asked for whether LRU would have had it, and how many blocks
+that LRU would hold are *missing*. A missing block can cost one hit that LRU has, once. What was
+*won*, hits that LRU would not have had less hits that only LRU would have had, pays for them.
+
+Always true:
+
+* ``known`` and ``missing`` are those of the recent cohorts together, all of the edge's.
+* What is allowed to be missing is never more than the slots.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from kvcache.eviction.cohorts import Cohort
+
+_STAKE = 4.0  # blocks that may be missing for each that was won
+_SPARE = 0.001  # and for each that was asked for, of late
+_FIRST = 0.01  # and for each slot
+
+
+class Trust:
+    """An account of what was won against LRU, and of what is missing.
+
+    Args:
+        capacity: blocks that the tier can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._of_late = 32 * capacity + 20_000
+        self.recent: OrderedDict[Cohort, None] = OrderedDict()
+        self.known = 0
+        self.missing = 0
+        self._edge: Cohort | None = None
+        self._share = 1.0  # of the edge
+        self._won = 0.0
+        self._asked = 0.0
+        self._found = 0.0  # of these by LRU
+        self._beyond = 0.0  # and known, but used too long ago for LRU
+        self._allowed = _FIRST * capacity
+
+    def count(self, cohort: Cohort, blocks: int, missing: int) -> None:
+        """A cohort has so many more blocks, of which so many are not held."""
+        cohort.blocks += blocks
+        if cohort.recent:
+            cohort.missing += missing
+            self.known += blocks
+            self.missing += missing
+
+    def used(self, cohort: Cohort, held: int, missing: int) -> None:
+        """Blocks of a cohort are asked for."""
+        known = held + missing
+        if cohort.recent:
+            found = known * self._share if cohort is self._edge else known
+            self._found += found
+            self._beyond += known - found
+            self._won += held - found
+        else:
+            self._beyond += known
+            self._won += held
+
+    def asked(self, blocks: int) -> None:
+        """So many were asked for: find what LRU would hold now, and what may be missing."""
+        recent = self.recent
+        for edge in recent:
+            newer = self.known - edge.blocks
+            if newer < self._capacity:
+                self._edge = edge
+                self._share = min(1.0, (self._capacity - newer) / max(1, edge.blocks))
+                break
+            edge.recent = False
+            self.known = newer
+            self.missing -= edge.missing
+        while recent and not (oldest := next(iter(recent))).recent:
+            del recent[oldest]
+        self._asked += blocks
+        if self._asked > self._of_late:
+            self._asked, self._won = self._asked / 2, self._won / 2
+            self._found, self._beyond = self._found / 2, self._beyond / 2
+        self._won = won = min(self._won, self._capacity)
+        few, some = _SPARE * self._asked, _FIRST * self._asked
+        if self._asked > 2 * self._capacity and self._found <= few and self._beyond >= some:
+            self._allowed = self._capacity  # LRU finds nothing of what could be found
+        else:
+            bank = _STAKE * won if won > 0 else won
+            self._allowed = bank + _SPARE * self._asked + _FIRST * self._capacity
+
+    def slack(self) -> float:
+        """How many more blocks may be missing; less than none when too many are."""
+        missing = float(self.missing)
+        if (edge := self._edge) is not None:
+            missing -= (1 - self._share) * edge.missing
+        return self._allowed - missing
