@@ -24,9 +24,11 @@ from collections import OrderedDict
 
 from kvcache.eviction.cohorts import Cohort
 
-_STAKE = 4.0  # blocks that may be missing for each that was won
-_SPARE = 0.001  # and for each that was asked for, of late
-_FIRST = 0.01  # and for each slot
+_FOR_EACH_WON = 8.0  # blocks that may be missing
+_FOR_EACH_SLOT = 0.01  # and to begin with
+_FORGIVEN = 16.0  # so many times the slots asked for, and most of what was lost is forgotten
+_NOTHING = 0.001  # of the blocks asked for: found by LRU, these are none
+_MUCH = 0.01  # and so many that were used too long ago for it are worth a try
 
 
 class Trust:
@@ -48,7 +50,8 @@ class Trust:
         self._asked = 0.0
         self._found = 0.0  # of these by LRU
         self._beyond = 0.0  # and known, but used too long ago for LRU
-        self._allowed = _FIRST * capacity
+        self._first = max(1.0, _FOR_EACH_SLOT * capacity)
+        self._allowed = self._first
 
     def count(self, cohort: Cohort, blocks: int, missing: int) -> None:
         """A cohort has so many more blocks, of which so many are not held."""
@@ -88,13 +91,18 @@ class Trust:
         if self._asked > self._of_late:
             self._asked, self._won = self._asked / 2, self._won / 2
             self._found, self._beyond = self._found / 2, self._beyond / 2
-        self._won = won = min(self._won, self._capacity)
-        few, some = _SPARE * self._asked, _FIRST * self._asked
-        if self._asked > 2 * self._capacity and self._found <= few and self._beyond >= some:
-            self._allowed = self._capacity  # LRU finds nothing of what could be found
+        capacity, asked, won = self._capacity, self._asked, self._won
+        if won < 0:
+            won *= max(0.0, 1 - blocks / (_FORGIVEN * capacity))
+        self._won = won = min(won, capacity)
+        if (
+            asked > 2 * capacity
+            and self._found <= _NOTHING * asked
+            and self._beyond >= _MUCH * asked
+        ):
+            self._allowed = capacity  # there is nothing to lose
         else:
-            bank = _STAKE * won if won > 0 else won
-            self._allowed = bank + _SPARE * self._asked + _FIRST * self._capacity
+            self._allowed = self._first + (_FOR_EACH_WON * won if won > 0 else won)
 
     def slack(self) -> float:
         """How many more blocks may be missing; less than none when too many are."""
