@@ -49,10 +49,12 @@ class AgedRuns(Policy):
         self._opened = 0.0  # the first of them
         self._joined = 0  # blocks, since then
         self._enough = max(1, min(capacity // _PARTS, _MOST))
-        self._order: list[tuple[float, bool, int, Line]] = []
+        self._order: list[tuple[float, bool, int, int, Line]] = []
+        self._before = self._order  # those of them in which LRU would not hold everything,
+        self._since = -1  # from this octave on
         self._stirred = False  # what was parked may be worth less than what is looked at
         self._now = 0.0
-        self._due = _NEVER  # when a cohort comes to its next octave
+        self._dues = [_NEVER] * OCTAVES  # when a cohort leaves its octave, or before that
         self._oldest = 1  # octave that no cohort has come to yet
         self._sort()
 
@@ -204,12 +206,10 @@ class AgedRuns(Policy):
 
     def _close(self) -> None:
         """Runs join other cohorts from now on."""
-        line = self._lines[0]
         for cohort in self._open:
             if cohort is not None:
                 if cohort.blocks:
-                    line[cohort] = None
-                    self._due = min(self._due, cohort.time + STARTS[1])
+                    self._await(cohort)
                 else:
                     self._trust.recent.pop(cohort, None)
         self._open = [None] * CLASSES
@@ -226,41 +226,52 @@ class AgedRuns(Policy):
         self._now = now
         if self._joined >= self._enough or now - self._opened >= _SPAN_S:
             self._close()
-        if now < self._due:
-            return
+        dues = self._dues
         moves = _MOVES
-        due = _NEVER
-        for octave in range(min(self._oldest, OCTAVES - 1) - 1, -1, -1):
-            line, ends = self._lines[octave], STARTS[octave + 1]
-            while line:
-                cohort = next(iter(line))
-                if now < cohort.time + ends:
-                    due = min(due, cohort.time + ends)
-                    break
+        for octave, due in enumerate(dues):
+            if now < due:
+                continue
+            line = self._lines[octave]
+            while due <= now:
                 if not moves:
                     return  # and go on at the next call
                 moves -= 1
-                due = min(due, self._age(cohort, now - cohort.time))
-        self._due = due
+                if line:
+                    cohort = next(iter(line))
+                    due = cohort.time + STARTS[octave + 1]
+                    if due <= now:
+                        self._age(cohort)
+                else:
+                    due = _NEVER
+            dues[octave] = due
 
-    def _age(self, cohort: Cohort, age: float) -> float:
-        """Move a cohort to a later octave; when it leaves that."""
+    def _age(self, cohort: Cohort) -> None:
+        """Move a cohort to a later octave."""
         kind, octave = cohort.kind, cohort.octave
-        older = max(octave + 1, octave_of(age))
+        older = max(octave + 1, octave_of(self._now - cohort.time))
         if older >= self._oldest:
             self._oldest = older + 1
             self._sort()
-        self._hazards.at_risk(kind, octave + 1, older, cohort.blocks)
+        came = self._hazards.came[kind]
+        came[octave + 1] += cohort.blocks
+        came[older + 1] -= cohort.blocks
         del self._lines[octave][cohort]
-        self._lines[older][cohort] = None
         cohort.octave = older
+        self._await(cohort)
         if cohort.runs or cohort.parked:
             self._queues[kind][octave].pop(cohort, None)
             self._queues[kind][older][cohort] = None
             if cohort.parked:
                 cohort.runs.update(cohort.parked)
                 cohort.parked.clear()
-        return cohort.time + STARTS[older + 1] if older < OCTAVES - 1 else _NEVER
+
+    def _await(self, cohort: Cohort) -> None:
+        """Have a cohort be of the age that its octave says, until it is older."""
+        octave = cohort.octave
+        line = self._lines[octave]
+        if not line and octave < OCTAVES - 1:
+            self._dues[octave] = cohort.time + STARTS[octave + 1]
+        line[cohort] = None
 
     def _renew(self, run: Run) -> None:
         """``run`` was in use until now, by who continues it: its age begins again."""
@@ -296,6 +307,7 @@ class AgedRuns(Policy):
                     min(table[octave], table[octave + 1]),
                     table[octave + 1] > table[octave],
                     kind,
+                    octave,
                     line,
                 )
                 for kind, (table, lines) in enumerate(
@@ -305,6 +317,7 @@ class AgedRuns(Policy):
             ),
             key=lambda entry: entry[0],
         )
+        self._since = -1
 
     def _lowest(self, *, spare: bool = False) -> tuple[float, Cohort] | None:
         """The cohort that is worth least, of those that have runs to ask.
@@ -312,20 +325,27 @@ class AgedRuns(Policy):
         Args:
             spare: of those that LRU would not hold.
         """
-        hazards, now = self._hazards, self._now
-        lowest = None
+        worth_of, now = self._hazards.worth, self._now
+        if spare and self._since != (since := self._trust.edge_octave):
+            self._since = since
+            self._before = [entry for entry in self._order if entry[3] >= since]
+        lowest: Cohort | None = None
         least = _NEVER
-        for bound, rising, kind, line in self._order:
+        for bound, rising, kind, _, line in self._before if spare else self._order:
             if bound > least:
                 break
-            if line:
-                cohort = _end(line, rising, spare)
-                if cohort is None:
+            if not line:
+                continue
+            cohort = next(reversed(line)) if rising else next(iter(line))
+            if spare and cohort.recent:
+                if not rising:
                     continue
-                worth = hazards.worth(kind, now - cohort.time)
-                older = lowest is None or cohort.time < lowest.time
-                if worth < least or (worth == least and older):
-                    least, lowest = worth, cohort
+                cohort = next(iter(line))  # which is about as old as the newest that may go
+                if cohort.recent:
+                    continue
+            worth = worth_of(kind, now - cohort.time)
+            if worth < least or (worth == least and lowest and cohort.time < lowest.time):
+                least, lowest = worth, cohort
         return None if lowest is None else (least, lowest)
 
     def _least_recent(self) -> tuple[float, Cohort] | None:
@@ -351,12 +371,3 @@ class AgedRuns(Policy):
         table = self._hazards.tables[cohort.kind]
         return table[cohort.octave + 1] > table[cohort.octave]
 
-
-def _end(line: Line, rising: bool, spare: bool) -> Cohort | None:
-    """The cohort of a line that is worth least."""
-    if not spare:
-        return next(reversed(line)) if rising else next(iter(line))
-    if not rising:
-        oldest = next(iter(line))
-        return None if oldest.recent else oldest
-    return next((cohort for cohort in reversed(line) if not cohort.recent), None)

@@ -104,6 +104,11 @@ class Trust:
         else:
             self._allowed = self._first + (_FOR_EACH_WON * won if won > 0 else won)
 
+    @property
+    def edge_octave(self) -> int:
+        """That of the oldest cohort that LRU would hold some of."""
+        return self._edge.octave if self._edge is not None else 0
+
     def slack(self) -> float:
         """How many more blocks may be missing; less than none when too many are."""
         missing = float(self.missing)
