@@ -2,7 +2,7 @@
 
 ::
 
-    _open[kind]            the cohort that runs of now join, until it is a few seconds long, or large
+    _open[kind]            the cohort that runs of now join, for some seconds or some blocks
     _lines[octave]         all others whose age is in an octave, the oldest first
     _queues[kind][octave]  those that have runs to ask, by class: here victims are found
 
@@ -14,7 +14,7 @@ Always true here:
   the next octave, or there is nobody else to ask.
 * No more keys are known than ``_limit``; those not held are forgotten first, the first to leave
   first. A run or a cohort without keys is nowhere.
-* A call moves no more than ``_MOVES`` cohorts from octave to octave; what is late moves at the next.
+* A call moves no more than ``_MOVES`` cohorts to another octave; what is late moves at the next.
 """
 
 from __future__ import annotations
@@ -226,24 +226,17 @@ class AgedRuns(Policy):
         self._now = now
         if self._joined >= self._enough or now - self._opened >= _SPAN_S:
             self._close()
-        dues = self._dues
         moves = _MOVES
-        for octave, due in enumerate(dues):
+        for octave, due in enumerate(self._dues):
             if now < due:
                 continue
             line = self._lines[octave]
-            while due <= now:
+            while line and now >= (leaves := next(iter(line)).time + STARTS[octave + 1]):
                 if not moves:
                     return  # and go on at the next call
                 moves -= 1
-                if line:
-                    cohort = next(iter(line))
-                    due = cohort.time + STARTS[octave + 1]
-                    if due <= now:
-                        self._age(cohort)
-                else:
-                    due = _NEVER
-            dues[octave] = due
+                self._age(next(iter(line)))
+            self._dues[octave] = leaves if line else _NEVER
 
     def _age(self, cohort: Cohort) -> None:
         """Move a cohort to a later octave."""
@@ -355,7 +348,6 @@ class AgedRuns(Policy):
                 return self._hazards.worth(cohort.kind, self._now - cohort.time), cohort
         return None
 
-
     def _first(self, spare: bool) -> tuple[float, Cohort] | None:
         """The cohort that goes first, and what it is worth.
 
@@ -370,4 +362,3 @@ class AgedRuns(Policy):
         """Whether blocks of a cohort are worth more as they grow older."""
         table = self._hazards.tables[cohort.kind]
         return table[cohort.octave + 1] > table[cohort.octave]
-

@@ -102,7 +102,8 @@ class Trust:
         ):
             self._allowed = capacity  # there is nothing to lose
         else:
-            self._allowed = self._first + (_FOR_EACH_WON * won if won > 0 else won)
+            bank = _FOR_EACH_WON * won if won > 0 else won
+            self._allowed = min(self._first + bank, capacity)
 
     @property
     def edge_octave(self) -> int:

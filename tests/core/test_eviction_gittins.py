@@ -26,30 +26,43 @@ from tests.core.traffic import Replay, Request
 
 def check(policy: AgedRuns, held: set[bytes]) -> None:
     """Raise ``AssertionError`` where what is always true is not."""
-    lines = [(octave, run) for octave, line in enumerate(policy._lines) for run in line]
-    runs = [run for _, run in lines]
-    assert len(set(runs)) == len(runs)
-    assert all(run.keys and run.octave == octave for octave, run in lines)
+    aged = [(octave, cohort) for octave, line in enumerate(policy._lines) for cohort in line]
+    assert all(cohort.blocks and cohort.octave == octave for octave, cohort in aged)
+    young = [cohort for cohort in policy._open if cohort is not None]
+    assert all(cohort.octave == 0 for cohort in young)
+    cohorts = [*(cohort for _, cohort in aged), *young]
+    assert len(set(cohorts)) == len(cohorts)
+
+    runs = set(policy._runs.values())
+    assert {run.cohort for run in runs} <= set(cohorts)
     assert all(policy._runs[key] is run for run in runs for key in run.keys)
     assert sum(len(run.keys) for run in runs) == len(policy._runs)
     assert sorted(key for run in runs for key in run.keys[: run.held]) == sorted(held)
+    assert len(policy._runs) <= max(policy._limit, len(held))
+    for run in runs:
+        found = [run in run.cohort.runs, run in run.cohort.parked]
+        assert found.count(True) == (run.held > 0)
+        assert run.held == len(run.keys) or run in policy._past
+    assert set(policy._past) <= runs
+
     queued = {
-        run: (kind, octave)
+        cohort: (kind, octave)
         for kind, queues in enumerate(policy._queues)
         for octave, queue in enumerate(queues)
-        for run in queue
+        for cohort in queue
     }
-    for run in runs:
-        assert run.octave < policy._oldest
-        assert (run.queue is None) == (run not in queued)
-        assert (run.held > 0) == (run in queued or run in policy._parked)
-        assert not (run in queued and run in policy._parked)
-        if run in queued:
-            assert queued[run] == (run.kind, run.octave)
-            assert run.queue is policy._queues[run.kind][run.octave]
-        assert run.held == len(run.keys) or run in policy._past
-    assert set(queued) | set(policy._parked) | set(policy._past) <= set(runs)
-    assert len(policy._runs) <= max(policy._limit, len(held))
+    assert queued == {cohort: (cohort.kind, cohort.octave) for cohort in cohorts if cohort.runs}
+    recent = policy._trust.recent
+    assert set(recent) == {cohort for cohort in cohorts if cohort.recent}
+    for cohort in cohorts:
+        ours = [run for run in runs if run.cohort is cohort]
+        assert cohort.blocks == sum(len(run.keys) for run in ours)
+        assert cohort.octave < policy._oldest
+        assert set(cohort.runs) | set(cohort.parked) <= set(ours)
+        if cohort.recent:
+            assert cohort.missing == sum(len(run.keys) - run.held for run in ours)
+    assert policy._trust.known == sum(cohort.blocks for cohort in recent)
+    assert policy._trust.missing == sum(cohort.missing for cohort in recent)
 
 
 chains = st.text("01", min_size=1, max_size=8)
@@ -106,6 +119,11 @@ def teach(policy: Gittins, kind: int, hazards: Sequence[float], blocks: int = 10
     policy._sort()
 
 
+def trust(policy: Gittins) -> None:
+    """Have ``policy`` do as it likes: it has won more than it can lose."""
+    policy._trust._won = 1e9
+
+
 def test_nothing_learned_is_lru() -> None:
     traffic = [
         Request(float(at), [b"%d/%d" % ((at * at) % 23, n) for n in range(3)]) for at in range(300)
@@ -119,6 +137,7 @@ def test_nothing_learned_is_lru() -> None:
 
 def test_what_would_go_at_once_is_not_stored() -> None:
     policy, now = Gittins(4), 0.0
+    trust(policy)
     index = Index(policy, lambda: now)
     index.open_slots(4)
     for names in ("ab", "ab", "ab"):
@@ -218,7 +237,7 @@ def test_a_call_moves_a_bounded_number_of_runs() -> None:
     late = sum(map(len, policy._lines[:8]))
     assert late > 2000
     for at in range(3000):
-        policy._use([b"%d" % at], 1e4)  # as late as they are, they came to the age they are used at
+        policy._use([b"%d" % at])  # as late as they are, they came to the age they are used at
     policy._hazards.pool()
     used, risk = policy._hazards._used, policy._hazards._risk
     assert all(a <= b for rows in zip(used, risk, strict=True) for a, b in zip(*rows, strict=True))

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from heapq import heappop, heappush
 from pathlib import Path
 from random import Random
@@ -189,6 +189,32 @@ def traps(count: int, seed: int = 0) -> list[Request]:
     return requests
 
 
+def turns(count: int, seed: int = 0) -> list[Request]:
+    """Phases of any length, each with its own pace, sizes, and how long until who comes back does.
+
+    In some nobody does, and in some all that do are too late for LRU.
+    """
+    draw = Random(seed)
+    reach = [(1, 20), (20, 80), (80, 160), (150, 250), (250, 400), None]
+    requests: list[Request] = []
+    now = 0.0
+    while len(requests) < count:
+        length = draw.randint(count // 20, count // 6)
+        every_s = draw.choice([0.05, 0.5, 3.0])
+        back, share, size = (
+            draw.choice(reach),
+            draw.choice([0.3, 0.8, 1.0]),
+            draw.choice([3, 9, 20]),
+        )
+        for number in range(len(requests), len(requests) + length):
+            which = number - draw.randint(*back) if back is not None else number
+            if which < 0 or draw.random() >= share:
+                which = number
+            requests.append(Request(now, grown(f"turn {which}", 1 + which % size)))
+            now += every_s
+    return requests[:count]
+
+
 GENERATORS: dict[str, Callable[[int], list[Request]]] = {
     "chat": chat,
     "agents": agents,
@@ -196,6 +222,7 @@ GENERATORS: dict[str, Callable[[int], list[Request]]] = {
     "shift": lambda count: documents(count, change_every=count // 6),
     "cycle": cycle,
     "traps": traps,
+    **{f"turns {seed}": partial(turns, seed=seed) for seed in range(6)},
     "flip": lambda count: [  # from one kind of traffic to another
         *documents(count // 2, 1),
         *(Request(r.time + count, r.keys) for r in chat(count // 2, 1)),
