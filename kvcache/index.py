@@ -178,7 +178,7 @@ class Index:
                 return [], []
         names, afters, pins, children = self._key, self._after, self._pins, self._children
         fatherless = self._fatherless
-        last, before = -2, -1  # where in `keys`, and in which slot
+        last, before, previous = -2, -1, b""  # where in `keys`, in which slot, and which
         slots = free[: -len(absent) - 1 : -1]
         del free[-len(absent) :]
         for at, slot in zip(absent, slots, strict=True):
@@ -187,12 +187,14 @@ class Index:
             pins[slot] = 1
             if fatherless:
                 children[slot] = fatherless.pop(key, 0)
-            parent = afters[slot] = keys[at - 1] if at else after
             if at == last + 1:
                 children[before] += 1
-            elif parent is not None:
-                self._count(parent, 1)
-            last, before = at, slot
+                afters[slot] = previous
+            else:
+                parent = afters[slot] = keys[at - 1] if at else after
+                if parent is not None:
+                    self._count(parent, 1)
+            last, before, previous = at, slot, key
         return absent, slots
 
     def _make_room(
@@ -224,7 +226,7 @@ class Index:
 
         def keep(key: bytes) -> bool:
             slot = ready[key]
-            return children[slot] > 0 or pins[slot] > 0 or key in held
+            return True if children[slot] or pins[slot] else key in held
 
         gone: list[bytes] = []
         slots: list[int] = []

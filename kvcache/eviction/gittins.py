@@ -177,15 +177,16 @@ class Gittins(AgedRuns):
                 continue
             (worth, cohort), found = found, None
             allowed = maxsize if worths is None else max(owed, _at_least(worths, worth))
-            rising = self._rising(cohort)
+            rising, recent = self._rising(cohort), cohort.recent
             self._stirred = False
             while runs := cohort.runs:
                 run = next(reversed(runs)) if rising else next(iter(runs))
-                whole = held = run.held
+                ours, whole = run.keys, run.held
+                held = whole
                 while held:
                     if given >= allowed:
                         return
-                    key = run.keys[held - 1]
+                    key = ours[held - 1]
                     if keep(key):
                         self._park(run)
                         break
@@ -194,14 +195,14 @@ class Gittins(AgedRuns):
                         self._past[run] = None
                         gone = True
                     held = run.held = held - 1
-                    if cohort.recent:
+                    if recent:
                         cohort.missing += 1
                         trust.missing += 1
                     if not held:
                         self._leave(run)
                     given += 1
                     yield key
-                if self._stirred or (cohort.recent and trust.slack() + coming < 1):
+                if self._stirred or (recent and trust.slack() + coming < 1):
                     break
 
     # Runs
