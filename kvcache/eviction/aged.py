@@ -226,6 +226,8 @@ class AgedRuns(Policy):
         self._now = now
         if self._joined >= self._enough or now - self._opened >= _SPAN_S:
             self._close()
+        if now < min(self._dues):
+            return
         moves = _MOVES
         for octave, due in enumerate(self._dues):
             if now < due:
