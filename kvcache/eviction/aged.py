@@ -28,7 +28,7 @@ from kvcache.eviction.policy import Policy
 from kvcache.eviction.trust import Trust
 
 _PARTS, _MOST = 32, 512  # cohorts of as many blocks as there are slots; and blocks of one
-_SPAN_S = 8.0  # that a cohort is open for
+_SPAN_S = 4.0  # that a cohort is open for
 _MOVES = 256
 _TOLD = 17  # octave, of two minutes, up to which what came back is asked for by who had it come
 _NEVER = float("inf")

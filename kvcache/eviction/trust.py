@@ -89,8 +89,8 @@ class Trust:
             del recent[oldest]
         self._asked += blocks
         if self._asked > self._of_late:
-            self._asked, self._won = self._asked / 2, self._won / 2
-            self._found, self._beyond = self._found / 2, self._beyond / 2
+            self._asked, self._found = self._asked / 2, self._found / 2
+            self._beyond = self._beyond / 2
         capacity, asked, won = self._capacity, self._asked, self._won
         if won < 0:
             won *= max(0.0, 1 - blocks / (_FORGIVEN * capacity))
