@@ -29,7 +29,8 @@ POLICIES: dict[str, type[Policy]] = {
     "fifo": Fifo,
 }
 
-DEFAULT = Eviction("lru")
+DEFAULT = Eviction("gittins")
+BELOW = Eviction("lru")  # the default of a lower tier, which is not asked for what L1 has
 
 
 def policy_class(eviction: str) -> type[Policy]:
@@ -60,6 +61,7 @@ def policy_option(eviction: str) -> type[Policy]:
 
 
 __all__ = [
+    "BELOW",
     "DEFAULT",
     "POLICIES",
     "AibrixS3Fifo",

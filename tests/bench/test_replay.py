@@ -7,7 +7,8 @@ import time
 import pytest
 
 from kvcache.eviction import POLICIES
-from tests.replay.traces import CONVERSATION, with_conversation
+from tests.core.traffic import TRACE
+from tests.replay.traces import with_conversation
 
 pytestmark = [pytest.mark.bench, with_conversation]
 
@@ -16,7 +17,7 @@ SEVEN = "1000,3000,5000,10000,20000,30000,50000"
 
 def seconds(*options: str) -> float:
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "kvcache", "replay", str(CONVERSATION), "--json", *options]
+    command = [sys.executable, "-m", "kvcache", "replay", str(TRACE), "--json", *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begun
 

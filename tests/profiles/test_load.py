@@ -23,7 +23,7 @@ def test_the_default_is_l1_only_and_takes_half_of_the_memory() -> None:
     assert profile.name == "l1-only"
     (row,) = profile.tiers
     assert (row.name, row.kind, row.cls) == ("l1", "dram", DramTier)
-    assert row.options == {"capacity": 5 * GIB, "eviction": "lru"}
+    assert row.options == {"capacity": 5 * GIB, "eviction": "gittins"}
 
 
 def test_every_shipped_profile_loads() -> None:

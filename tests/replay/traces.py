@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
-from pathlib import Path
 
 import pytest
 
 from kvcache.replay.trace import Request, Trace, read
-
-CONVERSATION = Path(__file__).resolve().parents[3] / "shared/traces/conversation_trace.jsonl"
+from tests.core.traffic import TRACE
 
 with_conversation = pytest.mark.skipif(
-    not CONVERSATION.exists(), reason=f"the trace is not at {CONVERSATION}"
+    not TRACE.exists(), reason=f"the trace is not at {TRACE}; KVCACHE_TRACE may say where it is"
 )
 
 
@@ -30,5 +28,5 @@ def stream(text: str | bytes) -> BufferedReader:
 
 def conversation(*, partial: bool = False) -> Trace:
     """The first 59 minutes of Mooncake's open trace of conversations."""
-    with CONVERSATION.open("rb") as file:
-        return read(file, CONVERSATION.name, partial=partial)
+    with TRACE.open("rb") as file:
+        return read(file, TRACE.name, partial=partial)

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
-from kvcache.eviction import DEFAULT, Eviction, Policy, policy_option
+from kvcache.eviction import BELOW, Eviction, Policy, policy_option
 from kvcache.index import Index
 from kvcache.sizes import DiskSize
 from kvcache.tier import Tier, TierUsage
@@ -68,7 +68,7 @@ class DiskTier(Tier):
         block_nbytes: int,
         path: str,
         capacity: DiskSize,
-        eviction: Eviction = DEFAULT,
+        eviction: Eviction = BELOW,
         threads: int = 4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
