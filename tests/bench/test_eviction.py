@@ -1,7 +1,7 @@
 """The table of docs/eviction.md: every policy on the conversation trace, hit ratio and cost.
 
-Costs are of the thread's own time, so that neighbours on the machine count little, for all that
-the index and the policy do for a request: look-up, and room and slots for what is absent.
+Costs are for all that the index and the policy do for a request: look-up, and room and slots for
+what is absent.
 """
 
 import gc
@@ -44,31 +44,36 @@ def test_hit_ratios(partial: bool) -> None:
 
 
 @pytest.mark.parametrize("slots", [1000, 10_000, 20_000, 50_000])
-@pytest.mark.parametrize("name", POLICIES)
-def test_cost(name: str, slots: int) -> None:
+def test_cost(slots: int) -> None:
+    """Of each request the best of five, policies in turns: what neighbours take is left out."""
     requests = conversation(partial=False)
     half = len(requests) // 2
     blocks = sum(len(request.keys) for request in requests[half:])
+    best: dict[str, list[float]] = {}
     gc.collect()
     gc.freeze()
-    best: list[float] = []
-    for _ in range(3):
-        replay, took = Replay(POLICIES[name], slots), []
-        replay.play(requests[:half])
-        for request in requests[half:]:
-            replay.now = request.time
-            start = time.thread_time()
-            replay.serve(request.keys)
-            took.append(time.thread_time() - start)
-        best = min(best or took, took, key=sum)
+    for _ in range(5):
+        for name, policy in POLICIES.items():
+            replay, took = Replay(policy, slots), []
+            replay.play(requests[:half])
+            for request in requests[half:]:
+                replay.now = request.time
+                start = time.perf_counter()
+                replay.serve(request.keys)
+                took.append(time.perf_counter() - start)
+            best[name] = list(map(min, best.get(name, took), took))
     gc.unfreeze()
-    best.sort()
-    p50, p99, most = (1e6 * best[int(part * (len(best) - 1))] for part in (0.5, 0.99, 1))
-    each = 1e6 * sum(best) / blocks
-    print(f"\n| `{name}` | {slots} | {each:.2f} | {p50:.0f} | {p99:.0f} | {most:.0f} |")
-    assert each <= 3
-    assert p99 <= 1000
-    assert most <= 5000
+    lru = sum(best["lru"])
+    print()
+    for name, took in best.items():
+        took.sort()
+        p50, p99, most = (1e6 * took[int(part * (len(took) - 1))] for part in (0.5, 0.99, 1))
+        each, ratio = 1e6 * sum(took) / blocks, sum(took) / lru
+        cost = f"{each:.2f} | {ratio:.2f} | {p50:.0f} | {p99:.0f} | {most:.0f}"
+        print(f"| `{name}` | {slots} | {cost} |")
+        assert ratio <= 2
+        assert p99 <= 1000
+        assert most <= 5000
 
 
 @pytest.mark.parametrize("slots", [1000, 10_000])
