@@ -81,6 +81,7 @@ class Gittins(AgedRuns):
         if len(set(keys)) < len(keys):
             keys = list(dict.fromkeys(keys))
         self._worths = self._found = None
+        self._coming = 0
         if self._last == (held, keys):
             return  # a request that could not be admitted asks again
         self._last = held, keys
@@ -125,6 +126,7 @@ class Gittins(AgedRuns):
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
         self._now = now
         self._worths = self._found = None
+        self._coming = 0
         runs = self._runs
         back: Run | None = None
         at = 0
@@ -145,6 +147,7 @@ class Gittins(AgedRuns):
 
     def remove(self, keys: Sequence[bytes]) -> None:
         self._worths = self._found = None
+        self._coming = 0
         gone = set(keys)
         for run in dict.fromkeys(run for key in keys if (run := self._runs.pop(key, None))):
             known = len(run.keys)

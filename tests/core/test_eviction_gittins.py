@@ -203,6 +203,19 @@ def test_last_blocks_are_a_class_only_where_they_are_not_used_again() -> None:
     assert not play(partial=False)._ends.apart
 
 
+def test_of_runs_of_one_age_the_last_that_was_used_goes_last() -> None:
+    policy = Gittins(3200)
+    policy._ends.apart = False
+    for at, name in enumerate("ab"):
+        for use in range(2):
+            policy.access(keys(name), use, 0.01 * at + use)
+            policy.add(keys(name) if not use else [], None, 0.01 * at + use)
+    assert policy._runs[b"a"].cohort is policy._runs[b"b"].cohort
+    policy.access(keys("a"), 1, 2.0)
+    assert policy._runs[b"a"].cohort is policy._runs[b"b"].cohort
+    assert list(policy.victims(lambda _: False)) == keys("ba")
+
+
 def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
     policy = Gittins(100)
     policy.access(keys("abc?"), 0, 0.0)

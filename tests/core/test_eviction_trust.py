@@ -1,5 +1,7 @@
 """The learned policy's account of LRU: it is right, and nothing is risked that was not won."""
 
+from itertools import islice
+
 import pytest
 
 from kvcache.eviction import Gittins, Lru
@@ -70,6 +72,23 @@ def test_when_too_much_is_missing_no_more_goes_missing() -> None:
             forced += 1
             assert trust._allowed - trust.slack() <= missing + 9
     assert forced > 100
+
+
+def test_no_more_goes_of_a_cohort_than_may_be_missing() -> None:
+    policy = Gittins(3200)
+    policy._ends.apart = False
+    policy._hazards.tables = [[float(octave) for octave in range(OCTAVES + 1)]] * CLASSES
+    policy._sort()
+    for now in (0.0, 100.0):
+        for name in range(10):
+            chain = [b"%d %d/%d" % (now, name, at) for at in range(3)]
+            policy.access(chain, 0, now)
+            policy.add(chain, None, now)
+    policy._trust._allowed = 10
+    gone = list(islice(policy.victims(lambda _: False), 30))
+    young = [key for key in gone if key.startswith(b"100")]
+    assert gone[: len(young)] == young  # what is worth least, until too much is missing,
+    assert 10 <= len(young) <= 12  # and then what LRU would take
 
 
 def test_where_lru_finds_nothing_there_is_nothing_to_lose() -> None:
