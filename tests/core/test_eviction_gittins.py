@@ -203,6 +203,18 @@ def test_last_blocks_are_a_class_only_where_they_are_not_used_again() -> None:
     assert not play(partial=False)._ends.apart
 
 
+def test_what_was_used_within_seconds_is_of_one_age() -> None:
+    policy = Gittins(3200)
+    for name, now in zip("abc", (0.0, 3.0, 6.0), strict=True):
+        policy.access(keys(name), 0, now)
+    first, second, third = (policy._runs[key].cohort for key in keys("abc"))
+    assert first is second is not third
+    for at in range(100):  # a thirty-second of the slots
+        policy.access([b"%d" % at], 0, 6.0)
+    policy.access(keys("d"), 0, 6.0)
+    assert policy._runs[b"d"].cohort is not third is policy._runs[b"0"].cohort
+
+
 def test_of_runs_of_one_age_the_last_that_was_used_goes_last() -> None:
     policy = Gittins(3200)
     policy._ends.apart = False
