@@ -178,7 +178,7 @@ class Index:
                 return [], []
         names, afters, pins, children = self._key, self._after, self._pins, self._children
         fatherless = self._fatherless
-        last, before, previous = -2, -1, b""  # where in `keys`, in which slot, and which
+        last, before = -2, -1  # where in `keys`, and in which slot
         slots = free[: -len(absent) - 1 : -1]
         del free[-len(absent) :]
         for at, slot in zip(absent, slots, strict=True):
@@ -189,12 +189,12 @@ class Index:
                 children[slot] = fatherless.pop(key, 0)
             if at == last + 1:
                 children[before] += 1
-                afters[slot] = previous
+                afters[slot] = keys[last]
             else:
                 parent = afters[slot] = keys[at - 1] if at else after
                 if parent is not None:
                     self._count(parent, 1)
-            last, before, previous = at, slot, key
+            last, before = at, slot
         return absent, slots
 
     def _make_room(

@@ -206,12 +206,9 @@ class AgedRuns(Policy):
 
     def _close(self) -> None:
         """Runs join other cohorts from now on."""
-        for cohort in self._open:
-            if cohort is not None:
-                if cohort.blocks:
-                    self._await(cohort)
-                else:
-                    self._trust.recent.pop(cohort, None)
+        for cohort in filter(None, self._open):
+            self._await(cohort)
+            self._bury(cohort)
         self._open = [None] * CLASSES
 
     def _bury(self, cohort: Cohort) -> None:
@@ -332,12 +329,9 @@ class AgedRuns(Policy):
             if not line:
                 continue
             cohort = next(reversed(line)) if rising else next(iter(line))
-            if spare and cohort.recent:
-                if not rising:
-                    continue
-                cohort = next(iter(line))  # which is about as old as the newest that may go
-                if cohort.recent:
-                    continue
+            # The oldest of a line is about as old as the newest of it that LRU would not hold.
+            if spare and cohort.recent and (cohort := next(iter(line))).recent:
+                continue
             worth = worth_of(kind, now - cohort.time)
             if worth < least or (worth == least and lowest and cohort.time < lowest.time):
                 least, lowest = worth, cohort

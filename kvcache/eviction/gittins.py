@@ -22,6 +22,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from operator import neg
 from sys import maxsize
+from typing import NamedTuple
 
 from kvcache.eviction.aged import AgedRuns
 from kvcache.eviction.cohorts import Cohort, Run, alike
@@ -54,6 +55,25 @@ class _Ends:
             self._reached, self._used = self._reached / 2, self._used / 2
 
 
+class _Admitted(NamedTuple):
+    """What ``admit`` answered last.
+
+    Attributes:
+        worths: of the keys that it was asked about.
+        owed: how many of them LRU must not be without.
+        coming: and how many are to be held.
+        first: who goes first for them, and what that is worth.
+    """
+
+    worths: list[float]
+    owed: int
+    coming: int
+    first: tuple[float, Cohort] | None
+
+
+_NOT_ASKED = _Admitted([], maxsize, 0, None)  # whatever is to go goes
+
+
 class Gittins(AgedRuns):
     """Ranks runs by an index that it learns from how soon blocks like them were used again."""
 
@@ -61,10 +81,7 @@ class Gittins(AgedRuns):
         super().__init__(capacity)
         self._ends = _Ends()
         self._last: tuple[int, list[bytes]] = (0, [])  # who asked last, and how much was held
-        self._worths: list[float] | None = None  # of what `admit` was asked about last
-        self._owed = 0  # how many of these LRU must not be without
-        self._coming = 0  # and how many were worth a slot
-        self._found: tuple[float, Cohort] | None = None  # by `admit`: the first to go
+        self._admitted: _Admitted | None = None  # by `admit`, if nothing was told since
         self._asked_at = 0.0
         self._asked = 0  # blocks, since something was learned
         self._next_learn = _FIRST_LEARN
@@ -80,8 +97,7 @@ class Gittins(AgedRuns):
         keys = list(chain)
         if len(set(keys)) < len(keys):
             keys = list(dict.fromkeys(keys))
-        self._worths = self._found = None
-        self._coming = 0
+        self._admitted = None
         if self._last == (held, keys):
             return  # a request that could not be admitted asks again
         self._last = held, keys
@@ -115,18 +131,16 @@ class Gittins(AgedRuns):
             best = max(best, worth)
             worths += [best] * count
         worths.reverse()
-        self._worths = worths
         slack = int(self._trust.slack()) + len(keys)  # of these as many may be missing
-        self._owed = max(0, len(keys) - max(0, slack))
-        found = self._found = self._first(spare=slack < 1)
-        admitted = len(keys) if found is None else max(self._owed, _at_least(worths, found[0]))
-        self._coming = admitted
-        return admitted
+        owed = max(0, len(keys) - max(0, slack))
+        first = self._first(spare=slack < 1)
+        count = len(keys) if first is None else max(owed, _at_least(worths, first[0]))
+        self._admitted = _Admitted(worths, owed, count, first)
+        return count
 
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
         self._now = now
-        self._worths = self._found = None
-        self._coming = 0
+        self._admitted = None
         runs = self._runs
         back: Run | None = None
         at = 0
@@ -146,8 +160,7 @@ class Gittins(AgedRuns):
         self._forget()
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self._worths = self._found = None
-        self._coming = 0
+        self._admitted = None
         gone = set(keys)
         for run in dict.fromkeys(run for key in keys if (run := self._runs.pop(key, None))):
             known = len(run.keys)
@@ -163,9 +176,8 @@ class Gittins(AgedRuns):
                 self._bury(run.cohort)
 
     def victims(self, keep: Keep) -> Iterator[bytes]:
-        worths, owed, found = self._worths, self._owed, self._found
-        coming, self._coming = self._coming, 0
-        self._worths = self._found = None
+        worths, owed, coming, found = self._admitted or _NOT_ASKED
+        self._admitted = None
         trust = self._trust
         given = 0
         gone = True  # somebody left since the parked were asked last
@@ -179,7 +191,7 @@ class Gittins(AgedRuns):
                 self._unpark_all()
                 continue
             (worth, cohort), found = found, None
-            allowed = maxsize if worths is None else max(owed, _at_least(worths, worth))
+            allowed = max(owed, _at_least(worths, worth))
             rising, recent = self._rising(cohort), cohort.recent
             self._stirred = False
             while runs := cohort.runs:
@@ -257,13 +269,9 @@ class Gittins(AgedRuns):
             and run.keys[-1] == after
         ):
             self._renew(run)
-            self._joined += len(keys)
-            self._trust.count(run.cohort, len(keys), len(keys))
-            run.keys += keys
-            self._runs.update(dict.fromkeys(keys, run))
-            self._hazards.at_risk(kind, 0, 0, len(keys))
         else:
-            run = self._join(None, keys, 0, after, kind, 1)
+            run = None
+        run = self._join(run, keys, 0, after, kind, 1)
         self._hold(run, len(keys))
 
     def _kind_after(self, key: bytes | None) -> int:

@@ -76,17 +76,17 @@ class Trust:
     def asked(self, blocks: int) -> None:
         """So many were asked for: find what LRU would hold now, and what may be missing."""
         recent = self.recent
-        for edge in recent:
+        while recent:
+            edge = next(iter(recent))
             newer = self.known - edge.blocks
             if newer < self._capacity:
                 self._edge = edge
                 self._share = min(1.0, (self._capacity - newer) / max(1, edge.blocks))
                 break
+            del recent[edge]
             edge.recent = False
             self.known = newer
             self.missing -= edge.missing
-        while recent and not (oldest := next(iter(recent))).recent:
-            del recent[oldest]
         self._asked += blocks
         if self._asked > self._of_late:
             self._asked, self._found = self._asked / 2, self._found / 2

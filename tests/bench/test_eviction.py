@@ -72,6 +72,7 @@ def test_cost(slots: int) -> None:
         cost = f"{each:.2f} | {ratio:.2f} | {p50:.0f} | {p99:.0f} | {most:.0f}"
         print(f"| `{name}` | {slots} | {cost} |")
         assert ratio <= 2
+        assert each <= 3
         assert p99 <= 1000
         assert most <= 5000
 
