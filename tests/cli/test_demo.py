@@ -9,7 +9,18 @@ import pytest
 
 from kvcache.cli import checkpoint
 from kvcache.cli.chats import Chats
-from kvcache.cli.engine import EngineError, Setup, play
+from kvcache.cli.engine import EngineError, Setup, cpu_dtype, play
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX512", "auto"), ("AVX2", "float32"), ("DEFAULT", "float32")]
+)
+def test_a_cpu_without_bfloat16_computes_in_float32(
+    capability: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert cpu_dtype() == dtype
 
 
 @pytest.mark.engine
