@@ -10,11 +10,9 @@ from functools import cache
 import pytest
 
 from kvcache.eviction import POLICIES
-from tests.core.traffic import TRACE, Replay, belady, conversation
+from tests.core.traffic import Replay, belady, conversation, with_conversation
 
-pytestmark = pytest.mark.skipif(
-    not TRACE.exists(), reason=f"the trace is not at {TRACE}; KVCACHE_TRACE may say where it is"
-)
+pytestmark = with_conversation
 
 
 @cache

@@ -13,12 +13,17 @@ from heapq import heappop, heappush
 from pathlib import Path
 from random import Random
 
+import pytest
+
 from kvcache.eviction import Policy
 from kvcache.index import Index
 
 TRACE = Path(
     os.environ.get("KVCACHE_TRACE")
     or Path(__file__).resolve().parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+)
+with_conversation = pytest.mark.skipif(
+    not TRACE.exists(), reason=f"the trace is not at {TRACE}; KVCACHE_TRACE may say where it is"
 )
 BLOCK_TOKENS = 512
 

@@ -11,7 +11,8 @@ from kvcache.eviction import POLICIES
 from kvcache.replay.belady import optimum
 from kvcache.replay.simulate import replay
 from kvcache.replay.trace import Request, Trace
-from tests.replay.traces import chains, conversation, with_conversation
+from tests.core.traffic import with_conversation
+from tests.replay.traces import chains, conversation
 
 
 def best(asked: Sequence[Sequence[int]], capacity: int) -> int:

@@ -18,7 +18,8 @@ from kvcache.stats import StackStats
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed, frame_nbytes
-from tests.replay.traces import chains, conversation, with_conversation
+from tests.core.traffic import with_conversation
+from tests.replay.traces import chains, conversation
 
 BLOCK = 4096
 

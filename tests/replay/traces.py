@@ -3,14 +3,8 @@
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
 
-import pytest
-
 from kvcache.replay.trace import Request, Trace, read
 from tests.core.traffic import TRACE
-
-with_conversation = pytest.mark.skipif(
-    not TRACE.exists(), reason=f"the trace is not at {TRACE}; KVCACHE_TRACE may say where it is"
-)
 
 
 def chains(*asked: Sequence[int], every_s: float = 1.0) -> Trace:
