@@ -26,6 +26,8 @@ from kvcache.eviction.cohorts import Cohort
 
 _FOR_EACH_WON = 8.0  # blocks that may be missing
 _FOR_EACH_SLOT = 0.01  # and to begin with
+_BOLDEST = 4.0  # times that at most, where more comes back too late for LRU than it finds
+_SURE = 16.0  # and so many times the slots were asked for, so that this is no accident
 _FORGIVEN = 16.0  # so many times the slots asked for, and most of what was lost is forgotten
 _NOTHING = 0.001  # of the blocks asked for: found by LRU, these are none
 _MUCH = 0.01  # and so many that were used too long ago for it are worth a try
@@ -102,8 +104,12 @@ class Trust:
         ):
             self._allowed = capacity  # there is nothing to lose
         else:
+            stake = self._first
+            if asked > _SURE * capacity:
+                odds = (self._beyond - self._found) / max(1.0, self._found)
+                stake *= max(1.0, min(odds, _BOLDEST))
             bank = _FOR_EACH_WON * won if won > 0 else won
-            self._allowed = min(self._first + bank, capacity)
+            self._allowed = min(stake + bank, capacity)
 
     @property
     def edge_octave(self) -> int:

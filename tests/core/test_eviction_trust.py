@@ -149,6 +149,22 @@ def test_what_is_missing_is_paid_for() -> None:
     assert trust.slack() == 10 - 20 - 9
 
 
+@pytest.mark.parametrize(
+    ("found", "beyond", "allowed"), [(100, 150, 10), (100, 350, 25), (100, 900, 40), (0, 100, 40)]
+)
+def test_more_is_tried_where_more_comes_too_late_for_lru_than_it_finds(
+    found: int, beyond: int, allowed: int
+) -> None:
+    trust = Trust(1000)
+    old, new = cohorts(trust, 500, 1000)
+    trust.used(new, held=found, missing=0)
+    trust.used(old, held=0, missing=beyond)
+    trust.asked(16_000)
+    assert trust.slack() == 10  # it is too early to say
+    trust.asked(1)
+    assert trust.slack() == allowed
+
+
 def test_a_loss_is_forgotten_in_time() -> None:
     trust = Trust(100)
     (new,) = cohorts(trust, 100)
