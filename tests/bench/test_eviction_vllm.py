@@ -7,9 +7,7 @@ also notes the position of each key and gathers events; that is left out.
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import pytest
 
@@ -19,16 +17,14 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, make_o
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
 from kvcache.eviction import POLICIES
-from tests.core.traffic import Replay, conversation, with_conversation
+from tests.bench.bookkeeping import Serve, asked, in_turns
+from tests.core.traffic import Replay, with_conversation
 
 pytestmark = [pytest.mark.bench, with_conversation]
-ROUNDS = 3
-Serve = Callable[[int], int]  # a request, by its number; how many of its blocks were there
 
 
 def ours(policy: str, slots: int) -> Serve:
-    requests = conversation(partial=False)
-    replay = Replay(POLICIES[policy], slots)
+    replay, requests = Replay(POLICIES[policy], slots), asked()
     index = replay.index
 
     def serve(number: int) -> int:
@@ -45,8 +41,13 @@ def ours(policy: str, slots: int) -> Serve:
     return serve
 
 
-def theirs(policy: str, slots: int, keys_of: Sequence[list[OffloadKey]]) -> Serve:
-    manager = CPUOffloadingManager(slots, policy)
+@cache
+def their_keys() -> list[list[OffloadKey]]:
+    return [[make_offload_key(key, 0) for key in request.keys] for request in asked()]
+
+
+def theirs(policy: str, slots: int) -> Serve:
+    manager, keys_of = CPUOffloadingManager(slots, policy), their_keys()
 
     def serve(number: int) -> int:
         keys, context = keys_of[number], ReqContext(str(number))
@@ -67,48 +68,21 @@ def theirs(policy: str, slots: int, keys_of: Sequence[list[OffloadKey]]) -> Serv
     return serve
 
 
-def played(serve: Serve, requests: range) -> Iterator[tuple[float, int]]:
-    """What each took, in seconds, and how many blocks were there."""
-    for number in requests:
-        start = time.perf_counter()
-        held = serve(number)
-        yield time.perf_counter() - start, held
-
-
 @pytest.mark.parametrize("slots", [1000, 10_000, 50_000])
 def test_beside_vllm(slots: int) -> None:
-    """Mean of the best of each request, after the first half of the trace; one run's pauses."""
-    requests = conversation(partial=False)
-    half, everything = len(requests) // 2, len(requests)
-    blocks = sum(len(request.keys) for request in requests[half:])
-    keys_of = [[make_offload_key(key, 0) for key in request.keys] for request in requests]
-    makers: dict[str, Callable[[], Serve]] = {
-        "`gittins`": lambda: ours("gittins", slots),
-        "`lru`": lambda: ours("lru", slots),
-        "vLLM's LRU": lambda: theirs("lru", slots, keys_of),
-        "vLLM's ARC": lambda: theirs("arc", slots, keys_of),
+    makers = {
+        "`gittins`": partial(ours, "gittins", slots),
+        "`lru`": partial(ours, "lru", slots),
+        "vLLM's LRU": partial(theirs, "lru", slots),
+        "vLLM's ARC": partial(theirs, "arc", slots),
     }
-    runs: dict[str, list[list[float]]] = {name: [] for name in makers}
-    hits: dict[str, float] = {}
-    gc.collect()
-    gc.freeze()
-    for _ in range(ROUNDS):
-        for name, make in makers.items():
-            serve = make()
-            for _ in played(serve, range(half)):
-                pass
-            gc.collect()
-            took, held = zip(*played(serve, range(half, everything)), strict=True)
-            runs[name].append(list(took))
-            hits[name] = 100 * sum(held) / blocks
-    gc.unfreeze()
-    cost = {name: 1e6 * sum(map(min, *took)) / blocks for name, took in runs.items()}
+    costs = in_turns(makers, rounds=3)
     print()
-    for name, each in cost.items():
-        fastest = sorted(min(runs[name], key=sum))
-        p99, most = 1e6 * fastest[int(0.99 * (len(fastest) - 1))], 1e6 * fastest[-1]
-        print(f"| {name} | {slots} | {hits[name]:.1f} | {each:.1f} | {p99:.0f} | {most:.0f} |")
-    assert abs(hits["`lru`"] - hits["vLLM's LRU"]) < 0.1, "they were not asked for the same"
-    assert hits["`gittins`"] > max(hits["vLLM's LRU"], hits["vLLM's ARC"])
-    assert cost["`gittins`"] < min(cost["vLLM's LRU"], cost["vLLM's ARC"])
-    assert cost["`lru`"] < cost["vLLM's LRU"] / 2
+    for name, cost in costs.items():
+        per_request = f"{cost.p99:.0f} | {cost.most:.0f}"
+        print(f"| {name} | {slots} | {cost.hit_ratio:.1f} | {cost.each:.1f} | {per_request} |")
+    gittins, lru, their_lru, their_arc = costs.values()
+    assert abs(lru.hit_ratio - their_lru.hit_ratio) < 0.1, "they were not asked for the same"
+    assert gittins.hit_ratio > max(their_lru.hit_ratio, their_arc.hit_ratio)
+    assert gittins.each < min(their_lru.each, their_arc.each)
+    assert lru.each < their_lru.each / 2

@@ -70,11 +70,14 @@ class Replay:
             self.serve(request.keys)
         return 100 * (index.hit_blocks - hit) / max(1, index.lookup_blocks - asked)
 
-    def serve(self, keys: list[bytes]) -> None:
+    def serve(self, keys: list[bytes]) -> int:
+        """Serve a request for ``keys``; give how many of the leading ones were there."""
         index, step = self.index, self._step
-        for at in range(index.access(keys, 0), len(keys), step):
+        held = index.access(keys, 0)
+        for at in range(held, len(keys), step):
             _, slots = index.reserve(keys[at : at + step], keys[at - 1] if at else None)
             index.publish(slots)
+        return held
 
 
 def belady(requests: Sequence[Request], slots: int, count_from: int) -> float:
