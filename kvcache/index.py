@@ -12,7 +12,7 @@
 Always true here:
 
 * A slot is free, or has a key, or is an orphan; the three together are the open slots.
-* A slot under lease has ``pins > 0`` and is never given to another key.
+* A slot under lease is FILLING or pinned, and is never given to another key.
 * A READY block goes to eviction only when it is not pinned and no block that continues it is in the
   index: a chain loses its tail before its head, whatever the policy answers.
 * Cost is linear in the blocks asked about.
@@ -20,12 +20,13 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from kvcache.changes import Changes
-from kvcache.eviction import Keep, Policy
+from kvcache.eviction import Policy
 from kvcache.hints import Hints
+from kvcache.stretches import Stretches
 
 
 class Index:
@@ -40,15 +41,12 @@ class Index:
         self.changes = Changes()  # told of READY blocks
         self._policy = policy
         self._clock = clock
-        self._ready: dict[bytes, int] = {}
-        self._filling: dict[bytes, int] = {}
+        self._stretches = Stretches()  # of blocks that are FILLING or READY
+        self.slots = 0  # open ones
         self._free: list[int] = []
-        self._key: list[bytes | None] = []  # by slot
-        self._after: list[bytes | None] = []  # by slot: the key its block continues
-        self._pins: list[int] = []  # by slot
+        self._pins: dict[int, int] = {}  # of slots that have any
+        self._orphans: set[int] = set()  # pinned slots
         self.hints = Hints()
-        self._children: list[int] = []  # by slot: blocks in the index that continue its block
-        self._fatherless: dict[bytes, int] = {}  # the same of keys that are not in the index
         self.declines = True  # blocks that the policy finds not worth a slot
         self.lookup_blocks = 0
         self.hit_blocks = 0
@@ -60,13 +58,9 @@ class Index:
 
     def open_slots(self, upto: int) -> None:
         """Let slots below ``upto`` be used, from now on."""
-        first, more = len(self._key), upto - len(self._key)
-        self._key += [None] * more
-        self._after += [None] * more
-        self._pins += [0] * more
-        self._children += [0] * more
         # The last entry is taken first, so that slots are used from the lowest up.
-        self._free[:0] = range(upto - 1, first - 1, -1)
+        self._free[:0] = range(upto - 1, self.slots - 1, -1)
+        self.slots = max(upto, self.slots)
 
     def restore(self, held: Sequence[tuple[int, bytes, bytes | None]]) -> None:
         """Make free slots READY as they were before a restart, the oldest first.
@@ -77,36 +71,37 @@ class Index:
         self._free = [slot for slot in self._free if slot not in taken]
         now = self._clock()
         for slot, key, parent in held:
-            self._ready[key] = slot
-            self._key[slot] = key
-            self._after[slot] = parent
-            self._children[slot] = self._fatherless.pop(key, 0)
-            if parent is not None:
-                self._count(parent, 1)
-            self._policy.add([key], parent, now)
+            self._stretches.put([key], [slot], parent)
+            for stretch in self._stretches.publish([slot]):
+                self._policy.add(stretch.keys, parent, now)
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._filling)
+        return len(self._stretches.of)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._ready
+        stretch = self._stretches.of.get(key)
+        return stretch is not None and stretch.ready
 
-    @property
-    def slots(self) -> int:
-        return len(self._key)
+    def ready(self) -> dict[bytes, int]:
+        """The slots of all READY blocks; takes as long as there are many."""
+        return self._stretches.slots(ready=True)
+
+    def filling(self) -> dict[bytes, int]:
+        """The slots of all FILLING blocks."""
+        return self._stretches.slots(ready=False)
 
     @property
     def pinned_slots(self) -> int:
-        return len(self._pins) - self._pins.count(0)
+        filling = (slot for stretch in self._stretches.filling.values() for slot in stretch.slots)
+        return len(self._pins.keys() | filling)
 
     def access(self, chain: Sequence[bytes], start: int) -> int:
         """A request asks for ``chain[start:]``; give how many of its leading blocks are READY."""
-        ready = self._ready
+        of = self._stretches.of
+        chain = list(chain)
         end = start
-        for key in islice(chain, start, None):
-            if key not in ready:
-                break
-            end += 1
+        while end < len(chain) and (stretch := of.get(chain[end])) is not None and stretch.ready:
+            end += len(stretch.part(chain, end))
         self._policy.access(chain, end, self._clock())
         self.hints.used(chain)
         self.lookup_blocks += max(0, len(chain) - start)
@@ -115,14 +110,16 @@ class Index:
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
         """Pin the leading READY blocks of ``keys`` and give their slots."""
-        ready, pins = self._ready, self._pins
+        of, pins = self._stretches.of, self._pins
+        keys = list(keys)
         slots: list[int] = []
-        for key in keys:
-            slot = ready.get(key)
-            if slot is None:
+        while len(slots) < len(keys):
+            stretch = of.get(keys[len(slots)])
+            if stretch is None or not stretch.ready:
                 break
-            pins[slot] += 1
-            slots.append(slot)
+            slots += stretch.part(keys, len(slots))
+        for slot in slots:
+            pins[slot] = pins.get(slot, 0) + 1
         return slots
 
     def hold(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
@@ -133,26 +130,34 @@ class Index:
         Returns:
             their positions in ``keys``, and their slots.
         """
-        ready, filling, pins = self._ready, self._filling, self._pins
+        of, pins = self._stretches.of, self._pins
+        keys = list(keys)
         positions: list[int] = []
         slots: list[int] = []
-        for at, key in enumerate(keys):
-            slot = ready.get(key)
-            if slot is None:
-                slot = filling.get(key)
-            if slot is not None:
-                pins[slot] += 1
-                positions.append(at)
-                slots.append(slot)
+        at = 0
+        while at < len(keys):
+            if (stretch := of.get(keys[at])) is None:
+                at += 1
+                continue
+            found = stretch.part(keys, at)
+            positions += range(at, at + len(found))
+            slots += found
+            at += len(found)
+        for slot in slots:
+            pins[slot] = pins.get(slot, 0) + 1
         return positions, slots
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Take back one pin of each slot."""
-        pins, names, free = self._pins, self._key, self._free
+        pins, orphans = self._pins, self._orphans
         for slot in slots:
-            pins[slot] -= 1
-            if not pins[slot] and names[slot] is None:
-                free.append(slot)
+            if left := pins[slot] - 1:
+                pins[slot] = left
+                continue
+            del pins[slot]
+            if slot in orphans:
+                orphans.remove(slot)
+                self._free.append(slot)
 
     def reserve(self, keys: Sequence[bytes], after: bytes | None) -> tuple[list[int], list[int]]:
         """Make absent ``keys`` FILLING, the leading ones when there is no room for all.
@@ -160,218 +165,192 @@ class Index:
         Returns:
             the positions in ``keys`` that got a slot, and their slots.
         """
-        ready, filling = self._ready, self._filling
-        if ready.keys().isdisjoint(keys) and not (filling and not filling.keys().isdisjoint(keys)):
-            absent = list(range(len(keys)))
-        else:
-            absent = [at for at, key in enumerate(keys) if key not in ready and key not in filling]
+        of, free = self._stretches.of, self._free
+        asked = set(keys)
+        absent: Sequence[int] = range(len(keys))
+        if len(asked) < len(keys) or not of.keys().isdisjoint(asked):
+            firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
+            absent = sorted(at for key, at in firsts.items() if key not in of)
+        if len(free) < len(absent):
+            absent = self._make_room(keys, after, absent)
         if not absent:
             return [], []
-        asked: set[bytes | None] = set(keys)
-        if len(asked) < len(keys):
-            firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
-            absent = [at for at in absent if firsts[keys[at]] == at]
-        free = self._free
-        if len(free) < len(absent):
-            absent = self._make_room(keys, asked, after, absent)
-            if not absent:
-                return [], []
-        names, afters, pins, children = self._key, self._after, self._pins, self._children
-        fatherless = self._fatherless
-        last, before = -2, -1  # where in `keys`, and in which slot
-        slots = free[: -len(absent) - 1 : -1]
-        del free[-len(absent) :]
-        for at, slot in zip(absent, slots, strict=True):
-            key = names[slot] = keys[at]
-            filling[key] = slot
-            pins[slot] = 1
-            if fatherless:
-                children[slot] = fatherless.pop(key, 0)
-            if at == last + 1:
-                children[before] += 1
-                afters[slot] = keys[last]
-            else:
-                parent = afters[slot] = keys[at - 1] if at else after
-                if parent is not None:
-                    self._count(parent, 1)
-            last, before = at, slot
-        return absent, slots
+        count = len(absent)
+        slots = free[: -count - 1 : -1]
+        del free[-count:]
+        done = 0
+        while done < count:
+            first, end = absent[done], count
+            if absent[-1] - first >= end - done:  # some of those between are not absent
+                end = next(at for at in range(done, end) if absent[at] - first > at - done)
+            stretch = list(keys[first : first + end - done])
+            self._stretches.put(stretch, slots[done:end], keys[first - 1] if first else after)
+            done = end
+        return list(absent), slots
 
     def _make_room(
-        self,
-        keys: Sequence[bytes],
-        asked: set[bytes | None],
-        after: bytes | None,
-        absent: list[int],
-    ) -> list[int]:
-        """Evict for ``absent`` ones of ``keys``, which as a set are ``asked``; give those of them
-        that can have a slot."""
+        self, keys: Sequence[bytes], after: bytes | None, absent: Sequence[int]
+    ) -> Sequence[int]:
+        """Evict for ``absent`` ones of ``keys``; give those of them that can have a slot."""
+        stretches = self._stretches
         first = absent[0]
         parent = keys[first - 1] if first else after
         admitted = len(absent)
         if self.declines:
-            admitted = self._policy.admit([keys[at] for at in absent], parent, self._clock())
-        need = min(admitted, len(absent)) - len(self._free)
+            new = keys if admitted == len(keys) else [keys[at] for at in absent]
+            admitted = min(admitted, self._policy.admit(new, parent, self._clock()))
+        need = admitted - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.
-        if need > 0 and (parent is None or parent in self._ready or parent in self._filling):
-            asked.add(parent)  # what the new blocks continue stays
-            self._evict(need, asked)
+        if need > 0 and (parent is None or parent in stretches.of):
+            asked = keys if len(absent) < len(keys) else ()
+            stay = [key for key in asked if key in stretches.of]
+            if parent is not None:
+                stay.append(parent)
+            for key in stay:
+                stretches.begin(key)
+            try:
+                self._evict(need)
+            finally:  # somebody's policy may raise
+                for key in stay:
+                    stretches.end(key)
         room = min(admitted, len(self._free))
-        self.declined_blocks += len(absent) - min(room, len(absent))
+        self.declined_blocks += len(absent) - room
         return absent[:room]
 
-    def _evict(self, count: int, held: Collection[bytes | None]) -> None:
-        """Have so many blocks go, if so many can, and none that is ``held``."""
-        ready, pins, children, afters = self._ready, self._pins, self._children, self._after
-
-        def keep(key: bytes) -> bool:
-            slot = ready[key]
-            return True if children[slot] or pins[slot] else key in held
-
+    def _evict(self, count: int) -> None:
+        """Have so many blocks go, if so many can."""
+        stretches, free, hints = self._stretches, self._free, self.hints
+        of, begun, pinned = stretches.of, stretches.begun.keys(), self._pins.keys()
         gone: list[bytes] = []
-        slots: list[int] = []
+        kept: Callable[[bytes], bool] | None = None  # others should go first
+
+        def stays(key: bytes, slot: int) -> bool:
+            return slot in pinned or key in begun or (kept is not None and kept(key))
+
+        def take(offered: Sequence[bytes]) -> int:
+            end = len(offered)
+            while end and len(gone) < count:
+                stretch = of[offered[end - 1]]
+                some = min(end, count - len(gone), len(stretch.keys))
+                keys, slots = stretch.keys[-some:], stretch.slots[-some:]
+                if (
+                    kept is not None
+                    or keys != offered[end - some : end]
+                    or not pinned.isdisjoint(slots)
+                    or not begun.isdisjoint(keys)
+                ):
+                    some = stretch.loose(offered[end - some : end], stays)
+                    if not some:
+                        break
+                    keys, slots = stretch.keys[-some:], stretch.slots[-some:]
+                stretches.shorten(stretch, some)
+                free.extend(slots)
+                gone.extend(keys)
+                end -= some
+                if stretch.keys:
+                    break
+            return len(offered) - end
+
         try:
-            for key in islice(self._victims(keep), count):
-                slot = ready.pop(key)
-                gone.append(key)
-                slots.append(slot)
-                parent = afters[slot]
-                if parent is not None:
-                    if (at := ready.get(parent)) is not None:  # which may go next
-                        children[at] -= 1
-                    else:
-                        self._count(parent, -1)
+            if hints:
+                now = self._clock()
+                for key in hints.victims(lambda key: key not in self or not take([key])):
+                    self._policy.remove([key])
+                    if len(gone) == count:
+                        return
+                if hints.any_kept:
+                    kept = partial(hints.is_kept, now=now)
+                    self._policy.evict(count - len(gone), take)
+                    kept = None
+            if len(gone) < count:
+                self._policy.evict(count - len(gone), take)
         finally:  # somebody's policy may raise
-            names = self._key
-            for slot in slots:
-                names[slot] = afters[slot] = None
-            self._free += slots
-            self.hints.left(gone)
+            hints.left(gone)
             self.evicted_blocks += len(gone)
             self.changes.left(gone)
 
-    def _victims(self, keep: Keep) -> Iterator[bytes]:
-        """Whom to evict, first to go first: what callers are done with, then as the policy says."""
-        victims = self._policy.victims
-        hints, ready, now = self.hints, self._ready, self._clock()
-        if not hints:
-            return victims(keep)
-
-        def hinted() -> Iterator[bytes]:
-            for key in hints.victims(lambda key: key not in ready or keep(key)):
-                self._policy.remove([key])
-                yield key
-            if hints.any_kept:
-                yield from victims(lambda key: keep(key) or hints.is_kept(key, now))
-            yield from victims(keep)
-
-        return hinted()
-
     def done(self, keys: Sequence[bytes]) -> None:
         """Have those of ``keys`` that are held go before all others."""
-        self.hints.done([key for key in keys if key in self._ready or key in self._filling])
+        self.hints.done([key for key in keys if key in self._stretches.of])
 
     def keep(self, keys: Sequence[bytes], seconds: float) -> None:
         """Have others go before those of ``keys`` that are held, for so long."""
-        held = [key for key in keys if key in self._ready or key in self._filling]
+        held = [key for key in keys if key in self._stretches.of]
         now = self._clock()
         self.hints.keep(held, now + seconds, now, self.slots)
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
         """Make FILLING slots READY, in the order of their reserve, but for those of ``failed``."""
-        names, afters, pins = self._key, self._after, self._pins
-        ready, filling = self._ready, self._filling
-        stretches: list[tuple[list[bytes], bytes | None]] = []
+        lent, orphans = list(slots), self._orphans
+        if failed:
+            of, ours = self._stretches.of, set(lent)  # after a clear, it may be another lease's key
+            bad = [key for key in failed if key in of and of[key].part([key], 0)[0] in ours]
+            ours.difference_update(self._forget(bad))
+            lent = [slot for slot in lent if slot in ours]
+            self.failed_blocks += len(bad)
+        if orphans and not orphans.isdisjoint(lent):  # they were cleared meanwhile
+            cleared = orphans.intersection(lent)
+            self.unpin([slot for slot in lent if slot in cleared])
+            lent = [slot for slot in lent if slot not in cleared]
+        came: list[tuple[list[bytes], bytes | None]] = []
         last: bytes | None = None
-        for slot in slots:
-            pins[slot] -= 1
-            key = names[slot]
-            if key is None:  # cleared meanwhile
-                if not pins[slot]:
-                    self._free.append(slot)
-                continue
-            del filling[key]
-            if key in failed:
-                self._forget(key, slot)
-                self.failed_blocks += 1
-                continue
-            ready[key] = slot
-            if last is None or afters[slot] != last:
-                stretches.append((stretch := [], afters[slot]))
-            stretch.append(key)
-            last = key
+        for stretch in self._stretches.publish(lent):
+            if last is None or stretch.after != last:
+                came.append((stretch.keys[:], stretch.after))
+            else:
+                came[-1][0].extend(stretch.keys)
+            last = stretch.keys[-1]
         now = self._clock()
-        for stretch, after in stretches:
-            self.stored_blocks += len(stretch)
-            self._policy.add(stretch, after, now)
-            self.changes.came(stretch)
+        for keys, after in came:
+            self.stored_blocks += len(keys)
+            self._policy.add(keys, after, now)
+            self.changes.came(keys)
 
     def drop(self, keys: Collection[bytes]) -> None:
         """Forget READY blocks; a pinned slot becomes an orphan."""
-        present = [key for key in dict.fromkeys(keys) if key in self._ready]
+        present = [key for key in dict.fromkeys(keys) if key in self]
         self._policy.remove(present)
-        for key in present:
-            self._forget(key, self._ready.pop(key))
+        self._forget(present)
         self.dropped_blocks += len(present)
         self.changes.left(present)
 
     def clear(self) -> None:
         """Forget every block, READY and FILLING."""
-        self._policy.remove(list(self._ready))
-        for held in (self._ready, self._filling):
-            self.hints.left(held)
-            for slot in held.values():
-                self._vacate(slot)
-            held.clear()
-        self._children = [0] * self.slots
-        self._fatherless.clear()
+        ready, filling, pins = self.ready(), self.filling(), self._pins
+        self._policy.remove(list(ready))
+        self.hints.left(ready)
+        self.hints.left(filling)
+        for slot in filling.values():
+            pins[slot] = pins.get(slot, 0) + 1  # by who fills it, until it is published
+        for slot in (*ready.values(), *filling.values()):
+            self._vacate(slot)
+        self._stretches.clear()
         self.changes.cleared()
 
-    def _forget(self, key: bytes, slot: int) -> None:
-        """Take the key off its slot, which is free unless a lease still holds it."""
-        self.hints.left((key,))
-        parent = self._after[slot]
-        if parent is not None:
-            self._count(parent, -1)
-        if self._children[slot]:
-            self._fatherless[key] = self._children[slot]
-            self._children[slot] = 0
-        self._vacate(slot)
+    def _forget(self, keys: Sequence[bytes]) -> list[int]:
+        """Take ``keys`` off their slots, and give these."""
+        slots = []
+        for key in reversed(keys):  # a chain from its tail: then nothing is cut in two
+            slots.append(self._stretches.remove(key))
+            self._vacate(slots[-1])
+        self.hints.left(keys)
+        return slots
 
     def _vacate(self, slot: int) -> None:
-        self._key[slot] = self._after[slot] = None
-        if not self._pins[slot]:
-            self._free.append(slot)
-
-    def _count(self, parent: bytes, more: int) -> None:
-        """So many more blocks in the index continue ``parent``."""
-        slot = self._ready.get(parent)
-        if slot is None:
-            slot = self._filling.get(parent)
-        if slot is not None:
-            self._children[slot] += more
-        elif left := self._fatherless.get(parent, 0) + more:
-            self._fatherless[parent] = left
+        """A slot has no block any more, and is free unless a lease still holds it."""
+        if slot in self._pins:
+            self._orphans.add(slot)
         else:
-            del self._fatherless[parent]
+            self._free.append(slot)
 
     def check(self) -> None:
         """Raise ``AssertionError`` where what is always true is not; for tests, linear in slots."""
-        held = self._ready | self._filling
-        assert len(held) == len(self._ready) + len(self._filling), "a key is READY and FILLING"
-        assert all(self._key[slot] == key for key, slot in held.items()), "key and slot disagree"
-        orphans = [s for s, key in enumerate(self._key) if key is None and self._pins[s] > 0]
-        assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        assert not any(self._pins[s] or self._key[s] for s in self._free), "a free slot is in use"
-        assert len(self._free) + len(held) + len(orphans) == self.slots, "a slot is lost"
-        assert all(self._pins[s] > 0 for s in self._filling.values()), (
-            "a FILLING slot has no holder"
-        )
-        children: dict[bytes, int] = {}
-        for slot in held.values():
-            if (parent := self._after[slot]) is not None:
-                children[parent] = children.get(parent, 0) + 1
-        counted = {key: self._children[slot] for key, slot in held.items() if self._children[slot]}
-        assert children == counted | self._fatherless, "children are miscounted"
-        assert not any(self._children[slot] for slot in self._free), "a free slot has children"
-        assert held.keys().isdisjoint(self._fatherless), "a key in the index is fatherless"
+        self._stretches.check()
+        free, pins = set(self._free), self._pins
+        held = {slot for stretch in self._stretches.of.values() for slot in stretch.slots}
+        assert len(free) == len(self._free), "a slot is free twice"
+        assert free.isdisjoint(held | pins.keys()), "a free slot is in use"
+        assert len(held) == len(self), "a slot has two blocks"
+        assert self._orphans == pins.keys() - held, "orphans are miscounted"
+        assert all(count > 0 for count in pins.values()), "pins are miscounted"
+        assert len(free) + len(held) + len(self._orphans) == self.slots, "a slot is lost"

@@ -14,7 +14,7 @@ from kvcache.eviction.arc import Arc
 from kvcache.eviction.fifo import Fifo
 from kvcache.eviction.gittins import Gittins
 from kvcache.eviction.lru import Lru
-from kvcache.eviction.policy import Keep, Policy
+from kvcache.eviction.policy import Policy, Take
 from kvcache.eviction.s3fifo import AibrixS3Fifo, S3Fifo
 
 Eviction = NewType("Eviction", str)
@@ -69,10 +69,10 @@ __all__ = [
     "Eviction",
     "Fifo",
     "Gittins",
-    "Keep",
     "Lru",
     "Policy",
     "S3Fifo",
+    "Take",
     "policy_class",
     "policy_option",
 ]

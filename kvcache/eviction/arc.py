@@ -9,10 +9,9 @@ room is made.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from kvcache.eviction.policy import Keep
-from kvcache.eviction.runs import Queue, RunPolicy
+from kvcache.eviction.runs import Queue, Run, RunPolicy
 
 
 class Arc(RunPolicy):
@@ -58,18 +57,21 @@ class Arc(RunPolicy):
             self._once.push(list(keys[len(known) :]), after)
         self._trim()
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
+    def _order(self) -> Sequence[Queue]:
         once, again = self._once, self._again
+        full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
+        return (once, again) if full else (again, once)
 
-        def order() -> tuple[Queue, Queue]:
-            full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
-            return (once, again) if full else (again, once)
+    def _offer(self, queue: Queue, run: Run) -> int:
+        if queue is self._once and queue.blocks > self._target:
+            return min(len(run.keys), queue.blocks - int(self._target))
+        return len(run.keys) if queue is self._again else 1
 
-        for queue, run in self._turns(order, keep):
-            tail = queue.pop_tail(run)
-            (self._left_once if queue is once else self._left_again)[tail] = None
-            self._trim()
-            yield tail
+    def _left(self, queue: Queue, keys: list[bytes]) -> None:
+        ghosts = self._left_once if queue is self._once else self._left_again
+        for key in reversed(keys):
+            ghosts[key] = None
+        self._trim()
 
     def _trim(self) -> None:
         """Forget ghosts: with what was used once there are no more than the capacity, with all no

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from kvcache.eviction.policy import Keep
-from kvcache.eviction.runs import Queue, Run, RunPolicy
+from kvcache.eviction.runs import Queue, RunPolicy
 
 
 class Fifo(RunPolicy):
@@ -21,19 +20,5 @@ class Fifo(RunPolicy):
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
         self._queue.push(list(keys), after)
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        queue, spared = self._queue, set[Run]()
-        gone = False
-        while len(queue):
-            run = queue.oldest()
-            if run in spared:
-                if not gone:
-                    return
-                spared.clear()  # what was kept for a block that continued it may go by now
-                gone = False
-            if keep(run.keys[-1]):
-                queue.rotate(run)
-                spared.add(queue.newest())
-            else:
-                gone = True
-                yield queue.pop_tail(run)
+    def _order(self) -> Sequence[Queue]:
+        return (self._queue,)

@@ -19,7 +19,7 @@ Always true here, beside what ``aged`` keeps:
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import neg
 from sys import maxsize
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from typing import NamedTuple
 from kvcache.eviction.aged import AgedRuns
 from kvcache.eviction.cohorts import Cohort, Run, alike
 from kvcache.eviction.hazards import AGAIN, ALWAYS, CLASSES, LAST, MORE, NEW, OFTEN
-from kvcache.eviction.policy import Keep
+from kvcache.eviction.policy import Take
 
 _FIRST_LEARN, _LAST_LEARN = 2000, 8000  # blocks asked for between two times of learning
 
@@ -175,13 +175,13 @@ class Gittins(AgedRuns):
                 self._past.pop(run, None)
                 self._bury(run.cohort)
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
+    def evict(self, count: int, take: Take) -> None:
         worths, owed, coming, found = self._admitted or _NOT_ASKED
         self._admitted = None
         trust = self._trust
         given = 0
         gone = True  # somebody left since the parked were asked last
-        while True:
+        while given < count:
             spare = trust.slack() + coming < 1
             found = found or self._first(spare)
             if found is None:
@@ -191,32 +191,28 @@ class Gittins(AgedRuns):
                 self._unpark_all()
                 continue
             (worth, cohort), found = found, None
-            allowed = max(owed, _at_least(worths, worth))
+            allowed = min(count, max(owed, _at_least(worths, worth)))
             rising, recent = self._rising(cohort), cohort.recent
             self._stirred = False
             while runs := cohort.runs:
+                if given >= allowed:
+                    return
                 run = next(reversed(runs)) if rising else next(iter(runs))
-                ours, whole = run.keys, run.held
-                held = whole
-                while held:
-                    if given >= allowed:
-                        return
-                    key = ours[held - 1]
-                    if keep(key):
-                        self._park(run)
-                        break
-                    if held == whole:
-                        run.awaited = False
-                        self._past[run] = None
-                        gone = True
-                    held = run.held = held - 1
+                held = run.held
+                offered = run.keys[max(0, held - (allowed - given)) : held]
+                if went := take(offered):
+                    given += went
+                    gone = True
+                    run.awaited = False
+                    self._past[run] = None
+                    run.held = held - went
                     if recent:
-                        cohort.missing += 1
-                        trust.missing += 1
-                    if not held:
+                        cohort.missing += went
+                        trust.missing += went
+                    if not run.held:
                         self._leave(run)
-                    given += 1
-                    yield key
+                if went < len(offered):
+                    self._park(run)
                 if self._stirred or (recent and trust.slack() + coming < 1):
                     break
 

@@ -8,13 +8,12 @@ What a policy is told of a request, in this order::
 
     access(chain, held)    its whole prompt, when it is looked up; again while it waits
     admit(keys, after)     a stretch of it that there are no free slots for: asked before any copy
-    victims(keep)          at once after, as many as there are to be slots
+    evict(count, take)     at once after, as many as there are to be slots
     add(keys, after)       a stretch that is held from now on
 
 Always true of a policy:
 
-* What ``victims`` yields is forgotten as it is yielded: it is held no more. No key that ``keep``
-  claims is yielded, nor one that has left already.
+* What was taken is held no more, and is not offered again; what was offered and not taken is held.
 * Its state is a bounded number of entries per block of capacity, whatever the traffic.
 * Its answers follow from what it was told: no randomness, no clock of its own.
 
@@ -24,9 +23,14 @@ Always true of a policy:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-Keep = Callable[[bytes], bool]
+Take = Callable[[Sequence[bytes]], int]
+"""Given a stretch of a chain, takes as many of its last blocks as may go, says how many.
+
+It takes no more than were asked for in all. When it takes less than it could, what is last now has
+to stay for the time being: it is in use, or another block continues it.
+"""
 
 
 class Policy(ABC):
@@ -56,9 +60,10 @@ class Policy(ABC):
         """Forget keys that left for another reason than eviction."""
 
     @abstractmethod
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        """Yield, and forget, the keys to go, first to go first, none for which ``keep(key)``.
+    def evict(self, count: int, take: Take) -> None:
+        """Have ``count`` blocks go: offer stretches to ``take``, the first to go first.
 
-        May end where the next one is worth more than the block that it would go for, one of those
-        that ``admit`` was asked about just before.
+        Ends when so many were taken, or no more can be. May end where the next one is worth more
+        than the block that it would go for, one of those that ``admit`` was asked about just
+        before.
         """

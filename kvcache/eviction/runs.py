@@ -12,11 +12,12 @@ A run whose tail is kept goes to the newest end, since it is in use.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from kvcache.eviction.policy import Keep, Policy
+from kvcache.eviction.policy import Policy, Take
 
 
 class Run:
@@ -55,14 +56,18 @@ class Queue:
         else:
             run = Run(self, keys, after)
             self._runs[run] = None
-        self._owner.update(dict.fromkeys(keys, run))
+        owner = self._owner
+        for key in keys:
+            owner[key] = run
         self.blocks += len(keys)
 
     def extend(self, run: Run, keys: list[bytes]) -> None:
         """Append to ``run`` the blocks that continue it, and make all of it the newest."""
         run.keys += keys
         self._runs.move_to_end(run)
-        self._owner.update(dict.fromkeys(keys, run))
+        owner = self._owner
+        for key in keys:
+            owner[key] = run
         self.blocks += len(keys)
 
     def drop(self, run: Run) -> None:
@@ -80,13 +85,16 @@ class Queue:
         else:
             self._runs.move_to_end(run)
 
-    def pop_tail(self, run: Run) -> bytes:
-        key = run.keys.pop()
-        del self._owner[key]
-        self.blocks -= 1
+    def cut_tail(self, run: Run, count: int) -> list[bytes]:
+        """Forget the last ``count`` keys of ``run``, and give them, head first."""
+        keys, owner = run.keys[-count:], self._owner
+        del run.keys[-count:]
+        for key in keys:
+            del owner[key]
+        self.blocks -= count
         if not run.keys:
             del self._runs[run]
-        return key
+        return keys
 
     def cut_head(self, run: Run, count: int) -> None:
         """Take the first ``count`` keys out of ``run``; their owner is for the caller to set."""
@@ -121,18 +129,11 @@ class RunPolicy(Policy):
         for run in {self._owner.pop(key): None for key in keys}:
             run.queue.take(run, gone)
 
-    def _turns(
-        self, queues: Callable[[], Sequence[Queue]], keep: Keep
-    ) -> Iterator[tuple[Queue, Run]]:
-        """The runs whose tails may go, one at a time, and the queues they are in.
-
-        It is the oldest one of the first of ``queues``, which says in what order they are asked
-        each time; a queue that has been gone through, all of it kept, has the next one asked.
-        """
+    def evict(self, count: int, take: Take) -> None:
         spared = set[Run]()
         moved = False
-        while True:
-            for queue in queues():
+        while count:
+            for queue in self._order():
                 if len(queue) and (run := queue.oldest()) not in spared:
                     break
             else:
@@ -141,13 +142,30 @@ class RunPolicy(Policy):
                 spared.clear()  # some may go by now, or have come to stand behind the spared
                 moved = False
                 continue
-            tail = run.keys[-1]
-            if keep(tail):
+            offer = self._offer(queue, run)
+            if not offer:
+                moved = True
+                continue
+            offered = run.keys[-min(offer, count) :]
+            if went := take(offered):
+                moved = True
+                count -= went
+                self._left(queue, queue.cut_tail(run, went))
+            if went < len(offered):
+                tail = run.keys[-1]
                 queue.rotate(run)
                 spared.add(self._owner[tail])
-            else:
-                moved = True
-                yield queue, run
+
+    @abstractmethod
+    def _order(self) -> Sequence[Queue]:
+        """Of which queue the oldest run goes first; the next one is asked where all of it stays."""
+
+    def _offer(self, queue: Queue, run: Run) -> int:
+        """How many blocks of ``run`` may go now; none when it was put elsewhere instead."""
+        return len(run.keys)
+
+    def _left(self, queue: Queue, keys: list[bytes]) -> None:
+        """``keys`` of a run of ``queue`` have left, the last of them first."""
 
     def _take(self, keys: Sequence[bytes]) -> list[bytes]:
         """Take ``keys`` out of their runs; give those that had one, in order.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from kvcache.eviction.policy import Keep
-from kvcache.eviction.runs import Queue, RunPolicy
+from kvcache.eviction.runs import Queue, Run, RunPolicy
 
 
 class S3Fifo(RunPolicy):
@@ -53,30 +52,32 @@ class S3Fifo(RunPolicy):
         for key in keys:
             self._uses.pop(key, None)
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
+    def _order(self) -> Sequence[Queue]:
+        small, main = self._small, self._main
+        return (small, main) if small.blocks >= self._small_share else (main, small)
+
+    def _offer(self, queue: Queue, run: Run) -> int:
         small, main, uses = self._small, self._main, self._uses
+        tail = run.keys[-1]
+        if queue is small and uses.get(tail, 0) >= self._promote:
+            small.drop(run)
+            for key in run.keys:
+                uses.pop(key, None)
+            main.push(run.keys, run.after)
+        elif queue is main and uses.get(tail, 0):
+            for key in run.keys:
+                if (left := uses.pop(key, 0) - 1) > 0:
+                    uses[key] = left
+            main.rotate(run)
+        else:
+            return 1
+        return 0
 
-        def order() -> tuple[Queue, Queue]:
-            return (small, main) if small.blocks >= self._small_share else (main, small)
-
-        for queue, run in self._turns(order, keep):
-            tail = run.keys[-1]
-            if queue is small and uses.get(tail, 0) >= self._promote:
-                small.drop(run)
-                for key in run.keys:
-                    uses.pop(key, None)
-                main.push(run.keys, run.after)
-            elif queue is main and uses.get(tail, 0):
-                for key in run.keys:
-                    if (left := uses.pop(key, 0) - 1) > 0:
-                        uses[key] = left
-                main.rotate(run)
-            else:
-                uses.pop(tail, None)
-                queue.pop_tail(run)
-                if queue is small:
-                    self._remember(tail)
-                yield tail
+    def _left(self, queue: Queue, keys: list[bytes]) -> None:
+        for key in keys:
+            self._uses.pop(key, None)
+            if queue is self._small:
+                self._remember(key)
 
     def _remember(self, key: bytes) -> None:
         self._ghost[key] = None

@@ -13,7 +13,15 @@ What an eviction policy promises, too: ``class TestMine(PolicyTests): policy = M
 
 from kvcache.testing.blocks import block_of, keys_of, together
 from kvcache.testing.front import FrontTierTests
-from kvcache.testing.policy import PolicyTests
+from kvcache.testing.policy import PolicyTests, leaving
 from kvcache.testing.tier import TierTests
 
-__all__ = ["FrontTierTests", "PolicyTests", "TierTests", "block_of", "keys_of", "together"]
+__all__ = [
+    "FrontTierTests",
+    "PolicyTests",
+    "TierTests",
+    "block_of",
+    "keys_of",
+    "leaving",
+    "together",
+]

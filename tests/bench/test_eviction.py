@@ -78,7 +78,7 @@ def test_state(name: str, slots: int) -> None:
     replay.play(requests)
     gc.collect()
     most = tracemalloc.get_traced_memory()[0]
-    runs: dict[bytes, object] = getattr(replay.policy, "_runs", replay.index._ready)
+    runs: dict[bytes, object] = getattr(replay.policy, "_runs", replay.index.ready())
     known = len(runs)
     del runs, replay
     gc.collect()

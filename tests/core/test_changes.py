@@ -46,7 +46,7 @@ def test_l1_tells_of_all_that_comes_and_leaves() -> None:
             read = stack.fetch_here(chain)
             read.end(failed=read.keys[1:] if step % 7 == 0 else ())
             replay(held, journal.take())
-            assert held == set(front._index._ready)
+            assert held == set(front._index.ready())
         assert stack.stats().tiers[0].evicted_blocks
         assert stack.stats().tiers[0].dropped_blocks
 

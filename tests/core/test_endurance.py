@@ -203,7 +203,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
         "stack._below._coming",
         "stack._below.lower.0.link.calls._jobs",
         "stack._below._waiters._work_queue",
-        "stack.front._index._filling",
+        "stack.front._index._stretches.filling",
     )
     assert [sizes[name] for name in under_way] == [0] * 4
     most = {name: metrics.KEPT if name.endswith("._untaken") else SLOTS for name in sizes}

@@ -3,13 +3,13 @@
 A wrong policy is a right one with one thing changed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from random import Random
 
 import pytest
 
-from kvcache.eviction import POLICIES, Arc, Fifo, Gittins, Keep, Lru, Policy, S3Fifo
+from kvcache.eviction import POLICIES, Arc, Fifo, Gittins, Lru, Policy, S3Fifo, Take
 from kvcache.testing import PolicyTests
 
 NAMES = {name for name in dir(PolicyTests) if name.startswith("test_")}
@@ -19,9 +19,8 @@ for name, policy in POLICIES.items():
 
 
 class GivesTwice(Lru):
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        for key in super().victims(keep):
-            yield from (key, key)
+    def evict(self, count: int, take: Take) -> None:
+        super().evict(count, lambda keys: take(keys) and take(keys))
 
 
 class ForgetsAnswers(Lru):
@@ -43,29 +42,32 @@ class HoldsWhatIsAskedFor(Lru):
 
 
 class KeepsNothing(Lru):
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        return super().victims(lambda _: False)
+    def evict(self, count: int, take: Take) -> None:
+        for key in list(self._owner):
+            if take([key]) == 0:
+                self.remove([key])
 
 
 class StopsAtWhatIsKept(Lru):
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        for key in super().victims(lambda _: False):
-            if keep(key):
-                self.add([key], None, 0.0)
+    def evict(self, count: int, take: Take) -> None:
+        while count and self._owner:
+            tail = self._queue.oldest().keys[-1]
+            if not take([tail]):
                 return
-            yield key
+            self.remove([tail])
+            count -= 1
 
 
 class GoesRoundAndRound(Lru):
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        yield from super().victims(keep)
-        if self._owner:
-            yield from iter(lambda: next(iter(self._owner)), b"")
+    def evict(self, count: int, take: Take) -> None:
+        while self._owner:
+            super().evict(count, take)
 
 
 class ForgetsAllAtOnce(Lru):
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        return iter(list(super().victims(keep)))
+    def evict(self, count: int, take: Take) -> None:
+        super().evict(count, take)
+        self.remove(list(self._owner))
 
 
 class RemovesRuns(Lru):
@@ -97,12 +99,8 @@ class KeepsGhosts(Arc):
 class Draws(Fifo):
     draw = Random(0)
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        for key in super().victims(keep):
-            if self.draw.random() < 0.9:
-                yield key
-            else:
-                self.add([key], None, 0.0)
+    def evict(self, count: int, take: Take) -> None:
+        super().evict(count, lambda keys: take(keys) if self.draw.random() < 0.9 else 0)
 
 
 class HoldsNothing(Lru):

@@ -21,6 +21,7 @@ from kvcache.eviction.hazards import (
     octave_of,
 )
 from kvcache.index import Index
+from kvcache.testing import leaving
 from tests.core.traffic import Replay, Request
 
 
@@ -85,20 +86,20 @@ def test_what_is_always_true(limit: int, requests: list[tuple[str, int, int, flo
         now += pause
         names = [chain[: at + 1].encode() for at in range(len(chain))]
         found = index.access(names, 0) if pinned != 7 else 0
-        check(policy, set(index._ready))
+        check(policy, set(index.ready()))
         slots = index.pin(names[: min(pinned, found)])
         for at in range(0, len(names), step):
             _, lent = index.reserve(names[at : at + step], names[at - 1] if at else None)
-            check(policy, set(index._ready))
+            check(policy, set(index.ready()))
             now += 0.05
             index.publish(lent, names[:1] if pinned == 6 else ())
-            check(policy, set(index._ready))
+            check(policy, set(index.ready()))
         index.unpin(slots)
         if pinned == 8:
             index.drop([names[-1], names[0]])
         if pinned == 5 and step == 9:
             index.clear()
-        check(policy, set(index._ready))
+        check(policy, set(index.ready()))
         index.check()
 
 
@@ -132,7 +133,7 @@ def test_nothing_learned_is_lru() -> None:
     for request in traffic:
         gittins.play([request])
         lru.play([request])
-        assert set(gittins.index._ready) == set(lru.index._ready)
+        assert set(gittins.index.ready()) == set(lru.index.ready())
 
 
 def test_what_would_go_at_once_is_not_stored() -> None:
@@ -181,7 +182,7 @@ def test_what_comes_back_before_it_is_asked_for_is_used_once() -> None:
     policy = Gittins(4)
     policy.access(keys("ab"), 0, 0.0)
     policy.add(keys("ab"), None, 1.0)
-    assert list(policy.victims(lambda _: False)) == keys("ba")
+    assert leaving(policy) == keys("ba")
     policy.add(keys("ab"), None, 100.0)  # a tier below had it
     policy.access(keys("ab"), 2, 101.0)
     assert {run.uses for run in policy._runs.values()} == {2}
@@ -225,7 +226,7 @@ def test_of_runs_of_one_age_the_last_that_was_used_goes_last() -> None:
     assert policy._runs[b"a"].cohort is policy._runs[b"b"].cohort
     policy.access(keys("a"), 1, 2.0)
     assert policy._runs[b"a"].cohort is policy._runs[b"b"].cohort
-    assert list(policy.victims(lambda _: False)) == keys("ba")
+    assert leaving(policy) == keys("ba")
 
 
 def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
@@ -243,7 +244,7 @@ def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
     assert risk[0] == len(policy._runs)
     assert sorted(risk, reverse=True) == risk, "a block came to an age twice"
     check(policy, set(policy._runs) - set(keys("?!")))
-    assert list(itertools.islice(policy.victims(lambda _: False), 3)) == [b"y", b"x", b"49"]
+    assert leaving(policy, 3) == [b"y", b"x", b"49"]
 
 
 def test_no_more_is_known_than_the_limit() -> None:
@@ -338,4 +339,4 @@ def test_of_ages_that_are_not_told_apart_the_older_goes_first() -> None:
         policy.add(keys(name), None, float(at))
     policy._sort()
     assert policy._hazards.worth(NEW, 0.0) == policy._hazards.worth(NEW, 30.0)
-    assert list(policy.victims(lambda _: False)) == keys("abc")
+    assert leaving(policy) == keys("abc")

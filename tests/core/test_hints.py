@@ -145,7 +145,7 @@ def test_hints_leave_nothing_of_what_is_gone(policy: str, turns: list[tuple[str,
                 getattr(engine.index, verb)(keys)
         engine.index.check()
         hints = engine.index.hints
-        assert set(hints._done) | set(hints._kept) <= set(engine.index._ready)
+        assert set(hints._done) | set(hints._kept) <= set(engine.index.ready())
         assert len(hints._kept) <= SLOTS // KEPT_SHARE
 
 

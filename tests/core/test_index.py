@@ -1,7 +1,7 @@
 """Every state of a slot and every change of it, against a plain model, under every policy."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from kvcache.eviction import POLICIES, Fifo, Keep, Lru
+from kvcache.eviction import POLICIES, Fifo, Lru, Take
 from kvcache.index import Index
 
 
@@ -102,11 +102,11 @@ def test_a_chain_loses_its_tail_first_however_it_was_built(policy: str) -> None:
 class HeadFirst(Fifo):
     """A policy of somebody who does not know about prefixes."""
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
+    def evict(self, count: int, take: Take) -> None:
         for key in list(self._owner):
-            if not keep(key):
+            if count and take([key]):
                 self.remove([key])
-                yield key
+                count -= 1
 
 
 def test_no_policy_can_make_a_chain_lose_its_head() -> None:
@@ -200,8 +200,8 @@ def test_a_parent_that_comes_back_is_guarded_by_the_children_it_had() -> None:
 class Failing(Lru):
     """Has one block go, and fails at the next."""
 
-    def victims(self, keep: Keep) -> Iterator[bytes]:
-        yield next(super().victims(keep))
+    def evict(self, count: int, take: Take) -> None:
+        super().evict(1, take)
         raise LookupError("a bug")
 
 
@@ -315,12 +315,13 @@ class Slots(RuleBasedStateMachine):
     def reserve(self, chain: str, skip: int) -> tuple[list[bytes], list[int]]:
         names = self.keys(chain)
         at = min(skip, len(names) - 1)
-        pinned = {self.index._key[slot] for slot in self.pins}
-        before = set(self.index._ready)
+        held = self.index.ready()
+        pinned = {key for key, slot in held.items() if slot in self.pins}
+        before = set(self.index.ready())
         positions, slots = self.index.reserve(names[at:], names[at - 1] if at else None)
-        gone = before - set(self.index._ready)
+        gone = before - set(self.index.ready())
         assert not gone & pinned, "a pinned block was evicted"
-        assert not any(key[:-1] in gone for key in self.index._ready), "a parent left first"
+        assert not any(key[:-1] in gone for key in self.index.ready()), "a parent left first"
         assert len(set(slots)) == len(slots)
         assert not set(slots) & (self.writing | set(self.pins)), "a slot is lent twice"
         assert all(names[at:][place] not in before for place in positions)
@@ -334,7 +335,7 @@ class Slots(RuleBasedStateMachine):
         self.index.publish(slots, failed)
         self.writing -= set(slots)
         # After a clear, the key may be another lease's.
-        assert not any(self.index._ready.get(key) in slots for key in failed)
+        assert not any(self.index.ready().get(key) in slots for key in failed)
 
     @rule(target=reading, chain=chains)
     def pin(self, chain: str) -> list[int]:
@@ -346,7 +347,7 @@ class Slots(RuleBasedStateMachine):
     @rule(target=reading, chain=chains)
     def hold(self, chain: str) -> list[int]:
         names = self.keys(chain)
-        held = self.index._ready | self.index._filling
+        held = self.index.ready() | self.index.filling()
         positions, slots = self.index.hold(names)
         assert positions == [at for at, key in enumerate(names) if key in held]
         assert slots == [held[names[at]] for at in positions]
@@ -376,7 +377,7 @@ class Slots(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.cleared += len(self.index._ready)
+        self.cleared += len(self.index.ready())
         self.index.clear()
         assert len(self.index) == 0
 
@@ -389,7 +390,7 @@ class Slots(RuleBasedStateMachine):
         assert len(index) <= index.slots == self.slots
         assert index.pinned_slots == len(self.writing | set(self.pins))
         left = index.evicted_blocks + index.dropped_blocks + self.cleared
-        assert index.stored_blocks - left == len(index._ready)
+        assert index.stored_blocks - left == len(index.ready())
 
 
 MACHINES: dict[str, type[Slots]] = {

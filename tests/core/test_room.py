@@ -1,13 +1,13 @@
 """Room that can be made is made, and making it costs what it gives."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.eviction import POLICIES, Keep
+from kvcache.eviction import POLICIES, Take
 from kvcache.index import Index
 
 chains = st.text("01", min_size=1, max_size=7)
@@ -20,17 +20,17 @@ def chain_of(name: str) -> list[bytes]:
 
 def room(index: Index, stays: set[bytes]) -> int:
     """Slots that are free, or can be by taking leaves that are neither pinned nor in ``stays``."""
-    left = dict(index._ready)
-    stood_on = set(index._filling)
+    left = dict(index.ready())
+    stood_on = set(index.filling())
     while True:
         parents = {key[:-1] for key in (*left, *stood_on)}
         leaves = [
             key
             for key, slot in left.items()
-            if key not in parents and key not in stays and not index._pins[slot]
+            if key not in parents and key not in stays and slot not in index._pins
         ]
         if not leaves:
-            return len(index._free) + len(index._ready) - len(left)
+            return len(index._free) + len(index.ready()) - len(left)
         for key in leaves:
             del left[key]
 
@@ -56,7 +56,7 @@ def test_room_that_can_be_made_is_made(name: str, requests: list[tuple[str, bool
         stays = {*absent, *names[found - 1 : found]}
         possible = min(room(index, stays), len(missing))
         _, slots = index.reserve(absent, names[found - 1] if found else None)
-        assert len(slots) == possible, (chain, sorted(index._ready))
+        assert len(slots) == possible, (chain, sorted(index.ready()))
         index.publish(slots)
 
 
@@ -95,17 +95,17 @@ def test_two_answers_that_grow_in_turns_cost_no_more_per_block(name: str) -> Non
         for at in range(length):
             for chain in (a, b):
                 index.publish(index.reserve([chain[at]], chain[at - 1] if at else None)[1])
-        victims = policy.victims
+        evict = policy.evict
 
-        def counted(keep: Keep) -> Iterator[bytes]:
-            def kept(key: bytes) -> bool:
+        def counted(some: int, take: Take) -> None:
+            def taken(keys: Sequence[bytes]) -> int:
                 nonlocal count
                 count += 1
-                return keep(key)
+                return take(keys)
 
-            return victims(kept)
+            evict(some, taken)
 
-        policy.victims = counted  # type: ignore[method-assign]
+        policy.evict = counted  # type: ignore[method-assign, assignment]
         for at in range(length):
             index.publish(index.reserve([b"z%d" % at], None)[1])
         return count

@@ -114,14 +114,14 @@ def subscriber(engine: Engine) -> Subscriber:
 
 def ready(engine: Engine) -> set[bytes]:
     """What L1 holds."""
-    return set(engine.side._stack.front._index._ready)
+    return set(engine.side._stack.front._index.ready())
 
 
 def written(engine: Engine) -> set[bytes]:
     """What the disk holds of this engine's."""
     [lower] = engine.side._stack._below.lower
     space = lower.space
-    held = list(lower.link.tier.inner._index._ready)
+    held = list(lower.link.tier.inner._index.ready())
     return {name[len(space) :] for name in held if name.startswith(space)}
 
 

@@ -32,7 +32,7 @@ class AccessIgnoresStart(WrongDram):
 
 class HeldWhileFilling(WrongDram):
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [key in self._index._ready or key in self._index._filling for key in keys]
+        return [key in self._index.ready() or key in self._index.filling() for key in keys]
 
 
 class LendsWhatItHolds(WrongDram):
@@ -126,7 +126,7 @@ class HeadFirst(WrongDram):
     """Gives up a whole chain where its tail would do, and the chain that goes on, too."""
 
     def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
-        held = list(self._index._ready)
+        held = list(self._index.ready())
         if len(held) == ROOM:
             self.remove(held[: len(keys)])
         return super().reserve(keys, after)
@@ -138,15 +138,15 @@ class DropFreesTheSlot(WrongDram):
     def remove(self, keys: Sequence[bytes]) -> None:
         with self._lock:
             for key in keys:
-                if (slot := self._index._ready.get(key)) is not None:
-                    self._index._pins[slot] = 0
+                if (slot := self._index.ready().get(key)) is not None:
+                    self._index._pins.pop(slot, None)
         super().remove(keys)
 
 
 class ClearLeavesWhatIsFilling(WrongDram):
     def clear(self) -> None:
         with self._lock:
-            self._index.drop(list(self._index._ready))
+            self._index.drop(list(self._index.ready()))
 
 
 class CountsAreLate(WrongDram):
@@ -180,7 +180,7 @@ class HoldPublishes(WrongDram):
         return lease
 
     def _is_filling(self, slot: int) -> bool:
-        return self._index._key[slot] in self._index._filling
+        return slot in self._index.filling().values()
 
 
 class ForgetsHolds(WrongDram):
@@ -230,7 +230,7 @@ class FailureFreesWhatIsHeld(WrongDram):
 class ClearFreesEverySlot(WrongDram):
     def clear(self) -> None:
         with self._lock:
-            self._index._pins = [0] * ROOM
+            self._index._pins.clear()
         super().clear()
 
 
