@@ -2,35 +2,41 @@
 
 ::
 
-    _open[kind]            the cohort that runs of now join, for some seconds or some blocks
-    _lines[octave]         all others whose age is in an octave, the oldest first
-    _queues[kind][octave]  those that have runs to ask, by class: here victims are found
+    _epoch                 the one that is now, and _open[kind] its cohorts, that runs of now join
+    _lines[octave]         all other epochs whose age is in an octave, the oldest first
+    _queues[kind][octave]  the cohorts that have runs to ask, by class: here victims are found
+
+Time passes between two epochs only. An epoch ends with the first look-up after some seconds, or
+after some blocks; what follows from age is done then, once for all look-ups of the next one.
 
 Always true here:
 
-* Every known key is in one run, every run in one cohort, every cohort that knows a block open or in
-  the line of its octave, and if it has runs that are not parked in its queue.
+* Every known key is in one run, every run in one cohort, every epoch that knows a block is that of
+  now or in the line of its octave, and a cohort with runs that are not parked is in its queue.
 * A run is parked when its tail was kept, until what continued it has left, or its cohort comes to
   the next octave, or there is nobody else to ask.
-* No more keys are known than ``_limit``; those not held are forgotten first, the first to leave
-  first. A run or a cohort without keys is nowhere.
-* A call moves no more than ``_MOVES`` cohorts to another octave; what is late moves at the next.
+* No more keys are known than ``_limit`` after a look-up; those not held are forgotten first, the
+  first to leave first. A run or an epoch without keys is nowhere.
+* No more than ``_MOVES`` epochs move to another octave at once; while some are late, each look-up
+  begins an epoch.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain
 
-from kvcache.eviction.cohorts import Cohort, Line, Run, alike
+from kvcache.eviction.cohorts import Cohort, Epoch, Line, Run, alike
 from kvcache.eviction.hazards import CLASSES, OCTAVES, STARTS, Hazards, octave_of
 from kvcache.eviction.policy import Policy
 from kvcache.eviction.trust import Trust
 
-_PARTS, _MOST = 32, 512  # cohorts of as many blocks as there are slots; and blocks of one
-_SPAN_S = 4.0  # that a cohort is open for
+_PARTS, _MOST = 32, 512  # an epoch is for as many blocks as there are slots; and blocks of one
+_SPAN_S = 4.0  # that an epoch takes
 _MOVES = 256
 _TOLD = 17  # octave, of two minutes, up to which what came back is asked for by who had it come
+MANY = 16  # uses, and more are not counted
 _NEVER = float("inf")
 
 
@@ -42,20 +48,27 @@ class AgedRuns(Policy):
         self._hazards = Hazards(capacity)
         self._trust = Trust(capacity)
         self._runs: dict[bytes, Run] = {}  # of every known key
-        self._lines = [Line() for _ in range(OCTAVES)]
+        self._lines: list[OrderedDict[Epoch, None]] = [OrderedDict() for _ in range(OCTAVES)]
         self._queues = [[Line() for _ in range(OCTAVES)] for _ in range(CLASSES)]
         self._past: OrderedDict[Run, None] = OrderedDict()  # all with keys not held, and others
+        self._epoch = Epoch(0.0)
+        self._trust.recent[self._epoch] = None
         self._open: list[Cohort | None] = [None] * CLASSES
-        self._opened = 0.0  # the first of them
-        self._joined = 0  # blocks, since then
+        self._until = 0.0  # the epoch lasts,
+        self._room = 0  # or for so many more blocks
         self._enough = max(1, min(capacity // _PARTS, _MOST))
+        self._lookups = 0  # in this epoch
+        self._asked = 0  # blocks, by them
         self._order: list[tuple[float, bool, int, int, Line]] = []
+        self._oldest = 1  # octave that no epoch has come to yet
         self._before = self._order  # those of them in which LRU would not hold everything,
         self._since = -1  # from this octave on
-        self._stirred = False  # what was parked may be worth less than what is looked at
-        self._now = 0.0
-        self._dues = [_NEVER] * OCTAVES  # when a cohort leaves its octave, or before that
-        self._oldest = 1  # octave that no cohort has come to yet
+        self._stirred = True  # who goes first has to be found; it was,
+        self._found: list[tuple[float, Cohort] | None] = [
+            None,
+            None,
+        ]  # of all, and of what is spare,
+        self._most = -1.0  # and is worth no more than this
         self._sort()
 
     # What a run has
@@ -78,10 +91,11 @@ class AgedRuns(Policy):
             run.uses = uses
         count = len(keys)
         run.keys += keys
-        self._runs.update(dict.fromkeys(keys, run))
-        self._hazards.at_risk(kind, 0, 0, count)
-        self._joined += count
-        self._trust.count(cohort, count, count)
+        runs = self._runs
+        for key in keys:
+            runs[key] = run
+        self._hazards.begun[kind] += count
+        cohort.blocks += count
         if held:
             self._hold(run, held)
         return run
@@ -100,47 +114,53 @@ class AgedRuns(Policy):
         taken = ours[first : first + count]
         held = max(0, min(run.held, first + count) - first)
         uses = self._used(run, count, held)
-        cohort = run.cohort
         del ours[first : first + count]
-        self._trust.count(cohort, -count, held - count)
         if held:
             run.held -= held
             if not run.held:
                 self._leave(run)
         if not ours:
             self._past.pop(run, None)
-            self._bury(cohort)
+            self._bury(run.cohort.epoch)
         elif not first:
             run.after = taken[-1]
         return taken, held, uses
 
     def _used(self, run: Run, count: int, held: int) -> int:
-        """So many blocks of ``run`` are used now; how often that makes it."""
+        """So many blocks of ``run`` are used now, so many of them held; how often that makes it."""
         cohort = run.cohort
+        octave = cohort.epoch.octave
         self._trust.used(cohort, held, count - held)
-        octave = max(cohort.octave, octave_of(self._now - cohort.time))
         if run.told and octave <= _TOLD:
             return run.uses
-        if octave > cohort.octave:
-            self._hazards.at_risk(cohort.kind, cohort.octave + 1, octave, count)
-        self._hazards.used(cohort.kind, octave, count)
-        return run.uses + 1
+        self._hazards.used[cohort.kind][octave] += count
+        return min(run.uses + 1, MANY)
 
-    def _again(self, run: Run, after: bytes | None, kind: int, uses: int) -> None:
-        """All of ``run`` is used now: it is a new one, of another class perhaps."""
-        self._hazards.at_risk(kind, 0, 0, len(run.keys))
-        run.uses, run.after = uses, after
-        run.awaited, run.told, run.ends = True, False, False
-        self._past[run] = None
-        self._past.move_to_end(run)
-        self._restart(run, kind)
+    def _restart(self, run: Run, kind: int) -> None:
+        """All of ``run``, which its cohort does not count any more, is of this class and of now."""
+        old, new = run.cohort, self._open[kind] or self._begin(kind)
+        count = len(run.keys)
+        new.blocks += count
+        self._hazards.begun[kind] += count
+        if old is new:
+            if run in old.runs:
+                del old.runs[run]
+                old.runs[run] = None
+            return
+        if run.held:
+            self._off(run)
+            run.cohort = new
+            self._enter(run)
+        else:
+            run.cohort = new
+        if not old.epoch.blocks:
+            self._bury(old.epoch)
 
     def _hold(self, run: Run, count: int) -> None:
         """The next ``count`` blocks of ``run`` are in the index from now on."""
         if not run.held:
             self._enter(run)
         run.held += count
-        self._trust.count(run.cohort, 0, -count)
 
     def _forget(self) -> None:
         """Forget keys that are not held, the first to leave first, until few enough are known."""
@@ -152,14 +172,17 @@ class AgedRuns(Policy):
                 del runs[key]
             del run.keys[run.held :]
             self._trust.count(run.cohort, -len(gone), -len(gone))
-            self._bury(run.cohort)
+            if not run.cohort.epoch.blocks:
+                self._bury(run.cohort.epoch)
 
     # Where it is found
 
     def _enter(self, run: Run) -> None:
         cohort = run.cohort
         if not cohort.runs:
-            self._queues[cohort.kind][cohort.octave][cohort] = None
+            self._queues[cohort.kind][cohort.epoch.octave][cohort] = None
+            if not cohort.epoch.recent or self._worth(cohort) <= self._most:
+                self._stirred = True
         cohort.runs[run] = None
 
     def _off(self, run: Run) -> None:
@@ -168,7 +191,7 @@ class AgedRuns(Policy):
         if run in cohort.runs:
             del cohort.runs[run]
             if not cohort.runs:
-                del self._queues[cohort.kind][cohort.octave][cohort]
+                del self._queues[cohort.kind][cohort.epoch.octave][cohort]
         else:
             del cohort.parked[run]
 
@@ -180,7 +203,6 @@ class AgedRuns(Policy):
             if before is not None and before in before.cohort.parked:
                 del before.cohort.parked[before]
                 self._enter(before)
-                self._stirred = True
 
     def _park(self, run: Run) -> None:
         self._off(run)
@@ -188,8 +210,8 @@ class AgedRuns(Policy):
 
     def _unpark_all(self) -> None:
         """Ask all that are parked again."""
-        for cohorts in (*self._lines, filter(None, self._open)):
-            for cohort in cohorts:
+        for epoch in (*chain.from_iterable(self._lines), self._epoch):
+            for cohort in epoch.cohorts:
                 for run in cohort.parked:
                     self._enter(run)
                 cohort.parked.clear()
@@ -198,96 +220,70 @@ class AgedRuns(Policy):
 
     def _begin(self, kind: int) -> Cohort:
         """The cohort that runs of this class join from now on."""
-        if not any(self._open):
-            self._opened, self._joined = self._now, 0
-        cohort = self._open[kind] = Cohort(kind, self._now)
-        self._trust.recent[cohort] = None
+        cohort = self._open[kind] = Cohort(kind, self._epoch)
+        self._epoch.cohorts.append(cohort)
         return cohort
 
-    def _close(self) -> None:
-        """Runs join other cohorts from now on."""
-        for cohort in filter(None, self._open):
-            self._await(cohort)
-            self._bury(cohort)
-        self._open = [None] * CLASSES
-
-    def _bury(self, cohort: Cohort) -> None:
-        """Have nothing to do with a cohort that has no blocks, and will have none."""
-        line = self._lines[cohort.octave]
-        if not cohort.blocks and cohort in line:
-            del line[cohort]
-            self._trust.recent.pop(cohort, None)
+    def _bury(self, epoch: Epoch) -> None:
+        """Have nothing to do with an epoch that has no blocks, and will have none."""
+        if not epoch.blocks and epoch is not self._epoch:
+            del self._lines[epoch.octave][epoch]
+            if epoch.recent:
+                self._trust.forget(epoch)
 
     def _tick(self, now: float) -> None:
-        """Move cohorts to the octave of their age."""
-        self._now = now
-        if self._joined >= self._enough or now - self._opened >= _SPAN_S:
-            self._close()
-        if now < min(self._dues):
-            return
-        moves = _MOVES
-        for octave, due in enumerate(self._dues):
-            if now < due:
-                continue
-            line = self._lines[octave]
-            while line and now >= (leaves := next(iter(line)).time + STARTS[octave + 1]):
-                if not moves:
-                    return  # and go on at the next call
-                moves -= 1
-                self._age(next(iter(line)))
-            self._dues[octave] = leaves if line else _NEVER
+        """Begin another epoch, when it is time for it."""
+        if self._room <= 0 or now >= self._until:
+            self._pass(now)
 
-    def _age(self, cohort: Cohort) -> None:
-        """Move a cohort to a later octave."""
-        kind, octave = cohort.kind, cohort.octave
-        older = max(octave + 1, octave_of(self._now - cohort.time))
+    def _pass(self, now: float) -> None:
+        """Have the time be ``now``, for all that is known."""
+        last, trust = self._epoch, self._trust
+        self._epoch = Epoch(now)
+        trust.recent[self._epoch] = None
+        self._lines[last.octave][last] = None
+        self._bury(last)
+        self._open = [None] * CLASSES
+        self._until, self._room = now + _SPAN_S, self._enough
+        moves = _MOVES
+        # The oldest first, so that those that come to one octave together come in their order.
+        for octave in range(min(self._oldest, OCTAVES - 1) - 1, -1, -1):
+            line, begun = self._lines[octave], now - STARTS[octave + 1]
+            while line and (epoch := next(iter(line))).time <= begun:
+                if not moves:
+                    self._until = now
+                    break
+                moves -= 1
+                self._age(epoch, octave_of(now - epoch.time))
+        trust.passed(self._asked)
+        if self._hazards.passed(now - last.time, self._lookups, self._asked):
+            self._sort()
+        self._asked = self._lookups = 0
+        self._stirred = True
+
+    def _age(self, epoch: Epoch, older: int) -> None:
+        """Move an epoch to a later octave."""
+        octave = epoch.octave
         if older >= self._oldest:
             self._oldest = older + 1
             self._sort()
-        came = self._hazards.came[kind]
-        came[octave + 1] += cohort.blocks
-        came[older + 1] -= cohort.blocks
-        del self._lines[octave][cohort]
-        cohort.octave = older
-        self._await(cohort)
-        if cohort.runs or cohort.parked:
-            self._queues[kind][octave].pop(cohort, None)
-            self._queues[kind][older][cohort] = None
-            if cohort.parked:
-                cohort.runs.update(cohort.parked)
-                cohort.parked.clear()
-
-    def _await(self, cohort: Cohort) -> None:
-        """Have a cohort be of the age that its octave says, until it is older."""
-        octave = cohort.octave
-        line = self._lines[octave]
-        if not line and octave < OCTAVES - 1:
-            self._dues[octave] = cohort.time + STARTS[octave + 1]
-        line[cohort] = None
-
-    def _renew(self, run: Run) -> None:
-        """``run`` was in use until now, by who continues it: its age begins again."""
-        cohort = run.cohort
-        self._hazards.at_risk(cohort.kind, 1, cohort.octave, -len(run.keys))  # it will come again
-        self._restart(run, cohort.kind)
-
-    def _restart(self, run: Run, kind: int) -> None:
-        """``run`` is of this class, and its age is nothing."""
-        old, new = run.cohort, self._open[kind] or self._begin(kind)
-        if old is new:
-            if run in old.runs:
-                old.runs.move_to_end(run)
-            return
-        held, count = run.held, len(run.keys)
-        if held:
-            self._off(run)
-        self._trust.count(old, -count, held - count)
-        self._bury(old)
-        run.cohort = new
-        self._joined += count
-        self._trust.count(new, count, count - held)
-        if held:
-            self._enter(run)
+        del self._lines[octave][epoch]
+        self._lines[older][epoch] = None
+        epoch.octave = older
+        came = self._hazards.came
+        for cohort in epoch.cohorts:
+            if not cohort.blocks:
+                continue
+            kind = cohort.kind
+            came[kind][octave + 1] += cohort.blocks
+            came[kind][older + 1] -= cohort.blocks
+            if cohort.runs or cohort.parked:
+                queues = self._queues[kind]
+                queues[octave].pop(cohort, None)
+                queues[older][cohort] = None
+                if cohort.parked:
+                    cohort.runs |= cohort.parked
+                    cohort.parked.clear()
 
     # What it is worth
 
@@ -311,13 +307,13 @@ class AgedRuns(Policy):
         )
         self._since = -1
 
-    def _lowest(self, *, spare: bool = False) -> tuple[float, Cohort] | None:
+    def _lowest(self, *, spare: bool) -> tuple[float, Cohort] | None:
         """The cohort that is worth least, of those that have runs to ask.
 
         Args:
             spare: of those that LRU would not hold.
         """
-        worth_of, now = self._hazards.worth, self._now
+        worth_of, now = self._hazards.worth, self._epoch.time
         if spare and self._since != (since := self._trust.edge_octave):
             self._since = since
             self._before = [entry for entry in self._order if entry[3] >= since]
@@ -330,18 +326,21 @@ class AgedRuns(Policy):
                 continue
             cohort = next(reversed(line)) if rising else next(iter(line))
             # The oldest of a line is about as old as the newest of it that LRU would not hold.
-            if spare and cohort.recent and (cohort := next(iter(line))).recent:
+            if spare and cohort.epoch.recent and (cohort := next(iter(line))).epoch.recent:
                 continue
-            worth = worth_of(kind, now - cohort.time)
-            if worth < least or (worth == least and lowest and cohort.time < lowest.time):
+            worth = worth_of(kind, now - cohort.epoch.time)
+            if worth < least or (
+                worth == least and lowest and cohort.epoch.time < lowest.epoch.time
+            ):
                 least, lowest = worth, cohort
         return None if lowest is None else (least, lowest)
 
     def _least_recent(self) -> tuple[float, Cohort] | None:
         """The cohort that was used first, of those that LRU would hold and have runs to ask."""
-        for cohort in self._trust.recent:
-            if cohort.runs:
-                return self._hazards.worth(cohort.kind, self._now - cohort.time), cohort
+        for epoch in self._trust.recent:
+            for cohort in epoch.cohorts:
+                if cohort.runs:
+                    return self._worth(cohort), cohort
         return None
 
     def _first(self, spare: bool) -> tuple[float, Cohort] | None:
@@ -350,11 +349,23 @@ class AgedRuns(Policy):
         Args:
             spare: what LRU would hold is to stay, as far as that goes.
         """
-        if spare:
-            return self._lowest(spare=True) or self._least_recent()
-        return self._lowest()
+        if self._stirred:
+            self._found = [None, None]
+            self._most = -1.0
+            self._stirred = False
+        found = self._found[spare]
+        if found is None or not found[1].runs:
+            found = self._lowest(spare=spare) or (self._least_recent() if spare else None)
+            self._found[spare] = found
+            if found is not None:
+                self._most = max(self._most, found[0])
+        return found
+
+    def _worth(self, cohort: Cohort) -> float:
+        """What a slot is worth to a block of a cohort."""
+        return self._hazards.worth(cohort.kind, self._epoch.time - cohort.epoch.time)
 
     def _rising(self, cohort: Cohort) -> bool:
         """Whether blocks of a cohort are worth more as they grow older."""
-        table = self._hazards.tables[cohort.kind]
-        return table[cohort.octave + 1] > table[cohort.octave]
+        table, octave = self._hazards.tables[cohort.kind], cohort.epoch.octave
+        return table[octave + 1] > table[octave]

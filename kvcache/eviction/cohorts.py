@@ -1,14 +1,16 @@
-"""What the learned policy keeps of blocks: runs of them, and cohorts of runs.
+"""What the learned policy keeps of blocks: runs of them, cohorts of runs, and epochs of cohorts.
 
 ::
 
-    Cohort   NEW, from 17.2 s on    run   a0 a1 a2 a3 | a4 a5
-                                          held          known: evicted, declined, or not there yet
-                                    run   b0 b1
+    Epoch   from 17.2 s on
+      Cohort   NEW     run   a0 a1 a2 a3 | a4 a5
+                             held          known: evicted, declined, or not there yet
+                       run   b0 b1
+      Cohort   AGAIN   run   c0 c1 c2
 
-A *run* is blocks of one chain, head first, that were used last at one time and are of one class. A
-*cohort* is the runs of one class that were used within a few seconds. Its runs are of one age, so
-that it is the cohort that grows older, and not each of them.
+A *run* is blocks of one chain, head first, that were used last at one time and are of one class. An
+*epoch* is some seconds, or some blocks, in which no time passes: all that is used in it is of one
+age. A *cohort* is the runs of one class and epoch. It is the epoch that grows older, not each run.
 
 Always true: ``run.keys[: run.held]`` are the blocks of the run that the index holds; a run that
 holds blocks is in ``runs`` of its cohort or in ``parked``, and no other is.
@@ -20,31 +22,48 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-class Cohort:
-    """Runs of one class and age.
+class Epoch:
+    """Cohorts of one age.
 
     Attributes:
-        kind: the class.
-        time: when it was begun.
+        time: when it began.
         octave: of its age, as last seen.
-        blocks: known ones, in all runs.
-        runs: those that hold blocks, in the order of their use.
-        parked: those of which the tail was kept.
+        cohorts: those that have begun in it.
+        blocks: known ones, in all cohorts.
         recent: LRU would hold these blocks, or some of them.
         missing: of a recent one, blocks that are not held.
     """
 
-    __slots__ = ("blocks", "kind", "missing", "octave", "parked", "recent", "runs", "time")
+    __slots__ = ("blocks", "cohorts", "missing", "octave", "recent", "time")
 
-    def __init__(self, kind: int, time: float) -> None:
-        self.kind = kind
+    def __init__(self, time: float) -> None:
         self.time = time
         self.octave = 0
+        self.cohorts: list[Cohort] = []
         self.blocks = 0
-        self.runs: OrderedDict[Run, None] = OrderedDict()
-        self.parked: dict[Run, None] = {}
         self.recent = True
         self.missing = 0
+
+
+class Cohort:
+    """Runs of one class and epoch.
+
+    Attributes:
+        kind: the class.
+        epoch: the one it is of.
+        blocks: known ones, in all runs.
+        runs: those that hold blocks, in the order of their use.
+        parked: those of which the tail was kept.
+    """
+
+    __slots__ = ("blocks", "epoch", "kind", "parked", "runs")
+
+    def __init__(self, kind: int, epoch: Epoch) -> None:
+        self.kind = kind
+        self.epoch = epoch
+        self.blocks = 0
+        self.runs: dict[Run, None] = {}
+        self.parked: dict[Run, None] = {}
 
 
 class Run:

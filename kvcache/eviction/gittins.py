@@ -11,25 +11,21 @@ is best to serve next, of jobs of unknown length, is best to keep, of blocks of 
 Always true here, beside what ``aged`` keeps:
 
 * Nothing learned is LRU, and LRU is what it comes back to where nothing can be learned.
-* A step of learning is done by a look-up; it makes the table of one class, and costs the same
-  whatever was seen.
+* It learns between two epochs, and that costs the same whatever was seen.
 * A block is declined when what would have to leave for it is worth more than it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from operator import neg
 from sys import maxsize
-from typing import NamedTuple
 
 from kvcache.eviction.aged import AgedRuns
-from kvcache.eviction.cohorts import Cohort, Run, alike
-from kvcache.eviction.hazards import AGAIN, ALWAYS, CLASSES, LAST, MORE, NEW, OFTEN
+from kvcache.eviction.cohorts import Run, alike
+from kvcache.eviction.hazards import AGAIN, ALWAYS, LAST, MORE, NEW, OFTEN
 from kvcache.eviction.policy import Take
 
-_FIRST_LEARN, _LAST_LEARN = 2000, 8000  # blocks asked for between two times of learning
+_KIND_OF = [NEW, NEW, AGAIN, AGAIN, *[OFTEN] * 12, ALWAYS, ALWAYS]  # by uses
 
 
 class _Ends:
@@ -55,23 +51,7 @@ class _Ends:
             self._reached, self._used = self._reached / 2, self._used / 2
 
 
-class _Admitted(NamedTuple):
-    """What ``admit`` answered last.
-
-    Attributes:
-        worths: of the keys that it was asked about.
-        owed: how many of them LRU must not be without.
-        coming: and how many are to be held.
-        first: who goes first for them, and what that is worth.
-    """
-
-    worths: list[float]
-    owed: int
-    coming: int
-    first: tuple[float, Cohort] | None
-
-
-_NOT_ASKED = _Admitted([], maxsize, 0, None)  # whatever is to go goes
+_NOT_ASKED: tuple[list[tuple[int, float]], int, int] = ([], maxsize, 0)  # whatever is to go goes
 
 
 class Gittins(AgedRuns):
@@ -81,83 +61,76 @@ class Gittins(AgedRuns):
         super().__init__(capacity)
         self._ends = _Ends()
         self._last: tuple[int, list[bytes]] = (0, [])  # who asked last, and how much was held
-        self._admitted: _Admitted | None = None  # by `admit`, if nothing was told since
-        self._asked_at = 0.0
-        self._asked = 0  # blocks, since something was learned
-        self._next_learn = _FIRST_LEARN
-        self._to_learn = 0  # classes
+        # What `admit` answered, if nothing was told since: what the keys it was asked about are
+        # worth, how many of them LRU must not be without, and how many are to be held.
+        self._admitted: tuple[list[tuple[int, float]], int, int] | None = None
 
     # What a policy is told
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        if self._last[1]:
-            self._hazards.passed(now - self._asked_at)
-        self._asked_at = now
         self._tick(now)
+        self._lookups += 1
+        self._admitted = None
         keys = list(chain)
         if len(set(keys)) < len(keys):
             keys = list(dict.fromkeys(keys))
-        self._admitted = None
         if self._last == (held, keys):
             return  # a request that could not be admitted asks again
         self._last = held, keys
         self._use(keys)
-        self._trust.asked(len(keys))
-        self._forget()
-        self._asked += len(keys)
-        self._learn()
+        if len(self._runs) > self._limit:
+            self._forget()
 
     def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
-        self._now = now
-        runs, hazards = self._runs, self._hazards
-        stretches: list[tuple[int, float]] = []
-        at = 0
-        while at < len(keys):
+        runs, tables = self._runs, self._hazards.tables
+        worths: list[tuple[int, float]] = []
+        at, asked = 0, len(keys)
+        while at < asked:
             run = runs.get(keys[at])
             if run is None:
-                count = len(keys) - at
-                worth = hazards.tables[self._kind_after(keys[at - 1] if at else after)][0]
+                count = asked - at
+                worth = tables[self._kind_after(keys[at - 1] if at else after)][0]
             else:
                 count = max(1, alike(run.keys, run.held, keys, at))
-                if run.awaited:
-                    worth = hazards.worth(run.cohort.kind, now - run.cohort.time)
-                else:
-                    worth = hazards.tables[_kind_of(run.uses + 1)][0]
-            stretches.append((count, worth))
+                worth = (
+                    self._worth(run.cohort) if run.awaited else tables[_KIND_OF[run.uses + 1]][0]
+                )
+            worths.append((count, worth))
             at += count
-        worths: list[float] = []
         best = 0.0
-        for count, worth in reversed(stretches):  # a prefix is worth what continues it at least
-            best = max(best, worth)
-            worths += [best] * count
-        worths.reverse()
-        slack = int(self._trust.slack()) + len(keys)  # of these as many may be missing
-        owed = max(0, len(keys) - max(0, slack))
+        for at in range(len(worths) - 1, -1, -1):  # a prefix is worth what continues it at least
+            count, worth = worths[at]
+            if worth < best:
+                worths[at] = count, best
+            else:
+                best = worth
+        slack = int(self._trust.slack()) + asked  # of these as many may be missing
+        owed = min(asked, asked - slack)
         first = self._first(spare=slack < 1)
-        count = len(keys) if first is None else max(owed, _at_least(worths, first[0]))
-        self._admitted = _Admitted(worths, owed, count, first)
+        count = asked if first is None else max(0, owed, _at_least(worths, first[0]))
+        self._admitted = worths, max(0, owed), count
         return count
 
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        self._now = now
         self._admitted = None
-        runs = self._runs
+        runs, trust = self._runs, self._trust
         back: Run | None = None
         at = 0
         while at < len(keys):
             run, before = runs.get(keys[at]), keys[at - 1] if at else after
             if run is None:
                 count = _unknown(keys, at, runs)
-                self._grow(list(keys[at : at + count]), before)
+                self._grow(list(keys[at : at + count]), before, now)
             elif run.awaited and (count := alike(run.keys, run.held, keys, at)):
                 self._hold(run, count)
+                trust.count(run.cohort, 0, -count)
             else:  # it comes back before it is asked for, or out of its order
                 taken, _, uses = self._cut(run, keys, at)
                 count = len(taken)
-                back = self._join(back, taken, count, before, _kind_of(uses), uses)
+                back = self._join(back, taken, count, before, _KIND_OF[uses], uses)
                 back.told = True
+                trust.of_now(self._epoch, count, 0)
             at += count
-        self._forget()
 
     def remove(self, keys: Sequence[bytes]) -> None:
         self._admitted = None
@@ -173,33 +146,32 @@ class Gittins(AgedRuns):
             self._trust.count(run.cohort, -less, len(run.keys) - run.held - away)
             if not run.keys:
                 self._past.pop(run, None)
-                self._bury(run.cohort)
+                self._bury(run.cohort.epoch)
 
     def evict(self, count: int, take: Take) -> None:
-        worths, owed, coming, found = self._admitted or _NOT_ASKED
+        worths, owed, coming = self._admitted or _NOT_ASKED
         self._admitted = None
         trust = self._trust
         given = 0
         gone = True  # somebody left since the parked were asked last
         while given < count:
-            spare = trust.slack() + coming < 1
-            found = found or self._first(spare)
+            found = self._first(trust.slack() + coming < 1)
             if found is None:
                 if not gone:
                     return
                 gone = False
                 self._unpark_all()
                 continue
-            (worth, cohort), found = found, None
+            worth, cohort = found
             allowed = min(count, max(owed, _at_least(worths, worth)))
-            rising, recent = self._rising(cohort), cohort.recent
-            self._stirred = False
+            rising, epoch = self._rising(cohort), cohort.epoch
+            recent = epoch.recent
             while runs := cohort.runs:
                 if given >= allowed:
                     return
                 run = next(reversed(runs)) if rising else next(iter(runs))
                 held = run.held
-                offered = run.keys[max(0, held - (allowed - given)) : held]
+                offered = run.keys[max(0, held + given - allowed) : held]
                 if went := take(offered):
                     given += went
                     gone = True
@@ -207,9 +179,9 @@ class Gittins(AgedRuns):
                     self._past[run] = None
                     run.held = held - went
                     if recent:
-                        cohort.missing += went
+                        epoch.missing += went
                         trust.missing += went
-                    if not run.held:
+                    if went == held:
                         self._leave(run)
                 if went < len(offered):
                     self._park(run)
@@ -221,15 +193,16 @@ class Gittins(AgedRuns):
     def _use(self, keys: list[bytes]) -> None:
         """Cut ``keys`` off the runs they are in, and make runs of now of them."""
         runs = self._runs
-        new: Run | None = None
-        at = 0
-        while at < len(keys):
+        new: Run | None = None  # that has what is before
+        at, end, found = 0, len(keys), 0
+        while at < end:
             run = runs.get(keys[at])
             before = keys[at - 1] if at else None
             if run is None:
                 count = _unknown(keys, at, runs)
-                kind, last = self._kind_after(before), at + count - 1
-                ends = last + 1 == len(keys)
+                kind = NEW if new is None or new.cohort.kind in (NEW, ALWAYS) else MORE
+                last = at + count - 1
+                ends = last + 1 == end
                 if ends and self._ends.apart:
                     if count > 1:
                         new = self._join(new, keys[at:last], 0, before, kind, 1)
@@ -239,72 +212,71 @@ class Gittins(AgedRuns):
                 else:
                     new = self._join(new, keys[at : last + 1], 0, before, kind, 1)
                     new.ends = ends
-            elif (new is None or new.cohort.kind != _kind_of(run.uses + 1)) and _all(run, keys, at):
-                count = len(run.keys)
+            elif (ours := run.keys) == keys[at : at + len(ours)] and (
+                new is None or new.cohort.kind != _KIND_OF[run.uses + 1]
+            ):
+                count = len(ours)
                 if run.ends or run.cohort.kind == LAST:
                     self._ends.see(run, 0)
-                uses = self._used(run, count, run.held)
-                self._again(run, before, _kind_of(uses), uses)
+                found += run.held
+                run.uses = uses = self._used(run, count, run.held)
+                run.after = before
+                run.awaited, run.told, run.ends = True, False, False
+                self._past[run] = None
+                self._past.move_to_end(run)
+                self._restart(run, _KIND_OF[uses])
                 new = run
             else:
                 taken, held, uses = self._cut(run, keys, at)
                 count = len(taken)
+                found += held
                 if run.ends or run.cohort.kind == LAST:
                     self._ends.see(run, len(run.keys))
-                new = self._join(new, taken, held, before, _kind_of(uses), uses)
+                new = self._join(new, taken, held, before, _KIND_OF[uses], uses)
             at += count
+        self._asked += end
+        self._room -= end
+        self._trust.of_now(self._epoch, end, end - found)
 
-    def _grow(self, keys: list[bytes], after: bytes | None) -> None:
+    def _grow(self, keys: list[bytes], after: bytes | None, now: float) -> None:
         """Blocks that nobody asked for are held: an answer's, or what a restart found."""
+        self._tick(now)
         run = self._runs.get(after) if after is not None else None
         kind = self._kind_after(after)
+        known = 0
         if (
             run is not None
             and run.cohort.kind == kind
             and run.held == len(run.keys)
             and run.keys[-1] == after
-        ):
-            self._renew(run)
+        ):  # it was in use until now: its age begins again
+            cohort, known = run.cohort, run.held
+            self._hazards.at_risk(kind, 0, cohort.epoch.octave, -known)  # it will come again
+            self._trust.count(cohort, -known, 0)
+            self._restart(run, kind)
         else:
             run = None
         run = self._join(run, keys, 0, after, kind, 1)
         self._hold(run, len(keys))
+        self._room -= len(keys)
+        self._trust.of_now(self._epoch, known + len(keys), 0)
+        if len(self._runs) > self._limit:
+            self._forget()
 
     def _kind_after(self, key: bytes | None) -> int:
         """The class of unknown blocks that continue ``key``."""
         run = self._runs.get(key) if key is not None else None
         return NEW if run is None or run.cohort.kind in (NEW, ALWAYS) else MORE
 
-    def _learn(self) -> None:
-        """One step of learning, when it is time for it."""
-        if self._to_learn:
-            self._to_learn -= 1
-            self._hazards.learn(self._to_learn)
-            if not self._to_learn:
-                self._hazards.apply()
-                self._sort()
-        elif self._asked >= self._next_learn:
-            self._asked = 0
-            self._next_learn = min(self._next_learn * 5 // 4, _LAST_LEARN)
-            self._hazards.pool()
-            self._to_learn = CLASSES
 
-
-def _kind_of(uses: int) -> int:
-    if uses < 2:
-        return NEW
-    return AGAIN if uses < 4 else OFTEN if uses < 16 else ALWAYS
-
-
-def _at_least(worths: list[float], least: float) -> int:
-    """How many of ``worths``, which never rise, are no less than ``least``."""
-    return bisect_right(worths, -least, key=neg)
-
-
-def _all(run: Run, keys: Sequence[bytes], at: int) -> bool:
-    """Whether all of ``run`` is asked for by ``keys`` from ``at`` on."""
-    ours = run.keys
-    return at + len(ours) <= len(keys) and ours == keys[at : at + len(ours)]
+def _at_least(worths: list[tuple[int, float]], least: float) -> int:
+    """How many are worth no less than ``least``; so many each are, which never rises."""
+    enough = 0
+    for count, worth in worths:
+        if worth < least:
+            break
+        enough += count
+    return enough
 
 
 def _unknown(keys: Sequence[bytes], at: int, runs: dict[bytes, Run]) -> int:

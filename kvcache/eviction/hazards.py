@@ -17,14 +17,15 @@ times to give up at, of the chance that it is used by then and the expected time
 One hazard for all octaves makes it fall with age: nothing learned is LRU.
 
 Always true: the counts of a class are halved before they outgrow what the tier holds by far, so
-what was learned long ago is forgotten; ``learn`` costs the same whatever was counted.
+what was learned long ago is forgotten; to learn costs the same whatever was counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from math import frexp
+from operator import add
 
 OCTAVES = 32
 FIRST_S = 1 / 1024
@@ -34,6 +35,7 @@ WIDTHS = [end - start for start, end in pairwise(STARTS)]
 _PRIOR = 0.12  # of the blocks that come to an octave, how many are used in it
 _PRIOR_BLOCKS = 30.0  # the prior and the pool weigh as much as this many blocks at risk
 _SILENCE_S = 60.0  # a longer time without look-ups says nothing of how often there are some
+_FIRST_LEARN, _LAST_LEARN = 2000, 8000  # blocks asked for between two times of learning
 _POOL_BLOCKS = 100.0  # and the classes like it as this many
 
 LAST, MORE, NEW, AGAIN, OFTEN, ALWAYS = range(6)
@@ -62,27 +64,24 @@ class Hazards:
 
     def __init__(self, capacity: int) -> None:
         self._enough = 3.0 * capacity + 5000
-        self._used = [[0.0] * OCTAVES for _ in range(CLASSES)]
+        self.used = [[0.0] * OCTAVES for _ in range(CLASSES)]  # blocks, in octaves they came to
         self._risk = [[0.0] * OCTAVES for _ in range(CLASSES)]
         # What came to octaves since then, as differences from each octave to the next.
         self.came = [[0.0] * (OCTAVES + 1) for _ in range(CLASSES)]
+        self.begun = [0] * CLASSES  # blocks that came to the first octave, since then
         self._pool = [_PRIOR] * OCTAVES
         self._seconds = 0.0  # in which there were so many look-ups, since something was learned
         self._lookups = 0
+        self._asked = 0  # blocks, by these
+        self._next_learn = _FIRST_LEARN
         self._first = 0  # octave that is told apart from those before it
-        start = _worth([_PRIOR] * OCTAVES, 0)
-        self.tables = [start.copy() for _ in range(CLASSES)]
-        self._learned = self.tables.copy()  # what they will be once all are made anew
+        self.tables = [_worth([_PRIOR] * OCTAVES, 0)] * CLASSES
 
     def at_risk(self, kind: int, first: int, last: int, blocks: int) -> None:
         """``blocks`` of a class came to the octaves ``first`` to ``last``."""
         came = self.came[kind]
         came[first] += blocks
         came[last + 1] -= blocks
-
-    def used(self, kind: int, octave: int, blocks: int) -> None:
-        """``blocks`` of a class were used again in an octave that they had come to."""
-        self._used[kind][octave] += blocks
 
     def worth(self, kind: int, age: float) -> float:
         """What a slot is worth to a block of a class at an age, in uses per second."""
@@ -94,52 +93,61 @@ class Hazards:
             return table[OCTAVES]
         return table[octave] + (table[octave + 1] - table[octave]) * (2 * half - 1)
 
-    def passed(self, seconds: float) -> None:
-        """So much time lies between two look-ups."""
-        self._seconds += min(seconds, _SILENCE_S)
-        self._lookups += 1
+    def passed(self, seconds: float, lookups: int, asked: int) -> bool:
+        """So many look-ups asked for so many blocks within some time: learn, if it is time to.
 
-    def pool(self) -> None:
-        """Take in what was counted, of all classes; the first step of learning."""
-        for used, risk, came in zip(self._used, self._risk, self.came, strict=True):
-            sofar = 0.0
-            for octave in range(OCTAVES):
-                sofar += came[octave]
-                risk[octave] += sofar
+        Returns:
+            whether worths are other ones now.
+        """
+        self._seconds += min(seconds, _SILENCE_S)
+        self._lookups += lookups
+        self._asked += asked
+        if self._asked < self._next_learn:
+            return False
+        self._next_learn = min(self._next_learn * 5 // 4, _LAST_LEARN)
+        self.learn()
+        return True
+
+    def learn(self) -> None:
+        """Have ``worth`` say what was seen."""
+        self._first = octave_of(self._seconds / max(1, self._lookups))
+        self._seconds, self._lookups, self._asked = 0.0, 0, 0
+        self._count()
+        prior = _PRIOR * _PRIOR_BLOCKS
+        self._pool = [
+            (used + prior) / (risk + _PRIOR_BLOCKS) for used, risk in self._seen(range(CLASSES))
+        ]
+        self.tables = [_worth(self._hazards_of(kind), self._first) for kind in range(CLASSES)]
+
+    def _count(self) -> None:
+        """Take in what came to octaves."""
+        for kind, (used, risk, came) in enumerate(
+            zip(self.used, self._risk, self.came, strict=True)
+        ):
+            came[0] += self.begun[kind]
+            came[1] -= self.begun[kind]
+            risk[:] = map(add, risk, accumulate(came))
             came[:] = [0.0] * len(came)
+            self.begun[kind] = 0
             if risk[0] > self._enough:
                 used[:] = [blocks / 2 for blocks in used]
                 risk[:] = [blocks / 2 for blocks in risk]
-        prior = _PRIOR * _PRIOR_BLOCKS
-        self._first = octave_of(self._seconds / max(1, self._lookups))
-        self._seconds, self._lookups = 0.0, 0
-        used, risk = self._seen(range(CLASSES))
-        prior = _PRIOR * _PRIOR_BLOCKS
-        self._pool = [
-            (blocks + prior) / (at_risk + _PRIOR_BLOCKS)
-            for blocks, at_risk in zip(used, risk, strict=True)
-        ]
 
-    def _seen(self, kinds: Sequence[int]) -> tuple[list[float], list[float]]:
+    def _seen(self, kinds: Sequence[int]) -> Iterator[tuple[float, float]]:
         """Blocks used and at risk, of these classes together. The octaves up to the first that is
         told apart are one, which all come to."""
         first = self._first + 1
-        used = [sum(column) for column in zip(*(self._used[kind] for kind in kinds), strict=True)]
+        used = [sum(column) for column in zip(*(self.used[kind] for kind in kinds), strict=True)]
         risk = [sum(column) for column in zip(*(self._risk[kind] for kind in kinds), strict=True)]
-        return [sum(used[:first]), *used[first:]], [risk[0], *risk[first:]]
+        return zip([sum(used[:first]), *used[first:]], [risk[0], *risk[first:]], strict=True)
 
-    def learn(self, kind: int) -> None:
-        """Make the table of one class anew; the steps of learning between."""
-        seen = zip(self._pool, *self._seen(_ALIKE[kind]), *self._seen([kind]), strict=True)
+    def _hazards_of(self, kind: int) -> list[float]:
         hazards = []
-        for pooled, alike_used, alike_risk, used, risk in seen:
+        seen = zip(self._pool, self._seen(_ALIKE[kind]), self._seen([kind]), strict=True)
+        for pooled, (alike_used, alike_risk), (used, risk) in seen:
             family = (alike_used + pooled * _PRIOR_BLOCKS) / (alike_risk + _PRIOR_BLOCKS)
             hazards.append(min(1.0, (used + family * _POOL_BLOCKS) / (risk + _POOL_BLOCKS)))
-        self._learned[kind] = _worth(hazards, self._first)
-
-    def apply(self) -> None:
-        """Have ``worth`` say what was learned; the last step of learning."""
-        self.tables = self._learned.copy()
+        return hazards
 
 
 def _worth(hazards: list[float], apart: int) -> list[float]:
@@ -147,20 +155,26 @@ def _worth(hazards: list[float], apart: int) -> list[float]:
 
     Whatever comes after the last octave is not counted: a block that old would never leave.
 
+    From the last octave to the first: who keeps a block through an octave keeps it on through all
+    that is worth more than what came until then.
+
     Args:
         hazards: of the octaves up to ``apart`` together, and of each one after it.
         apart: octave.
     """
-    table = []
+    table: list[float] = []
+    later: list[
+        tuple[float, float, float, float]
+    ] = []  # stretches, each worth less than the one before
     steps = list(zip(hazards, [STARTS[apart + 1], *WIDTHS[apart + 1 :]], strict=True))
-    for first in range(len(steps)):
-        best = uses = seconds = 0.0
-        left = 1.0
-        for hazard, width in steps[first:]:
-            uses += left * hazard
-            seconds += left * width * (1 - hazard / 2)
-            left *= 1 - hazard
-            if uses > best * seconds:
-                best = uses / seconds
-        table.append(best)
+    for hazard, width in reversed(steps):
+        uses, seconds, left = hazard, width * (1 - hazard / 2), 1 - hazard
+        worth = uses / seconds
+        while later and later[-1][0] > worth:
+            _, more, longer, rest = later.pop()
+            uses, seconds, left = uses + left * more, seconds + left * longer, left * rest
+            worth = uses / seconds
+        later.append((worth, uses, seconds, left))
+        table.append(worth)
+    table.reverse()
     return [*[table[0]] * apart, *table, table[-1] / 2]

@@ -1,12 +1,12 @@
 """How far the learned policy may be from LRU: as far as it has earned.
 
 What LRU would hold needs no second cache: it is what was used last, whether it was kept or not,
-that is the newest cohorts::
+that is the newest epochs::
 
-    oldest                                                        newest
-    cohort   cohort | cohort   cohort   cohort   cohort   cohort   cohort
-                    | edge     all these together are as many blocks as there are slots
-                      of which a share
+    oldest                                                  newest
+    epoch   epoch | epoch   epoch   epoch   epoch   epoch   epoch
+                  | edge    all these together are as many blocks as there are slots
+                    of which a share
 
 So it is known of each block that is asked for whether LRU would have had it, and how many blocks
 that LRU would hold are *missing*. A missing block can cost one hit that LRU has, once. What was
@@ -14,7 +14,7 @@ that LRU would hold are *missing*. A missing block can cost one hit that LRU has
 
 Always true:
 
-* ``known`` and ``missing`` are those of the recent cohorts together, all of the edge's.
+* ``known`` and ``missing`` are those of the recent epochs together, all of the edge's.
 * What is allowed to be missing is never more than the slots.
 """
 
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvcache.eviction.cohorts import Cohort
+from kvcache.eviction.cohorts import Cohort, Epoch
 
-_FOR_EACH_WON = 8.0  # blocks that may be missing
+_FOR_EACH_WON = 6.0  # blocks that may be missing
 _FOR_EACH_SLOT = 0.01  # and to begin with
 _BOLDEST = 4.0  # times that at most, where more comes back too late for LRU than it finds
 _SURE = 16.0  # and so many times the slots were asked for, so that this is no accident
@@ -43,31 +43,40 @@ class Trust:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._of_late = 32 * capacity + 20_000
-        self.recent: OrderedDict[Cohort, None] = OrderedDict()
+        self.recent: OrderedDict[Epoch, None] = OrderedDict()
         self.known = 0
         self.missing = 0
-        self._edge: Cohort | None = None
+        self._edge = Epoch(0.0)  # one that is none, to begin with
+        self._edge.recent = False
         self._share = 1.0  # of the edge
         self._won = 0.0
         self._asked = 0.0
         self._found = 0.0  # of these by LRU
         self._beyond = 0.0  # and known, but used too long ago for LRU
         self._first = max(1.0, _FOR_EACH_SLOT * capacity)
-        self._allowed = self._first
+        self._stake = self._allowed = self._first
 
     def count(self, cohort: Cohort, blocks: int, missing: int) -> None:
         """A cohort has so many more blocks, of which so many are not held."""
+        epoch = cohort.epoch
         cohort.blocks += blocks
-        if cohort.recent:
-            cohort.missing += missing
+        epoch.blocks += blocks
+        if epoch.recent:
+            epoch.missing += missing
             self.known += blocks
             self.missing += missing
 
     def used(self, cohort: Cohort, held: int, missing: int) -> None:
-        """Blocks of a cohort are asked for."""
+        """Blocks of a cohort are asked for: it has them no longer, they are ``of_now``."""
         known = held + missing
-        if cohort.recent:
-            found = known * self._share if cohort is self._edge else known
+        epoch = cohort.epoch
+        cohort.blocks -= known
+        epoch.blocks -= known
+        if epoch.recent:
+            epoch.missing -= missing
+            self.known -= known
+            self.missing -= missing
+            found = known * self._share if epoch is self._edge else known
             self._found += found
             self._beyond += known - found
             self._won += held - found
@@ -75,50 +84,59 @@ class Trust:
             self._beyond += known
             self._won += held
 
-    def asked(self, blocks: int) -> None:
-        """So many were asked for: find what LRU would hold now, and what may be missing."""
-        recent = self.recent
-        while recent:
-            edge = next(iter(recent))
-            newer = self.known - edge.blocks
-            if newer < self._capacity:
-                self._edge = edge
-                self._share = min(1.0, (self._capacity - newer) / max(1, edge.blocks))
-                break
-            del recent[edge]
-            edge.recent = False
-            self.known = newer
-            self.missing -= edge.missing
-        self._asked += blocks
+    def of_now(self, epoch: Epoch, blocks: int, missing: int) -> None:
+        """The newest epoch has so many more blocks: find what LRU would hold now.
+
+        Those of its cohorts are counted already.
+        """
+        epoch.blocks += blocks
+        epoch.missing += missing
+        self.known += blocks
+        self.missing += missing
+        edge, capacity = self._edge, self._capacity
+        while not edge.recent or (newer := self.known - edge.blocks) >= capacity:
+            if edge.recent:
+                self.forget(edge)
+            edge = next(iter(self.recent))
+        self._edge = edge
+        self._share = min(1.0, (capacity - newer) / max(1, edge.blocks))
+        won = self._won
+        self._allowed = min(self._stake + (_FOR_EACH_WON * won if won > 0 else won), capacity)
+
+    def forget(self, epoch: Epoch) -> None:
+        """LRU would hold nothing of an epoch."""
+        del self.recent[epoch]
+        epoch.recent = False
+        self.known -= epoch.blocks
+        self.missing -= epoch.missing
+
+    def passed(self, asked: int) -> None:
+        """An epoch is over in which so many blocks were asked for: find what may be missing."""
+        self._asked += asked
         if self._asked > self._of_late:
             self._asked, self._found = self._asked / 2, self._found / 2
             self._beyond = self._beyond / 2
-        capacity, asked, won = self._capacity, self._asked, self._won
+        capacity, won = self._capacity, self._won
         if won < 0:
-            won *= max(0.0, 1 - blocks / (_FORGIVEN * capacity))
+            won *= max(0.0, 1 - asked / (_FORGIVEN * capacity))
         self._won = won = min(won, capacity)
         if (
-            asked > 2 * capacity
-            and self._found <= _NOTHING * asked
-            and self._beyond >= _MUCH * asked
+            self._asked > 2 * capacity
+            and self._found <= _NOTHING * self._asked
+            and self._beyond >= _MUCH * self._asked
         ):
-            self._allowed = capacity  # there is nothing to lose
+            self._stake = capacity  # there is nothing to lose
         else:
-            stake = self._first
-            if asked > _SURE * capacity:
+            self._stake = self._first
+            if self._asked > _SURE * capacity:
                 odds = (self._beyond - self._found) / max(1.0, self._found)
-                stake *= max(1.0, min(odds, _BOLDEST))
-            bank = _FOR_EACH_WON * won if won > 0 else won
-            self._allowed = min(stake + bank, capacity)
+                self._stake *= max(1.0, min(odds, _BOLDEST))
 
     @property
     def edge_octave(self) -> int:
-        """That of the oldest cohort that LRU would hold some of."""
-        return self._edge.octave if self._edge is not None else 0
+        """That of the oldest epoch that LRU would hold some of."""
+        return self._edge.octave
 
     def slack(self) -> float:
         """How many more blocks may be missing; less than none when too many are."""
-        missing = float(self.missing)
-        if (edge := self._edge) is not None:
-            missing -= (1 - self._share) * edge.missing
-        return self._allowed - missing
+        return self._allowed - self.missing + (1 - self._share) * self._edge.missing

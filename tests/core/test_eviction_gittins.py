@@ -27,12 +27,19 @@ from tests.core.traffic import Replay, Request
 
 def check(policy: AgedRuns, held: set[bytes]) -> None:
     """Raise ``AssertionError`` where what is always true is not."""
-    aged = [(octave, cohort) for octave, line in enumerate(policy._lines) for cohort in line]
-    assert all(cohort.blocks and cohort.octave == octave for octave, cohort in aged)
-    young = [cohort for cohort in policy._open if cohort is not None]
-    assert all(cohort.octave == 0 for cohort in young)
-    cohorts = [*(cohort for _, cohort in aged), *young]
-    assert len(set(cohorts)) == len(cohorts)
+    aged = [(octave, epoch) for octave, line in enumerate(policy._lines) for epoch in line]
+    assert all(epoch.blocks and epoch.octave == octave for octave, epoch in aged)
+    assert all(
+        [epoch.time for epoch in line] == sorted(epoch.time for epoch in line)
+        for line in policy._lines
+    )
+    epochs = [*(epoch for _, epoch in aged), policy._epoch]
+    assert len(set(epochs)) == len(epochs)
+    assert policy._epoch.octave == 0
+    cohorts = [cohort for epoch in epochs for cohort in epoch.cohorts]
+    assert [c for c in policy._open if c is not None] == sorted(
+        policy._epoch.cohorts, key=lambda cohort: cohort.kind
+    )
 
     runs = set(policy._runs.values())
     assert {run.cohort for run in runs} <= set(cohorts)
@@ -52,18 +59,23 @@ def check(policy: AgedRuns, held: set[bytes]) -> None:
         for octave, queue in enumerate(queues)
         for cohort in queue
     }
-    assert queued == {cohort: (cohort.kind, cohort.octave) for cohort in cohorts if cohort.runs}
-    recent = policy._trust.recent
-    assert set(recent) == {cohort for cohort in cohorts if cohort.recent}
+    assert queued == {
+        cohort: (cohort.kind, cohort.epoch.octave) for cohort in cohorts if cohort.runs
+    }
     for cohort in cohorts:
         ours = [run for run in runs if run.cohort is cohort]
         assert cohort.blocks == sum(len(run.keys) for run in ours)
-        assert cohort.octave < policy._oldest
         assert set(cohort.runs) | set(cohort.parked) <= set(ours)
-        if cohort.recent:
-            assert cohort.missing == sum(len(run.keys) - run.held for run in ours)
-    assert policy._trust.known == sum(cohort.blocks for cohort in recent)
-    assert policy._trust.missing == sum(cohort.missing for cohort in recent)
+    recent = policy._trust.recent
+    assert set(recent) == {epoch for epoch in epochs if epoch.recent}
+    for epoch in epochs:
+        ours = [run for run in runs if run.cohort.epoch is epoch]
+        assert epoch.blocks == sum(len(run.keys) for run in ours)
+        assert epoch.octave < policy._oldest
+        if epoch.recent:
+            assert epoch.missing == sum(len(run.keys) - run.held for run in ours)
+    assert policy._trust.known == sum(epoch.blocks for epoch in recent)
+    assert policy._trust.missing == sum(epoch.missing for epoch in recent)
 
 
 chains = st.text("01", min_size=1, max_size=8)
@@ -112,11 +124,9 @@ def teach(policy: Gittins, kind: int, hazards: Sequence[float], blocks: int = 10
     left = float(blocks)
     for octave, hazard in enumerate(hazards):
         policy._hazards.at_risk(kind, octave, octave, int(left))
-        policy._hazards.used(kind, octave, int(left * hazard))
+        policy._hazards.used[kind][octave] += int(left * hazard)
         left *= 1 - hazard
-    policy._hazards.pool()
-    policy._hazards.learn(kind)
-    policy._hazards.apply()
+    policy._hazards.learn()
     policy._sort()
 
 
@@ -164,8 +174,8 @@ def test_what_was_evicted_is_seen_to_be_used_again() -> None:
         index.access(keys(names), 0)
         index.publish(index.reserve(keys(names), None)[1])
     assert index.hit_blocks == 0
-    policy._hazards.pool()
-    assert sum(map(sum, policy._hazards._used)) == 4
+    policy._hazards.learn()
+    assert sum(map(sum, policy._hazards.used)) == 4
     assert sum(risk[0] for risk in policy._hazards._risk) == 8  # two of each time asked
 
 
@@ -239,7 +249,7 @@ def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
         policy.add([b"%d" % at], b"%d" % (at - 1) if at else b"c", 10.0 * at)
         policy._tick(10.0 * at + 5)
     assert policy._runs[b"49"] is policy._runs[b"a"]
-    policy._hazards.pool()
+    policy._hazards.learn()
     risk = [sum(column) for column in zip(*policy._hazards._risk, strict=True)]
     assert risk[0] == len(policy._runs)
     assert sorted(risk, reverse=True) == risk, "a block came to an age twice"
@@ -264,8 +274,8 @@ def test_a_call_moves_a_bounded_number_of_runs() -> None:
     assert late > 2000
     for at in range(3000):
         policy._use([b"%d" % at])  # as late as they are, they came to the age they are used at
-    policy._hazards.pool()
-    used, risk = policy._hazards._used, policy._hazards._risk
+    policy._hazards.learn()
+    used, risk = policy._hazards.used, policy._hazards._risk
     assert all(a <= b for rows in zip(used, risk, strict=True) for a, b in zip(*rows, strict=True))
     assert sum(map(sum, used)) == 3000
 
@@ -317,11 +327,7 @@ def test_what_was_learned_long_ago_is_forgotten() -> None:
 def test_little_seen_is_drawn_to_what_is_alike() -> None:
     policy = Gittins(10)
     teach(policy, AGAIN, [0.5] * OCTAVES)
-    tables = []
-    for kind in range(CLASSES):
-        policy._hazards.learn(kind)
-        policy._hazards.apply()
-        tables.append(policy._hazards.worth(kind, 1.0))
+    tables = [policy._hazards.worth(kind, 1.0) for kind in range(CLASSES)]
     new, more, last, again, often, always = tables
     assert again > often == always > new == more == last
 
@@ -329,11 +335,8 @@ def test_little_seen_is_drawn_to_what_is_alike() -> None:
 def test_of_ages_that_are_not_told_apart_the_older_goes_first() -> None:
     policy = Gittins(10)
     for _ in range(100):
-        policy._hazards.passed(60.0)
-    policy._hazards.pool()
-    for kind in range(CLASSES):
-        policy._hazards.learn(kind)
-        policy._hazards.apply()
+        policy._hazards.passed(60.0, 1, 1)
+    policy._hazards.learn()
     for at, name in enumerate("abc"):
         policy.access(keys(name), 0, float(at))
         policy.add(keys(name), None, float(at))
