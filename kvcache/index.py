@@ -26,6 +26,7 @@ from functools import partial
 from kvcache.changes import Changes
 from kvcache.eviction import Policy
 from kvcache.hints import Hints
+from kvcache.leaving import Leaving
 from kvcache.stretches import Stretches
 
 
@@ -47,6 +48,7 @@ class Index:
         self._pins: dict[int, int] = {}  # of slots that have any
         self._orphans: set[int] = set()  # pinned slots
         self.hints = Hints()
+        self._hinted = False  # there may be some
         self.declines = True  # blocks that the policy finds not worth a slot
         self.lookup_blocks = 0
         self.hit_blocks = 0
@@ -100,10 +102,14 @@ class Index:
         of = self._stretches.of
         chain = list(chain)
         end = start
-        while end < len(chain) and (stretch := of.get(chain[end])) is not None and stretch.ready:
+        while end < len(chain):
+            stretch = of.get(chain[end])
+            if stretch is None or not stretch.ready:
+                break
             end += len(stretch.part(chain, end))
         self._policy.access(chain, end, self._clock())
-        self.hints.used(chain)
+        if self._hinted:
+            self.hints.used(chain)
         self.lookup_blocks += max(0, len(chain) - start)
         self.hit_blocks += end - start
         return end - start
@@ -192,7 +198,7 @@ class Index:
         self, keys: Sequence[bytes], after: bytes | None, absent: Sequence[int]
     ) -> Sequence[int]:
         """Evict for ``absent`` ones of ``keys``; give those of them that can have a slot."""
-        stretches = self._stretches
+        of = self._stretches.of
         first = absent[0]
         parent = keys[first - 1] if first else after
         admitted = len(absent)
@@ -201,82 +207,56 @@ class Index:
             admitted = min(admitted, self._policy.admit(new, parent, self._clock()))
         need = admitted - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.
-        if need > 0 and (parent is None or parent in stretches.of):
+        if need > 0 and (parent is None or parent in of):
             asked = keys if len(absent) < len(keys) else ()
-            stay = [key for key in asked if key in stretches.of]
-            if parent is not None:
-                stay.append(parent)
+            stay = [key for key in asked if key in of]
             for key in stay:
-                stretches.begin(key)
+                self._stretches.begin(key)
             try:
-                self._evict(need)
+                self._evict(need, parent)
             finally:  # somebody's policy may raise
                 for key in stay:
-                    stretches.end(key)
+                    self._stretches.end(key)
         room = min(admitted, len(self._free))
         self.declined_blocks += len(absent) - room
         return absent[:room]
 
-    def _evict(self, count: int) -> None:
-        """Have so many blocks go, if so many can."""
-        stretches, free, hints = self._stretches, self._free, self.hints
-        of, begun, pinned = stretches.of, stretches.begun.keys(), self._pins.keys()
-        gone: list[bytes] = []
-        kept: Callable[[bytes], bool] | None = None  # others should go first
-
-        def stays(key: bytes, slot: int) -> bool:
-            return slot in pinned or key in begun or (kept is not None and kept(key))
-
-        def take(offered: Sequence[bytes]) -> int:
-            end = len(offered)
-            while end and len(gone) < count:
-                stretch = of[offered[end - 1]]
-                some = min(end, count - len(gone), len(stretch.keys))
-                keys, slots = stretch.keys[-some:], stretch.slots[-some:]
-                if (
-                    kept is not None
-                    or keys != offered[end - some : end]
-                    or not pinned.isdisjoint(slots)
-                    or not begun.isdisjoint(keys)
-                ):
-                    some = stretch.loose(offered[end - some : end], stays)
-                    if not some:
-                        break
-                    keys, slots = stretch.keys[-some:], stretch.slots[-some:]
-                stretches.shorten(stretch, some)
-                free.extend(slots)
-                gone.extend(keys)
-                end -= some
-                if stretch.keys:
-                    break
-            return len(offered) - end
-
+    def _evict(self, need: int, parent: bytes | None) -> None:
+        """Have so many blocks go, if so many can, but not ``parent``, which will be continued."""
+        leaving = Leaving(self._stretches, self._pins, parent, need)
+        hints, take = self.hints, leaving.take
         try:
-            if hints:
+            if self._hinted:
                 now = self._clock()
                 for key in hints.victims(lambda key: key not in self or not take([key])):
                     self._policy.remove([key])
-                    if len(gone) == count:
+                    if not leaving.need:
                         return
                 if hints.any_kept:
-                    kept = partial(hints.is_kept, now=now)
-                    self._policy.evict(count - len(gone), take)
-                    kept = None
-            if len(gone) < count:
-                self._policy.evict(count - len(gone), take)
+                    leaving.kept = partial(hints.is_kept, now=now)
+                    self._policy.evict(leaving.need, take)
+                    leaving.kept = None
+            if leaving.need:
+                self._policy.evict(leaving.need, take)
         finally:  # somebody's policy may raise
-            hints.left(gone)
+            gone = leaving.keys
+            self._free += leaving.slots
+            if self._hinted:
+                hints.left(gone)
+                self._hinted = bool(hints)
             self.evicted_blocks += len(gone)
             self.changes.left(gone)
 
     def done(self, keys: Sequence[bytes]) -> None:
         """Have those of ``keys`` that are held go before all others."""
+        self._hinted = True
         self.hints.done([key for key in keys if key in self._stretches.of])
 
     def keep(self, keys: Sequence[bytes], seconds: float) -> None:
         """Have others go before those of ``keys`` that are held, for so long."""
         held = [key for key in keys if key in self._stretches.of]
         now = self._clock()
+        self._hinted = True
         self.hints.keep(held, now + seconds, now, self.slots)
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:

@@ -16,7 +16,7 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 _MOST = 256  # so that finding one of them is quick
 
@@ -47,16 +47,6 @@ class Stretch:
         if ours[first : first + count] != keys[at : at + count]:
             count = next(n for n in range(count) if ours[first + n] != keys[at + n])
         return self.slots[first : first + count]
-
-    def loose(self, keys: Sequence[bytes], stays: Callable[[bytes, int], bool]) -> int:
-        """How many of its last blocks ``keys`` end with, and none of which ``stays``."""
-        count = 0
-        pairs = zip(reversed(self.keys), reversed(self.slots), reversed(keys), strict=False)
-        for ours, slot, theirs in pairs:
-            if ours != theirs or stays(ours, slot):
-                break
-            count += 1
-        return count
 
 
 class Stretches:
@@ -111,10 +101,10 @@ class Stretches:
             del filling[slot]
             yield stretch
 
-    def shorten(self, stretch: Stretch, count: int) -> None:
-        """The last ``count`` blocks of a stretch leave."""
-        of = self.of
-        for key in stretch.keys[-count:]:
+    def shorten(self, stretch: Stretch, keys: list[bytes]) -> None:
+        """``keys``, the last ones of a stretch, leave."""
+        of, count = self.of, len(keys)
+        for key in keys:
             del of[key]
         if count < len(stretch.keys):
             del stretch.keys[-count:], stretch.slots[-count:]
@@ -131,7 +121,7 @@ class Stretches:
         if stretch.keys[-1] != key:
             self._cut(stretch, stretch.keys.index(key) + 1)
         slot = stretch.slots[-1]
-        self.shorten(stretch, 1)
+        self.shorten(stretch, [key])
         return slot
 
     def _cut(self, stretch: Stretch, at: int) -> Stretch:

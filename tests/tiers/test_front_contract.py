@@ -223,7 +223,7 @@ class FailureFreesWhatIsHeld(WrongDram):
         with self._lock:
             for key, slot in zip(lease.keys, lease.slots, strict=True):
                 if key in failed:
-                    self._index._pins[slot] = 1
+                    self._index._pins.pop(slot, None)
         super()._publish(lease, failed)
 
 
