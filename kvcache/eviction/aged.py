@@ -32,7 +32,7 @@ from kvcache.eviction.hazards import CLASSES, OCTAVES, STARTS, Hazards, octave_o
 from kvcache.eviction.policy import Policy
 from kvcache.eviction.trust import Trust
 
-_PARTS, _MOST = 32, 512  # an epoch is for as many blocks as there are slots; and blocks of one
+_PARTS, _MOST = 16, 512  # an epoch is for as many blocks as there are slots; and blocks of one
 _SPAN_S = 4.0  # that an epoch takes
 _MOVES = 256
 _TOLD = 17  # octave, of two minutes, up to which what came back is asked for by who had it come
@@ -85,10 +85,11 @@ class AgedRuns(Policy):
         """Put ``keys``, the first ``held`` of them held, at the end of ``run`` or of a new one."""
         cohort = self._open[kind] or self._begin(kind)
         if run is None or run.cohort is not cohort or (held and run.held < len(run.keys)):
-            run = Run(after, cohort, uses)
+            run = Run(keys, after, cohort, uses)
             self._past[run] = None
-        elif uses < run.uses:
-            run.uses = uses
+        else:
+            run.keys += keys
+            run.uses = min(run.uses, uses)
         count = len(keys)
         run.keys += keys
         runs = self._runs
@@ -168,12 +169,15 @@ class AgedRuns(Policy):
         while len(runs) > self._limit and past:
             run, _ = past.popitem(last=False)
             gone = run.keys[run.held :]
+            if not gone:
+                continue
             for key in gone:
                 del runs[key]
             del run.keys[run.held :]
-            self._trust.count(run.cohort, -len(gone), -len(gone))
-            if not run.cohort.epoch.blocks:
-                self._bury(run.cohort.epoch)
+            cohort = run.cohort
+            self._trust.count(cohort, -len(gone), -len(gone))
+            if not cohort.epoch.blocks:
+                self._bury(cohort.epoch)
 
     # Where it is found
 
@@ -363,7 +367,10 @@ class AgedRuns(Policy):
 
     def _worth(self, cohort: Cohort) -> float:
         """What a slot is worth to a block of a cohort."""
-        return self._hazards.worth(cohort.kind, self._epoch.time - cohort.epoch.time)
+        hazards, epoch, now = self._hazards, cohort.epoch, self._epoch
+        if epoch is now:
+            return hazards.tables[cohort.kind][0]
+        return hazards.worth(cohort.kind, now.time - epoch.time)
 
     def _rising(self, cohort: Cohort) -> bool:
         """Whether blocks of a cohort are worth more as they grow older."""

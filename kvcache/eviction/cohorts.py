@@ -81,8 +81,8 @@ class Run:
 
     __slots__ = ("after", "awaited", "cohort", "ends", "held", "keys", "told", "uses")
 
-    def __init__(self, after: bytes | None, cohort: Cohort, uses: int) -> None:
-        self.keys: list[bytes] = []
+    def __init__(self, keys: list[bytes], after: bytes | None, cohort: Cohort, uses: int) -> None:
+        self.keys = keys
         self.held = 0
         self.after = after
         self.cohort = cohort

@@ -22,7 +22,6 @@ what was learned long ago is forgotten; to learn costs the same whatever was cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from math import frexp
 from operator import add
@@ -47,6 +46,8 @@ CLASSES = 6
 _USED = (AGAIN, OFTEN, ALWAYS)
 _ALIKE = [_USED if kind in _USED else (kind,) for kind in range(CLASSES)]
 
+_Seen = list[tuple[list[float], list[float]]]  # by class: blocks used and at risk, by octave
+
 
 def octave_of(age: float) -> int:
     """The octave that ``age`` lies in."""
@@ -69,7 +70,6 @@ class Hazards:
         # What came to octaves since then, as differences from each octave to the next.
         self.came = [[0.0] * (OCTAVES + 1) for _ in range(CLASSES)]
         self.begun = [0] * CLASSES  # blocks that came to the first octave, since then
-        self._pool = [_PRIOR] * OCTAVES
         self._seconds = 0.0  # in which there were so many look-ups, since something was learned
         self._lookups = 0
         self._asked = 0  # blocks, by these
@@ -113,11 +113,21 @@ class Hazards:
         self._first = octave_of(self._seconds / max(1, self._lookups))
         self._seconds, self._lookups, self._asked = 0.0, 0, 0
         self._count()
-        prior = _PRIOR * _PRIOR_BLOCKS
-        self._pool = [
-            (used + prior) / (risk + _PRIOR_BLOCKS) for used, risk in self._seen(range(CLASSES))
+        # The octaves up to the first that is told apart are one, which all come to.
+        first = self._first + 1
+        seen = [
+            ([sum(used[:first]), *used[first:]], [risk[0], *risk[first:]])
+            for used, risk in zip(self.used, self._risk, strict=True)
         ]
-        self.tables = [_worth(self._hazards_of(kind), self._first) for kind in range(CLASSES)]
+        every = _drawn(seen, [_PRIOR] * OCTAVES, _PRIOR_BLOCKS)
+        families = {
+            kinds: _drawn([seen[kind] for kind in kinds], every, _PRIOR_BLOCKS)
+            for kinds in set(_ALIKE)
+        }
+        self.tables = [
+            _worth(_drawn([seen[kind]], families[_ALIKE[kind]], _POOL_BLOCKS), self._first)
+            for kind in range(CLASSES)
+        ]
 
     def _count(self) -> None:
         """Take in what came to octaves."""
@@ -133,21 +143,14 @@ class Hazards:
                 used[:] = [blocks / 2 for blocks in used]
                 risk[:] = [blocks / 2 for blocks in risk]
 
-    def _seen(self, kinds: Sequence[int]) -> Iterator[tuple[float, float]]:
-        """Blocks used and at risk, of these classes together. The octaves up to the first that is
-        told apart are one, which all come to."""
-        first = self._first + 1
-        used = [sum(column) for column in zip(*(self.used[kind] for kind in kinds), strict=True)]
-        risk = [sum(column) for column in zip(*(self._risk[kind] for kind in kinds), strict=True)]
-        return zip([sum(used[:first]), *used[first:]], [risk[0], *risk[first:]], strict=True)
 
-    def _hazards_of(self, kind: int) -> list[float]:
-        hazards = []
-        seen = zip(self._pool, self._seen(_ALIKE[kind]), self._seen([kind]), strict=True)
-        for pooled, (alike_used, alike_risk), (used, risk) in seen:
-            family = (alike_used + pooled * _PRIOR_BLOCKS) / (alike_risk + _PRIOR_BLOCKS)
-            hazards.append(min(1.0, (used + family * _POOL_BLOCKS) / (risk + _POOL_BLOCKS)))
-        return hazards
+def _drawn(seen: _Seen, to: list[float], blocks: float) -> list[float]:
+    """The hazards of classes together, drawn ``to`` others that weigh as so many blocks."""
+    used, risk = (map(sum, zip(*rows, strict=True)) for rows in zip(*seen, strict=True))
+    return [
+        min(1.0, (uses + other * blocks) / (came + blocks))
+        for uses, came, other in zip(used, risk, to, strict=False)
+    ]
 
 
 def _worth(hazards: list[float], apart: int) -> list[float]:

@@ -91,13 +91,15 @@ class Trust:
         """
         epoch.blocks += blocks
         epoch.missing += missing
-        self.known += blocks
         self.missing += missing
+        self.known += blocks
         edge, capacity = self._edge, self._capacity
-        while not edge.recent or (newer := self.known - edge.blocks) >= capacity:
+        newer = self.known - edge.blocks
+        while newer >= capacity or not edge.recent:
             if edge.recent:
                 self.forget(edge)
             edge = next(iter(self.recent))
+            newer = self.known - edge.blocks
         self._edge = edge
         self._share = min(1.0, (capacity - newer) / max(1, edge.blocks))
         won = self._won

@@ -328,11 +328,12 @@ class Slots(RuleBasedStateMachine):
         self.writing |= set(slots)
         return [names[at:][place] for place in positions], slots
 
-    @rule(lease=consumes(filling), bad=st.integers(0, 7))
-    def publish(self, lease: tuple[list[bytes], list[int]], bad: int) -> None:
+    @rule(lease=consumes(filling), bad=st.integers(0, 7), parts=st.permutations(range(3)))
+    def publish(self, lease: tuple[list[bytes], list[int]], bad: int, parts: list[int]) -> None:
         names, slots = lease
         failed = names[bad : bad + 1]
-        self.index.publish(slots, failed)
+        for part in parts:  # in any order
+            self.index.publish(slots[2 * part : 2 * part + 2 if part < 2 else None], failed)
         self.writing -= set(slots)
         # After a clear, the key may be another lease's.
         assert not any(self.index.ready().get(key) in slots for key in failed)
