@@ -91,7 +91,6 @@ class AgedRuns(Policy):
             run.keys += keys
             run.uses = min(run.uses, uses)
         count = len(keys)
-        run.keys += keys
         runs = self._runs
         for key in keys:
             runs[key] = run

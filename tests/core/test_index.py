@@ -315,12 +315,10 @@ class Slots(RuleBasedStateMachine):
     def reserve(self, chain: str, skip: int) -> tuple[list[bytes], list[int]]:
         names = self.keys(chain)
         at = min(skip, len(names) - 1)
-        held = self.index.ready()
-        pinned = {key for key, slot in held.items() if slot in self.pins}
-        before = set(self.index.ready())
+        before = self.index.ready()
         positions, slots = self.index.reserve(names[at:], names[at - 1] if at else None)
-        gone = before - set(self.index.ready())
-        assert not gone & pinned, "a pinned block was evicted"
+        gone = before.keys() - self.index.ready()
+        assert not any(before[key] in self.pins for key in gone), "a pinned block was evicted"
         assert not any(key[:-1] in gone for key in self.index.ready()), "a parent left first"
         assert len(set(slots)) == len(slots)
         assert not set(slots) & (self.writing | set(self.pins)), "a slot is lent twice"
