@@ -64,8 +64,6 @@ class Leaving:
             self.keys += keys
             end -= some
             need -= some
-            if stretch.keys:
-                break
         self.need = need
         return len(offered) - end
 

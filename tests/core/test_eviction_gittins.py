@@ -226,6 +226,44 @@ def test_what_was_used_within_seconds_is_of_one_age() -> None:
     assert policy._runs[b"d"].cohort is not third is policy._runs[b"0"].cohort
 
 
+def test_within_an_epoch_no_time_passes() -> None:
+    policy = Gittins(3200)
+    policy.access(keys("a"), 0, 0.0)
+    policy.access(keys("b"), 0, 10.0)
+    cohort = policy._runs[b"a"].cohort
+    before = policy._worth(cohort), cohort.epoch.octave
+    policy.access(keys("c"), 0, 13.9)
+    assert (policy._worth(cohort), cohort.epoch.octave) == before
+    policy.access(keys("d"), 0, 14.0)
+    assert policy._worth(cohort) < before[0]
+    assert cohort.epoch.octave == octave_of(14.0)
+
+
+def test_who_goes_first_is_remembered_until_what_is_worth_less_is_there() -> None:
+    policy = Gittins(3200)
+    trust(policy)
+    policy._ends.apart = False
+    policy._hazards.tables = [[float(kind)] * (OCTAVES + 1) for kind in range(CLASSES)]
+    policy._sort()
+
+    def hold(names: str, now: float) -> None:
+        policy.access(keys(names), 0, now)
+        policy.add(keys(names), None, now)
+
+    def first() -> tuple[float, int]:
+        found = policy._first(spare=False)
+        assert found is not None
+        return found[0], found[1].kind
+
+    hold("a", 0.0)
+    hold("a", 1.0)
+    assert first() == (AGAIN, AGAIN)
+    hold("b", 2.0)
+    assert first() == (NEW, NEW)
+    hold("b", 3.0)  # nothing new is left
+    assert first() == (AGAIN, AGAIN)
+
+
 def test_of_runs_of_one_age_the_last_that_was_used_goes_last() -> None:
     policy = Gittins(3200)
     policy._ends.apart = False
