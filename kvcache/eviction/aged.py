@@ -44,7 +44,7 @@ class AgedRuns(Policy):
     """What a policy knows that ranks blocks by their class and age."""
 
     def __init__(self, capacity: int) -> None:
-        self._limit = capacity + max(4 * capacity, 24_000)
+        self._limit = capacity + max(2 * capacity, 24_000)
         self._hazards = Hazards(capacity)
         self._trust = Trust(capacity)
         self._runs: dict[bytes, Run] = {}  # of every known key

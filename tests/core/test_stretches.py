@@ -1,0 +1,88 @@
+"""Stretches of an index: long ones, ones that are cut, and what a policy may not take of them."""
+
+import itertools
+
+from kvcache.eviction import Fifo, Lru, Take
+from kvcache.index import Index
+from kvcache.stretches import Stretches
+
+
+def chain_of(blocks: int) -> list[bytes]:
+    return [b"%d" % at for at in range(blocks)]
+
+
+def index_of(slots: int) -> Index:
+    index = Index(Lru(slots), map(float, itertools.count()).__next__)
+    index.open_slots(slots)
+    return index
+
+
+def test_a_long_chain_is_one_of_many_stretches() -> None:
+    index, chain = index_of(1000), chain_of(900)
+    _, slots = index.reserve(chain, None)
+    index.check()
+    index.publish(slots)
+    index.check()
+    assert index.access(chain, 0) == 900
+    assert index.pin(chain[700:]) == slots[700:]
+    index.unpin(slots[700:])
+    index.publish(index.reserve([b"x%d" % at for at in range(600)], None)[1])
+    index.check()
+    assert index.access(chain, 0) == 400
+
+
+def test_what_is_published_in_parts_is_held_in_parts() -> None:
+    index, chain = index_of(9), chain_of(9)
+    _, slots = index.reserve(chain, None)
+    index.publish(slots[3:5])
+    index.check()
+    assert [key in index for key in chain] == [at in (3, 4) for at in range(9)]
+    index.publish(slots[5:])
+    index.publish(slots[:3])
+    index.check()
+    assert index.access(chain, 0) == 9
+
+
+def test_a_block_in_the_middle_is_dropped_alone() -> None:
+    index, chain = index_of(9), chain_of(9)
+    index.publish(index.reserve(chain, None)[1])
+    index.drop(chain[4:5])
+    index.check()
+    assert index.access(chain, 0) == 4
+    index.publish(index.reserve(chain[4:5], chain[3])[1])
+    index.check()
+    assert index.access(chain, 0) == 9
+
+
+class Confused(Fifo):
+    """Offers what is on its way."""
+
+    took = -1
+
+    def evict(self, count: int, take: Take) -> None:
+        self.took = take([b"a"])
+        super().evict(count, take)
+
+
+def test_what_is_being_filled_cannot_be_taken() -> None:
+    policy = Confused(2)
+    index = Index(policy, map(float, itertools.count()).__next__)
+    index.open_slots(2)
+    _, slots = index.reserve([b"a"], None)
+    assert index.reserve([b"x", b"y"], None)[0] == [0]
+    assert policy.took == 0
+    index.publish(slots)
+    index.check()
+    assert b"a" in index
+
+
+def test_a_stretch_that_ends_is_counted_no_more() -> None:
+    stretches = Stretches()
+    for name in (b"x", b"y"):
+        stretches.put([name], [int(name == b"y")], b"parent")
+    assert stretches.begun == {b"parent": 2}
+    assert stretches.remove(b"x") == 0
+    assert stretches.begun == {b"parent": 1}
+    assert stretches.remove(b"y") == 1
+    assert stretches.begun == {}
+    stretches.check()
