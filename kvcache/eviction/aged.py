@@ -63,11 +63,8 @@ class AgedRuns(Policy):
         self._oldest = 1  # octave that no epoch has come to yet
         self._before = self._order  # those of them in which LRU would not hold everything,
         self._since = -1  # from this octave on
-        self._stirred = True  # who goes first has to be found; it was,
-        self._found: list[tuple[float, Cohort] | None] = [
-            None,
-            None,
-        ]  # of all, and of what is spare,
+        self._stirred = True  # who goes first has to be found; else it was,
+        self._found: dict[bool, tuple[float, Cohort] | None] = {}  # of all or of what is spare,
         self._most = -1.0  # and is worth no more than this
         self._sort()
 
@@ -352,10 +349,10 @@ class AgedRuns(Policy):
             spare: what LRU would hold is to stay, as far as that goes.
         """
         if self._stirred:
-            self._found = [None, None]
+            self._found.clear()
             self._most = -1.0
             self._stirred = False
-        found = self._found[spare]
+        found = self._found.get(spare)
         if found is None or not found[1].runs:
             found = self._lowest(spare=spare) or (self._least_recent() if spare else None)
             self._found[spare] = found

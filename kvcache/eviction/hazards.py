@@ -153,6 +153,9 @@ def _drawn(seen: _Seen, to: list[float], blocks: float) -> list[float]:
     ]
 
 
+_Kept = tuple[float, float, float, float]  # worth, uses, seconds, and the share that is left then
+
+
 def _worth(hazards: list[float], apart: int) -> list[float]:
     """The index at the start of each octave, and at the end of the last.
 
@@ -166,9 +169,7 @@ def _worth(hazards: list[float], apart: int) -> list[float]:
         apart: octave.
     """
     table: list[float] = []
-    later: list[
-        tuple[float, float, float, float]
-    ] = []  # stretches, each worth less than the one before
+    later: list[_Kept] = []  # each worth less than the one before
     steps = list(zip(hazards, [STARTS[apart + 1], *WIDTHS[apart + 1 :]], strict=True))
     for hazard, width in reversed(steps):
         uses, seconds, left = hazard, width * (1 - hazard / 2), 1 - hazard

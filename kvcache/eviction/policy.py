@@ -1,8 +1,8 @@
 """The seam: what orders the blocks of an index.
 
 A policy only orders keys. It is told of accesses a request at a time, because a request's blocks
-live and die together, and it answers with victims, lazily. It holds no bytes, takes no lock, starts
-no thread and reads no clock: the index calls it under its own lock and hands it the time.
+live and die together, and it offers stretches of chains to evict. It holds no bytes, takes no lock,
+starts no thread and reads no clock: the index calls it under its own lock and hands it the time.
 
 What a policy is told of a request, in this order::
 
