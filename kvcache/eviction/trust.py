@@ -24,7 +24,7 @@ from collections import OrderedDict
 
 from kvcache.eviction.cohorts import Cohort, Epoch
 
-_FOR_EACH_WON = 6.0  # blocks that may be missing
+_FOR_EACH_WON = 5.0  # blocks that may be missing
 _FOR_EACH_SLOT = 0.01  # and to begin with
 _BOLDEST = 4.0  # times that at most, where more comes back too late for LRU than it finds
 _SURE = 16.0  # and so many times the slots were asked for, so that this is no accident
