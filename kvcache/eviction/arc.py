@@ -62,10 +62,10 @@ class Arc(RunPolicy):
         full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
         return (once, again) if full else (again, once)
 
-    def _offer(self, queue: Queue, run: Run) -> int:
-        if queue is self._once and queue.blocks > self._target:
-            return min(len(run.keys), queue.blocks - int(self._target))
-        return len(run.keys) if queue is self._again else 1
+    def _offer(self, queue: Queue, run: Run, count: int) -> int:
+        if queue is self._once:
+            count = min(count, max(1, queue.blocks - int(self._target)))
+        return min(len(run.keys), count)
 
     def _left(self, queue: Queue, keys: list[bytes]) -> None:
         ghosts = self._left_once if queue is self._once else self._left_again

@@ -142,11 +142,11 @@ class RunPolicy(Policy):
                 spared.clear()  # some may go by now, or have come to stand behind the spared
                 moved = False
                 continue
-            offer = self._offer(queue, run)
+            offer = self._offer(queue, run, count)
             if not offer:
                 moved = True
                 continue
-            offered = run.keys[-min(offer, count) :]
+            offered = run.keys[-offer:]
             if went := take(offered):
                 moved = True
                 count -= went
@@ -160,9 +160,10 @@ class RunPolicy(Policy):
     def _order(self) -> Sequence[Queue]:
         """Of which queue the oldest run goes first; the next one is asked where all of it stays."""
 
-    def _offer(self, queue: Queue, run: Run) -> int:
-        """How many blocks of ``run`` may go now; none when it was put elsewhere instead."""
-        return len(run.keys)
+    def _offer(self, queue: Queue, run: Run, count: int) -> int:
+        """How many blocks of ``run`` may go now, ``count`` at most; none when it was put elsewhere
+        instead."""
+        return min(len(run.keys), count)
 
     def _left(self, queue: Queue, keys: list[bytes]) -> None:
         """``keys`` of a run of ``queue`` have left, the last of them first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 from kvcache.eviction.runs import Queue, Run, RunPolicy
 
@@ -56,25 +57,32 @@ class S3Fifo(RunPolicy):
         small, main = self._small, self._main
         return (small, main) if small.blocks >= self._small_share else (main, small)
 
-    def _offer(self, queue: Queue, run: Run) -> int:
+    def _offer(self, queue: Queue, run: Run, count: int) -> int:
         small, main, uses = self._small, self._main, self._uses
-        tail = run.keys[-1]
-        if queue is small and uses.get(tail, 0) >= self._promote:
+        enough = self._promote if queue is small else 1
+        if queue is small:
+            count = min(count, max(1, small.blocks - self._small_share + 1))
+        offer = 0
+        for key in islice(reversed(run.keys), count):
+            if uses.get(key, 0) >= enough:
+                break
+            offer += 1
+        if offer:
+            return offer
+        if queue is small:
             small.drop(run)
             for key in run.keys:
                 uses.pop(key, None)
             main.push(run.keys, run.after)
-        elif queue is main and uses.get(tail, 0):
+        else:
             for key in run.keys:
                 if (left := uses.pop(key, 0) - 1) > 0:
                     uses[key] = left
             main.rotate(run)
-        else:
-            return 1
         return 0
 
     def _left(self, queue: Queue, keys: list[bytes]) -> None:
-        for key in keys:
+        for key in reversed(keys):
             self._uses.pop(key, None)
             if queue is self._small:
                 self._remember(key)
