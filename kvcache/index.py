@@ -74,8 +74,8 @@ class Index:
         now = self._clock()
         for slot, key, parent in held:
             self._stretches.put([key], [slot], parent)
-            for stretch in self._stretches.publish([slot]):
-                self._policy.add(stretch.keys, parent, now)
+            for keys, after in self._stretches.publish([slot]):
+                self._policy.add(keys, after, now)
 
     def __len__(self) -> int:
         return len(self._stretches.of)
@@ -274,12 +274,12 @@ class Index:
             lent = [slot for slot in lent if slot not in cleared]
         came: list[tuple[list[bytes], bytes | None]] = []
         last: bytes | None = None
-        for stretch in self._stretches.publish(lent):
-            if last is None or stretch.after != last:
-                came.append((stretch.keys[:], stretch.after))
+        for keys, after in self._stretches.publish(lent):
+            if last is None or after != last:
+                came.append((keys, after))
             else:
-                came[-1][0].extend(stretch.keys)
-            last = stretch.keys[-1]
+                came[-1][0].extend(keys)
+            last = keys[-1]
         now = self._clock()
         for keys, after in came:
             self.stored_blocks += len(keys)

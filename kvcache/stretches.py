@@ -8,7 +8,8 @@
 
 Always true here:
 
-* Every block is in one stretch, and a stretch has a block, and no more than ``_MOST``.
+* Every block is in one stretch, and a stretch has a block, and no more than ``_MOST``. A few blocks
+  that continue one become its end when they can be found.
 * A block that is not the last of its stretch is continued in the index; the last one is when a
   stretch has begun after it.
 * Most of what is done is done for a stretch at a time: blocks come and go by dozens.
@@ -19,6 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 _MOST = 256  # so that finding one of them is quick
+# So many blocks join the stretch that they continue: an answer comes a block at a time, and every
+# stretch is another thing for the garbage collector to look at.
+_FEW = 8
 
 
 class Stretch:
@@ -81,8 +85,8 @@ class Stretches:
         else:
             del self.begun[after]
 
-    def publish(self, slots: Sequence[int]) -> Iterator[Stretch]:
-        """Make what is in ``slots`` ready, in this order."""
+    def publish(self, slots: Sequence[int]) -> Iterator[tuple[list[bytes], bytes | None]]:
+        """Make what is in ``slots`` ready, in this order; give its keys, and what they continue."""
         filling = self.filling
         done = 0
         while done < len(slots):
@@ -99,7 +103,22 @@ class Stretches:
             done = end
             stretch.ready = True
             del filling[slot]
-            yield stretch
+            yield stretch.keys[:], stretch.after
+            if len(stretch.keys) <= _FEW:
+                self._join(stretch)
+
+    def _join(self, stretch: Stretch) -> None:
+        """Make a stretch the end of the one that it continues, if it does."""
+        after, of = stretch.after, self.of
+        before = of.get(after) if after is not None else None
+        if after is None or before is None or not before.ready or before.keys[-1] != after:
+            return
+        if len(before.keys) + len(stretch.keys) <= _MOST:
+            before.keys += stretch.keys
+            before.slots += stretch.slots
+            for key in stretch.keys:
+                of[key] = before
+            self.end(after)
 
     def shorten(self, stretch: Stretch, keys: list[bytes]) -> None:
         """``keys``, the last ones of a stretch, leave."""

@@ -43,6 +43,18 @@ def test_what_is_published_in_parts_is_held_in_parts() -> None:
     assert index.access(chain, 0) == 9
 
 
+def test_what_comes_a_block_at_a_time_is_no_more_stretches() -> None:
+    index, chain = index_of(1000), chain_of(1000)
+    for at, key in enumerate(chain):
+        index.publish(index.reserve([key], chain[at - 1] if at else None)[1])
+    index.check()
+    assert len(set(index._stretches.of.values())) == 4
+    assert index.access(chain, 0) == 1000
+    index.publish(index.reserve([b"x", b"y"], None)[1])
+    index.check()
+    assert index.access(chain, 0) == 998
+
+
 def test_a_block_in_the_middle_is_dropped_alone() -> None:
     index, chain = index_of(9), chain_of(9)
     index.publish(index.reserve(chain, None)[1])
