@@ -20,7 +20,7 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 from kvcache.changes import Changes
@@ -116,7 +116,7 @@ class Index:
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
         """Pin the leading READY blocks of ``keys`` and give their slots."""
-        of, pins = self._stretches.of, self._pins
+        of = self._stretches.of
         keys = list(keys)
         slots: list[int] = []
         while len(slots) < len(keys):
@@ -124,8 +124,7 @@ class Index:
             if stretch is None or not stretch.ready:
                 break
             slots += stretch.part(keys, len(slots))
-        for slot in slots:
-            pins[slot] = pins.get(slot, 0) + 1
+        self._pin(slots)
         return slots
 
     def hold(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
@@ -136,7 +135,7 @@ class Index:
         Returns:
             their positions in ``keys``, and their slots.
         """
-        of, pins = self._stretches.of, self._pins
+        of = self._stretches.of
         keys = list(keys)
         positions: list[int] = []
         slots: list[int] = []
@@ -149,9 +148,13 @@ class Index:
             positions += range(at, at + len(found))
             slots += found
             at += len(found)
+        self._pin(slots)
+        return positions, slots
+
+    def _pin(self, slots: Iterable[int]) -> None:
+        pins = self._pins
         for slot in slots:
             pins[slot] = pins.get(slot, 0) + 1
-        return positions, slots
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Take back one pin of each slot."""
@@ -296,12 +299,11 @@ class Index:
 
     def clear(self) -> None:
         """Forget every block, READY and FILLING."""
-        ready, filling, pins = self.ready(), self.filling(), self._pins
+        ready, filling = self.ready(), self.filling()
         self._policy.remove(list(ready))
         self.hints.left(ready)
         self.hints.left(filling)
-        for slot in filling.values():
-            pins[slot] = pins.get(slot, 0) + 1  # by who fills it, until it is published
+        self._pin(filling.values())  # by who fills them, until they are published
         for slot in (*ready.values(), *filling.values()):
             self._vacate(slot)
         self._stretches.clear()

@@ -72,7 +72,7 @@ class Stretches:
             of[key] = stretch
         self.filling[slots[0]] = stretch
         if after is not None:
-            self.begun[after] = self.begun.get(after, 0) + 1
+            self.begin(after)
 
     def begin(self, after: bytes) -> None:
         """One more stretch begins after this key."""

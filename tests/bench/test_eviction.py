@@ -62,6 +62,7 @@ def test_cost(slots: int) -> None:
         per_request = f"{cost.p50:.0f} | {cost.p99:.0f} | {cost.most:.0f}"
         print(f"| `{name}` | {slots} | {per_block} | {per_request} |")
     for cost in costs.values():
+        assert cost.each <= 2 * costs["lru"].each
         assert cost.each <= 3
         assert cost.p99 <= 1000
         assert cost.most <= 5000
