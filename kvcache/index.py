@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
+from kvcache.chains import Keys
 from kvcache.changes import Changes
 from kvcache.eviction import Policy
 from kvcache.hints import Hints
@@ -73,15 +74,15 @@ class Index:
         self._free = [slot for slot in self._free if slot not in taken]
         now = self._clock()
         for slot, key, parent in held:
-            self._stretches.put([key], [slot], parent)
-            for keys, after in self._stretches.publish([slot]):
+            self._stretches.put((key,), (slot,), parent)
+            for keys, after in self._stretches.publish((slot,)):
                 self._policy.add(keys, after, now)
 
     def __len__(self) -> int:
         return len(self._stretches.of)
 
     def __contains__(self, key: bytes) -> bool:
-        stretch = self._stretches.of.get(key)
+        stretch = self._stretches.find(key)
         return stretch is not None and stretch.ready
 
     def ready(self) -> dict[bytes, int]:
@@ -94,33 +95,33 @@ class Index:
 
     @property
     def pinned_slots(self) -> int:
-        filling = (slot for stretch in self._stretches.filling.values() for slot in stretch.slots)
-        return len(self._pins.keys() | filling)
+        return len(self._pins.keys() | self.filling().values())
 
     def access(self, chain: Sequence[bytes], start: int) -> int:
         """A request asks for ``chain[start:]``; give how many of its leading blocks are READY."""
-        of = self._stretches.of
-        chain = list(chain)
+        find = self._stretches.find
+        chain = tuple(chain)
         end = start
         while end < len(chain):
-            stretch = of.get(chain[end])
+            stretch = find(chain[end])
             if stretch is None or not stretch.ready:
                 break
             end += len(stretch.part(chain, end))
         self._policy.access(chain, end, self._clock())
         if self._hinted:
             self.hints.used(chain)
-        self.lookup_blocks += max(0, len(chain) - start)
+        if len(chain) > start:
+            self.lookup_blocks += len(chain) - start
         self.hit_blocks += end - start
         return end - start
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
         """Pin the leading READY blocks of ``keys`` and give their slots."""
-        of = self._stretches.of
-        keys = list(keys)
+        find = self._stretches.find
+        keys = tuple(keys)
         slots: list[int] = []
         while len(slots) < len(keys):
-            stretch = of.get(keys[len(slots)])
+            stretch = find(keys[len(slots)])
             if stretch is None or not stretch.ready:
                 break
             slots += stretch.part(keys, len(slots))
@@ -135,13 +136,13 @@ class Index:
         Returns:
             their positions in ``keys``, and their slots.
         """
-        of = self._stretches.of
-        keys = list(keys)
+        find = self._stretches.find
+        keys = tuple(keys)
         positions: list[int] = []
         slots: list[int] = []
         at = 0
         while at < len(keys):
-            if (stretch := of.get(keys[at])) is None:
+            if (stretch := find(keys[at])) is None:
                 at += 1
                 continue
             found = stretch.part(keys, at)
@@ -175,9 +176,9 @@ class Index:
             the positions in ``keys`` that got a slot, and their slots.
         """
         of, free = self._stretches.of, self._free
-        asked = set(keys)
+        keys = tuple(keys)
         absent: Sequence[int] = range(len(keys))
-        if len(asked) < len(keys) or not of.keys().isdisjoint(asked):
+        if len(set(keys)) < len(keys) or not of.keys().isdisjoint(keys):
             firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
             absent = sorted(at for key, at in firsts.items() if key not in of)
         if len(free) < len(absent):
@@ -185,48 +186,48 @@ class Index:
         if not absent:
             return [], []
         count = len(absent)
-        slots = free[: -count - 1 : -1]
+        slots = tuple(free[: -count - 1 : -1])
         del free[-count:]
         done = 0
         while done < count:
             first, end = absent[done], count
             if absent[-1] - first >= end - done:  # some of those between are not absent
                 end = next(at for at in range(done, end) if absent[at] - first > at - done)
-            stretch = list(keys[first : first + end - done])
-            self._stretches.put(stretch, slots[done:end], keys[first - 1] if first else after)
+            before = keys[first - 1] if first else after
+            self._stretches.put(keys[first : first + end - done], slots[done:end], before)
             done = end
-        return list(absent), slots
+        return list(absent), list(slots)
 
-    def _make_room(
-        self, keys: Sequence[bytes], after: bytes | None, absent: Sequence[int]
-    ) -> Sequence[int]:
+    def _make_room(self, keys: Keys, after: bytes | None, absent: Sequence[int]) -> Sequence[int]:
         """Evict for ``absent`` ones of ``keys``; give those of them that can have a slot."""
-        of = self._stretches.of
+        stretches, of, asked = self._stretches, self._stretches.of, len(absent)
         first = absent[0]
         parent = keys[first - 1] if first else after
-        admitted = len(absent)
+        admitted = asked
         if self.declines:
-            new = keys if admitted == len(keys) else [keys[at] for at in absent]
-            admitted = min(admitted, self._policy.admit(new, parent, self._clock()))
+            new = keys if asked == len(keys) else tuple(keys[at] for at in absent)
+            admitted = min(asked, self._policy.admit(new, parent, self._clock()))
         need = admitted - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.
         if need > 0 and (parent is None or parent in of):
-            asked = keys if len(absent) < len(keys) else ()
-            stay = [key for key in asked if key in of]
+            # They will be continued, or are asked for as well.
+            stay = [] if parent is None else [parent]
+            if asked < len(keys):
+                stay += [key for key in keys if key in of]
             for key in stay:
-                self._stretches.begin(key)
+                stretches.begin(key)
             try:
-                self._evict(need, parent)
+                self._evict(need)
             finally:  # somebody's policy may raise
                 for key in stay:
-                    self._stretches.end(key)
+                    stretches.end(key)
         room = min(admitted, len(self._free))
-        self.declined_blocks += len(absent) - room
+        self.declined_blocks += asked - room
         return absent[:room]
 
-    def _evict(self, need: int, parent: bytes | None) -> None:
-        """Have so many blocks go, if so many can, but not ``parent``, which will be continued."""
-        leaving = Leaving(self._stretches, self._pins, parent, need)
+    def _evict(self, need: int) -> None:
+        """Have so many blocks go, if so many can."""
+        leaving = Leaving(self._stretches, self._pins, need)
         hints, take = self.hints, leaving.take
         try:
             if self._hinted:
@@ -264,27 +265,20 @@ class Index:
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
         """Make FILLING slots READY, in the order of their reserve, but for those of ``failed``."""
-        lent, orphans = list(slots), self._orphans
+        lent, orphans = tuple(slots), self._orphans
         if failed:
-            of, ours = self._stretches.of, set(lent)  # after a clear, it may be another lease's key
-            bad = [key for key in failed if key in of and of[key].part([key], 0)[0] in ours]
+            ours = set(lent)  # after a clear, it may be another lease's key
+            held = ((key, self._stretches.find(key)) for key in failed)
+            bad = [key for key, at in held if at is not None and at.part((key,), 0)[0] in ours]
             ours.difference_update(self._forget(bad))
-            lent = [slot for slot in lent if slot in ours]
+            lent = tuple(slot for slot in lent if slot in ours)
             self.failed_blocks += len(bad)
         if orphans and not orphans.isdisjoint(lent):  # they were cleared meanwhile
             cleared = orphans.intersection(lent)
             self.unpin([slot for slot in lent if slot in cleared])
-            lent = [slot for slot in lent if slot not in cleared]
-        came: list[tuple[list[bytes], bytes | None]] = []
-        last: bytes | None = None
-        for keys, after in self._stretches.publish(lent):
-            if last is None or after != last:
-                came.append((keys, after))
-            else:
-                came[-1][0].extend(keys)
-            last = keys[-1]
+            lent = tuple(slot for slot in lent if slot not in cleared)
         now = self._clock()
-        for keys, after in came:
+        for keys, after in self._stretches.publish(lent):
             self.stored_blocks += len(keys)
             self._policy.add(keys, after, now)
             self.changes.came(keys)
@@ -329,7 +323,7 @@ class Index:
         """Raise ``AssertionError`` where what is always true is not; for tests, linear in slots."""
         self._stretches.check()
         free, pins = set(self._free), self._pins
-        held = {slot for stretch in self._stretches.of.values() for slot in stretch.slots}
+        held = {*self.ready().values(), *self.filling().values()}
         assert len(free) == len(self._free), "a slot is free twice"
         assert free.isdisjoint(held | pins.keys()), "a free slot is in use"
         assert len(held) == len(self), "a slot has two blocks"

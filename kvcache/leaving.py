@@ -17,7 +17,6 @@ class Leaving:
     Args:
         stretches: all there are; those that leave are taken out.
         pins: by slot.
-        parent: a key that will be continued.
         need: how many are to leave.
 
     Attributes:
@@ -26,14 +25,11 @@ class Leaving:
         kept: for which keys others should go first.
     """
 
-    __slots__ = ("_parent", "_pins", "_stretches", "kept", "keys", "need", "slots")
+    __slots__ = ("_pins", "_stretches", "kept", "keys", "need", "slots")
 
-    def __init__(
-        self, stretches: Stretches, pins: Mapping[int, int], parent: bytes | None, need: int
-    ) -> None:
+    def __init__(self, stretches: Stretches, pins: Mapping[int, int], need: int) -> None:
         self._stretches = stretches
         self._pins = pins
-        self._parent = parent
         self.need = need
         self.keys: list[bytes] = []
         self.slots: list[int] = []
@@ -41,18 +37,24 @@ class Leaving:
 
     def take(self, offered: Sequence[bytes]) -> int:
         """Have the last of these leave, as many as can and are to; give how many."""
-        stretches, need = self._stretches, self.need
+        stretches, pins, need = self._stretches, self._pins, self.need
+        offered = tuple(offered)
         end = len(offered)
         while end and need:
-            stretch = stretches.of[offered[end - 1]]
-            some = min(end, need, len(stretch.keys))
-            keys, slots = stretch.keys[-some:], stretch.slots[-some:]
+            stretch = stretches.at[stretches.of[offered[end - 1]]]
+            keys, slots = stretch.keys, stretch.slots
+            some = need
+            if end < need:
+                some = end
+            if some < len(keys):
+                keys, slots = keys[-some:], slots[-some:]
+            else:
+                some = len(keys)
             if (
                 keys != offered[end - some : end]
-                or self._parent in keys
                 or self.kept is not None
                 or not stretch.ready
-                or not self._pins.keys().isdisjoint(slots)
+                or (pins and not pins.keys().isdisjoint(slots))
                 or not stretches.begun.keys().isdisjoint(keys)
             ):
                 some = self._loose(stretch, offered[end - some : end])
@@ -76,7 +78,7 @@ class Leaving:
             reversed(stretch.keys), reversed(stretch.slots), reversed(offered), strict=False
         )
         for key, slot, theirs in pairs:
-            if key != theirs or key == self._parent or slot in self._pins or key in begun:
+            if key != theirs or slot in self._pins or key in begun:
                 break
             if self.kept is not None and self.kept(key):
                 break

@@ -13,16 +13,20 @@ Always true here:
 * A block that is not the last of its stretch is continued in the index; the last one is when a
   stretch has begun after it.
 * Most of what is done is done for a stretch at a time: blocks come and go by dozens.
+* A table with an entry for each block has bytes and integers only, and those of a stretch are in
+  tuples: Python's garbage collector need not look at any of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from kvcache.chains import Keys, alike
 
 _MOST = 256  # so that finding one of them is quick
 # So many blocks join the stretch that they continue: an answer comes a block at a time, and every
 # stretch is another thing for the garbage collector to look at.
 _FEW = 8
+
+Slots = tuple[int, ...]
 
 
 class Stretch:
@@ -37,40 +41,43 @@ class Stretch:
 
     __slots__ = ("after", "keys", "ready", "slots")
 
-    def __init__(self, keys: list[bytes], slots: list[int], after: bytes | None) -> None:
+    def __init__(self, keys: Keys, slots: Slots, after: bytes | None) -> None:
         self.keys = keys
         self.slots = slots
         self.after = after
         self.ready = False
 
-    def part(self, keys: Sequence[bytes], at: int) -> list[int]:
+    def part(self, keys: Keys, at: int) -> Slots:
         """The slots of the blocks that ``keys`` have from ``at`` on, of which the first is here."""
         ours = self.keys
         first = 0 if ours[0] == keys[at] else ours.index(keys[at])
-        count = min(len(ours) - first, len(keys) - at)
-        if ours[first : first + count] != keys[at : at + count]:
-            count = next(n for n in range(count) if ours[first + n] != keys[at + n])
-        return self.slots[first : first + count]
+        return self.slots[first : first + alike(ours, first, keys, at)]
 
 
 class Stretches:
     """In which stretch the block of each key is, and what continues it."""
 
     def __init__(self) -> None:
-        self.of: dict[bytes, Stretch] = {}
+        self.of: dict[bytes, int] = {}  # the first slot of the stretch that a key is in
+        self.at: dict[int, Stretch] = {}  # the stretch that begins in a slot
         self.begun: dict[bytes, int] = {}  # stretches that begin after a key, be it here or not
-        self.filling: dict[int, Stretch] = {}  # those that are not ready, by their first slot
+        self.filling: set[int] = set()  # where those begin that are not ready
 
-    def put(self, keys: list[bytes], slots: list[int], after: bytes | None) -> None:
+    def find(self, key: bytes) -> Stretch | None:
+        """The stretch that a key is in."""
+        return self.at.get(self.of.get(key, -1))
+
+    def put(self, keys: Keys, slots: Slots, after: bytes | None) -> None:
         """Blocks come that continue ``after``, and are being filled."""
         if len(keys) > _MOST:
             self.put(keys[:_MOST], slots[:_MOST], after)
             self.put(keys[_MOST:], slots[_MOST:], keys[_MOST - 1])
             return
-        stretch, of = Stretch(keys, slots, after), self.of
+        of, first = self.of, slots[0]
         for key in keys:
-            of[key] = stretch
-        self.filling[slots[0]] = stretch
+            of[key] = first
+        self.at[first] = Stretch(keys, slots, after)
+        self.filling.add(first)
         if after is not None:
             self.begin(after)
 
@@ -85,15 +92,20 @@ class Stretches:
         else:
             del self.begun[after]
 
-    def publish(self, slots: Sequence[int]) -> Iterator[tuple[list[bytes], bytes | None]]:
-        """Make what is in ``slots`` ready, in this order; give its keys, and what they continue."""
+    def publish(self, slots: Slots) -> list[tuple[Keys, bytes | None]]:
+        """Make what is in ``slots`` ready, in this order.
+
+        Returns:
+            the chains that it makes: their keys, and what they continue.
+        """
         filling = self.filling
+        chains: list[tuple[Keys, bytes | None]] = []
         done = 0
         while done < len(slots):
             slot = slots[done]
-            stretch = filling.get(slot)
+            stretch = self.at.get(slot)
             if stretch is None:  # what was put is published in parts
-                whole = next(stretch for stretch in filling.values() if slot in stretch.slots)
+                whole = next(at for at in map(self.at.__getitem__, filling) if slot in at.slots)
                 stretch = self._cut(whole, whole.slots.index(slot))
             end = done + len(stretch.slots)
             if stretch.slots != slots[done:end]:
@@ -102,60 +114,68 @@ class Stretches:
                 end = done + len(stretch.slots)
             done = end
             stretch.ready = True
-            del filling[slot]
-            yield stretch.keys[:], stretch.after
-            if len(stretch.keys) <= _FEW:
+            filling.remove(slot)
+            keys, after = stretch.keys, stretch.after
+            if len(keys) <= _FEW:
                 self._join(stretch)
+            if chains and chains[-1][0][-1] == after:
+                before, after = chains.pop()
+                keys = before + keys
+            chains.append((keys, after))
+        return chains
 
     def _join(self, stretch: Stretch) -> None:
         """Make a stretch the end of the one that it continues, if it does."""
         after, of = stretch.after, self.of
-        before = of.get(after) if after is not None else None
+        before = self.find(after) if after is not None else None
         if after is None or before is None or not before.ready or before.keys[-1] != after:
             return
         if len(before.keys) + len(stretch.keys) <= _MOST:
+            del self.at[stretch.slots[0]]
             before.keys += stretch.keys
             before.slots += stretch.slots
             for key in stretch.keys:
-                of[key] = before
+                of[key] = before.slots[0]
             self.end(after)
 
-    def shorten(self, stretch: Stretch, keys: list[bytes]) -> None:
+    def shorten(self, stretch: Stretch, keys: Keys) -> None:
         """``keys``, the last ones of a stretch, leave."""
-        of, count = self.of, len(keys)
+        of = self.of
         for key in keys:
             del of[key]
-        if count < len(stretch.keys):
-            del stretch.keys[-count:], stretch.slots[-count:]
+        if left := len(stretch.keys) - len(keys):
+            stretch.keys, stretch.slots = stretch.keys[:left], stretch.slots[:left]
             return
-        if not stretch.ready:
-            del self.filling[stretch.slots[0]]
-        stretch.keys, stretch.slots = [], []
+        first = stretch.slots[0]
+        del self.at[first]
+        self.filling.discard(first)
         if stretch.after is not None:
             self.end(stretch.after)
 
     def remove(self, key: bytes) -> int:
         """A block leaves, whatever continues it; give its slot."""
-        stretch = self.of[key]
+        stretch = self.at[self.of[key]]
         if stretch.keys[-1] != key:
             self._cut(stretch, stretch.keys.index(key) + 1)
         slot = stretch.slots[-1]
-        self.shorten(stretch, [key])
+        self.shorten(stretch, (key,))
         return slot
 
     def _cut(self, stretch: Stretch, at: int) -> Stretch:
         """Make what is behind the first ``at`` blocks a stretch of its own, and give that."""
         keys, slots = stretch.keys[at:], stretch.slots[at:]
-        del stretch.keys[at:], stretch.slots[at:]
+        stretch.keys, stretch.slots = stretch.keys[:at], stretch.slots[:at]
         self.put(keys, slots, stretch.keys[-1])
+        new = self.at[slots[0]]
         if stretch.ready:
-            del self.filling[slots[0]]
-            self.of[keys[0]].ready = True
-        return self.of[keys[0]]
+            self.filling.remove(slots[0])
+            new.ready = True
+        return new
 
     def clear(self) -> None:
         """All blocks leave."""
         self.of.clear()
+        self.at.clear()
         self.begun.clear()
         self.filling.clear()
 
@@ -163,7 +183,7 @@ class Stretches:
         """The slot of each block that is ready, or is not."""
         return {
             key: slot
-            for stretch in dict.fromkeys(self.of.values())
+            for stretch in map(self.at.__getitem__, self.at if ready else self.filling)
             if stretch.ready == ready
             for key, slot in zip(stretch.keys, stretch.slots, strict=True)
         }
@@ -171,13 +191,14 @@ class Stretches:
     def check(self) -> None:
         """Raise ``AssertionError`` where what is always true is not; linear in blocks."""
         begun: dict[bytes, int] = {}
-        stretches = dict.fromkeys(self.of.values())
-        for stretch in stretches:
-            assert all(self.of[key] is stretch for key in stretch.keys), "a block is elsewhere"
+        stretches = self.at.values()
+        for first, stretch in self.at.items():
+            assert all(self.of[key] == first for key in stretch.keys), "a block is elsewhere"
+            assert first == stretch.slots[0], "a stretch is elsewhere"
             assert 0 < len(stretch.keys) == len(stretch.slots) <= _MOST, "a stretch has no slots"
             if stretch.after is not None:
                 begun[stretch.after] = begun.get(stretch.after, 0) + 1
-        filling = {stretch.slots[0]: stretch for stretch in stretches if not stretch.ready}
+        filling = {first for first, stretch in self.at.items() if not stretch.ready}
         assert filling == self.filling, "what is being filled is miscounted"
         assert sum(len(stretch.keys) for stretch in stretches) == len(self.of), "a block is twice"
         assert begun == self.begun, "what has begun is miscounted"

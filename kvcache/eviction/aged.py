@@ -24,10 +24,10 @@ Always true here:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from itertools import chain
 
-from kvcache.eviction.cohorts import Cohort, Epoch, Line, Run, alike
+from kvcache.chains import Keys, alike
+from kvcache.eviction.cohorts import Cohort, Epoch, Line, Run
 from kvcache.eviction.hazards import CLASSES, OCTAVES, STARTS, Hazards, octave_of
 from kvcache.eviction.policy import Policy
 from kvcache.eviction.trust import Trust
@@ -39,6 +39,10 @@ _TOLD = 17  # octave, of two minutes, up to which what came back is asked for by
 MANY = 16  # uses, and more are not counted
 _NEVER = float("inf")
 
+_First = tuple[float, Cohort, bool]
+"""A cohort, after what it is worth; and whether it is worth more as it grows older: its newest runs
+go first then."""
+
 
 class AgedRuns(Policy):
     """What a policy knows that ranks blocks by their class and age."""
@@ -47,7 +51,9 @@ class AgedRuns(Policy):
         self._limit = capacity + max(2 * capacity, 24_000)
         self._hazards = Hazards(capacity)
         self._trust = Trust(capacity)
-        self._runs: dict[bytes, Run] = {}  # of every known key
+        self._run_of: dict[bytes, int] = {}  # the number of the run that a known key is in
+        self._runs: dict[int, Run] = {}
+        self._made = 0  # runs, since the start: their numbers
         self._lines: list[OrderedDict[Epoch, None]] = [OrderedDict() for _ in range(OCTAVES)]
         self._queues = [[Line() for _ in range(OCTAVES)] for _ in range(CLASSES)]
         self._past: OrderedDict[Run, None] = OrderedDict()  # all with keys not held, and others
@@ -64,7 +70,7 @@ class AgedRuns(Policy):
         self._before = self._order  # those of them in which LRU would not hold everything,
         self._since = -1  # from this octave on
         self._stirred = True  # who goes first has to be found; else it was,
-        self._found: dict[bool, tuple[float, Cohort] | None] = {}  # of all or of what is spare,
+        self._found: dict[bool, _First | None] = {}  # of all or of what is spare,
         self._most = -1.0  # and is worth no more than this
         self._sort()
 
@@ -73,7 +79,7 @@ class AgedRuns(Policy):
     def _join(
         self,
         run: Run | None,
-        keys: list[bytes],
+        keys: Keys,
         held: int,
         after: bytes | None,
         kind: int,
@@ -82,21 +88,22 @@ class AgedRuns(Policy):
         """Put ``keys``, the first ``held`` of them held, at the end of ``run`` or of a new one."""
         cohort = self._open[kind] or self._begin(kind)
         if run is None or run.cohort is not cohort or (held and run.held < len(run.keys)):
-            run = Run(keys, after, cohort, uses)
+            self._made = number = self._made + 1
+            self._runs[number] = run = Run(number, keys, after, cohort, uses)
             self._past[run] = None
         else:
             run.keys += keys
             run.uses = min(run.uses, uses)
-        count, runs = len(keys), self._runs
+        count, run_of, number = len(keys), self._run_of, run.number
         for key in keys:  # faster than an update with a dict of them
-            runs[key] = run
+            run_of[key] = number
         self._hazards.begun[kind] += count
         cohort.blocks += count
         if held:
             self._hold(run, held)
         return run
 
-    def _cut(self, run: Run, keys: Sequence[bytes], at: int) -> tuple[list[bytes], int, int]:
+    def _cut(self, run: Run, keys: Keys, at: int) -> tuple[Keys, int, int]:
         """Take out of ``run`` what ``keys`` have from ``at`` on, since it is used now.
 
         Returns:
@@ -110,14 +117,13 @@ class AgedRuns(Policy):
         taken = ours[first : first + count]
         held = max(0, min(run.held, first + count) - first)
         uses = self._used(run, count, held)
-        del ours[first : first + count]
+        run.keys = ours[:first] + ours[first + count :]
         if held:
             run.held -= held
             if not run.held:
                 self._leave(run)
-        if not ours:
-            self._past.pop(run, None)
-            self._bury(run.cohort.epoch)
+        if not run.keys:
+            self._end(run)
         elif not first:
             run.after = taken[-1]
         return taken, held, uses
@@ -130,7 +136,7 @@ class AgedRuns(Policy):
         if run.told and octave <= _TOLD:
             return run.uses
         self._hazards.used[cohort.kind][octave] += count
-        return min(run.uses + 1, MANY)
+        return run.uses + (run.uses < MANY)
 
     def _restart(self, run: Run, kind: int) -> None:
         """All of ``run``, which its cohort does not count any more, is of this class and of now."""
@@ -158,21 +164,30 @@ class AgedRuns(Policy):
             self._enter(run)
         run.held += count
 
+    def _end(self, run: Run) -> None:
+        """``run`` has no keys any more."""
+        del self._runs[run.number]
+        self._past.pop(run, None)
+        self._bury(run.cohort.epoch)
+
+    def _find(self, key: bytes | None) -> Run | None:
+        """The run that a key is in."""
+        return None if key is None else self._runs.get(self._run_of.get(key, 0))
+
     def _forget(self) -> None:
         """Forget keys that are not held, the first to leave first, until few enough are known."""
-        runs, past = self._runs, self._past
-        while len(runs) > self._limit and past:
+        run_of, past = self._run_of, self._past
+        while len(run_of) > self._limit and past:
             run, _ = past.popitem(last=False)
             gone = run.keys[run.held :]
             if not gone:
                 continue
             for key in gone:
-                del runs[key]
-            del run.keys[run.held :]
-            cohort = run.cohort
-            self._trust.count(cohort, -len(gone), -len(gone))
-            if not cohort.epoch.blocks:
-                self._bury(cohort.epoch)
+                del run_of[key]
+            run.keys = run.keys[: run.held]
+            self._trust.count(run.cohort, -len(gone), -len(gone))
+            if not run.keys:
+                self._end(run)
 
     # Where it is found
 
@@ -197,11 +212,10 @@ class AgedRuns(Policy):
     def _leave(self, run: Run) -> None:
         """``run`` holds nothing any more: what it continued may be a tail now."""
         self._off(run)
-        if run.after is not None:
-            before = self._runs.get(run.after)
-            if before is not None and before in before.cohort.parked:
-                del before.cohort.parked[before]
-                self._enter(before)
+        before = self._find(run.after)
+        if before is not None and before in before.cohort.parked:
+            del before.cohort.parked[before]
+            self._enter(before)
 
     def _park(self, run: Run) -> None:
         self._off(run)
@@ -229,6 +243,7 @@ class AgedRuns(Policy):
             del self._lines[epoch.octave][epoch]
             if epoch.recent:
                 self._trust.forget(epoch)
+            epoch.cohorts.clear()  # which know it: nothing is left to Python's garbage collector
 
     def _tick(self, now: float) -> None:
         """Begin another epoch, when it is time for it."""
@@ -269,13 +284,13 @@ class AgedRuns(Policy):
         del self._lines[octave][epoch]
         self._lines[older][epoch] = None
         epoch.octave = older
-        came = self._hazards.came
         for cohort in epoch.cohorts:
-            if not cohort.blocks:
+            if not (blocks := cohort.blocks):
                 continue
             kind = cohort.kind
-            came[kind][octave + 1] += cohort.blocks
-            came[kind][older + 1] -= cohort.blocks
+            came = self._hazards.came[kind]
+            came[octave + 1] += blocks
+            came[older + 1] -= blocks
             if cohort.runs or cohort.parked:
                 queues = self._queues[kind]
                 queues[octave].pop(cohort, None)
@@ -306,7 +321,7 @@ class AgedRuns(Policy):
         )
         self._since = -1
 
-    def _lowest(self, *, spare: bool) -> tuple[float, Cohort] | None:
+    def _lowest(self, *, spare: bool) -> _First | None:
         """The cohort that is worth least, of those that have runs to ask.
 
         Args:
@@ -316,7 +331,7 @@ class AgedRuns(Policy):
         if spare and self._since != (since := self._trust.edge_octave):
             self._since = since
             self._before = [entry for entry in self._order if entry[3] >= since]
-        lowest: Cohort | None = None
+        lowest: _First | None = None
         least = _NEVER
         for bound, rising, kind, _, line in self._before if spare else self._order:
             if bound > least:
@@ -329,21 +344,21 @@ class AgedRuns(Policy):
                 continue
             worth = worth_of(kind, now - cohort.epoch.time)
             if worth < least or (
-                worth == least and lowest and cohort.epoch.time < lowest.epoch.time
+                worth == least and lowest and cohort.epoch.time < lowest[1].epoch.time
             ):
-                least, lowest = worth, cohort
-        return None if lowest is None else (least, lowest)
+                least, lowest = worth, (worth, cohort, rising)
+        return lowest
 
-    def _least_recent(self) -> tuple[float, Cohort] | None:
+    def _least_recent(self) -> _First | None:
         """The cohort that was used first, of those that LRU would hold and have runs to ask."""
         for epoch in self._trust.recent:
             for cohort in epoch.cohorts:
                 if cohort.runs:
-                    return self._worth(cohort), cohort
+                    return self._worth(cohort), cohort, self._rising(cohort)
         return None
 
-    def _first(self, spare: bool) -> tuple[float, Cohort] | None:
-        """The cohort that goes first, and what it is worth.
+    def _first(self, spare: bool) -> _First | None:
+        """The cohort that goes first.
 
         Args:
             spare: what LRU would hold is to stay, as far as that goes.

@@ -19,7 +19,8 @@ holds blocks is in ``runs`` of its cohort or in ``parked``, and no other is.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+
+from kvcache.chains import Keys
 
 
 class Epoch:
@@ -70,6 +71,7 @@ class Run:
     """Blocks of one chain that were last used at one time.
 
     Attributes:
+        number: no other's.
         keys: those that are known, in order; the first ``held`` are in the index.
         after: the key that the first of them continued.
         cohort: the one it is of.
@@ -79,9 +81,12 @@ class Run:
         ends: a request ended with it, or with one block more.
     """
 
-    __slots__ = ("after", "awaited", "cohort", "ends", "held", "keys", "told", "uses")
+    __slots__ = ("after", "awaited", "cohort", "ends", "held", "keys", "number", "told", "uses")
 
-    def __init__(self, keys: list[bytes], after: bytes | None, cohort: Cohort, uses: int) -> None:
+    def __init__(
+        self, number: int, keys: Keys, after: bytes | None, cohort: Cohort, uses: int
+    ) -> None:
+        self.number = number
         self.keys = keys
         self.held = 0
         self.after = after
@@ -93,11 +98,3 @@ class Run:
 
 
 Line = OrderedDict[Cohort, None]
-
-
-def alike(ours: list[bytes], first: int, keys: Sequence[bytes], at: int) -> int:
-    """How many keys ``ours`` from ``first`` and ``keys`` from ``at`` begin with alike."""
-    count = min(len(ours) - first, len(keys) - at)
-    if ours[first : first + count] == keys[at : at + count]:
-        return count
-    return next(i for i in range(count) if ours[first + i] != keys[at + i])

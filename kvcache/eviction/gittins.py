@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from sys import maxsize
 
+from kvcache.chains import Keys, alike
 from kvcache.eviction.aged import AgedRuns
-from kvcache.eviction.cohorts import Run, alike
+from kvcache.eviction.cohorts import Run
 from kvcache.eviction.hazards import AGAIN, ALWAYS, LAST, MORE, NEW, OFTEN
 from kvcache.eviction.policy import Take
 
+_LONG = 256  # blocks of a run to which an answer adds no more: adding takes longer with each
 _KIND_OF = [NEW, NEW, AGAIN, AGAIN, *[OFTEN] * 12, ALWAYS, ALWAYS]  # by uses
 
 
@@ -60,7 +62,7 @@ class Gittins(AgedRuns):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._ends = _Ends()
-        self._last: tuple[int, list[bytes]] = (0, [])  # who asked last, and how much was held
+        self._last: tuple[int, Keys] = (0, ())  # who asked last, and how much was held
         # What `admit` answered, if nothing was told since: what the keys it was asked about are
         # worth, how many of them LRU must not be without, and how many are to be held.
         self._admitted: tuple[list[tuple[int, float]], int, int] | None = None
@@ -71,22 +73,23 @@ class Gittins(AgedRuns):
         self._tick(now)
         self._lookups += 1
         self._admitted = None
-        keys = list(chain)
+        keys = tuple(chain)
         if len(set(keys)) < len(keys):
-            keys = list(dict.fromkeys(keys))
+            keys = tuple(dict.fromkeys(keys))
         if self._last == (held, keys):
             return  # a request that could not be admitted asks again
         self._last = held, keys
         self._use(keys)
-        if len(self._runs) > self._limit:
+        if len(self._run_of) > self._limit:
             self._forget()
 
     def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
-        runs, tables = self._runs, self._hazards.tables
+        runs, run_of, tables = self._runs, self._run_of, self._hazards.tables
+        keys = tuple(keys)
         worths: list[tuple[int, float]] = []
         at, asked = 0, len(keys)
         while at < asked:
-            run = runs.get(keys[at])
+            run = runs.get(run_of.get(keys[at], 0))
             if run is None:
                 count = asked - at
                 worth = tables[self._kind_after(keys[at - 1] if at else after)][0]
@@ -104,26 +107,30 @@ class Gittins(AgedRuns):
                 worths[at] = count, best
             else:
                 best = worth
-        slack = int(self._trust.slack()) + asked  # of these as many may be missing
-        owed = min(asked, asked - slack)
-        first = self._first(spare=slack < 1)
-        count = asked if first is None else max(0, owed, _at_least(worths, first[0]))
-        self._admitted = worths, max(0, owed), count
+        slack = int(self._trust.slack())  # when all of these are missing
+        owed = 0 if slack >= 0 else min(asked, -slack)
+        first = self._first(spare=slack + asked < 1)
+        count = asked if first is None else max(owed, _at_least(worths, first[0]))
+        self._admitted = worths, owed, count
         return count
 
     def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
         self._admitted = None
-        runs, trust = self._runs, self._trust
+        runs, run_of, trust = self._runs, self._run_of, self._trust
+        keys = tuple(keys)
         back: Run | None = None
         at = 0
         while at < len(keys):
-            run, before = runs.get(keys[at]), keys[at - 1] if at else after
+            run = runs.get(run_of.get(keys[at], 0))
+            before = keys[at - 1] if at else after
             if run is None:
-                count = _unknown(keys, at, runs)
-                self._grow(list(keys[at : at + count]), before, now)
+                count = _unknown(keys, at, run_of)
+                self._grow(keys[at : at + count], before, now)
             elif run.awaited and (count := alike(run.keys, run.held, keys, at)):
+                if count == len(run.keys):
+                    run.keys = keys[at : at + count]  # which the index has: they are there once
                 self._hold(run, count)
-                trust.count(run.cohort, 0, -count)
+                trust.miss(run.cohort.epoch, -count)
             else:  # it comes back before it is asked for, or out of its order
                 taken, _, uses = self._cut(run, keys, at)
                 count = len(taken)
@@ -135,18 +142,18 @@ class Gittins(AgedRuns):
     def remove(self, keys: Sequence[bytes]) -> None:
         self._admitted = None
         gone = set(keys)
-        for run in dict.fromkeys(run for key in keys if (run := self._runs.pop(key, None))):
+        numbers = dict.fromkeys(self._run_of.pop(key, 0) for key in keys)
+        for run in [self._runs[number] for number in numbers if number]:
             known = len(run.keys)
-            held = [key for key in run.keys[: run.held] if key not in gone]
-            run.keys = held + [key for key in run.keys[run.held :] if key not in gone]
+            held = tuple(key for key in run.keys[: run.held] if key not in gone)
+            run.keys = held + tuple(key for key in run.keys[run.held :] if key not in gone)
             if run.held and not held:
                 self._leave(run)
             less, away = known - len(run.keys), known - run.held
             run.held = len(held)
             self._trust.count(run.cohort, -less, len(run.keys) - run.held - away)
             if not run.keys:
-                self._past.pop(run, None)
-                self._bury(run.cohort.epoch)
+                self._end(run)
 
     def evict(self, count: int, take: Take) -> None:
         worths, owed, coming = self._admitted or _NOT_ASKED
@@ -162,16 +169,16 @@ class Gittins(AgedRuns):
                 gone = False
                 self._unpark_all()
                 continue
-            worth, cohort = found
+            worth, cohort, rising = found
             allowed = min(count, max(owed, _at_least(worths, worth)))
-            rising, epoch = self._rising(cohort), cohort.epoch
+            epoch = cohort.epoch
             recent = epoch.recent
             while runs := cohort.runs:
                 if given >= allowed:
                     return
                 run = next(reversed(runs)) if rising else next(iter(runs))
-                held = run.held
-                offered = run.keys[max(0, held + given - allowed) : held]
+                held, most = run.held, allowed - given
+                offered = run.keys[held - most if most < held else 0 : held]
                 if went := take(offered):
                     given += went
                     gone = True
@@ -179,8 +186,7 @@ class Gittins(AgedRuns):
                     self._past[run] = None
                     run.held = held - went
                     if recent:
-                        epoch.missing += went
-                        trust.missing += went
+                        trust.miss(epoch, went)
                     if went == held:
                         self._leave(run)
                 if went < len(offered):
@@ -190,16 +196,16 @@ class Gittins(AgedRuns):
 
     # Runs
 
-    def _use(self, keys: list[bytes]) -> None:
+    def _use(self, keys: Keys) -> None:
         """Cut ``keys`` off the runs they are in, and make runs of now of them."""
-        runs = self._runs
+        runs, run_of = self._runs, self._run_of
         new: Run | None = None  # that has what is before
+        before: bytes | None = None
         at, end, found = 0, len(keys), 0
         while at < end:
-            run = runs.get(keys[at])
-            before = keys[at - 1] if at else None
+            run = runs.get(run_of.get(keys[at], 0))
             if run is None:
-                count = _unknown(keys, at, runs)
+                count = _unknown(keys, at, run_of)
                 kind = NEW if new is None or new.cohort.kind in (NEW, ALWAYS) else MORE
                 last = at + count - 1
                 ends = last + 1 == end
@@ -234,14 +240,15 @@ class Gittins(AgedRuns):
                     self._ends.see(run, len(run.keys))
                 new = self._join(new, taken, held, before, _KIND_OF[uses], uses)
             at += count
+            before = keys[at - 1]
         self._asked += end
         self._room -= end
         self._trust.of_now(self._epoch, end, end - found)
 
-    def _grow(self, keys: list[bytes], after: bytes | None, now: float) -> None:
+    def _grow(self, keys: Keys, after: bytes | None, now: float) -> None:
         """Blocks that nobody asked for are held: an answer's, or what a restart found."""
         self._tick(now)
-        run = self._runs.get(after) if after is not None else None
+        run = self._find(after)
         kind = self._kind_after(after)
         known = 0
         if (
@@ -254,18 +261,20 @@ class Gittins(AgedRuns):
             self._hazards.at_risk(kind, 0, cohort.epoch.octave, -known)  # it will come again
             self._trust.count(cohort, -known, 0)
             self._restart(run, kind)
+            if known >= _LONG:
+                run = None
         else:
             run = None
         run = self._join(run, keys, 0, after, kind, 1)
         self._hold(run, len(keys))
         self._room -= len(keys)
         self._trust.of_now(self._epoch, known + len(keys), 0)
-        if len(self._runs) > self._limit:
+        if len(self._run_of) > self._limit:
             self._forget()
 
     def _kind_after(self, key: bytes | None) -> int:
         """The class of unknown blocks that continue ``key``."""
-        run = self._runs.get(key) if key is not None else None
+        run = self._find(key)
         return NEW if run is None or run.cohort.kind in (NEW, ALWAYS) else MORE
 
 
@@ -279,12 +288,12 @@ def _at_least(worths: list[tuple[int, float]], least: float) -> int:
     return enough
 
 
-def _unknown(keys: Sequence[bytes], at: int, runs: dict[bytes, Run]) -> int:
+def _unknown(keys: Keys, at: int, run_of: dict[bytes, int]) -> int:
     """How many keys from ``at`` on, which is one of them, are in no run."""
     rest = keys[at:]
-    if runs.keys().isdisjoint(rest):
+    if run_of.keys().isdisjoint(rest):
         return len(rest)
     stop = at + 1
-    while stop < len(keys) and keys[stop] not in runs:
+    while stop < len(keys) and keys[stop] not in run_of:
         stop += 1
     return stop - at

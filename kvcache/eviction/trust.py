@@ -62,38 +62,44 @@ class Trust:
         cohort.blocks += blocks
         epoch.blocks += blocks
         if epoch.recent:
-            epoch.missing += missing
             self.known += blocks
-            self.missing += missing
+        self.miss(epoch, missing)
+
+    def miss(self, epoch: Epoch, blocks: int) -> None:
+        """So many more blocks of an epoch are not held."""
+        if epoch.recent:
+            epoch.missing += blocks
+            self.missing += blocks
 
     def used(self, cohort: Cohort, held: int, missing: int) -> None:
         """Blocks of a cohort are asked for: it has them no longer, they are ``of_now``."""
-        known = held + missing
+        known = float(held + missing)
         epoch = cohort.epoch
-        cohort.blocks -= known
-        epoch.blocks -= known
-        if epoch.recent:
-            epoch.missing -= missing
-            self.known -= known
-            self.missing -= missing
-            found = known * self._share if epoch is self._edge else known
-            self._found += found
-            self._beyond += known - found
-            self._won += held - found
-        else:
+        cohort.blocks -= held + missing
+        epoch.blocks -= held + missing
+        if not epoch.recent:
             self._beyond += known
             self._won += held
+            return
+        self.known -= held + missing
+        if missing:
+            self.miss(epoch, -missing)
+        if epoch is self._edge:
+            self._beyond += known * (1 - self._share)
+            known *= self._share
+        self._found += known
+        self._won += held - known
 
     def of_now(self, epoch: Epoch, blocks: int, missing: int) -> None:
         """The newest epoch has so many more blocks: find what LRU would hold now.
 
         Those of its cohorts are counted already.
         """
-        epoch.blocks += blocks
-        epoch.missing += missing
-        self.missing += missing
-        self.known += blocks
         edge, capacity = self._edge, self._capacity
+        epoch.blocks += blocks
+        self.known += blocks
+        if missing:
+            self.miss(epoch, missing)
         newer = self.known - edge.blocks
         while newer >= capacity or not edge.recent:
             if edge.recent:
@@ -101,7 +107,8 @@ class Trust:
             edge = next(iter(self.recent))
             newer = self.known - edge.blocks
         self._edge = edge
-        self._share = min(1.0, (capacity - newer) / max(1, edge.blocks))
+        rest, blocks = capacity - newer, edge.blocks
+        self._share = rest / blocks if rest < blocks else 1.0
         won = self._won
         self._allowed = min(self._stake + (_FOR_EACH_WON * won if won > 0 else won), capacity)
 
@@ -127,7 +134,7 @@ class Trust:
             and self._found <= _NOTHING * self._asked
             and self._beyond >= _MUCH * self._asked
         ):
-            self._stake = capacity  # there is nothing to lose
+            self._stake = float(capacity)  # there is nothing to lose
         else:
             self._stake = self._first
             if self._asked > _SURE * capacity:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Queue, SimpleQueue
+from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Literal
 
 import pytest
@@ -156,8 +157,14 @@ def tables(owner: object, name: str, seen: set[int]) -> Iterator[tuple[str, int]
             yield from tables(each, f"{name}.{at}", seen)
     elif type(owner).__module__.startswith(OURS) and id(owner) not in seen:
         seen.add(id(owner))
-        its = {slot: getattr(owner, slot) for slot in getattr(owner, "__slots__", ())}
-        for key, value in (its | getattr(owner, "__dict__", {})).items():
+        slots = {
+            key: getattr(owner, key, None)
+            for base in type(owner).__mro__
+            for key, its in vars(base).items()
+            # the latter where it is compiled
+            if isinstance(its, MemberDescriptorType | GetSetDescriptorType) and key[:2] != "__"
+        }
+        for key, value in (slots | getattr(owner, "__dict__", {})).items():
             yield from tables(value, f"{name}.{key}", seen)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvcache.eviction import Gittins, Lru
 from kvcache.eviction.aged import AgedRuns
+from kvcache.eviction.cohorts import Run
 from kvcache.eviction.hazards import (
     AGAIN,
     CLASSES,
@@ -23,6 +24,10 @@ from kvcache.eviction.hazards import (
 from kvcache.index import Index
 from kvcache.testing import leaving
 from tests.core.traffic import Replay, Request
+
+
+def run_of(policy: AgedRuns, key: bytes) -> Run:
+    return policy._runs[policy._run_of[key]]
 
 
 def check(policy: AgedRuns, held: set[bytes]) -> None:
@@ -43,10 +48,11 @@ def check(policy: AgedRuns, held: set[bytes]) -> None:
 
     runs = set(policy._runs.values())
     assert {run.cohort for run in runs} <= set(cohorts)
-    assert all(policy._runs[key] is run for run in runs for key in run.keys)
-    assert sum(len(run.keys) for run in runs) == len(policy._runs)
+    assert all(run.number == number for number, run in policy._runs.items())
+    assert all(run_of(policy, key) is run for run in runs for key in run.keys)
+    assert sum(len(run.keys) for run in runs) == len(policy._run_of)
     assert sorted(key for run in runs for key in run.keys[: run.held]) == sorted(held)
-    assert len(policy._runs) <= max(policy._limit, len(held))
+    assert len(policy._run_of) <= max(policy._limit, len(held))
     for run in runs:
         found = [run in run.cohort.runs, run in run.cohort.parked]
         assert found.count(True) == (run.held > 0)
@@ -218,19 +224,19 @@ def test_what_was_used_within_seconds_is_of_one_age() -> None:
     policy = Gittins(3200)
     for name, now in zip("abc", (0.0, 3.0, 6.0), strict=True):
         policy.access(keys(name), 0, now)
-    first, second, third = (policy._runs[key].cohort for key in keys("abc"))
+    first, second, third = (run_of(policy, key).cohort for key in keys("abc"))
     assert first is second is not third
     for at in range(100):  # a thirty-second of the slots
         policy.access([b"%d" % at], 0, 6.0)
     policy.access(keys("d"), 0, 6.0)
-    assert policy._runs[b"d"].cohort is not third is policy._runs[b"0"].cohort
+    assert run_of(policy, b"d").cohort is not third is run_of(policy, b"0").cohort
 
 
 def test_within_an_epoch_no_time_passes() -> None:
     policy = Gittins(3200)
     policy.access(keys("a"), 0, 0.0)
     policy.access(keys("b"), 0, 10.0)
-    cohort = policy._runs[b"a"].cohort
+    cohort = run_of(policy, b"a").cohort
     before = policy._worth(cohort), cohort.epoch.octave
     policy.access(keys("c"), 0, 13.9)
     assert (policy._worth(cohort), cohort.epoch.octave) == before
@@ -271,9 +277,9 @@ def test_of_runs_of_one_age_the_last_that_was_used_goes_last() -> None:
         for use in range(2):
             policy.access(keys(name), use, 0.01 * at + use)
             policy.add(keys(name) if not use else [], None, 0.01 * at + use)
-    assert policy._runs[b"a"].cohort is policy._runs[b"b"].cohort
+    assert run_of(policy, b"a").cohort is run_of(policy, b"b").cohort
     policy.access(keys("a"), 1, 2.0)
-    assert policy._runs[b"a"].cohort is policy._runs[b"b"].cohort
+    assert run_of(policy, b"a").cohort is run_of(policy, b"b").cohort
     assert leaving(policy) == keys("ba")
 
 
@@ -286,20 +292,30 @@ def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
     for at in range(50):
         policy.add([b"%d" % at], b"%d" % (at - 1) if at else b"c", 10.0 * at)
         policy._tick(10.0 * at + 5)
-    assert policy._runs[b"49"] is policy._runs[b"a"]
+    assert run_of(policy, b"49") is run_of(policy, b"a")
     policy._hazards.learn()
     risk = [sum(column) for column in zip(*policy._hazards._risk, strict=True)]
-    assert risk[0] == len(policy._runs)
+    assert risk[0] == len(policy._run_of)
     assert sorted(risk, reverse=True) == risk, "a block came to an age twice"
-    check(policy, set(policy._runs) - set(keys("?!")))
+    check(policy, set(policy._run_of) - set(keys("?!")))
     assert leaving(policy, 3) == [b"y", b"x", b"49"]
+
+
+def test_a_long_answer_is_several_runs() -> None:
+    policy, chain = Gittins(2000), [b"%d" % at for at in range(1000)]
+    policy.access(chain[:10], 0, 0.0)
+    policy.add(chain[:10], None, 0.0)
+    for at in range(10, 1000):
+        policy.add(chain[at : at + 1], chain[at - 1], 0.01 * at)
+    assert sorted(len(run.keys) for run in policy._runs.values()) == [1, 9, 222, 256, 256, 256]
+    check(policy, set(chain))
 
 
 def test_no_more_is_known_than_the_limit() -> None:
     policy = Gittins(10)
     for at in range(20_000):
         policy.access([b"%d/%d" % (at, n) for n in range(3)], 0, float(at))
-    assert len(policy._runs) == policy._limit
+    assert len(policy._run_of) == policy._limit
     check(policy, set())
 
 
@@ -311,7 +327,7 @@ def test_a_call_moves_a_bounded_number_of_runs() -> None:
     late = sum(map(len, policy._lines[:8]))
     assert late > 2000
     for at in range(3000):
-        policy._use([b"%d" % at])  # as late as they are, they came to the age they are used at
+        policy._use((b"%d" % at,))  # as late as they are, they came to the age they are used at
     policy._hazards.learn()
     used, risk = policy._hazards.used, policy._hazards._risk
     assert all(a <= b for rows in zip(used, risk, strict=True) for a, b in zip(*rows, strict=True))

@@ -1,10 +1,15 @@
 """Stretches of an index: long ones, ones that are cut, and what a policy may not take of them."""
 
+import gc
 import itertools
+import sys
 
-from kvcache.eviction import Fifo, Lru, Take
+import pytest
+
+from kvcache.eviction import Fifo, Gittins, Lru, Policy, Take
 from kvcache.index import Index
 from kvcache.stretches import Stretches
+from tests.core.traffic import GENERATORS, Replay
 
 
 def chain_of(blocks: int) -> list[bytes]:
@@ -48,7 +53,7 @@ def test_what_comes_a_block_at_a_time_is_no_more_stretches() -> None:
     for at, key in enumerate(chain):
         index.publish(index.reserve([key], chain[at - 1] if at else None)[1])
     index.check()
-    assert len(set(index._stretches.of.values())) == 4
+    assert len(index._stretches.at) == 4
     assert index.access(chain, 0) == 1000
     index.publish(index.reserve([b"x", b"y"], None)[1])
     index.check()
@@ -91,10 +96,36 @@ def test_what_is_being_filled_cannot_be_taken() -> None:
 def test_a_stretch_that_ends_is_counted_no_more() -> None:
     stretches = Stretches()
     for name in (b"x", b"y"):
-        stretches.put([name], [int(name == b"y")], b"parent")
+        stretches.put((name,), (int(name == b"y"),), b"parent")
     assert stretches.begun == {b"parent": 2}
     assert stretches.remove(b"x") == 0
     assert stretches.begun == {b"parent": 1}
     assert stretches.remove(b"y") == 1
     assert stretches.begun == {}
     stretches.check()
+
+
+@pytest.mark.parametrize("policy", [Lru, Gittins])
+def test_what_leaves_is_gone_without_a_garbage_collection(policy: type[Policy]) -> None:
+    replay = Replay(policy, 200, 16)
+    gc.collect()
+    gc.disable()
+    try:
+        replay.play(GENERATORS["chat"](1000))
+        assert replay.index.evicted_blocks > 10 * 200
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="every dictionary is looked at there")
+def test_garbage_collections_do_not_look_at_every_block() -> None:
+    replay = Replay(Gittins, 200, 16)
+    replay.play(GENERATORS["chat"](1000))
+    assert isinstance(replay.policy, Gittins)
+    gc.collect()
+    assert not gc.is_tracked(replay.index._stretches.of)
+    assert not gc.is_tracked(replay.policy._run_of)
+    stretches, runs = replay.index._stretches.at.values(), replay.policy._runs.values()
+    assert not any(gc.is_tracked(each.keys) or gc.is_tracked(each.slots) for each in stretches)
+    assert not any(gc.is_tracked(run.keys) for run in runs)
