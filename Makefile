@@ -2,6 +2,7 @@
 # PYTHON chooses the interpreter it is made with (3.11 or later).
 
 PYTHON ?= python3
+BENCH ?= tests/bench
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,8 +27,12 @@ lint: $(READY)  ## ruff and mypy
 docs: $(READY)  ## the site, into build/docs; every warning is an error
 	$(BIN)/python -m sphinx -E -W --keep-going -q docs build/docs
 
-bench: $(READY)  ## the performance bars
-	$(BIN)/python -m pytest tests/bench -m bench -s
+bench: $(READY)  ## the performance bars, of the wheel: compiled, as people install it
+	rm -rf build/dist build/wheel
+	$(BIN)/python -m build --outdir build/dist >/dev/null
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel build/dist/*.whl
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/wheel:$(CURDIR) \
+		$(BIN)/python -m pytest $(BENCH) -m bench -s -o "pythonpath=build/wheel ."
 
 viewer: $(READY)  ## the trace of a real request in a viewer from PyPI (850 MB), and its picture
 	$(BIN)/python -m pytest tests/e2e/test_viewer.py -m viewer -s

@@ -32,11 +32,22 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by way of the sdist."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is published: the sdist, and the wheel, built by way of it."""
     tree, dist = tmp_path_factory.mktemp("tree") / "kvcache", tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*NOT_PUBLISHED))
     run(sys.executable, "-m", "build", "--outdir", dist, cwd=tree)
+    return dist
+
+
+@pytest.fixture(scope="module")
+def sdist(dist: Path) -> Path:
+    [built] = dist.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
     [built] = dist.glob("*.whl")
     return built
 
@@ -68,8 +79,40 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
         for file in files
         if not folder.endswith("__pycache__")
     }
-    published = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert published == tree
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {
+        name for name in names if not name.endswith(".so") and ".dist-info/" not in name
+    } == tree
+
+
+def test_what_a_look_up_goes_through_is_compiled(python: Path, elsewhere: Path) -> None:
+    names = ("index", "stretches", "eviction.gittins", "eviction.aged")
+    code = "from importlib import import_module; " + "; ".join(
+        f"print(import_module('kvcache.{name}').__file__)" for name in names
+    )
+    files = run(python, "-P", "-c", code, cwd=elsewhere).split()
+    assert [file.endswith(".so") for file in files] == [True] * len(names), files
+
+
+def test_a_wheel_can_be_made_without_a_compiler(
+    sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        tmp_path,
+        sdist,
+        cwd=tmp_path,
+    )
+    [built] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(built).namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert "kvcache/index.py" in names
 
 
 def test_the_wheel_works_where_nothing_else_is(python: Path, elsewhere: Path) -> None:
@@ -86,3 +129,15 @@ def test_the_connector_is_announced_to_vllm(python: Path, elsewhere: Path) -> No
         "print(*entry_points(group='vllm.general_plugins', name='kvcache'))"
     )
     assert "kvcache.connectors.vllm.plugin:register" in run(python, "-P", "-c", code, cwd=elsewhere)
+
+
+@pytest.mark.engine
+def test_an_engine_runs_on_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    zipfile.ZipFile(wheel).extractall(tmp_path)  # beside the engine, in this environment
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    where = run(sys.executable, "-c", "from kvcache import index; print(index)", cwd=tmp_path)
+    assert f"{tmp_path}/kvcache/index" in where
+    tests = ("tests/e2e/test_one_process.py", "-k", "starts or cache_that_keeps_all")
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=tmp_path)

@@ -61,6 +61,7 @@ def test_cost(slots: int) -> None:
         per_block = f"{cost.each:.2f} | {cost.each / costs['lru'].each:.2f}"
         per_request = f"{cost.p50:.0f} | {cost.p99:.0f} | {cost.most:.0f}"
         print(f"| `{name}` | {slots} | {per_block} | {per_request} |")
+    assert costs["gittins"].each <= 2  # compiled
     for cost in costs.values():
         assert cost.each <= 2 * costs["lru"].each
         assert cost.each <= 3
@@ -78,9 +79,9 @@ def test_state(name: str, slots: int) -> None:
     replay.play(requests)
     gc.collect()
     most = tracemalloc.get_traced_memory()[0]
-    runs: dict[bytes, object] = getattr(replay.policy, "_runs", replay.index.ready())
-    known = len(runs)
-    del runs, replay
+    known_keys: dict[bytes, int] = getattr(replay.policy, "_run_of", replay.index.ready())
+    known = len(known_keys)
+    del known_keys, replay
     gc.collect()
     replay = Replay(POLICIES["lru"], slots)
     replay.play(requests)

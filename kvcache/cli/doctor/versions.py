@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from platform import python_version
 from typing import NamedTuple
 
@@ -43,9 +44,10 @@ def check(needed: Collection[str] | None) -> Iterator[Result]:
         )
         return
     wanted = [_parsed(line) for line in asked]
-    yield from _extra(
-        "", [one for one in wanted if not one.extra], f"{ours}, Python {python_version()}", True
-    )
+    index = find_spec("kvcache.index")
+    as_what = ", compiled" if index and (index.origin or "").endswith(".so") else ""
+    said = f"{ours}{as_what}, Python {python_version()}"
+    yield from _extra("", [one for one in wanted if not one.extra], said, True)
     absent = []
     for extra in sorted({one.extra for one in wanted if one.extra} - _OURS):
         its = [one for one in wanted if one.extra == extra]
