@@ -92,6 +92,8 @@ def test_what_a_look_up_goes_through_is_compiled(python: Path, elsewhere: Path) 
     )
     files = run(python, "-P", "-c", code, cwd=elsewhere).split()
     assert [file.endswith(".so") for file in files] == [True] * len(names), files
+    code = "from kvcache.cli.doctor.versions import check; print(next(check(None)))"
+    assert ", compiled, Python" in run(python, "-P", "-c", code, cwd=elsewhere)
 
 
 def test_a_wheel_can_be_made_without_a_compiler(

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -34,6 +35,33 @@ def test_a_long_chain_is_one_of_many_stretches() -> None:
     index.publish(index.reserve([b"x%d" % at for at in range(600)], None)[1])
     index.check()
     assert index.access(chain, 0) == 400
+
+
+class Told(Lru):
+    adds: list[tuple[int, bytes | None]]
+
+    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+        self.adds.append((len(keys), after))
+        super().add(keys, after, now)
+
+
+def test_of_many_stretches_a_policy_is_told_as_of_one_chain() -> None:
+    policy, chain = Told(1000), chain_of(900)
+    policy.adds = []
+    index = Index(policy, lambda: 0.0)
+    index.open_slots(1000)
+    index.publish(index.reserve(chain[:2], None)[1] + index.reserve(chain[3:], chain[2])[1])
+    assert policy.adds == [(2, None), (897, chain[2])]
+
+
+def test_what_is_asked_for_as_well_stays() -> None:
+    index = index_of(3)
+    index.publish(index.reserve(chain_of(3), None)[1])
+    index.drop([b"1"])
+    index.publish(index.reserve([b"x"], None)[1])
+    index.publish(index.reserve(chain_of(3), None)[1])
+    index.check()
+    assert [key in index for key in (b"0", b"1", b"2", b"x")] == [True, True, True, False]
 
 
 def test_what_is_published_in_parts_is_held_in_parts() -> None:
