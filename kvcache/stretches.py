@@ -19,6 +19,8 @@ Always true here:
 
 from __future__ import annotations
 
+from itertools import chain
+
 from kvcache.chains import Keys, alike
 
 _MOST = 256  # so that finding one of them is quick
@@ -69,17 +71,17 @@ class Stretches:
 
     def put(self, keys: Keys, slots: Slots, after: bytes | None) -> None:
         """Blocks come that continue ``after``, and are being filled."""
-        if len(keys) > _MOST:
-            self.put(keys[:_MOST], slots[:_MOST], after)
-            self.put(keys[_MOST:], slots[_MOST:], keys[_MOST - 1])
-            return
-        of, first = self.of, slots[0]
-        for key in keys:
-            of[key] = first
-        self.at[first] = Stretch(keys, slots, after)
-        self.filling.add(first)
-        if after is not None:
-            self.begin(after)
+        of = self.of
+        for begin in range(0, len(keys), _MOST):
+            some, lent = keys[begin : begin + _MOST], slots[begin : begin + _MOST]
+            first = lent[0]
+            for key in some:
+                of[key] = first
+            self.at[first] = Stretch(some, lent, after)
+            self.filling.add(first)
+            if after is not None:
+                self.begin(after)
+            after = some[-1]
 
     def begin(self, after: bytes) -> None:
         """One more stretch begins after this key."""
@@ -99,7 +101,7 @@ class Stretches:
             the chains that it makes: their keys, and what they continue.
         """
         filling = self.filling
-        chains: list[tuple[Keys, bytes | None]] = []
+        chains: list[tuple[list[Keys], bytes | None]] = []
         done = 0
         while done < len(slots):
             slot = slots[done]
@@ -118,11 +120,14 @@ class Stretches:
             keys, after = stretch.keys, stretch.after
             if len(keys) <= _FEW:
                 self._join(stretch)
-            if chains and chains[-1][0][-1] == after:
-                before, after = chains.pop()
-                keys = before + keys
-            chains.append((keys, after))
-        return chains
+            if chains and chains[-1][0][-1][-1] == after:
+                chains[-1][0].append(keys)
+            else:
+                chains.append(([keys], after))
+        return [
+            (parts[0] if len(parts) == 1 else tuple(chain.from_iterable(parts)), after)
+            for parts, after in chains
+        ]
 
     def _join(self, stretch: Stretch) -> None:
         """Make a stretch the end of the one that it continues, if it does."""
