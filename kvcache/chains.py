@@ -14,8 +14,6 @@ Keys = tuple[bytes, ...]
 
 def alike(ours: Keys, first: int, theirs: Keys, at: int) -> int:
     """How many keys ``ours`` from ``first`` and ``theirs`` from ``at`` begin with alike."""
-    most, most_theirs = len(ours) - first, len(theirs) - at
-    if most > most_theirs:
-        most = most_theirs
+    most = min(len(ours) - first, len(theirs) - at)
     ours, theirs = ours[first : first + most], theirs[at : at + most]
     return most if ours == theirs else next(compress(count(), map(ne, ours, theirs)))

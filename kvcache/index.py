@@ -110,8 +110,7 @@ class Index:
         self._policy.access(chain, end, self._clock())
         if self._hinted:
             self.hints.used(chain)
-        if len(chain) > start:
-            self.lookup_blocks += len(chain) - start
+        self.lookup_blocks += max(0, len(chain) - start)
         self.hit_blocks += end - start
         return end - start
 

@@ -42,14 +42,8 @@ class Leaving:
         end = len(offered)
         while end and need:
             stretch = stretches.at[stretches.of[offered[end - 1]]]
-            keys, slots = stretch.keys, stretch.slots
-            some = need
-            if end < need:
-                some = end
-            if some < len(keys):
-                keys, slots = keys[-some:], slots[-some:]
-            else:
-                some = len(keys)
+            some = min(end, need, len(stretch.keys))
+            keys, slots = stretch.keys[-some:], stretch.slots[-some:]
             if (
                 keys != offered[end - some : end]
                 or self.kept is not None

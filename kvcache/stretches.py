@@ -139,8 +139,9 @@ class Stretches:
             del self.at[stretch.slots[0]]
             before.keys += stretch.keys
             before.slots += stretch.slots
+            first = before.slots[0]
             for key in stretch.keys:
-                of[key] = before.slots[0]
+                of[key] = first
             self.end(after)
 
     def shorten(self, stretch: Stretch, keys: Keys) -> None:

@@ -100,17 +100,8 @@ def test_a_wheel_can_be_made_without_a_compiler(
     sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "false")
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--wheel-dir",
-        tmp_path,
-        sdist,
-        cwd=tmp_path,
-    )
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path)
+    run(*pip, sdist, cwd=tmp_path)
     [built] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(built).namelist()
     assert not [name for name in names if name.endswith(".so")]

@@ -136,7 +136,7 @@ class AgedRuns(Policy):
         if run.told and octave <= _TOLD:
             return run.uses
         self._hazards.used[cohort.kind][octave] += count
-        return run.uses + (run.uses < MANY)
+        return min(run.uses + 1, MANY)
 
     def _restart(self, run: Run, kind: int) -> None:
         """All of ``run``, which its cohort does not count any more, is of this class and of now."""

@@ -177,8 +177,8 @@ class Gittins(AgedRuns):
                 if given >= allowed:
                     return
                 run = next(reversed(runs)) if rising else next(iter(runs))
-                held, most = run.held, allowed - given
-                offered = run.keys[held - most if most < held else 0 : held]
+                held = run.held
+                offered = run.keys[max(0, held + given - allowed) : held]
                 if went := take(offered):
                     given += went
                     gone = True

@@ -73,22 +73,20 @@ class Trust:
 
     def used(self, cohort: Cohort, held: int, missing: int) -> None:
         """Blocks of a cohort are asked for: it has them no longer, they are ``of_now``."""
-        known = float(held + missing)
+        known = held + missing
         epoch = cohort.epoch
-        cohort.blocks -= held + missing
-        epoch.blocks -= held + missing
+        cohort.blocks -= known
+        epoch.blocks -= known
         if not epoch.recent:
             self._beyond += known
             self._won += held
             return
-        self.known -= held + missing
-        if missing:
-            self.miss(epoch, -missing)
-        if epoch is self._edge:
-            self._beyond += known * (1 - self._share)
-            known *= self._share
-        self._found += known
-        self._won += held - known
+        self.known -= known
+        self.miss(epoch, -missing)
+        found = known * self._share if epoch is self._edge else float(known)
+        self._found += found
+        self._beyond += known - found
+        self._won += held - found
 
     def of_now(self, epoch: Epoch, blocks: int, missing: int) -> None:
         """The newest epoch has so many more blocks: find what LRU would hold now.
@@ -98,8 +96,7 @@ class Trust:
         edge, capacity = self._edge, self._capacity
         epoch.blocks += blocks
         self.known += blocks
-        if missing:
-            self.miss(epoch, missing)
+        self.miss(epoch, missing)
         newer = self.known - edge.blocks
         while newer >= capacity or not edge.recent:
             if edge.recent:
