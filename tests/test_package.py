@@ -5,7 +5,9 @@ an environment that has never seen the checkout, an engine or torch. The tests t
 pass there too, from a folder in which no `kvcache` lies.
 """
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.install_engine import ENGINE_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("core", "tiers", "profiles")
@@ -122,6 +126,26 @@ def test_the_connector_is_announced_to_vllm(python: Path, elsewhere: Path) -> No
         "print(*entry_points(group='vllm.general_plugins', name='kvcache'))"
     )
     assert "kvcache.connectors.vllm.plugin:register" in run(python, "-P", "-c", code, cwd=elsewhere)
+
+
+def test_wheel_vllm_extra_leaves_engine_and_torch_alone(wheel: Path) -> None:
+    pytest.importorskip("vllm")
+    pip = (sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-")
+    report = run(*pip, f"{wheel}[vllm]", cwd=wheel.parent)
+    planned = json.loads(report[report.index("{") : report.rindex("}") + 1])["install"]
+    assert [package["metadata"]["name"] for package in planned] == ["kvcache"]
+    with zipfile.ZipFile(wheel) as files:
+        [path] = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = files.read(path).decode()
+    # Also where the engine is recorded under a name that pip does not take for vLLM.
+    wants = re.findall(r"(?m)^Requires-Dist: ([\w-]+).*extra == .vllm.$", metadata)
+    assert wants == ["numba"]
+
+
+@pytest.mark.engine
+def test_vllm_command_of_the_environment_starts(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    assert ENGINE_VERSION in run(Path(sys.executable).with_name("vllm"), "--version", cwd=tmp_path)
 
 
 @pytest.mark.engine

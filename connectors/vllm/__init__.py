@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 try:
     import vllm
 except ImportError as error:
-    raise ImportError("the vLLM connector needs vLLM: pip install 'kvcache[vllm]'") from error
+    raise ImportError("the vLLM connector needs vLLM in this environment") from error
 
 from kvcache.connectors.vllm.support import check_version, log_as_vllm_does
 

@@ -26,8 +26,7 @@ def check_version(version: str) -> None:
     numbers = re.match(r"(?!0\.1\.dev)(\d+)\.(\d+)", version)
     if numbers and (0, 0) < tuple(map(int, numbers.groups())) < OLDEST_VLLM:
         raise ImportError(
-            f"kvcache needs vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer; this is {version}: "
-            "pip install 'kvcache[vllm]'"
+            f"kvcache needs vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer; this is {version}"
         )
 
 

