@@ -15,6 +15,7 @@ from opentelemetry.trace import Span
 from kvcache import telemetry
 from kvcache.breaker import Breaker
 from kvcache.metrics import Timer
+from kvcache.secrets import redact
 from kvcache.stats import TierName
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Health:
 
     def failed(self, verb: str, error: str, why: str, span: Span) -> None:
         """A call to the tier failed or came late: ``error`` in a word, and ``why``."""
+        why = redact(why)  # a tier may be a third-party class, and may repeat what a server said
         with self._lock:
             self.errors += 1
         if span.is_recording():

@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 
-from kvcache.profiles import secrets
+from kvcache import secrets
 
 
 class ProfileError(ValueError):
@@ -28,8 +28,7 @@ class ProfileError(ValueError):
 
 def show(value: object) -> str:
     """``value`` as a profile would write it, without what may be a secret in it."""
-    text = json.dumps(secrets.without(value), ensure_ascii=False, default=str)
-    return secrets.without_user(text)
+    return json.dumps(secrets.without(value), ensure_ascii=False, default=str)
 
 
 def show_option(name: str, value: object) -> str:

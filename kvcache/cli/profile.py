@@ -142,9 +142,9 @@ def _values(row: Row) -> dict[str, dict[str, Any]]:
 
 def _plain(name: str, value: object) -> object:
     """``value`` as JSON has it, without what may be a secret."""
-    from kvcache.profiles import errors, secrets
+    from kvcache import secrets
 
-    return secrets.HIDDEN if secrets.hidden(name, value) else json.loads(errors.show(value))
+    return json.loads(json.dumps(secrets.hide(name, value), default=str))
 
 
 def _facts(profile: Profile) -> dict[str, Any]:

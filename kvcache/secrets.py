@@ -1,0 +1,128 @@
+"""Removes secrets from text before a person reads it: in messages, listings, logs and spans.
+
+Two rules decide what is a secret. A value is one when its name says so (``password``, ``pw``,
+``token``, ``auth_key``, ...): an option, a key in a table, a variable, a parameter of a URL. In a
+URL, what stands before the ``@`` is one too.
+
+Always true: these rules hide more than secrets, and never less than the names promise.
+
+How to use it:
+
+* ``hide(name, value)`` for a value that has a name.
+* ``redact(text, password)`` for text that something else wrote: a server's error, an exception of a
+  third-party class. It removes URLs' secrets, ``name=value`` pairs and each string given beside it,
+  and makes the text one line of printable characters, so a server cannot write to a terminal or
+  forge a log line::
+
+      raise LoginError(redact(str(error), self.password)) from None
+"""
+
+import re
+from collections.abc import Mapping
+from urllib.parse import quote, quote_plus, unquote_plus
+
+HIDDEN = "***"
+LIMIT = 500
+"""Characters that ``redact`` keeps of a text."""
+
+_POINTERS = ("_env", "_file")  # these names say where a secret is
+_PART = r"pas+w|pass|pwd|secret|token|credential|auth|jwt|signature"
+_WORD = r"(?:^|[^a-z])(?:pw|psw|sig|sas|pin)(?:$|[^a-z])|(?:pw|keys?)$"
+_MAY_BE = re.compile(f"{_PART}|{_WORD}", re.IGNORECASE)
+_USUAL_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+
+_USER_IN_URL = re.compile(r"://.*@", re.DOTALL)
+_PARAMETER = re.compile(r"[?&;#]([^=?&;#\s]+)=")
+_URL_IN_TEXT = re.compile(r"\w[\w+.-]*://[^\s\"'<>]+")
+_NAME_IN_TEXT = re.compile(r"""([\w.-]+)["']?\s?[=:]\s?""")
+_VALUE_IN_TEXT = re.compile(
+    r"""("[^"]*"|'[^']*'|(?:basic|bearer)\s+\S+|[^\s,;&"')\]}]+)""", re.IGNORECASE
+)
+_NO_VALUE = ("error", "exception", "warning")  # what follows such a name is a sentence
+
+
+def may_be_secret(name: str) -> bool:
+    """Whether a value of this name is a secret, as far as a name can tell."""
+    return bool(_MAY_BE.search(name)) and not name.lower().endswith(_POINTERS)
+
+
+def hidden(name: str, value: object) -> bool:
+    """Whether ``value`` of an option or key of this name must not be repeated.
+
+    A name that ends in ``_env`` takes the name of a variable. Its value is shown only if it looks
+    like one, because it may be the secret itself, in the wrong place.
+    """
+    if name.lower().endswith("_env"):
+        return bool(value) and not _USUAL_VARIABLE.fullmatch(str(value))
+    return may_be_secret(name) and not isinstance(value, bool)
+
+
+def hide(name: str, value: object) -> object:
+    """``value`` of an option or key of this name, less the secrets in it."""
+    return HIDDEN if hidden(name, value) else without(value)
+
+
+def without(value: object) -> object:
+    """``value``, less the secrets in it: in tables by their keys, in strings that are URLs.
+
+    Tables and lists may be nested as deeply as a reader of profiles lets them be.
+    """
+    if isinstance(value, Mapping):
+        return {name: hide(str(name), inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without(inner) for inner in value]
+    return without_in_url(value) if isinstance(value, str) else value
+
+
+def without_in_url(text: str) -> str:
+    """``text`` that is a URL, less user and password and whatever follows a secret parameter.
+
+    A string without ``://`` comes back as it is.
+    """
+    if "://" not in text:
+        return text
+    text = _USER_IN_URL.sub(f"://{HIDDEN}@", text)
+    for parameter in _PARAMETER.finditer(text):
+        if may_be_secret(unquote_plus(parameter[1])):
+            # A secret may hold an "&", so all that follows goes too.
+            return f"{text[: parameter.end()]}{HIDDEN}"
+    return text
+
+
+def redact(text: str, *known: str) -> str:
+    """``text`` from outside, fit to be shown: one printable line, less its secrets.
+
+    Args:
+        text: what a server or a third-party class said.
+        known: secrets that it may repeat, such as the password it was given; also removed where
+            they are quoted for a URL or for Python.
+
+    Returns:
+        At most ``LIMIT`` characters. Control characters are written as escapes.
+    """
+    for secret in sorted(filter(None, known), key=len, reverse=True):
+        for form in (secret, repr(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)):
+            text = text.replace(form, HIDDEN)
+    text = _URL_IN_TEXT.sub(lambda match: without_in_url(match[0]), text)
+    line = printable(_without_pairs(text))
+    return line if len(line) <= LIMIT else f"{line[: LIMIT - 3]}..."
+
+
+def printable(text: str) -> str:
+    """``text`` in one line: control characters, line breaks too, are written as escapes."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def _without_pairs(text: str) -> str:
+    """``text``, less the value behind each ``name=`` and ``name:`` that is a secret's."""
+    kept, at = [], 0
+    for name in _NAME_IN_TEXT.finditer(text):
+        value = _VALUE_IN_TEXT.match(text, name.end())
+        if name.start() < at or value is None or name[1].lower().endswith(_NO_VALUE):
+            continue
+        if hidden(name[1], value[0].strip("\"'")):
+            kept += [text[at : name.end()], HIDDEN]
+            at = value.end()
+    return "".join([*kept, text[at:]])

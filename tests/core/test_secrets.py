@@ -1,0 +1,111 @@
+"""What kvcache repeats of text and values that may hold a secret."""
+
+from unittest.mock import Mock
+from urllib.parse import quote
+
+import pytest
+
+from kvcache import secrets
+from kvcache.health import Health
+from kvcache.stats import TierName
+
+SECRET = "hunter2-correct-horse"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["password", "pasword", "passwd", "pass", "pwd", "pw", "redis_pw", "redispw", "PW", "secret",
+     "client_secret", "token", "auth", "auth_key", "key", "api_key", "apikey", "accessKey",
+     "X-Amz-Signature", "sig", "credential", "passphrase", "p%61ssword"],
+)  # fmt: skip
+def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
+    assert secrets.without_in_url(f"s3://host/?a=1&{name}={SECRET}") == f"s3://host/?a=1&{name}=***"
+    if "%" not in name:
+        assert secrets.may_be_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["url", "path", "capacity", "host", "db", "key_nbytes", "power", "spin", "design",
+             "password_env", "token_file", "writes", "threads"],
+)  # fmt: skip
+def test_may_be_secret_lets_other_names_pass(name: str) -> None:
+    assert not secrets.may_be_secret(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host:6379/1", "redis://host:6379/1"),
+        ("no url, me@home", "no url, me@home"),
+        (f"redis://me:{SECRET}@host", "redis://***@host"),
+        (f"redis://{SECRET}@host/@", "redis://***@"),
+        (f"redis://me:a/b@c {SECRET}@host", "redis://***@host"),
+        (f"redis://host?db=1&password={SECRET}&x", "redis://host?db=1&password=***"),
+        (f"redis://host#token={SECRET}", "redis://host#token=***"),
+        ("http://host/?" + "a=1&" * 5000, "http://host/?" + "a=1&" * 5000),
+    ],
+)
+def test_without_in_url_hides_user_and_secret_parameters(url: str, shown: str) -> None:
+    assert secrets.without_in_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"cannot reach redis://me:{SECRET}@host, nor http://h/?pw={SECRET}.",
+        f'login refused: password="{SECRET}"',
+        f"Authorization: Bearer {SECRET}",
+        f"{{'db_pw': '{SECRET}', 'host': 'h'}}",
+        f"TOKEN={SECRET}, and more",
+    ],
+)
+def test_redact_hides_secrets_that_have_a_name(text: str) -> None:
+    shown = secrets.redact(text)
+    assert SECRET not in shown
+    assert "***" in shown
+
+
+@pytest.mark.parametrize("secret", [SECRET, "a b/c", "quo'te\n"])
+def test_redact_hides_the_secrets_it_is_given_in_every_form(secret: str) -> None:
+    text = f"ERR {secret!s} and {secret!r} and {quote(secret, safe='')} are wrong"
+    shown = secrets.redact(text, secret, "")
+    assert shown.startswith("ERR *** and ")
+    assert secret not in shown
+    assert quote(secret, safe="") not in shown
+    assert repr(secret)[1:-1] not in shown
+
+
+def test_redact_writes_one_printable_line_of_a_limited_length() -> None:
+    shown = secrets.redact("ERR \x1b[31mred\r\nkvcache: forged\u2028" + "x" * 10_000)
+    assert shown.startswith("ERR \\x1b[31mred\\r\\nkvcache: forged\\u2028x")
+    assert shown.isprintable()
+    assert len(shown) == secrets.LIMIT
+
+
+def test_redact_keeps_sentences_about_secrets() -> None:
+    for text in (
+        "WRONGPASS invalid username-password pair or user is disabled.",
+        "AuthenticationError: invalid password",
+        "no such file: /etc/ssl/key.pem",
+        "capacity = 50%",
+    ):
+        assert secrets.redact(text) == text
+
+
+def test_without_goes_into_tables_and_lists() -> None:
+    given = {"a": [{"pw": SECRET, "url": f"x://{SECRET}@h"}], "use_auth": True}
+    assert secrets.without(given) == {"a": [{"pw": "***", "url": "x://***@h"}], "use_auth": True}
+
+
+def test_health_of_a_tier_whose_error_has_a_secret_logs_and_traces_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    events: list[object] = []
+    span = Mock(is_recording=lambda: True, add_event=lambda *event: events.append(event))
+    health = Health(TierName("redis", "redis"), {}, lambda: 0.0)
+    for _ in range(3):
+        health.failed("load", "TierError", f"ERR redis://me:{SECRET}@host\x1b[31m", span)
+    assert "redis://***@host\\x1b[31m" in caplog.text
+    assert SECRET not in caplog.text
+    assert "***" in str(events)
+    assert SECRET not in str(events)
