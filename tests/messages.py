@@ -17,8 +17,8 @@ ROOMS = ("kvcache", "tiers", "profiles", "connectors")
 LOGGED = {"warning", "error", "exception"}
 COLLECTED = {"_wrong": 1, "Refused": 1, "_failed": 1}
 """Calls that take a message, and in which place."""
-ANSWERED = {"refusal", "_refusal", "shortage"}
-"""Functions whose answer is a message, or none."""
+ANSWERED = ("refusal", "shortage")
+"""How names of functions end whose answer is a message, or none."""
 FILLED = "…"
 
 Names = Mapping[str, list[ast.expr]]
@@ -47,7 +47,7 @@ def told(node: ast.AST, names: Names) -> Iterator[tuple[int, str]]:
     """The messages in a piece of source, with their lines."""
     if isinstance(node, ast.FunctionDef):
         names = {**names, **given(ast.walk(node))}
-        if node.name in ANSWERED:
+        if node.name.endswith(ANSWERED):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Return) and inner.value:
                     yield from ((inner.lineno, text) for text in templates(inner.value, names))

@@ -12,7 +12,6 @@ elsewhere too: importing this module starts nothing.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     SupportsHMA,
 )
 
-from kvcache.connectors.vllm.messages import Acks, Shard, Step  # noqa: E402
+from kvcache.connectors.vllm.messages import Acks, Refusal, Shard, Step  # noqa: E402
 from kvcache.connectors.vllm.passes import kind_of  # noqa: E402
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ try:
 except ImportError:  # before 0.32 hits had no source
     _HOST = None
 
-log = logging.getLogger(__name__)
-
 
 class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     """Keeps a vLLM engine's KV blocks in the tiers of a kvcache profile."""
@@ -76,13 +73,6 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             from kvcache.connectors.vllm.scheduler import SchedulerSide
             from kvcache.connectors.vllm.support import identity
 
-            policy = vllm_config.kv_transfer_config.kv_load_failure_policy
-            if policy != "recompute":
-                log.warning(
-                    "kvcache: kv_load_failure_policy is %r: a block that cannot be copied back "
-                    "ends its request; with 'recompute' it is computed again",
-                    policy,
-                )
             self._scheduler = SchedulerSide(
                 vllm_config, kv_cache_config, identity(vllm_config, kv_cache_config)
             )
@@ -90,12 +80,15 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             import torch
             from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-            from kvcache.connectors.vllm.support import refusal
+            from kvcache.connectors.vllm.refusals import refusal
+            from kvcache.connectors.vllm.support import warn_unless_recomputing
             from kvcache.connectors.vllm.worker import WorkerSide
 
             self._drafts = vllm_config.speculative_config is not None
-            self._refused = refusal(vllm_config, kv_cache_config) is not None
+            self._refusal = refusal(vllm_config, kv_cache_config)
             rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+            if self._refusal is None and rank == (0, 0):
+                warn_unless_recomputing(vllm_config)
             self._worker = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
 
     @property
@@ -187,11 +180,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        if not self._refused:
+        if self._refusal is None:
             self._worker.register(kv_caches)
 
-    def get_handshake_metadata(self) -> Shard | None:
-        return self._worker.shard()
+    def get_handshake_metadata(self) -> Shard | Refusal | None:
+        return self._worker.shard() if self._refusal is None else Refusal(self._refusal)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if isinstance(kv_connector_metadata, Step):

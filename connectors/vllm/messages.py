@@ -34,6 +34,13 @@ class Shard(KVConnectorHandshakeMetadata):
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, at start, in place of a `Shard`: why this rank keeps no blocks."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Scheduler to workers: the slab, and where in a slot the shard of each rank begins."""
 

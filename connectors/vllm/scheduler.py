@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Literal
 from kvcache import telemetry
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
-from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard, Step, Transfer
 from kvcache.connectors.vllm.promises import Promises
+from kvcache.connectors.vllm.refusals import refusal
 from kvcache.connectors.vllm.stats import Reports, Stats
-from kvcache.connectors.vllm.support import host_name, refusal
+from kvcache.connectors.vllm.support import host_name
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
 from kvcache.profiles import open_stack
@@ -85,9 +86,9 @@ class SchedulerSide:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._world = vllm_config.parallel_config.world_size
-        self._refusal = refusal(vllm_config, kv_cache_config)
-        if self._refusal:
-            log.warning("kvcache: nothing is kept or found: %s", self._refusal)
+        self._refusal: str | None = None
+        if reason := refusal(vllm_config, kv_cache_config):
+            self._refuse(reason)
         self._identity = identity
         self._clock = clock
         self._block_tokens = 0
@@ -112,8 +113,13 @@ class SchedulerSide:
         self._steps: dict[int, tuple[float, float]] = {}  # under way: when built, blocks computed
         self._ended = 0.0  # when the last one had
 
-    def open(self, shards: Mapping[Rank, Shard]) -> None:
-        """Open the stack for blocks of these shards, one per rank.
+    def _refuse(self, reason: str) -> None:
+        """Keep nothing, and give nothing, for as long as this engine runs."""
+        self._refusal = reason
+        log.warning("kvcache: nothing is kept or found: %s", reason)
+
+    def open(self, answers: Mapping[Rank, Shard | Refusal]) -> None:
+        """Open the stack for blocks of these shards, one per rank. If a rank refused, keep nothing.
 
         Raises:
             RuntimeError: when a rank is missing, or is on another host.
@@ -121,6 +127,11 @@ class SchedulerSide:
         """
         if self._refusal:
             return
+        for answer in answers.values():
+            if isinstance(answer, Refusal):
+                self._refuse(answer.reason)
+                return
+        shards = {rank: shard for rank, shard in answers.items() if isinstance(shard, Shard)}
         if len(shards) != self._world:
             raise RuntimeError(
                 f"kvcache: {len(shards)} of {self._world} workers said what their blocks are"

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+log = logging.getLogger(__name__)
+
 OLDEST_VLLM = (0, 29)
 SCHEMA = 1  # of what a block's bytes are; another number is another namespace
 
@@ -74,25 +76,21 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
     }
 
 
-def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
-    """Why the blocks of this engine cannot be kept; ``None`` when they can."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+def warn_unless_recomputing(vllm_config: VllmConfig) -> None:
+    """Warn when a block that cannot be loaded ends its request, as vLLM's default policy has it.
 
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return f"the model has {len(groups)} KV cache groups, and blocks of one can be kept"
-    spec = groups[0].kv_cache_spec
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        specs = list(spec.kv_cache_specs.values())
-    else:
-        specs = [spec]
-    for layer in specs:
-        if not isinstance(layer, FullAttentionSpec):
-            return f"its cache is {type(layer).__name__}, and only full attention can be kept"
-        if getattr(layer, "non_causal", False):
-            return "its attention is not causal: a block's KV depends on the tokens after it"
-    parallel = vllm_config.parallel_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            return f"{name} is {getattr(parallel, name)}, and it must be 1"
-    return None
+    To be called in a worker while vLLM makes its connector. Under ``MultiConnector`` a connector
+    gets a config whose policy vLLM's scheduler does not read: it follows that of the outer config,
+    which is vLLM's current config at that time, and cannot be had in another way.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    transfer = (config or vllm_config).kv_transfer_config or vllm_config.kv_transfer_config
+    policy = transfer.kv_load_failure_policy
+    if policy != "recompute":
+        log.warning(
+            "kvcache: kv_load_failure_policy is %r: a block that cannot be copied back "
+            "ends its request; with 'recompute' it is computed again",
+            policy,
+        )

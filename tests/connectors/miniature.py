@@ -19,6 +19,7 @@ from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.connectors.vllm.support import host_name
 from tests.connectors.miniature_workers import BLOCK, BLOCKS, RANKS, Content, Request, Workers
+from tests.connectors.played import engine_config
 
 
 class Miniature:
@@ -31,13 +32,9 @@ class Miniature:
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16
         )
-        parallel: Any = SimpleNamespace(
-            parallel_config=SimpleNamespace(world_size=len(RANKS)),
-            model_config=SimpleNamespace(served_model_name="model"),
-        )
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         cache: Any = SimpleNamespace(kv_cache_groups=[group], num_blocks=BLOCKS)
-        self.side = SchedulerSide(parallel, cache, {})
+        self.side = SchedulerSide(engine_config(len(RANKS)), cache, {})
         self.side.open({(0, rank): Shard(4096, host_name(), "form") for rank in RANKS})
         assert self.side._stack is not None
         self.front = self.side._stack.front

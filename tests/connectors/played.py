@@ -27,10 +27,14 @@ def full_attention() -> Any:
     return FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
 
 
-def engine_config(world: int = 2, **parallel: int) -> Any:
+def engine_config(world: int = 2, device: str = "cpu", **parallel: int) -> Any:
+    """What the connector reads of vLLM's config. This engine can resume a prompt."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=world, **parallel),
-        model_config=SimpleNamespace(served_model_name="model"),
+        model_config=SimpleNamespace(served_model_name="model", is_prefix_caching_supported=True),
+        cache_config=SimpleNamespace(enable_prefix_caching=True, prefix_match_unit=None),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=True),
+        device_config=SimpleNamespace(device_type=device),
     )
 
 

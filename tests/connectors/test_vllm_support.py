@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm import plugin
-from kvcache.connectors.vllm.support import check_version, host_name
+from kvcache.connectors.vllm.support import check_version, host_name, warn_unless_recomputing
 
 pytestmark = pytest.mark.engine
 
@@ -70,3 +72,49 @@ def test_no_request_waits_for_its_delivery() -> None:
 
     connector = KVCacheConnector.__new__(KVCacheConnector)
     assert connector.requires_kv_delivery is False
+
+
+def connector(**fields: Any) -> dict[str, Any]:
+    return {"kv_connector": plugin.NAME, "kv_role": "kv_both", **fields}
+
+
+@pytest.mark.parametrize("inner", ["recompute", "fail", None])
+@pytest.mark.parametrize("outer", ["recompute", "fail", None])
+def test_failure_policy_under_multi_connector_is_the_outer_one(
+    outer: str | None, inner: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    plugin.register()
+    policy = {"kv_load_failure_policy": outer} if outer else {}
+    own = {"kv_load_failure_policy": inner} if inner else {}
+    config = VllmConfig(
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="MultiConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"connectors": [connector(**own)]},
+            **policy,
+        )
+    )
+    [(_, given)] = MultiConnector._get_connector_classes_and_configs(config)
+    with set_current_vllm_config(config):  # as vLLM makes a worker's connector
+        warn_unless_recomputing(given)
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("kvcache")]
+    if outer == "recompute":
+        assert warnings == []
+    else:
+        [warning] = warnings
+        assert "kv_load_failure_policy is 'fail'" in warning
+
+
+def test_failure_policy_without_a_current_config_is_the_given_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from vllm.config import KVTransferConfig, VllmConfig
+
+    for policy in ("recompute", "fail"):
+        config = KVTransferConfig(**connector(kv_load_failure_policy=policy))
+        warn_unless_recomputing(VllmConfig(kv_transfer_config=config))
+    [record] = [r for r in caplog.records if r.name.startswith("kvcache")]
+    assert "'fail'" in record.getMessage()
