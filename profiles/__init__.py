@@ -50,6 +50,8 @@ def open_stack(
     chosen = load_profile(profile, ranks=ranks)
     if theirs := chosen.theirs:
         log.log(logging.WARNING if theirs.no_effect else logging.INFO, "kvcache: %s", theirs)
+    if chosen.unknown:
+        log.warning("kvcache: profile: %s", "; ".join(chosen.unknown))
     problems = [
         f"{setting.where}: {shortage}"
         for setting in chosen.tiers[0].settings
@@ -105,4 +107,4 @@ def _open(profile: Profile, row: Row, block_nbytes: int) -> Tier:
     try:
         return row.cls(**given, **row.options_for(row.cls))
     except ValueError as error:
-        raise ProfileError(profile.name, [f"{row.where}: {error}"]) from error
+        raise ProfileError(profile.name, [row.blame(str(error))]) from error

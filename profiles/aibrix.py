@@ -3,9 +3,9 @@
 The table has the 62 of aibrix_kvcache 0.8.0. A variable is *taken*, as an option of a tier, or has
 *no effect*, for a reason; one can be *refused*, where going on would do what it says not to do.
 
-Always true: ours win, option by option. A KVCACHE__ variable does, and so does a profile that
-somebody chose; only what the default profile says do they change. No value of theirs is repeated
-but those that are taken and those that are wrong.
+Always true: ours win, option by option. A KVCACHE__ variable does, and so does a file of the
+user's; the defaults of a shipped profile do not, whether the user chose it or not. No value of
+theirs is repeated but those that are taken and those that are wrong.
 """
 
 import math
@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvcache.profiles.errors import listed, nearest, show
-from kvcache.profiles.rows import Row, Wish
+from kvcache.profiles.rows import Row, Wish, override_of
+from kvcache.sizes import Size
 
 PREFIX = "AIBRIX_KV_CACHE_OL_"
 SYNC = "VLLM_AIBRIX_SYNC_GRANULARITY"  # the one without the prefix
 _ENABLED = "L1_CACHE_ENABLED"
-_OURS = "KVCACHE__L1__CAPACITY"  # l1 is the tier of the default profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +179,28 @@ class Theirs:
 
     wishes: tuple[Wish, ...]
     so_anyway: tuple[str, ...]
-    overruled: tuple[str, ...]
     no_effect: tuple[tuple[str, str], ...]  # variable, reason
     problems: tuple[str, ...]
+    off: str = ""  # the variable that says to have no L1, and what it was given
 
-    def report(self, rows: Sequence[Row]) -> Report | None:
-        """What became of it with these tiers; None if there was nothing of it."""
-        taken, overruled = [*self.so_anyway], [*self.overruled]
+    def report(self, rows: Sequence[Row]) -> tuple[Report | None, list[str]]:
+        """What became of it with these tiers, and what is refused with them.
+
+        The report is None if the environment has nothing of theirs.
+        """
+        taken, overruled, refused = [*self.so_anyway], list[str](), list[str]()
         no_effect = [*self.no_effect]
+        if self.off and rows:
+            # The user said how much memory L1 may take, in a place that overrides theirs.
+            if any(
+                one.chosen and one.option.hint is Size and one.place not in self.places
+                for one in rows[0].settings
+            ):
+                overruled.append(
+                    f"{self.off.partition(' = ')[0]} (there is an L1, since its size is set)"
+                )
+            else:
+                refused.append(f"environment variable {self.off}: {_refusal(rows[0].name)}")
         for wish in self.wishes:
             name = wish.place.rpartition(" ")[2]
             met = [
@@ -205,33 +219,37 @@ class Theirs:
                 tiers = "tier below the first" if wish.below else "first tier"
                 no_effect.append((name, f"no {tiers} has the option {wish.option}"))
         if not (taken or overruled or no_effect):
-            return None
-        return Report(tuple(taken), tuple(overruled), tuple(_by_reason(no_effect)))
+            return None, refused
+        return Report(tuple(taken), tuple(overruled), tuple(_by_reason(no_effect))), refused
+
+    @property
+    def places(self) -> set[str]:
+        """The places of what they ask for."""
+        return {wish.place for wish in self.wishes}
 
 
-def read(environ: Mapping[str, str], *, chosen: bool, ranks: int) -> Theirs:
-    """Read AIBrix's variables. ``chosen`` says whether somebody chose the profile."""
+def read(environ: Mapping[str, str], *, ranks: int) -> Theirs:
+    """Read AIBrix's variables."""
     theirs = {
         variable: text.strip()
         for variable, text in environ.items()
         if (variable.startswith(PREFIX) or variable == SYNC) and text.strip()
     }
-    wishes, problems, no_effect, overruled, so_anyway = [], [], [], [], []
+    wishes, problems, no_effect, so_anyway, off = [], [], [], [], ""
     for variable, text in theirs.items():
         name = _name(variable)
         entry, place = VARIABLES.get(name), f"environment variable {variable}"
-        if name == _ENABLED and text.lower() not in ("1", "true"):
-            if chosen or _OURS in environ:
-                overruled.append(f"{variable} (there is an L1, since a profile or its size is set)")
-            else:
-                problems.append(f"{place} = {show(text)}: {_refusal(text)}")
+        if name == _ENABLED and text.lower() in ("0", "false"):
+            off = f"{variable} = {show(text)}"
+        elif name == _ENABLED and text.lower() not in ("1", "true"):
+            problems.append(f'{place} = {show(text)}: takes "1", "true", "0" or "false"')
         elif isinstance(entry, Taken):
             try:
                 value = entry.value(text, ranks)
             except ValueError as error:
                 problems.append(f"{place} = {show(text)}: {error}")
             else:
-                wishes.append(Wish(place, entry.option, value, entry.below, not chosen))
+                wishes.append(Wish(place, entry.option, value, entry.below))
         elif entry is None:
             known = (f"{PREFIX}{name}" for name in VARIABLES if name != SYNC)
             no_effect.append((variable, f"AIBrix has no such variable{nearest(variable, known)}"))
@@ -239,9 +257,7 @@ def read(environ: Mapping[str, str], *, chosen: bool, ranks: int) -> Theirs:
             no_effect.append((variable, entry.says.replace("`", "")))
         else:
             so_anyway.append(f"{variable} = {text}, as it is anyway")
-    return Theirs(
-        tuple(wishes), tuple(so_anyway), tuple(overruled), tuple(no_effect), tuple(problems)
-    )
+    return Theirs(tuple(wishes), tuple(so_anyway), tuple(no_effect), tuple(problems), off)
 
 
 def _name(variable: str) -> str:
@@ -250,12 +266,11 @@ def _name(variable: str) -> str:
     return f"PRISKV_{name.removeprefix('PRIS_')}" if name.startswith("PRIS_") else name
 
 
-def _refusal(text: str) -> str:
-    if text.lower() not in ("0", "false"):
-        return 'takes "1", "true", "0" or "false"'
+def _refusal(tier: str) -> str:
     return (
         "blocks are kept in L1 before anywhere else, so there is always one, and this says to take "
-        f"no memory for it; say how much it may take in {_OURS}, or choose a profile"
+        f"no memory for it; say how much it may take in {override_of(tier, 'capacity')}, or in a "
+        "profile of yours"
     )
 
 

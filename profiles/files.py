@@ -19,10 +19,11 @@ _SHIPPED = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value as it was written, and where."""
+    """A value as it was written, and where; ``shipped`` if that is a profile of the library's."""
 
     value: object
     place: str
+    shipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,14 @@ class _Reading:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             self._wrong("tier", "write tiers under [[tier]]")
             return None
+        shipped = self.file.path.parent.resolve() == _SHIPPED.resolve()
         return [
             Table(
                 self._lines.place(row),
-                {key: Given(value, self._lines.place(row, key)) for key, value in table.items()},
+                {
+                    key: Given(value, self._lines.place(row, key), shipped)
+                    for key, value in table.items()
+                },
             )
             for row, table in enumerate(tables)
         ]

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcache.profiles import aibrix
+from kvcache.profiles import aibrix, variables
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.files import find, read_or_raise
-from kvcache.profiles.rows import Row, read_rows
+from kvcache.profiles.rows import Row, override_of, read_rows
 
 DEFAULT = "l1-only"
 VARIABLE = "KVCACHE_PROFILE"
@@ -23,7 +23,8 @@ class Profile:
     """A profile that was checked, its tiers nearest first.
 
     ``bases`` are the files it extends, its own base first; ``theirs`` says what became of AIBrix's
-    variables, if there were any.
+    variables, if there were any; ``unknown`` has a sentence for each variable that looks like one
+    of kvcache's and is none.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Profile:
     tiers: tuple[Row, ...]
     bases: tuple[Path, ...] = ()
     theirs: aibrix.Report | None = None
+    unknown: tuple[str, ...] = ()
 
 
 def load_profile(
@@ -39,7 +41,7 @@ def load_profile(
     """Read ``profile``, else the one that KVCACHE_PROFILE names, else l1-only.
 
     ``profile`` is a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
-    AIBrix's variables win over the file of a profile that nobody chose. ``ranks`` is of the engine;
+    AIBrix's variables override the defaults of a shipped profile. ``ranks`` is of the engine;
     AIBrix counts memory for each.
 
     Raises ProfileError with everything that is wrong.
@@ -53,9 +55,12 @@ def load_profile(
     except ValueError as error:
         raise ProfileError(profile, [f"{by}{error}"]) from None
     file, tables = read_or_raise(path, by)
-    theirs = aibrix.read(environ, chosen=bool(chosen), ranks=ranks)
+    theirs = aibrix.read(environ, ranks=ranks)
     rows, problems = read_rows(path, tables, environ, theirs.wishes)
-    problems = [*file.problems, *problems, *theirs.problems]
-    if problems:
-        raise ProfileError(path.stem, problems)
-    return Profile(path.stem, path, tuple(rows), file.bases, theirs.report(rows))
+    report, refused = theirs.report(rows)
+    problems = [*file.problems, *problems, *theirs.problems, *refused]
+    options = (override_of(row.name, option) for row in rows for option in row.takes)
+    unknown = variables.unknown(environ, options)
+    if problems:  # a misspelt variable may be why
+        raise ProfileError(path.stem, [*problems, *unknown])
+    return Profile(path.stem, path, tuple(rows), file.bases, report, unknown)

@@ -16,13 +16,15 @@ from kvcache.profiles.errors import listed, nearest, show, show_option
 from kvcache.profiles.files import TOP_KEYS, Table
 from kvcache.profiles.kinds import tier_class
 from kvcache.profiles.options import Option, converted, from_text, options_of, takes
+from kvcache.profiles.variables import OVERRIDE, overrides
 from kvcache.tier import FrontTier, Tier
 from kvcache.tiers.framed import Framed
 
-OVERRIDE = "KVCACHE__"
-
 _NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")  # single separators: "__" ends it in a variable
 _FIXED = ("name", "kind")
+
+VARIABLE = "environment variable"
+"""How the place of a value begins that a variable gave."""
 
 AROUND = (Framed, Lower)
 """What the stack puts around a tier below the first; their options are set in the tier's row."""
@@ -30,12 +32,16 @@ AROUND = (Framed, Lower)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An option that was set: to what, and by which line of which file, or which variable."""
+    """An option that was set: to what, and by which line of which file, or which variable.
+
+    ``chosen`` is false for the default of a shipped profile, which no user wrote.
+    """
 
     option: Option
     value: object
     given: object
     place: str
+    chosen: bool = True
 
     @property
     def where(self) -> str:
@@ -63,6 +69,23 @@ class Row:
         """All that the file and the environment set."""
         return {setting.option.name: setting.value for setting in self.settings}
 
+    def blame(self, error: str) -> str:
+        """``error`` of the tier's class, with the place of the option that it is about.
+
+        That is the first option that the text names. If it names none, the place is the row, with
+        the variables that changed it.
+        """
+        at = {
+            found.start(): setting
+            for setting in self.settings
+            if (found := re.search(rf"(?<![\w.]){re.escape(setting.option.name)}\b", error))
+        }
+        if at:
+            return f"{at[min(at)].where}: {error}"
+        variables = [one.place for one in self.settings if one.place.startswith(VARIABLE)]
+        changed = f", changed by {', '.join(variables)}" if variables else ""
+        return f"{self.where}{changed}: {error}"
+
     def options_for(self, cls: type) -> dict[str, Any]:
         """Those of them that are keyword arguments of ``cls``."""
         its = options_of(cls)
@@ -73,14 +96,13 @@ class Row:
 class Wish:
     """What another variable than ours asks for: an option of the first tier, or of those below it.
 
-    ``wins`` says over a file; over our variables none does.
+    It overrides the default of a shipped profile, and neither a user's file nor our variables.
     """
 
     place: str
     option: str
     value: object
     below: bool
-    wins: bool
 
 
 def read_rows(
@@ -119,17 +141,15 @@ class _Reader:
         self._path = path
         self._wishes = wishes
         self._names: list[str] = []
-        self._overrides = {
-            variable: text for variable, text in environ.items() if variable.startswith(OVERRIDE)
-        }
+        self._overrides = overrides(environ)
 
     def rows(self, tables: Sequence[Table]) -> list[Row]:
         rows = [self._row(number, table) for number, table in enumerate(tables)]
         known = [_variable(name) for name in self._names]
         for variable, text in self._overrides.items():  # the rows took theirs
             self._wrong(
-                f"environment variable {show_option(variable, text)}",
-                f"no such tier; the form is {OVERRIDE}<TIER>__<OPTION>, and the tiers here are "
+                f"{VARIABLE} {show_option(variable, text)}",
+                "no such tier; the form is KVCACHE__<TIER>__<OPTION>, and the tiers here are "
                 + listed(known)
                 + nearest(variable.removeprefix(OVERRIDE).partition("__")[0], known),
             )
@@ -164,7 +184,7 @@ class _Reader:
         where = f"{table.place}: tier {show(name)}"
         settings: dict[str, Setting] = {}
         seen = set()
-        for place, key, given in self._given(number, table, overrides, options):
+        for place, key, given, chosen in self._given(number, table, overrides, options):
             seen.add(key)
             here = f"{place}: {show_option(key, given)}"
             if key not in options:
@@ -179,7 +199,7 @@ class _Reader:
             except (ValueError, OverflowError) as error:
                 self._wrong(here, str(error))
             else:
-                settings[key] = Setting(options[key], value, given, place)
+                settings[key] = Setting(options[key], value, given, place, chosen)
         for option in options.values():
             if option.required and option.name not in seen:
                 needs = f"kind {show(kind)} needs it; it takes {takes(option.hint)}"
@@ -192,24 +212,25 @@ class _Reader:
         table: Table,
         overrides: Mapping[str, str],
         options: Mapping[str, Option],
-    ) -> Iterator[tuple[str, str, object]]:
-        """What was set: the place, the option's name and the value. What wins comes later."""
+    ) -> Iterator[tuple[str, str, object, bool]]:
+        """What was set: place, option, value, and if a user chose it. What wins comes later."""
         wishes = [w for w in self._wishes if w.below == bool(number) and w.option in options]
-        yield from ((w.place, w.option, w.value) for w in wishes if not w.wins)
-        for key, given in table.given.items():
-            if key not in _FIXED:
-                yield given.place, key, given.value
-        yield from ((w.place, w.option, w.value) for w in wishes if w.wins)
+        files = [(key, given) for key, given in table.given.items() if key not in _FIXED]
+        yield from ((given.place, key, given.value, False) for key, given in files if given.shipped)
+        yield from ((w.place, w.option, w.value, True) for w in wishes)
+        yield from (
+            (given.place, key, given.value, True) for key, given in files if not given.shipped
+        )
         names = {_variable(name): name for name in options}
         for variable, text in overrides.items():
-            place = f"environment variable {variable}"
+            place = f"{VARIABLE} {variable}"
             key = variable.removeprefix(OVERRIDE).partition("__")[2]
             if key.lower() in _FIXED:
                 self._wrong(f"{place} = {show(text)}", "a tier's name and kind are the profile's")
             elif key in names:
-                yield place, names[key], from_text(text, options[names[key]].hint)
+                yield place, names[key], from_text(text, options[names[key]].hint), True
             else:
-                yield place, key, text
+                yield place, key, text, True
 
     def _name(self, table: Table) -> str:
         name = table.name

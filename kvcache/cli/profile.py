@@ -165,6 +165,7 @@ def _facts(profile: Profile) -> dict[str, Any]:
         "aibrix": theirs and {
             "taken": theirs.taken, "overruled": theirs.overruled, "no_effect": theirs.no_effect,
         },
+        "unknown": profile.unknown,
     }  # fmt: skip
 
 
@@ -181,6 +182,7 @@ def _text(profile: Profile) -> str:
     lines = [f"# {profile.name}: {' extends '.join(map(str, files))}"]
     if profile.theirs:
         lines.append(f"# {profile.theirs}")
+    lines += [f"# warning: {unknown}" for unknown in profile.unknown]
     for row in profile.tiers:
         lines += ["", "[[tier]]", f'name = "{row.name}"', f"kind = {json.dumps(row.kind)}"]
         values = _values(row)

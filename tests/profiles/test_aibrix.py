@@ -7,7 +7,7 @@ import pytest
 
 from kvcache.profiles import Profile, ProfileError, aibrix, load_profile, open_stack
 from tests.profiles.fakes import Front
-from tests.profiles.reading import GIB, GOOD, read
+from tests.profiles.reading import FRONT, GIB, GOOD, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
@@ -100,11 +100,32 @@ def test_a_profile_that_was_chosen_wins_by_option(file: Path, by_argument: bool)
     )
 
 
-def test_lower_tiers_are_none_of_what_is_said_of_the_first() -> None:
-    """The disk has a capacity and an eviction too."""
-    profile = load_profile("l1-disk", SAMPLE)
+@pytest.mark.parametrize("name", [None, "l1-only", "l1-disk", "l1-redis", "l1-disk-redis"])
+@pytest.mark.parametrize("by_argument", [True, False])
+def test_defaults_of_a_shipped_profile_are_overridden(name: str | None, by_argument: bool) -> None:
+    environ = SAMPLE | ({"KVCACHE_PROFILE": name} if name and not by_argument else {})
+    profile = load_profile(name if by_argument else None, environ)
+    assert profile.name == (name or "l1-only")
+    assert profile.tiers[0].options == {"capacity": 8 * GIB, "eviction": "s3fifo"}
+    assert theirs(profile).overruled == ()
+    plain = load_profile(profile.name, {})
+    assert [row.options for row in profile.tiers[1:]] == [row.options for row in plain.tiers[1:]]
+
+
+def test_a_file_that_extends_a_shipped_profile_wins_by_what_it_says_itself(file: Path) -> None:
+    text = 'extends = "l1-disk"\n[[tier]]\nname = "l1"\ncapacity = "3GiB"\n'
+    profile = read(file, text, SAMPLE)
+    assert profile.tiers[0].options == {"capacity": 3 * GIB, "eviction": "s3fifo"}
+    assert theirs(profile).overruled == (
+        f"{P}L1_CACHE_CAPACITY_GB (capacity of l1 is from {file}, line 4)",
+    )
+
+
+def test_a_copy_of_a_shipped_profile_is_the_users_own(file: Path) -> None:
+    text = load_profile("l1-only", {}).path.read_text()
+    profile = read(file, text, SAMPLE)
+    assert profile.tiers[0].options == load_profile("l1-only", {}).tiers[0].options
     assert len(theirs(profile).overruled) == 2
-    assert all(" of l1 is from " in one for one in theirs(profile).overruled)
 
 
 def test_an_option_that_no_tier_has_has_no_effect(file: Path) -> None:
@@ -125,7 +146,10 @@ def test_an_l1_that_is_switched_off_is_refused_unless_ours_say_how_much(file: Pa
     (problem,) = refused(off)
     assert problem.startswith(f'environment variable {P}L1_CACHE_ENABLED = "0": blocks are kept in')
     assert "KVCACHE__L1__CAPACITY" in problem
-    for ours in ({"KVCACHE__L1__CAPACITY": "1GiB"}, {"KVCACHE_PROFILE": "l1-only"}):
+    assert refused(off | {"KVCACHE_PROFILE": "l1-redis"}) == (problem,)
+    assert refused(off | SAMPLE | off) == (problem,)  # how much it would be is not to have one
+    file.write_text(DISK.replace(FRONT, "dram").replace("room", "capacity"))
+    for ours in ({"KVCACHE__L1__CAPACITY": "1GiB"}, {"KVCACHE_PROFILE": str(file)}):
         said = theirs(load_profile(None, off | ours))
         assert said.overruled[0].startswith(f"{P}L1_CACHE_ENABLED (there is an L1")
         assert said.no_effect[0].startswith(f"{P}L2_CACHE_BACKEND (AIBrix's backends are not here")

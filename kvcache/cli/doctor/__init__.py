@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from kvcache.cli.doctor import disk, machine, otlp, probe, redis, versions
-from kvcache.cli.doctor.result import Result, fail, ok
+from kvcache.cli.doctor.result import Result, fail, ok, warn
 from kvcache.cli.table import painter
 from kvcache.sizes import parse_size
 
@@ -83,7 +83,9 @@ def _profile(name: str | None) -> tuple[Profile | None, list[Result]]:
     except ProfileError as error:
         return None, [fail("profile", problem, _fix(problem)) for problem in error.problems]
     tiers = " > ".join(f"{row.name} ({row.kind})" for row in chosen.tiers)
-    return chosen, [ok("profile", f"{chosen.name}: {tiers} ({chosen.path})")]
+    fix = "correct its name, or unset it; docs/profiles.md has all variables"
+    unknown = [warn("profile", one, fix) for one in chosen.unknown]
+    return chosen, [ok("profile", f"{chosen.name}: {tiers} ({chosen.path})"), *unknown]
 
 
 def _fix(problem: str) -> str:
