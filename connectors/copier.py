@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache.connectors.placement import Pages
+from kvcache.process import own
 
 Integers = NDArray[np.int64]
 
@@ -72,6 +73,7 @@ class PageCopier(ABC):
         self._running = 0
         self._closed = False
         self._changed = threading.Condition()
+        own(self)
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Copy:
         """Copy the engine's pages of `blocks` into `slots`."""

@@ -27,6 +27,7 @@ from kvcache.connectors.copies import Order, device_of, form, open_copier
 from kvcache.connectors.layouts import Layer, Layout
 from kvcache.connectors.placement import place
 from kvcache.keys import DIGEST_NBYTES, namespace
+from kvcache.process import own
 from kvcache.stack import Stack
 
 SCHEMA = 1  # of what a block's bytes are; another number is another namespace
@@ -122,6 +123,7 @@ class Attached:
         )
         if cache.device is not None:
             self._copier.ready(slab.wait_populated())
+        own(self)
 
     def save(
         self, block_ids: Sequence[int], keys: Sequence[bytes], after: bytes | None = None

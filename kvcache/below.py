@@ -28,6 +28,7 @@ from kvcache import telemetry
 from kvcache.calls import Answer
 from kvcache.lower import Lower
 from kvcache.pace import Pace
+from kvcache.process import own
 from kvcache.tier import FrontTier, Lease
 
 T = TypeVar("T")
@@ -90,6 +91,7 @@ class Below:
         self._lock = threading.Lock()
         self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
         self.computing = Pace()  # of the engine: what bringing up has to beat
+        own(self)
 
     @property
     def awake(self) -> bool:

@@ -22,6 +22,7 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.health import Health
+from kvcache.process import own
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class Calls:
         ]
         for thread in self._threads:
             thread.start()
+        own(self)
 
     def put(self, priority: int, job: Callable[[], None]) -> None:
         """Have ``job`` done, after all that were put with a lower number before it is taken."""

@@ -23,6 +23,7 @@ from kvcache.calls import LOAD, Answer
 from kvcache.keys import join
 from kvcache.link import Link
 from kvcache.pace import Pace
+from kvcache.process import own
 from kvcache.sizes import Size
 from kvcache.stats import LowerStats
 from kvcache.tier import FrontTier, Lease, Tier
@@ -85,6 +86,7 @@ class Lower:
         self._asking, self._loading = Pace(), Pace()
         self._lock = threading.Lock()
         self._seen_slow = 0.0  # when it was last looked at for having been skipped
+        own(self)
 
     @property
     def space(self) -> bytes:

@@ -11,6 +11,7 @@ Always true here:
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -184,6 +185,10 @@ class _Collected:
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Watch nothing: in a forked child, where the parent counts what it has opened."""
         self._lock = threading.Lock()
         self._watched: WeakSet[Counted] = WeakSet()
         self._given: set[Metric] = set()
@@ -224,6 +229,7 @@ class _Collected:
 
 
 _collected = _Collected()
+os.register_at_fork(after_in_child=_collected.begin)
 watch = _collected.watch
 leave = _collected.leave
 

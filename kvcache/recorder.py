@@ -21,10 +21,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
 
+from kvcache.process import own
 from kvcache.sizes import format_size, parse_size
 
 VARIABLE: Final = "KVCACHE_RECORD"
@@ -66,7 +68,7 @@ class FileRecorder(Recorder):
         self._path = path
         self._block_tokens = block_tokens or 1  # not known: a block counts as one
         self._limit = limit
-        self._file = path.open("ab", buffering=0)
+        self._file = FileIO(path, "a", opener=_private)
         # Time never goes back, and goes on where another engine left off.
         self._zero_ns = time.time_ns() - time.monotonic_ns()
         self._waiting: SimpleQueue[tuple[int, int, tuple[bytes, ...]] | None] = SimpleQueue()
@@ -74,6 +76,7 @@ class FileRecorder(Recorder):
         self._over = False  # nothing more is written
         self._thread = threading.Thread(target=self._write_all, name="kvcache-record", daemon=True)
         self._thread.start()
+        own(self)
 
     def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
         if self._over:
@@ -134,6 +137,11 @@ class FileRecorder(Recorder):
             "block_tokens": self._block_tokens,
         }
         return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, if it is made now; the mode of others stays."""
+    return os.open(path, flags, 0o600)
 
 
 def opened(block_tokens: int, environ: Mapping[str, str] = os.environ) -> Recorder:

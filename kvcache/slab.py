@@ -9,12 +9,16 @@ Always true here:
 * No slot below ``populated`` costs a page fault's zeroing at its first use: a thread has the memory
   made in the background, lowest slot first, and ``populated`` only grows.
 * A descriptor that names other memory (another host, a pid that was reused) is refused, not mapped.
+* The file keeps its size, whatever process of the user has it open: the kernel refuses to truncate
+  it, which would end the engine with SIGBUS.
+* A forked child has no access to the memory until it attaches.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -22,20 +26,26 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvcache.process import own
 
 log = logging.getLogger(__name__)
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
+_FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MFD_HUGE_2MB = 21 << 26
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PIECE = 64 << 20  # populated at a time: some 20 ms, after which close() is heard
 _PROGRESS_EVERY_S = 5.0  # so that small slabs, which are there in less, say nothing
 
 _libc = ctypes.CDLL(None, use_errno=True)  # calls through it let other Python threads run
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.argtypes = _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_PROT_NONE = 0
 
 
 class SlabError(RuntimeError):
@@ -85,9 +95,16 @@ class Slab:
         _libc.madvise(self.address, mapped, mmap.MADV_HUGEPAGE)  # where the kernel gives them
         self.populated = 0
         self._made = 0  # bytes
+        self._mapped = mapped  # bytes of the mapping; 0 when there is none
         self._ready: Callable[[int], None] = lambda _: None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        own(self)
+
+    def _in_child(self) -> None:
+        """Give up what a forked child has of the memory, and the memory's end to the parent."""
+        _libc.mprotect(self.address, self._mapped, _PROT_NONE)
+        self._close_fd()
 
     @classmethod
     def create(cls, slots: int, slot_nbytes: int) -> Slab:
@@ -206,30 +223,37 @@ class Slab:
         """Unmap, and end the owner's descriptor. Views still held keep the memory alive."""
         self._stop.set()
         self.wait_populated()
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._close_fd()
+        mapped, self._mapped = self._mapped, 0
         try:
             self._view.release()
             self._map.close()
         except BufferError:
+            self._mapped = mapped
             log.debug("kvcache: views of the slab outlive it; its memory goes with them")
+
+    def _close_fd(self) -> None:
+        fd, self._fd = self._fd, None  # a fork in between must not close another file's number
+        if fd is not None:
+            os.close(fd)
 
 
 def _memfd(name: str, nbytes: int) -> int:
     """An anonymous file of ``nbytes``: of huge pages when enough of them are reserved and free."""
-    free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     pages = -(-nbytes // HUGE_PAGE)
-    if free.exists() and int(free.read_text()) >= pages:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_HUGETLB | _MFD_HUGE_2MB)
-        try:
-            os.ftruncate(fd, pages * HUGE_PAGE)
-            return fd
-        except OSError:  # somebody else took them
-            os.close(fd)
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    if _FREE_HUGE_PAGES.exists() and int(_FREE_HUGE_PAGES.read_text()) >= pages:
+        # Another process may take the pages first; kernels before 4.16 do not seal huge pages.
+        with suppress(OSError):
+            return _sealed(name, pages * HUGE_PAGE, os.MFD_HUGETLB | _MFD_HUGE_2MB)
+    return _sealed(name, nbytes)
+
+
+def _sealed(name: str, nbytes: int, flags: int = 0) -> int:
+    """An anonymous file that keeps its size."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except OSError:
         os.close(fd)
         raise

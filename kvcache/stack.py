@@ -28,6 +28,7 @@ from kvcache import metrics, telemetry
 from kvcache.below import Below, Match
 from kvcache.changes import Journal
 from kvcache.lower import Lower
+from kvcache.process import own
 from kvcache.recorder import SILENT, Recorder
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
@@ -74,6 +75,7 @@ class Stack:
         self._loaded_blocks = 0
         self._below = Below(front, lower, clock)
         metrics.watch(self)
+        own(self)
 
     @property
     def block_nbytes(self) -> int:

@@ -19,6 +19,7 @@ from typing import Self
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
+from kvcache import process
 from kvcache.changes import Changes
 from kvcache.slab import Slab
 
@@ -101,7 +102,7 @@ class Lease:
             spans of its own below.
     """
 
-    __slots__ = ("_ends", "_view", "evicted", "keys", "positions", "slots", "span")
+    __slots__ = ("_born", "_ends", "_view", "evicted", "keys", "positions", "slots", "span")
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class Lease:
         self.span: Span = INVALID_SPAN
         self._view = view
         self._ends: list[list[Ended]] = [[end]]
+        self._born = process.generation
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -137,6 +139,8 @@ class Lease:
     def end(self, failed: Iterable[bytes] = ()) -> None:
         """End the lease: filled slots are published, read slots released.
 
+        In a forked child it does nothing: the lease is the parent's to end.
+
         Args:
             failed: keys whose bytes are not to be trusted. A slot being filled is given up; a block
                 being read is dropped from the tier.
@@ -144,6 +148,8 @@ class Lease:
         Raises:
             LeaseError: at the second call, or for a key that this lease does not hold.
         """
+        if self._born != process.generation:
+            return
         bad = frozenset(failed)
         if bad and not bad.issubset(self.keys):
             raise LeaseError(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from kvcache.changes import Changes
 from kvcache.eviction import DEFAULT, Eviction, policy_option
 from kvcache.index import Index
+from kvcache.process import own
 from kvcache.sizes import Size
 from kvcache.slab import Slab, slot_nbytes_for
 from kvcache.tier import FrontTier, Lease, TierStats
@@ -56,6 +57,7 @@ class DramTier(FrontTier):
         self._index = Index(policy(slots), clock)
         self.slab = Slab.create(slots, slot_nbytes)
         self.slab.populate(self._open)
+        own(self)
 
     def _open(self, slots: int) -> None:
         with self._lock:

@@ -37,6 +37,7 @@ from typing import Any, Final, Literal
 from xxhash import xxh3_128
 
 from kvcache import telemetry
+from kvcache.process import own
 from kvcache.tier import Tier, TierUsage
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Framed(Tier):
             self._desks.put(None)
         self._lock = threading.Lock()
         self._stats = FrameStats()
+        own(self)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         return self.inner.contains(keys)

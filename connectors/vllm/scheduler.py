@@ -35,6 +35,7 @@ from kvcache.connectors.vllm.stats import Reports, Stats
 from kvcache.connectors.vllm.support import host_name
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
+from kvcache.process import own
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab
 from kvcache.stack import Stack
@@ -112,6 +113,7 @@ class SchedulerSide:
         self._step = 0
         self._steps: dict[int, tuple[float, float]] = {}  # under way: when built, blocks computed
         self._ended = 0.0  # when the last one had
+        own(self)
 
     def _refuse(self, reason: str) -> None:
         """Keep nothing, and give nothing, for as long as this engine runs."""

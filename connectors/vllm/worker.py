@@ -32,6 +32,7 @@ from kvcache.connectors.streams import Device
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.passes import Passes
 from kvcache.connectors.vllm.support import host_name
+from kvcache.process import own
 from kvcache.slab import Slab
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class WorkerSide:
         self._acks = Acks()
         self._bad_blocks: set[int] = set()
         self._received: set[str] = set()  # requests whose loads are over
+        own(self)
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn where the pages of every layer lie.

@@ -1,5 +1,7 @@
 """Memory in equal slots, here and in another process, made in the background, gone at the end."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -20,6 +22,21 @@ theirs.populate()
 assert bytes(theirs.view(1)[:5]) == b"hello"
 theirs.view(2)[:5] = b"world"
 theirs.close()
+"""
+
+
+TRUNCATE = """
+import os, sys
+for nbytes in (0, 1 << 20):
+    for change in (
+        lambda file: os.truncate(file, nbytes),
+        lambda file: os.ftruncate(os.open(file, os.O_RDWR), nbytes),
+    ):
+        try:
+            change(sys.argv[1])
+        except PermissionError:
+            continue
+        sys.exit("it was truncated")
 """
 
 
@@ -64,6 +81,40 @@ def test_a_slot_that_does_not_exist(slot: int) -> None:
     ours = Slab.create(3, PAGE)
     with pytest.raises(IndexError, match=f"slot {slot} of a slab that has 3"):
         ours.view(slot)
+    ours.close()
+
+
+def test_slab_that_another_process_truncates_keeps_size_and_bytes() -> None:
+    ours = Slab.create(3, PAGE)
+    ours.view(2)[:5] = b"hello"
+    done = run(TRUNCATE, ours.descriptor.path)
+    assert done.returncode == 0, done.stderr
+    assert ours._fd is not None
+    assert os.fstat(ours._fd).st_size == ours.nbytes
+    assert bytes(ours.view(2)[:5]) == b"hello"
+    with pytest.raises(PermissionError):  # nor can a seal be taken off, or another one be added
+        fcntl.fcntl(ours._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    ours.close()
+
+
+def test_slab_on_a_kernel_that_seals_no_huge_pages_takes_small_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make, refused = os.memfd_create, []
+
+    def memfd_create(name: str, flags: int) -> int:
+        if flags & os.MFD_HUGETLB and flags & os.MFD_ALLOW_SEALING:
+            refused.append(name)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return make(name, flags)
+
+    (tmp_path / "free").write_text("1000\n")
+    monkeypatch.setattr(slab, "_FREE_HUGE_PAGES", tmp_path / "free")
+    monkeypatch.setattr(os, "memfd_create", memfd_create)
+    ours = Slab.create(3, PAGE)
+    assert refused
+    ours.view(2)[:5] = b"hello"
+    assert run(TRUNCATE, ours.descriptor.path).returncode == 0
     ours.close()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import stat
 import threading
 from pathlib import Path
 
@@ -68,6 +70,19 @@ def test_no_key_is_in_the_file(path: Path) -> None:
     for key, number in zip(keys, fields["hash_ids"], strict=True):
         assert number < 2**48
         assert number.to_bytes(6, "big") not in key
+
+
+@pytest.mark.parametrize(("there", "mode"), [(False, 0o600), (True, 0o644)])
+def test_recording_that_is_made_is_its_owners_alone(path: Path, there: bool, mode: int) -> None:
+    if there:
+        path.touch()
+        path.chmod(0o644)
+    before = os.umask(0)
+    try:
+        live().close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode  # that of a file that was there is its owner's
 
 
 def test_lines_are_added_and_time_goes_on(path: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 
 pytest.importorskip("redis")
 
-from kvcache.testing import TierTests
+from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.framed import Framed
 from kvcache.tiers.redis import RedisTier
+from tests.forked import in_child, unrefused
 from tests.tiers import servers
 from tests.tiers.servers import Server
 
@@ -64,3 +65,20 @@ class TestCluster(TierTests):
             node.client().flushall()
         with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=30)) as tier:
             yield tier
+
+
+def test_tier_in_a_child_is_refused_and_the_parent_keeps_its_connections(
+    tier: RedisTier, server: Server
+) -> None:
+    keys = keys_of("parent", 4)
+    blocks = [block_of(key, 4096) for key in keys]
+    assert all(tier.store(keys, [memoryview(block) for block in blocks]))
+    before = {client["id"] for client in server.client().client_list()}
+    assert unrefused(tier) == []
+    in_child(tier.close)
+    buffers = [bytearray(4096) for _ in keys]
+    assert tier.load(keys, [memoryview(buffer) for buffer in buffers]) == [4096] * 4
+    assert buffers == blocks
+    mine = {client["id"] for client in server.client().client_list() if client["cmd"] == "get"}
+    assert mine
+    assert mine <= before

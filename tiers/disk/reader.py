@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from kvcache.process import own
 from kvcache.tier import Tier
 from kvcache.tiers.disk.files import PAGE
 from kvcache.tiers.disk.records import Record, read_geometry, read_record, read_records
@@ -53,6 +54,7 @@ class Reader(Tier):
         except ValueError:
             self.close()
             raise
+        own(self)
 
     def _open(self, path: Path, flags: int = 0) -> int:
         """Open to read; past the page cache, which the tier's own writes go past, where it can."""

@@ -31,6 +31,7 @@ from typing import TypeVar
 
 from kvcache.eviction import BELOW, Eviction, Policy, policy_option
 from kvcache.index import Index
+from kvcache.process import own
 from kvcache.sizes import DiskSize
 from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.disk.files import PAGE, Directory
@@ -101,6 +102,7 @@ class DiskTier(Tier):
                 undo.pop_all()
         except (OSError, RuntimeError) as error:
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
+        own(self)
 
     def _open(self, slots: int, policy: Callable[[int], Policy]) -> None:
         """Take the space, and find what is there."""

@@ -25,6 +25,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.keys import DIGEST_NBYTES
+from kvcache.process import own
 from kvcache.tier import Tier
 from kvcache.tiers.redis.login import Login, check_files, read_password, read_url
 from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Cluster, Node, OneServer, Servers
@@ -117,6 +118,7 @@ class RedisTier(Tier):
         except BaseException:
             self.close()
             raise
+        own(self)
 
     def _greet(self) -> None:
         """See whether a server that can be reached lets us in and is what the profile says."""
