@@ -13,6 +13,7 @@ elsewhere too: importing this module starts nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -70,8 +71,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
+            from kvcache.connectors.vllm.identity import identity
             from kvcache.connectors.vllm.scheduler import SchedulerSide
-            from kvcache.connectors.vllm.support import identity
 
             self._scheduler = SchedulerSide(
                 vllm_config, kv_cache_config, identity(vllm_config, kv_cache_config)
@@ -184,7 +185,12 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Shard | Refusal | None:
-        return self._worker.shard() if self._refusal is None else Refusal(self._refusal)
+        if self._refusal is not None:
+            return Refusal(self._refusal)
+        from kvcache.connectors.vllm.identity import kernels
+
+        shard = self._worker.shard()
+        return shard and replace(shard, form=f"{shard.form} {kernels(self._vllm_config)}")
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if isinstance(kv_connector_metadata, Step):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OLDEST_VLLM = (0, 29)
-SCHEMA = 1  # of what a block's bytes are; another number is another namespace
 
 
 def check_version(version: str) -> None:
@@ -48,32 +47,6 @@ def host_name() -> str:
     """One running kernel and pid namespace: the reach of a slab's descriptor."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{os.uname().nodename}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-
-
-def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, object]:
-    """What must agree before another engine's block can be this one's, beyond its hash.
-
-    vLLM's block hashes cover tokens, LoRA, images and salt, and not the model.
-    """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    cache = vllm_config.cache_config
-    return {
-        "schema": SCHEMA,
-        "model": model.model,
-        "revision": model.revision,
-        "config": model.hf_config.to_json_string(),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "cache dtype": cache.cache_dtype,
-        "hash": cache.prefix_caching_hash_algo,
-        "hash seed": os.environ.get("PYTHONHASHSEED"),
-        "layout": str(getattr(kv_cache_config, "kv_cache_layout", None)),
-        "groups": [
-            [group.layer_names, repr(group.kv_cache_spec)]
-            for group in kv_cache_config.kv_cache_groups
-        ],
-        "ranks": [parallel.pipeline_parallel_size, parallel.tensor_parallel_size],
-    }
 
 
 def warn_unless_recomputing(vllm_config: VllmConfig) -> None:

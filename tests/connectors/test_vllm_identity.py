@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,20 +13,54 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.support import identity
+from kvcache.connectors.vllm.identity import UNSHARED, identity, log_sharing
 from kvcache.keys import namespace
 
 pytestmark = pytest.mark.engine
 
+COMMIT = 40 * "a"
 
-def space(
+
+def write_model(folder: Path, weights: bytes = b"weights") -> str:
+    """A folder with one weight file; its path."""
+    folder.mkdir(parents=True)
+    (folder / "model.bin").write_bytes(weights)
+    return str(folder)
+
+
+def write_snapshot(cache: Path, commit: str, weights: bytes) -> str:
+    """A model as a Hugging Face cache keeps it; the path of its snapshot."""
+    repository = cache / "models--meta--llama"
+    for folder in (repository / "blobs", repository / "snapshots" / commit, repository / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (repository / "blobs" / weights.hex()).write_bytes(weights)
+    link = repository / "snapshots" / commit / "model.bin"
+    link.symlink_to(Path("..", "..", "blobs", weights.hex()))
+    (repository / "refs" / "main").write_text(commit)
+    return str(link.parent)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return write_model(tmp_path / "model")
+
+
+def fields(
+    model: str,
     *,
-    model: str = "meta/llama",
-    revision: str = "main",
-    config: str = '{"layers": 2}',
+    load_format: str = "auto",
+    download_dir: str | None = None,
+    model_weights: str = "",
+    config: dict[str, Any] | None = None,
+    auto_map: dict[str, str] | None = None,
+    committed: str | None = None,
+    length: int = 1024,
+    architecture: str = "Llama",
     dtype: str = "torch.bfloat16",
     quantization: str | None = None,
+    media: dict[str, Any] | None = None,
     cache_dtype: str = "auto",
+    calculate_kv_scales: bool = False,
     algorithm: str = "sha256",
     layout: str = "LBHNC",
     block_tokens: int = 32,
@@ -31,43 +69,67 @@ def space(
     tensor: int = 1,
     pipeline: int = 1,
     served: str = "chat",
-) -> bytes:
-    """The namespace of an engine with these settings."""
+    draft: str | None = None,
+    transfer: object = None,
+) -> dict[str, object]:
+    """The fields of an engine with these settings."""
     import torch
+    from vllm.config.load import LoadConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     spec = FullAttentionSpec(
         block_size=block_tokens, num_kv_heads=heads, head_size=32, dtype=torch.bfloat16
     )
-    engine: Any = SimpleNamespace(
-        model_config=SimpleNamespace(
-            model=model,
-            revision=revision,
-            hf_config=SimpleNamespace(to_json_string=lambda: config),
+    text = json.dumps({"layers": 2, "_name_or_path": model} | (config or {}))
+
+    def model_config(path: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            model=path,
+            model_weights=model_weights,
+            revision="main",
+            hf_config=SimpleNamespace(
+                to_json_string=lambda use_diff: text, auto_map=auto_map, _commit_hash=committed
+            ),
+            max_model_len=length,
+            architecture=architecture,
+            trust_remote_code=auto_map is not None,
             dtype=dtype,
             quantization=quantization,
+            multimodal_config=media and SimpleNamespace(**media),
             served_model_name=served,
-        ),
+        )
+
+    engine: Any = SimpleNamespace(
+        model_config=model_config(model),
+        load_config=LoadConfig(load_format=load_format, download_dir=download_dir),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=pipeline, tensor_parallel_size=tensor
         ),
-        cache_config=SimpleNamespace(cache_dtype=cache_dtype, prefix_caching_hash_algo=algorithm),
+        cache_config=SimpleNamespace(
+            cache_dtype=cache_dtype,
+            prefix_caching_hash_algo=algorithm,
+            calculate_kv_scales=calculate_kv_scales,
+        ),
+        speculative_config=draft and SimpleNamespace(draft_model_config=model_config(draft)),
+        weight_transfer_config=transfer,
     )
     cache: Any = SimpleNamespace(
         kv_cache_layout=layout,
         kv_cache_groups=[SimpleNamespace(layer_names=list(layers), kv_cache_spec=spec)],
     )
-    return namespace(identity(engine, cache))
+    return identity(engine, cache)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"model": "meta/llama-2"},
-        {"revision": "v2"},
-        {"config": '{"layers": 3}'},
+        {"config": {"layers": 3}},
+        {"length": 2048},
+        {"architecture": "Gemma"},
+        {"load_format": "pt"},
         {"dtype": "torch.float16"},
         {"quantization": "fp8"},
+        {"media": {"mm_processor_kwargs": {"crop": True}}},
         {"cache_dtype": "fp8"},
         {"algorithm": "sha256_cbor"},
         {"layout": "BLHNC"},
@@ -79,18 +141,113 @@ def space(
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_what_differs_in_bytes_never_meets(other: dict[str, Any]) -> None:
-    assert space(**other) != space()
+def test_identity_setting_that_changes_bytes_changes_it(model: str, other: dict[str, Any]) -> None:
+    assert namespace(fields(model, **other)) != namespace(fields(model))
 
 
-def test_what_seeds_the_hashes_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
-    seeded = space()
-    monkeypatch.setenv("PYTHONHASHSEED", "1")
-    assert space() != seeded
+@pytest.mark.parametrize("variable", ["PYTHONHASHSEED", "VLLM_BATCH_INVARIANT"])
+def test_identity_variable_that_changes_blocks_changes_it(
+    model: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "0")
+    before = fields(model)
+    monkeypatch.setenv(variable, "1")
+    assert fields(model) != before
 
 
-def test_engines_of_one_kind_meet() -> None:
-    """Whatever they are called; what a salt or a LoRA changes is in vLLM's hashes of the blocks."""
-    assert space() == space()
-    assert space(served="another name") == space()
+def test_identity_engines_of_one_kind_agree(model: str) -> None:
+    """Whatever they are called; what a salt changes is in vLLM's hashes of the blocks."""
+    assert fields(model) == fields(model, served="another name")
+
+
+def test_identity_weights_replaced_in_place_changes_it(model: str) -> None:
+    before = fields(model)
+    Path(model, "model.bin").write_bytes(b"trained")
+    assert fields(model) != before
+
+
+def test_identity_same_files_at_another_path_agree(model: str, tmp_path: Path) -> None:
+    copy = str(tmp_path / "elsewhere")
+    shutil.copytree(model, copy)
+    assert fields(copy) == fields(model)
+
+
+def test_identity_drafter_weights_replaced_changes_it(model: str, tmp_path: Path) -> None:
+    draft = write_model(tmp_path / "draft")
+    before = fields(model, draft=draft)
+    assert before != fields(model)
+    Path(draft, "model.bin").write_bytes(b"trained")
+    assert fields(model, draft=draft) != before
+
+
+def test_identity_revision_that_moved_changes_it(tmp_path: Path) -> None:
+    write_snapshot(tmp_path, COMMIT, b"old")
+    before = fields("meta/llama", download_dir=str(tmp_path))
+    assert before["weights"] == f"commit {COMMIT}"
+    write_snapshot(tmp_path, 40 * "b", b"new")
+    after = fields("meta/llama", download_dir=str(tmp_path))
+    assert after["weights"] == f"commit {40 * 'b'}"
+
+
+def test_identity_snapshot_by_path_and_by_name_agree(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path, COMMIT, b"old")
+    assert fields(path) == fields("meta/llama", download_dir=str(tmp_path))
+
+
+UNIDENTIFIED: dict[str, dict[str, Any]] = {
+    "dummy weights": {"load_format": "dummy"},
+    "streamer": {"load_format": "tensorizer"},
+    "loader nobody knows": {"load_format": "ours"},
+    "object store": {"model_weights": "s3://models/llama"},
+    "transferred weights": {"transfer": object()},
+    "measured scales": {"calculate_kv_scales": True},
+    "code elsewhere": {"auto_map": {"AutoModel": "other/repository--modeling.Model"}},
+}
+
+
+@pytest.mark.parametrize("how", UNIDENTIFIED.values(), ids=UNIDENTIFIED)
+def test_identity_weights_of_unknown_origin_are_shared_with_no_process(
+    model: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = fields(model, **how), fields(model, **how)
+    assert first[UNSHARED] == second[UNSHARED]
+    assert namespace(first) != namespace(second)
+    monkeypatch.setenv("KVCACHE_IDENTITY", "run 7")
+    assert fields(model, **how) == fields(model, **how)
+
+
+def test_identity_model_that_is_nowhere_is_shared_with_no_process(tmp_path: Path) -> None:
+    assert UNSHARED in fields("meta/llama", download_dir=str(tmp_path))
+    assert UNSHARED in fields(str(tmp_path))  # a folder without weights
+
+
+def test_identity_snapshot_that_moved_since_the_start_is_shared_with_no_process(
+    tmp_path: Path,
+) -> None:
+    write_snapshot(tmp_path, COMMIT, b"old")
+    options: dict[str, Any] = {"download_dir": str(tmp_path)}
+    assert UNSHARED not in fields("meta/llama", committed=COMMIT, **options)
+    assert UNSHARED in fields("meta/llama", committed=40 * "b", **options)
+
+
+def test_identity_explicit_text_replaces_the_weights(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCACHE_IDENTITY", "run 7")
+    before = fields(model)
+    Path(model, "model.bin").write_bytes(b"trained")
+    assert fields(model) == before
+    monkeypatch.setenv("KVCACHE_IDENTITY", "run 8")
+    assert fields(model) != before
+
+
+@pytest.mark.parametrize(("lower", "level"), [(True, logging.WARNING), (False, logging.INFO)])
+def test_log_sharing_unidentified_weights_are_logged_with_the_reason(
+    model: str, lower: bool, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "kvcache"):
+        log_sharing(fields(model, load_format="dummy"), lower=lower)
+    [record] = caplog.records
+    assert record.levelno == level
+    assert "dummy" in record.getMessage()
+    assert ("KVCACHE_IDENTITY" in record.getMessage()) == lower

@@ -1,0 +1,190 @@
+"""What must agree before another engine's block can be this one's, beyond its hash.
+
+1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers
+   whatever else changes the bytes of a block: the weights that were loaded, the configuration, data
+   types, attention, layout, ranks. docs/vllm.md has the list, and what is left out with reasons.
+2. It depends on what was loaded and not on where it was found: the same files at another path, or
+   on another host, are the same model.
+3. What cannot be identified is shared with no other process: its namespace has a random part.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcache.connectors.vllm.weights import UnknownWeightsError, identify
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.config.load import LoadConfig
+    from vllm.config.model import ModelConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+log = logging.getLogger(__name__)
+
+VARIABLE: Final = "KVCACHE_IDENTITY"
+SCHEMA: Final = 2  # of what a block's bytes are; another number is another namespace
+UNSHARED: Final = "not shared"  # the field that has the reason
+
+_LOADERS = "vllm.model_executor.model_loader."
+_READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", "gguf_loader"}
+"""vLLM's loaders that read files of a folder, by module."""
+
+
+def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, object]:
+    """The fields of the namespace, by name."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    fields: dict[str, object] = {
+        "schema": SCHEMA,
+        "config": _config(model),
+        "length": model.max_model_len,  # some models choose their rotary embedding by it
+        "architecture": str(getattr(model, "architecture", None)),
+        "implementation": str(getattr(model, "model_impl", None)),
+        "load format": str(vllm_config.load_config.load_format),
+        "dtype": str(model.dtype),
+        "quantization": [str(model.quantization), str(getattr(model, "quantization_config", None))],
+        "media": _media(model),
+        "cache dtype": cache.cache_dtype,
+        "hash": cache.prefix_caching_hash_algo,
+        "hash seed": os.environ.get("PYTHONHASHSEED"),
+        "batch invariant": os.environ.get("VLLM_BATCH_INVARIANT", "0"),
+        "layout": str(getattr(kv_cache_config, "kv_cache_layout", None)),
+        "groups": [
+            [group.layer_names, repr(group.kv_cache_spec)]
+            for group in kv_cache_config.kv_cache_groups
+        ],
+        "ranks": [parallel.pipeline_parallel_size, parallel.tensor_parallel_size],
+    }
+    draft = drafter(vllm_config)
+    if draft is not None:
+        fields["draft config"] = _config(draft)
+    if text := os.environ.get(VARIABLE, "").strip():
+        named = getattr(model, "model_weights", "") or model.model
+        return fields | {"explicit": [text, named, model.revision]}
+    try:
+        _check(vllm_config)
+        fields["weights"] = weights_of(model, vllm_config.load_config)
+        if draft is not None:
+            own = getattr(vllm_config.speculative_config, "draft_load_config", None)
+            fields["draft weights"] = weights_of(draft, own or vllm_config.load_config)
+    except UnknownWeightsError as reason:
+        fields |= {UNSHARED: str(reason), "process": os.urandom(16).hex()}
+    return fields
+
+
+def log_sharing(fields: Mapping[str, object], *, lower: bool) -> None:
+    """Log how the weights were identified. ``lower`` is whether there is a tier below L1."""
+    if (reason := fields.get(UNSHARED)) and lower:
+        log.warning(
+            "kvcache: identity: the weights cannot be identified (%s); no other process finds the "
+            "blocks of this one, nor does this engine after a restart. Where engines with the same "
+            "text load the same weights, KVCACHE_IDENTITY=TEXT lets them share",
+            reason,
+        )
+    elif reason:
+        log.info("kvcache: identity: the weights cannot be identified (%s)", reason)
+    elif explicit := fields.get("explicit"):
+        log.info(
+            "kvcache: identity: %s is %r (environment variable); the weight files are not read",
+            VARIABLE,
+            explicit,
+        )
+    elif lower:
+        log.info("kvcache: identity: weights are %s", fields.get("weights"))
+
+
+def drafter(vllm_config: VllmConfig) -> ModelConfig | None:
+    """The model that drafts tokens, where it has weights of its own; its layers are in blocks."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return None if draft is vllm_config.model_config else draft
+
+
+def weights_of(model: ModelConfig, load: LoadConfig) -> str:
+    """What the weights of ``model`` are: a commit, or a digest of the files.
+
+    Raises:
+        UnknownWeightsError: when they are in no files here, or a loader of unknown kind read them.
+    """
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if getattr(model, "model_weights", ""):
+        raise UnknownWeightsError("they come from an object store")
+    try:
+        module = type(get_model_loader(load)).__module__
+    except Exception as error:
+        raise UnknownWeightsError(f"load format {load.load_format!r}: {error}") from error
+    if not module.startswith(_LOADERS) or module.removeprefix(_LOADERS) not in _READ_FILES:
+        raise UnknownWeightsError(f"load format {load.load_format!r} reads no files of a folder")
+    place = Path(model.model)
+    if place.exists():
+        return identify(place)
+    from huggingface_hub import snapshot_download
+
+    try:
+        place = Path(
+            snapshot_download(
+                model.model,
+                revision=model.revision,
+                cache_dir=load.download_dir,
+                local_files_only=True,
+            )
+        )
+    except Exception as error:
+        raise UnknownWeightsError(f"{model.model!r} is not in the local cache") from error
+    found = identify(place)
+    configured = getattr(model.hf_config, "_commit_hash", None)
+    if found.startswith("commit ") and configured and found != f"commit {configured}":
+        # The branch moved between the engine's start and now: which of the two was loaded?
+        raise UnknownWeightsError(f"{model.model!r} was at {configured} and is now at {found}")
+    return found
+
+
+def kernels(vllm_config: VllmConfig) -> str:
+    """For a worker: the attention and the device that compute its blocks."""
+    from vllm.platforms import current_platform
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    asked = [getattr(layer, "get_attn_backend", None) for layer in layers]
+    found = {backend().get_name() for backend in asked if backend is not None}
+    return f"{','.join(sorted(found))} {current_platform.get_device_capability()}"
+
+
+def _check(vllm_config: VllmConfig) -> None:
+    """Raise UnknownWeightsError where the files do not say what the engine computes with."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        raise UnknownWeightsError("weight_transfer_config replaces them while the engine runs")
+    if getattr(cache, "calculate_kv_scales", False):
+        raise UnknownWeightsError("calculate_kv_scales measures other scales in every process")
+    auto_map = getattr(model.hf_config, "auto_map", None) or {}
+    if model.trust_remote_code and "--" in str(auto_map):
+        raise UnknownWeightsError("the model's code is in another repository")
+
+
+def _config(model: ModelConfig) -> str:
+    """The model's configuration, after all overrides, without where it was found."""
+    return json.dumps(_placeless(json.loads(model.hf_config.to_json_string(use_diff=False))))
+
+
+def _placeless(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _placeless(each) for name, each in value.items() if name != "_name_or_path"}
+    return [_placeless(each) for each in value] if isinstance(value, list) else value
+
+
+def _media(model: ModelConfig) -> list[str]:
+    """What becomes of images and sounds before the model sees them, beyond what vLLM hashes."""
+    media = getattr(model, "multimodal_config", None)
+    names = (
+        "language_model_only", "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate",
+        "video_pruning_method", "mm_encoder_attn_backend", "mm_encoder_attn_dtype",
+        "mm_device_do_normalize", "mm_hasher_algorithm",
+    )  # fmt: skip
+    return [] if media is None else [f"{name}={getattr(media, name, None)}" for name in names]

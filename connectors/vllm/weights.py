@@ -1,0 +1,192 @@
+"""The digest of weight files: equal where the files are, cheap at any size.
+
+1. It depends on names, sizes and bytes, and on nothing else: not on the path, the times of the
+   files or the host. Two hosts that mount the same files at different places get the same digest.
+2. A file up to 64 KiB is read whole. Of a safetensors file the whole header is read (every tensor's
+   name, type, shape and offsets), and of every tensor the first page, the last one and two between
+   them, or all of it up to 64 KiB. A ``torch.save`` archive has a CRC-32 of each of its members in
+   its directory, which is read whole. Of any other file a page of every 4 MiB is read.
+3. A change that leaves all of these bytes as they were is not found: a few numbers of a large
+   tensor, edited in place. A fine-tune changes nearly every number of the tensors that it trains.
+4. A snapshot of a Hugging Face cache is its commit, which is a hash of every file's content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final
+
+PAGE: Final = 4096
+WHOLE_NBYTES: Final = 64 << 10  # read whole, files and tensors
+STRIDE_NBYTES: Final = 4 << 20  # between the pages of a file whose structure is not known
+HEADER_NBYTES: Final = 100 << 20  # the largest header that safetensors itself reads
+THREADS: Final = 8
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".npz", ".npy", ".tensors"}
+_SETTINGS = {".json", ".py", ".yaml", ".yml"}  # quantization, scales of the KV cache, model code
+_IRRELEVANT = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.json|generation_config\.json"
+    r"|chat_template.*|trainer_state\.json|training_args\.bin|optimizer\..*|scheduler\.(pt|bin)"
+    r"|rng_state.*"
+)
+"""Files that change no block: prompts are token ids, and a checkpoint may hold what training needs
+to go on."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class UnknownWeightsError(Exception):
+    """The weights cannot be identified; the message is the reason."""
+
+
+def identify(place: Path) -> str:
+    """What the weights in ``place``, a folder or a single file, are: their commit or their digest.
+
+    Raises:
+        UnknownWeightsError: when there are none, or they cannot be read.
+    """
+    try:
+        files = weight_files(place)
+        if not any(Path(name).suffix in _WEIGHTS for name in files):
+            raise UnknownWeightsError(f"there are no weight files in {str(place)!r}")
+        return commit(place, files.values()) or f"digest {digest(files)}"
+    except (OSError, ValueError) as error:
+        raise UnknownWeightsError(f"the weight files cannot be read: {error}") from error
+
+
+def weight_files(place: Path) -> dict[str, Path]:
+    """By their names below ``place``: files with weights, settings or code, down to one subfolder.
+
+    Hidden files are left out, as are those of a tokenizer and of an optimizer.
+    """
+    if place.is_file():
+        return {place.name: place}
+    found = {}
+    for path in [*place.glob("*"), *place.glob("*/*")]:
+        name = path.relative_to(place)
+        wanted = path.suffix in _WEIGHTS | _SETTINGS and not _IRRELEVANT.fullmatch(path.name)
+        if wanted and not any(part.startswith(".") for part in name.parts) and path.is_file():
+            found[name.as_posix()] = path
+    return found
+
+
+def commit(place: Path, files: Iterable[Path]) -> str | None:
+    """The commit of a snapshot in a Hugging Face cache; ``None`` for any other folder.
+
+    A folder's name is not enough: every file must be the cache's own link into its blobs, which the
+    cache names by content and never writes again.
+    """
+    folder = place.resolve()
+    repository = folder.parent.parent
+    if not _COMMIT.fullmatch(folder.name) or folder.parent.name != "snapshots":
+        return None
+    blobs = repository / "blobs"
+    if any(not file.is_symlink() or file.resolve().parent != blobs for file in files):
+        return None
+    return f"commit {folder.name}"
+
+
+def digest(files: Mapping[str, Path]) -> str:
+    """A digest, in hex, of ``files`` by name.
+
+    Raises:
+        OSError: for a file that cannot be read.
+        ValueError: for a safetensors file that is none.
+    """
+    whole = blake2b(digest_size=32, person=b"kvcache.weights")
+    with ThreadPoolExecutor(THREADS, "kvcache-weights") as threads:
+        for name in sorted(files):
+            whole.update(json.dumps(name).encode())
+            for part in _digest_of(files[name], threads):
+                whole.update(part)
+    return whole.hexdigest()
+
+
+def _digest_of(path: Path, threads: ThreadPoolExecutor) -> Iterator[bytes]:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO it is no wait
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{str(path)!r} is no regular file")
+        yield status.st_size.to_bytes(8, "little")
+        if status.st_size <= WHOLE_NBYTES:
+            yield _read(file, 0, status.st_size)
+            return
+        if path.suffix == ".safetensors":
+            header, spans = _safetensors(file, status.st_size)
+            yield header
+        else:
+            yield _archive(path)
+            spans = [(0, status.st_size, max(2, status.st_size // STRIDE_NBYTES))]
+        pieces = [piece for span in spans for piece in _pieces(*span)]
+        # In parts: a task for every page would cost more than to read it.
+        parts = [pieces[at : at + 64] for at in range(0, len(pieces), 64)]
+        yield from threads.map(lambda part: _digest_pieces(file, part), parts)
+    finally:
+        os.close(file)
+
+
+def _digest_pieces(file: int, pieces: list[tuple[int, int]]) -> bytes:
+    part = blake2b(digest_size=32)
+    for at, nbytes in pieces:
+        part.update(_read(file, at, nbytes))
+    return part.digest()
+
+
+def _pieces(begin: int, end: int, between: int = 2) -> Iterator[tuple[int, int]]:
+    """Of the bytes from ``begin`` to ``end`` what is read: offsets and lengths."""
+    if end - begin <= WHOLE_NBYTES:
+        yield begin, end - begin
+        return
+    last = end - PAGE
+    for number in range(between + 2):
+        yield begin + (last - begin) * number // (between + 1), PAGE
+
+
+def _safetensors(file: int, size: int) -> tuple[bytes, list[tuple[int, ...]]]:
+    """The header as it is, and where each tensor begins and ends."""
+    nbytes = int.from_bytes(_read(file, 0, 8), "little")
+    if nbytes > min(HEADER_NBYTES, size - 8):
+        raise ValueError("a safetensors file has no valid header")
+    header = _read(file, 8, nbytes)
+    tensors: Any = json.loads(header)
+    spans: list[tuple[int, ...]] = []
+    try:
+        for name, tensor in tensors.items():
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                if not 0 <= begin <= end <= size - 8 - nbytes:
+                    raise ValueError(f"tensor {name!r} lies beyond the end of its file")
+                spans.append((8 + nbytes + begin, 8 + nbytes + end))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("a safetensors file has no valid header") from error
+    return header, spans
+
+
+def _archive(path: Path) -> bytes:
+    """Names, sizes and CRC-32 of what is in a ``torch.save`` archive; nothing of another file."""
+    if not zipfile.is_zipfile(path):
+        return b""
+    with zipfile.ZipFile(path) as archive:
+        members = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
+    return json.dumps(members).encode()
+
+
+def _read(file: int, at: int, nbytes: int) -> bytes:
+    """Exactly so many bytes."""
+    parts = []
+    while nbytes:
+        part = os.pread(file, nbytes, at)
+        if not part:
+            raise ValueError("a weight file ended while it was read")
+        parts.append(part)
+        at, nbytes = at + len(part), nbytes - len(part)
+    return b"".join(parts)
