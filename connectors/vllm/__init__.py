@@ -74,9 +74,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             from kvcache.connectors.vllm.identity import identity
             from kvcache.connectors.vllm.scheduler import SchedulerSide
 
-            self._scheduler = SchedulerSide(
-                vllm_config, kv_cache_config, identity(vllm_config, kv_cache_config)
-            )
+            self._identity = identity(vllm_config, kv_cache_config)
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, self._identity)
         else:
             import torch
             from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -100,7 +99,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
+        from kvcache.connectors.vllm.identity import log_sharing
+
         self._scheduler.open(metadata)
+        if (stats := self._scheduler.stats()) is not None:
+            log_sharing(self._identity, lower=bool(stats.lower))
 
     def on_new_request(self, request: Request) -> None:
         self._scheduler.arrived(request)

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Literal
 from kvcache import telemetry
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
-from kvcache.connectors.vllm.identity import log_sharing
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard, Step, Transfer
 from kvcache.connectors.vllm.promises import Promises
 from kvcache.connectors.vllm.refusals import refusal
@@ -159,7 +158,6 @@ class SchedulerSide:
             block_tokens=self._block_tokens,
             ranks=self._world,
         )
-        log_sharing(self._identity, lower=bool(self._stack.stats().lower))
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now
         self._memory = Memory(descriptor, offsets)
