@@ -80,8 +80,14 @@ class Lower:
             calls=calls,
             clock=clock,
         )
-        queue_blocks = min(queue // front.block_nbytes, front.slab.slots // 4)
-        self.writes = Writes(self.link, front, queue_blocks, hot=writes == "hot")
+        wanted, most = queue // front.block_nbytes, front.slab.slots // 4
+        self.writes = Writes(
+            self.link,
+            front,
+            min(wanted, most),
+            hot=writes == "hot",
+            enlarge="the tier's queue" if wanted < most else "L1's capacity (it holds 1/4 of L1)",
+        )
         self._front = front
         self._asking, self._loading = Pace(), Pace()
         self._lock = threading.Lock()

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from kvcache.keys import join
 from kvcache.link import Link
 from kvcache.tier import FrontTier, Lease
 
+log = logging.getLogger(__name__)
+
 Parents = Mapping[bytes, bytes | None]
 """Blocks by key, in order, each with the key that it continues."""
 
@@ -33,14 +36,25 @@ class Writes:
         link: to the tier.
         front: the L1 whose slots are read.
         queue_blocks: how many may wait.
+        enlarge: the option that gives the queue more room, for the log.
         hot: whether only what is used again is written.
     """
 
-    def __init__(self, link: Link, front: FrontTier, queue_blocks: int, *, hot: bool) -> None:
+    def __init__(
+        self,
+        link: Link,
+        front: FrontTier,
+        queue_blocks: int,
+        *,
+        hot: bool,
+        enlarge: str,
+    ) -> None:
         self.queue_blocks = queue_blocks
         self._link = link
         self._front = front
         self._hot = hot
+        self._enlarge = enlarge
+        self._warned = False  # of a full queue
         # Where only what is used again is written: the others, their namespace and parent. As many
         # as L1 has slots: what has left L1 cannot be written any more.
         self._once: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
@@ -83,9 +97,20 @@ class Writes:
         if not keys:
             return
         with self._lock:
-            room = 0 if self._link.asleep or self._link.closed else self.queue_blocks
+            skipped = self._link.asleep or self._link.closed
+            room = 0 if skipped else self.queue_blocks
             taken = max(0, min(len(keys), room - self.waiting_blocks))
             self.waiting_blocks += taken
+            warn = taken < len(keys) and not skipped and not self._warned
+            self._warned |= warn
+        if warn:
+            log.warning(
+                "kvcache: tier %s: write queue full (it holds %d blocks); %d of %d blocks stored "
+                "at once are not written to the tier. Raise %s, or store fewer blocks at once; "
+                "later drops are counted, not logged",
+                self._link.named.name, self.queue_blocks, len(keys) - taken, len(keys),
+                self._enlarge,
+            )  # fmt: skip
         if dropped := len(keys) - taken:
             self._link.count(dropped_blocks=dropped)
             if cause.is_recording():
