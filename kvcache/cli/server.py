@@ -6,11 +6,16 @@ NO-TOUCH`, from 7.2; else its LRU sees one).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from os import environ
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcache.tiers.redis.sockets import Address
 
 _WAIT_S = 10.0
 
@@ -38,7 +43,7 @@ def connected(options: Mapping[str, object]) -> Iterator[Any]:
         with closing(_client(redis, options)) as client:
             yield client
     except redis.RedisError as error:
-        raise ValueError(f"{options['url']} cannot be read: {error}") from error
+        raise ValueError(f"{options['url']} cannot be read: {_said(error, options)}") from None
 
 
 def memory_of(client: Any, options: Mapping[str, object]) -> Memory | None:
@@ -52,18 +57,28 @@ def memory_of(client: Any, options: Mapping[str, object]) -> Memory | None:
     return None
 
 
+def _said(error: Exception, options: Mapping[str, object]) -> str:
+    """An error, which may be in the server's words, for people."""
+    from kvcache.tiers.redis.text import readable
+
+    variables = (str(options.get(name, "")) for name in ("password_env", "sentinel_password_env"))
+    return readable(str(error), [environ.get(variable, "") for variable in variables])
+
+
 def _client(redis: Any, options: Mapping[str, object]) -> Any:
     """A connection as the tier's options say; what they do not say is the tier's default."""
     from kvcache.tiers.redis.login import read_password, read_url
 
-    address, tls, database = read_url(str(options["url"]))
+    place = read_url(str(options["url"]))
+    password = read_password(str(options.get("password_env", "")))
+    address = _master(options) if place.master else place.addresses[0]
     given: dict[str, object] = {
         "username": options.get("username") or None,
-        "password": read_password(str(options.get("password_env", ""))) or None,
+        "password": password or None,
         "socket_timeout": _WAIT_S,
         "socket_connect_timeout": _WAIT_S,
     }
-    if tls:
+    if place.tls:
         files = {"ssl_ca_certs": "ca_file", "ssl_certfile": "cert_file", "ssl_keyfile": "key_file"}
         given |= {"ssl": True} | {ours: options.get(its) or None for ours, its in files.items()}
     if options.get("cluster"):
@@ -73,7 +88,27 @@ def _client(redis: Any, options: Mapping[str, object]) -> Any:
         if address.path
         else {"host": address.host, "port": address.port}
     )
-    client = redis.Redis(**where, **given, db=database, single_connection_client=True)
+    client = redis.Redis(**where, **given, db=place.database, single_connection_client=True)
     with suppress(redis.ResponseError):
         client.execute_command("CLIENT", "NO-TOUCH", "ON")
     return client
+
+
+def _master(options: Mapping[str, object]) -> Address:
+    """Where the master is that the options' Sentinels watch. Raises ValueError if none says."""
+    from kvcache.tiers.redis.login import Login, LoginError, read_password, read_url
+    from kvcache.tiers.redis.sentinel import Watched
+
+    def option(name: str) -> str:
+        return str(options.get(name, ""))
+
+    place = read_url(option("url"))
+    password = read_password(option("sentinel_password_env"), "sentinel_password_env")
+    ca_file, cert_file, key_file = map(option, ("ca_file", "cert_file", "key_file"))
+    username = option("sentinel_username")
+    asking = Login(place.tls, 0, username, password, ca_file, cert_file, key_file)
+    watched = Watched(place.addresses, place.master, asking, asking, 1)
+    try:
+        return watched.find(time.monotonic() + _WAIT_S)
+    except (LoginError, OSError) as error:
+        raise ValueError(f"{option('url')} cannot be read: {error}") from None

@@ -15,8 +15,9 @@ from redis.crc import key_slot
 
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier, name_of
-from kvcache.tiers.redis.login import Address, Login
+from kvcache.tiers.redis.login import Login
 from kvcache.tiers.redis.nodes import Cluster, Node
+from kvcache.tiers.redis.sockets import Address
 from kvcache.tiers.redis.wire import Refused, Reply
 from tests.tiers import servers
 from tests.tiers.servers import Server, agrees, eventually

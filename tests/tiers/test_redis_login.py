@@ -19,7 +19,8 @@ from kvcache.profiles import ProfileError, open_stack
 from kvcache.profiles.options import options_of
 from kvcache.testing import TierTests, keys_of
 from kvcache.tiers.redis import RedisTier
-from kvcache.tiers.redis.login import Address, Login, read_url
+from kvcache.tiers.redis.login import Login, Place, read_url
+from kvcache.tiers.redis.sockets import Address
 from tests.tiers import servers
 from tests.tiers.servers import Server
 from tests.tiers.test_redis_faults import blocks, loaded
@@ -126,10 +127,28 @@ WRONG = [
     ({"url": f"redis://{PASSWORD}@localhost"}, "password_env"),
     ({"url": f"redis://:{PASSWORD}/@localhost"}, "password_env"),
     ({"url": f"redis://localhost:{PASSWORD}"}, "no valid host and port"),
-    ({"url": f"redis://localhost?password={PASSWORD}"}, "more after it"),
+    ({"url": f"redis://localhost?password={PASSWORD}"}, "password_env"),
+    ({"url": f"rediss://localhost/0?ssl=1;a=b&pw={PASSWORD}"}, "password_env"),
+    ({"url": f"redis://localhost?x={PASSWORD}"}, "more after it"),
     ({"url": f"redis://localhost#{PASSWORD}"}, "more after it"),
     ({"url": f"redis://localhost/{PASSWORD}"}, "database that is not a number"),
-    ({"url": f"unix:///run/redis.sock?password={PASSWORD}"}, "more after it"),
+    ({"url": f"unix:///run/redis.sock?password={PASSWORD}"}, "password_env"),
+    ({"url": f"unix:///run/redis.sock?db={PASSWORD}"}, "database that is not a number"),
+    ({"url": "redis+sentinel://localhost"}, "does not name the master"),
+    ({"url": "redis+sentinel://localhost/a b"}, "does not name the master"),
+    ({"url": "redis+sentinel://localhost,/a"}, "no host"),
+    ({"url": "redis+sentinel:///a"}, "no host"),
+    ({"url": "redis+sentinel://localhost,b:x/a"}, "no valid host and port"),
+    ({"url": "redis+sentinel://localhost,b?x=1/a"}, "no valid host and port"),
+    ({"url": "redis+sentinel://localhost/a/b"}, "database that is not a number"),
+    ({"url": "redis+sentinel://localhost/a", "cluster": True}, "not watched by Sentinel"),
+    ({"url": "redis://localhost,other"}, "no valid host and port"),
+    ({"sentinel_username": "kv"}, "redis+sentinel://"),
+    ({"sentinel_password_env": "OUR_REDIS_PASSWORD"}, "redis+sentinel://"),
+    (
+        {"url": "redis+sentinel://localhost/a", "sentinel_password_env": "EMPTY"},
+        "sentinel_password_env is 'EMPTY'",
+    ),
     ({"url": "http://localhost"}, "begins with 'http:'"),
     ({"url": "localhost:6379"}, "write redis://HOST"),
     ({"url": ""}, "write redis://HOST"),
@@ -206,15 +225,23 @@ def test_an_option_that_is_not_known_is_not_repeated_with_its_password(
 @pytest.mark.parametrize(
     ("url", "means"),
     [
-        ("redis://localhost", (Address("localhost", 6379), False, 0)),
-        ("redis://cache.example:7000/2", (Address("cache.example", 7000), False, 2)),
-        ("redis://10.0.0.1:6379/", (Address("10.0.0.1", 6379), False, 0)),
-        ("rediss://[::1]:6380/0", (Address("::1", 6380), True, 0)),
-        ("unix:///run/redis.sock", (Address(path="/run/redis.sock"), False, 0)),
-        ("unix:///run/a%20b?db=5", (Address(path="/run/a b"), False, 5)),
+        ("redis://localhost", Place((Address("localhost", 6379),))),
+        ("redis://cache.example:7000/2", Place((Address("cache.example", 7000),), database=2)),
+        ("redis://10.0.0.1:6379/", Place((Address("10.0.0.1", 6379),))),
+        ("rediss://[::1]:6380/0", Place((Address("::1", 6380),), tls=True)),
+        ("unix:///run/redis.sock", Place((Address(path="/run/redis.sock"),))),
+        ("unix:///run/a%20b?db=5", Place((Address(path="/run/a b"),), database=5)),
+        ("redis+sentinel://a/mymaster", Place((Address("a", 26379),), master="mymaster")),
+        (
+            "rediss+sentinel://a:1,[::1]:2,10.0.0.1/my-master.1/3",
+            Place(
+                (Address("a", 1), Address("::1", 2), Address("10.0.0.1", 26379)),
+                tls=True, database=3, master="my-master.1",
+            ),
+        ),
     ],
-)
-def test_a_url_means(url: str, means: tuple[Address, bool, int]) -> None:
+)  # fmt: skip
+def test_a_url_means(url: str, means: Place) -> None:
     assert read_url(url) == means
 
 

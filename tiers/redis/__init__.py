@@ -1,5 +1,7 @@
 """Blocks in a Redis or Valkey server, or a cluster of them, for every engine that can reach it.
 
+Sentinels may say which server it is.
+
 ::
 
     kvcache:1:<namespace, hex>:<key, hex>  ->  one value: a block in its frame
@@ -8,8 +10,8 @@ Always true here:
 
 * One key and one value per block, written by one ``SET ... NX``: there is no half of a block, and
   of engines that write the same one, one does.
-* A call ends ``timeout_s`` after it began, a little later where a connection had to be made; no
-  buffer is touched after that.
+* A call ends ``timeout_s`` after it began, whatever it waits for: a name, a connection, the
+  greeting, a reply. No buffer is touched after that.
 * What a server says of one key is that key's miss or decline, logged once for each kind of error.
   A call of which no key was answered is a ConnectionError.
 """
@@ -29,14 +31,26 @@ from kvcache.process import own
 from kvcache.tier import Tier
 from kvcache.tiers.redis.login import Login, check_files, read_password, read_url
 from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Cluster, Node, OneServer, Servers
-from kvcache.tiers.redis.wire import TOO_LONG, Command, Refused, Reply, command
+from kvcache.tiers.redis.sentinel import Watched
+from kvcache.tiers.redis.wire import (
+    MAX_CLIENTS,
+    TOO_LONG,
+    UNKNOWN_COMMAND,
+    Command,
+    Refused,
+    Reply,
+    command,
+)
 
 log = logging.getLogger(__name__)
 
-_NOBODY = {NO_ANSWER, LOGIN, "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "NOAUTH"}
+_NOBODY = {
+    NO_ANSWER, LOGIN, MAX_CLIENTS, UNKNOWN_COMMAND,
+    "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "NOAUTH",
+}  # fmt: skip
 """Codes that speak of a whole server: it will say the same of every key."""
 
-_FOR_GOOD = {LOGIN, "NOAUTH", "NOPERM", "MOVED"}
+_FOR_GOOD = {LOGIN, UNKNOWN_COMMAND, "NOAUTH", "NOPERM", "MOVED"}
 """Codes that waiting does not mend: an error at start."""
 
 _USUAL = {"MOVED", "ASK", "TRYAGAIN", NO_ANSWER, LOGIN}
@@ -46,6 +60,7 @@ _UNFIT = {TOO_LONG, "WRONGTYPE"}
 """Codes for a value that is none of ours."""
 
 _NODES_AT_ONCE = 32
+_MOST_TOLD = 16  # kinds of errors: a server may make up any number
 
 
 class RedisTier(Tier):
@@ -53,10 +68,15 @@ class RedisTier(Tier):
 
     Args:
         url: ``redis://HOST[:PORT][/DATABASE]``, ``rediss://...`` for TLS, or
-            ``unix:///PATH[?db=DATABASE]``; of a cluster any node. No user, no password.
+            ``unix:///PATH[?db=DATABASE]``; of a cluster any node. With Sentinel
+            ``redis+sentinel://HOST[:PORT][,HOST[:PORT]...]/MASTER[/DATABASE]``, or
+            ``rediss+sentinel://...`` for TLS to both. No user, no password.
         cluster: whether it is a cluster.
         username: for ACLs; "" is the default user.
         password_env: the environment variable that has the password; "" is none.
+        sentinel_username: for ACLs of the Sentinels; "" is the default user.
+        sentinel_password_env: the environment variable that has the Sentinels' password; "" is
+            none.
         ca_file: certificates to trust instead of the system's.
         cert_file: our certificate, where the server asks for one.
         key_file: its key.
@@ -79,6 +99,8 @@ class RedisTier(Tier):
         cluster: bool = False,
         username: str = "",
         password_env: str = "",
+        sentinel_username: str = "",
+        sentinel_password_env: str = "",
         ca_file: str = "",
         cert_file: str = "",
         key_file: str = "",
@@ -86,10 +108,16 @@ class RedisTier(Tier):
         connections: int = 4,
         timeout_s: float = 1.0,
     ) -> None:
-        address, tls, database = read_url(url)
-        if cluster and (database or address.path):
+        place = read_url(url)
+        if cluster and place.master:
+            raise ValueError("cluster is true; a cluster is not watched by Sentinel")
+        if cluster and (place.database or place.addresses[0].path):
             raise ValueError("cluster is true; a cluster has hosts, and no database but 0")
-        if not tls and (ca_file or cert_file or key_file):
+        if not place.master and (sentinel_username or sentinel_password_env):
+            raise ValueError(
+                "sentinel_username and sentinel_password_env are for a url with redis+sentinel://"
+            )
+        if not place.tls and (ca_file or cert_file or key_file):
             raise ValueError("ca_file, cert_file and key_file are for a url with rediss://")
         if ttl_s < 0:
             raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, or 0 for no end")
@@ -99,14 +127,27 @@ class RedisTier(Tier):
             raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
         check_files(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
         password = read_password(password_env)
-        login = Login(tls, database, username, password, ca_file, cert_file, key_file)
+        watch_password = read_password(sentinel_password_env, "sentinel_password_env")
+        login, asking = (
+            Login(
+                place.tls, number, user, its, ca_file, cert_file, key_file,
+                secrets=(password, watch_password),
+            )
+            for number, user, its in (
+                (place.database, username, password), (0, sentinel_username, watch_password)
+            )
+        )  # fmt: skip
+        if place.tls:
+            login.check_certificates()
         self._servers: Servers
-        if cluster:
-            self._servers = Cluster(address, login, connections)
+        if place.master:
+            self._servers = Watched(place.addresses, place.master, asking, login, connections)
+        elif cluster:
+            self._servers = Cluster(place.addresses[0], login, connections)
         else:
-            self._servers = OneServer(Node(address, login, connections))
+            self._servers = OneServer(Node(place.addresses[0], login, connections))
+        self._place = place
         ttl = str(ttl_s).encode()
-        self._database = database
         self._get = (b"GETEX", b"EX", ttl) if ttl_s else (b"GET",)
         self._ttl = (b"EX", ttl) if ttl_s else ()
         self._timeout_s = timeout_s
@@ -126,8 +167,19 @@ class RedisTier(Tier):
         replies = self._ask("EXISTS", names, [command(b"EXISTS", name) for name in names])
         for reply in replies:
             if isinstance(reply, Refused) and reply.code in _FOR_GOOD:
-                hint = "; is it a cluster? then set cluster = true" if reply.code == "MOVED" else ""
-                raise ValueError(f"url is right, and the server there refuses: {reply.text}{hint}")
+                raise ValueError(
+                    f"url is right, and the server there refuses: {reply.text}{self._hint(reply)}"
+                )
+
+    def _hint(self, refused: Refused) -> str:
+        """What else the server may be, as far as its error tells."""
+        if refused.code == "MOVED":
+            return "; is it a cluster? then set cluster = true"
+        if "ERR unknown command" not in refused.text:
+            return ""
+        if self._place.master:
+            return "; is it no Sentinel? then url is redis://HOST:PORT"
+        return "; is it a Sentinel? then url is redis+sentinel://HOST:PORT/MASTER"
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         names = [name_of(key) for key in keys]
@@ -230,7 +282,7 @@ class RedisTier(Tier):
         attributes: dict[str, str | int] = {
             "db.system.name": "redis",
             "db.operation.name": name,
-            "db.namespace": str(self._database),
+            "db.namespace": str(self._place.database),
             "server.address": address.path or address.host,
         }
         if not address.path:
@@ -241,7 +293,8 @@ class RedisTier(Tier):
 
     def _heard(self, refused: Refused) -> None:
         self._servers.heard(refused)
-        if refused.code not in _USUAL and refused.code not in self._told:
+        new = refused.code not in _USUAL and refused.code not in self._told
+        if new and len(self._told) < _MOST_TOLD:
             self._told.add(refused.code)
             log.warning("kvcache: redis answers %s", refused.text)
 

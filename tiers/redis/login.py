@@ -1,7 +1,11 @@
-"""Where a server is, and how a connection to it is made: by redis-py, with what a profile says.
+"""Where a server is, and how a connection to it is made, with what a profile says.
 
-Always true: a password is read from the environment and is in no message, log or ``repr``. A URL
-that holds one is refused, and not repeated.
+Always true:
+
+* A password is read from the environment and is in no message, log or ``repr``. A URL that holds
+  one is refused, and not repeated.
+* A connection is there, with its greeting over, by the deadline of the call that needs it, or not
+  at all.
 """
 
 from __future__ import annotations
@@ -11,44 +15,50 @@ import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-import redis
-from redis.backoff import NoBackoff
-from redis.connection import (
-    AbstractConnection,
-    Connection,
-    SSLConnection,
-    UnixDomainSocketConnection,
-)
-from redis.exceptions import AuthenticationError, AuthorizationError
-from redis.retry import Retry
+from kvcache.tiers.redis.sockets import Address, open_socket
+from kvcache.tiers.redis.text import readable
+from kvcache.tiers.redis.wire import MAX_CLIENTS, Refused, Wire, WireError, command
 
-FORMS = "redis://HOST[:PORT][/DATABASE], rediss://... with TLS, or unix:///PATH[?db=DATABASE]"
+FORMS = (
+    "redis://HOST[:PORT][/DATABASE], redis+sentinel://HOST[:PORT][,HOST...]/MASTER[/DATABASE], "
+    "rediss... with TLS, or unix:///PATH[?db=DATABASE]"
+)
+
+SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 
 _USUAL_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+_MASTER = re.compile(r"[A-Za-z0-9._-]+")
+_CREDENTIAL = re.compile(r"user|pas+w|pass|pwd|pw$|auth|secret|token|key", re.IGNORECASE)
+_PASSES = {MAX_CLIENTS, "LOADING", "BUSY", "MASTERDOWN"}
+"""Codes with which a server refuses everybody, and not for good."""
 
 
 class LoginError(Exception):
-    """The server is there and will not have us: no matter of trying again."""
+    """The server is there and refuses the connection: trying again does not help."""
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """A host and its port, or the path of a Unix socket."""
+class Place:
+    """What a URL says.
 
-    host: str = ""
-    port: int = 6379
-    path: str = ""
+    Attributes:
+        addresses: the server; any node of a cluster; with ``master`` the Sentinels.
+        tls: whether connections are by TLS.
+        database: its number.
+        master: the name that Sentinels have for the server; "" without Sentinels.
+    """
 
-    def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
+    addresses: tuple[Address, ...]
+    tls: bool = False
+    database: int = 0
+    master: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """What a connection takes beside an address."""
+    """What a connection takes beside an address. No message repeats one of ``secrets``."""
 
     tls: bool = False
     database: int = 0
@@ -57,86 +67,122 @@ class Login:
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
-    def connect(self, address: Address, timeout_s: float) -> AbstractConnection:
-        """A connection that is authenticated and at its database.
+    def connect(self, address: Address, deadline: float) -> Wire:
+        """A connection that is authenticated and at its database by ``deadline``.
 
         Raises:
             LoginError: the server refused us, or is not who it should be.
-            OSError, redis.RedisError: it cannot be reached.
+            OSError, WireError: it cannot be reached, or does not speak Redis's protocol.
         """
-        options: dict[str, Any] = {
-            "db": self.database,
-            "username": self.username or None,
-            "password": self.password or None,
-            "socket_timeout": timeout_s,
-            "socket_connect_timeout": timeout_s,
-            "retry": Retry(NoBackoff(), 0),  # who asks has a deadline, and asks again by himself
-            "protocol": 2,  # of which no message comes that was not asked for
-        }
-        connection: AbstractConnection
-        if address.path:
-            connection = UnixDomainSocketConnection(path=address.path, **options)
-        else:
-            options |= {"host": address.host, "port": address.port, "socket_keepalive": True}
-            connection = self._secured(options) if self.tls else Connection(**options)
+        secrets = {self.password, *self.secrets}
         try:
-            connection.connect()
-        except (AuthenticationError, AuthorizationError, redis.ResponseError) as error:
-            raise LoginError(str(error)) from None
-        except redis.ConnectionError as error:
-            if isinstance(error.__context__, ssl.SSLCertVerificationError):
-                raise LoginError(str(error.__context__)) from None
+            sock = open_socket(address, self.context() if self.tls else None, deadline)
+        except ssl.SSLCertVerificationError as error:
+            raise LoginError(readable(str(error), secrets)) from None
+        try:
+            wire = Wire(sock, secrets)
+            self._greet(wire, deadline)
+        except BaseException:
+            sock.close()
             raise
-        return connection
+        return wire
 
-    def _secured(self, options: dict[str, Any]) -> AbstractConnection:
-        return SSLConnection(
-            ssl_cert_reqs="required",
-            ssl_check_hostname=True,
-            ssl_ca_certs=self.ca_file or None,
-            ssl_certfile=self.cert_file or None,
-            ssl_keyfile=self.key_file or None,
-            **options,
-        )
+    def _greet(self, wire: Wire, deadline: float) -> None:
+        commands = []
+        if self.password:
+            user = [self.username.encode()] if self.username else []
+            commands.append(command(b"AUTH", *user, os.fsencode(self.password)))
+        if self.database:
+            commands.append(command(b"SELECT", b"%d" % self.database))
+        for reply in wire.exchange(commands, deadline):
+            if isinstance(reply, Refused):
+                raise (WireError if reply.code in _PASSES else LoginError)(reply.text)
+            if reply != 1:
+                raise WireError("the greeting is not answered with OK")
+
+    def check_certificates(self) -> None:
+        """Raise ValueError if the files do not hold what a handshake takes."""
+        try:
+            self.context()
+        except OSError as error:
+            raise ValueError(
+                f"ca_file, cert_file or key_file does not hold what TLS takes: {error}"
+            ) from None
+
+    def context(self) -> ssl.SSLContext:
+        """What a handshake takes, read from the files as they are now: certificates are renewed.
+
+        Raises:
+            OSError: the files are not what they should be.
+        """
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if self.cert_file:
+            # With a password given, OpenSSL does not ask the terminal for one.
+            context.load_cert_chain(self.cert_file, self.key_file or None, password="")
+        return context
 
 
-def read_url(url: str) -> tuple[Address, bool, int]:
-    """The address, whether it is by TLS, and the database. Raises ValueError that repeats none."""
-    if "@" in url:
+def read_url(url: str) -> Place:
+    """What ``url`` says. Raises ValueError that repeats none of what may be a password."""
+    query = parse_qsl(url.partition("?")[2], keep_blank_values=True)
+    if "@" in url or any(_CREDENTIAL.search(name) for name, _ in query):
         raise ValueError(
             "url holds a user or a password, which are not for a profile: give username, and in "
             "password_env the name of the environment variable that has the password"
         )
+    scheme, mark, rest = url.partition("://")
+    hosts, slash, path = rest.partition("/")
+    sentinel = scheme.lower().endswith("+sentinel")
+    first, *others = hosts.split(",") if sentinel else [hosts]
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        parts = urlsplit(f"{scheme}{mark}{first}{slash}{path}")
     except ValueError:
         raise ValueError(f"url has no valid host and port; write {FORMS}") from None
-    unix = parts.scheme == "unix"
-    if parts.scheme not in {"redis", "rediss", "unix"}:
+    if parts.scheme not in SCHEMES:
         raise ValueError(f"url begins with {parts.scheme + ':'!r}; write {FORMS}")
-    if unix and (parts.netloc or not parts.path.startswith("/")):
-        raise ValueError(f"url has no absolute path; write {FORMS}")
-    if not unix and not parts.hostname:
+    if parts.scheme == "unix":
+        if parts.netloc or not parts.path.startswith("/"):
+            raise ValueError(f"url has no absolute path; write {FORMS}")
+        return Place((Address(path=unquote(parts.path)),), database=_database(parts, ""))
+    addresses = [_address(host, 26379 if sentinel else 6379) for host in (parts.netloc, *others)]
+    master, number = "", parts.path.strip("/")
+    if sentinel:
+        master, _, number = number.partition("/")
+        if not _MASTER.fullmatch(master):
+            raise ValueError(f"url does not name the master that Sentinel watches; write {FORMS}")
+    tls = parts.scheme.startswith("rediss")
+    return Place(tuple(addresses), tls, _database(parts, number), master)
+
+
+def _address(host: str, usual_port: int) -> Address:
+    try:
+        parts = urlsplit(f"//{host}")
+        port = parts.port
+        whole = parts.netloc == host and "," not in host
+    except ValueError:
+        whole, port = False, None
+    if not whole:
+        raise ValueError(f"url has no valid host and port; write {FORMS}")
+    if not parts.hostname:
         raise ValueError(f"url has no host; write {FORMS}")
-    database = _database(parts, unix)
-    if unix:
-        return Address(path=unquote(parts.path)), False, database
-    return Address(parts.hostname or "", port or 6379), parts.scheme == "rediss", database
+    return Address(parts.hostname, port or usual_port)
 
 
-def _database(parts: SplitResult, unix: bool) -> int:
+def _database(parts: SplitResult, number: str) -> int:
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    number = query.pop("db", "0") if unix else parts.path.strip("/") or "0"
+    if parts.scheme == "unix":
+        number = query.pop("db", "")
     if query or parts.fragment:
         raise ValueError(f"url has more after it than belongs there; write {FORMS}")
+    number = number or "0"
     if not (number.isascii() and number.isdigit()):
         raise ValueError(f"url has a database that is not a number; write {FORMS}")
     return int(number)
 
 
-def read_password(variable: str) -> str:
+def read_password(variable: str, option: str = "password_env") -> str:
     """The password in an environment variable, none for ``""``. Raises ValueError if it is empty.
 
     A name that does not look like one may be a password written in the wrong place.
@@ -147,7 +193,7 @@ def read_password(variable: str) -> str:
     if not password:
         which = f"{variable!r}" if _USUAL_NAME.fullmatch(variable) else "a name"
         raise ValueError(
-            f"password_env is {which}, and there is no such environment variable, or it is empty; "
+            f"{option} is {which}, and there is no such environment variable, or it is empty; "
             "it takes the name of the variable that has the password"
         )
     return password

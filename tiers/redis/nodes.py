@@ -8,6 +8,7 @@ Always true here:
 * ``ask`` answers every command and raises nothing that a server or the way to it can do.
 * Of a cluster, nobody waits for a node that failed within the last second, and the map of slots is
   asked for again, by one call at a time, while anything says that it is old.
+* What a server says of other servers is an address, or is not used.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import closing, contextmanager, suppress
+from typing import Any, Protocol, cast
 
-import redis
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from kvcache.tiers.redis.login import Address, Login, LoginError
-from kvcache.tiers.redis.wire import Command, Refused, Reply, Wire, WireError, left
+from kvcache.tiers.redis.login import Login, LoginError
+from kvcache.tiers.redis.sockets import Address, halfway, left
+from kvcache.tiers.redis.wire import Command, Refused, Reply, Wire, WireError, address_of
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ LOGIN = "LOGIN"
 """The code of what was not asked, since the server would not have us."""
 
 _PAUSE_S = 1.0
+_MOST_NODES = 1024  # that MOVED may name between two maps of slots; Redis has 1000 at most
 
 
 class Node:
@@ -53,6 +55,7 @@ class Node:
         self._idle: list[Wire] = []
         self._closed = False
         self._failed_at: float | None = None
+        self.hung_up = False  # whether the server closed a connection while it was idle
 
     def ask(self, commands: Sequence[Command], deadline: float) -> list[Reply]:
         """The replies to ``commands``, each a :class:`Refused` where there was none."""
@@ -64,7 +67,7 @@ class Node:
                     replies.append(reply)  # noqa: PERF402 - those before a failure count
         except LoginError as error:
             code, why = LOGIN, str(error)
-        except (OSError, WireError, redis.RedisError) as error:
+        except (OSError, WireError) as error:
             why = str(error) or type(error).__name__
         else:
             self._succeeded()
@@ -96,7 +99,7 @@ class Node:
         if not self._room.acquire(timeout=left(deadline)):
             raise TimeoutError("all connections were in use")
         try:
-            wire = self._idle_one() or Wire(self._login.connect(self.address, left(deadline)))
+            wire = self._idle_one() or self._login.connect(self.address, deadline)
             try:
                 yield wire
             except BaseException:
@@ -117,6 +120,7 @@ class Node:
                 wire = self._idle.pop()
             if wire.quiet():
                 return wire
+            self.hung_up = True
             wire.close()
 
     def _drop_idle(self) -> None:
@@ -138,6 +142,31 @@ class Node:
         if self._failed_at is not None:
             log.warning("kvcache: redis at %s answers again", self.address)
             self._failed_at = None
+
+
+class Turn:
+    """Whose turn it is to ask what a failure makes every call want to know.
+
+    One thread has it at a time, and once a second.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken_at = float("-inf")
+
+    @contextmanager
+    def taken(self) -> Iterator[bool]:
+        """Whether it is the caller's, until the end of the block. Waits for nothing."""
+        if not self._lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            due = time.monotonic() - self._taken_at >= _PAUSE_S
+            if due:
+                self._taken_at = time.monotonic()
+            yield due
+        finally:
+            self._lock.release()
 
 
 class Servers(Protocol):
@@ -186,8 +215,7 @@ class Cluster:
         self._slots: list[Node | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._old = True  # what is known of slots
         self._lock = threading.Lock()  # of the three above
-        self._looked_at = float("-inf")
-        self._looking = threading.Lock()  # held while a node is asked
+        self._turn = Turn()
         self._unknown = Refused(NO_ANSWER, "")
 
     def nodes_of(self, names: Sequence[bytes], deadline: float) -> list[Node | Refused]:
@@ -209,9 +237,11 @@ class Cluster:
             return
         _, slot, place = (*refused.text.split(" ", 2), "", "")[:3]
         host, _, port = place.rpartition(":")
-        if host and port.isdigit() and slot.isdigit() and int(slot) < len(self._slots):
+        with suppress(ValueError, IndexError, WireError):
+            at, address = int(slot), address_of(host, int(port))
             with self._lock:
-                self._slots[int(slot)] = self._node(Address(host, int(port)))
+                if at >= 0 and (address in self._nodes or len(self._nodes) < _MOST_NODES):
+                    self._slots[at] = self._node(address)
 
     def close(self) -> None:
         with self._lock:
@@ -227,25 +257,20 @@ class Cluster:
 
     def _look(self, deadline: float) -> None:
         """Ask for the map of slots, unless somebody does so or did a moment ago."""
-        if not self._looking.acquire(blocking=False):
-            return
-        try:
-            if time.monotonic() - self._looked_at < _PAUSE_S:
+        with self._turn.taken() as mine:
+            if not mine:
                 return
-            self._looked_at = time.monotonic()
             nodes = sorted(self._nodes.values(), key=lambda node: node.failing)
             for address in dict.fromkeys([*(node.address for node in nodes), self._seed]):
                 try:
                     # Half of what is left: a node that hangs leaves time to ask another.
-                    self._learn(_slots_of(self._login, address, left(deadline) / 2))
-                except (OSError, LoginError, redis.RedisError, WireError) as error:
+                    self._learn(_slots_of(self._login, address, halfway(deadline)))
+                except (OSError, LoginError, WireError) as error:
                     code = LOGIN if isinstance(error, LoginError) else NO_ANSWER
                     self._unknown = Refused(code, f"redis cluster at {address}: {error}")
                     log.debug("kvcache: %s", self._unknown.text)
                 else:
                     break
-        finally:
-            self._looking.release()
 
     def _learn(self, ranges: Sequence[tuple[int, int, Address]]) -> None:
         now = {address for _, _, address in ranges}
@@ -262,28 +287,25 @@ class Cluster:
             node.close()
 
 
-def _slots_of(login: Login, address: Address, timeout_s: float) -> list[tuple[int, int, Address]]:
+def _slots_of(login: Login, address: Address, deadline: float) -> list[tuple[int, int, Address]]:
     """What a node says of the cluster: ranges of slots, and the primary of each."""
-    connection = login.connect(address, timeout_s)
-    try:
-        connection.send_command("CLUSTER", "SLOTS")
-        said: Any = connection.read_response()
-    except redis.ResponseError as error:
-        raise LoginError(str(error)) from None
-    finally:
-        connection.disconnect()
-    try:
-        ranges = [
-            (int(first), int(last), Address(_host(primary[0], address), int(primary[1])))
-            for first, last, primary, *_ in said
-        ]
-    except (TypeError, ValueError, IndexError):
-        raise WireError("it does not say which node has which slots") from None
-    if any(not 0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS for first, last, _ in ranges):
+    with closing(login.connect(address, deadline)) as wire:
+        said = wire.say(b"CLUSTER", b"SLOTS", deadline=deadline)
+        if isinstance(said, Refused):
+            raise LoginError(said.text)
+        ranges = []
+        try:
+            for first, last, primary, *_ in cast(Any, said):
+                host, port = primary[0], int(primary[1])
+                # A node that does not know its own name is where it was asked.
+                here = not host or host == b"?"
+                its = wire.address(address.host.encode() if here else host, port)
+                ranges.append((int(first), int(last), its))
+        except (TypeError, ValueError, IndexError, AttributeError):
+            raise WireError("it does not say which node has which slots") from None
+    slots = sum(last + 1 - first for first, last, _ in ranges)
+    if slots > REDIS_CLUSTER_HASH_SLOTS or any(
+        not 0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS for first, last, _ in ranges
+    ):
         raise WireError("it names slots that there cannot be")
     return ranges
-
-
-def _host(said: bytes | None, asked: Address) -> str:
-    """A node that does not know its own name is where it was asked."""
-    return said.decode() if said and said != b"?" else asked.host

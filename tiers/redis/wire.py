@@ -9,25 +9,47 @@ Always true here:
 * Asked for and not answered are two commands, or as many as ``WINDOW_NBYTES`` hold: enough to keep
   a server at work, too little to fill its memory with replies or to outgrow a processor's cache.
 * No wait goes past the deadline, a time of ``time.monotonic()``.
+* Every reply has a limit of bytes, and a list one of depth, that holds while it is read.
+* What a server says reaches a message through :func:`readable` alone.
 """
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import ssl
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import NoReturn
 
-from redis.connection import AbstractConnection
+from kvcache.tiers.redis.sockets import Address, left
+from kvcache.tiers.redis.text import readable
 
 WINDOW_NBYTES = 2 << 20
 
 TOO_LONG = "TOOLONG"
 """The code of a value that is longer than its buffer; it was read past, and not kept."""
 
+UNKNOWN_COMMAND = "UNKNOWNCOMMAND"
+"""The code of a command that the server does not have: it may be a Sentinel."""
+
+MAX_CLIENTS = "MAXCLIENTS"
+"""The code of a server that takes no more connections now."""
+
+_PLAIN_ERRORS = {
+    "ERR unknown command": UNKNOWN_COMMAND,
+    "ERR max number of clients": MAX_CLIENTS,
+}
+"""Errors that a server gives no code of their own, by how they begin."""
+
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,240}")
+_CODE = re.compile(r"[A-Z]{1,32}")
+_VALUE_NBYTES = 512 << 20  # the longest value that Redis can hold
+_LIST_NBYTES = 16 << 20  # of a reply with lists: the map of a cluster whose every slot is a range
+_LIST_DEPTH = 8
+_ITEM_NBYTES = 32  # that an item of a list counts beside its bytes, for the object it becomes
 _LOCAL_SEND_NBYTES = 256 << 10  # in the kernel's hands, to a server on this machine
 _LINE_NBYTES = 512  # of a reply's line: a number, or an error in words
 _PARTS = 1024  # that the kernel takes in one call
@@ -48,6 +70,9 @@ class Refused:
 
 Reply = int | Refused | None
 """A number, the bytes received of a value, 1 for "OK", or ``None`` for nothing there."""
+
+Said = int | bytes | Refused | list["Said"] | None
+"""A reply to :meth:`Wire.say`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +102,25 @@ def command(*words: bytes | memoryview, into: memoryview | None = None) -> Comma
     return Command([*parts, small], into)
 
 
-def left(deadline: float) -> float:
-    """Seconds until ``deadline``. Raises TimeoutError when there are none."""
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError("no answer in time")
-    return seconds
+def address_of(host: str, port: int) -> Address:
+    """The address of another server, in the words of this one. Raises WireError if it is none."""
+    if not (_HOST.fullmatch(host) and 0 < port < 1 << 16):
+        raise WireError("the server gives an address that cannot be one")
+    return Address(host, port)
 
 
 class Wire:
-    """The socket of a connection that redis-py has made, past its greeting."""
+    """One connection.
 
-    def __init__(self, connection: AbstractConnection) -> None:
-        self._connection = connection  # closes its socket when it is let go
-        self._sock = connection._sock
+    Args:
+        sock: connected, with TLS past the handshake; it is closed with the wire.
+        secrets: what no message repeats, though the server may.
+    """
+
+    def __init__(self, sock: socket.socket, secrets: Iterable[str] = ()) -> None:
+        self._sock = sock
+        self._secrets = tuple(secrets)
+        self._room = 0  # bytes that the reply to `say` may still take
         if _is_local(self._sock):
             # Left alone, this buffer grows to megabytes, which have left the processor's cache when
             # the server reads them. To another machine it has to: bytes are under way there.
@@ -116,6 +146,25 @@ class Wire:
             yield self._reply(command.into, deadline)
             waiting_nbytes -= command.nbytes
 
+    def say(self, *words: bytes, deadline: float) -> Said:
+        """The reply to one command, whatever RESP2 can say: for what is asked seldom.
+
+        Raises:
+            WireError, OSError: as :meth:`exchange`, and for a reply beyond the limits.
+        """
+        self._send(command(*words).parts, deadline)
+        self._room = _LIST_NBYTES
+        return self._said(_LIST_DEPTH, deadline)
+
+    def readable(self, said: bytes) -> str:
+        """``said`` by the server, for people."""
+        return readable(said, self._secrets)
+
+    def address(self, host: bytes, port: int) -> Address:
+        """As :func:`address_of`. What would not be shown whole is no address either."""
+        name = self.readable(host)
+        return address_of(name if name.encode() == host else "", port)
+
     def quiet(self) -> bool:
         """Whether nothing came while nothing was asked. A connection that was closed is not."""
         poll = select.poll()
@@ -123,7 +172,7 @@ class Wire:
         return self._at == self._end and not poll.poll(0)
 
     def close(self) -> None:
-        self._connection.disconnect()
+        self._sock.close()
 
     # Sending
 
@@ -131,8 +180,9 @@ class Wire:
         views = list(_joined(parts))
         if isinstance(self._sock, ssl.SSLSocket):  # encrypts one piece at a time
             for view in views:
-                self._sock.settimeout(left(deadline))
-                self._sock.sendall(view)
+                while view:
+                    self._sock.settimeout(left(deadline))
+                    view = view[self._sock.send(view) :]  # noqa: PLW2901 - what is left of it
             return
         at = 0
         while at < len(views):
@@ -152,17 +202,65 @@ class Wire:
         if kind == b"+":
             return 1
         if kind == b"-":
-            text = rest.decode(errors="replace")
-            return Refused(text.partition(" ")[0], text)
+            return self._refused(rest)
         if line == b"$-1":
             return None
-        if kind in (b":", b"$") and rest.isdigit():
-            return int(rest) if kind == b":" else self._value(int(rest), into, deadline)
-        raise WireError(f"a reply begins with {line[:16]!r}")
+        if kind not in {b":", b"$"} or not rest.isdigit():
+            self._no_reply(line)
+        return int(rest) if kind == b":" else self._value(int(rest), into, deadline)
+
+    def _said(self, depth: int, deadline: float) -> Said:
+        line = self._line(deadline)
+        self._take(len(line) + _ITEM_NBYTES)
+        kind, rest = line[:1], line[1:]
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            return self._refused(rest)
+        if line in {b"$-1", b"*-1"}:
+            return None
+        if kind not in {b":", b"$", b"*"} or not rest.isdigit():
+            self._no_reply(line)
+        number = int(rest)
+        if kind == b":":
+            return number
+        if kind == b"*":
+            if not depth:
+                raise WireError(f"a reply has lists within lists, {_LIST_DEPTH} deep and more")
+            if number * _ITEM_NBYTES > self._room:
+                self._too_long()
+            return [self._said(depth - 1, deadline) for _ in range(number)]
+        self._take(number)  # before there is memory for it
+        value = bytearray(number)
+        self._fill(memoryview(value), deadline)
+        if self._line(deadline):
+            raise WireError("a value does not end where it should")
+        return bytes(value)
+
+    def _take(self, nbytes: int) -> None:
+        self._room -= nbytes
+        if self._room < 0:
+            self._too_long()
+
+    def _too_long(self) -> NoReturn:
+        raise WireError(f"a reply is longer than the {_LIST_NBYTES} bytes that are read of one")
+
+    def _no_reply(self, line: bytes) -> NoReturn:
+        raise WireError(f"a reply begins with {self.readable(line)[:16]!r}")
+
+    def _refused(self, said: bytes) -> Refused:
+        text = self.readable(said)
+        for begins, code in _PLAIN_ERRORS.items():
+            if text.startswith(begins):
+                return Refused(code, text)
+        word = text.partition(" ")[0]
+        return Refused(word if _CODE.fullmatch(word) else "ERR", text)
 
     def _value(self, nbytes: int, into: memoryview | None, deadline: float) -> Reply:
         if into is None:
             raise WireError("a value where none was asked for")
+        if nbytes > _VALUE_NBYTES:
+            raise WireError("a value is longer than a server can hold")
         if nbytes <= len(into):
             self._fill(into[:nbytes], deadline)
         else:

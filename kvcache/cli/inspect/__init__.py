@@ -23,7 +23,7 @@ READERS = {
 """By the tier's kind: the module whose `contents(options, verify)` reads one, and the option of the
 tier that says its place."""
 
-SCHEMES = {"redis": "redis", "rediss": "redis", "unix": "redis"}
+SCHEMES = dict.fromkeys(("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix"), "redis")
 """The kind that a place of this scheme is; without one it is a directory."""
 
 
