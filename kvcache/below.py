@@ -12,27 +12,32 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.calls import Answer
+from kvcache.calls import Answer, Calls
 from kvcache.lower import Lower
 from kvcache.pace import Pace
 from kvcache.process import own
 from kvcache.tier import FrontTier, Lease
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+CLOSE_S: Final = 2.0  # to close all tiers, after what waits was written
+_WAITERS = 8
 _AHEAD = 2  # pieces of one fetch under way: one is read while the next is asked for
 
 
@@ -86,8 +91,10 @@ class Below:
         self.lower = tuple(lower)
         self._front = front
         self._clock = clock
-        # Threads that wait for lower tiers; none is started before one is needed.
-        self._waiters = ThreadPoolExecutor(8, "kvcache-stack")
+        # Threads that wait for lower tiers, and one to close each: started now, since a process
+        # that exits can start none. None are started for L1 alone.
+        self._waiters = Calls("stack", _WAITERS if lower else 0)
+        self._closers = Calls("close", len(lower))
         self._lock = threading.Lock()
         self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
         self.computing = Pace()  # of the engine: what bringing up has to beat
@@ -96,15 +103,30 @@ class Below:
     @property
     def awake(self) -> bool:
         """Whether there is anybody to ask."""
-        return any(not lower.link.asleep for lower in self.lower)
+        return any(not (lower.link.asleep or lower.link.closed) for lower in self.lower)
 
     def submit(self, call: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have ``call`` made in a thread that may wait for lower tiers."""
+        """Have ``call`` made in a thread that may wait for tiers; cancelled after ``close``."""
         return self._waiters.submit(call, *arguments)
 
-    def close(self) -> None:
-        """Start nothing any more."""
-        self._waiters.shutdown(cancel_futures=True)
+    def close(self, flush_s: float) -> None:
+        """Close all tiers at once: what hangs is left, with the memory that was lent to it.
+
+        What waits is written for ``flush_s`` at most. All the rest of closing, of all tiers
+        together, has :data:`CLOSE_S` more.
+        """
+        flush_until = time.monotonic() + flush_s
+        until = flush_until + CLOSE_S
+        closing = [self._closers.submit(lower.close, flush_until, until) for lower in self.lower]
+        wait(closing, until - time.monotonic())
+        for lower, closed in zip(self.lower, closing, strict=True):
+            if not closed.done():
+                log.warning("kvcache: tier %s: close hangs; it is left open", lower.name)
+            elif not closed.cancelled() and (error := closed.exception()):
+                log.warning("kvcache: tier %s: close failed (%s)", lower.name, error)
+        self._waiters.drop_waiting()
+        self._waiters.close(max(0.0, until - time.monotonic()))
+        self._closers.close(max(0.0, until - time.monotonic()))
 
     # Looking
 

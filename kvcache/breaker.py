@@ -5,7 +5,8 @@
     CLOSED --failures in a row--> OPEN --after a pause--> one PROBE --ok--> CLOSED
                                    ^------- fails: pause doubles -------'
 
-Always true here: while OPEN nobody asks, and after a pause exactly one does.
+Always true here: while OPEN nobody asks, and after a pause exactly one does. A probe that nothing
+was told of in the longest pause has failed: a call that hangs does not keep the breaker open.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Breaker:
         self._pause = pause_s
         self._retry_at = 0.0  # while open
         self._probing = False
+        self._probe_until = 0.0  # while probing
 
     @property
     def open(self) -> bool:
@@ -50,17 +52,22 @@ class Breaker:
     @property
     def idle(self) -> bool:
         """Whether a question would be refused now; asks nothing."""
-        return self.open and (self._probing or self._clock() < self._retry_at)
+        return self.open and self._clock() < self._next_probe()
 
     def allows(self) -> bool:
         """Whether to ask now. While open, ``True`` is the one probe: its outcome must be told."""
         with self._lock:
             if not self.open:
                 return True
-            if self._probing or self._clock() < self._retry_at:
+            now = self._clock()
+            if now < self._next_probe():
                 return False
-            self._probing = True
+            self._probing, self._probe_until = True, now + self._longest
             return True
+
+    def _next_probe(self) -> float:
+        """When the next probe is allowed, while open and nothing is told of the last one."""
+        return self._probe_until if self._probing else self._retry_at
 
     def succeeded(self) -> bool:
         """The one asked has answered; give whether that closed the breaker."""

@@ -1,6 +1,7 @@
 """One lower tier, and on what terms it is called: what asking it and writing to it share.
 
-Always true here: after ``close`` nobody asks, and what is counted is counted once.
+Always true here: after ``close`` nobody asks, what is counted is counted once, and no method of the
+tier is called but by the methods here.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvcache import telemetry
+from kvcache.answers import answers, bytes_in, called
 from kvcache.calls import Calls
 from kvcache.changes import Changes
 from kvcache.health import Health
-from kvcache.keys import DIGEST_NBYTES
+from kvcache.keys import DIGEST_NBYTES, join
 from kvcache.stats import LowerStats, TierName, usage_of
 from kvcache.tier import Tier
 
@@ -77,7 +79,38 @@ class Link:
         with self._lock:
             return self._counts | now | {"usage": usage_of(self.tier)}
 
-    def said(self, space: bytes, keys: Sequence[bytes], held: Sequence[object]) -> None:
+    # The tier's methods. Each raises TierError for whatever the tier does wrong, and nothing else.
+
+    def contains(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
+        """Whether the tier says that it holds each of ``keys``, of the namespace ``space``."""
+        names = [join(space, key) for key in keys]
+        held = answers(lambda: self.tier.contains(names), len(keys), bool)
+        self._said(space, keys, held)
+        return held
+
+    def load(self, space: bytes, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        """Read each block into its buffer, all of one size; the bytes written per key."""
+        names = [join(space, key) for key in keys]
+        room = len(into[0]) if into else 0
+        written = answers(lambda: self.tier.load(names, into), len(keys), bytes_in(room))
+        self._said(space, keys, [nbytes > 0 for nbytes in written])
+        return written
+
+    def store(
+        self,
+        space: bytes,
+        keys: Sequence[bytes],
+        blocks: Sequence[memoryview],
+        after: bytes | None,
+    ) -> list[bool]:
+        """Offer blocks, the first of which continues ``after``; whether each was taken."""
+        names = [join(space, key) for key in keys]
+        before = after and join(space, after)
+        taken = answers(lambda: self.tier.store(names, blocks, before), len(keys), bool)
+        self._said(space, keys, taken)
+        return taken
+
+    def _said(self, space: bytes, keys: Sequence[bytes], held: Sequence[bool]) -> None:
         """The tier said of ``keys`` whether it holds them, when the namespace was ``space``."""
         if space == self.space:
             self.changes.held(keys, held)
@@ -87,9 +120,13 @@ class Link:
         self.space = os.urandom(len(self.space) or DIGEST_NBYTES)
         self.changes.cleared()
 
-    def close(self) -> None:
-        """Call the tier no more, but for what is under way; close it."""
+    def close(self, timeout_s: float) -> None:
+        """Call the tier no more, and close it.
+
+        Calls under way have the tier's deadline to end, and no more than half of ``timeout_s``; the
+        tier's own ``close`` is called also when they have not ended, and may hang.
+        """
         self.closed = True
-        self.calls.do_writes_here()  # they drop what they have
-        self.calls.close(self.deadline_s)
-        self.tier.close()
+        self.calls.drop_waiting()
+        self.calls.close(min(self.deadline_s, timeout_s / 2))
+        called(self.tier.close)

@@ -1,7 +1,8 @@
 """A lower tier as the stack meets it: asked with a deadline, and written to through a queue.
 
-1. Two doors lead to a tier: ``_begin`` here, ``_store`` of its writes. One deadline, one breaker,
-   one rule for failure: whatever goes wrong is a miss or a decline, counted, never an exception.
+1. Two doors lead to a tier: ``_begin`` here, ``_offer`` of its writes. One deadline, one breaker,
+   one rule for failure: whatever the tier raises or answers, a failure is a miss or a decline,
+   counted, never an exception.
 2. A call that outlives its deadline goes on; the memory it was given stays under lease until then.
 3. Loads go before stores.
 4. How long it takes to ask and to load is measured, for those who would rather compute.
@@ -20,7 +21,6 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.calls import LOAD, Answer
-from kvcache.keys import join
 from kvcache.link import Link
 from kvcache.pace import Pace
 from kvcache.process import own
@@ -107,17 +107,15 @@ class Lower:
         This and the other questions have a span below the ``span`` of what they are asked for.
         """
         space = self.space
-        names = [join(space, key) for key in keys]
         asking, begun = telemetry.below(span, telemetry.TIER_CONTAINS), self.link.clock()
         answer = self._begin(
-            "contains", lambda: self.link.tier.contains(names), len(names), asking, lambda: None
+            "contains", lambda: self.link.contains(space, keys), len(keys), asking, lambda: None
         )
         given = answer.wait()
         held = [False] * len(keys)
         if given is not None:
-            held = [bool(each) for each in given]
+            held = list(given)
             self._asking.told(len(keys), self.link.clock() - begun)
-            self.link.said(space, keys, held)
         self.link.count(lookup_blocks=len(keys), hit_blocks=sum(held))
         self._asked(asking, [answer], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
         return held
@@ -128,20 +126,15 @@ class Lower:
         The lease ends with the call, however late that is, and at once if the call is not made.
         ``span`` is that of the loads of this tier for one request; :meth:`climbed` ends it.
         """
-        space = self.space
-        names = [join(space, key) for key in lease.keys]
+        space, whole = self.space, self._front.block_nbytes
 
         def fill() -> Sequence[int]:
-            written: Sequence[int] = ()
+            missed = lease.keys
             try:
-                written = self.link.tier.load(names, lease.views)
-                self.link.said(space, lease.keys, written)
+                written = self.link.load(space, lease.keys, lease.views)
+                missed = [k for k, n in zip(lease.keys, written, strict=True) if n != whole]
                 return written
             finally:
-                if len(written) != len(lease):
-                    written = [0] * len(lease)  # no telling which is whose
-                whole = self._front.block_nbytes
-                missed = [k for k, n in zip(lease.keys, written, strict=True) if n != whole]
                 self.link.count(loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed))
                 lease.end(failed=missed)
 
@@ -182,7 +175,7 @@ class Lower:
         if self.link.closed or not self.link.health.breaker.allows():
             answer.refuse()
         else:
-            self.link.calls.put(LOAD, lambda: answer.run(call))
+            self.link.calls.put(LOAD, lambda: answer.run(call), answer.refuse)
         return answer
 
     def _asked(
@@ -249,7 +242,11 @@ class Lower:
         mine = {"block_nbytes": size, "queued_nbytes": self.writes.waiting_blocks * size}
         return LowerStats(**(self.link.counts() | mine))
 
-    def close(self, flush_s: float) -> None:
-        """Write what waits, for ``flush_s`` at most; what still waits then is dropped, counted."""
-        self.writes.flush(flush_s)
-        self.link.close()
+    def close(self, flush_until: float, until: float) -> None:
+        """Write what waits and close the tier; both times are of ``time.monotonic``.
+
+        What still waits at ``flush_until`` is dropped and counted. By ``until`` the tier's own
+        ``close`` has begun; it ends when the tier lets it. Raises TierError where it fails.
+        """
+        self.writes.flush(max(0.0, flush_until - time.monotonic()))
+        self.link.close(max(0.0, until - time.monotonic()))

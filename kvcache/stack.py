@@ -297,11 +297,14 @@ class Stack:
         return journals
 
     def close(self, flush_s: float = 5.0) -> None:
-        """Close every tier, writing for ``flush_s`` at most what waits. Twice is allowed."""
+        """Write what waits for ``flush_s`` seconds at most, and close every tier. Twice is allowed.
+
+        All lower tiers together have one deadline, 2 seconds after ``flush_s``. A tier that hangs
+        then is left open, with the memory that was lent to it, and a warning is logged; its threads
+        do not keep the process from exiting.
+        """
         metrics.leave(self)
-        for lower in self._below.lower:
-            lower.close(flush_s)
-        self._below.close()
+        self._below.close(flush_s)
         self.front.close()
         self.recorder.close()
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvcache.answers import TierError, called, count
 from kvcache.tier import Tier, TierStats, TierUsage
 
 
@@ -38,9 +39,19 @@ class LowerStats:
 
 
 def usage_of(tier: Tier) -> TierUsage:
-    """What ``tier`` says of itself; nothing if that fails: a number is not worth a failure."""
-    with suppress(Exception):
-        return tier.usage()
+    """What ``tier`` says of itself; nothing if that fails, or is not what it should be."""
+
+    def usage() -> TierUsage:
+        given = tier.usage()
+        used, limit, evicted = (
+            None if number is None else count(number)
+            for number in (given.used_nbytes, given.limit_nbytes, given.evicted_blocks)
+        )
+        rejected = {str(reason): count(blocks) for reason, blocks in given.rejected_blocks.items()}
+        return TierUsage(used, limit, evicted, rejected)
+
+    with suppress(TierError):
+        return called(usage)
     return TierUsage()
 
 

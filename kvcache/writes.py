@@ -18,8 +18,8 @@ from functools import partial
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
+from kvcache.answers import TierError, described
 from kvcache.calls import STORE
-from kvcache.keys import join
 from kvcache.link import Link
 from kvcache.tier import FrontTier, Lease
 
@@ -122,39 +122,44 @@ class Writes:
             gone = len(piece) - len(lease)  # dropped from L1 as not to be trusted
             self._link.count(dropped_blocks=gone)
             self._written(gone)
-            self._link.calls.put(STORE, partial(self._store, lease, parents, space, cause))
+            self._link.calls.put(
+                STORE,
+                partial(self._store, lease, parents, space, cause),
+                partial(self._drop, lease),
+            )
+
+    def _drop(self, lease: Lease) -> None:
+        """Do not offer the blocks under ``lease``, and end it."""
+        self._link.count(dropped_blocks=len(lease))
+        lease.end()
+        self._written(len(lease))
 
     def _store(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
         """Offer what is new to the tier of the blocks under ``lease``, and end it."""
         if self._link.closed or not self._link.health.breaker.allows():
-            self._link.count(dropped_blocks=len(lease))
-            lease.end()
-            self._written(len(lease))
+            self._drop(lease)
             return
+        try:
+            self._offer(lease, parents, space, cause)
+        finally:
+            self._written(len(lease))  # last: who waits for that finds all that was counted
+
+    def _offer(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
         span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._link.clock()
         new, stored, error, why = len(lease), 0, "", ""
         try:
             views = dict(zip(lease.keys, lease.views, strict=True))
             with telemetry.within(span):
-                held = self._link.tier.contains([join(space, key) for key in lease.keys])
-                if len(held) != len(lease):
-                    raise ValueError(f"{len(held)} answers to {len(lease)} keys")
-                self._link.said(space, lease.keys, held)
+                held = self._link.contains(space, lease.keys)
                 unknown = [key for key, known in zip(lease.keys, held, strict=True) if not known]
                 for stretch in _stretches(unknown, parents):
-                    after = parents[stretch[0]]
-                    taken = self._link.tier.store(
-                        [join(space, key) for key in stretch],
-                        [views[key] for key in stretch],
-                        after and join(space, after),
-                    )
-                    if len(taken) != len(stretch):
-                        raise ValueError(f"{len(taken)} answers to {len(stretch)} keys")
-                    self._link.said(space, stretch, taken)
-                    stored += sum(map(bool, taken))
+                    blocks = [views[key] for key in stretch]
+                    stored += sum(self._link.store(space, stretch, blocks, parents[stretch[0]]))
             new = len(unknown)
-        except Exception as wrong:  # noqa: BLE001 - whatever a tier does wrong is a decline
-            error, why = type(wrong).__name__, str(wrong)
+        except TierError as failure:
+            error, why = failure.error, failure.why
+        except BaseException as wrong:  # noqa: BLE001 - the application's telemetry may raise
+            error, why = described(wrong)
         finally:
             lease.end()
         took = self._link.clock() - begun
@@ -183,7 +188,6 @@ class Writes:
             },
             error=error or None,
         )
-        self._written(len(lease))  # last: who waits for that finds all of the above
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing waits to be written; whether that came about in time."""

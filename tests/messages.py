@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOMS = ("kvcache", "tiers", "profiles", "connectors")
 LOGGED = {"warning", "error", "exception"}
-COLLECTED = {"_wrong": 1, "Refused": 1, "_failed": 1}
+COLLECTED = {"_wrong": 1, "Refused": 1, "TierError": 1}
 """Calls that take a message, and in which place."""
 ANSWERED = ("refusal", "shortage")
 """How names of functions end whose answer is a message, or none."""

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvcache.below import Below
 from kvcache.connectors.vllm.messages import Acks
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.keys import join
@@ -46,7 +47,7 @@ class Waiting(Played):
         self.lower = Lower(
             self.tier, name="l2", front=self.stack.front, space=space, deadline_s=LONG
         )
-        self.stack._below.lower = (self.lower,)
+        self.stack._below = Below(self.stack.front, [self.lower])
 
     def keep_below(self, request: Request, blocks: int) -> None:
         for key in request.block_hashes[:blocks]:

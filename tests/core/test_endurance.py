@@ -209,7 +209,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
     under_way = (
         "stack._below._coming",
         "stack._below.lower.0.link.calls._jobs",
-        "stack._below._waiters._work_queue",
+        "stack._below._waiters._jobs",
         "stack.front._index._stretches.filling",
     )
     assert [sizes[name] for name in under_way] == [0] * 4

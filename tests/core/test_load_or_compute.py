@@ -82,7 +82,7 @@ class Engine(Below):
 def engine() -> Iterator[Engine]:
     engine = Engine()
     yield engine
-    engine.stack._below.close()
+    engine.stack._below.close(flush_s=0.0)
     assert engine.stack.flush(LONG)
     engine.check()
     engine.stack.close()
@@ -190,7 +190,7 @@ def test_nobody_waits_longer_than_computing_takes() -> None:
     keys, begun = engine.ask(*[0] * 16), engine.clock()
     came = engine.comes(keys)
     assert 0 < came < 16
-    engine.stack._below.close()  # what was under way ends
+    engine.stack._below.close(flush_s=0.0)  # what was under way ends
     # Computing would take 1.6 s; the piece that comes then, and those under way, are what is more.
     assert engine.clock() - begun <= 1.6 + 3 * 2 * 0.3
     engine.stack.close()
