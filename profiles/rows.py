@@ -73,7 +73,8 @@ class Row:
         """``error`` of the tier's class, with the place of the option that it is about.
 
         That is the first option that the text names. If it names none, the place is the row, with
-        the variables that changed it.
+        the variables that changed it. The value is the class's to repeat, which knows what may be
+        a secret in it.
         """
         at = {
             found.start(): setting
@@ -81,7 +82,7 @@ class Row:
             if (found := re.search(rf"(?<![\w.]){re.escape(setting.option.name)}\b", error))
         }
         if at:
-            return f"{at[min(at)].where}: {error}"
+            return f"{at[min(at)].place}: {error}"
         variables = [one.place for one in self.settings if one.place.startswith(VARIABLE)]
         changed = f", changed by {', '.join(variables)}" if variables else ""
         return f"{self.where}{changed}: {error}"

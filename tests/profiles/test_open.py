@@ -82,7 +82,7 @@ def test_what_a_constructor_refuses_names_file_and_tier(tmp_path: Path) -> None:
     with pytest.raises(ProfileError) as caught:
         open_stack(profile, block_nbytes=2 * MIB)
     (problem,) = caught.value.problems
-    assert problem.startswith(f'{profile}, line 4: capacity = "1MiB": capacity is 1048576 bytes; ')
+    assert problem.startswith(f"{profile}, line 4: capacity is 1048576 bytes; ")
     assert "1048576" in problem
 
 
