@@ -125,7 +125,7 @@ def test_value_that_a_tier_refuses_is_reported_with_the_variable(
     with pytest.raises(ProfileError) as caught:
         open_stack("l1-disk", block_nbytes=4096)
     (problem,) = caught.value.problems
-    assert problem.startswith('environment variable KVCACHE__DISK__CAPACITY: capacity = "4096": ')
+    assert problem.startswith("environment variable KVCACHE__DISK__CAPACITY: capacity is 4096")
 
 
 def test_error_that_names_no_option_is_reported_with_the_variables(file: Path) -> None:
