@@ -179,7 +179,7 @@ def test_input_and_output_are_direct_where_they_can_be(tmp_path: Path) -> None:
 
 
 def test_threads_are_there_from_the_start(tmp_path: Path) -> None:
-    """A pool that cannot start one when it is given a job keeps the job for later."""
+    """A process that exits can start none."""
     with closing(opened(tmp_path, threads=3)) as tier:
         assert len(tier._pool._threads) == 3
 
@@ -231,7 +231,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
         assert after == before
         assert more < less + 2000
         assert len(tier._index) <= len(tier._nbytes) == 100
-        assert tier._index.pinned_slots == tier._calls == tier._pool._work_queue.qsize() == 0
+        assert tier._index.pinned_slots == tier._calls == tier._pool._jobs.qsize() == 0
         tier._index.check()
 
 

@@ -136,16 +136,16 @@ def test_a_disk_that_hangs_does_not_hold_up_who_closes(
         assert tier.contains(keys) == [False]
         go.set()
         assert reader.result() == [True]  # its files were not closed under it
-    tier._pool.shutdown()
+    tier._pool.close(10)
     tier._files.close()
 
 
 def test_threads_that_are_no_more_to_be_had_are_a_decline(tmp_path: Path) -> None:
-    """As when Python is ending, and takes no more work for its pools."""
+    """As when a call comes while the tier closes."""
     keys, new = keys_of("a", 2), keys_of("new", 2)
     with closing(opened(tmp_path)) as tier:
         tier.store(keys, blocks(keys))
-        tier._pool.shutdown()
+        tier._pool.close(10)
         assert held(tier, keys) == [False] * 2
         assert tier.store(new, blocks(new)) == [False] * 2
         assert tier._index.pinned_slots == 0

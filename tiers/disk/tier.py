@@ -22,13 +22,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
+from kvcache.calls import Calls
 from kvcache.eviction import BELOW, Eviction, Policy, policy_option
 from kvcache.index import Index
 from kvcache.process import own
@@ -98,7 +99,7 @@ class DiskTier(Tier):
                 self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
                 for _ in range(threads):
                     self._bounces.put(mmap.mmap(-1, self._slot_nbytes))
-                self._pool = _started(threads)
+                self._pool = Calls("disk", threads)
                 undo.pop_all()
         except (OSError, RuntimeError) as error:
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
@@ -152,7 +153,8 @@ class DiskTier(Tier):
             finally:
                 with self._lock:
                     self._index.unpin([slot for slots in pinned for slot in slots])
-            written = dict(zip(fits, (read.result() for read in reads), strict=False))
+            pairs = zip(fits, reads, strict=False)
+            written = {at: read.result() for at, read in pairs if not read.cancelled()}
             if lost := [keys[at] for at, nbytes in written.items() if not nbytes]:
                 self.remove(lost)
             return [written.get(at, 0) for at in range(len(keys))]
@@ -193,12 +195,13 @@ class DiskTier(Tier):
                 good = {
                     keys[at]
                     for at, write in zip(where, writes, strict=False)
-                    if write.done() and write.exception() is None and write.result()
+                    if _ended_well(write) and write.result()
                 }
                 with self._lock:
                     self._index.publish(slots, {keys[at] for at in where} - good)
             for write in writes:
-                write.result()  # what is not the disk's fault is the caller's
+                if not write.cancelled():
+                    write.result()  # what is not the disk's fault is the caller's
             return self.contains(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -230,7 +233,7 @@ class DiskTier(Tier):
             if not self._quiet.wait_for(lambda: not self._calls, _CLOSE_S):
                 log.warning("kvcache: disk tier at %s: closed while it hangs", self._files.path)
                 return  # and leaves its files open
-        self._pool.shutdown()
+        self._pool.close(_CLOSE_S)
         self._files.close()
 
     @contextmanager
@@ -247,11 +250,13 @@ class DiskTier(Tier):
                 self._quiet.notify_all()
 
     def _together(self, futures: list[Future[T]], calls: Sequence[Callable[[], T]]) -> None:
-        """Have ``calls`` made by the pool, as many as it takes; none is under way at the end."""
+        """Have ``calls`` made by the pool; none is under way at the end.
+
+        A pool that takes no more calls cancels theirs.
+        """
         try:
-            with self._declined("start"):
-                for call in calls:
-                    futures.append(self._pool.submit(call))  # noqa: PERF401 - those before an error
+            for call in calls:
+                futures.append(self._pool.submit(call))  # noqa: PERF401 - those before an error
             wait(futures)
         finally:
             wait(futures)  # who was interrupted leaves none behind either
@@ -296,22 +301,15 @@ class DiskTier(Tier):
         """What the disk will not do is said, once a minute, and is nobody's exception."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # RuntimeError: the pool takes nothing any more
-            now, kind = self._clock(), (verb, getattr(error, "errno", None))
+        except OSError as error:
+            now, kind = self._clock(), (verb, error.errno)
             if now >= self._told.get(kind, now):
                 self._told[kind] = now + _TELL_EVERY_S
                 log.warning("kvcache: disk tier at %s: %s fails: %s", self._files.path, verb, error)
 
 
-def _started(threads: int) -> ThreadPoolExecutor:
-    """A pool with all its threads: a submit that fails to start one leaves its call queued."""
-    pool, gate = ThreadPoolExecutor(threads, "kvcache-disk"), threading.Event()
-    try:
-        for _ in range(threads):
-            pool.submit(gate.wait)
-    finally:
-        gate.set()
-    return pool
+def _ended_well(future: Future[T]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _address(view: memoryview) -> int:

@@ -21,11 +21,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
+from kvcache.calls import Calls
 from kvcache.keys import DIGEST_NBYTES
 from kvcache.process import own
 from kvcache.tier import Tier
@@ -153,7 +154,7 @@ class RedisTier(Tier):
         self._timeout_s = timeout_s
         self._told: set[str] = set()
         self._closed = False
-        self._threads = ThreadPoolExecutor(_NODES_AT_ONCE, "kvcache-redis")  # a cluster's nodes
+        self._threads = Calls("redis", _NODES_AT_ONCE if cluster else 0)  # for its other nodes
         try:
             self._greet()
         except BaseException:
@@ -222,7 +223,7 @@ class RedisTier(Tier):
     def close(self) -> None:
         self._closed = True
         self._servers.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close(0.0)
 
     def _answers(
         self, verb: str, names: Sequence[bytes], commands: Sequence[Command]
