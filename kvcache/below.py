@@ -28,7 +28,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from kvcache import telemetry
 from kvcache.calls import Answer, Calls
 from kvcache.lower import Lower
-from kvcache.pace import Pace
+from kvcache.pace import ComputePace
 from kvcache.process import own
 from kvcache.tier import FrontTier, Lease
 
@@ -97,7 +97,7 @@ class Below:
         self._closers = Calls("close", len(lower))
         self._lock = threading.Lock()
         self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
-        self.computing = Pace()  # of the engine: what bringing up has to beat
+        self.computing = ComputePace()  # of the engine: what bringing up has to beat
         own(self)
 
     @property
@@ -132,14 +132,15 @@ class Below:
 
     def look(self, match: Match, span: Span) -> Match:
         """Go on from what L1 has with what is worth bringing up, up to a block that none has."""
-        rest = match.keys[match.start + match.blocks :]
+        depth = match.start + match.blocks
+        rest = match.keys[depth:]
         sources: list[int | None] = [0 if held else None for held in self._front.contains(rest)]
         for number, lower in enumerate(self.lower, 1):
             asked = [at for at, source in enumerate(sources) if source is None]
             if not asked:
                 break
             keys = [rest[at] for at in asked]
-            computing = self.computing.most(len(keys))
+            computing = self.computing.most(len(keys), depth)
             if computing is not None and lower.asking_takes(len(keys)) > computing:
                 self._skip(lower, telemetry.TIER_CONTAINS, keys, span)
                 continue
@@ -147,18 +148,21 @@ class Below:
                 if held:
                     sources[at] = number
         found = [source for source in sources[: _hole(sources)] if source is not None]
-        worth = self._worth(found)
+        worth = self._worth(found, depth)
         for source, at, end in _stretches(found, worth):
             if source:
                 self._skip(self.lower[source - 1], telemetry.TIER_LOAD, rest[at:end], span)
         blocks = match.blocks + worth
         return Match(match.keys, match.start, blocks, (*(0,) * match.blocks, *found[:worth]))
 
-    def _worth(self, sources: Sequence[int]) -> int:
-        """How many leading blocks to bring up, for the least time of loads and computing."""
+    def _worth(self, sources: Sequence[int], depth: int) -> int:
+        """How many leading blocks to bring up, for the least time of loads and computing.
+
+        ``depth`` is how many blocks of the prompt are before them.
+        """
         blocks, saved, most_saved = 0, 0.0, 0.0
         for source, at, end in _stretches(sources):
-            saved += self.computing.most(end - at) or 0.0
+            saved += self.computing.most(end - at, depth + at) or 0.0
             saved -= self.lower[source - 1].loading_takes(end - at) if source else 0.0
             if saved >= most_saved or not self.computing.known:
                 blocks, most_saved = end, saved
@@ -200,7 +204,8 @@ class Below:
 
     def _patience(self, match: Match) -> float:
         whose = {self.lower[source - 1] for source in match.sources if source}
-        computing = self.computing.most(sum(map(bool, match.sources)))
+        blocks = sum(map(bool, match.sources))
+        computing = self.computing.most(blocks, match.start + match.blocks - blocks)
         if computing is None or any(lower.waits_if_slower for lower in whose):
             return inf
         return computing

@@ -175,13 +175,20 @@ class Stack:
 
         return self._below.submit(bring)
 
-    def computed(self, blocks: float, seconds: float) -> None:
+    def computed(self, blocks: float, seconds: float, depth: float | None = None) -> None:
         """Tell that an engine has computed the KV of ``blocks`` in one step that took so long.
 
         What would take longer to bring up from lower tiers than to compute is not brought up.
+
+        Args:
+            blocks: that the step computed, of all prompts together.
+            seconds: that the step took.
+            depth: blocks of its prompt before a computed block, the mean over them, since attention
+                takes longer the more there are; ``None`` where one prompt was computed from its
+                first block.
         """
         if blocks > 0:
-            self._below.computing.told(blocks, seconds)
+            self._below.computing.told(blocks, seconds, depth)
 
     def copied(
         self, operation: Literal["load", "store"], seconds: float, *, failed: bool = False

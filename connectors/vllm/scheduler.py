@@ -111,7 +111,7 @@ class SchedulerSide:
         self._next_job = 0
         self._loads: list[Transfer] = []  # for the step being built
         self._step = 0
-        self._steps: dict[int, tuple[float, float]] = {}  # under way: when built, blocks computed
+        self._steps: dict[int, tuple[float, float, float]] = {}  # when built, blocks, mean depth
         self._ended = 0.0  # when the last one had
         own(self)
 
@@ -273,17 +273,19 @@ class SchedulerSide:
         cached = output.scheduled_cached_reqs  # all blocks of a resumed one, the new ones of others
         for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
             step.fresh += self._extend(request_id, more)
-        prefilled = 0
+        prefilled = context = 0.0  # tokens, and summed over them those before each
         for request_id, scheduled in output.num_scheduled_tokens.items():
             running = self._running.get(request_id)
             if running is None:
                 continue
             if running.request.num_computed_tokens < running.request.num_prompt_tokens:
                 prefilled += scheduled
+                context += scheduled * (running.request.num_computed_tokens + scheduled / 2)
             if store := self._offer(running, scheduled):
                 step.stores.append(store)
         blocks = 0.0 if step.loads else prefilled / self._block_tokens
-        self._steps[step.number] = self._clock(), blocks
+        depth = context / max(1.0, prefilled * self._block_tokens)
+        self._steps[step.number] = self._clock(), blocks, depth
         return step
 
     def _extend(self, request_id: str, block_ids: Sequence[Sequence[int]] | None) -> Sequence[int]:
@@ -325,11 +327,10 @@ class SchedulerSide:
     def acked(self, acks: Acks) -> None:
         """End the step, and the jobs that every rank is through with."""
         for number in [number for number in self._steps if number <= acks.step]:
-            built, blocks = self._steps.pop(number)
-            if number == acks.step:
+            built, blocks, depth = self._steps.pop(number)
+            if number == acks.step and self._stack is not None:
                 begun, self._ended = max(built, self._ended), self._clock()
-                assert self._stack is not None
-                self._stack.computed(blocks, self._ended - begun)
+                self._stack.computed(blocks, self._ended - begun, depth)
         for number, ranks in acks.ranks.items():
             job = self._jobs[number]
             job.acks += ranks

@@ -189,7 +189,7 @@ def test_how_fast_the_engine_computes_is_measured(monkeypatch: pytest.MonkeyPatc
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {}, clock=lambda: now)
     side.open(shards())
     assert side._stack is not None
-    told: list[tuple[float, float]] = []
+    told: list[tuple[float, ...]] = []
     monkeypatch.setattr(side._stack, "computed", lambda *what: told.append(what))
     engine = Played(side)
     request = Request("a", 8 * BLOCK, num_prompt_tokens=6 * BLOCK)
@@ -213,6 +213,29 @@ def test_how_fast_the_engine_computes_is_measured(monkeypatch: pytest.MonkeyPatc
     decoded = engine.step((request, 1))
     now = 9.0
     ends(decoded)
-    assert told == [(2, 1.0), (3, 1.5), (0.5, 0.5), (0, 2.0)]
+    # Blocks, seconds, and the blocks before a computed one: half of its own step are, in the mean.
+    assert told == [(2, 1.0, 0 + 1), (3, 1.5, 2 + 1.5), (0.5, 0.5, 5 + 0.25), (0, 2.0, 0)]
     assert side._steps == {}
+
+
+def test_depth_of_a_step_is_the_mean_over_the_blocks_of_its_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    side.open(shards())
+    assert side._stack is not None
+    told: list[tuple[float, ...]] = []
+    monkeypatch.setattr(side._stack, "computed", lambda *what: told.append(what))
+    engine = Played(side)
+    long, short = Request("a", 12 * BLOCK), Request("b", 2 * BLOCK)
+    engine.admit(long, list(range(12)))
+    engine.step((long, 8 * BLOCK))
+    engine.admit(short, [20, 21])
+    step = engine.step((long, 4 * BLOCK), (short, 2 * BLOCK))
+    side.acked(Acks(step=step.number))
+    [(blocks, _, depth)] = told
+    assert blocks == 6
+    assert depth == pytest.approx((4 * (8 + 2) + 2 * 1) / 6)
+    side.close()
     side.close()

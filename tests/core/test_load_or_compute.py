@@ -47,9 +47,9 @@ class Slow(Faulty):
 class Engine(Below):
     """A stack over slow tiers, one call at a time, and an engine that computes a block in 0.1 s."""
 
-    def __init__(self, tiers: int = 1, **options: Any) -> None:
+    def __init__(self, tiers: int = 1, slots: int = 64, **options: Any) -> None:
         self.clock = Clock()
-        super().__init__(slots=64, tiers=tiers, calls=1, clock=self.clock, **options)
+        super().__init__(slots=slots, tiers=tiers, calls=1, clock=self.clock, **options)
         self.slow = [Slow(self.clock) for _ in range(tiers)]
         self.tiers = list(self.slow)
         for lower, tier in zip(self.lower, self.slow, strict=True):
@@ -109,6 +109,25 @@ def test_a_tier_that_takes_less_is_used(engine: Engine) -> None:
     for _ in range(4):
         assert engine.comes(engine.ask(0, 0, 0, 0)) == 4
     assert engine.skipped() == [0]
+
+
+def test_long_prompt_is_loaded_and_a_short_one_computed_where_depth_costs() -> None:
+    """A block takes 0.01 s, and 0.001 s more for each block before it; loading one 0.05 s."""
+    engine = Engine(slots=256, pieces=256)
+    [slow] = engine.slow
+    slow.loading = 0.05
+    assert engine.comes(engine.ask(*[0] * 4)) == 4
+    for first in range(0, 200, 20):  # a long prompt in chunks
+        engine.stack.computed(20, 0.01 * 20 + 0.001 * 20 * (first + 10), first + 10)
+    for _ in range(10):  # and short ones
+        engine.stack.computed(8, 0.01 * 8 + 0.001 * 8 * 4)
+    engine.lower[0]._seen_slow = engine.clock()
+    assert engine.comes(engine.ask(*[0] * 10)) == 0  # 0.15 s and 0.5 s
+    assert engine.comes(engine.ask(*[0] * 200)) == 200  # 22 s and 10 s
+    engine.front.clear()
+    match = engine.stack.match(engine.ask(*[0] * 200), 190).result(LONG)
+    assert match.blocks == 10  # the end of a long prompt: 2 s and 0.5 s
+    engine.stack.close()
 
 
 def test_while_either_is_unknown_it_is_used(engine: Engine) -> None:
