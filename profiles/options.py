@@ -22,6 +22,7 @@ GIVEN_BY_THE_STACK = (
     "front",
     "kind",
     "name",
+    "replica",
     "space",
 )
 """Keyword arguments that are not options, because a profile cannot know them."""

@@ -130,7 +130,7 @@ def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None
         direct = files.blocks
         if not fcntl.fcntl(direct, fcntl.F_GETFL) & os.O_DIRECT:
             pytest.skip("this file system takes no direct I/O")
-        buffered = files._file("blocks")
+        buffered = files._kept(os.open(files.path / "blocks", os.O_RDWR | os.O_CLOEXEC))
 
         def spent(verb: Verb, keys: list[bytes]) -> float:
             """Seconds of processor per GiB, of all threads, the kernel's part included."""

@@ -124,6 +124,54 @@ def test_a_forked_process_that_closes_does_not_open_the_directory_to_others(
             opened(tmp_path)
 
 
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from typing import Any
+from tests.tiers.test_disk import opened
+tier = opened(Path(sys.argv[1]))
+child = os.fork()
+if not child:
+    signal.pause()
+print(child, flush=True)
+sys.stdin.read()
+"""
+
+INHERITED = """
+import os, subprocess, sys
+from pathlib import Path
+from typing import Any
+from tests.tiers.test_disk import opened
+tier = opened(Path(sys.argv[1]))
+child = subprocess.Popen(["sleep", "600"], pass_fds=[tier._files.lock])
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_disk_tier_whose_process_ended_is_free_although_a_forked_child_runs(tmp_path: Path) -> None:
+    parent = child(FORKED, str(tmp_path))
+    pid = int(said(parent))
+    with pytest.raises(ValueError, match=f"process {parent.pid} has open"):
+        opened(tmp_path)
+    end(parent)
+    try:
+        opened(tmp_path).close()
+    finally:
+        os.kill(pid, 9)
+
+
+def test_disk_tier_whose_lock_was_inherited_names_the_process_that_runs(tmp_path: Path) -> None:
+    parent = child(INHERITED, str(tmp_path))
+    pid = int(said(parent))
+    end(parent)
+    try:
+        with pytest.raises(ValueError, match=f"process {pid} has open"):
+            opened(tmp_path)
+    finally:
+        os.kill(pid, 9)
+
+
 LIMITED = """
 import resource, sys
 from contextlib import closing
@@ -165,7 +213,10 @@ def test_a_directory_that_vanishes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", range(24))
-def test_another_geometry_page_is_another_tiers(tmp_path: Path, at: int) -> None:
+def test_disk_tier_with_a_changed_geometry_page_trusts_no_other_slot_size(
+    tmp_path: Path, at: int
+) -> None:
+    """Bytes 0 to 7 are the magic, the last of them its version; then a slot's size; then slots."""
     keys = keys_of("a", 3)
     with closing(opened(tmp_path)) as tier:
         tier.store(keys, blocks(keys))
@@ -174,9 +225,13 @@ def test_another_geometry_page_is_another_tiers(tmp_path: Path, at: int) -> None
         byte = records.read(1)[0]
         records.seek(at)
         records.write(bytes([byte ^ 1]))
+    if at < 7:
+        with pytest.raises(ValueError, match="'records' was not written by kvcache"):
+            opened(tmp_path)
+        return
     for _ in range(2):
         with closing(opened(tmp_path)) as tier:
-            assert tier.contains(keys) == [False] * 3
+            assert held(tier, keys) == [at >= 16] * 3
     with closing(opened(tmp_path)) as tier:
         assert tier.store(keys, blocks(keys)) == [True] * 3
         assert held(tier, keys) == [True] * 3

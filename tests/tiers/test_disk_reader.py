@@ -9,7 +9,8 @@ import pytest
 
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
-from kvcache.tiers.disk.files import holder, shortage
+from kvcache.tiers.disk.files import shortage
+from kvcache.tiers.disk.locks import holder
 from kvcache.tiers.disk.reader import Reader
 from kvcache.tiers.disk.records import Record
 from tests.tiers.test_disk import RECORD, USED, blocks, opened

@@ -1,8 +1,10 @@
-"""The files of a disk tier's directory: who may have them open, and what they take of the disk.
+"""The files of a disk tier's directory: which process has them, and what they take of a disk.
 
 Always true here:
 
-* One process has the directory open, from :class:`Directory` to its ``close``, or its own end.
+* One process has the directory open, from :class:`Directory` to its ``close``, or its own end. A
+  process that it forked does not have it.
+* Nothing is changed in a directory where a file of the tier's is not the tier's.
 * Nobody but the owner can read the files, also when they were there before.
 * Space is taken when it is asked for and not when it is written to. What the file system needs to
   keep account of it comes on top.
@@ -15,122 +17,164 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from weakref import WeakSet
 
 from kvcache.sizes import format_size
+from kvcache.tiers.disk import locks
+from kvcache.tiers.disk.places import (
+    check_directory,
+    open_directory,
+    open_file,
+    open_subdirectory,
+)
+from kvcache.tiers.disk.records import PAGE, foreign_file
+from kvcache.tiers.disk.replicas import (
+    Replica,
+    Share,
+    cut,
+    directories,
+    directory_name,
+    one_at_a_time,
+    reclaim,
+)
 
-PAGE = 4096  # what direct I/O goes by
+_MADE = os.O_RDWR | os.O_CREAT
 
 
 class Directory:
     """A directory of one tier's own, made if it is not there.
 
+    Args:
+        path: where; absolute.
+        replica: which one of the engine's, of how many. Others than the first have a directory
+            below ``path``.
+        share: what its files may have of the disk; what they have beyond is given up.
+
     Attributes:
+        path: the directory of this replica.
         lock, records, blocks: the files, by number.
 
     Raises:
-        ValueError: when it is no directory, or another process has it open.
+        ValueError: when it is no directory, or cannot be trusted, or another process has it open.
         OSError: for whatever else the file system says.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, replica: Replica, share: Share) -> None:
+        self.path = path / directory_name(replica.index)
         self._open: list[int] = []
         self._pid = os.getpid()
         try:
-            self.lock = self._locked()
-            self.records = self._file("records")
-            self.blocks = self._file("blocks")
+            root = self._kept(open_directory(path, make=True))
+            check_directory(root, path)
+            with one_at_a_time(root, path, replica):
+                folder = root
+                if replica.index:
+                    name = directory_name(replica.index)
+                    folder = self._kept(open_subdirectory(root, name, path, make=True))
+                    check_directory(folder, self.path)
+                self._open_files(folder, share)
+                reclaim(root, path, replica, share)
         except BaseException:
             self.close()
             raise
+        _DIRECTORIES.add(self)
 
-    def _locked(self) -> int:
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except FileExistsError:
-            raise ValueError(f"path is {str(self.path)!r}, which is not a directory") from None
-        lock = self._file("lock")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "?"
+    def _open_files(self, folder: int, share: Share) -> None:
+        """Lock the directory and open its files; change nothing before all of them are ours."""
+        self.lock = self._kept(open_file(folder, "lock", self.path, _MADE))
+        strange = None if locks.is_lock(self.lock) else "lock"
+        if not strange:
+            locks.take(self.lock, self.path)
+            self.records = self._kept(open_file(folder, "records", self.path, _MADE))
+            self.blocks = self._kept(open_file(folder, "blocks", self.path, _MADE))
+            strange = foreign_file(self.records, self.blocks)
+        if strange:
             raise ValueError(
-                f"path is {str(self.path)!r}, which process {holder} has open; every tier needs a "
-                "directory of its own"
-            ) from None
-        os.pwrite(lock, str(self._pid).ljust(32).encode(), 0)
-        return lock
+                f"path is {str(self.path)!r}, where {strange!r} was not written by kvcache; move "
+                "it away, or give the tier a directory of its own"
+            )
+        locks.sign(self.lock)
+        for file in (self.lock, self.records, self.blocks):
+            if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:  # it was there, for others to read
+                os.fchmod(file, 0o600)
+        cut(self.records, share.records)
+        cut(self.blocks, share.blocks)
 
-    def _file(self, name: str, flags: int = 0) -> int:
-        file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    def _kept(self, file: int) -> int:
+        """Have ``file`` closed with the directory."""
         self._open.append(file)
-        if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:  # it was there, for others to read
-            os.fchmod(file, 0o600)
         return file
 
     def check_room(self, need: int) -> None:
         """Raise ``ValueError`` where the two files cannot have ``need`` bytes together."""
-        if why := shortage(self.path, need):
+        have = sum(os.fstat(file).st_blocks * 512 for file in (self.records, self.blocks))
+        if why := shortage(self.path, need, have):
             raise ValueError(why)
 
     def take_blocks(self, nbytes: int) -> None:
         """Give the file of blocks its space; from now on it is direct where it can be."""
         os.ftruncate(self.blocks, nbytes)
         os.posix_fallocate(self.blocks, 0, nbytes)
+        flags = fcntl.fcntl(self.blocks, fcntl.F_GETFL)
         try:
-            direct = self._file("blocks", os.O_DIRECT)
-            os.preadv(direct, [memoryview(mmap.mmap(-1, PAGE))], 0)
+            fcntl.fcntl(self.blocks, fcntl.F_SETFL, flags | os.O_DIRECT)
+            os.preadv(self.blocks, [memoryview(mmap.mmap(-1, PAGE))], 0)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-        else:
-            self.blocks = direct
+            fcntl.fcntl(self.blocks, fcntl.F_SETFL, flags)
 
     def close(self) -> None:
         """Close the files. Closing twice is allowed."""
-        if self._open and os.getpid() == self._pid:
-            # A child that was forked has the file as well: closing ours alone would free nothing,
-            # and closing its own frees nothing of ours.
-            fcntl.flock(self._open[0], fcntl.LOCK_UN)
+        _DIRECTORIES.discard(self)
+        if hasattr(self, "lock") and self.lock in self._open and os.getpid() == self._pid:
+            # A child that was forked may have the file as well: closing ours alone would then free
+            # nothing, and closing its own frees nothing of ours.
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
         while self._open:
             os.close(self._open.pop())
 
+    def forked(self) -> None:
+        """In a child: give up the lock, which would else last as long as the child."""
+        self._open.remove(self.lock)
+        os.close(self.lock)
 
-def shortage(path: Path, need: int) -> str | None:
-    """Why the tier's files in ``path`` cannot have ``need`` bytes together; ``None`` if they can.
 
-    Opens nothing. Raises OSError where ``path`` is not there.
+_DIRECTORIES: WeakSet[Directory] = WeakSet()
+
+
+def _in_child() -> None:
+    for directory in list(_DIRECTORIES):
+        directory.forked()
+    _DIRECTORIES.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def shortage(path: Path, need: int, have: int | None = None) -> str | None:
+    """Why a tier's files in ``path`` cannot have ``need`` bytes together; ``None`` if they can.
+
+    ``have`` is what they have already, by default all that replicas have there. Opens nothing.
+    Raises OSError where ``path`` is not there.
     """
-    have = sum(
-        (path / name).stat().st_blocks * 512
-        for name in ("records", "blocks")
-        if (path / name).exists()
-    )
     space = os.statvfs(path)
-    free = space.f_bavail * space.f_frsize
-    if need <= have + free:
+    fits = space.f_bavail * space.f_frsize + (sum(_taken(path)) if have is None else have)
+    if need <= fits:
         return None
     return (
-        f"capacity asks for {format_size(need)} at {str(path)!r}, where "
-        f"{format_size(have + free)} are free"
+        f"capacity asks for {format_size(need)} at {str(path)!r}, where {format_size(fits)} are "
+        "free"
     )
 
 
-def holder(path: Path) -> int | None:
-    """The process that has the directory open, if it can be seen from here.
-
-    Reads what the kernel says of locks: taking the lock, however shortly, could refuse an engine
-    that starts in this moment.
-    """
-    try:
-        lock = (path / "lock").stat()
-        locks = Path("/proc/locks").read_text(encoding="ascii")
-    except OSError:
-        return None
-    file = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
-    for line in locks.splitlines():
-        match line.split():
-            case [_, "FLOCK", _, "WRITE", pid, where, *_] if where == file:
-                return int(pid)
-    return None
+def _taken(path: Path) -> Iterator[int]:
+    for name in directories(path).values():
+        for file in ("records", "blocks"):
+            with suppress(OSError):
+                found = (path / name / file).lstat()
+                if stat.S_ISREG(found.st_mode):
+                    yield found.st_blocks * 512

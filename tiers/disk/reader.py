@@ -17,8 +17,8 @@ from pathlib import Path
 
 from kvcache.process import own
 from kvcache.tier import Tier
-from kvcache.tiers.disk.files import PAGE
-from kvcache.tiers.disk.records import Record, read_geometry, read_record, read_records
+from kvcache.tiers.disk.places import open_directory, open_file
+from kvcache.tiers.disk.records import PAGE, Record, read_geometry, read_record, read_records
 
 
 class Reader(Tier):
@@ -37,8 +37,12 @@ class Reader(Tier):
     def __init__(self, path: Path) -> None:
         self._files: list[int] = []
         try:
-            self._record_file = self._open(path / "records")
-            self._block_file = self._open(path / "blocks", os.O_DIRECT)
+            folder = open_directory(path.absolute(), make=False)
+            try:
+                self._record_file = self._open(folder, "records", path)
+                self._block_file = self._open(folder, "blocks", path, os.O_DIRECT)
+            finally:
+                os.close(folder)
             geometry = read_geometry(self._record_file)
             space = os.fstat(self._block_file).st_size
             if geometry is None or geometry.slot_nbytes not in range(PAGE, space + 1, PAGE):
@@ -56,14 +60,14 @@ class Reader(Tier):
             raise
         own(self)
 
-    def _open(self, path: Path, flags: int = 0) -> int:
+    def _open(self, folder: int, name: str, path: Path, flags: int = 0) -> int:
         """Open to read; past the page cache, which the tier's own writes go past, where it can."""
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+            file = open_file(folder, name, path, os.O_RDONLY | flags)
         except OSError as error:
             if not flags or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = open_file(folder, name, path, os.O_RDONLY)
         self._files.append(file)
         return file
 

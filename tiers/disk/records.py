@@ -1,12 +1,14 @@
 """The file of records: which block is in which slot of the file of blocks.
 
-A page of geometry (magic, bytes of a slot, slots), then 256 bytes per slot, zeros where there is no
-block. Little-endian, in a record: slot (4), generation (8), bytes of the block (8), bytes of the
-key (1), bytes of the key before it (1), the keys (64 each), a CRC-32 of all that (4), zeros.
+A page of geometry (magic, bytes of a slot, slots, whether the file of blocks is marked), then 256
+bytes per slot, zeros where there is no block. Little-endian, in a record: slot (4), generation (8),
+bytes of the block (8), bytes of the key (1), bytes of the key before it (1), the keys (64 each), a
+CRC-32 of all that (4), zeros.
 
 Always true here:
 
-* Files of another geometry count as empty, as do records that do not verify.
+* Files of another slot size count as empty, as do records that do not verify. With another number
+  of slots, blocks in the slots that stay are kept.
 * A record that was cleared, or stood for a slot that the file of blocks does not reach, never
   comes back.
 """
@@ -20,13 +22,14 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvcache.tiers.disk.files import PAGE
-
+PAGE = 4096  # what direct I/O goes by
 RECORD_NBYTES = 256
 KEY_NBYTES = 64  # at most
 
 _MAGIC = b"kvcdisk2"
 _GEOMETRY = struct.Struct("<8sQQ")
+_PAGE = struct.Struct("<8sQQ?")
+_MARK = "user.kvcache"
 _FIELDS = struct.Struct(f"<IQQBB{KEY_NBYTES}s{KEY_NBYTES}s")
 _CRC = struct.Struct("<I")
 _WHOLE = struct.Struct(f"<{_FIELDS.size}sI{RECORD_NBYTES - _FIELDS.size - _CRC.size}x")
@@ -62,6 +65,39 @@ def read_geometry(file: int) -> Geometry | None:
         return None
     magic, slot_nbytes, slots = _GEOMETRY.unpack(page)
     return Geometry(slot_nbytes, slots) if magic == _MAGIC else None
+
+
+def foreign_file(records: int, blocks: int) -> str | None:
+    """Which of the two files of a tier no version of the tier has written; ``None`` if both are.
+
+    The records speak for the file of blocks beside them. Where the file system keeps attributes it
+    has a mark as well; a copy without it is told by its size.
+    """
+    page = os.pread(records, _PAGE.size, 0)
+    magic, slot_nbytes, slots, marked = _PAGE.unpack(page.ljust(_PAGE.size, b"\0"))
+    ours = magic[:-1] == _MAGIC[:-1]  # of any version
+    if page.strip(b"\0") and not ours:  # zeros: its process was killed when it had made the file
+        return "records"
+    nbytes = os.fstat(blocks).st_size
+    if not nbytes or (ours and (not marked or nbytes == slots * slot_nbytes or _is_marked(blocks))):
+        return None
+    return "blocks"
+
+
+def _is_marked(blocks: int) -> bool:
+    try:
+        return bool(os.getxattr(blocks, _MARK))
+    except OSError:
+        return False
+
+
+def _mark(blocks: int) -> bool:
+    """Mark the file of blocks as ours; False where its file system keeps no attributes."""
+    try:
+        os.setxattr(blocks, _MARK, _MAGIC)
+    except OSError:
+        return False
+    return True
 
 
 def read_records(file: int, geometry: Geometry) -> Iterator[Record]:
@@ -102,21 +138,28 @@ class Records:
         file: its number, open to read and write.
         slot_nbytes: bytes of a slot.
         slots: how many the file of blocks will have.
-        blocks_nbytes: how large the file of blocks is now. What lies beyond was not written.
+        blocks: the number of the file of blocks, as large as it was before.
+
+    Attributes:
+        kept: whether the records that were there are of slots of this size, and count.
 
     Raises:
         OSError: when there is no room for it, or it cannot be read.
     """
 
-    def __init__(self, file: int, slot_nbytes: int, slots: int, blocks_nbytes: int) -> None:
+    def __init__(self, file: int, slot_nbytes: int, slots: int, blocks: int) -> None:
         self._file = file
         self._geometry = Geometry(slot_nbytes, slots)
-        known = read_geometry(file) == self._geometry
-        whole = min(slots, blocks_nbytes // slot_nbytes) if known else 0
+        was = read_geometry(file)
+        written = os.fstat(blocks).st_size
+        self.kept = was is not None and was.slot_nbytes == slot_nbytes
+        whole = min(slots, was.slots, written // slot_nbytes) if was and self.kept else 0
         # Cut and grown again: what was behind reads as zeros, now and after the next start.
         os.ftruncate(file, file_nbytes(whole))
         os.posix_fallocate(file, 0, file_nbytes(slots))
-        os.pwrite(file, _GEOMETRY.pack(_MAGIC, *self._geometry), 0)
+        os.pwrite(file, _PAGE.pack(_MAGIC, *self._geometry, _mark(blocks)), 0)
+        if was != self._geometry:
+            os.fdatasync(file)  # before blocks are there that this page speaks for
 
     def __iter__(self) -> Iterator[Record]:
         """Every record that verifies, by slot."""

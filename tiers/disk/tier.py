@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -33,10 +32,19 @@ from kvcache.calls import Calls
 from kvcache.eviction import BELOW, Eviction, Policy, policy_option
 from kvcache.index import Index
 from kvcache.process import own
-from kvcache.sizes import DiskSize
+from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
-from kvcache.tiers.disk.files import PAGE, Directory
-from kvcache.tiers.disk.records import KEY_NBYTES, RECORD_NBYTES, Record, Records, file_nbytes
+from kvcache.tiers.disk.files import Directory
+from kvcache.tiers.disk.places import location
+from kvcache.tiers.disk.records import (
+    KEY_NBYTES,
+    PAGE,
+    RECORD_NBYTES,
+    Record,
+    Records,
+    file_nbytes,
+)
+from kvcache.tiers.disk.replicas import Replica, Share
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +60,14 @@ class DiskTier(Tier):
 
     Args:
         block_nbytes: bytes of the largest value; larger ones are declined.
-        path: a directory of this tier's own, made if it is not there.
-        capacity: bytes of disk to take. With another one, or another ``block_nbytes``, than before
-            a restart the tier starts empty.
+        path: a directory of this tier's own, made if it is not there. ``~`` and ``$NAME`` in it
+            are expanded.
+        capacity: bytes of disk to take. With less than before a restart the tier keeps what fits;
+            with another ``block_nbytes`` it starts empty.
         eviction: which blocks go when it is full: a shipped policy, or a class path.
         threads: reads and writes under way at once, of all calls together.
+        replica: which replica of an engine this is, from 0, and how many there are on this host.
+            Each has its own directory below ``path`` and an equal share of ``capacity``.
         clock: seconds, for the eviction policy and for what is logged how often.
 
     Raises:
@@ -72,6 +83,7 @@ class DiskTier(Tier):
         capacity: DiskSize,
         eviction: Eviction = BELOW,
         threads: int = 4,
+        replica: tuple[int, int] = (0, 1),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if block_nbytes < 1:
@@ -79,9 +91,17 @@ class DiskTier(Tier):
         policy = policy_option(eviction)
         self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
         each = self._slot_nbytes + RECORD_NBYTES
-        slots = (capacity - _BESIDE) // each
+        one = Replica(*replica)
+        share = capacity // one.count
+        slots = (share - _BESIDE) // each
         if slots < 1:
-            raise ValueError(f"capacity is {capacity} bytes; one block takes {each + _BESIDE}")
+            least = each + _BESIDE
+            if one.count > 1:
+                raise ValueError(
+                    f"capacity is {capacity} bytes for {one.count} replicas; one block takes "
+                    f"{least} of each"
+                )
+            raise ValueError(f"capacity is {capacity} bytes; one block takes {least}")
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         self._block_nbytes = block_nbytes
@@ -93,7 +113,9 @@ class DiskTier(Tier):
         self._clock = clock
         try:
             with ExitStack() as undo:
-                self._files = Directory(Path(path))
+                self._files = Directory(
+                    location(path), one, Share(file_nbytes(slots), slots * self._slot_nbytes)
+                )
                 undo.callback(self._files.close)
                 self._open(slots, policy)
                 self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
@@ -104,6 +126,15 @@ class DiskTier(Tier):
         except (OSError, RuntimeError) as error:
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
         own(self)
+        if one.count > 1:
+            log.info(
+                "kvcache: disk tier at %s: replica %d of %d, with %s of a capacity of %s",
+                self._files.path,
+                one.index,
+                one.count,
+                format_size(share),
+                format_size(capacity),
+            )
 
     def _open(self, slots: int, policy: Callable[[int], Policy]) -> None:
         """Take the space, and find what is there."""
@@ -114,7 +145,12 @@ class DiskTier(Tier):
         self._nbytes = [0] * slots  # of the value in each slot
         # Before the file of blocks grows: no record may come to name what was not written.
         written = os.fstat(files.blocks).st_size
-        self._records = Records(files.records, self._slot_nbytes, slots, written)
+        self._records = Records(files.records, self._slot_nbytes, slots, files.blocks)
+        if written and not self._records.kept:
+            log.info(
+                "kvcache: disk tier at %s: blocks of another format or block size deleted",
+                files.path,
+            )
         newest: dict[bytes, Record] = {}
         self._generation = 1  # of the next block
         for record in sorted(self._records):  # the oldest first

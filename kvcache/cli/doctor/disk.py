@@ -33,9 +33,16 @@ _SHARE = 100  # of what is free, the part that is written at most
 def check(row: Row) -> Iterator[Result]:
     """Whose it is, whether it can be written, its room, direct I/O, and its speed."""
     from kvcache.profiles.rows import override_of
-    from kvcache.tiers.disk.files import holder, shortage
+    from kvcache.tiers.disk.files import shortage
+    from kvcache.tiers.disk.locks import holder
+    from kvcache.tiers.disk.places import location
 
-    path, name = Path(str(row.options["path"])), row.name
+    name = row.name
+    try:
+        path = location(str(row.options["path"]))
+    except ValueError as error:
+        yield fail(name, str(error), f"correct {override_of(name, 'path')}")
+        return
     there = path
     try:
         there = next(place for place in (path, *path.absolute().parents) if place.exists())

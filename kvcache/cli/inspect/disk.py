@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 
 from kvcache.cli.inspect.contents import Contents
 from kvcache.cli.inspect.frames import verify as verify_frames
@@ -15,10 +14,11 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
 
     Raises ValueError where there is no disk tier to read.
     """
-    from kvcache.tiers.disk.files import holder
+    from kvcache.tiers.disk.locks import holder
+    from kvcache.tiers.disk.places import location
     from kvcache.tiers.disk.reader import Reader
 
-    path = Path(str(options["path"]))
+    path = location(str(options["path"]))
     with closing(Reader(path)) as reader:
         geometry = reader.geometry
         found = Contents(
