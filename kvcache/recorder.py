@@ -26,6 +26,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
 
+from kvcache import inputs
 from kvcache.process import own
 from kvcache.sizes import format_size, parse_size
 
@@ -61,7 +62,7 @@ class FileRecorder(Recorder):
     """Adds lines to ``path`` until it has ``limit`` bytes.
 
     Raises:
-        OSError: when the file cannot be opened for that.
+        OSError: when it cannot be opened for that, or is no regular file.
     """
 
     def __init__(self, path: Path, *, block_tokens: int, limit: int) -> None:
@@ -140,8 +141,11 @@ class FileRecorder(Recorder):
 
 
 def _private(path: str, flags: int) -> int:
-    """Open a file that only its owner may read, if it is made now; the mode of others stays."""
-    return os.open(path, flags, 0o600)
+    """Open a regular file that only its owner may read, if it is made now; others keep their mode.
+
+    Nothing else is opened: a pipe would make the engine wait for its reader.
+    """
+    return inputs.open_file(Path(path), flags, 0o600)
 
 
 def opened(block_tokens: int, environ: Mapping[str, str] = os.environ) -> Recorder:

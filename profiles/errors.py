@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 
 from kvcache import secrets
 
+_SHOWN = 500  # characters of a value
+
 
 class ProfileError(ValueError):
     """A profile cannot be used. ``problems`` has one sentence for each thing that is wrong."""
@@ -27,8 +29,9 @@ class ProfileError(ValueError):
 
 
 def show(value: object) -> str:
-    """``value`` as a profile would write it, without what may be a secret in it."""
-    return json.dumps(secrets.without(value), ensure_ascii=False, default=str)
+    """``value`` as a profile would write it, without what may be a secret in it; not endless."""
+    text = secrets.printable(json.dumps(secrets.without(value), ensure_ascii=False, default=str))
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def show_option(name: str, value: object) -> str:

@@ -4,15 +4,23 @@ Always true: every value keeps the file and the line it was given in, whichever 
 that was; nothing is checked here but what is above the tiers.
 """
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvcache import inputs, secrets
 from kvcache.profiles.errors import ProfileError, listed, nearest, show, show_option
 from kvcache.profiles.lines import TOP, Lines
 
 TOP_KEYS = ("extends", "without", "tier")
+LIMIT = 64 << 10
+"""Bytes of a profile's file, at most."""
+LEVELS = 16
+"""Files that extend each other, at most."""
+
+_DOTS = 100  # in a line; the reader of TOML takes minutes over a key of thousands of parts
 
 _SHIPPED = Path(__file__).parent
 
@@ -88,17 +96,41 @@ def read_file(path: Path, asked: str = "", chain: tuple[Path, ...] = ()) -> File
 
     ``chain`` are the files that extend this one.
     """
-    if path.resolve() in chain:
-        circle = " extends ".join(map(str, [*chain[chain.index(path.resolve()) :], path.resolve()]))
+    real = _real(path)
+    if real in chain:
+        circle = " extends ".join(map(str, [*chain[chain.index(real) :], real]))
         return File(path, problems=[f"{asked}goes in a circle: {circle}"])
+    if len(chain) == LEVELS:
+        return File(path, problems=[f"{asked}is the {LEVELS + 1}th file that extends another"])
     try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
+        text = inputs.read_text(path, LIMIT)
+        document = _parsed(text)
     except OSError as error:
         return File(path, problems=[f"{asked}cannot read {path}: {error.strerror}"])
     except ValueError as error:  # tomllib's own words have the line and the column
-        return File(path, problems=[f"{path} is not TOML: {error}"])
+        return File(path, problems=[f"{path} is not TOML: {secrets.printable(str(error))}"])
     return _Reading(path, Lines(path, text), document, chain).file
+
+
+def _real(path: Path) -> Path:
+    """``path`` without links, by which a file is known again; as it is, if it cannot be a path."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:
+        return path
+
+
+def _parsed(text: str) -> dict[str, object]:
+    """The tables of a text. Raises ValueError if it is not TOML, or none that a profile needs."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > _DOTS and not line.lstrip().startswith("#"):
+            raise ValueError(f"line {number} has more than {_DOTS} dots")
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {inputs.DEPTH} levels") from None
+    inputs.check_document(document)
+    return document
 
 
 def head(path: Path) -> str:
@@ -147,7 +179,7 @@ class _Reading:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             self._wrong("tier", "write tiers under [[tier]]")
             return None
-        shipped = self.file.path.parent.resolve() == _SHIPPED.resolve()
+        shipped = _real(self.file.path).parent == _real(_SHIPPED)
         return [
             Table(
                 self._lines.place(row),
@@ -177,7 +209,7 @@ class _Reading:
         except ValueError as error:
             self.file.problems.append(f"{here}{error}")
             return None
-        base = read_file(found, here, (*chain, path.resolve()))
+        base = read_file(found, here, (*chain, _real(path)))
         self.file.problems += base.problems
         self.file.bases = (found, *base.bases)
         return base.tables

@@ -24,6 +24,8 @@ from kvcache.cli.amounts import Amount, BlockSize, amounts, bytes_each
 from kvcache.cli.progress import Bar
 from kvcache.cli.table import painter
 from kvcache.eviction import POLICIES
+from kvcache.inputs import open_input
+from kvcache.replay.trace import UNITS, USUAL_REQUESTS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--block-tokens", type=_at_least(1), metavar="N",
         help="tokens of a block (what the trace says, or 512)",
+    )  # fmt: skip
+    add(
+        "--time-unit", choices=UNITS, default="ms",
+        help="of the trace's timestamps (ms, as in Mooncake's format)",
     )  # fmt: skip
     add("--partial", action="store_true", help="keep and count last blocks that are not full, too")
     add(
@@ -153,6 +159,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--requests is of made-up traffic: it goes with --generate")
     if args.generate is None and not args.hints and args.seed is not None:
         raise UsageError("--seed is of made-up traffic or hints: give --generate, or --hints")
+    if args.generate and args.time_unit != "ms":
+        raise UsageError("--time-unit is of a trace; made-up traffic has times of its own")
     if args.generate and args.block_tokens:
         raise UsageError("--block-tokens is of a trace; made-up traffic has blocks of 512 tokens")
     if args.capacity and args.tiers:
@@ -178,6 +186,8 @@ def _check_plot(args: argparse.Namespace) -> None:
         raise UsageError("--plot draws around one --capacity of L1: give one, and no --tiers")
     if not args.plot.absolute().parent.is_dir():
         raise UsageError(f"--plot {args.plot}: there is no such folder")
+    if args.plot.exists() and not (args.plot.is_file() or args.plot.is_dir()):
+        raise UsageError(f"--plot {args.plot}: it is there, and is no regular file")
     if args.plot.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "a .png needs matplotlib: pip install 'kvcache[plot]'; .svg and .html do not"
@@ -201,10 +211,28 @@ def _without_hints(args: argparse.Namespace) -> Trace:
     stdin = args.trace == "-"
     name = "standard input" if stdin else args.trace
     try:
-        with os.fdopen(os.dup(0), "rb") if stdin else Path(name).open("rb") as file:
-            return read(file, name, block_tokens=args.block_tokens, partial=args.partial)
+        # Another command's output may be long in coming; a file by name is not.
+        with os.fdopen(os.dup(0), "rb") if stdin else open_input(Path(name)) as file:
+            trace = read(
+                file, name, block_tokens=args.block_tokens, partial=args.partial,
+                unit=args.time_unit,
+            )  # fmt: skip
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
+    _check_rate(trace, args.time_unit)
+    return trace
+
+
+def _check_rate(trace: Trace, unit: str) -> None:
+    """Warn where the unit of the timestamps is probably not the one that was given."""
+    slowest, fastest = USUAL_REQUESTS_PER_S
+    rate = trace.requests_per_s
+    if rate is not None and not slowest <= rate <= fastest:
+        print(
+            f"kvcache replay: {len(trace):,} requests, {rate:,.3g} a second, are implausible; the "
+            f"timestamps were read in {unit}: if they are in another unit, give --time-unit",
+            file=sys.stderr,
+        )
 
 
 def plan(args: argparse.Namespace, trace: Trace) -> Asked:

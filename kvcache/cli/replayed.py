@@ -71,9 +71,10 @@ class Replayed:
         """The same for people."""
         trace, size = self._trace, self._size
         span_s = trace.times_s[-1] if len(trace) else 0.0
+        span = f"{span_s / 60:,.0f} minutes" if span_s >= 120 else f"{span_s:,.3g} seconds"
         kind = "blocks" if partial else "full blocks"
         head = (
-            f"{name}: {len(trace):,} requests in {span_s / 60:,.0f} minutes; "
+            f"{name}: {len(trace):,} requests in {span}; "
             f"{len(trace.blocks):,} {kind} of {trace.block_tokens} tokens, "
             f"{trace.distinct:,} of them distinct"
         )

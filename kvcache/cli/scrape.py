@@ -6,11 +6,23 @@ what the page does not say is not there, rather than 0.
 
 from __future__ import annotations
 
+import math
 import re
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from urllib.error import HTTPError
+from urllib.parse import unquote
+from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
+
+from kvcache.inputs import WAIT_S, BoundedSocket, within
+from kvcache.secrets import redact
 
 PREFIX = "vllm:kvcache_tier_"
+NBYTES = 16 << 20
+"""Bytes of a page, at most."""
+_LARGEST = 2.0**63
 
 # By our name: where it is on the page, the metric's name after the prefix and the labels it has.
 NUMBERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -65,26 +77,87 @@ def tiers_of(page: str) -> list[Tier]:
     for line in page.splitlines():
         if not (match := _LINE.fullmatch(line)):
             continue
-        metric, labels, number = match[1], dict(_LABEL.findall(match[2])), float(match[3])
-        number = int(number) if number.is_integer() else number
-        tier = found.setdefault(
-            labels.get("tier", ""), Tier(labels.get("tier", ""), labels.get("type", ""))
-        )
-        for name, (its, wanted) in NUMBERS.items():
+        metric, labels, number = match[1], dict(_LABEL.findall(match[2])), _number(match[3])
+        if number is None:
+            continue
+        name, kind = (redact(labels.get(label, "")) for label in ("tier", "type"))
+        tier = found.setdefault(name, Tier(name, kind))
+        for field_, (its, wanted) in NUMBERS.items():
             if its == metric and wanted.items() <= labels.items():
-                tier.numbers[name] = tier.numbers.get(name, 0) + number
+                tier.numbers[field_] = tier.numbers.get(field_, 0) + number
     known = [tier for tier in found.values() if tier.numbers]
     return sorted(known, key=lambda tier: "pinned_slots" not in tier.numbers)
 
 
+def _number(text: str) -> float | None:
+    """A number of the page; None if it is none that an engine writes."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(number) or abs(number) > _LARGEST:
+        return None
+    return int(number) if number.is_integer() else number
+
+
+def _bounded(connection: HTTPConnection) -> None:
+    connection.sock = BoundedSocket(
+        connection.sock, seconds=connection.timeout or WAIT_S, nbytes=NBYTES
+    )
+
+
+class _Connection(HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _bounded(self)
+
+
+class _SecureConnection(HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _bounded(self)
+
+
+class _Http(HTTPHandler):
+    def http_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(HTTPSHandler):
+    def https_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, req)
+
+
 def fetch(url: str, timeout: float) -> str:
-    """The page at `url`. Raises OSError that says why it cannot be had."""
-    from http.client import HTTPException
-    from urllib.request import urlopen
+    """The page at `url`, read within `timeout` seconds.
+
+    User and password in it are sent as HTTP's basic authentication. Raises OSError that says why
+    the page cannot be had, and repeats neither.
+    """
+    address, headers = _without_login(url)
+    opener = build_opener(_Http(), _Https())
+
+    def read() -> str:
+        try:
+            with opener.open(Request(address, headers=headers), timeout=timeout) as answer:
+                page: bytes = answer.read()
+                return page.decode("utf-8", "replace")
+        except HTTPError as error:  # it is the answer too, and open
+            error.close()
+            raise
 
     try:
-        with urlopen(url, timeout=timeout) as answer:
-            text: str = answer.read().decode("utf-8", "replace")
-            return text
-    except HTTPException as error:  # it answers, and not as a web server does
+        return within(timeout, read)  # finding the host, and TLS, have no limit of their own
+    except (HTTPException, ValueError) as error:  # it answers, and not as a web server does
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _without_login(url: str) -> tuple[str, dict[str, str]]:
+    """The URL less user and password, and the header that has them instead."""
+    head, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    login, at, host = host.rpartition("@")
+    if not at:
+        return url, {}
+    token = b64encode(unquote(login).encode()).decode()
+    return f"{head}{mark}{host}{slash}{path}", {"Authorization": f"Basic {token}"}

@@ -15,9 +15,11 @@ from typing import Any
 
 from kvcache.cli.scrape import COUNTED, Tier, fetch, tiers_of
 from kvcache.cli.table import RED, Painter, painter, render
+from kvcache.secrets import redact
 from kvcache.sizes import format_size
 
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 5.0  # for a whole page
+_LONGEST_S = 86400
 _REDRAW = "\x1b[H\x1b[J"  # to the top left, and clear from there
 
 
@@ -33,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show until Ctrl-C, which is the ordinary end; 1 if the first reading fails."""
     url = str(args.url)
-    if not url.startswith(("http://", "https://")) or not args.interval > 0:
+    if not url.startswith(("http://", "https://")) or not 0 < args.interval <= _LONGEST_S:
         print(
-            f"top: URL is {url!r}, --interval is {args.interval}; they take http://... or "
-            "https://..., and seconds above 0",
+            f"top: URL is {redact(url)}, --interval is {args.interval}; they take http://... or "
+            f"https://..., and seconds above 0, to {_LONGEST_S}",
             file=sys.stderr,
         )
         return 2
@@ -61,6 +63,7 @@ class _View:
 
     def __init__(self, url: str, *, as_json: bool) -> None:
         self._url = url
+        self._shown = redact(url)
         self._as_json = as_json
         self._paint = painter(sys.stdout)
         self._before: dict[str, Tier] = {}
@@ -81,10 +84,10 @@ class _View:
                 )
             )
         except OSError as error:
-            tiers, why = [], str(error)
+            tiers, why = [], redact(str(error))
         self.failed = bool(why)
         if why:
-            print(f"top: {self._url}: {why}", file=sys.stderr)
+            print(f"top: {self._shown}: {why}", file=sys.stderr)
         else:
             self._show(tiers, now - self._when if self._before else None)
         self._before, self._when = {tier.name: tier for tier in tiers}, now
@@ -104,7 +107,7 @@ class _View:
             if tier.numbers.get("breaker_open")
         ]
         what = "since the engine started" if seconds is None else f"in the last {seconds:.1f} s"
-        print("\n".join([*lines, f"{self._url}, {what}\n"]), flush=True)
+        print("\n".join([*lines, f"{self._shown}, {what}\n"]), flush=True)
 
     def _lately(self, tier: Tier) -> Tier:
         return tier.since(self._before[tier.name]) if tier.name in self._before else tier
@@ -122,7 +125,7 @@ class _View:
                     for name in sorted(COUNTED & lately.numbers.keys())
                 }
             shown.append(figures)
-        return {"url": self._url, "seconds": seconds, "tiers": shown}
+        return {"url": self._shown, "seconds": seconds, "tiers": shown}
 
 
 def table(tiers: list[Tier], seconds: float | None, paint: Painter) -> str:

@@ -2,18 +2,20 @@
 
     {"timestamp": 1200, "input_length": 1300, "output_length": 52, "hash_ids": [0, 7, 8]}
 
-``timestamp`` is in milliseconds, lengths are in tokens, and ``hash_ids`` has one number for each
-block of the input, the last of which may be partial. A number stands for a whole prefix: the same
-number means the same tokens up to there. A line may say of how many tokens its blocks are
-(``block_tokens``); Mooncake's traces do not, and theirs have 512. It may say that, when the request
-has ended, its blocks from one on will not be used again (``done``, 0 for all of them), which is the
-hint ``stack.hint(keys[done:], done=True)``.
+``timestamp`` is in milliseconds, if the caller does not give another unit, lengths are in tokens,
+and ``hash_ids`` has one number for each block of the input, the last of which may be partial. A
+number stands for a whole prefix: the same number means the same tokens up to there. A line may say
+of how many tokens its blocks are (``block_tokens``); Mooncake's traces do not, and theirs have 512.
+It may say that, when the request has ended, its blocks from one on will not be used again
+(``done``, 0 for all of them), which is the hint ``stack.hint(keys[done:], done=True)``.
 
 Always true of a ``Trace``:
 
 * Requests are in the order of their times; the first is at 0.
 * Blocks are numbered from 0 in order of first sight, and no chain has a block twice.
 * It is a few flat arrays, so that handing it to another process costs a copy.
+
+A file is read to a limit, because a small gzip may be of any length unpacked.
 """
 
 from __future__ import annotations
@@ -29,6 +31,19 @@ from io import BufferedReader
 from itertools import accumulate, islice
 from operator import itemgetter
 from typing import NamedTuple
+
+from kvcache.sizes import format_size
+
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Units of ``timestamp``, and how many of them are a second."""
+LINE_NBYTES = 32 << 20
+NBYTES = 4 << 30
+LINES = 10_000_000
+BLOCKS = 100_000_000
+"""What a trace has at most: bytes of a line, and bytes, lines and blocks of all requests."""
+USUAL_REQUESTS_PER_S = (1 / 300, 300.0)
+"""Mean rates that traces have; beyond them the unit of ``timestamp`` is probably another one."""
+ENOUGH = 100  # requests, for a rate to say something
 
 BLOCK_TOKENS = 512  # where neither the trace nor the caller says
 EXAMPLE = '{"timestamp": 1200, "input_length": 1300, "hash_ids": [0, 7, 8]}'
@@ -100,6 +115,13 @@ class Trace:
     def __len__(self) -> int:
         return len(self.times_s)
 
+    @property
+    def requests_per_s(self) -> float | None:
+        """Mean rate; None of too few requests. Infinite if all have one time."""
+        if len(self) < ENOUGH:
+            return None
+        return len(self) / self.times_s[-1] if self.times_s[-1] else math.inf
+
     def chains(self) -> Iterator[array[int]]:
         """The blocks of each request."""
         for start, end in zip(self.ends, islice(self.ends, 1, None), strict=False):
@@ -117,6 +139,7 @@ def read(
     *,
     block_tokens: int | None = None,
     partial: bool = False,
+    unit: str = "ms",
 ) -> Trace:
     """Read a trace, plain or gzipped, to its end.
 
@@ -125,25 +148,38 @@ def read(
         name: what errors call it.
         block_tokens: tokens of a block; ``None`` is what the trace says, else 512.
         partial: keep a last block that is not full.
+        unit: of ``timestamp``, one of ``UNITS``.
 
     Raises:
-        TraceError: at the first line that is not as above, or when there is none.
+        TraceError: at the first line that is not as above, when there is none, or when there is
+            more than a limit allows.
     """
-    packed = stream.peek(2)[:2] == b"\x1f\x8b"
-    lines: Iterable[bytes] = gzip.GzipFile(fileobj=stream) if packed else stream
     said: int | None = None
     requests: list[Request] = []
-    number = 0
+    number = nbytes = blocks = 0
     try:
-        for line in lines:
+        packed = stream.peek(2)[:2] == b"\x1f\x8b"
+        lines = gzip.GzipFile(fileobj=stream) if packed else stream
+        while line := lines.readline(LINE_NBYTES + 1):
             number += 1
+            nbytes += len(line)
+            if len(line) > LINE_NBYTES:
+                raise TraceError(f"has more than {format_size(LINE_NBYTES)}")
+            if number > LINES or nbytes > NBYTES or blocks > BLOCKS:
+                raise TraceError(
+                    f"is too much: a trace has at most {LINES:,} lines, {BLOCKS:,} blocks and "
+                    f"{format_size(NBYTES)}; replay a part of it"
+                )
             if not line.strip():
                 continue
-            request, of_line = _request(line, block_tokens)
+            request, of_line = _request(line, block_tokens, unit)
             if said is not None and of_line != said:
                 raise TraceError(f"blocks are of {of_line} tokens, and were of {said} before")
             said = of_line
             requests.append(request)
+            blocks += len(request.ids)
+    except RecursionError:
+        raise TraceError(f"{name}, line {number}: not JSON (nested too deeply)") from None
     except TraceError as error:
         raise TraceError(f"{name}, line {number}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -153,7 +189,7 @@ def read(
     return Trace.of(requests, said, partial=partial)
 
 
-def _request(line: bytes, block_tokens: int | None) -> tuple[Request, int]:
+def _request(line: bytes, block_tokens: int | None, unit: str) -> tuple[Request, int]:
     """One line, and the tokens of its blocks."""
     try:
         given = json.loads(line)
@@ -164,8 +200,8 @@ def _request(line: bytes, block_tokens: int | None) -> tuple[Request, int]:
     if missing := [f for f in ("timestamp", "input_length", "hash_ids") if f not in given]:
         raise TraceError(f"lacks {', '.join(missing)}; a line is {EXAMPLE}")
     at, tokens, ids = given["timestamp"], given["input_length"], given["hash_ids"]
-    if type(at) not in (int, float) or not math.isfinite(at):
-        raise TraceError(f"timestamp is {_shown(at)}; it is a number of milliseconds")
+    if type(at) not in (int, float) or not abs(at) < 2**63:  # nor is NaN below it
+        raise TraceError(f"timestamp is {_shown(at)}; it is a number of {unit}")
     size = block_tokens or given.get("block_tokens", BLOCK_TOKENS)
     for field, value, least in (("input_length", tokens, 0), ("block_tokens", size, 1)):
         if type(value) is not int or not least <= value < 2**31:
@@ -186,7 +222,7 @@ def _request(line: bytes, block_tokens: int | None) -> tuple[Request, int]:
             f"done is {_shown(done)}; it is the place in hash_ids, 0 to {len(ids)}, from which on "
             "blocks are not used again"
         )
-    return Request(at / 1000, tokens, ids, done), size
+    return Request(at / UNITS[unit], tokens, ids, done), size
 
 
 def _shown(value: object) -> str:

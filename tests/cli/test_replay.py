@@ -177,7 +177,7 @@ def test_tiers_are_told_apart(said: Any, trace: str) -> None:
 
 def test_the_text_is_for_people(said: Any, trace: str) -> None:
     text = said("replay", trace, "--capacity", "3")
-    assert "trace.jsonl: 4 requests in 0 minutes; 9 full blocks of 512 tokens, 5 of them" in text
+    assert "trace.jsonl: 4 requests in 3 seconds; 9 full blocks of 512 tokens, 5 of them" in text
     [row] = [line.split() for line in text.splitlines() if " lru " in line]
     assert row[:7] == ["3", "lru", "33.33%", "31.35%", "44.44%", "3", "6"]
     assert "\x1b" not in text

@@ -118,9 +118,11 @@ def test_a_full_file_ends_with_a_whole_line_and_is_said_once(
 
 
 def test_a_disk_that_is_full_is_said_and_stops_nobody(
-    caplog: pytest.LogCaptureFixture,
+    path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ours = FileRecorder(Path("/dev/full"), block_tokens=TOKENS, limit=1 << 20)
+    ours = FileRecorder(path, block_tokens=TOKENS, limit=1 << 20)
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        os.dup2(full.fileno(), ours._file.fileno())
     ours.record([b"a"])
     ours.record([b"b"])
     ours.close()
@@ -159,6 +161,24 @@ def test_without_the_variable_nothing_is_recorded() -> None:
     assert opened(TOKENS, {"KVCACHE_RECORD": ""}) is SILENT
     SILENT.record([b"a"])
     SILENT.close()
+
+
+def test_a_recording_is_for_its_owner_alone(path: Path) -> None:
+    FileRecorder(path, block_tokens=TOKENS, limit=1 << 20).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_what_is_no_regular_file_is_refused_at_start(
+    kind: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    monkeypatch.setenv("KVCACHE_RECORD", "/dev/full" if kind == "device" else str(path))
+    with pytest.raises(ProfileError, match="environment variable KVCACHE_RECORD: cannot write"):
+        live()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_line_may_say_what_is_done_with() -> None:
         (b"\xff\xfe\xfd", "not JSON"),
         ("7", "7 is no object"),
         ('{"timestamp": 1}', "lacks input_length, hash_ids"),
-        (line(at=math.nan), "timestamp is NaN; it is a number of milliseconds"),
+        (line(at=math.nan), "timestamp is NaN; it is a number of ms"),
         (line(at=True), "timestamp is true"),
         (line(tokens="many"), 'input_length is "many"; it is a number of tokens from 0'),
         (line(tokens=-1), "input_length is -1"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvcache import memory
 from kvcache.cli.plan.capacity import Blocks, blocks_of, copy_rate, cores
-from kvcache.cli.plan.model import ELEMENT_NBYTES, Model, read_model
+from kvcache.cli.plan.model import ELEMENT_NBYTES, MOST, Model, read_model
 from kvcache.cli.table import YELLOW, Painter, painter, pairs
 from kvcache.sizes import format_size, parse_size
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
     """The model, and all figures by name: `*_nbytes`, `*_s`, counts. ValueError says what not."""
     for name in (*_SHAPE, "block_tokens", "tensor_parallel_size", "prefix_tokens"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be at least 1")
+        if (number := getattr(args, name)) is not None and not 1 <= number <= MOST:
+            raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be 1 to {MOST}")
     model = read_model(args.config, {name: getattr(args, name) for name in _SHAPE})
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     ranks = args.tensor_parallel_size
@@ -140,8 +140,8 @@ def _times(args: argparse.Namespace, blocks: Blocks) -> dict[str, Any]:
     if disk_rate := _size(args, "disk_bandwidth"):
         found["disk_load_s"] = prefix / disk_rate
     if (prefill := args.prefill_tokens_per_s) is not None:
-        if not prefill > 0:
-            raise ValueError(f"--prefill-tokens-per-s is {prefill}; it must be above 0")
+        if not 0 < prefill <= MOST:
+            raise ValueError(f"--prefill-tokens-per-s is {prefill}; it must be above 0, to {MOST}")
         found["compute_s"] = args.prefix_tokens / prefill
         found["break_even_nbytes_per_s"] = blocks.token_nbytes * prefill
     return found

@@ -12,6 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvcache import inputs
+from kvcache.secrets import printable
+
+LIMIT = 16 << 20
+"""Bytes of a configuration, at most."""
+MOST = 1 << 32
+"""The largest number of anything in it."""
+
+_SHOWN = 200  # characters of a value in a message
+
 ELEMENT_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 ASSUMED_DTYPE = "bfloat16"  # what vLLM takes where the model says nothing, or float32
 
@@ -83,20 +93,30 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     """The part of the configuration that is about text, and the model's name."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(inputs.read_text(file, LIMIT))
+        inputs.check_document(config)
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is not JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a model's configuration: it has no names in it")
-    name = (config.get("architectures") or [config.get("model_type") or "a model"])[0]
+    names = config.get("architectures") or config.get("model_type") or "a model"
+    name = shown(names[0] if isinstance(names, list) else names)
     for part in ("text_config", "llm_config"):  # of models that see or hear as well
         if isinstance(config.get(part), dict):
             config = {key: config[key] for key in ("torch_dtype", "dtype") if key in config} | {
                 key: value for key, value in config[part].items() if value is not None
             }
-    return config, str(name)
+    return config, name
+
+
+def shown(value: object) -> str:
+    """A value of a configuration in a message: one line, not endless."""
+    text = printable(str(value))
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _model(name: str, config: Mapping[str, Any], given: Mapping[str, int]) -> Model:
@@ -133,7 +153,10 @@ def _number(config: Mapping[str, Any], keys: Sequence[str]) -> int:
     for key in keys:
         if (value := config.get(key)) is not None:
             if type(value) is not int or value < 0:
-                raise ValueError(f"{key} is {value!r}, and not one whole number for all layers")
+                what = shown(repr(value))
+                raise ValueError(f"{key} is {what}, and not one whole number for all layers")
+            if value > MOST:
+                raise ValueError(f"{key} is {value}; it is at most {MOST}")
             return value
     return 0
 
@@ -143,7 +166,7 @@ def _dtype(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     said = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
     if said in ("bfloat16", "float16"):
         return said, ()
-    why = f"says {said}" if said else "does not say what the elements are"
+    why = f"says {shown(said)}" if said else "does not say what the elements are"
     if not config:
         return ASSUMED_DTYPE, ()
     return ASSUMED_DTYPE, (f"the model {why}; {ASSUMED_DTYPE} is assumed (--dtype)",)
@@ -152,10 +175,11 @@ def _dtype(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
 def _not_kept(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Why kvcache would find no hits with this model, as far as its configuration tells."""
     types = config.get("layer_types") or config.get("layers_block_type") or []
+    types = types if isinstance(types, list) else [types]
     if other := sorted({str(kind) for kind in types} - _FULL):
-        why = f"has layers of {', '.join(other)}"
+        why = f"has layers of {shown(', '.join(other))}"
     elif not types and config.get("sliding_window") and config.get("use_sliding_window", True):
-        why = f"has a sliding window of {config['sliding_window']} tokens"
+        why = f"has a sliding window of {shown(config['sliding_window'])} tokens"
     elif any(config.get(key) for key in ("full_attention_interval", "hybrid_override_pattern")):
         why = "has layers that are not attention"
     else:
