@@ -161,8 +161,10 @@ class Engine:
 
     @property
     def side(self) -> Any:
-        """The connector's half in the scheduler."""
-        return self.scheduler.connector._scheduler
+        """The connector's half in the scheduler; the first one's of a MultiConnector."""
+        connector = self.scheduler.connector
+        [connector, *_] = getattr(connector, "sub_connectors", [connector])
+        return connector._scheduler
 
     @property
     def worker(self) -> Any:
