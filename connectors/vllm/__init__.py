@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -69,6 +70,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerSide
         self._worker: WorkerSide
+        self._block_pool: BlockPool | None = None  # bound when vLLM's scheduler is made
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
             from kvcache.connectors.vllm.identity import identity
@@ -120,15 +122,24 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.admitted(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
-        return self._scheduler.step(scheduler_output) or KVConnectorMetadata()
+        step = self._scheduler.step(scheduler_output)
+        self._forget_doubtful()
+        return step or KVConnectorMetadata()
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._block_pool = gpu_block_pool
+
+    def _forget_doubtful(self) -> None:
+        # vLLM has a request compute them again, and until then gives them to others: to every
+        # later request, if this one is aborted or preempted before.
+        doubtful = self._scheduler.take_doubtful()
+        if doubtful and self._block_pool is not None:
+            self._block_pool.evict_blocks(doubtful)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        manager = getattr(self, "_kv_cache_manager", None)  # vLLM 0.30 and later say
-        if connector_output.invalid_block_ids and manager is not None:
-            # vLLM has the request compute them again, and until then gives them to others: to
-            # every later request, if this one is aborted or preempted before.
-            bad = self._scheduler.resting_on(connector_output.invalid_block_ids)
-            manager.evict_blocks(bad)
+        if connector_output.invalid_block_ids:
+            self._scheduler.failed(connector_output.invalid_block_ids)
+            self._forget_doubtful()
         acks = connector_output.kv_connector_worker_meta
         if isinstance(acks, Acks):
             self._scheduler.acked(acks)

@@ -7,7 +7,8 @@
 3. Every full block of an admitted request is offered once its KV has been computed, prompt and
    generated tokens alike, those that vLLM found in its own cache included.
 4. A job's lease ends when every rank has acked it. When one failed, a loaded block is dropped and a
-   stored one is not published, and the request offers it again.
+   stored one is not published, and the request offers it again. What depends on a block that was
+   not loaded is not published, however late the failure is reported (`doubt`).
 5. How long the engine takes to compute a block is measured over the steps that compute prompts:
    from when a step was built, or the one before it has ended, until it has ended.
 6. A load that would hold up the others' step is not awaited by it: its request is scheduled when it
@@ -21,11 +22,12 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kvcache import telemetry
+from kvcache.connectors.jobs import Job, Jobs
+from kvcache.connectors.vllm.doubt import Doubt, Running, recomputes
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard, Step, Transfer
@@ -40,7 +42,6 @@ from kvcache.profiles import open_stack
 from kvcache.slab import Slab
 from kvcache.stack import Stack
 from kvcache.stats import StackStats
-from kvcache.tier import Lease
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,28 +50,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Running:
-    """An admitted request: the engine's blocks it has, and how many of them have been offered."""
-
-    request: Request
-    blocks: list[int] = field(default_factory=list)
-    offered: int = 0
-
-
-@dataclass(slots=True)
-class _Job:
-    """A transfer under way. ``running`` and ``at`` say what to offer again if a store fails."""
-
-    lease: Lease
-    running: _Running
-    at: int
-    operation: Literal["load", "store"]
-    acks: int = 0
-    failed: bool = False
-    seconds: float = 0.0  # of the slowest rank
 
 
 class SchedulerSide:
@@ -106,9 +85,9 @@ class SchedulerSide:
         self._events_of = partial(events_of, vllm_config, kv_cache_config)
         self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
         self._promised = Promises()
-        self._running: dict[str, _Running] = {}
-        self._jobs: dict[int, _Job] = {}
-        self._next_job = 0
+        self._running: dict[str, Running] = {}
+        self._doubt = Doubt(self._block_tokens, recomputes=recomputes(vllm_config))
+        self._jobs: Jobs[Running] = Jobs(self._world)
         self._loads: list[Transfer] = []  # for the step being built
         self._step = 0
         self._steps: dict[int, tuple[float, float, float]] = {}  # when built, blocks, mean depth
@@ -224,7 +203,8 @@ class SchedulerSide:
             return
         if self._promised.arrives(request.request_id):
             return  # it runs already, unless everything was reset while its load went on
-        running = self._running[request.request_id] = _Running(request)
+        self._gave_back(request)  # where it was preempted
+        running = self._running[request.request_id] = Running(request)
         self._requests.admitted(request, tokens)
         promised = self._promised.redeem(request.request_id)
         if promised is None:
@@ -237,10 +217,12 @@ class SchedulerSide:
         if promised.later:
             self._promised.expect(request.request_id)
         lease.span.add_event(telemetry.ADMITTED)
+        loaded = list(blocks[0][start : start + count])
+        self._doubt.loads(loaded)
         self._loads.append(
             Transfer(
-                self._begin(_Job(lease, running, start, "load")),
-                list(blocks[0][start : start + count]),
+                self._jobs.begin(Job(lease, running, start, "load")),
+                loaded,
                 list(lease.slots[:count]),
                 telemetry.carried(lease.span),
                 request.request_id if promised.later else None,
@@ -251,11 +233,18 @@ class SchedulerSide:
         """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
         self._promised.withdraw(request.request_id)
         self._coming.pop(request.request_id, None)
-        running = self._running.pop(request.request_id, None)
+        running = self._gave_back(request)
         if self._stack is not None and running is not None and (hints := hints_of(request)):
             context = self._requests.context(request)
             self._stack.hint(self._keys(request, 0, running.offered), context=context, **hints)
         self._requests.finished(request)
+
+    def _gave_back(self, request: Request) -> Running | None:
+        """A request has its blocks no more; steps under way may still compute in them."""
+        running = self._running.pop(request.request_id, None)
+        if running is not None:
+            self._doubt.ended(running, self._step)
+        return running
 
     # Every step
 
@@ -281,6 +270,7 @@ class SchedulerSide:
             if running.request.num_computed_tokens < running.request.num_prompt_tokens:
                 prefilled += scheduled
                 context += scheduled * (running.request.num_computed_tokens + scheduled / 2)
+            self._doubt.computes(running, scheduled)
             if store := self._offer(running, scheduled):
                 step.stores.append(store)
         blocks = 0.0 if step.loads else prefilled / self._block_tokens
@@ -297,7 +287,7 @@ class SchedulerSide:
             running.blocks += block_ids[0]
         return block_ids[0]
 
-    def _offer(self, running: _Running, scheduled: int) -> Transfer | None:
+    def _offer(self, running: Running, scheduled: int) -> Transfer | None:
         """Reserve slots for the blocks of ``running`` that this step completes."""
         request = running.request
         # Drafted tokens may be rejected: only blocks of known tokens have a hash, and they count.
@@ -306,6 +296,8 @@ class SchedulerSide:
         full = min(
             computed // self._block_tokens, len(request.block_hashes) // self._hashes_per_block
         )
+        if running.doubtful is not None:
+            full = min(full, running.doubtful)
         if full <= first:
             return None
         assert self._stack is not None
@@ -318,7 +310,7 @@ class SchedulerSide:
             lease.end()
             return None
         return Transfer(
-            self._begin(_Job(lease, running, first, "store")),
+            self._jobs.begin(Job(lease, running, first, "store")),
             [running.blocks[first + at] for at in lease.positions],
             list(lease.slots),
             telemetry.carried(lease.span),
@@ -331,35 +323,28 @@ class SchedulerSide:
             if number == acks.step and self._stack is not None:
                 begun, self._ended = max(built, self._ended), self._clock()
                 self._stack.computed(blocks, self._ended - begun, depth)
-        for number, ranks in acks.ranks.items():
-            job = self._jobs[number]
-            job.acks += ranks
-            job.failed |= number in acks.failed
-            job.seconds = max(job.seconds, acks.seconds.get(number, 0.0))
-            if job.acks < self._world:  # another rank may still be copying
-                continue
-            del self._jobs[number]
-            job.lease.end(failed=job.lease.keys if job.failed else ())
+        self._doubt.reported(acks.step)
+        for job in self._jobs.acked(acks.ranks, acks.failed, acks.seconds):
             if job.seconds and self._stack is not None:  # else no rank has begun to copy
                 self._stack.copied(job.operation, job.seconds, failed=job.failed)
                 if job.operation == "load" and not job.failed:
                     self._promised.loaded(len(job.lease), job.seconds)
             if job.failed:
-                job.running.offered = min(job.running.offered, job.at)
+                job.owner.offered = min(job.owner.offered, job.at)
 
     @property
     def copying(self) -> bool:
         """Whether some job has not ended: the engine has to step until it has."""
         return bool(self._jobs)
 
-    def resting_on(self, bad: Collection[int]) -> set[int]:
-        """``bad`` blocks of the engine, and those that running requests have computed from them."""
-        resting = set(bad)
-        for running in self._running.values():
-            first = next((at for at, block in enumerate(running.blocks) if block in bad), None)
-            if first is not None:
-                resting.update(running.blocks[first:])
-        return resting
+    def failed(self, bad: Collection[int]) -> None:
+        """A report says that ``bad`` blocks of the engine were not loaded. Call before `acked`."""
+        self._jobs.fail_stores()
+        self._doubt.failed(bad, self._running.values())
+
+    def take_doubtful(self) -> set[int]:
+        """Blocks that no request may find in vLLM's prefix cache, new since the last call."""
+        return self._doubt.take()
 
     # Whenever
 
@@ -369,6 +354,8 @@ class SchedulerSide:
             return
         for request_id in list(self._promised):
             self._promised.withdraw(request_id)
+        for running in self._running.values():
+            self._doubt.ended(running, self._step)
         self._running.clear()  # what goes on running was computed before: it is kept no more
         self._stack.clear()
 
@@ -393,8 +380,3 @@ class SchedulerSide:
     def _prompt_keys(self, request: Request) -> list[bytes]:
         """The keys of all blocks of which one token at least is left to compute after them."""
         return self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
-
-    def _begin(self, job: _Job) -> int:
-        self._next_job += 1
-        self._jobs[self._next_job] = job
-        return self._next_job

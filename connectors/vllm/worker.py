@@ -5,7 +5,8 @@
    On a GPU they go on beside what the engine does next: a job is acknowledged when its last page is
    there, and a block that the engine hands out anew is written when no copy reads it any more.
 3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
-   What this step computed may rest on blocks that were not loaded: it publishes no store.
+   What a step computed may rest on blocks that it did not load: it publishes no store, also where
+   vLLM takes the report of the step before it has the step's stores begun.
 4. On a GPU a forward pass waits for a layer's pages when it asks for that layer, if it is trusted
    to (`passes`); the others' are there before. One that did not ask what it was trusted to is not
    believed: the blocks that it loaded are reported, and it publishes no store.
@@ -73,7 +74,8 @@ class WorkerSide:
         self._passes = Passes()
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
-        self._bad_blocks: set[int] = set()
+        self._bad_blocks: set[int] = set()  # not reported yet
+        self._doubtful = -1  # the last step of which a load failed
         self._received: set[str] = set()  # requests whose loads are over
         own(self)
 
@@ -119,7 +121,7 @@ class WorkerSide:
         awaited = [load for load in step.loads if load.awaited_by is None]
         for loads in (awaited, *([load] for load in step.loads if load.awaited_by is not None)):
             if not self._begin(step.memory, loads, load=True):
-                self._bad_blocks.update(block for load in loads for block in load.blocks)
+                self._not_loaded(step, loads)
 
     def reach(self, name: str) -> None:
         """The forward pass asks for a layer. One that is not ours may have the cache of any."""
@@ -140,13 +142,17 @@ class WorkerSide:
                 "maybe before they were loaded: it is made again",
                 len(unasked),
             )
-            self._bad_blocks.update(block for load in loaded for block in load.blocks)
-        doubtful = bool(self._bad_blocks)
+            self._not_loaded(step, loaded)
         for transfer in step.stores:
-            if doubtful:
+            if step.number == self._doubtful:
                 self._ack(transfer, failed=True)
             else:
                 self._begin(step.memory, [transfer], load=False)
+
+    def _not_loaded(self, step: Step, loads: Sequence[Transfer]) -> None:
+        """What ``step`` computes may depend on blocks that these did not write."""
+        self._doubtful = step.number
+        self._bad_blocks.update(block for load in loads for block in load.blocks)
 
     def _begin(self, memory: Memory, transfers: Sequence[Transfer], *, load: bool) -> bool:
         """Begin one copy for all of them, which are loads together or not at all."""

@@ -2,11 +2,17 @@
 
 Blocks that are reused, a prefix cache of its own, chunks, preemption, aborts, resets, loads that
 their step awaits and loads that a request waits for, copies that fail on either rank, and copies
-that go on beside later steps.
+that go on beside later steps. Two modes, of which an engine may have both:
+
+* `ahead`: as with async scheduling, a step is built and run before the one before it is reported.
+* `reports_first`: as with drafted tokens, a step is reported before its stores begin.
+
+Where it runs ahead it computes wrongly again what was not loaded, as vLLM itself does.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +24,22 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.connectors.vllm.support import host_name
-from tests.connectors.miniature_workers import BLOCK, BLOCKS, RANKS, Content, Request, Workers
+from tests.connectors.miniature_workers import BLOCK, BLOCKS, RANKS, Request, Told, Workers
 from tests.connectors.played import engine_config
+
+
+@dataclass
+class _Report:
+    """Of a step: for each request how many tokens, whether one is sampled, and its `starts`."""
+
+    told: Told
+    scheduled: dict[Request, tuple[int, bool, int]]
 
 
 class Miniature:
     """The engine: its scheduler, and its workers."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, *, ahead: bool = False, reports_first: bool = False) -> None:
         import torch
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -34,7 +48,7 @@ class Miniature:
         )
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         cache: Any = SimpleNamespace(kv_cache_groups=[group], num_blocks=BLOCKS)
-        self.side = SchedulerSide(engine_config(len(RANKS)), cache, {})
+        self.side = SchedulerSide(engine_config(len(RANKS), ahead=ahead), cache, {})
         self.side.open({(0, rank): Shard(4096, host_name(), "form") for rank in RANKS})
         assert self.side._stack is not None
         self.front = self.side._stack.front
@@ -43,7 +57,9 @@ class Miniature:
         self.free = list(range(BLOCKS))
         self.own: dict[bytes, int] = {}
         self.users = [0] * BLOCKS
-        self.workers = Workers(random)
+        self.ahead = ahead
+        self.reports: list[_Report] = []
+        self.workers = Workers(random, reports_first=reports_first)
         self.side._promised.beside = self.workers.late
         self.side._promised.long_s = random.choice((-1.0, 1.0))  # all loads are long, or none is
         self.given: set[int] = set()  # blocks, since the last step
@@ -81,11 +97,11 @@ class Miniature:
         assert self.front.stats().used_blocks == 0
 
     def step(self) -> None:
-        before = {request: request.num_computed_tokens for request in self.running}
         new: list[Request] = []
         more: dict[Request, list[int]] = {}
+        running = len(self.running)
         scheduled = self._schedule_running(more)
-        if len(before) == len(self.running):  # after a preemption nobody is admitted
+        if running == len(self.running):  # after a preemption nobody is admitted
             self._admit(new, scheduled)
         before = {request: request.num_computed_tokens for request in self.running}
         resumed = [request for request in new if request in self.preempted]
@@ -112,24 +128,47 @@ class Miniature:
         loaded = [block for load in step.loads if load.awaited_by for block in load.blocks]
         assert self.given <= {*step.fresh, *loaded}
         self.given.clear()
+        self._evict()
+        built: dict[Request, tuple[int, bool, int]] = {}
         for request, tokens in scheduled.items():
             request.num_computed_tokens += tokens
-        told = self.workers.work(step, scheduled, before)
-        if told.acks.ranks:
-            self.side.acked(told.acks)
-        affected = self._take_back(told.bad, before)
-        self._receive(told.received)
-        for request in scheduled:
-            if request not in affected and request.num_computed_tokens == request.num_tokens:
+            samples = request.num_computed_tokens == request.num_tokens + request.placeholders
+            request.placeholders += samples
+            built[request] = tokens, samples, request.starts
+        self.reports.append(_Report(self.workers.work(step, scheduled, before), built))
+        if not self.ahead or len(self.reports) > 1:
+            self._report()
+        self._check()
+
+    def _report(self) -> None:
+        """What vLLM does when it hears of a step, in its order."""
+        report = self.reports.pop(0)
+        told = report.told
+        affected = self._take_back(told.bad, report.scheduled)
+        for request, (_, samples, starts) in report.scheduled.items():
+            if request in affected or request not in self.running or request.starts != starts:
+                continue
+            if samples:
+                request.placeholders = max(0, request.placeholders - 1)
                 request.num_tokens += 1
                 if request.num_tokens >= request.ends_at:
                     self._finish(request)
-        self._check()
+        if told.bad:
+            self.side.failed(told.bad)
+            self._evict()
+        self.side.acked(told.acks)
+        self._receive(told.received)
+
+    def _evict(self) -> None:
+        """The engine's own cache forgets what the connector says."""
+        doubtful = self.side.take_doubtful()
+        self.own = {key: block for key, block in self.own.items() if block not in doubtful}
 
     # The scheduler
 
     def _chunk(self, request: Request, computed: int) -> int:
-        return min(request.num_tokens - computed, self.random.choice((7, 32, 50, 200)))
+        left = request.num_tokens + request.placeholders - computed
+        return min(left, self.random.choice((7, 32, 50, 200)))
 
     def _schedule_running(self, more: dict[Request, list[int]]) -> dict[Request, int]:
         scheduled: dict[Request, int] = {}
@@ -230,8 +269,9 @@ class Miniature:
             if not self.users[block]:
                 self.free.append(block)
         request.blocks = []
-        request.num_computed_tokens = 0
-        request.stale = False
+        request.num_computed_tokens = request.placeholders = 0
+        request.stale = request.wrong = False
+        request.starts += 1
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -248,27 +288,29 @@ class Miniature:
         (self.running if request in self.running else self.waiting).remove(request)
         self._release(request)
 
-    def _take_back(self, bad: set[int], before: dict[Request, int]) -> set[Request]:
+    def _take_back(
+        self, bad: set[int], scheduled: dict[Request, tuple[int, bool, int]]
+    ) -> set[Request]:
+        """As vLLM does: of those that share a block that was not loaded the first computes it."""
         affected = set()
-        loading = {request: request.num_computed_tokens for request in self.remote.values()}
-        before = {request: before[request] for request in self.running} | loading
-        for request, computed in before.items():
-            for at in range(-(-computed // BLOCK)):
-                if request.blocks[at] in bad:
-                    request.num_computed_tokens = at * BLOCK
-                    affected.add(request)
-                    break
-        self.own = {
-            key: block
-            for key, block in self.own.items()
-            if all(self._is(self.workers.kv[rank][block], key) for rank in RANKS)
-        }
+        for sharing in ([*self.remote.values()], self.running):
+            marked: set[int] = set()
+            for request in sharing:
+                tokens, *_ = scheduled.get(request, (0,))
+                computed = request.num_computed_tokens - tokens
+                whole = request.blocks[: -(-computed // BLOCK)]
+                if bad.isdisjoint(whole):
+                    continue
+                affected.add(request)
+                first = next((at for at, b in enumerate(whole) if b in bad - marked), None)
+                marked.update(bad.intersection(whole))
+                request.num_computed_tokens = computed if first is None else first * BLOCK
+                request.placeholders = 0
+                if not self.ahead:
+                    request.wrong = False
         return affected
 
     # What must hold
-
-    def _is(self, content: Content, key: bytes) -> bool:
-        return content is not None and content[0] == key
 
     def _check(self) -> None:
         stats = self.front.stats()
@@ -280,7 +322,9 @@ class Miniature:
                     right = (key, self.workers.resets)
                     assert self.workers.slots[rank][slot] == right, (key, rank)
             lease.end()
-        assert self.side.copying == bool(self.workers.loads or self.workers.stores)
+        working = self.workers.loads or self.workers.stores or self.workers.unreported.ranks
+        assert self.side.copying or not working
+        assert working or self.reports or not self.side.copying
         there = [*self.running, *self.waiting, *self.remote.values()]
         assert self.side._running.keys() <= {request.request_id for request in there}
 
@@ -291,6 +335,8 @@ class Miniature:
                 self._finish(request)
         while self.side.copying:  # as vLLM does
             self.step()
+        while self.reports:
+            self._report()
         assert sorted(self.free) == list(range(BLOCKS))
         side = self.side
         assert not any((side._promised, side._promised._expected, side._running))

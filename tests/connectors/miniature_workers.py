@@ -1,7 +1,8 @@
 """The workers of the engine in miniature: what lies in every block and slot of two ranks.
 
 A content is the key that it should have and the number of the reset after which all of it was
-computed, or None. A copy that goes on when its step has ended reads a block at the latest when it
+computed, None, or WRONG: a load failed, and it is what was there before or was computed from that.
+A copy that goes on when its step has ended reads a block at the latest when it
 is handed out again; a load that its step does not await has written nothing until it is over.
 """
 
@@ -24,6 +25,8 @@ SLOTS = 9
 SHARED = 3  # leading blocks that all prompts of a family have in common
 RANKS = (0, 1)
 
+WRONG = (b"", -1)
+
 Content = tuple[bytes, int] | None
 
 
@@ -39,6 +42,9 @@ class Request:
     skip_reading_prefix_cache: bool = False
     stale: bool = False  # runs on what was computed before a reset
     gone: bool = False  # aborted, and its blocks are still being loaded
+    wrong: bool = False  # what it computes rests on blocks that were not loaded
+    placeholders: int = 0  # tokens that are sampled and not known yet
+    starts: int = 0  # how often it lost its blocks
     blocks: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 1 << 30
     trace_headers: dict[str, str] | None = None
@@ -46,10 +52,11 @@ class Request:
 
     @property
     def block_hashes(self) -> list[bytes]:
-        return [
-            f"{self.family}{self.request_id[-1] if n >= SHARED else ''}/{n}".encode()
-            for n in range(self.num_tokens // BLOCK)
-        ]
+        return [self.key(n) for n in range(self.num_tokens // BLOCK)]
+
+    def key(self, n: int) -> bytes:
+        """Of its block number ``n``, also before all tokens of that are known."""
+        return f"{self.family}{self.request_id[-1] if n >= SHARED else ''}/{n}".encode()
 
 
 @dataclass(eq=False)
@@ -71,10 +78,16 @@ class Told:
 
 
 class Workers:
-    """All ranks. `late`: their copies go on when the step has ended."""
+    """All ranks. `late`: their copies go on when the step has ended.
 
-    def __init__(self, random: Random) -> None:
+    `reports_first`: a step is reported before its stores begin, as vLLM does where it drafts
+    tokens; these workers then do not know any more that loads of the step failed.
+    """
+
+    def __init__(self, random: Random, *, reports_first: bool = False) -> None:
         self.random = random
+        self.reports_first = reports_first
+        self.unreported = Acks()
         self.late = random.random() < 0.5
         self.resets = 0
         self.kv: list[list[Content]] = [[None] * BLOCKS for _ in RANKS]
@@ -92,7 +105,9 @@ class Workers:
                 self.kv[rank][block] = None
 
     def work(self, step: Step, scheduled: Collection[Request], before: dict[Request, int]) -> Told:
-        told = Told()
+        told = Told(acks=Acks(step=step.number))
+        told.acks.aggregate(self.unreported)
+        self.unreported = Acks()
         written = [block for load in step.loads for block in load.blocks]
         assert len(set(written)) == len(written)
         for rank in RANKS:
@@ -104,9 +119,9 @@ class Workers:
                 told.acks.aggregate(Acks({load.job: 1}, {load.job}))
                 if load.awaited_by is not None:
                     told.received.append(load.awaited_by)
-            self._forward(self.kv[rank], bad, scheduled, before)
-            for store in step.stores:
-                self._store(rank, store, told, fails=bool(bad) or self.random.random() < 0.05)
+            self._forward(self.kv[rank], scheduled, before)
+            if not self.reports_first:
+                self._begin_stores(rank, step, told.acks, fail=bool(bad))
             told.bad |= bad
         for over in self._ended(self.loads, told):
             slots = self.slots[over.rank]
@@ -119,25 +134,28 @@ class Workers:
             self._read(over)
             for slot, content in over.read.items():
                 self.slots[over.rank][slot] = content
+        for rank in RANKS if self.reports_first else ():
+            self._begin_stores(rank, step, self.unreported, fail=False)
         return told
 
     def _begin(self, rank: int, load: Transfer) -> bool:
         """Begin a load; a step that awaits it finds all. Whether it could be."""
         fails, slots = self.random.random() < 0.15, self.slots[rank]
         for block, slot in zip(load.blocks, load.slots, strict=True):
-            there = not fails and load.awaited_by is None
-            self.kv[rank][block] = slots[slot] if there else None
+            there = slots[slot] if load.awaited_by is None else None
+            self.kv[rank][block] = WRONG if fails else there
         if not fails:
             self.loads.append(Copying(rank, load, {slot: slots[slot] for slot in load.slots}))
         return not fails
 
-    def _store(self, rank: int, store: Transfer, told: Told, *, fails: bool) -> None:
-        if not fails:
-            self.stores.append(Copying(rank, store))
-            return
-        for slot in store.slots:
-            self.slots[rank][slot] = None
-        told.acks.aggregate(Acks({store.job: 1}, {store.job}))
+    def _begin_stores(self, rank: int, step: Step, acks: Acks, *, fail: bool) -> None:
+        for store in step.stores:
+            if fail or self.random.random() < 0.05:
+                for slot in store.slots:
+                    self.slots[rank][slot] = None
+                acks.aggregate(Acks({store.job: 1}, {store.job}))
+            else:
+                self.stores.append(Copying(rank, store))
 
     def _read(self, store: Copying) -> None:
         """A store reads its blocks, if it has not yet."""
@@ -153,25 +171,19 @@ class Workers:
         return ended
 
     def _forward(
-        self,
-        kv: list[Content],
-        bad: set[int],
-        scheduled: Collection[Request],
-        before: dict[Request, int],
+        self, kv: list[Content], scheduled: Collection[Request], before: dict[Request, int]
     ) -> None:
         for request in scheduled:
-            hashes = request.block_hashes
             first = before[request] // BLOCK
-            rests_on = list(zip(hashes[:first], request.blocks, strict=False))
-            if not bad.intersection(request.blocks[:first]):
+            for at, block in enumerate(request.blocks[:first]):
                 # The engine computes on what it believes to have: it had better have it.
-                for key, block in rests_on:
-                    content = kv[block]
-                    assert content is not None, (request, key)
-                    assert content[0] == key
-            for at in range(first, min(request.num_computed_tokens, request.num_tokens) // BLOCK):
+                content = kv[block]
+                assert content is not None, (request, at)
+                assert content[0] == request.key(at) or content == WRONG
+                request.wrong |= content == WRONG
+            for at in range(first, request.num_computed_tokens // BLOCK):
                 earlier = [kv[block] for block in request.blocks[:at]]
                 sound = [content[1] for content in earlier if content is not None]
-                whole = len(sound) == len(earlier)
+                assert len(sound) == len(earlier)
                 since = min(sound, default=self.resets)
-                kv[request.blocks[at]] = (hashes[at], since) if whole else None
+                kv[request.blocks[at]] = WRONG if request.wrong else (request.key(at), since)

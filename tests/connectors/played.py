@@ -27,13 +27,18 @@ def full_attention() -> Any:
     return FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
 
 
-def engine_config(world: int = 2, device: str = "cpu", **parallel: int) -> Any:
-    """What the connector reads of vLLM's config. This engine can resume a prompt."""
+def engine_config(
+    world: int = 2, device: str = "cpu", *, ahead: bool = False, **parallel: int
+) -> Any:
+    """What the connector reads of vLLM's config. This engine can resume a prompt.
+
+    `ahead`: it builds a step before the one before it is reported.
+    """
     return SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=world, **parallel),
         model_config=SimpleNamespace(served_model_name="model", is_prefix_caching_supported=True),
         cache_config=SimpleNamespace(enable_prefix_caching=True, prefix_match_unit=None),
-        scheduler_config=SimpleNamespace(enable_chunked_prefill=True),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=True, async_scheduling=ahead),
         device_config=SimpleNamespace(device_type=device),
     )
 
@@ -153,12 +158,15 @@ class Played:
 
 
 def opened(
-    monkeypatch: pytest.MonkeyPatch, slots: int, hash_block_size: int | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    slots: int,
+    hash_block_size: int | None = None,
+    *,
+    ahead: bool = False,
 ) -> Played:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(slots * SHARD * len(RANKS)))
-    side = SchedulerSide(
-        engine_config(), cache_config(full_attention(), hash_block_size=hash_block_size), {}
-    )
+    cache = cache_config(full_attention(), hash_block_size=hash_block_size)
+    side = SchedulerSide(engine_config(ahead=ahead), cache, {})
     side.open(shards())
     assert side._stack is not None
     side._stack.front.slab.wait_populated()

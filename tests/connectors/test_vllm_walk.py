@@ -29,11 +29,13 @@ def a_small_l1() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=150)
-@given(st.integers(0, 2**32 - 1))
-def test_l1_holds_what_its_keys_say(seed: int) -> None:
+@pytest.mark.parametrize("reports_first", [False, True], ids=["reports-last", "reports-first"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-step", "ahead"])
+@settings(max_examples=100)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_l1_holds_what_its_keys_say(ahead: bool, reports_first: bool, seed: int) -> None:
     random = Random(seed)
-    engine = Miniature(random)
+    engine = Miniature(random, ahead=ahead, reports_first=reports_first)
     for _ in range(random.randrange(20, 120)):
         event = random.random()
         if event < 0.30:

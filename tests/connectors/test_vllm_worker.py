@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from unittest.mock import ANY
 
 import pytest
 
@@ -187,7 +188,19 @@ def test_a_store_that_fails_is_no_load_error() -> None:
 def test_the_step_after_a_failure_stores_again() -> None:
     worker = side(Copier(0))
     play(worker, step())
-    assert play(worker, step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+    assert play(worker, step(number=1)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+
+
+def test_worker_that_reports_a_failed_load_before_the_stores_begin_fails_them() -> None:
+    copier = Copier(0)
+    worker = side(copier)
+    worker.load(step(number=5))
+    worker.take_received()
+    assert worker.take_bad_blocks() == {10, 11, 12}
+    assert worker.take_acks() == Acks({1: 1, 2: 1}, {1, 2}, 5, {1: ANY, 2: ANY})
+    worker.store(step(number=5))  # as vLLM finalizes a step that drafts tokens
+    assert worker.take_acks() == Acks({3: 1, 4: 1}, {3, 4})
+    assert play(worker, step(number=6)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
 def test_what_copies_took_is_told_of_those_that_were_begun() -> None:

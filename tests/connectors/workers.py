@@ -63,11 +63,12 @@ class Copier:
 NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
 
 
-def step(memory: Memory = NOWHERE) -> Step:
+def step(memory: Memory = NOWHERE, number: int = 0) -> Step:
     return Step(
         memory,
         loads=[Transfer(1, [10, 11], [0, 1]), Transfer(2, [12], [2])],
         stores=[Transfer(3, [13], [3]), Transfer(4, [14, 15], [4, 5])],
+        number=number,
     )
 
 
