@@ -28,7 +28,7 @@ def full_attention() -> Any:
 
 
 def engine_config(
-    world: int = 2, device: str = "cpu", *, ahead: bool = False, **parallel: int
+    world: int = 2, device: str = "cpu", *, ahead: bool | int = False, **parallel: int
 ) -> Any:
     """What the connector reads of vLLM's config. This engine can resume a prompt.
 
