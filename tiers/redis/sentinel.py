@@ -21,7 +21,7 @@ import redis
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from kvcache.tiers.redis.login import Login, LoginError
-from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Node, Turn
+from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Node, Outage, Turn
 from kvcache.tiers.redis.sockets import Address, halfway
 from kvcache.tiers.redis.wire import Refused, WireError
 
@@ -59,6 +59,7 @@ class Watched:
         self._closed = False
         self._lock = threading.Lock()  # of the three above
         self._turn = Turn()
+        self._outage = Outage()
         self._unknown = Refused(NO_ANSWER, "no Sentinel has answered yet")
 
     def nodes_of(self, names: Sequence[bytes], deadline: float) -> list[Node | Refused]:
@@ -116,8 +117,9 @@ class Watched:
             except (LoginError, OSError) as error:
                 code = LOGIN if isinstance(error, LoginError) else NO_ANSWER
                 self._unknown = Refused(code, str(error))
-                log.debug("kvcache: %s", error)
+                self._outage.began(self._unknown)
                 return
+            self._outage.ended()
             with self._lock:
                 self._old = False
                 old = self._node

@@ -1,0 +1,253 @@
+"""Real Sentinels: the master that they name, and what a failover costs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("redis")
+
+import redis
+
+from kvcache import cli
+from kvcache.testing import keys_of
+from kvcache.tiers.redis import RedisTier, name_of
+from kvcache.tiers.redis.login import Login
+from kvcache.tiers.redis.sentinel import Watched
+from kvcache.tiers.redis.sockets import Address
+from kvcache.tiers.redis.wire import Refused
+from tests.tiers import servers
+from tests.tiers.hostile import Hostile, saying, silent
+from tests.tiers.servers import Sentinel, Server, eventually
+from tests.tiers.test_redis_faults import blocks, loaded
+
+KEYS = keys_of("watched", 8)
+
+Watch = tuple[list[Server], list[Sentinel]]
+
+
+def url_of(sentinels: Sequence[Sentinel], path: str = "mymaster") -> str:
+    hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
+    return f"redis+sentinel://{hosts}/{path}"
+
+
+def deadline() -> float:
+    return time.monotonic() + servers.PATIENCE_S
+
+
+def tried(tier: RedisTier) -> list[bool]:
+    """What is stored; nothing while the tier fails."""
+    try:
+        return tier.store(KEYS, blocks(KEYS))
+    except ConnectionError:
+        return [False] * len(KEYS)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    """One server and one Sentinel: no failover."""
+    with servers.watched(tmp_path_factory.mktemp("alone"), count=1, replicas=0) as watch:
+        yield watch
+
+
+def test_sentinel_fails_over_and_the_tier_follows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with servers.watched(tmp_path) as (data, sentinels):
+        master, replica = data
+        with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
+            assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+            assert master.client().dbsize() == len(KEYS)
+            eventually(lambda: replica.client().dbsize() == len(KEYS), "the replica has them")
+            sentinels[0].kill()  # the one that was asked
+            master.kill()
+            with pytest.raises(ConnectionError):
+                tier.contains(KEYS)
+            eventually(lambda: all(tried(tier)), "the other one is the master, and is asked")
+            assert loaded(tier, KEYS) == [True] * len(KEYS)
+            assert replica.client().info("replication")["role"] == "master"
+        [change] = [r.getMessage() for r in caplog.records if "instead of" in r.getMessage()]
+        assert change == (
+            f"kvcache: redis: 127.0.0.1:{replica.port} is the master mymaster now, instead of "
+            f"127.0.0.1:{master.port} (Sentinel); blocks go there"
+        )
+
+
+def test_sentinel_fails_over_a_master_that_runs_and_stores_follow(tmp_path: Path) -> None:
+    """The old master becomes a replica and says READONLY, or closes the connection."""
+    with servers.watched(tmp_path, count=1) as (data, sentinels):
+        replica = data[1]
+        with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
+            assert tier.contains(KEYS) == [False] * len(KEYS)
+            eventually(lambda: begins(sentinels[0]), "a failover begins")
+            names = [name_of(key) for key in KEYS]
+            server = replica.client()
+            eventually(lambda: server.info("replication")["role"] == "master", "it takes over")
+            server.unlink(*names)
+            eventually(
+                lambda: all(tried(tier)) and server.exists(*names) == len(KEYS),
+                "blocks are stored in the new master",
+            )
+            assert loaded(tier, KEYS) == [True] * len(KEYS)
+
+
+def begins(sentinel: Sentinel) -> bool:
+    """Begin a failover by hand; a Sentinel declines until it knows the replica well enough."""
+    try:
+        sentinel.client().execute_command("SENTINEL", "FAILOVER", "mymaster")
+    except redis.ResponseError:
+        return False
+    return True
+
+
+def test_sentinel_that_hangs_or_is_gone_leaves_it_to_the_next(alone: Watch) -> None:
+    data, sentinels = alone
+    with Hostile(silent) as hangs:
+        ports = [hangs.port, servers.free_port(), sentinels[0].port]
+        places = [Address("127.0.0.1", port) for port in ports]
+        watched = Watched(places, "mymaster", Login(), Login(), 1)
+        for _ in range(3):
+            assert watched.find(time.monotonic() + 2).port == data[0].port
+        assert hangs.connections == 1  # the one that answered is asked first the next time
+
+
+def test_sentinels_that_are_not_there_at_start_are_a_warning_and_are_found_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
+        sentinels[0].kill()
+        with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
+            [warning] = caplog.records
+            assert warning.levelno == logging.WARNING
+            assert f"redis sentinel at 127.0.0.1:{sentinels[0].port}: " in warning.getMessage()
+            with pytest.raises(ConnectionError, match=r"redis sentinel at"):
+                tier.contains(KEYS)
+            assert len(caplog.records) == 1
+            sentinels[0].start()
+            eventually(lambda: all(tried(tier)), "the master is found")
+            assert data[0].client().dbsize() == len(KEYS)
+
+
+def test_master_that_is_down_at_start_is_found_when_it_is_up(tmp_path: Path) -> None:
+    with servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
+        data[0].kill()
+        sentinel = sentinels[0].client()
+        eventually(
+            lambda: sentinel.sentinel_masters()["mymaster"]["is_sdown"],
+            "it is seen to be down",
+        )
+        with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
+            with pytest.raises(ConnectionError, match="says that the master mymaster is down"):
+                tier.contains(KEYS)
+            data[0].start()
+            eventually(lambda: all(tried(tier)), "it is found")
+
+
+def test_database_of_the_url_is_selected_at_the_master(alone: Watch) -> None:
+    data, sentinels = alone
+    data[0].client().flushall()
+    with closing(RedisTier(url=url_of(sentinels, "mymaster/3"), timeout_s=5)) as tier:
+        assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+    assert data[0].client().info("keyspace").keys() == {"db3"}
+
+
+def test_sentinel_and_master_have_passwords_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUR_REDIS_PASSWORD", "of-the-master")
+    monkeypatch.setenv("OUR_SENTINEL_PASSWORD", "of-the-sentinel")
+    with servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
+        for server, rights in (
+            (data[0], "~kvcache:* +get +set +exists +unlink"),
+            (sentinels[0], "+sentinel|masters"),
+        ):
+            word = ">of-the-master" if server is data[0] else ">of-the-sentinel"
+            server.client().execute_command("ACL", "SETUSER", "kv", "on", word, *rights.split())
+        options: dict[str, Any] = {
+            "url": url_of(sentinels),
+            "username": "kv",
+            "password_env": "OUR_REDIS_PASSWORD",
+            "sentinel_username": "kv",
+            "sentinel_password_env": "OUR_SENTINEL_PASSWORD",
+            "timeout_s": 5,
+        }
+        with closing(RedisTier(**options)) as tier:
+            assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+            assert "of-the-" not in repr(vars(tier)) + repr(vars(tier._servers))
+        for wrong in ("password_env", "sentinel_password_env"):
+            other = {"password_env": "OUR_SENTINEL_PASSWORD"}.get(wrong, "OUR_REDIS_PASSWORD")
+            with pytest.raises(ValueError, match="WRONGPASS") as caught:
+                RedisTier(**options | {wrong: other})
+            assert ("redis sentinel at" in str(caught.value)) == (wrong != "password_env")
+            assert "of-the-" not in str(caught.value)
+
+
+def test_sentinel_and_plain_redis_are_not_taken_for_each_other(alone: Watch) -> None:
+    data, sentinels = alone
+    for path in ("", "/3"):
+        with pytest.raises(ValueError, match=r"is it a Sentinel\? then url is redis\+sentinel://"):
+            RedisTier(url=f"redis://127.0.0.1:{sentinels[0].port}{path}", timeout_s=5)
+    with pytest.raises(ValueError, match=r"is it no Sentinel\? then url is redis://"):
+        RedisTier(url=f"redis+sentinel://127.0.0.1:{data[0].port}/mymaster", timeout_s=5)
+    with pytest.raises(ValueError, match="ERR unknown command"):
+        RedisTier(url=sentinels[0].url, cluster=True, timeout_s=5)
+
+
+def test_master_of_another_name_is_an_error_at_start(alone: Watch) -> None:
+    _, sentinels = alone
+    with pytest.raises(ValueError, match="does not watch a master theirs; it watches mymaster"):
+        RedisTier(url=url_of(sentinels, "theirs"), timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (b"*0\r\n", "does not watch a master mymaster; it watches none"),
+        (b":1\r\n", "does not say which masters"),
+        (b"*1\r\n:1\r\n", "does not say which masters"),
+        (b"*1\r\n*2\r\n$4\r\nname\r\n$8\r\nmymaster\r\n", "does not say which masters"),
+        (b"*1\r\n*3\r\n:1\r\n:2\r\n:3\r\n", "does not say which masters"),
+        (b"*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n:1\r\n", "lists within lists"),
+        (b"-ERR no\r\n", "ERR no"),
+        (b"+OK\r\n", "does not say which masters"),
+    ],
+)
+def test_sentinel_that_answers_oddly_is_one_error(said: bytes, says: str) -> None:
+    with Hostile(saying(said)) as server:
+        place = Address("127.0.0.1", server.port)
+        watched = Watched([place], "mymaster", Login(), Login(), 1)
+        [refused] = watched.nodes_of([b"name"], deadline())
+        assert isinstance(refused, Refused)
+        assert says in refused.text
+
+
+def test_inspect_and_doctor_take_a_sentinel_url(
+    alone: Watch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, sentinels = alone
+    data[0].client().flushall()
+    url = url_of(sentinels)
+    with closing(RedisTier(url=url, timeout_s=5)) as tier:
+        assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
+    assert cli.main(["inspect", "--json", url]) == 0
+    [found] = json.loads(capsys.readouterr().out)["tiers"]
+    assert (found["tier"], found["blocks"]) == (url, len(KEYS))
+    assert cli.main(["inspect", "--json", url_of(sentinels, "theirs")]) == 2
+    assert "does not watch a master theirs" in capsys.readouterr().err
+
+    profile = tmp_path / "watched.toml"
+    profile.write_text(
+        '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
+        f'[[tier]]\nname = "far"\nkind = "redis"\nurl = "{url}"\n'
+    )
+    assert cli.main(["doctor", "--profile", str(profile), "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    far = [check["status"] for check in checks if check["subject"] == "far"]
+    assert far == ["OK", "WARN"]  # it has no maxmemory
