@@ -75,3 +75,13 @@ def block_keys(
 def join(space: bytes, key: bytes) -> bytes:
     """What a block is called outside its stack: the namespace digest, then the key."""
     return space + key
+
+
+def renamed(space: bytes, reset: bytes) -> bytes:
+    """What ``space`` is called after a ``reset``, which is random bytes; itself if there was none.
+
+    As long as ``space``.
+    """
+    if not reset:
+        return space
+    return blake2b(space + reset, digest_size=len(space), person=b"kvcache.reset").digest()

@@ -76,6 +76,30 @@ class Tier(ABC):
     def close(self) -> None:
         """Give back what the tier holds of the machine. Closing twice is allowed."""
 
+    def resolve(self, space: bytes, about: str) -> bytes:
+        """Return what ``space``, with which keys begin, is called in this tier; as long as it is.
+
+        A stack asks once, before the first key of a namespace. By default it is ``space`` itself.
+        After :meth:`forget` a later opening must return another name, always the same one.
+
+        Args:
+            space: a namespace.
+            about: a JSON object that says for people what the namespace is. A tier that can keep it
+                does, under the returned name; failing to do so is no error.
+        """
+        return space
+
+    def forget(self, space: bytes) -> None:
+        """Have no later opening find what was stored under ``space``.
+
+        It holds when this returns, however the process ends, and also for blocks that this opening
+        stores late. What this opening finds does not matter: its stack asks for ``space`` no more.
+
+        Raises:
+            NotImplementedError: by default; blocks of before may then be found after a restart.
+        """
+        raise NotImplementedError
+
     def usage(self) -> TierUsage:
         """What the tier knows of itself, for metrics; by default, nothing.
 

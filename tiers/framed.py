@@ -199,6 +199,12 @@ class Framed(Tier):
     def remove(self, keys: Sequence[bytes]) -> None:
         self.inner.remove(keys)
 
+    def resolve(self, space: bytes, about: str) -> bytes:
+        return self.inner.resolve(space, about)
+
+    def forget(self, space: bytes) -> None:
+        self.inner.forget(space)
+
     def close(self) -> None:
         self.inner.close()
 

@@ -34,6 +34,7 @@ from kvcache.index import Index
 from kvcache.process import own
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
+from kvcache.tiers.disk import spaces
 from kvcache.tiers.disk.files import Directory
 from kvcache.tiers.disk.places import location
 from kvcache.tiers.disk.records import (
@@ -254,6 +255,15 @@ class DiskTier(Tier):
             finally:
                 with self._lock:
                     self._index.unpin(pinned)
+
+    def resolve(self, space: bytes, about: str) -> bytes:
+        with self._call() as may:
+            return spaces.resolve(self._files.path, space, about) if may else space
+
+    def forget(self, space: bytes) -> None:
+        with self._call() as may:
+            if may:
+                spaces.forget(self._files.path, space)
 
     def usage(self) -> TierUsage:
         with self._lock:

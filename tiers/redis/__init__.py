@@ -5,6 +5,8 @@ Sentinels may say which server it is.
 ::
 
     kvcache:1:<namespace, hex>:<key, hex>  ->  one value: a block in its frame
+    kvcache:1:reset:<namespace, hex>       ->  random bytes, once it was reset
+    kvcache:1:about:<namespace, hex>       ->  a JSON object that says what the namespace is
 
 Always true here:
 
@@ -19,6 +21,7 @@ Always true here:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -27,7 +30,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.calls import Calls
-from kvcache.keys import DIGEST_NBYTES
+from kvcache.keys import DIGEST_NBYTES, renamed
 from kvcache.process import own
 from kvcache.tier import Tier
 from kvcache.tiers.redis.login import Login, check_files, read_password, read_url
@@ -62,6 +65,10 @@ _UNFIT = {TOO_LONG, "WRONGTYPE"}
 
 _NODES_AT_ONCE = 32
 _MOST_TOLD = 16  # kinds of errors: a server may make up any number
+_ABOUT_S = 30 * 86400  # that a description stays after an engine opened its namespace
+
+RESET_NBYTES = 16
+"""Random bytes that say which reset of a namespace was the last."""
 
 
 class RedisTier(Tier):
@@ -151,6 +158,7 @@ class RedisTier(Tier):
         ttl = str(ttl_s).encode()
         self._get = (b"GETEX", b"EX", ttl) if ttl_s else (b"GET",)
         self._ttl = (b"EX", ttl) if ttl_s else ()
+        self._ttl_s = ttl_s
         self._timeout_s = timeout_s
         self._told: set[str] = set()
         self._closed = False
@@ -219,6 +227,27 @@ class RedisTier(Tier):
     def remove(self, keys: Sequence[bytes]) -> None:
         names = [name_of(key) for key in keys]
         self._answers("UNLINK", names, [command(b"UNLINK", name) for name in names])
+
+    def resolve(self, space: bytes, about: str) -> bytes:
+        found = bytearray(RESET_NBYTES)
+        name = reset_name_of(space)
+        [reply] = self._answers("GET", [name], [command(b"GET", name, into=memoryview(found))])
+        if reply is not None and reply != RESET_NBYTES:
+            text = reply.text if isinstance(reply, Refused) else "it has another length"
+            raise ConnectionError(f"whether the namespace was reset cannot be read: {text}")
+        called = renamed(space, bytes(found) if reply else b"")
+        name = about_name_of(called)
+        told = command(b"SET", name, about.encode(), b"EX", b"%d" % max(_ABOUT_S, self._ttl_s))
+        self._answers("SET", [name], [told])
+        return called
+
+    def forget(self, space: bytes) -> None:
+        """As the contract says. Engines that run keep what they have until they open it again."""
+        name = reset_name_of(space)
+        [reply] = self._answers("SET", [name], [command(b"SET", name, os.urandom(RESET_NBYTES))])
+        if reply != 1:
+            text = reply.text if isinstance(reply, Refused) else "no answer"
+            raise ConnectionError(f"the reset cannot be written: {text}")
 
     def close(self) -> None:
         self._closed = True
@@ -304,3 +333,13 @@ def name_of(key: bytes) -> bytes:
     """What a block is called in the server: its namespace and its key, for people to read."""
     space, own = key[:DIGEST_NBYTES].hex(), key[DIGEST_NBYTES:].hex()
     return f"kvcache:1:{space}:{own}".encode()
+
+
+def reset_name_of(space: bytes) -> bytes:
+    """Where the last reset of a namespace is."""
+    return f"kvcache:1:reset:{space.hex()}".encode()
+
+
+def about_name_of(called: bytes) -> bytes:
+    """Where the description of a namespace is, by the name that it has here."""
+    return f"kvcache:1:about:{called.hex()}".encode()
