@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
 DIGEST_NBYTES = 32
+SHOWN = 200  # characters of a field that people are shown as it is
 
 
 def namespace(fields: Mapping[str, object]) -> bytes:
@@ -33,6 +34,16 @@ def namespace(fields: Mapping[str, object]) -> bytes:
     """
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return blake2b(text.encode(), digest_size=DIGEST_NBYTES, person=b"kvcache.ns").digest()
+
+
+def described(fields: Mapping[str, object]) -> str:
+    """The fields of a namespace as a JSON object for people, ``""`` of none; long ones digested."""
+    shown = {}
+    for name, value in fields.items():
+        text = json.dumps(value, default=str)
+        digest = blake2b(text.encode(), digest_size=8).hexdigest()
+        shown[name] = value if len(text) <= SHOWN else f"digest {digest}"
+    return json.dumps(shown, default=str) if shown else ""
 
 
 def block_keys(
@@ -80,8 +91,9 @@ def join(space: bytes, key: bytes) -> bytes:
 def renamed(space: bytes, reset: bytes) -> bytes:
     """What ``space`` is called after a ``reset``, which is random bytes; itself if there was none.
 
-    As long as ``space``.
+    As long as ``space``, or 32 bytes where that is empty.
     """
     if not reset:
         return space
-    return blake2b(space + reset, digest_size=len(space), person=b"kvcache.reset").digest()
+    nbytes = len(space) or DIGEST_NBYTES
+    return blake2b(space + reset, digest_size=nbytes, person=b"kvcache.reset").digest()

@@ -6,7 +6,6 @@ tier is called but by the methods here.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from kvcache.answers import answers, bytes_in, called
 from kvcache.calls import Calls
 from kvcache.changes import Changes
 from kvcache.health import Health
-from kvcache.keys import DIGEST_NBYTES, join
+from kvcache.spaces import Namespace
 from kvcache.stats import LowerStats, TierName, usage_of
 from kvcache.tier import Tier
 
@@ -29,6 +28,7 @@ class Link:
         name: its name in the profile.
         kind: what the profile calls its class.
         space: the namespace of the blocks.
+        about: says for people what the namespace is, as JSON.
         deadline_s: what is waited for one answer.
         blocks_per_call: at most.
         calls: under way at once.
@@ -42,6 +42,7 @@ class Link:
         name: str,
         kind: str,
         space: bytes,
+        about: str,
         deadline_s: float,
         blocks_per_call: int,
         calls: int,
@@ -49,7 +50,7 @@ class Link:
     ) -> None:
         self.tier = tier
         self.named = TierName(name, kind)
-        self.space = space
+        self.spaces = Namespace(tier, space, about)
         self.changes = Changes()  # told what the tier holds, as far as it says
         self.whose = {telemetry.TIER: name, telemetry.KIND: kind}
         self.deadline_s = deadline_s
@@ -60,6 +61,11 @@ class Link:
         self.calls = Calls(name, calls)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(LowerStats.__slots__, 0)
+
+    @property
+    def space(self) -> bytes:
+        """The namespace of what is asked for and stored now."""
+        return self.spaces.space
 
     @property
     def asleep(self) -> bool:
@@ -83,14 +89,14 @@ class Link:
 
     def contains(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
         """Whether the tier says that it holds each of ``keys``, of the namespace ``space``."""
-        names = [join(space, key) for key in keys]
+        names = self.spaces.names(space, keys)
         held = answers(lambda: self.tier.contains(names), len(keys), bool)
         self._said(space, keys, held)
         return held
 
     def load(self, space: bytes, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         """Read each block into its buffer, all of one size; the bytes written per key."""
-        names = [join(space, key) for key in keys]
+        names = self.spaces.names(space, keys)
         room = len(into[0]) if into else 0
         written = answers(lambda: self.tier.load(names, into), len(keys), bytes_in(room))
         self._said(space, keys, [nbytes > 0 for nbytes in written])
@@ -104,8 +110,8 @@ class Link:
         after: bytes | None,
     ) -> list[bool]:
         """Offer blocks, the first of which continues ``after``; whether each was taken."""
-        names = [join(space, key) for key in keys]
-        before = after and join(space, after)
+        names = self.spaces.names(space, keys)
+        before = after and self.spaces.names(space, [after])[0]
         taken = answers(lambda: self.tier.store(names, blocks, before), len(keys), bool)
         self._said(space, keys, taken)
         return taken
@@ -116,8 +122,8 @@ class Link:
             self.changes.held(keys, held)
 
     def clear(self) -> None:
-        """Take a namespace that nobody else has."""
-        self.space = os.urandom(len(self.space) or DIGEST_NBYTES)
+        """Take a namespace that no other stack has."""
+        self.spaces.clear()
         self.changes.cleared()
 
     def close(self, timeout_s: float) -> None:

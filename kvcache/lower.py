@@ -6,18 +6,21 @@
 2. A call that outlives its deadline goes on; the memory it was given stays under lease until then.
 3. Loads go before stores.
 4. How long it takes to ask and to load is measured, for those who would rather compute.
-5. A block is called by the namespace and its key, joined. ``clear`` takes a namespace that nobody
-   else has: what was stored before is never found again, here or by others.
+5. A block is called by the namespace and its key, joined. ``clear`` takes a namespace that no other
+   stack has, so that this one finds nothing of before; and has the tier forget the namespace of
+   before, so that a stack opened later finds nothing either. That holds from when ``cleared``
+   returns ``True``, however the process ends.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
-from opentelemetry.trace import Span
+from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.calls import LOAD, Answer
@@ -28,6 +31,8 @@ from kvcache.sizes import Size
 from kvcache.stats import LowerStats
 from kvcache.tier import FrontTier, Lease, Tier
 from kvcache.writes import Writes
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -43,6 +48,7 @@ class Lower:
         name: its name in the profile.
         front: the L1 whose slots are read and filled.
         space: the namespace of the blocks.
+        about: says for people what the namespace is, as JSON.
         deadline_s: what a caller waits for one answer.
         queue: bytes of blocks that wait to be written; a quarter of L1 at most.
         calls: under way at once.
@@ -60,6 +66,7 @@ class Lower:
         name: str,
         front: FrontTier,
         space: bytes,
+        about: str = "",
         deadline_s: float = 1.0,
         queue: Size = Size(256 << 20),  # noqa: B008 - a number
         calls: int = 2,
@@ -75,6 +82,7 @@ class Lower:
             name=name,
             kind=kind or type(tier).__name__,
             space=space,
+            about=about,
             deadline_s=deadline_s,
             blocks_per_call=max(1, PIECE_NBYTES // front.block_nbytes),
             calls=calls,
@@ -232,9 +240,27 @@ class Lower:
                 self._seen_slow = now
             return due
 
-    def clear(self) -> None:
-        """Find nothing again of what was stored until now."""
+    def clear(self) -> Answer[bool]:
+        """Find nothing again of what was stored until now, and begin to have the tier forget it."""
         self.link.clear()
+        return self._begin(
+            "forget", lambda: [self.link.spaces.forget()], 1, INVALID_SPAN, lambda: None
+        )
+
+    def cleared(self, answer: Answer[bool]) -> bool:
+        """Whether the tier has forgotten, within its deadline, what a stack opened later may find.
+
+        If not, a warning is logged, and the tier is asked again before each write.
+        """
+        if answer.wait() == [True] or not self.link.spaces.unforgotten:
+            return True
+        log.warning(
+            "kvcache: tier %s: a reset was not written (%s); an engine that is started later may "
+            "find blocks from before it",
+            self.name,
+            answer.error or ("not asked" if answer.future.cancelled() else "not supported"),
+        )
+        return False
 
     def stats(self) -> LowerStats:
         """Counts at this moment."""

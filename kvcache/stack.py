@@ -264,11 +264,20 @@ class Stack:
             self.front.access(keys)
             self._prefetch(keys, lambda: telemetry.after(context, telemetry.PREFETCH))
 
-    def clear(self) -> None:
-        """Forget every block of every tier. Leases that are out end as usual, and publish none."""
-        for lower in self._below.lower:  # first: what is asked for from here on is a miss
-            lower.clear()
+    def clear(self) -> bool:
+        """Forget every block of every tier. Leases that are out end as usual, and publish none.
+
+        When it returns, this stack finds nothing of before. Lower tiers are asked to forget it for
+        good, all at the same time and for the longest of their deadlines.
+
+        Returns:
+            whether they have: then no stack that is opened later finds anything of before.
+        """
+        # Lower tiers first: what is asked for from here on is a miss.
+        answers = [(lower, lower.clear()) for lower in self._below.lower]
         self.front.clear()
+        forgotten = [lower.cleared(answer) for lower, answer in answers]
+        return all(forgotten)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every lower tier was offered what was stored; whether that came about."""

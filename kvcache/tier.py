@@ -77,15 +77,16 @@ class Tier(ABC):
         """Give back what the tier holds of the machine. Closing twice is allowed."""
 
     def resolve(self, space: bytes, about: str) -> bytes:
-        """Return what ``space``, with which keys begin, is called in this tier; as long as it is.
+        """Return what ``space``, with which keys begin, is called in this tier.
 
         A stack asks once, before the first key of a namespace. By default it is ``space`` itself.
-        After :meth:`forget` a later opening must return another name, always the same one.
+        After :meth:`forget` a later opening must return another name, always the same one, as long
+        as ``space``, or of 32 bytes where that is empty.
 
         Args:
             space: a namespace.
-            about: a JSON object that says for people what the namespace is. A tier that can keep it
-                does, under the returned name; failing to do so is no error.
+            about: a JSON object that says for people what the namespace is, or nothing. A tier that
+                can keep it does, under the returned name; failing to do so is no error.
         """
         return space
 

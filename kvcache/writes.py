@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from opentelemetry.trace import Span
@@ -136,7 +137,9 @@ class Writes:
 
     def _store(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
         """Offer what is new to the tier of the blocks under ``lease``, and end it."""
-        if self._link.closed or not self._link.health.breaker.allows():
+        # Of another namespace: before a clear, and of no use to anyone.
+        stale = space != self._link.space
+        if stale or self._link.closed or not self._link.health.breaker.allows():
             self._drop(lease)
             return
         try:
@@ -150,6 +153,8 @@ class Writes:
         try:
             views = dict(zip(lease.keys, lease.views, strict=True))
             with telemetry.within(span):
+                with suppress(TierError):  # said when it failed first; costs no block
+                    self._link.spaces.forget()
                 held = self._link.contains(space, lease.keys)
                 unknown = [key for key, known in zip(lease.keys, held, strict=True) if not known]
                 for stretch in _stretches(unknown, parents):

@@ -11,9 +11,11 @@ if __name__ == "profiles":
 
 import inspect
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 
 from kvcache import memory, recorder
+from kvcache.keys import described
 from kvcache.lower import Lower
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.files import shipped
@@ -37,13 +39,15 @@ def open_stack(
     element_nbytes: int = 2,
     block_tokens: int = 0,
     ranks: int = 1,
+    identity: Mapping[str, object] | None = None,
 ) -> Stack:
     """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
 
     ``profile`` is a shipped name or a path to a TOML file. ``block_nbytes`` is the bytes of a block
     of all ``ranks``, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known,
     for spans. ``space`` is the namespace under which blocks leave this process
-    (``kvcache.namespace``): whoever has the same may find them.
+    (``kvcache.namespace``): whoever has the same may find them; ``identity`` are the fields it is
+    the digest of, which ``kvcache inspect`` shows.
 
     Raises ProfileError if the profile is wrong or asks for more memory than is free.
     """
@@ -80,6 +84,7 @@ def open_stack(
                     kind=row.kind,
                     front=front,
                     space=space,
+                    about=described(identity or {}),
                     **row.options_for(Lower),
                 )
             )

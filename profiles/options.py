@@ -16,6 +16,7 @@ from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 
 GIVEN_BY_THE_STACK = (
+    "about",
     "block_nbytes",
     "clock",
     "element_nbytes",

@@ -77,7 +77,8 @@ class SchedulerSide:
             self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
             self._hashes_per_block = self._block_tokens // hashed
-        self._requests = Requests(vllm_config.model_config.served_model_name)
+        self._served = vllm_config.model_config.served_model_name
+        self._requests = Requests(self._served)
         self._stack: Stack | None = None
         self._memory: Memory | None = None
         self._reports: Reports | None = None
@@ -130,9 +131,11 @@ class SchedulerSide:
             block_nbytes += shard.nbytes
         self._promised.beside = all(shard.beside for shard in shards.values())
         forms = {str(rank): shard.form for rank, shard in shards.items()}
+        fields = {**self._identity, **forms}
         self._stack = open_stack(
             block_nbytes=block_nbytes,
-            space=namespace({**self._identity, **forms}),
+            space=namespace(fields),
+            identity={"model": self._served, **fields},
             element_nbytes=max(shard.element_nbytes for shard in shards.values()),
             block_tokens=self._block_tokens,
             ranks=self._world,

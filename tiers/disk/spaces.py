@@ -3,8 +3,8 @@
 A JSON object: ``reset`` has the random bytes of the last reset of a namespace, ``about`` the
 description of each, under the name it has in this directory; both by hex.
 
-Always true here: the file is replaced as a whole, and is on the disk when a call returns. So a reset
-outlasts the end of the process at any moment, and a power cut.
+Always true here: the file is replaced as a whole, and is on the disk when a call returns. So a
+reset outlasts the end of the process at any moment, and a power cut.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def resolve(path: Path, space: bytes, about: str) -> bytes:
     found = read(path)
     called = renamed(space, bytes.fromhex(found["reset"].get(space.hex(), "")))
     described = found["about"]
-    if described.get(called.hex()) != about:
+    if about and described.get(called.hex()) != about:
         described.pop(called.hex(), None)
         described[called.hex()] = about
         while len(described) > DESCRIBED:

@@ -236,9 +236,10 @@ class RedisTier(Tier):
             text = reply.text if isinstance(reply, Refused) else "it has another length"
             raise ConnectionError(f"whether the namespace was reset cannot be read: {text}")
         called = renamed(space, bytes(found) if reply else b"")
-        name = about_name_of(called)
-        told = command(b"SET", name, about.encode(), b"EX", b"%d" % max(_ABOUT_S, self._ttl_s))
-        self._answers("SET", [name], [told])
+        if about:
+            name, ttl_s = about_name_of(called), max(_ABOUT_S, self._ttl_s)
+            told = command(b"SET", name, about.encode(), b"EX", b"%d" % ttl_s)
+            self._answers("SET", [name], [told])
         return called
 
     def forget(self, space: bytes) -> None:
