@@ -77,8 +77,7 @@ class SchedulerSide:
             self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
             self._hashes_per_block = self._block_tokens // hashed
-        self._served = vllm_config.model_config.served_model_name
-        self._requests = Requests(self._served)
+        self._requests = Requests(vllm_config.model_config.served_model_name)
         self._stack: Stack | None = None
         self._memory: Memory | None = None
         self._reports: Reports | None = None
@@ -118,8 +117,7 @@ class SchedulerSide:
             raise RuntimeError(
                 f"kvcache: {len(shards)} of {self._world} workers said what their blocks are"
             )
-        offsets: dict[Rank, int] = {}
-        block_nbytes = 0
+        offsets, block_nbytes = dict[Rank, int](), 0
         for rank, shard in sorted(shards.items()):
             if shard.host != host_name():
                 raise RuntimeError(
@@ -130,12 +128,11 @@ class SchedulerSide:
             offsets[rank] = block_nbytes
             block_nbytes += shard.nbytes
         self._promised.beside = all(shard.beside for shard in shards.values())
-        forms = {str(rank): shard.form for rank, shard in shards.items()}
-        fields = {**self._identity, **forms}
+        fields = {**self._identity, **{str(rank): each.form for rank, each in shards.items()}}
         self._stack = open_stack(
             block_nbytes=block_nbytes,
             space=namespace(fields),
-            identity={"model": self._served, **fields},
+            identity={"model": self._requests.model, **fields},
             element_nbytes=max(shard.element_nbytes for shard in shards.values()),
             block_tokens=self._block_tokens,
             ranks=self._world,

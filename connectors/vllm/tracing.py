@@ -24,7 +24,7 @@ class Requests:
     """The spans of the requests that have arrived and not ended. ``model`` is its served name."""
 
     def __init__(self, model: str) -> None:
-        self._model = model
+        self.model = model
         self._spans: dict[str, tuple[Span, Context]] = {}
 
     def arrived(self, request: Request) -> None:
@@ -45,7 +45,7 @@ class Requests:
                 {
                     telemetry.REQUEST_ID: request.request_id,
                     telemetry.GEN_AI_REQUEST_ID: _outer_id(request.request_id),
-                    telemetry.GEN_AI_MODEL: self._model,
+                    telemetry.GEN_AI_MODEL: self.model,
                     telemetry.PROMPT_TOKENS: request.num_prompt_tokens,
                 }
             )

@@ -55,6 +55,7 @@ class Directory:
 
     Attributes:
         path: the directory of this replica.
+        folder: the open directory.
         lock, records, blocks: the files, by number.
 
     Raises:
@@ -75,6 +76,7 @@ class Directory:
                     name = directory_name(replica.index)
                     folder = self._kept(open_subdirectory(root, name, path, make=True))
                     check_directory(folder, self.path)
+                self.folder = folder
                 self._open_files(folder, share)
                 reclaim(root, path, replica, share)
         except BaseException:

@@ -150,8 +150,9 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
             for name, nbytes in share._asdict().items():
                 cut(files[name], nbytes)
             return
-        for name in files:
-            os.unlink(name, dir_fd=folder)
+        for name in (*files, "spaces"):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
         log.info(
             "kvcache: disk tier at %s: %s of a former replica deleted", path, format_size(have)
         )

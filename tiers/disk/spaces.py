@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from kvcache.keys import renamed
+from kvcache.tiers.disk.places import open_file
 
 NAME: Final = "spaces"
+_NEW: Final = "spaces.new"
 DESCRIBED: Final = 256  # namespaces at most, those opened last
 _RESET_NBYTES: Final = 16
 _MOST_NBYTES: Final = 16 << 20
 
 
-def resolve(path: Path, space: bytes, about: str) -> bytes:
-    """What ``space`` is called in the directory ``path``; ``about`` is kept under that name.
+def resolve(folder: int, path: Path, space: bytes, about: str) -> bytes:
+    """What ``space`` is called in a directory; ``about`` is kept there under that name.
+
+    ``folder`` is the open directory, and ``path`` its path, for messages.
 
     Raises:
         OSError, ValueError: when it cannot be known whether the namespace was reset.
     """
-    found = read(path)
+    found = read(folder, path)
     called = renamed(space, bytes.fromhex(found["reset"].get(space.hex(), "")))
     described = found["about"]
     if about and described.get(called.hex()) != about:
@@ -36,30 +41,30 @@ def resolve(path: Path, space: bytes, about: str) -> bytes:
         described[called.hex()] = about
         while len(described) > DESCRIBED:
             del described[next(iter(described))]
-        _write(path, found)
+        _write(folder, found)
     return called
 
 
-def forget(path: Path, space: bytes) -> None:
-    """Give ``space`` another name in the directory ``path``, from the next opening on.
+def forget(folder: int, path: Path, space: bytes) -> None:
+    """Give ``space`` another name in a directory, from the next opening on.
 
     Raises:
         OSError, ValueError: when that cannot be read or written.
     """
-    found = read(path)
+    found = read(folder, path)
     found["reset"][space.hex()] = os.urandom(_RESET_NBYTES).hex()
-    _write(path, found)
+    _write(folder, found)
 
 
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """What the file in the directory ``path`` has; empty where there is none.
+def read(folder: int, path: Path) -> dict[str, dict[str, str]]:
+    """What the file has; nothing where there is none.
 
     Raises:
         OSError: when it cannot be read.
-        ValueError: when it is damaged.
+        ValueError: when it is not a file of this tier, or is damaged.
     """
     try:
-        file = os.open(path / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_file(folder, NAME, path, os.O_RDONLY)
     except FileNotFoundError:
         return {"reset": {}, "about": {}}
     with os.fdopen(file, "rb") as opened:
@@ -74,17 +79,13 @@ def read(path: Path) -> dict[str, dict[str, str]]:
     raise ValueError(f"{str(path / NAME)!r} is damaged; delete it together with the blocks there")
 
 
-def _write(path: Path, found: dict[str, dict[str, str]]) -> None:
-    new = path / f"{NAME}.new"
-    new.unlink(missing_ok=True)  # a link that another user planted, or what a killed process left
+def _write(folder: int, found: dict[str, dict[str, str]]) -> None:
+    with suppress(FileNotFoundError):  # a killed process left it
+        os.unlink(_NEW, dir_fd=folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(new, flags, 0o600), "wb") as file:
+    with os.fdopen(os.open(_NEW, flags, 0o600, dir_fd=folder), "wb") as file:
         file.write(json.dumps(found).encode())
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path / NAME)
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.replace(_NEW, NAME, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)

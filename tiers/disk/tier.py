@@ -258,12 +258,15 @@ class DiskTier(Tier):
 
     def resolve(self, space: bytes, about: str) -> bytes:
         with self._call() as may:
-            return spaces.resolve(self._files.path, space, about) if may else space
+            if not may:
+                raise ValueError("the tier is closed")
+            return spaces.resolve(self._files.folder, self._files.path, space, about)
 
     def forget(self, space: bytes) -> None:
         with self._call() as may:
-            if may:
-                spaces.forget(self._files.path, space)
+            if not may:
+                raise ValueError("the tier is closed")
+            spaces.forget(self._files.folder, self._files.path, space)
 
     def usage(self) -> TierUsage:
         with self._lock:
