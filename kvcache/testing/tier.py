@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from kvcache.testing.blocks import block_of, keys_of, together
 from kvcache.tier import Tier
@@ -124,6 +125,18 @@ class TierTests:
         self.put(tier, keys)
         assert tier.contains(keys) == [True] * len(keys)
         self.check_load(tier, keys, [True] * len(keys))
+
+    def test_resolving_and_forgetting_leave_other_namespaces(self, tier: Tier) -> None:
+        space, other = keys_of("namespace", 2, 32)
+        own = keys_of("own", 2, 32)
+        name = tier.resolve(space, "{}")
+        assert len(name) == len(space)
+        assert tier.resolve(space, "") == name
+        elsewhere = [tier.resolve(other, "") + key for key in own]
+        self.put(tier, elsewhere)
+        with suppress(NotImplementedError):
+            tier.forget(space)
+        self.check_load(tier, elsewhere, [True] * 2)
 
     def test_closing_twice(self, tier: Tier) -> None:
         self.put(tier, keys_of("close", 1))

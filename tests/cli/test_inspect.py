@@ -173,3 +173,42 @@ def test_what_cannot_be_read_ends_with_code_2(
 ) -> None:
     assert cli.main(["inspect", *(word.format(path=tmp_path) for word in arguments)]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_inspect_described_namespace_shows_its_identity(
+    tier: Framed,
+    inspected: Callable[..., tuple[int, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    about = {"model": "chat", "weights": "digest 12\x1b[31m34", "ranks": [1, 2]}
+    assert tier.resolve(SPACES[0], json.dumps(about)) == SPACES[0]
+    _, found = inspected()
+    assert found["namespaces"][SPACES[0].hex()]["identity"] == about
+    assert "identity" not in found["namespaces"][SPACES[1].hex()]
+    assert cli.main(["inspect", str(tmp_path / "kv")]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b[31m" not in said
+    for words in ("chat", "digest 12", "[1, 2]"):
+        assert words in said
+
+
+def test_inspect_namespace_that_was_reset_is_described_under_its_new_name(
+    tier: Framed, inspected: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    tier.forget(SPACES[0])
+    called = tier.resolve(SPACES[0], json.dumps({"model": "chat"}))
+    assert called != SPACES[0]
+    tier.store([join(called, b"one")], [memoryview(like_kv(BLOCK, 1))])
+    _, found = inspected()
+    assert found["namespaces"][called.hex()]["identity"] == {"model": "chat"}
+    assert found["namespaces"][SPACES[0].hex()]["blocks"] == 3
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff", b'{"reset": [], "about": {"a": 1}}'])
+def test_inspect_damaged_descriptions_are_left_out(
+    text: bytes, inspected: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "kv" / "spaces").write_bytes(text)
+    code, found = inspected()
+    assert (code, found["blocks"]) == (0, 4)

@@ -14,7 +14,7 @@ from kvcache import cli
 from kvcache.keys import join, namespace
 from kvcache.testing import keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
-from kvcache.tiers.redis import RedisTier, name_of
+from kvcache.tiers.redis import RedisTier, about_name_of, name_of
 from tests.tiers import servers
 from tests.tiers.frames import BLOCK, like_kv
 from tests.tiers.servers import Server
@@ -139,3 +139,16 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_password_in_the_url_is_refused_and_not_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "redis://user:hunter2@127.0.0.1:1"]) == 2
     assert "hunter2" not in capsys.readouterr().err
+
+
+def test_inspect_redis_described_namespace_shows_its_identity(
+    filled: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"model": "chat", "weights": "commit 12"}
+    with closing(RedisTier(url=filled.url, timeout_s=30)) as tier:
+        assert tier.resolve(SPACES[0], json.dumps(about)) == SPACES[0]
+    filled.client().set(about_name_of(SPACES[1]), "no JSON")
+    _, found = inspected(capsys, filled.url)
+    assert found["namespaces"][SPACES[0].hex()]["identity"] == about
+    assert "identity" not in found["namespaces"][SPACES[1].hex()]
+    assert found["blocks"] == 4

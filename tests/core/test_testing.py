@@ -214,6 +214,11 @@ class SharesABuffer(DictTier):
         return NBYTES
 
 
+class ForgetsEveryNamespace(DictTier):
+    def forget(self, space: bytes) -> None:
+        self.held.clear()
+
+
 WRONG_TIERS: dict[type[DictTier], set[str]] = {
     ForgetsTheOrder: {"test_answers_are_per_key_and_in_order"},
     HoldsEverything: {"test_blocks_come_back_as_they_were"},
@@ -236,6 +241,7 @@ WRONG_TIERS: dict[type[DictTier], set[str]] = {
     KeepsTheBuffer: {"test_bytes_are_copied_in_and_out"},
     ClosesOnce: {"test_closing_twice"},
     SharesABuffer: {"test_several_threads"},
+    ForgetsEveryNamespace: {"test_resolving_and_forgetting_leave_other_namespaces"},
 }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kvcache.process import own
 from kvcache.tier import Tier
+from kvcache.tiers.disk import spaces
 from kvcache.tiers.disk.places import open_directory, open_file
 from kvcache.tiers.disk.records import PAGE, Record, read_geometry, read_record, read_records
 
@@ -38,11 +39,10 @@ class Reader(Tier):
         self._files: list[int] = []
         try:
             folder = open_directory(path.absolute(), make=False)
-            try:
-                self._record_file = self._open(folder, "records", path)
-                self._block_file = self._open(folder, "blocks", path, os.O_DIRECT)
-            finally:
-                os.close(folder)
+            self._files.append(folder)
+            self._folder, self._path = folder, path
+            self._record_file = self._open(folder, "records", path)
+            self._block_file = self._open(folder, "blocks", path, os.O_DIRECT)
             geometry = read_geometry(self._record_file)
             space = os.fstat(self._block_file).st_size
             if geometry is None or geometry.slot_nbytes not in range(PAGE, space + 1, PAGE):
@@ -97,6 +97,13 @@ class Reader(Tier):
             return 0
         buffer[: record.nbytes] = pages[: record.nbytes]
         return record.nbytes
+
+    def about(self) -> dict[str, str]:
+        """The description of each namespace, by its hex; none where they cannot be read."""
+        try:
+            return spaces.read(self._folder, self._path)["about"]
+        except (OSError, ValueError):
+            return {}
 
     def stands(self, key: bytes) -> bool:
         """Whether the block is where it was when this was opened, and was not written again."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvcache.cli.table import GREEN, RED, Painter, pairs, render
 from kvcache.keys import DIGEST_NBYTES
+from kvcache.secrets import printable
 from kvcache.sizes import format_size
 
 SHOWN = 16  # hex digits of a namespace in a table; `--json` has them all
+FIELD = 200  # characters of a field of an identity
 HARMLESS = frozenset({"codec", "changed"})
 """Reasons that are nobody's damage: zstd is not installed here; a block left while we looked."""
 
@@ -22,12 +25,16 @@ def namespace_of(key: bytes) -> str:
 
 @dataclass(slots=True)
 class Held:
-    """What one namespace has. `intact` and `rejected` count blocks, where they were verified."""
+    """What one namespace has. `intact` and `rejected` count blocks, where they were verified.
+
+    `identity` are the fields that the namespace is a digest of, where an engine described it.
+    """
 
     blocks: int = 0
     nbytes: int = 0  # as they are kept: frames, compressed or not
     intact: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -44,6 +51,15 @@ class Contents:
         """What the namespace of `key` has; to be counted up."""
         return self.namespaces.setdefault(namespace_of(key), Held())
 
+    def describe(self, name: str, about: str | bytes) -> None:
+        """Note what an engine said of the namespace `name`: a JSON object, else it is ignored."""
+        try:
+            fields = json.loads(about)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(fields, dict) and (held := self.namespaces.get(name)):
+            held.identity = fields
+
     @property
     def damaged(self) -> int:
         """Blocks that ought to verify and do not."""
@@ -59,6 +75,7 @@ class Contents:
         namespaces = {
             name: {"blocks": held.blocks, "nbytes": held.nbytes}
             | ({"intact": held.intact, "rejected": dict(held.rejected)} if self.verified else {})
+            | ({"identity": held.identity} if held.identity else {})
             for name, held in self.namespaces.items()
         }
         return {"tier": self.where, "kind": self.kind} | self.facts | {"namespaces": namespaces}
@@ -78,7 +95,15 @@ class Contents:
                 row += [f"{held.intact:,}", why or "none"]
             rows.append(row)
         table = render([("held", ["namespace", *columns])], rows, paint=paint, strong="")
-        return "\n\n".join([head, table, *self._verdict(paint)])
+        return "\n\n".join([head, table, *self._identities(), *self._verdict(paint)])
+
+    def _identities(self) -> list[str]:
+        """What each namespace is, as its engines described it."""
+        return [
+            pairs([("namespace", name[:SHOWN]), *map(_said, held.identity.items())])
+            for name, held in self.namespaces.items()
+            if held.identity
+        ]
 
     def _verdict(self, paint: Painter) -> list[str]:
         if not self.verified:
@@ -87,6 +112,13 @@ class Contents:
             said = "An engine that asks for such a block computes it, and drops it from the tier."
             return [paint(f"Damaged: {self.damaged:,} blocks.", RED) + f" {said}"]
         return [paint("Every block that was read is what was stored.", GREEN)]
+
+
+def _said(field: tuple[str, Any]) -> tuple[str, str]:
+    """A field of an identity for people; any program may have written it."""
+    name, value = field
+    text = value if isinstance(value, str) else json.dumps(value)
+    return printable(name)[:FIELD], printable(text)[:FIELD]
 
 
 def _words(name: str, fact: str | int) -> tuple[str, str]:

@@ -36,6 +36,9 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
             held.blocks += 1
             held.nbytes += record.nbytes
 
+        for name, about in reader.about().items():
+            found.describe(name, about)
+
         def why(key: bytes) -> str:
             return "unreadable" if reader.stands(key) else "changed"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from kvcache.cli.inspect.contents import Contents
 from kvcache.cli.inspect.frames import verify as verify_frames
@@ -17,6 +17,9 @@ from kvcache.tier import Tier
 
 _NAME = re.compile(rb"kvcache:1:((?:[0-9a-f]{2})*):((?:[0-9a-f]{2})*)")
 _AT_ONCE = 500
+_ABOUT_NBYTES = 1 << 16  # of a description
+
+T = TypeVar("T")
 
 
 def contents(options: Mapping[str, object], verify: bool) -> Contents:
@@ -29,6 +32,8 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
 
 
 def _counted(client: Any, options: Mapping[str, object], verify: bool) -> Contents:
+    from kvcache.tiers.redis import about_name_of
+
     found = Contents(str(options["url"]), "redis", {})
     sizes: dict[bytes, int] = {}
     for names in _batches(client.scan_iter(match=b"kvcache:1:*", count=_AT_ONCE)):
@@ -42,6 +47,13 @@ def _counted(client: Any, options: Mapping[str, object], verify: bool) -> Conten
         held = found.of(key)
         held.blocks += 1
         held.nbytes += nbytes
+    for names in _batches(iter(found.namespaces)):
+        asked = client.pipeline(transaction=False)
+        for name in names:
+            asked.getrange(about_name_of(bytes.fromhex(name)), 0, _ABOUT_NBYTES)
+        for name, about in zip(names, asked.execute(raise_on_error=False), strict=True):
+            if isinstance(about, bytes):
+                found.describe(name, about)
     found.facts["blocks"] = len(sizes)
     if memory := memory_of(client, options):
         found.facts |= {
@@ -54,7 +66,7 @@ def _counted(client: Any, options: Mapping[str, object], verify: bool) -> Conten
     return found
 
 
-def _batches(names: Iterator[bytes]) -> Iterator[list[bytes]]:
+def _batches(names: Iterator[T]) -> Iterator[list[T]]:
     while batch := list(islice(names, _AT_ONCE)):
         yield list(dict.fromkeys(batch))  # a scan may give a name twice
 
