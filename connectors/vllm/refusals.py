@@ -94,7 +94,8 @@ def _resume_refusal(vllm_config: VllmConfig) -> str | None:
 
 
 def _returns_routed_experts(vllm_config: VllmConfig) -> bool:
-    outputs = getattr(vllm_config, "aux_output_config", None)  # since vLLM 0.30 or later
+    # vLLM 0.29 has the flag on the model, 0.32 has auxiliary outputs, of which these are the only.
+    outputs = getattr(vllm_config, "aux_output_config", None)
     before = getattr(vllm_config.model_config, "enable_return_routed_experts", False)
     return bool(before or (outputs is not None and outputs.enabled))
 
