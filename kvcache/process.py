@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 from weakref import WeakSet
 
 _IN_CHILD: Final = "_in_child"
-"""A method that closes what only the child has: its copies of descriptors. It takes no lock."""
+"""A method that is called first in a child. It takes no lock: another thread may have held it."""
 
 _parts: WeakSet[Any] = WeakSet()
 _pid = os.getpid()
@@ -35,7 +35,11 @@ class ForkedError(RuntimeError):
 
 
 def own(part: object) -> None:
-    """Refuse ``part`` to every child that is forked from now on."""
+    """Refuse ``part`` to every child that is forked from now on.
+
+    In a child its public methods raise :class:`ForkedError`, ``close`` does nothing, and a method
+    ``_in_child``, if it has one, closes the child's copies of descriptors first.
+    """
     _parts.add(part)
 
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import closing
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.disk.records import Record
+from tests.forked import in_child
 from tests.tiers.test_disk import RECORD, blocks, capacity, held, opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,18 +110,12 @@ def test_a_forked_process_does_not_keep_the_directory(tmp_path: Path) -> None:
     os.close(inherited)
 
 
-def test_a_forked_process_that_closes_does_not_open_the_directory_to_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tier = opened(tmp_path)
-    with closing(tier), monkeypatch.context() as patch:
-        inherited = [os.dup(file) for file in tier._files._open]
-        patch.setattr(os, "getpid", lambda: -1)  # as its child sees it
-        theirs = copy(tier._files)
-        theirs._open = inherited
-        theirs.close()
-        with pytest.raises(ValueError, match="has open"):
-            opened(tmp_path)
+def test_a_forked_process_that_closes_does_not_open_the_directory_to_others(tmp_path: Path) -> None:
+    with closing(opened(tmp_path)) as tier:
+        for close in (tier.close, tier._files.close):
+            in_child(close)
+            with pytest.raises(ValueError, match="has open"):
+                opened(tmp_path)
 
 
 FORKED = """

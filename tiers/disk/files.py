@@ -20,8 +20,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from weakref import WeakSet
 
+from kvcache.process import own
 from kvcache.sizes import format_size
 from kvcache.tiers.disk import locks
 from kvcache.tiers.disk.places import (
@@ -66,7 +66,6 @@ class Directory:
     def __init__(self, path: Path, replica: Replica, share: Share) -> None:
         self.path = path / directory_name(replica.index)
         self._open: list[int] = []
-        self._pid = os.getpid()
         try:
             root = self._kept(open_directory(path, make=True))
             check_directory(root, path)
@@ -82,7 +81,7 @@ class Directory:
         except BaseException:
             self.close()
             raise
-        _DIRECTORIES.add(self)
+        own(self)
 
     def _open_files(self, folder: int, share: Share) -> None:
         """Lock the directory and open its files; change nothing before all of them are ours."""
@@ -131,30 +130,16 @@ class Directory:
 
     def close(self) -> None:
         """Close the files. Closing twice is allowed."""
-        _DIRECTORIES.discard(self)
-        if hasattr(self, "lock") and self.lock in self._open and os.getpid() == self._pid:
-            # A child that was forked may have the file as well: closing ours alone would then free
-            # nothing, and closing its own frees nothing of ours.
+        if hasattr(self, "lock") and self.lock in self._open:
+            # Another process may have inherited the file: closing ours alone would free nothing.
             fcntl.flock(self.lock, fcntl.LOCK_UN)
         while self._open:
             os.close(self._open.pop())
 
-    def forked(self) -> None:
-        """In a child: give up the lock, which would else last as long as the child."""
-        self._open.remove(self.lock)
-        os.close(self.lock)
-
-
-_DIRECTORIES: WeakSet[Directory] = WeakSet()
-
-
-def _in_child() -> None:
-    for directory in list(_DIRECTORIES):
-        directory.forked()
-    _DIRECTORIES.clear()
-
-
-os.register_at_fork(after_in_child=_in_child)
+    def _in_child(self) -> None:
+        """Close what a forked child has: the lock would else last as long as the child."""
+        while self._open:
+            os.close(self._open.pop())
 
 
 def shortage(path: Path, need: int, have: int | None = None) -> str | None:
