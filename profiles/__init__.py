@@ -13,6 +13,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from typing import Any
 
 from kvcache import memory, recorder
 from kvcache.keys import described
@@ -21,7 +22,8 @@ from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.files import shipped
 from kvcache.profiles.load import Profile, load_profile
 from kvcache.profiles.rows import Row
-from kvcache.sizes import Size
+from kvcache.replica import ALONE, Replica
+from kvcache.sizes import Size, format_size
 from kvcache.stack import Stack
 from kvcache.tier import FrontTier, Tier
 from kvcache.tiers.framed import Framed, frame_nbytes
@@ -40,6 +42,7 @@ def open_stack(
     block_tokens: int = 0,
     ranks: int = 1,
     identity: Mapping[str, object] | None = None,
+    replica: Replica = ALONE,
 ) -> Stack:
     """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
 
@@ -47,11 +50,12 @@ def open_stack(
     of all ``ranks``, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known,
     for spans. ``space`` is the namespace under which blocks leave this process
     (``kvcache.namespace``): whoever has the same may find them; ``identity`` are the fields it is
-    the digest of, which ``kvcache inspect`` shows.
+    the digest of, which ``kvcache inspect`` shows. ``replica`` says which of the engines this is
+    that one command has started on this host: they divide shares of memory, and a disk.
 
     Raises ProfileError if the profile is wrong or asks for more memory than is free.
     """
-    chosen = load_profile(profile, ranks=ranks)
+    chosen = load_profile(profile, ranks=ranks, replicas=replica.count)
     if theirs := chosen.theirs:
         log.log(logging.WARNING if theirs.no_effect else logging.INFO, "kvcache: %s", theirs)
     if chosen.unknown:
@@ -65,12 +69,16 @@ def open_stack(
     ]
     if problems:
         raise ProfileError(chosen.name, problems)
+    if replica.count > 1:
+        _log_shares(chosen, replica)
+    given: dict[str, object] = {"block_nbytes": block_nbytes, "replica": replica}
+    framed_given = given | {"block_nbytes": frame_nbytes(block_nbytes)}
     with ExitStack() as opened:
-        front = opened.enter_context(closing(_open(chosen, chosen.tiers[0], block_nbytes)))
+        front = opened.enter_context(closing(_open(chosen, chosen.tiers[0], given)))
         assert isinstance(front, FrontTier)  # the loader saw to it
         lower = []
         for row in chosen.tiers[1:]:
-            tier = opened.enter_context(closing(_open(chosen, row, frame_nbytes(block_nbytes))))
+            tier = opened.enter_context(closing(_open(chosen, row, framed_given)))
             framed = Framed(
                 tier,
                 block_nbytes=block_nbytes,
@@ -106,9 +114,25 @@ def open_stack(
     return stack
 
 
-def _open(profile: Profile, row: Row, block_nbytes: int) -> Tier:
-    wants_size = "block_nbytes" in inspect.signature(row.cls).parameters
-    given = {"block_nbytes": block_nbytes} if wants_size else {}
+def _log_shares(profile: Profile, replica: Replica) -> None:
+    """Log what became of shares of memory, such as "50%", which the replicas divide."""
+    for row in profile.tiers:
+        for setting in row.settings:
+            if setting.option.hint is Size and "%" in str(setting.given):
+                log.info(
+                    "kvcache: replica %d of %d: %s: %s, of the memory of %d replicas",
+                    replica.index,
+                    replica.count,
+                    setting.where,
+                    format_size(int(str(setting.value))),
+                    replica.count,
+                )
+
+
+def _open(profile: Profile, row: Row, known: Mapping[str, object]) -> Tier:
+    """The tier of a row; it gets what is ``known`` beside its options, as far as it takes it."""
+    takes = inspect.signature(row.cls).parameters
+    given: dict[str, Any] = {name: value for name, value in known.items() if name in takes}
     try:
         return row.cls(**given, **row.options_for(row.cls))
     except ValueError as error:

@@ -36,13 +36,17 @@ class Profile:
 
 
 def load_profile(
-    profile: str | None = None, environ: Mapping[str, str] = os.environ, *, ranks: int = 1
+    profile: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    ranks: int = 1,
+    replicas: int = 1,
 ) -> Profile:
     """Read ``profile``, else the one that KVCACHE_PROFILE names, else l1-only.
 
     ``profile`` is a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
     AIBrix's variables override the defaults of a shipped profile. ``ranks`` is of the engine;
-    AIBrix counts memory for each.
+    AIBrix counts memory for each. A share of memory, such as "50%", is divided by ``replicas``.
 
     Raises ProfileError with everything that is wrong.
     """
@@ -56,7 +60,7 @@ def load_profile(
         raise ProfileError(profile, [f"{by}{error}"]) from None
     file, tables = read_or_raise(path, by)
     theirs = aibrix.read(environ, ranks=ranks)
-    rows, problems = read_rows(path, tables, environ, theirs.wishes)
+    rows, problems = read_rows(path, tables, environ, theirs.wishes, replicas)
     report, refused = theirs.report(rows)
     problems = [*file.problems, *problems, *theirs.problems, *refused]
     options = (override_of(row.name, option) for row in rows for option in row.takes)

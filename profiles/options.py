@@ -81,10 +81,13 @@ def from_text(text: str, hint: object) -> object:
         return text
 
 
-def converted(given: object, hint: object) -> object:
-    """``given`` as a ``hint``. Raises ValueError that says what is allowed."""
+def converted(given: object, hint: object, replicas: int = 1) -> object:
+    """``given`` as a ``hint``, of each of so many replicas.
+
+    Raises ValueError that says what is allowed.
+    """
     if hint is Size:
-        return parse_size(given, memory.limit().nbytes)
+        return parse_size(given, memory.limit().nbytes // replicas)
     if hint is DiskSize:
         return parse_size(given)
     if hint is Eviction:

@@ -107,10 +107,17 @@ class Wish:
 
 
 def read_rows(
-    path: Path, tables: Sequence[Table], environ: Mapping[str, str], wishes: Sequence[Wish] = ()
+    path: Path,
+    tables: Sequence[Table],
+    environ: Mapping[str, str],
+    wishes: Sequence[Wish] = (),
+    replicas: int = 1,
 ) -> tuple[list[Row], list[str]]:
-    """The rows that could be read, and everything that is wrong; the rows count if nothing is."""
-    reader = _Reader(path, environ, wishes)
+    """The rows that could be read, and everything that is wrong; the rows count if nothing is.
+
+    They are those of each of ``replicas``.
+    """
+    reader = _Reader(path, environ, wishes, replicas)
     return reader.rows(tables), reader.problems
 
 
@@ -137,10 +144,13 @@ def _joined(own: dict[str, Option], *around: dict[str, Option]) -> dict[str, Opt
 class _Reader:
     """One pass over the tables. It goes on after a problem, to find the others."""
 
-    def __init__(self, path: Path, environ: Mapping[str, str], wishes: Sequence[Wish]) -> None:
+    def __init__(
+        self, path: Path, environ: Mapping[str, str], wishes: Sequence[Wish], replicas: int
+    ) -> None:
         self.problems: list[str] = []
         self._path = path
         self._wishes = wishes
+        self._replicas = replicas
         self._names: list[str] = []
         self._overrides = overrides(environ)
 
@@ -195,7 +205,7 @@ class _Reader:
                 self._wrong(here, f"no such option; kind {show(kind)} {allowed}")
                 continue
             try:
-                value = converted(given, options[key].hint)
+                value = converted(given, options[key].hint, self._replicas)
                 secrets.check(key, value)
             except (ValueError, OverflowError) as error:
                 self._wrong(here, str(error))

@@ -34,7 +34,7 @@ from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard,
 from kvcache.connectors.vllm.promises import Promises
 from kvcache.connectors.vllm.refusals import refusal
 from kvcache.connectors.vllm.stats import Reports, Stats
-from kvcache.connectors.vllm.support import host_name
+from kvcache.connectors.vllm.support import host_name, replica_of
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
 from kvcache.process import own
@@ -65,7 +65,7 @@ class SchedulerSide:
         identity: Mapping[str, object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._world = vllm_config.parallel_config.world_size
+        self._parallel = vllm_config.parallel_config
         self._refusal: str | None = None
         if reason := refusal(vllm_config, kv_cache_config):
             self._refuse(reason)
@@ -87,7 +87,7 @@ class SchedulerSide:
         self._promised = Promises()
         self._running: dict[str, Running] = {}
         self._doubt = Doubt(self._block_tokens, recomputes=recomputes(vllm_config))
-        self._jobs: Jobs[Running] = Jobs(self._world)
+        self._jobs: Jobs[Running] = Jobs(self._parallel.world_size)
         self._loads: list[Transfer] = []  # for the step being built
         self._step = 0
         self._steps: dict[int, tuple[float, float, float]] = {}  # when built, blocks, mean depth
@@ -113,9 +113,9 @@ class SchedulerSide:
                 self._refuse(answer.reason)
                 return
         shards = {rank: shard for rank, shard in answers.items() if isinstance(shard, Shard)}
-        if len(shards) != self._world:
+        if len(shards) != (world := self._parallel.world_size):
             raise RuntimeError(
-                f"kvcache: {len(shards)} of {self._world} workers said what their blocks are"
+                f"kvcache: {len(shards)} of {world} workers said what their blocks are"
             )
         offsets, block_nbytes = dict[Rank, int](), 0
         for rank, shard in sorted(shards.items()):
@@ -135,7 +135,8 @@ class SchedulerSide:
             identity={"model": self._requests.model, **fields},
             element_nbytes=max(shard.element_nbytes for shard in shards.values()),
             block_tokens=self._block_tokens,
-            ranks=self._world,
+            ranks=world,
+            replica=replica_of(self._parallel),
         )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvcache.replica import ALONE, Replica
+
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,22 @@ def host_name() -> str:
     """One running kernel and pid namespace: the reach of a slab's descriptor."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{os.uname().nodename}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+
+
+def replica_of(parallel: ParallelConfig) -> Replica:
+    """Which of the replicas that one command has started on this host an engine is.
+
+    vLLM turns the config of a dense model's replica into that of an engine alone, and leaves only
+    its rank on the host and the number of all replicas, which may be more than this host has.
+    """
+    if getattr(parallel, "data_parallel_external_lb", False):
+        return ALONE  # a command of its own has started each, with an environment of its own
+    index = getattr(parallel, "data_parallel_rank_local", None) or 0
+    count = parallel.data_parallel_size_local
+    if count < 2 or getattr(parallel, "enable_elastic_ep", False):
+        most = getattr(parallel, "elastic_ep_max_dp_size", None) or 1
+        count = max(parallel.data_parallel_size, most)
+    return Replica(index, max(count, index + 1))
 
 
 def warn_unless_recomputing(vllm_config: VllmConfig) -> None:

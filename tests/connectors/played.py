@@ -35,7 +35,9 @@ def engine_config(
     `ahead`: it builds a step before the one before it is reported.
     """
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(world_size=world, **parallel),
+        parallel_config=SimpleNamespace(
+            world_size=world, **{"data_parallel_size": 1, "data_parallel_size_local": 1} | parallel
+        ),
         model_config=SimpleNamespace(served_model_name="model", is_prefix_caching_supported=True),
         cache_config=SimpleNamespace(enable_prefix_caching=True, prefix_match_unit=None),
         scheduler_config=SimpleNamespace(enable_chunked_prefill=True, async_scheduling=ahead),

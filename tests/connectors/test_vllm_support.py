@@ -9,7 +9,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm import plugin
-from kvcache.connectors.vllm.support import check_version, host_name, warn_unless_recomputing
+from kvcache.connectors.vllm.support import (
+    check_version,
+    host_name,
+    replica_of,
+    warn_unless_recomputing,
+)
+from kvcache.replica import ALONE, Replica
 
 pytestmark = pytest.mark.engine
 
@@ -118,3 +124,40 @@ def test_failure_policy_without_a_current_config_is_the_given_one(
         warn_unless_recomputing(VllmConfig(kv_transfer_config=config))
     [record] = [r for r in caplog.records if r.name.startswith("kvcache")]
     assert "'fail'" in record.getMessage()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(
+    ("size", "local", "rank", "replicas"),
+    [
+        (2, 2, 1, Replica(1, 2)),
+        (4, 4, 0, Replica(0, 4)),
+        (4, 2, 1, {True: Replica(1, 4), False: Replica(1, 2)}),  # vLLM hides the 2 if it is dense
+        (1, 1, 0, ALONE),
+    ],
+)
+def test_replica_of_an_engine_is_its_rank_on_the_host(
+    dense: bool, size: int, local: int, rank: int, replicas: Any
+) -> None:
+    """As ``EngineCoreProc.run_engine_core`` makes the config of a replica."""
+    from vllm.config import ParallelConfig
+
+    config = ParallelConfig(data_parallel_size=size, data_parallel_size_local=local)
+    if size > 1:
+        config.data_parallel_rank_local = rank
+    config.data_parallel_index = rank
+    if dense:
+        config.reconfigure_for_independent_dp_rank()
+    else:
+        config.data_parallel_rank = rank
+    assert replica_of(config) == (replicas[dense] if isinstance(replicas, dict) else replicas)
+
+
+def test_replica_of_an_engine_behind_an_external_balancer_is_alone() -> None:
+    from vllm.config import ParallelConfig
+
+    config = ParallelConfig(
+        data_parallel_size=4, data_parallel_rank=3, data_parallel_external_lb=True
+    )
+    config.data_parallel_rank_local = 0
+    assert replica_of(config) == ALONE

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import kvcache.profiles
 from kvcache import memory
 from kvcache.profiles import ProfileError, open_stack
+from kvcache.replica import Replica
 from tests.profiles.fakes import Front
 
 MIB = 1 << 20
@@ -55,6 +57,29 @@ def test_the_variables_choose_profile_and_capacity(monkeypatch: pytest.MonkeyPat
     with open_stack(block_nbytes=MIB) as stack:
         assert stack.profile == "l1-only"
         assert stack.front.slab.slots == 4
+
+
+def test_open_stack_of_replicas_divides_shares_of_memory_and_the_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kvcache")
+    disk = f'[[tier]]\nname = "disk"\nkind = "disk"\npath = "{tmp_path}/kv"\ncapacity = "16MiB"\n'
+    profile = ours(tmp_path, DRAM.replace("CAPACITY", "20%") + disk)
+    with open_stack(profile, block_nbytes=MIB) as alone:
+        slots = alone.front.slab.slots
+        before = len(caplog.records)
+    with ExitStack() as stacks:
+        for index in range(2):
+            replica = Replica(index, 2)
+            stack = open_stack(profile, block_nbytes=MIB, replica=replica)
+            stacks.enter_context(stack)
+            assert stack.front.slab.slots == slots // 2
+        assert (tmp_path / "kv" / "replica-1" / "blocks").exists()
+        with pytest.raises(ProfileError, match="has open; every tier needs a directory of its own"):
+            open_stack(profile, block_nbytes=MIB, replica=replica)
+    said = [record.getMessage() for record in caplog.records[before:]]
+    assert any("replica 1 of 2: " in text and 'capacity = "20%"' in text for text in said)
+    assert any("replica 1 of 2, with 8MiB of a capacity of 16MiB" in text for text in said)
 
 
 @pytest.mark.parametrize(

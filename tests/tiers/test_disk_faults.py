@@ -124,10 +124,10 @@ from pathlib import Path
 from typing import Any
 from tests.tiers.test_disk import opened
 tier = opened(Path(sys.argv[1]))
-child = os.fork()
-if not child:
+if not os.fork():
+    tier.close()
+    print(os.getpid(), flush=True)
     signal.pause()
-print(child, flush=True)
 sys.stdin.read()
 """
 
@@ -169,7 +169,6 @@ def test_disk_tier_whose_lock_was_inherited_names_the_process_that_runs(tmp_path
 LIMITED = """
 import resource, sys
 from contextlib import closing
-from copy import copy
 from pathlib import Path
 from typing import Any
 from tests.tiers.test_disk import PAGE, blocks, held, keys_of, opened

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcache.replica import Replica
 from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier, replicas
@@ -18,7 +19,8 @@ CAPACITY = DiskSize(4 * capacity(10))  # of four replicas with ten blocks each
 
 
 def opened(path: Path, index: int, count: int, size: DiskSize = CAPACITY) -> DiskTier:
-    return DiskTier(block_nbytes=PAGE, path=str(path), capacity=size, replica=(index, count))
+    replica = Replica(index, count)
+    return DiskTier(block_nbytes=PAGE, path=str(path), capacity=size, replica=replica)
 
 
 @contextmanager
@@ -74,6 +76,8 @@ def test_another_number_of_replicas_reuses_blocks_and_never_exceeds_the_capacity
 ) -> None:
     with running(tmp_path, before) as tiers:
         keys = fill(tiers)
+        for tier in tiers:
+            tier.resolve(b"space", "a description, in a file of its own")
     with running(tmp_path, after, backwards=backwards) as tiers:
         room = tiers[0]._index.slots
         for tier, its in zip(tiers[: min(before, after)], keys, strict=False):

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvcache.process import own
+from kvcache.replica import Replica
 from kvcache.sizes import format_size
 from kvcache.tiers.disk import locks
 from kvcache.tiers.disk.places import (
@@ -32,7 +33,6 @@ from kvcache.tiers.disk.places import (
 )
 from kvcache.tiers.disk.records import PAGE, foreign_file
 from kvcache.tiers.disk.replicas import (
-    Replica,
     Share,
     cut,
     directories,
@@ -66,6 +66,7 @@ class Directory:
     def __init__(self, path: Path, replica: Replica, share: Share) -> None:
         self.path = path / directory_name(replica.index)
         self._open: list[int] = []
+        self._locked = False
         try:
             root = self._kept(open_directory(path, make=True))
             check_directory(root, path)
@@ -89,6 +90,7 @@ class Directory:
         strange = None if locks.is_lock(self.lock) else "lock"
         if not strange:
             locks.take(self.lock, self.path)
+            self._locked = True
             self.records = self._kept(open_file(folder, "records", self.path, _MADE))
             self.blocks = self._kept(open_file(folder, "blocks", self.path, _MADE))
             strange = foreign_file(self.records, self.blocks)
@@ -130,14 +132,15 @@ class Directory:
 
     def close(self) -> None:
         """Close the files. Closing twice is allowed."""
-        if hasattr(self, "lock") and self.lock in self._open:
-            # Another process may have inherited the file: closing ours alone would free nothing.
+        if self._locked:
+            # Closing it is not enough where another process has inherited it.
             fcntl.flock(self.lock, fcntl.LOCK_UN)
+            self._locked = False
         while self._open:
             os.close(self._open.pop())
 
     def _in_child(self) -> None:
-        """Close what a forked child has: the lock would else last as long as the child."""
+        """In a child: close its copies; the lock would else last as long as the child."""
         while self._open:
             os.close(self._open.pop())
 

@@ -23,12 +23,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from kvcache.replica import Replica
 from kvcache.sizes import format_size
-from kvcache.tiers.disk import locks
+from kvcache.tiers.disk import locks, spaces
 from kvcache.tiers.disk.places import open_file, open_subdirectory
 from kvcache.tiers.disk.records import foreign_file
 
@@ -38,21 +38,6 @@ OPENING_S = 60.0  # how long one replica waits for others to start
 _RETRY_S = 0.02
 _NAME = re.compile(r"replica-([1-9][0-9]*)")
 _CANNOT_LOCK = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """Which of the ``count`` replicas on this host one is, from 0."""
-
-    index: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(
-                f"replica is ({self.index}, {self.count}); it takes which one this is, from 0, and "
-                "how many there are"
-            )
 
 
 class Share(NamedTuple):

@@ -20,6 +20,7 @@ from kvcache.tiers.disk.places import open_file
 
 NAME: Final = "spaces"
 _NEW: Final = "spaces.new"
+FILES: Final = (NAME, _NEW)
 DESCRIBED: Final = 256  # namespaces at most, those opened last
 _RESET_NBYTES: Final = 16
 _MOST_NBYTES: Final = 16 << 20

@@ -32,6 +32,7 @@ from kvcache.calls import Calls
 from kvcache.eviction import BELOW, Eviction, Policy, policy_option
 from kvcache.index import Index
 from kvcache.process import own
+from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.disk import spaces
@@ -45,7 +46,7 @@ from kvcache.tiers.disk.records import (
     Records,
     file_nbytes,
 )
-from kvcache.tiers.disk.replicas import Replica, Share
+from kvcache.tiers.disk.replicas import Share
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ class DiskTier(Tier):
             with another ``block_nbytes`` it starts empty.
         eviction: which blocks go when it is full: a shipped policy, or a class path.
         threads: reads and writes under way at once, of all calls together.
-        replica: which replica of an engine this is, from 0, and how many there are on this host.
-            Each has its own directory below ``path`` and an equal share of ``capacity``.
+        replica: which replica on this host this is of. Each has its own directory below ``path``
+            and an equal share of ``capacity``.
         clock: seconds, for the eviction policy and for what is logged how often.
 
     Raises:
@@ -84,7 +85,7 @@ class DiskTier(Tier):
         capacity: DiskSize,
         eviction: Eviction = BELOW,
         threads: int = 4,
-        replica: tuple[int, int] = (0, 1),
+        replica: Replica = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if block_nbytes < 1:
@@ -92,14 +93,13 @@ class DiskTier(Tier):
         policy = policy_option(eviction)
         self._slot_nbytes = -(-block_nbytes // PAGE) * PAGE
         each = self._slot_nbytes + RECORD_NBYTES
-        one = Replica(*replica)
-        share = capacity // one.count
+        share = capacity // replica.count
         slots = (share - _BESIDE) // each
         if slots < 1:
             least = each + _BESIDE
-            if one.count > 1:
+            if replica.count > 1:
                 raise ValueError(
-                    f"capacity is {capacity} bytes for {one.count} replicas; one block takes "
+                    f"capacity is {capacity} bytes for {replica.count} replicas; one block takes "
                     f"{least} of each"
                 )
             raise ValueError(f"capacity is {capacity} bytes; one block takes {least}")
@@ -115,7 +115,7 @@ class DiskTier(Tier):
         try:
             with ExitStack() as undo:
                 self._files = Directory(
-                    location(path), one, Share(file_nbytes(slots), slots * self._slot_nbytes)
+                    location(path), replica, Share(file_nbytes(slots), slots * self._slot_nbytes)
                 )
                 undo.callback(self._files.close)
                 self._open(slots, policy)
@@ -127,12 +127,12 @@ class DiskTier(Tier):
         except (OSError, RuntimeError) as error:
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
         own(self)
-        if one.count > 1:
+        if replica.count > 1:
             log.info(
                 "kvcache: disk tier at %s: replica %d of %d, with %s of a capacity of %s",
                 self._files.path,
-                one.index,
-                one.count,
+                replica.index,
+                replica.count,
                 format_size(share),
                 format_size(capacity),
             )
