@@ -36,8 +36,9 @@ def running(path: Path, count: int, *, backwards: bool = False) -> Iterator[list
 
 
 def taken(path: Path) -> int:
-    """Bytes of disk that all files below ``path`` have."""
-    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    """Bytes of disk that all files below ``path`` have, but for descriptions of namespaces."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "spaces"]
+    return sum(file.stat().st_blocks * 512 for file in files)
 
 
 def fill(tiers: list[DiskTier]) -> list[list[bytes]]:

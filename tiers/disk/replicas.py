@@ -135,7 +135,7 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
             for name, nbytes in share._asdict().items():
                 cut(files[name], nbytes)
             return
-        for name in (*files, "spaces"):
+        for name in (*files, *spaces.FILES):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
         log.info(
