@@ -271,7 +271,7 @@ class Stack:
         good, all at the same time and for the longest of their deadlines.
 
         Returns:
-            whether they have: then no stack that is opened later finds anything of before.
+            ``True`` when they have. A stack that is opened later then finds nothing of before.
         """
         # Lower tiers first: what is asked for from here on is a miss.
         answers = [(lower, lower.clear()) for lower in self._below.lower]
