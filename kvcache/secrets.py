@@ -19,11 +19,15 @@ How to use it:
 
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from urllib.parse import quote, quote_plus, unquote_plus
 
 HIDDEN = "***"
 LIMIT = 500
 """Characters that ``redact`` keeps of a text."""
+
+_START = 8
+"""Characters of a longer secret that give it away."""
 
 _POINTERS = ("_env", "_file")  # these names say where a secret is
 _PART = r"pas+w|pass|pwd|secret|token|credential|auth|jwt|signature"
@@ -95,17 +99,28 @@ def redact(text: str, *known: str) -> str:
     Args:
         text: what a server or a third-party class said.
         known: secrets that it may repeat, such as the password it was given; also removed where
-            they are quoted for a URL or for Python.
+            they are quoted for a URL or for Python, or cut off after eight characters or more.
 
     Returns:
         At most ``LIMIT`` characters. Control characters are written as escapes.
     """
     for secret in sorted(filter(None, known), key=len, reverse=True):
         for form in (secret, repr(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)):
-            text = text.replace(form, HIDDEN)
+            text = _without_starts(text, form)
     text = _URL_IN_TEXT.sub(lambda match: without_in_url(match[0]), text)
     line = printable(_without_pairs(text))
     return line if len(line) <= LIMIT else f"{line[: LIMIT - 3]}..."
+
+
+def _without_starts(text: str, secret: str) -> str:
+    """``text``, less ``secret`` and what begins as it does: a server may cut what it repeats."""
+    start, more = secret[:_START], secret[_START:]
+    first, *rest = text.split(start)
+    kept = [first]
+    for part in rest:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(part, more, strict=False))
+        kept.append(part[sum(1 for _ in same) :])
+    return HIDDEN.join(kept)
 
 
 def printable(text: str) -> str:

@@ -14,6 +14,8 @@ from importlib import import_module
 from os import environ
 from typing import TYPE_CHECKING, Any
 
+from kvcache.secrets import redact
+
 if TYPE_CHECKING:
     from kvcache.tiers.redis.sockets import Address
 
@@ -59,10 +61,8 @@ def memory_of(client: Any, options: Mapping[str, object]) -> Memory | None:
 
 def _said(error: Exception, options: Mapping[str, object]) -> str:
     """An error, which may be in the server's words, for people."""
-    from kvcache.tiers.redis.text import readable
-
     variables = (str(options.get(name, "")) for name in ("password_env", "sentinel_password_env"))
-    return readable(str(error), [environ.get(variable, "") for variable in variables])
+    return redact(str(error), *(environ.get(variable, "") for variable in variables))
 
 
 def _client(redis: Any, options: Mapping[str, object]) -> Any:

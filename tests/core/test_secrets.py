@@ -75,6 +75,21 @@ def test_redact_hides_the_secrets_it_is_given_in_every_form(secret: str) -> None
     assert repr(secret)[1:-1] not in shown
 
 
+@pytest.mark.parametrize(
+    ("text", "secret", "shown"),
+    [
+        ("ERR 0123456789.", "0123456789", "ERR ***."),
+        ("ERR 012345678.", "0123456789", "ERR ***."),
+        ("ERR 01234567", "0123456789", "ERR ***"),
+        ("ERR 0123456.", "0123456789", "ERR 0123456."),
+        ("ERR abc abcabc", "abc", "ERR *** ******"),
+        ("ERR ab.", "abc", "ERR ab."),
+    ],
+)
+def test_redact_hides_a_secret_that_was_cut_off(text: str, secret: str, shown: str) -> None:
+    assert secrets.redact(text, secret) == shown
+
+
 def test_redact_writes_one_printable_line_of_a_limited_length() -> None:
     shown = secrets.redact("ERR \x1b[31mred\r\nkvcache: forged\u2028" + "x" * 10_000)
     assert shown.startswith("ERR \\x1b[31mred\\r\\nkvcache: forged\\u2028x")

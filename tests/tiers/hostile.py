@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
+from tests.tiers.scripted import read
+
 Act = Callable[[socket.socket, "Hostile"], None]
 
 
@@ -97,12 +99,18 @@ def flooding(start: bytes, then: bytes) -> Act:
     return act
 
 
+def empty(sock: socket.socket, server: Hostile) -> None:
+    """No harm at all: what a server answers that holds nothing and takes everything."""
+    replies = {b"EXISTS": b":0\r\n", b"GET": b"$-1\r\n", b"GETEX": b"$-1\r\n"}
+    with sock.makefile("rb") as file:
+        while words := read(file):
+            sock.sendall(replies.get(words[0], b"+OK\r\n"))
+
+
 def saying(*replies: bytes) -> Act:
     """Answers each command with the next reply, and with the last one from then on."""
 
     def act(sock: socket.socket, server: Hostile) -> None:
-        from tests.tiers.scripted import read
-
         left = list(replies)
         with sock.makefile("rb") as file:
             while read(file):

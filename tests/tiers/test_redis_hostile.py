@@ -24,10 +24,9 @@ from kvcache.tiers.redis import RedisTier
 from kvcache.tiers.redis.login import Login, LoginError
 from kvcache.tiers.redis.nodes import Cluster
 from kvcache.tiers.redis.sockets import Address, open_socket
-from kvcache.tiers.redis.text import readable
 from kvcache.tiers.redis.wire import Refused, WireError
 from tests.tiers import servers
-from tests.tiers.hostile import Act, Hostile, dripping, flooding, saying, silent
+from tests.tiers.hostile import Act, Hostile, dripping, empty, flooding, saying, silent
 from tests.tiers.servers import eventually
 
 PASSWORD = "correct-horse-battery-77"
@@ -201,7 +200,7 @@ def test_server_that_does_not_read_ends_the_call_at_the_deadline() -> None:
 @pytest.mark.parametrize("act", [silent, dripping(b"+O"), dripping(b"*1\r\n")])
 def test_tier_after_greetings_that_hang_recovers(act: Act, tmp_path: Path) -> None:
     """As many as the tier has threads: each used to be lost with the first greeting that hung."""
-    with Hostile(saying(b"+OK\r\n", b":0\r\n")) as server:
+    with Hostile(empty) as server:
         more = 'password_env = "OUR_PASSWORD"\ncalls = 2\ndeadline_s = 0.6'
         with open_stack(profile(tmp_path, server.url, more), block_nbytes=4096) as stack:
             server.act = act
@@ -215,7 +214,7 @@ def test_tier_after_greetings_that_hang_recovers(act: Act, tmp_path: Path) -> No
             for at in range(6):
                 ask(keys_of(f"hangs {at}", 1))
             hung = server.connections
-            server.act = saying(b"+OK\r\n", b":0\r\n")
+            server.act = empty
 
             def answers() -> bool:
                 ask(keys_of("again", 1))
@@ -278,7 +277,7 @@ ECHOES = {
     "whole": PASSWORD,
     "twice": f"{PASSWORD}{PASSWORD}",
     "cut, as Redis cuts arguments": PASSWORD[:-3],
-    "with controls in it": "\x1b[31m" + "\x00".join(PASSWORD) + "\x1b[0m",
+    "with controls around it": f"\x1b[31m{PASSWORD}\x1b[0m",
 }
 
 
@@ -328,32 +327,7 @@ def test_error_at_run_time_is_logged_once_for_each_kind_and_for_few_kinds(
             assert tier.contains(KEYS[:1]) == [False]
     said = [record.getMessage() for record in caplog.records]
     assert 1 < len(said) <= 16
-    assert all(text.isprintable() and len(text) < 300 for text in said)
-
-
-@pytest.mark.parametrize(
-    ("said", "secrets", "shown"),
-    [
-        (b"ERR no", [], "ERR no"),
-        (b"ERR \x1b[31mred\x07\r\n\t\xe2\x80\xae", [], "ERR [31mred"),
-        ("Überlänge \u4e2d".encode(), [], "Überlänge \u4e2d"),
-        (b"\xff\xfe ok", [], " ok"),
-        (b"x" * 1000, [], "x" * 240 + "..."),
-        (b"ERR abc", [""], "ERR abc"),
-        (b"ERR abc abc", ["abc"], "ERR *** ***"),
-        (b"ERR abcdef", ["abc", "abcdef"], "ERR ***"),
-        (b"ERR 0123456789", ["0123456789"], "ERR ***"),
-        (b"ERR 012345678!", ["0123456789"], "ERR ***!"),
-        (b"ERR 01234567", ["0123456789"], "ERR ***"),
-        (b"ERR 0123456", ["0123456789"], "ERR 0123456"),
-        (b"ERR p\xc3\xa4ss", ["päss"], "ERR ***"),
-        (b"ERR a\nb", ["ab\n"], "ERR ***"),
-    ],
-)
-def test_readable_has_no_control_character_and_no_secret(
-    said: bytes, secrets: list[str], shown: str
-) -> None:
-    assert readable(said, secrets) == shown
+    assert all(text.isprintable() and len(text) < 600 for text in said)
 
 
 def test_greeting_that_is_refused_for_a_while_is_no_login_error() -> None:

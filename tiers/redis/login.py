@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from kvcache.secrets import may_be_secret, redact
 from kvcache.tiers.redis.sockets import Address, open_socket
-from kvcache.tiers.redis.text import readable
 from kvcache.tiers.redis.wire import MAX_CLIENTS, Refused, Wire, WireError, command
 
 FORMS = (
@@ -30,7 +30,6 @@ SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 
 _USUAL_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _MASTER = re.compile(r"[A-Za-z0-9._-]+")
-_CREDENTIAL = re.compile(r"user|pas+w|pass|pwd|pw$|auth|secret|token|key", re.IGNORECASE)
 _PASSES = {MAX_CLIENTS, "LOADING", "BUSY", "MASTERDOWN"}
 """Codes with which a server refuses everybody, and not for good."""
 
@@ -80,7 +79,7 @@ class Login:
         try:
             sock = open_socket(address, self.context() if self.tls else None, deadline)
         except ssl.SSLCertVerificationError as error:
-            raise LoginError(readable(str(error), secrets)) from None
+            raise LoginError(redact(str(error), *secrets)) from None
         try:
             wire = Wire(sock, secrets)
             self._greet(wire, deadline)
@@ -127,7 +126,7 @@ class Login:
 def read_url(url: str) -> Place:
     """What ``url`` says. Raises ValueError that repeats none of what may be a password."""
     query = parse_qsl(url.partition("?")[2], keep_blank_values=True)
-    if "@" in url or any(_CREDENTIAL.search(name) for name, _ in query):
+    if "@" in url or any(may_be_secret(name) or "user" in name.lower() for name, _ in query):
         raise ValueError(
             "url holds a user or a password, which are not for a profile: give username, and in "
             "password_env the name of the environment variable that has the password"

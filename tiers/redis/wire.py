@@ -10,7 +10,7 @@ Always true here:
   a server at work, too little to fill its memory with replies or to outgrow a processor's cache.
 * No wait goes past the deadline, a time of ``time.monotonic()``.
 * Every reply has a limit of bytes, and a list one of depth, that holds while it is read.
-* What a server says reaches a message through :func:`readable` alone.
+* What a server says reaches a message through :meth:`Wire.readable` alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NoReturn
 
+from kvcache.secrets import redact
 from kvcache.tiers.redis.sockets import Address, left
-from kvcache.tiers.redis.text import readable
 
 WINDOW_NBYTES = 2 << 20
 
@@ -157,8 +157,8 @@ class Wire:
         return self._said(_LIST_DEPTH, deadline)
 
     def readable(self, said: bytes) -> str:
-        """``said`` by the server, for people."""
-        return readable(said, self._secrets)
+        """``said`` by the server, for people: no control characters, no secrets, not long."""
+        return redact(said.decode(errors="surrogateescape"), *self._secrets)
 
     def address(self, host: bytes, port: int) -> Address:
         """As :func:`address_of`. What would not be shown whole is no address either."""
