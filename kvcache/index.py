@@ -16,16 +16,22 @@ Always true here:
 * A READY block goes to eviction only when it is not pinned and no block that continues it is in the
   index: a chain loses its tail before its head, whatever the policy answers.
 * Cost is linear in the blocks asked about.
+* A policy may be any class: what it raises or returns costs no slot. ``fallback`` makes another one
+  of what is READY where it fails.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from operator import index as as_integer
+from typing import Any
 
+from kvcache.answers import from_signal
 from kvcache.chains import Keys
 from kvcache.changes import Changes
 from kvcache.eviction import Policy
+from kvcache.eviction.fallback import Fallback
 from kvcache.hints import Hints
 from kvcache.leaving import Leaving
 from kvcache.stretches import Stretches
@@ -37,11 +43,19 @@ class Index:
     Args:
         policy: the order in which blocks leave when there is no free slot.
         clock: seconds, for the policy; never goes back.
+        fallback: makes the policy that replaces one that fails; ``None``: its exceptions go on to
+            the caller.
     """
 
-    def __init__(self, policy: Policy, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        clock: Callable[[], float],
+        fallback: Fallback | None = None,
+    ) -> None:
         self.changes = Changes()  # told of READY blocks
         self._policy = policy
+        self._fallback = fallback
         self._clock = clock
         self._stretches = Stretches()  # of blocks that are FILLING or READY
         self.slots = 0  # open ones
@@ -75,8 +89,7 @@ class Index:
         now = self._clock()
         for slot, key, parent in held:
             self._stretches.put((key,), (slot,), parent)
-            for keys, after in self._stretches.publish((slot,)):
-                self._policy.add(keys, after, now)
+            self._add(self._stretches.publish((slot,)), now)
 
     def __len__(self) -> int:
         return len(self._stretches.of)
@@ -107,11 +120,14 @@ class Index:
             if stretch is None or not stretch.ready:
                 break
             end += len(stretch.part(chain, end))
-        self._policy.access(chain, end, self._clock())
         if self._hinted:
             self.hints.used(chain)
         self.lookup_blocks += max(0, len(chain) - start)
         self.hit_blocks += end - start
+        try:
+            self._policy.access(chain, end, self._clock())
+        except BaseException as error:  # noqa: BLE001
+            self._replace_policy(error)
         return end - start
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
@@ -205,7 +221,7 @@ class Index:
         admitted = asked
         if self.declines:
             new = keys if asked == len(keys) else tuple(keys[at] for at in absent)
-            admitted = min(asked, self._policy.admit(new, parent, self._clock()))
+            admitted = self._admit(new, parent)
         need = admitted - len(self._free)
         # A block whose parent is not here could not be found: nothing that can be goes for it.
         if need > 0 and (parent is None or parent in of):
@@ -217,12 +233,56 @@ class Index:
                 stretches.begin(key)
             try:
                 self._evict(need)
-            finally:  # somebody's policy may raise
+            finally:
                 for key in stay:
                     stretches.end(key)
         room = min(admitted, len(self._free))
         self.declined_blocks += asked - room
         return absent[:room]
+
+    def _admit(self, new: Keys, after: bytes | None) -> int:
+        """How many of the leading ``new`` blocks the policy finds worth a slot."""
+        policy: Any = self._policy  # of which the answer may have any type
+        try:
+            return max(0, min(len(new), as_integer(policy.admit(new, after, self._clock()))))
+        except BaseException as error:  # noqa: BLE001
+            self._replace_policy(error)
+            return len(new)
+
+    def _offer(self, leaving: Leaving) -> None:
+        """Have the policy offer blocks until as many have left as are to, or no more can."""
+        try:
+            self._policy.evict(leaving.need, leaving.take)
+        except BaseException as error:  # noqa: BLE001
+            self._replace_policy(error)
+            self._policy.evict(leaving.need, leaving.take)
+
+    def _add(self, chains: Iterable[tuple[Keys, bytes | None]], now: float) -> None:
+        """Tell the policy of blocks that are READY."""
+        try:
+            for keys, after in chains:
+                self._policy.add(keys, after, now)
+        except BaseException as error:  # noqa: BLE001
+            self._replace_policy(error)
+
+    def _remove(self, keys: Sequence[bytes]) -> None:
+        """Tell the policy of blocks that have left for another reason than eviction."""
+        try:
+            self._policy.remove(keys)
+        except BaseException as error:  # noqa: BLE001
+            self._replace_policy(error)
+
+    def _replace_policy(self, error: BaseException) -> None:
+        """Go on with another policy, since nothing that this one knows can be relied on any more.
+
+        Raises ``error`` where a signal raised it, or there is no other policy.
+        """
+        if self._fallback is None:
+            raise error
+        held = [(each.keys, each.after) for each in self._stretches.at.values() if each.ready]
+        self._policy = self._fallback(self._policy, error, self.slots, held, self._clock())
+        if from_signal(error):
+            raise error
 
     def _evict(self, need: int) -> None:
         """Have so many blocks go, if so many can."""
@@ -232,16 +292,17 @@ class Index:
             if self._hinted:
                 now = self._clock()
                 for key in hints.victims(lambda key: key not in self or not take([key])):
-                    self._policy.remove([key])
+                    self._remove([key])
                     if not leaving.need:
                         return
                 if hints.any_kept:
                     leaving.kept = partial(hints.is_kept, now=now)
-                    self._policy.evict(leaving.need, take)
+                    self._offer(leaving)
                     leaving.kept = None
             if leaving.need:
-                self._policy.evict(leaving.need, take)
-        finally:  # somebody's policy may raise
+                self._offer(leaving)
+        finally:
+            leaving.need = 0  # a policy that kept ``take`` can take no more with it
             gone = leaving.keys
             self._free += leaving.slots
             if self._hinted:
@@ -276,24 +337,23 @@ class Index:
             cleared = orphans.intersection(lent)
             self.unpin([slot for slot in lent if slot in cleared])
             lent = tuple(slot for slot in lent if slot not in cleared)
-        now = self._clock()
-        for keys, after in self._stretches.publish(lent):
+        chains = self._stretches.publish(lent)
+        for keys, _ in chains:
             self.stored_blocks += len(keys)
-            self._policy.add(keys, after, now)
             self.changes.came(keys)
+        self._add(chains, self._clock())
 
     def drop(self, keys: Collection[bytes]) -> None:
         """Forget READY blocks; a pinned slot becomes an orphan."""
         present = [key for key in dict.fromkeys(keys) if key in self]
-        self._policy.remove(present)
         self._forget(present)
         self.dropped_blocks += len(present)
         self.changes.left(present)
+        self._remove(present)
 
     def clear(self) -> None:
         """Forget every block, READY and FILLING."""
         ready, filling = self.ready(), self.filling()
-        self._policy.remove(list(ready))
         self.hints.left(ready)
         self.hints.left(filling)
         self._pin(filling.values())  # by who fills them, until they are published
@@ -301,6 +361,7 @@ class Index:
             self._vacate(slot)
         self._stretches.clear()
         self.changes.cleared()
+        self._remove(list(ready))
 
     def _forget(self, keys: Sequence[bytes]) -> list[int]:
         """Take ``keys`` off their slots, and give these."""

@@ -184,8 +184,16 @@ class Lease:
             ends = self._ends.pop()  # atomic: of two threads one gets it
         except IndexError:
             raise LeaseError("this lease has ended already") from None
-        for ended in ends:
-            ended(self, bad)
+        self._call(ends, bad)
+
+    def _call(self, ends: Sequence[Ended], bad: frozenset[bytes]) -> None:
+        """Call all of ``ends``, also where one raises."""
+        for at, ended in enumerate(ends, 1):
+            try:
+                ended(self, bad)
+            except BaseException:
+                self._call(ends[at:], bad)
+                raise
 
     @property
     def ended(self) -> bool:

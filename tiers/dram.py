@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvcache.changes import Changes
-from kvcache.eviction import DEFAULT, Eviction, policy_option
+from kvcache.eviction import DEFAULT, Eviction, fallback, policy_option
 from kvcache.index import Index
 from kvcache.process import own
 from kvcache.sizes import Size
@@ -54,7 +54,7 @@ class DramTier(FrontTier):
             raise ValueError(f"capacity is {capacity} bytes; one block takes {slot_nbytes}")
         self.block_nbytes = block_nbytes
         self._lock = threading.Lock()
-        self._index = Index(policy(slots), clock)
+        self._index = Index(policy(slots), clock, fallback.lru)
         self.slab = Slab.create(slots, slot_nbytes)
         self.slab.populate(self._open)
         own(self)

@@ -6,6 +6,7 @@ not, ``"package.module:Class"``, which is a ``Policy`` that is made with a capac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from inspect import isabstract
 from typing import NewType
@@ -52,12 +53,24 @@ def policy_class(eviction: str) -> type[Policy]:
     return found
 
 
-def policy_option(eviction: str) -> type[Policy]:
-    """As :func:`policy_class`, for a tier's option ``eviction``: the error names the option."""
+def policy_option(eviction: str) -> Callable[[int], Policy]:
+    """What makes the policy for a tier's option ``eviction``, given a number of slots.
+
+    This and what it returns raise ValueError that names the option.
+    """
     try:
-        return policy_class(eviction)
+        cls = policy_class(eviction)
     except ValueError as error:
         raise ValueError(f"eviction is {eviction!r}: {error}") from error
+
+    def make(slots: int) -> Policy:
+        try:
+            return cls(slots)
+        except Exception as error:  # a class of another package may raise anything
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"eviction is {eviction!r}: cannot make it ({why})") from error
+
+    return make
 
 
 __all__ = [

@@ -17,6 +17,9 @@ Always true of a policy:
 * Its state is a bounded number of entries per block of capacity, whatever the traffic.
 * Its answers follow from what it was told: no randomness, no clock of its own.
 
+A policy that raises, or whose ``admit`` returns no integer, is replaced by LRU for the rest of the
+process, and an error is logged. It must not wait: the index is locked.
+
 ``kvcache.testing.PolicyTests`` has this as tests.
 """
 

@@ -29,7 +29,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from kvcache.calls import Calls
-from kvcache.eviction import BELOW, Eviction, Policy, policy_option
+from kvcache.eviction import BELOW, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
 from kvcache.process import own
 from kvcache.replica import ALONE, Replica
@@ -141,7 +141,7 @@ class DiskTier(Tier):
         """Take the space, and find what is there."""
         files, nbytes = self._files, slots * self._slot_nbytes
         files.check_room(nbytes + file_nbytes(slots))
-        self._index = Index(policy(slots), self._clock)
+        self._index = Index(policy(slots), self._clock, fallback.lru)
         self._index.open_slots(slots)
         self._nbytes = [0] * slots  # of the value in each slot
         # Before the file of blocks grows: no record may come to name what was not written.
