@@ -82,6 +82,8 @@ class PagedCache:
         self.space = namespace(
             {"schema": SCHEMA, "order": order, "form": form(self.placement, order)}
         )
+        if self.device is not None:  # a device's memory and streams are lost in a fork
+            own(self)
 
     @property
     def block_nbytes(self) -> int:

@@ -6,13 +6,22 @@ import gc
 import multiprocessing
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 from kvcache.process import ForkedError
 
 PATIENCE_S = 60.0  # a bound for broken code, not a measure
+
+
+@contextmanager
+def may_fork() -> Iterator[None]:
+    """Newer interpreters warn of forks beside threads, which is what these tests are about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def in_child(call: Callable[[], Any]) -> Any:
@@ -27,8 +36,7 @@ def in_child(call: Callable[[], Any]) -> Any:
             raise
 
     child = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: on purpose
+    with may_fork():
         child.start()
     theirs.close()
     try:

@@ -23,7 +23,7 @@ from kvcache.tiers.disk.reader import Reader as DiskReader
 from kvcache.tiers.framed import Framed
 from tests.core.below import LONG, Below
 from tests.core.test_metrics import Reader
-from tests.forked import in_child, unrefused
+from tests.forked import in_child, may_fork, unrefused
 
 KEYS = keys_of("parent", 8)
 
@@ -122,7 +122,8 @@ def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: Below) -> None
 def test_view_that_a_child_inherited_cannot_be_written(below: Below) -> None:
     lease = below.fetch(KEYS)
     view = lease.views[0]
-    pid = os.fork()
+    with may_fork():
+        pid = os.fork()
     if not pid:
         faulthandler.disable()
         view[:] = bytes(PAGE)
