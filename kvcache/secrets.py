@@ -35,10 +35,9 @@ _WORD = r"(?:^|[^a-z])(?:pw|psw|sig|sas|pin)(?:$|[^a-z])|(?:pw|keys?)$"
 _MAY_BE = re.compile(f"{_PART}|{_WORD}", re.IGNORECASE)
 _USUAL_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
-_USER_IN_URL = re.compile(r"://.*@", re.DOTALL)
 _PARAMETER = re.compile(r"[?&;#]([^=?&;#\s]+)=")
-_URL_IN_TEXT = re.compile(r"\w[\w+.-]*://[^\s\"'<>]+")
-_NAME_IN_TEXT = re.compile(r"""([\w.-]+)["']?\s?[=:]\s?""")
+_URL_IN_TEXT = re.compile(r"(?<![\w+.-])[\w+.-]+://[^\s\"'<>]+")
+_NAME_IN_TEXT = re.compile(r"""(?<![\w.-])(?:([\w.-]+)["']?\s?[=:]\s?|(--?[\w-]+)\s+)""")
 _VALUE_IN_TEXT = re.compile(
     r"""("[^"]*"|'[^']*'|(?:basic|bearer)\s+\S+|[^\s,;&"')\]}]+)""", re.IGNORECASE
 )
@@ -85,7 +84,9 @@ def without_in_url(text: str) -> str:
     """
     if "://" not in text:
         return text
-    text = _USER_IN_URL.sub(f"://{HIDDEN}@", text)
+    begin, end = text.index("://") + 3, text.rfind("@")
+    if end >= begin:
+        text = f"{text[:begin]}{HIDDEN}{text[end:]}"
     for parameter in _PARAMETER.finditer(text):
         if may_be_secret(unquote_plus(parameter[1])):
             # A secret may hold an "&", so all that follows goes too.
@@ -134,10 +135,11 @@ def _without_pairs(text: str) -> str:
     """``text``, less the value behind each ``name=`` and ``name:`` that is a secret's."""
     kept, at = [], 0
     for name in _NAME_IN_TEXT.finditer(text):
-        value = _VALUE_IN_TEXT.match(text, name.end())
-        if name.start() < at or value is None or name[1].lower().endswith(_NO_VALUE):
+        called = name[1] or name[2]
+        if name.start() < at or called.lower().endswith(_NO_VALUE) or not hidden(called, "a"):
             continue
-        if hidden(name[1], value[0].strip("\"'")):
+        value = _VALUE_IN_TEXT.match(text, name.end())
+        if value is not None and hidden(called, value[0].strip("\"'")):
             kept += [text[at : name.end()], HIDDEN]
             at = value.end()
     return "".join([*kept, text[at:]])

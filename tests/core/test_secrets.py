@@ -57,6 +57,7 @@ def test_without_in_url_hides_user_and_secret_parameters(url: str, shown: str) -
         f"Authorization: Bearer {SECRET}",
         f"{{'db_pw': '{SECRET}', 'host': 'h'}}",
         f"TOKEN={SECRET}, and more",
+        f"unrecognized arguments: --pw {SECRET} --other",
     ],
 )
 def test_redact_hides_secrets_that_have_a_name(text: str) -> None:
@@ -95,6 +96,11 @@ def test_redact_writes_one_printable_line_of_a_limited_length() -> None:
     assert shown.startswith("ERR \\x1b[31mred\\r\\nkvcache: forged\\u2028x")
     assert shown.isprintable()
     assert len(shown) == secrets.LIMIT
+
+
+@pytest.mark.parametrize("text", ["a" * 300_000, "a=" * 150_000, "a://" * 75_000, "-" * 300_000])
+def test_redact_of_a_long_text_takes_linear_time(text: str) -> None:
+    assert len(secrets.redact(text)) == secrets.LIMIT  # in quadratic time it would take minutes
 
 
 def test_redact_keeps_sentences_about_secrets() -> None:
