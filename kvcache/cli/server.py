@@ -1,25 +1,33 @@
-"""The Redis or Valkey server that a tier's options name, for commands that look at it.
+"""The Redis or Valkey servers that a tier's options name, for commands that look at them.
 
 Always true: looking at a value is no use of it, as far as the server can be asked for that (`CLIENT
-NO-TOUCH`, from 7.2; else its LRU sees one).
+NO-TOUCH`, from 7.2; else its LRU sees one). What a server says has the tier's own limits: a
+deadline for each answer, and bytes; an endless list of keys has one here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from os import environ
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvcache.secrets import redact
 
 if TYPE_CHECKING:
     from kvcache.tiers.redis.sockets import Address
+    from kvcache.tiers.redis.wire import Said, Wire
 
-_WAIT_S = 10.0
+WAIT_S = 10.0
+"""For an answer, and for connecting."""
+KEYS = 20_000_000
+"""That a server may list, at most."""
+QUIET_S = 60.0
+"""That a server may go on listing without one that is ours."""
+
+_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,84 +39,138 @@ class Memory:
     when_full: str  # its maxmemory-policy
 
 
-@contextmanager
-def connected(options: Mapping[str, object]) -> Iterator[Any]:
-    """A client of the server, as the tier's options say; the tier's defaults where they do not.
+class ServerError(Exception):
+    """A server does what none does that keeps blocks."""
 
-    Raises ValueError where it cannot be had, and for what the server refuses meanwhile.
+
+class Servers:
+    """One server, or the primaries of a cluster; a connection to each."""
+
+    def __init__(self, wires: Sequence[Wire]) -> None:
+        self._wires = wires
+        self._at: dict[bytes, Wire] = {}
+        for wire in wires:
+            self._say(wire, b"CLIENT", b"NO-TOUCH", b"ON")
+
+    def sizes(self, pattern: bytes) -> Iterator[tuple[bytes, int]]:
+        """The names of a pattern that have a string, and the bytes of each. Some may come twice.
+
+        Raises ServerError for a server that does not come to an end.
+        """
+        from kvcache.tiers.redis.wire import command
+
+        for wire in self._wires:
+            for names in self._names(wire, pattern):
+                asked = [command(b"STRLEN", name) for name in names]
+                for name, nbytes in zip(names, wire.exchange(asked, _soon()), strict=True):
+                    if isinstance(nbytes, int) and nbytes:
+                        self._at[name] = wire
+                        yield name, nbytes
+                if len(self._at) > KEYS:
+                    raise ServerError(f"it lists more than {KEYS:,} blocks, and does not end")
+
+    def _names(self, wire: Wire, pattern: bytes) -> Iterator[list[bytes]]:
+        cursor, heard = b"0", time.monotonic()
+        while True:
+            said = self._say(wire, b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % _AT_ONCE)
+            match said:
+                case [bytes(cursor), list(names)] if all(isinstance(n, bytes) for n in names):
+                    pass
+                case _:
+                    raise ServerError("it does not list its keys as Redis does")
+            if names:
+                heard = time.monotonic()
+                yield list(dict.fromkeys(name for name in names if isinstance(name, bytes)))
+            if cursor == b"0":
+                return
+            if time.monotonic() - heard > QUIET_S:
+                raise ServerError(f"it listed no block for {QUIET_S:g} s, and does not end")
+
+    def load(self, name: bytes, into: memoryview) -> int:
+        """Read a value that ``sizes`` named; its bytes, 0 if it is not there or does not fit."""
+        from kvcache.tiers.redis.wire import command
+
+        (nbytes,) = self._at[name].exchange([command(b"GET", name, into=into)], _soon())
+        return nbytes if isinstance(nbytes, int) else 0
+
+    def beginning(self, name: bytes, nbytes: int) -> bytes:
+        """The first bytes of a string, whichever server has it; none if it is not there."""
+        for wire in self._wires:
+            said = self._say(wire, b"GETRANGE", name, b"0", b"%d" % (nbytes - 1))
+            if isinstance(said, bytes) and said:
+                return said
+        return b""
+
+    def memory(self) -> Memory | None:
+        """What one server says; None of a cluster, and where a managed one does not tell."""
+        if len(self._wires) > 1:
+            return None
+        said = self._say(self._wires[0], b"INFO", b"memory")
+        if not isinstance(said, bytes):
+            return None
+        lines = (line.partition(b":") for line in said.splitlines())
+        facts = {name: value for name, _, value in lines}
+        with suppress(KeyError, ValueError):
+            return Memory(
+                int(facts[b"used_memory"]),
+                int(facts[b"maxmemory"]),
+                self._wires[0].readable(facts[b"maxmemory_policy"]),
+            )
+        return None
+
+    def _say(self, wire: Wire, *words: bytes) -> Said:
+        return wire.say(*words, deadline=_soon())
+
+
+@contextmanager
+def connected(options: Mapping[str, object]) -> Iterator[Servers]:
+    """The servers, as the tier's options say; the tier's defaults where they do not.
+
+    Raises ValueError where they cannot be had, and for what goes wrong meanwhile.
     """
     try:
-        redis: Any = import_module("redis")
+        import_module("redis")
     except ImportError as error:
         raise ValueError(f"redis needs more: pip install 'kvcache[redis]' ({error})") from error
+    from kvcache.tiers.redis.login import LoginError, read_url
+    from kvcache.tiers.redis.wire import WireError
+
+    read_url(str(options["url"]))  # what is wrong with it, it says itself
     try:
-        with closing(_client(redis, options)) as client:
-            yield client
-    except redis.RedisError as error:
-        raise ValueError(f"{options['url']} cannot be read: {_said(error, options)}") from None
+        with ExitStack() as opened:
+            yield Servers([opened.enter_context(closing(wire)) for wire in _wires(options)])
+    except (LoginError, OSError, ServerError, WireError) as error:
+        raise ValueError(f"{options['url']} cannot be read: {redact(str(error))}") from None
 
 
-def memory_of(client: Any, options: Mapping[str, object]) -> Memory | None:
-    """What one server says; None of a cluster, and where a managed one does not tell."""
-    if options.get("cluster"):
-        return None
-    with suppress(Exception):
-        info = client.info("memory")
-        used, limit, policy = (info[f] for f in ("used_memory", "maxmemory", "maxmemory_policy"))
-        return Memory(int(used), int(limit), str(policy))
-    return None
-
-
-def _said(error: Exception, options: Mapping[str, object]) -> str:
-    """An error, which may be in the server's words, for people."""
-    variables = (str(options.get(name, "")) for name in ("password_env", "sentinel_password_env"))
-    return redact(str(error), *(environ.get(variable, "") for variable in variables))
-
-
-def _client(redis: Any, options: Mapping[str, object]) -> Any:
-    """A connection as the tier's options say; what they do not say is the tier's default."""
-    from kvcache.tiers.redis.login import read_password, read_url
-
-    place = read_url(str(options["url"]))
-    password = read_password(str(options.get("password_env", "")))
-    address = _master(options) if place.master else place.addresses[0]
-    given: dict[str, object] = {
-        "username": options.get("username") or None,
-        "password": password or None,
-        "socket_timeout": _WAIT_S,
-        "socket_connect_timeout": _WAIT_S,
-    }
-    if place.tls:
-        files = {"ssl_ca_certs": "ca_file", "ssl_certfile": "cert_file", "ssl_keyfile": "key_file"}
-        given |= {"ssl": True} | {ours: options.get(its) or None for ours, its in files.items()}
-    if options.get("cluster"):
-        return redis.RedisCluster(host=address.host, port=address.port, **given)
-    where = (
-        {"unix_socket_path": address.path}
-        if address.path
-        else {"host": address.host, "port": address.port}
-    )
-    client = redis.Redis(**where, **given, db=place.database, single_connection_client=True)
-    with suppress(redis.ResponseError):
-        client.execute_command("CLIENT", "NO-TOUCH", "ON")
-    return client
-
-
-def _master(options: Mapping[str, object]) -> Address:
-    """Where the master is that the options' Sentinels watch. Raises ValueError if none says."""
-    from kvcache.tiers.redis.login import Login, LoginError, read_password, read_url
+def _wires(options: Mapping[str, object]) -> Iterator[Wire]:
+    """A connection to each server that has keys."""
+    from kvcache.tiers.redis.login import Login, read_password, read_url
+    from kvcache.tiers.redis.nodes import slots_of
     from kvcache.tiers.redis.sentinel import Watched
 
     def option(name: str) -> str:
         return str(options.get(name, ""))
 
+    def login(kind: str) -> Login:
+        variable = f"{kind}password_env"
+        password = read_password(option(variable), variable)
+        ca_file, cert_file, key_file = map(option, ("ca_file", "cert_file", "key_file"))
+        database, username = 0 if kind else place.database, option(f"{kind}username")
+        return Login(place.tls, database, username, password, ca_file, cert_file, key_file)
+
     place = read_url(option("url"))
-    password = read_password(option("sentinel_password_env"), "sentinel_password_env")
-    ca_file, cert_file, key_file = map(option, ("ca_file", "cert_file", "key_file"))
-    username = option("sentinel_username")
-    asking = Login(place.tls, 0, username, password, ca_file, cert_file, key_file)
-    watched = Watched(place.addresses, place.master, asking, asking, 1)
-    try:
-        return watched.find(time.monotonic() + _WAIT_S)
-    except (LoginError, OSError) as error:
-        raise ValueError(f"{option('url')} cannot be read: {error}") from None
+    ours = login("")
+    where: Sequence[Address] = place.addresses[:1]
+    if place.master:
+        asking = login("sentinel_")
+        where = [Watched(place.addresses, place.master, asking, asking, 1).find(_soon())]
+    elif options.get("cluster"):
+        ranges = slots_of(ours, place.addresses[0], _soon())
+        where = list(dict.fromkeys(address for _, _, address in ranges))
+    for address in where:
+        yield ours.connect(address, _soon())
+
+
+def _soon() -> float:
+    return time.monotonic() + WAIT_S

@@ -176,7 +176,7 @@ def test_an_old_map_is_asked_for_once_a_second_however_many_calls_there_are(
         asked.append(now)
         return [(0, 16383, here)]
 
-    monkeypatch.setattr("kvcache.tiers.redis.nodes._slots_of", slots_of)
+    monkeypatch.setattr("kvcache.tiers.redis.nodes.slots_of", slots_of)
     monkeypatch.setattr("time.monotonic", lambda: now)
     cluster = Cluster(here, Login(), 1)
     for tenths in range(31):

@@ -288,7 +288,7 @@ class Cluster:
             for address in dict.fromkeys([*(node.address for node in nodes), self._seed]):
                 try:
                     # Half of what is left: a node that hangs leaves time to ask another.
-                    self._learn(_slots_of(self._login, address, halfway(deadline)))
+                    self._learn(slots_of(self._login, address, halfway(deadline)))
                 except (OSError, LoginError, WireError) as error:
                     code = LOGIN if isinstance(error, LoginError) else NO_ANSWER
                     self._unknown = Refused(code, f"redis cluster at {address}: {error}")
@@ -314,8 +314,12 @@ class Cluster:
             node.close()
 
 
-def _slots_of(login: Login, address: Address, deadline: float) -> list[tuple[int, int, Address]]:
-    """What a node says of the cluster: ranges of slots, and the primary of each."""
+def slots_of(login: Login, address: Address, deadline: float) -> list[tuple[int, int, Address]]:
+    """What a node says of the cluster: ranges of slots, and the primary of each.
+
+    Raises:
+        LoginError, OSError, WireError: it does not say, or what it says cannot be.
+    """
     with closing(login.connect(address, deadline)) as wire:
         said = wire.say(b"CLUSTER", b"SLOTS", deadline=deadline)
         if isinstance(said, Refused):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvcache.cli.doctor.result import Result, ok, warn
-from kvcache.cli.server import connected, memory_of
+from kvcache.cli.server import connected
 from kvcache.sizes import format_size
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ _FIX = "maxmemory SIZE and maxmemory-policy allkeys-lru in the server's configur
 def check(row: Row) -> Iterator[Result]:
     """One result, where there is one server and it tells. What cannot be asked is the probe's."""
     try:
-        with connected(row.options) as client:
-            memory = memory_of(client, row.options)
+        with connected(row.options) as servers:
+            memory = servers.memory()
     except ValueError:
         return
     if memory is None:
