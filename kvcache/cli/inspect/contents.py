@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvcache.cli.table import GREEN, RED, Painter, pairs, render
+from kvcache.inputs import check_document
 from kvcache.keys import DIGEST_NBYTES
 from kvcache.secrets import printable
 from kvcache.sizes import format_size
@@ -55,6 +56,7 @@ class Contents:
         """Note what an engine said of the namespace `name`: a JSON object, else it is ignored."""
         try:
             fields = json.loads(about)
+            check_document(fields)
         except (ValueError, RecursionError):
             return
         if isinstance(fields, dict) and (held := self.namespaces.get(name)):
