@@ -22,7 +22,7 @@ Always true here:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -40,15 +40,28 @@ SAID: Final = 1 << 18
 AHEAD: Final = 1 << 14  # blocks that are described before they come, of requests that wait
 
 
+HashesOf = Callable[["Request", list[bytes]], list[bytes]]
+
+
+def _as_they_are(_: Request, keys: list[bytes]) -> list[bytes]:
+    return keys
+
+
 class Events:
     """Publishes nothing: what there is when vLLM's events are off."""
 
     def describe(
-        self, request: Request, first: int, keys: Sequence[bytes], after: bytes | None
+        self,
+        request: Request,
+        first: int,
+        keys: list[bytes],
+        after: bytes | None,
+        hashes_of: HashesOf = _as_they_are,
     ) -> None:
         """``keys`` are those of the blocks of ``request`` from number ``first`` on.
 
-        ``after`` is the key of the block before; ``None`` for a chain's first.
+        ``after`` is the key of the block before; ``None`` for a chain's first. ``hashes_of`` gives
+        vLLM's hashes of the blocks with some keys of a request.
         """
 
     def take(self) -> Sequence[KVCacheEvent]:
@@ -66,9 +79,11 @@ def events_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, stack: St
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What an event says of a block, beside its hash."""
+    """What an event says of a block."""
 
-    parent: bytes | None
+    hash: bytes
+    parent_hash: bytes | None
+    parent: bytes | None  # its key
     tokens: Sequence[int]
     lora: tuple[int | None, str | None]  # id and name
     extra: tuple[Any, ...] | None  # what else its hash covers
@@ -81,7 +96,7 @@ class _Place:
         self.journal = journal
         self.most = most
         self.fields = fields
-        self.said: OrderedDict[bytes, None] = OrderedDict()
+        self.said: OrderedDict[bytes, bytes] = OrderedDict()  # with their hashes
         self.nameless: OrderedDict[bytes, None] = OrderedDict()
 
 
@@ -110,22 +125,30 @@ class Published(Events):
         self._most_described = 2 * slots + AHEAD
 
     def describe(
-        self, request: Request, first: int, keys: Sequence[bytes], after: bytes | None
+        self,
+        request: Request,
+        first: int,
+        keys: list[bytes],
+        after: bytes | None,
+        hashes_of: HashesOf = _as_they_are,
     ) -> None:
+        before = hashes_of(request, [after])[0] if after else None
         size = self._block_tokens
         lora = request.lora_request
-        for at, key in enumerate(keys, first):
+        for at, (key, name) in enumerate(zip(keys, hashes_of(request, keys), strict=True), first):
             if key in self._described:
                 self._described.move_to_end(key)
             else:
                 start, end = at * size, (at + 1) * size
                 self._described[key] = _Block(
+                    name,
+                    before,
                     parent=after,
                     tokens=request.all_token_ids[start:end],
                     lora=(lora.adapter_id, lora.name) if lora else (None, None),
                     extra=self._extra_keys(request, start, end, 0)[0],
                 )
-            after = key
+            after, before = key, name
         while len(self._described) > self._most_described:
             self._described.popitem(last=False)
 
@@ -163,7 +186,7 @@ class Published(Events):
                 yield self._run(place, run)
                 run = []
             run.append(key)
-            place.said[key] = None
+            place.said[key] = block.hash
             place.nameless.pop(key, None)
         if run:
             yield self._run(place, run)
@@ -173,8 +196,8 @@ class Published(Events):
         [first, *_] = blocks
         return self._event(
             "BlockStored",
-            block_hashes=[self._hash(key) for key in keys],
-            parent_block_hash=None if first.parent is None else self._hash(first.parent),
+            block_hashes=[self._hash(block.hash) for block in blocks],
+            parent_block_hash=first.parent_hash and self._hash(first.parent_hash),
             token_ids=[token for block in blocks for token in block.tokens],
             block_size=self._block_tokens,
             lora_id=first.lora[0],
@@ -186,12 +209,11 @@ class Published(Events):
         )
 
     def _removed(self, place: _Place, keys: Collection[bytes]) -> Iterator[KVCacheEvent]:
-        gone = [key for key in keys if key in place.said]
+        gone = [place.said.pop(key) for key in keys if key in place.said]
         for key in keys:
-            place.said.pop(key, None)
             place.nameless.pop(key, None)
         if gone:
-            hashes = [self._hash(key) for key in gone]
+            hashes = [self._hash(name) for name in gone]
             yield self._event("BlockRemoved", block_hashes=hashes, group_idx=0, **place.fields)
 
     def _event(self, name: str, **fields: object) -> KVCacheEvent:

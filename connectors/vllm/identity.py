@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +36,17 @@ _READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", 
 """vLLM's loaders that read files of a folder, by module."""
 
 
+_MEDIA = (
+    "language_model_only", "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate",
+    "video_pruning_method", "mm_encoder_attn_backend", "mm_encoder_attn_dtype",
+    "mm_device_do_normalize", "mm_hasher_algorithm",
+)  # fmt: skip
+"""What becomes of images and sounds before the model sees them, beyond what vLLM hashes."""
+
+_ADAPTERS = ("lora_dtype", "target_modules", "enable_tower_connector_lora")
+"""What an adapter does beside its weights, which are in the keys of its blocks."""
+
+
 def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, object]:
     """The fields of the namespace, by name."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -49,7 +60,8 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "load format": str(vllm_config.load_config.load_format),
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), str(getattr(model, "quantization_config", None))],
-        "media": _media(model),
+        "media": _chosen(getattr(model, "multimodal_config", None), _MEDIA),
+        "adapters": _chosen(getattr(vllm_config, "lora_config", None), _ADAPTERS),
         "cache dtype": cache.cache_dtype,
         "hash": cache.prefix_caching_hash_algo,
         "hash seed": os.environ.get("PYTHONHASHSEED"),
@@ -179,12 +191,5 @@ def _placeless(value: Any) -> Any:
     return [_placeless(each) for each in value] if isinstance(value, list) else value
 
 
-def _media(model: ModelConfig) -> list[str]:
-    """What becomes of images and sounds before the model sees them, beyond what vLLM hashes."""
-    media = getattr(model, "multimodal_config", None)
-    names = (
-        "language_model_only", "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate",
-        "video_pruning_method", "mm_encoder_attn_backend", "mm_encoder_attn_dtype",
-        "mm_device_do_normalize", "mm_hasher_algorithm",
-    )  # fmt: skip
-    return [] if media is None else [f"{name}={getattr(media, name, None)}" for name in names]
+def _chosen(config: object, names: Sequence[str]) -> list[str]:
+    return [] if config is None else [f"{name}={getattr(config, name, None)}" for name in names]

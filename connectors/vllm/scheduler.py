@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from kvcache import telemetry
 from kvcache.connectors.jobs import Job, Jobs
+from kvcache.connectors.vllm.adapters import Adapters
 from kvcache.connectors.vllm.doubt import Doubt, Running, recomputes
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
@@ -77,6 +78,7 @@ class SchedulerSide:
             self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
             self._hashes_per_block = self._block_tokens // hashed
+        self._adapters = Adapters(trusted="explicit" in identity)
         self._requests = Requests(vllm_config.model_config.served_model_name)
         self._stack: Stack | None = None
         self._memory: Memory | None = None
@@ -160,7 +162,7 @@ class SchedulerSide:
             return
         self._requests.arrived(request)
         keys, context = self._prompt_keys(request), self._requests.context(request)
-        self.events.describe(request, 0, keys, None)
+        self.events.describe(request, 0, keys, None, self._adapters.keys)
         self._stack.recorder.record(keys, request.num_prompt_tokens)
         coming = self._stack.prefetch(keys, context=context)
         if coming is not None:
@@ -172,7 +174,7 @@ class SchedulerSide:
         ``None`` while lower tiers are still being read for it: ask again.
         """
         stack = self._stack
-        if stack is None or request.skip_reading_prefix_cache:
+        if stack is None or request.skip_reading_prefix_cache or not self._adapters.keeps(request):
             return 0
         if (coming := self._coming.get(request.request_id)) is not None:
             if not coming.done():  # it has a deadline
@@ -299,13 +301,13 @@ class SchedulerSide:
         )
         if running.doubtful is not None:
             full = min(full, running.doubtful)
-        if full <= first:
+        if full <= first or not self._adapters.keeps(request):
             return None
         assert self._stack is not None
         running.offered = full
         after = self._keys(request, first - 1, first)[0] if first else None
         keys, context = self._keys(request, first, full), self._requests.context(request)
-        self.events.describe(request, first, keys, after)
+        self.events.describe(request, first, keys, after, self._adapters.keys)
         lease = self._stack.reserve(keys, after, context=context)
         if not lease.keys:
             lease.end()
@@ -325,6 +327,8 @@ class SchedulerSide:
                 begun, self._ended = max(built, self._ended), self._clock()
                 self._stack.computed(blocks, self._ended - begun, depth)
         self._doubt.reported(acks.step)
+        if self._adapters.changed(done=not self._jobs):
+            self._jobs.fail_stores()
         for job in self._jobs.acked(acks.ranks, acks.failed, acks.seconds):
             if job.seconds and self._stack is not None:  # else no rank has begun to copy
                 self._stack.copied(job.operation, job.seconds, failed=job.failed)
@@ -373,10 +377,10 @@ class SchedulerSide:
             self._stack.close()
 
     def _keys(self, request: Request, first: int, end: int) -> list[bytes]:
-        """The keys of blocks ``first`` to ``end``: vLLM's own chained hashes."""
+        """The keys of blocks ``first`` to ``end``: vLLM's own chained hashes, and the adapter."""
         per = self._hashes_per_block
-        keys: list[bytes] = request.block_hashes[first * per + per - 1 : end * per : per]
-        return keys
+        hashes: list[bytes] = request.block_hashes[first * per + per - 1 : end * per : per]
+        return self._adapters.keys(request, hashes)
 
     def _prompt_keys(self, request: Request) -> list[bytes]:
         """The keys of all blocks of which one token at least is left to compute after them."""

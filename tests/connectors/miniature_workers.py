@@ -46,6 +46,7 @@ class Request:
     placeholders: int = 0  # tokens that are sampled and not known yet
     starts: int = 0  # how often it lost its blocks
     blocks: list[int] = field(default_factory=list)
+    lora_request: None = None
     num_prompt_tokens: int = 1 << 30
     trace_headers: dict[str, str] | None = None
     kv_transfer_params: dict[str, Any] | None = None

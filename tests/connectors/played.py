@@ -72,6 +72,7 @@ class Request:
     num_prompt_tokens: int = 1 << 30
     trace_headers: dict[str, str] | None = None
     kv_transfer_params: dict[str, Any] | None = None
+    lora_request: Any = None
 
     @property
     def block_hashes(self) -> list[bytes]:

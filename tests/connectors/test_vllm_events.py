@@ -81,6 +81,24 @@ def test_blocks_that_continue_each_other_are_one_event(below: Below) -> None:
     assert head.extra_keys == [("poet", "s")]
 
 
+def test_events_of_an_adapter_have_vllms_own_hashes(below: Below) -> None:
+    """Whatever the keys are that the tiers know its blocks by."""
+
+    def other(_: Any, keys: list[bytes]) -> list[bytes]:
+        return [key[::-1] for key in keys]
+
+    published = Published(full_attention(), below.stack)
+    keys = keys_of("a", 3)
+    published.describe(request_of(3), 1, keys[1:], keys[0], other)
+    below.put(keys[1:], keys[0])
+    [came] = (event for event in published.take() if event.medium == "CPU")
+    assert came.block_hashes == [key[::-1] for key in keys[1:]]
+    assert came.parent_block_hash == keys[0][::-1]
+    below.stack.front.remove(keys[1:])
+    [gone] = (event for event in published.take() if event.medium == "CPU")
+    assert set(gone.block_hashes) == set(came.block_hashes)
+
+
 def test_what_nobody_described_is_announced_when_somebody_does(
     below: Below, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,170 @@
+"""What LoRA adapters are: their files' digest goes into the keys of their requests' blocks.
+
+vLLM's hashes have an adapter's name and path, and its files may be replaced under both. Workers
+read them when they first need the adapter, and again when they dropped it meanwhile: at times that
+the scheduler does not know.
+
+1. Blocks of an adapter are kept where its files are older than this engine: whenever a worker read
+   them, it read what the digest is of.
+2. Where they, or a link on the way to them, are younger, or change, nothing of that adapter is
+   found or kept any more, until the engine is started again; a warning says so once. What a step
+   has stored is published after the files were looked at again.
+3. A snapshot of a Hugging Face cache is its commit, however young.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from kvcache.connectors.vllm.weights import UnknownWeightsError, commit, identify, weight_files
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+log = logging.getLogger(__name__)
+
+MOST: Final = 4096  # adapters that are remembered
+
+_Name = tuple[str, str]  # and path
+_Stamp = tuple[tuple[int, ...], ...]
+
+
+class _Adapter(NamedTuple):
+    digest: bytes
+    files: tuple[Path, ...]
+    links: tuple[Path, ...]  # on the way to them
+    stamp: _Stamp
+
+
+class Adapters:
+    """The adapters of one engine.
+
+    Args:
+        trusted: whether names and paths say what adapters are, as the user has promised.
+        started_ns: when the engine was started, in nanoseconds since 1970.
+    """
+
+    def __init__(self, *, trusted: bool = False, started_ns: int | None = None) -> None:
+        self._trusted = trusted
+        self._started_ns = time.time_ns() if started_ns is None else started_ns
+        self._known: OrderedDict[_Name, _Adapter] = OrderedDict()
+        self._refused: OrderedDict[_Name, None] = OrderedDict()
+        self._ids: OrderedDict[int, _Name] = OrderedDict()
+        self._used: set[_Name] = set()  # by stores whose step may not have ended
+
+    def keeps(self, request: Request) -> bool:
+        """Whether blocks of ``request`` may be found and kept."""
+        lora = request.lora_request
+        if lora is None or self._trusted:
+            return True
+        name = _name(lora)
+        if self._ids.setdefault(lora.lora_int_id, name) != name:
+            self._refuse(self._ids[lora.lora_int_id], "another one was loaded in its place")
+            self._ids[lora.lora_int_id] = name
+        _bound(self._ids)
+        if getattr(lora, "load_inplace", False):
+            self._refuse(name, "it was loaded in place")
+        if name not in self._refused and name not in self._known:
+            self._look(name)
+        return name not in self._refused
+
+    def keys(self, request: Request, keys: list[bytes]) -> list[bytes]:
+        """``keys`` with the adapter of ``request`` in them; none where :meth:`keeps` refuses.
+
+        Of such keys it returns those that they were made of.
+        """
+        lora = request.lora_request
+        if lora is None or self._trusted or not keys:
+            return keys
+        if not self.keeps(request):
+            return []
+        name, nbytes = _name(lora), len(keys[0])
+        self._used.add(name)
+        layout = b"3d" if getattr(lora, "is_3d_lora_weight", False) else b""
+        digest = blake2b(self._known[name].digest + layout, digest_size=nbytes).digest()
+        mask = int.from_bytes(digest, "little")
+        return [(int.from_bytes(key, "little") ^ mask).to_bytes(nbytes, "little") for key in keys]
+
+    def changed(self, *, done: bool) -> bool:
+        """Whether an adapter in use is another one; ``done`` when no store is under way.
+
+        To be called when a step has ended, before what it stored is published.
+        """
+        changed = False
+        for name in self._used:
+            if (adapter := self._known.get(name)) is not None:
+                try:
+                    same = _stamp(adapter.files, adapter.links) == adapter.stamp
+                except OSError:
+                    same = False
+                if not same:
+                    self._refuse(name, "its files changed")
+            changed |= name in self._refused
+        if done or changed:
+            self._used.clear()
+        return changed
+
+    def _look(self, name: _Name) -> None:
+        """Find out what an adapter is, if its files are as they were when the engine started."""
+        place = Path(name[1]).expanduser().absolute()
+        try:
+            if not place.is_dir():
+                self._refuse(name, "its path is no folder on this host")
+                return
+            found = weight_files(place)
+            files = (place, *found.values())
+            links = tuple(path for path in (*files, *place.parents) if path.is_symlink())
+            stamp = _stamp(files, links)
+            aged = links if commit(place, found.values()) else (*files, *links)
+            if any(path.lstat().st_ctime_ns > self._started_ns for path in aged) or (
+                aged is not links and max(each[-1] for each in stamp) > self._started_ns
+            ):
+                self._refuse(name, "its files changed after the engine had started")
+                return
+            digest = blake2b(identify(place).encode(), person=b"kvcache.lora").digest()
+            if _stamp(files, links) != stamp:
+                self._refuse(name, "its files changed")
+                return
+        except (OSError, UnknownWeightsError) as error:
+            self._refuse(name, str(error))
+            return
+        self._known[name] = _Adapter(digest, files, links, stamp)
+        _bound(self._known)
+
+    def _refuse(self, name: _Name, reason: str) -> None:
+        if name not in self._refused:
+            log.warning(
+                "kvcache: blocks of LoRA adapter %r are neither found nor kept: %s (%r)",
+                name[0],
+                reason,
+                name[1],
+            )
+        self._refused[name] = None
+        self._known.pop(name, None)
+        _bound(self._refused)
+
+
+def _name(lora: LoRARequest) -> _Name:
+    return lora.lora_name, lora.lora_path
+
+
+def _stamp(files: Iterable[Path], links: Iterable[Path]) -> _Stamp:
+    """What is another when a file is another, or was written."""
+    found = [*(file.stat() for file in files), *(link.lstat() for link in links)]
+    return tuple(
+        (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
+        for each in found
+    )
+
+
+def _bound(table: OrderedDict[Any, Any]) -> None:
+    """Forget the oldest: it is looked at again, and refused again if it was."""
+    while len(table) > MOST:
+        table.popitem(last=False)
