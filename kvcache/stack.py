@@ -150,28 +150,30 @@ class Stack:
 
     def prefetch(
         self, keys: Sequence[bytes], *, context: Context | None = None
-    ) -> Future[None] | None:
+    ) -> Future[Match] | None:
         """Bring the longest prefix of ``keys`` into L1, and promise nothing.
 
         Returns:
-            a future, done when what can be had is in L1; ``None`` when there is nothing to do.
+            a future, done when what can be had is in L1, with the tier that each block came from;
+            ``None`` when there is nothing to do.
         """
         return self._prefetch(keys, lambda: telemetry.start(telemetry.PREFETCH, context))
 
-    def _prefetch(self, keys: Sequence[bytes], begin: Callable[[], Span]) -> Future[None] | None:
+    def _prefetch(self, keys: Sequence[bytes], begin: Callable[[], Span]) -> Future[Match] | None:
         held = self.front.contains(keys) if self._below.awake else []
         if all(held):
             return None
         match = Match(keys, 0, held.index(False))
         span = begin()
 
-        def bring() -> None:
+        def bring() -> Match:
             found = self._below.look(match, span)
             if any(found.sources):
                 lease = self._below.bring_up(found, span)
                 lease.end()
                 found = replace(found, blocks=len(lease))
             self._looked(span, found)
+            return found
 
         return self._below.submit(bring)
 

@@ -57,6 +57,7 @@ EVICTED: Final = "kvcache.block.evicted"
 PROMPT_TOKENS: Final = "kvcache.token.prompt"
 HIT_TOKENS: Final = "kvcache.token.hit"
 OWN_TOKENS: Final = "kvcache.token.engine_hit"
+WAITED: Final = "kvcache.wait.duration"
 REQUEST_ID: Final = "kvcache.request.id"
 GEN_AI_REQUEST_ID: Final = "gen_ai.request.id"  # as vLLM's own spans have it
 GEN_AI_MODEL: Final = "gen_ai.request.model"
@@ -83,9 +84,17 @@ BLOCKS_DROPPED: Final = "kvcache.blocks.dropped"
 Attributes = Mapping[str, str | int | float]
 
 
-def start(name: str, above: Context | None) -> Span:
-    """Begin a span under ``above``, ``None`` being the current one; :func:`end` ends it."""
-    return _tracer.start_span(name, above)
+def tier_tokens(tier: str) -> str:
+    """The attribute that has how many tokens came from a tier of this name."""
+    return f"kvcache.token.tier.{tier}"
+
+
+def start(name: str, above: Context | None, begun_ns: int | None = None) -> Span:
+    """Begin a span under ``above``, ``None`` being the current one; :func:`end` ends it.
+
+    ``begun_ns`` is when it began, in ns since 1970; ``None`` is now.
+    """
+    return _tracer.start_span(name, above, start_time=begun_ns)
 
 
 def below(span: Span, name: str) -> Span:
@@ -115,12 +124,12 @@ def after(cause: Span | Context | None, name: str) -> Span:
     return _tracer.start_span(name, Context(), links=[Link(whose)] if whose.is_valid else ())
 
 
-def beyond(headers: Mapping[str, str], name: str) -> Span:
-    """Begin a span under one of another process, that :func:`carried` gave ``headers`` for."""
+def beyond(headers: Mapping[str, str], name: str, begun_ns: int | None = None) -> Span:
+    """As :func:`start`, under a span of another process, which :func:`carried` the headers."""
     if not headers:
         return INVALID_SPAN
     with _ids_of_our_own():
-        return start(name, caller(headers))
+        return start(name, caller(headers), begun_ns)
 
 
 def request(headers: Mapping[str, str] | None) -> Span:
@@ -180,11 +189,16 @@ def within(span: Span) -> Iterator[None]:
         context.detach(token)
 
 
-def end(span: Span, attributes: Attributes, *, error: str | None = None) -> None:
-    """End ``span`` with its attributes; ``error`` is what went wrong, in a word."""
+def end(
+    span: Span, attributes: Attributes, *, error: str | None = None, ended_ns: int | None = None
+) -> None:
+    """End ``span`` with its attributes; ``error`` is what went wrong, in a word.
+
+    ``ended_ns`` is when it ended, in ns since 1970; ``None`` is now.
+    """
     if span.is_recording():
         span.set_attributes(attributes)
         if error is not None:
             span.set_attribute(ERROR, error)
             span.set_status(Status(StatusCode.ERROR))
-    span.end()
+    span.end(ended_ns)

@@ -26,6 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
+from kvcache.below import Match
 from kvcache.connectors.jobs import Job, Jobs
 from kvcache.connectors.vllm.adapters import Adapters
 from kvcache.connectors.vllm.doubt import Doubt, Running, recomputes
@@ -79,13 +80,13 @@ class SchedulerSide:
             hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
             self._hashes_per_block = self._block_tokens // hashed
         self._adapters = Adapters(trusted="explicit" in identity)
-        self._requests = Requests(vllm_config.model_config.served_model_name)
+        self._requests = Requests(vllm_config.model_config.served_model_name, clock)
         self._stack: Stack | None = None
         self._memory: Memory | None = None
         self._reports: Reports | None = None
         self.events = Events()
         self._events_of = partial(events_of, vllm_config, kv_cache_config)
-        self._coming: dict[str, Future[None]] = {}  # by request: what lower tiers have of it
+        self._coming: dict[str, Future[Match]] = {}  # by request: what lower tiers have of it
         self._promised = Promises()
         self._running: dict[str, Running] = {}
         self._doubt = Doubt(self._block_tokens, recomputes=recomputes(vllm_config))
@@ -145,6 +146,7 @@ class SchedulerSide:
         self._memory = Memory(descriptor, offsets)
         self._reports = Reports(self._stack, self._clock)
         self.events = self._events_of(self._stack)
+        self._requests.tiers = [named.name for named in self._stack.stats().names]
         log.info(
             "kvcache: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
             self._stack.profile,
@@ -178,8 +180,10 @@ class SchedulerSide:
             return 0
         if (coming := self._coming.get(request.request_id)) is not None:
             if not coming.done():  # it has a deadline
+                self._requests.waits(request)
                 return None
             del self._coming[request.request_id]
+            self._requests.prefetched(request, coming)
         start = computed // self._block_tokens
         if (promised := self._promised.blocks(request.request_id, start)) is not None:
             return promised * self._block_tokens
@@ -205,20 +209,23 @@ class SchedulerSide:
         if self._stack is None:
             return
         if self._promised.arrives(request.request_id):
+            self._requests.goes_on(request)
             return  # it runs already, unless everything was reset while its load went on
         self._gave_back(request)  # where it was preempted
         running = self._running[request.request_id] = Running(request)
-        self._requests.admitted(request, tokens)
         promised = self._promised.redeem(request.request_id)
+        start = promised.start if promised is not None else 0
+        self._requests.admitted(request, tokens, start, self._block_tokens)
         if promised is None:
             return
-        start, lease = promised.start, promised.lease
+        lease = promised.lease
         count = tokens // self._block_tokens
         if not count:
             lease.end()
             return
         if promised.later:
             self._promised.expect(request.request_id)
+            self._requests.waits(request)
         lease.span.add_event(telemetry.ADMITTED)
         loaded = list(blocks[0][start : start + count])
         self._doubt.loads(loaded)
@@ -332,6 +339,8 @@ class SchedulerSide:
         for job in self._jobs.acked(acks.ranks, acks.failed, acks.seconds):
             if job.seconds and self._stack is not None:  # else no rank has begun to copy
                 self._stack.copied(job.operation, job.seconds, failed=job.failed)
+                if job.operation == "load":
+                    self._requests.loaded(job.owner.request, job.seconds)
                 if job.operation == "load" and not job.failed:
                     self._promised.loaded(len(job.lease), job.seconds)
             if job.failed:

@@ -21,10 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opentelemetry.trace import Span
-
 from kvcache import telemetry
-from kvcache.connectors.copier import Copy, PageCopier
+from kvcache.connectors.copier import Copy, Made, PageCopier
 from kvcache.connectors.copies import device_of, form, open_copier
 from kvcache.connectors.layouts import LayoutError
 from kvcache.connectors.pages import prepare
@@ -49,7 +47,7 @@ class _UnderWay:
 
     transfer: Transfer
     load: bool
-    span: Span
+    begun_ns: int  # since 1970
     copy: Copy
     share: float  # of the copy
 
@@ -160,10 +158,10 @@ class WorkerSide:
         slots = [slot for transfer in transfers for slot in transfer.slots]
         if not blocks:
             return True
-        begun = time.perf_counter()
-        spans = [telemetry.beyond(transfer.trace, telemetry.COPY) for transfer in transfers]
+        begun_ns = time.time_ns()
         try:
             copier = self.copier or self._attach(memory)
+            begun_ns = time.time_ns()
             if load:
                 awaited = transfers[0].awaited_by is None
                 trusted = self._passes.trusted
@@ -173,31 +171,32 @@ class WorkerSide:
         except Exception as wrong:
             what = "load" if load else "store"
             log.exception("kvcache: %s of %d blocks failed", what, len(blocks))
-            seconds = time.perf_counter() - begun
-            for transfer, span in zip(transfers, spans, strict=True):
-                self._end(transfer, span, seconds, load=load, error=type(wrong).__name__)
+            over = Made((time.time_ns() - begun_ns) / 1e9)
+            for transfer in transfers:
+                failed = _UnderWay(transfer, load, begun_ns, over, 1.0)
+                self._end(failed, error=type(wrong).__name__)
             return False
-        for transfer, span in zip(transfers, spans, strict=True):
+        for transfer in transfers:
             share = len(transfer.blocks) / len(blocks)
-            self._under_way.append(_UnderWay(transfer, load, span, copy, share))
+            self._under_way.append(_UnderWay(transfer, load, begun_ns, copy, share))
         return True
 
-    def _end(
-        self, transfer: Transfer, span: Span, seconds: float, *, load: bool, error: str | None
-    ) -> None:
-        self._acks.seconds[transfer.job] = seconds
+    def _end(self, ended: _UnderWay, *, error: str | None) -> None:
+        transfer = ended.transfer
+        self._acks.seconds[transfer.job] = ended.seconds
         if transfer.awaited_by is not None:
             self._received.add(transfer.awaited_by)
         blocks = len(transfer.blocks)
         telemetry.end(
-            span,
+            telemetry.beyond(transfer.trace, telemetry.COPY, ended.begun_ns),
             {
-                telemetry.DIRECTION: "load" if load else "store",
+                telemetry.DIRECTION: "load" if ended.load else "store",
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
                 telemetry.REQUESTED: blocks,
                 telemetry.PAYLOAD: blocks * (self._shard.nbytes if self._shard else 0),
             },
             error=error,
+            ended_ns=ended.begun_ns + round(ended.copy.seconds * 1e9),
         )
         self._ack(transfer, failed=error is not None)
 
@@ -244,7 +243,7 @@ class WorkerSide:
         going = []
         for job in self._under_way:
             if job.copy.over:
-                self._end(job.transfer, job.span, job.seconds, load=job.load, error=None)
+                self._end(job, error=None)
             else:
                 going.append(job)
         self._under_way = going

@@ -38,8 +38,9 @@ LONG = 20.0
 class Waiting(Played):
     """An engine over L1 and one tier that holds its answers back until it is told to go on."""
 
-    def __init__(self, side: SchedulerSide) -> None:
+    def __init__(self, side: SchedulerSide, now: list[float]) -> None:
         super().__init__(side)
+        self._now = now
         assert side._stack is not None
         self.stack = side._stack
         self.tier = Faulty()
@@ -48,6 +49,15 @@ class Waiting(Played):
             self.tier, name="l2", front=self.stack.front, space=space, deadline_s=LONG
         )
         self.stack._below = Below(self.stack.front, [self.lower])
+
+    @property
+    def now(self) -> float:
+        """The time of the scheduler's half, in seconds."""
+        return self._now[0]
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self._now[0] = seconds
 
     def keep_below(self, request: Request, blocks: int) -> None:
         for key in request.block_hashes[:blocks]:
@@ -65,17 +75,22 @@ class Waiting(Played):
         coming.result(LONG)
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+def opened_below(monkeypatch: pytest.MonkeyPatch) -> Waiting:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
-    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    now = [0.0]
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {}, lambda: now[0])
     side.open(shards())
     assert side._stack is not None
     side._stack.front.slab.wait_populated()
-    engine = Waiting(side)
+    return Waiting(side, now)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+    engine = opened_below(monkeypatch)
     yield engine
     engine.tier.gate.set()
-    side.close()
+    engine.side.close()
 
 
 def test_a_request_waits_and_is_promised_what_came(engine: Waiting) -> None:

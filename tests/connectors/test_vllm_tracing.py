@@ -7,14 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.messages import Shard, Step
+from kvcache import telemetry
+from kvcache.connectors.vllm.messages import Acks, Shard, Step
 from kvcache.connectors.vllm.worker import WorkerSide
 from tests.connectors.played import BLOCK, SHARD, Played, Request, opened
+from tests.connectors.test_vllm_below import Waiting, opened_below
 from tests.connectors.workers import Copier
 
 pytestmark = pytest.mark.engine
@@ -27,6 +30,16 @@ HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     engine = opened(monkeypatch, 32)
     yield engine
+    engine.side.close()
+
+
+@pytest.fixture
+def below(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+    """An engine over L1 and a slow tier, at a time that the test sets."""
+    engine = opened_below(monkeypatch)
+    engine.side._requests.tiers = ["l1", "l2"]
+    yield engine
+    engine.tier.gate.set()
     engine.side.close()
 
 
@@ -96,6 +109,8 @@ def test_a_request_without_a_caller_is_a_trace_of_its_own(
         "kvcache.token.prompt": 4 * BLOCK,
         "kvcache.token.engine_hit": 0,
         "kvcache.token.hit": 3 * BLOCK,
+        "kvcache.token.tier.l1": 3 * BLOCK,
+        "kvcache.wait.duration": 0.0,
     }
     assert second.of("kvcache.lookup")["kvcache.token.hit"] == 3 * BLOCK
     traces = {span.context.trace_id for span in (*first.spans, *second.spans) if span.context}
@@ -150,6 +165,86 @@ def test_a_caller_who_does_not_record_gets_no_spans(
     step = live(played, Request("a", 2 * BLOCK, trace_headers=headers), [1, 2], worker())
     assert Trace(exported).spans == ()
     assert step.stores[0].trace == {}
+
+
+@pytest.mark.parametrize("params", [None, {"traceparent": HEADERS["traceparent"]}])
+def test_request_without_headers_gives_vllms_own_span_its_trace(
+    played: Played, exported: InMemorySpanExporter, params: dict[str, Any] | None
+) -> None:
+    request = Request("a", 2 * BLOCK, kv_transfer_params=params)
+    live(played, request, [1, 2], worker())
+    root = Trace(exported).one("kvcache.request").context
+    assert root is not None
+    theirs = trace.get_current_span(telemetry.caller(request.trace_headers)).get_span_context()
+    assert (theirs.trace_id, theirs.span_id) == (root.trace_id, root.span_id)
+
+
+def test_request_that_is_not_recorded_keeps_its_headers(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
+    request = Request("a", 2 * BLOCK, trace_headers=headers)
+    live(played, request, [1, 2], worker())
+    assert request.trace_headers is headers
+
+
+def test_copy_span_lasts_as_long_as_the_copy(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    live(played, Request("a", 3 * BLOCK, "same"), [1, 2, 3], worker())
+    live(played, Request("b", 4 * BLOCK, "same"), [4, 5, 6, 7], worker())
+    copies = [span for span in Trace(exported).spans if span.name == "kvcache.copy"]
+    assert len(copies) == 3
+    for span in copies:
+        assert span.end_time is not None
+        assert span.start_time is not None
+        assert span.end_time - span.start_time == 1_000_000_000  # as the copier says
+
+
+def test_request_that_waited_for_a_lower_tier_says_what_came_from_where(
+    below: Waiting, exported: InMemorySpanExporter
+) -> None:
+    below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
+    Trace(exported)
+    request = Request("a", 5 * BLOCK, "same")
+    below.keep_below(request, 4)
+    below.arrived(request)
+    for at in (5.0, 6.0, 7.0):
+        below.now = at
+        assert below.side.matched_tokens(request, BLOCK) is None
+    below.go_on(request)
+    below.now = 8.0
+    assert below.admit(request, [1, 2, 3, 4, 5], own=BLOCK) == 3 * BLOCK
+    step = below.step((request, BLOCK))
+    [load] = step.loads
+    below.side.acked(Acks({load.job: 2}, step=1, seconds={load.job: 0.25}))
+    below.ack(*step.stores)
+    below.side.finished(request)
+    said = Trace(exported).of("kvcache.request")
+    assert said["kvcache.token.engine_hit"] == BLOCK
+    assert said["kvcache.token.hit"] == 3 * BLOCK
+    assert said["kvcache.token.tier.l1"] == BLOCK
+    assert said["kvcache.token.tier.l2"] == 2 * BLOCK
+    assert said["kvcache.wait.duration"] == 3.25
+
+
+def test_request_that_waits_for_its_own_load_says_how_long(
+    below: Waiting, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
+    Trace(exported)
+    monkeypatch.setattr(below.side._promised, "later", lambda blocks, others: True)
+    request = Request("a", 2 * BLOCK + 1, "same")
+    below.side.arrived(request)
+    below.now = 10.0
+    assert below.admit(request, [1, 2, 3]) == 2 * BLOCK
+    below._new.clear()  # vLLM schedules it when the load is over
+    [load] = below.step().loads
+    below.side.acked(Acks({load.job: 2}, seconds={load.job: 0.25}))
+    below.now = 12.0
+    below.side.admitted(request, (request.blocks,), 0)
+    below.side.finished(request)
+    assert Trace(exported).of("kvcache.request")["kvcache.wait.duration"] == 2.0
 
 
 def test_a_copy_that_fails_is_seen(played: Played, exported: InMemorySpanExporter) -> None:

@@ -91,7 +91,7 @@ class Traffic:
 
     def user(self, seed: str) -> None:
         choose = random.Random(seed)
-        coming: list[Future[None]] = []
+        coming: list[Future[Match]] = []
         for _ in range(TURNS):
             at = choose.randrange(len(self.chats))
             name, turns = self.chats[at]

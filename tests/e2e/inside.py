@@ -263,6 +263,28 @@ def failed_load(engine: Engine) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def failed_load_asked_for_again(engine: Engine) -> dict[str, Any]:
+    """What the step of a failing load computed after those blocks is not what is found later."""
+    engine.fresh()
+    known = prompt("fails and is asked for", 4 * BLOCK + 3)
+    asked = known + prompt("beyond that", 2 * BLOCK)
+    engine.ask(known, tokens=1)
+    engine.evict_own()
+    use_every_page(engine)
+    engine.evict_own()
+    with engine.failing("scatter") as calls:
+        answers = [engine.ask(asked, tokens=16)]
+    answers.append(engine.ask(asked, tokens=16))  # from its own cache
+    engine.evict_own()
+    answers.append(engine.ask(asked, tokens=16))
+    engine.fresh()
+    cold = engine.ask(asked, tokens=16)
+    return {
+        "loads": calls[:1], "tokens": [answer["tokens"] for answer in answers],
+        "cached": answers[-1]["cached"], "cold": cold["tokens"], "ends": engine.open_ends(),
+    }  # fmt: skip
+
+
 def failed_load_of_all_it_has(engine: Engine) -> dict[str, Any]:
     """The step of the failing load completes no block of its own; is the prefix kept again?"""
     engine.fresh()

@@ -39,9 +39,17 @@ def later(stage: Stage) -> Play:
     return stage(acts_of_it, blocks=TINY, l1="64MiB")
 
 
-def by_layer(stage: Stage, **options: object) -> Play:
-    acts_of_it = (beside.copy_beside, beside.by_layer, inside.pages, inside.ends)
+def by_layer(stage: Stage, *more: Act, **options: object) -> Play:
+    acts_of_it = (beside.copy_beside, beside.by_layer, inside.pages, *more, inside.ends)
     return stage(acts_of_it, blocks=TINY, l1="64MiB", options=options)
+
+
+@pytest.fixture(scope="module")
+def drafting(stage: Stage) -> Play:
+    """With a drafter vLLM reports a step before it has the step's stores begun."""
+    drafter = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    more = (inside.failed_load_asked_for_again, inside.failed_load_of_two)
+    return by_layer(stage, *more, speculative_config=drafter)
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +126,18 @@ def test_a_compiled_model_asks_for_its_layers(stage: Stage) -> None:
     assert play.of(inside.ends) == NOTHING
 
 
-def test_with_a_drafter_all_is_there_before_the_forward_pass(stage: Stage) -> None:
-    drafter = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    play = by_layer(stage, speculative_config=drafter)
-    assert play.of(beside.by_layer) == 2 * [ALL_BEFORE]
+def test_with_a_drafter_all_is_there_before_the_forward_pass(drafting: Play) -> None:
+    assert drafting.of(beside.by_layer) == 2 * [ALL_BEFORE]
+
+
+def test_with_a_drafter_what_a_failed_load_spoiled_is_not_published(drafting: Play) -> None:
+    facts = drafting.of(inside.failed_load_asked_for_again, warned=True)
+    assert facts["loads"] == [4]
+    assert facts["tokens"] == 3 * [facts["cold"]]
+    assert facts["cached"] == 6 * BLOCK
+    two = drafting.of(inside.failed_load_of_two, warned=True)
+    assert two["tokens"] == two["again"] == two["right"]
+    assert drafting.of(inside.ends) == facts["ends"] == two["ends"] == NOTHING
 
 
 def test_l1_is_locked_for_the_device(dawdling: Play) -> None:

@@ -43,7 +43,10 @@ class Traces:
 
     def said(self, trace_id: str, name: str) -> dict[str, Any]:
         """The attributes of one span, less those that no two runs have the same of."""
-        varying = {"kvcache.queue.duration", "kvcache.request.id", "gen_ai.request.id"}
+        varying = {
+            *("kvcache.queue.duration", "kvcache.wait.duration"),
+            *("kvcache.request.id", "gen_ai.request.id"),
+        }
         said = self.one(trace_id, name).attributes
         return {key: value for key, value in said.items() if key not in varying}
 
@@ -94,6 +97,7 @@ def test_without_a_caller_a_request_is_a_trace_of_its_own(traces: Traces) -> Non
         "kvcache.prefetch",
         "kvcache.lookup",
         "kvcache.store",
+        "llm_request",
     }
     assert traces.said(root.trace_id, "kvcache.store")["kvcache.block.evicted"] == BLOCKS
 
@@ -127,9 +131,10 @@ def test_what_the_spans_say(traces: Traces) -> None:
     nbytes = {"kvcache.payload.size": BLOCKS * traces.model.block_nbytes}
     looked = profile | blocks | tokens
     prompt = {"kvcache.token.prompt": len(traces.model.asked), "kvcache.token.engine_hit": 0}
+    came = {"kvcache.token.tier.l1": 0, "kvcache.token.tier.disk": BLOCKS * BLOCK}
     copy = {"kvcache.copy.direction": "load", "kvcache.rank": "pp0 tp0"}
     for name, said in {
-        "kvcache.request": prompt | tokens | {"gen_ai.request.model": MODEL},
+        "kvcache.request": prompt | tokens | came | {"gen_ai.request.model": MODEL},
         "kvcache.prefetch": looked | {"kvcache.l1.block.hit": 0},
         "kvcache.tier.contains": disk | blocks,
         "kvcache.tier.load": disk | blocks | nbytes | {"kvcache.codec": "none"},
@@ -141,6 +146,9 @@ def test_what_the_spans_say(traces: Traces) -> None:
     ours, theirs = traces.one(AGAIN, "kvcache.request"), traces.one(AGAIN, "llm_request")
     assert ours.attributes["gen_ai.request.id"] == theirs.attributes["gen_ai.request.id"]
     assert [name for name, _ in ours.events] == ["kvcache.request.admitted"]
+    assert ours.attributes["kvcache.wait.duration"] > 0
+    first = traces.one(FIRST, "kvcache.request")
+    assert first.attributes["kvcache.token.tier.disk"] == 0
 
 
 def test_the_copies_of_two_ranks_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:
