@@ -27,7 +27,7 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
-from tests.core.faults import Faulty
+from tests.core.faults import ODD, USUAL, Faulty
 
 NBYTES = 64  # of a block
 SLOTS = 64
@@ -37,7 +37,7 @@ USERS = 4
 ROUNDS = 10
 TURNS = 220  # of every user in a round
 OURS = ("kvcache.", "concurrent.futures.")  # modules whose objects are looked into
-FAULTS = [*[""] * 20, "raise", "hole", "short", "count", "lie", "decline"]
+WRONG = [*[""] * 20, *USUAL]
 
 
 class Small(Faulty):
@@ -97,7 +97,7 @@ class Traffic:
             name, turns = self.chats[at]
             self.chats[at] = (name, turns + 1) if turns < 6 else (next(self.names), 1)
             keys = keys_of(f"chat {name}", 5 * turns)
-            self.tier.fault = choose.choice(FAULTS)
+            self.tier.fault = choose.choice([*WRONG, choose.choice(ODD)])
             if choose.random() < 0.5 and (bringing := self.stack.prefetch(keys)) is not None:
                 coming.append(bringing)
                 if choose.random() < 0.5:

@@ -4,7 +4,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,40 +14,12 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
+from tests.core.faults import goes_wrong
 from tests.core.odd import RAISED, PanicException, Unusable
 
 SLOTS = 24
 VERBS = ("access", "admit", "add", "remove", "evict")
 RAISED_HERE = sorted(RAISED.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
-
-
-class Wrong(Lru):
-    """LRU until ``fault`` is called in place of the method ``verb``."""
-
-    verb = ""
-    fault: Callable[..., Any]
-    calls = 0
-
-    def _may(self, verb: str, *arguments: Any) -> Any:
-        if verb == self.verb:
-            type(self).calls += 1
-            return self.fault(*arguments)
-        return getattr(Lru, verb)(self, *arguments)
-
-    def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        self._may("access", chain, held, now)
-
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
-        return self._may("admit", keys, after, now)  # type: ignore[no-any-return]
-
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        self._may("add", keys, after, now)
-
-    def remove(self, keys: Sequence[bytes]) -> None:
-        self._may("remove", keys)
-
-    def evict(self, count: int, take: Take) -> None:
-        self._may("evict", count, take)
 
 
 @pytest.fixture
@@ -56,15 +28,6 @@ def tier() -> Iterator[DramTier]:
     tier.slab.wait_populated()
     yield tier
     tier.close()
-
-
-def goes_wrong(tier: DramTier, verb: str, fault: Callable[..., Any]) -> None:
-    """Have ``verb`` of the tier's policy be ``fault`` from now on."""
-    policy = Wrong(SLOTS)
-    for stretch in tier._index._stretches.at.values():
-        Lru.add(policy, stretch.keys, stretch.after, 0.0)
-    policy.verb, policy.fault = verb, fault
-    tier._index._policy = policy
 
 
 def serve(tier: DramTier, keys: list[bytes]) -> int:
@@ -116,7 +79,7 @@ def test_a_policy_that_raises_is_replaced_and_no_block_is_lost(
     assert type(tier._index._policy) is Lru
     traffic(tier)
     [record] = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert "eviction policy Wrong: failed" in record.message
+    assert "eviction policy FaultyPolicy: failed" in record.message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,11 @@
-"""A whole stack over a tier that goes wrong in every way, against what was really stored."""
+"""A whole stack over a tier that goes wrong in every way, against what was really stored.
+
+``KVCACHE_MACHINE_EXAMPLES`` has it go on for longer: 25,000 examples are a million operations.
+"""
+
+import logging
+import os
+from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -6,8 +13,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvcache import Lease
 from tests.core.below import LONG, Below
+from tests.core.faults import FAULTS, goes_wrong
+from tests.core.odd import RAISED
 
-FAULTS = [*[""] * 6, "raise", "hole", "short", "count", "lie", "decline"]
+EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "120"))
+faults = st.just("") | st.sampled_from(FAULTS)
+done: Counter[str] = Counter()  # in this process
 
 
 class Faults(RuleBasedStateMachine):
@@ -21,24 +32,41 @@ class Faults(RuleBasedStateMachine):
         self.below = Below(slots=slots, pieces=pieces)
         self.below.lower[0].writes.queue_blocks = queue  # more than a stack so small would have
         self.out: list[Lease] = []
+        self.asked = self.filled = 0  # blocks of L1
+        self.threads = [t for lower in self.below.lower for t in lower.link.calls._threads]
+        logging.getLogger("kvcache").setLevel("CRITICAL")  # or a breaker that opens is logged
 
     @staticmethod
     def keys(chain: str) -> list[bytes]:
         return [chain[: at + 1].encode() for at in range(len(chain))]
 
-    @rule(fault=st.sampled_from(FAULTS))
+    @rule(fault=faults)
     def goes_wrong(self, fault: str) -> None:
         self.below.tiers[0].fault = fault
+
+    @rule(
+        verb=st.sampled_from(["access", "admit", "add", "remove", "evict"]),
+        name=st.sampled_from(sorted(RAISED.keys() - {"KeyboardInterrupt"})),
+    )
+    def policy_goes_wrong(self, verb: str, name: str) -> None:
+        def wrong(*_: object) -> None:
+            done["policy faults"] += 1
+            error = RAISED[name]()
+            raise error
+
+        goes_wrong(self.below.front, verb, wrong)
 
     @rule(chain=chains, skip=st.integers(0, 5))
     def put(self, chain: str, skip: int) -> None:
         keys = self.keys(chain)
         at = min(skip, len(keys) - 1)
-        self.below.put(keys[at:], keys[at - 1] if at else None)
+        self.filled += self.below.put(keys[at:], keys[at - 1] if at else None)
 
     @rule(target=reading, chain=chains, start=st.integers(0, 5))
     def fetch(self, chain: str, start: int) -> Lease:
-        lease = self.below.fetch(self.keys(chain), min(start, len(chain)))
+        start = min(start, len(chain))
+        self.asked += len(chain) - start
+        lease = self.below.fetch(self.keys(chain), start)
         self.out.append(lease)
         return lease
 
@@ -52,17 +80,18 @@ class Faults(RuleBasedStateMachine):
         if (coming := self.below.stack.prefetch(self.keys(chain))) is not None:
             coming.result(LONG)
 
-    @rule(chain=chains, fault=st.sampled_from(FAULTS))
+    @rule(chain=chains, fault=faults)
     def stored_and_lost_and_asked_for(self, chain: str, fault: str) -> None:
         self.below.tiers[0].fault = ""
         self.pause_ends()
-        self.below.put(self.keys(chain))
+        self.filled += self.below.put(self.keys(chain))
         assert self.below.stack.flush(LONG)
         front = self.below.front
         front.clear()
         for slot in front._index._free:  # or what is not read would be there from before
             front.slab.view(slot)[:] = b"\xee" * len(front.slab.view(slot))
         self.below.tiers[0].fault = fault
+        self.asked += len(chain)
         self.below.fetch(self.keys(chain)).end()
 
     @rule()
@@ -76,6 +105,7 @@ class Faults(RuleBasedStateMachine):
     @invariant()
     def l1_is_whole(self) -> None:
         if hasattr(self, "below"):
+            done["operations"] += 1
             self.below.front._index.check()
 
     def teardown(self) -> None:
@@ -90,8 +120,15 @@ class Faults(RuleBasedStateMachine):
         down = stats.lower[0]
         ways = down.stored_blocks + down.known_blocks + down.declined_blocks + down.dropped_blocks
         assert ways == stats.tiers[0].stored_blocks - down.loaded_blocks
+        assert stats.tiers[0].stored_blocks == self.filled + down.loaded_blocks
+        assert stats.tiers[0].lookup_blocks == self.asked
+        tier = self.below.tiers[0]
+        assert down.errors == tier.failed
+        assert down.loaded_blocks + down.missed_blocks == tier.asked_blocks
+        assert all(thread.is_alive() for thread in self.threads)
+        done["tier faults"] += tier.failed
         self.below.stack.close()
 
 
-Faults.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+Faults.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None)
 TestFaults = Faults.TestCase
