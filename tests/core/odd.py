@@ -5,8 +5,6 @@ import concurrent.futures
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import numpy as np
-
 
 class PanicException(BaseException):  # as pyo3 names it
     """What a panic of Rust becomes in Python: no ``Exception``."""
@@ -28,6 +26,13 @@ class Unusable:
     __bool__ = __len__ = __iter__ = __index__ = __int__ = __float__ = __repr__ = _raise
     __eq__ = __ne__ = __lt__ = __gt__ = __add__ = __radd__ = _raise
     __hash__ = _raise
+
+
+class Ambiguous:
+    """As an array of NumPy that has several elements."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of an array is ambiguous")
 
 
 RAISED: dict[str, Callable[[], BaseException]] = {
@@ -70,7 +75,7 @@ RETURNED: dict[str, Callable[[int], Any]] = {
     "a coroutine's future": lambda _: concurrent.futures.Future(),
     "unusable": lambda _: Unusable(),
     "unusable elements": lambda count: [Unusable()] * count,
-    "arrays": lambda count: np.ones((count, 2)),
+    "arrays": lambda count: [Ambiguous()] * count,
 }
 """Answers, for so many keys, that are no answers of any method."""
 
