@@ -340,9 +340,10 @@ class SchedulerSide:
             if job.seconds and self._stack is not None:  # else no rank has begun to copy
                 self._stack.copied(job.operation, job.seconds, failed=job.failed)
                 if job.operation == "load":
-                    self._requests.loaded(job.owner.request, job.seconds)
-                if job.operation == "load" and not job.failed:
-                    self._promised.loaded(len(job.lease), job.seconds)
+                    failed = len(job.lease) if job.failed else 0
+                    self._requests.loaded(job.owner.request, job.seconds, failed)
+                    if not failed:
+                        self._promised.loaded(len(job.lease), job.seconds)
             if job.failed:
                 job.owner.offered = min(job.owner.offered, job.at)
 

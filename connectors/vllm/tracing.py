@@ -117,11 +117,15 @@ class Requests:
         if traced is not None and not coming.cancelled() and coming.exception() is None:
             traced.sources = coming.result().sources
 
-    def loaded(self, request: Request, seconds: float) -> None:
+    def loaded(self, request: Request, seconds: float, failed_blocks: int) -> None:
         """A copy for the request took so long. Its step waited, unless the request waits alone."""
         traced = self._spans.get(request.request_id)
-        if traced is not None and traced.since is None:
+        if traced is None:
+            return
+        if traced.since is None:
             traced.waited_s += seconds
+        if failed_blocks:
+            traced.span.set_attribute(telemetry.FAILED, failed_blocks)
 
     def admitted(self, request: Request, hit_tokens: int, start: int, block_tokens: int) -> None:
         """The engine took it, with so many tokens that come from kvcache, from block ``start``."""

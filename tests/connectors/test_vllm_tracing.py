@@ -253,6 +253,20 @@ def test_a_copy_that_fails_is_seen(played: Played, exported: InMemorySpanExporte
     assert trace.of("kvcache.copy")["error.type"] == "OSError"
 
 
+def test_request_whose_load_failed_says_how_many_blocks(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    played.keep(Request("kept", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    Trace(exported)
+    request = Request("a", 2 * BLOCK + 1, "same")
+    played.side.arrived(request)
+    played.admit(request, [4, 5, 6])
+    [load] = played.step((request, 1)).loads
+    played.side.acked(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.5}))
+    played.side.finished(request)
+    assert Trace(exported).of("kvcache.request")["kvcache.block.failed"] == 2
+
+
 def test_no_span_is_left_open(played: Played, exported: InMemorySpanExporter) -> None:
     for name in ("waits", "runs"):
         played.side.arrived(Request(name, 2 * BLOCK))
