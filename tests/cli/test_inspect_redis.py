@@ -17,6 +17,7 @@ from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.redis import RedisTier, about_name_of, name_of
 from tests.tiers import servers
 from tests.tiers.frames import BLOCK, like_kv
+from tests.tiers.hostile import Hostile, saying
 from tests.tiers.servers import Server
 
 SPACES = [namespace({"model": model}) for model in ("a", "b")]
@@ -152,3 +153,39 @@ def test_inspect_redis_described_namespace_shows_its_identity(
     assert found["namespaces"][SPACES[0].hex()]["identity"] == about
     assert "identity" not in found["namespaces"][SPACES[1].hex()]
     assert found["blocks"] == 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost:1?password=SECRET77",
+        "redis://user:SECRET77@localhost:1",
+        "redis+sentinel://localhost:1/mymaster?pw=SECRET77",
+        "redis://localhost:1#token=SECRET77",
+    ],
+)
+def test_inspect_of_a_url_with_a_password_repeats_it_nowhere(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", url]) == 2
+    said = capsys.readouterr()
+    assert "SECRET77" not in said.out + said.err
+    assert said.err.startswith("inspect: ")
+
+
+def test_inspect_of_a_server_that_repeats_its_password_repeats_it_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUR_REDIS_PASSWORD", "correct-horse-77")
+    profile = tmp_path / "redis.toml"
+    with Hostile(saying(b"-ERR unknown \x1b[31m 'AUTH' with 'correct-horse-77'\r\n")) as server:
+        profile.write_text(
+            '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
+            f'[[tier]]\nname = "far"\nkind = "redis"\nurl = "{server.url}"\n'
+            'password_env = "OUR_REDIS_PASSWORD"\n'
+        )
+        assert cli.main(["inspect", "--profile", str(profile)]) == 2
+    said = capsys.readouterr()
+    assert "cannot be read" in said.err
+    assert "correct-horse" not in said.out + said.err
+    assert "\x1b" not in said.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -213,3 +214,19 @@ def test_a_cluster_and_one_server_are_not_taken_for_each_other(
         pytest.raises(ValueError, match="cluster support disabled"),
     ):
         RedisTier(url=alone.url, cluster=True, timeout_s=5)
+
+
+def test_cluster_without_a_node_that_answers_is_logged_once_and_when_it_is_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = Address("127.0.0.1", servers.free_port())
+    monkeypatch.setattr("kvcache.tiers.redis.nodes._PAUSE_S", 0)
+    cluster = Cluster(gone, Login(), 1)
+    for _ in range(3):
+        [refused] = cluster.nodes_of([b"name"], time.monotonic() + servers.PATIENCE_S)
+        assert isinstance(refused, Refused)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "no server is known (redis cluster at 127.0.0.1" in warning
+    monkeypatch.setattr("kvcache.tiers.redis.nodes.slots_of", lambda *_: [(0, 16383, gone)])
+    cluster.nodes_of([b"name"], time.monotonic() + servers.PATIENCE_S)
+    assert caplog.records[-1].getMessage() == "kvcache: redis: a server is known again"

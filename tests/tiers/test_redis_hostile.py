@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ pytest.importorskip("redis")
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier
-from kvcache.tiers.redis.login import Login, LoginError
+from kvcache.tiers.redis.login import Login
 from kvcache.tiers.redis.nodes import Cluster
 from kvcache.tiers.redis.sockets import Address, open_socket
 from kvcache.tiers.redis.wire import Refused, WireError
@@ -330,17 +330,31 @@ def test_error_at_run_time_is_logged_once_for_each_kind_and_for_few_kinds(
     assert all(text.isprintable() and len(text) < 600 for text in said)
 
 
-def test_greeting_that_is_refused_for_a_while_is_no_login_error() -> None:
+@pytest.mark.parametrize(
+    ("refusal", "passes"),
+    [
+        (b"-ERR max number of clients reached\r\n", True),
+        (b"-LOADING Redis is loading the dataset in memory\r\n", True),
+        (b"-WRONGPASS invalid username-password pair\r\n", False),
+        (b"-NOPERM this user has no permissions\r\n", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["database", "cluster", "sentinel"])
+def test_server_that_refuses_for_a_while_is_no_error_at_start(
+    refusal: bytes, passes: bool, kind: str
+) -> None:
     """A full or loading server comes back: the engine starts, and finds it again."""
-    refusals = [b"-ERR max number of clients reached\r\n", b"-LOADING Redis is loading\r\n"]
-    for refusal in refusals:
-        with Hostile(saying(refusal)) as server, pytest.raises(WireError):
-            Login(database=1).connect(Address("127.0.0.1", server.port), deadline())
-    with (
-        Hostile(saying(b"-ERR DB index is out of range\r\n")) as server,
-        pytest.raises(LoginError),
-    ):
-        Login(database=1).connect(Address("127.0.0.1", server.port), deadline())
+    with Hostile(saying(refusal)) as server:
+        url = {
+            "database": f"{server.url}/1",
+            "cluster": server.url,
+            "sentinel": f"redis+sentinel://127.0.0.1:{server.port}/mymaster",
+        }[kind]
+        refused = (
+            nullcontext() if passes else pytest.raises(ValueError, match=r"refuses: .*(WRO|NOP)")
+        )
+        with refused:
+            RedisTier(url=url, cluster=kind == "cluster", timeout_s=30).close()
 
 
 @pytest.fixture(autouse=True)

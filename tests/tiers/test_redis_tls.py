@@ -114,6 +114,26 @@ def test_a_server_that_nobody_vouches_for_is_refused(secured: Server, certificat
         RedisTier(url=secured.url, **tls(certificates, ca_file=""))
 
 
+@pytest.mark.parametrize(
+    ("files", "secret_key"),
+    [
+        ({"ca_file": "names"}, False),
+        ({"cert_file": "ca.key"}, False),
+        ({"key_file": "ca.key"}, False),
+        ({"key_file": "locked.key"}, True),
+    ],
+)
+def test_files_that_hold_no_certificate_are_an_error_at_start(
+    files: dict[str, str], secret_key: bool, certificates: Path
+) -> None:
+    if secret_key:  # no passphrase is asked for at the terminal
+        words = ["-aes256", "-passout", "pass:phrase", "-in", "server.key", "-out", "locked.key"]
+        done = ["openssl", "rsa", *words]
+        subprocess.run(done, cwd=certificates, check=True, capture_output=True)
+    with pytest.raises(ValueError, match="does not hold what TLS takes"):
+        RedisTier(url="rediss://127.0.0.1:1", **tls(certificates, **files))
+
+
 def test_a_server_of_another_name_is_refused(secured: Server, certificates: Path) -> None:
     url = secured.url.replace("127.0.0.1", "localhost")
     with pytest.raises(ValueError, match="localhost"):

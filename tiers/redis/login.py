@@ -38,6 +38,11 @@ class LoginError(Exception):
     """The server is there and refuses the connection: trying again does not help."""
 
 
+def error_of(refused: Refused) -> WireError | LoginError:
+    """What to raise where a server refuses what a connection begins with."""
+    return (WireError if refused.code in _PASSES else LoginError)(refused.text)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """What a URL says.
@@ -97,7 +102,7 @@ class Login:
             commands.append(command(b"SELECT", b"%d" % self.database))
         for reply in wire.exchange(commands, deadline):
             if isinstance(reply, Refused):
-                raise (WireError if reply.code in _PASSES else LoginError)(reply.text)
+                raise error_of(reply)
             if reply != 1:
                 raise WireError("the greeting is not answered with OK")
 

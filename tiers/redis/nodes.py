@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from kvcache.tiers.redis.login import Login, LoginError
+from kvcache.tiers.redis.login import Login, LoginError, error_of
 from kvcache.tiers.redis.sockets import Address, halfway, left
 from kvcache.tiers.redis.wire import Command, Refused, Reply, Wire, WireError, address_of
 
@@ -323,7 +323,7 @@ def slots_of(login: Login, address: Address, deadline: float) -> list[tuple[int,
     with closing(login.connect(address, deadline)) as wire:
         said = wire.say(b"CLUSTER", b"SLOTS", deadline=deadline)
         if isinstance(said, Refused):
-            raise LoginError(said.text)
+            raise error_of(said)
         ranges = []
         try:
             for first, last, primary, *_ in cast(Any, said):

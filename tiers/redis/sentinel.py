@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast
 import redis
 from redis.sentinel import MasterNotFoundError, Sentinel
 
-from kvcache.tiers.redis.login import Login, LoginError
+from kvcache.tiers.redis.login import Login, LoginError, error_of
 from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Node, Outage, Turn
 from kvcache.tiers.redis.sockets import Address, halfway
 from kvcache.tiers.redis.wire import Refused, WireError
@@ -167,7 +167,7 @@ class _Asked:
         with closing(self._login.connect(self.address, deadline)) as wire:
             said = wire.say(b"SENTINEL", b"MASTERS", deadline=deadline)
             if isinstance(said, Refused):
-                raise LoginError(said.text)
+                raise error_of(said)
             masters: dict[str, dict[str, object]] = {}
             try:
                 for flat in cast(Any, said):
