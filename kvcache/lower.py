@@ -24,6 +24,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.calls import LOAD, Answer
+from kvcache.front import checked
 from kvcache.link import Link
 from kvcache.pace import Pace
 from kvcache.process import own
@@ -75,6 +76,7 @@ class Lower:
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        front = checked(front)
         self.name = name
         self.waits_if_slower = if_slower == "load"
         self.link = Link(

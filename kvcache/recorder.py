@@ -19,7 +19,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
@@ -27,6 +28,7 @@ from queue import SimpleQueue
 from typing import Final
 
 from kvcache import inputs
+from kvcache.answers import TierError, called
 from kvcache.process import own
 from kvcache.sizes import format_size, parse_size
 
@@ -56,6 +58,33 @@ class Recorder:
 
 
 SILENT: Final = Recorder()
+
+
+class Careful(Recorder):
+    """A third-party recorder, of which the first failure ends the recording and nothing else."""
+
+    def __init__(self, inner: Recorder) -> None:
+        self._inner = inner
+        self._failed = False
+
+    def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
+        if not self._failed:
+            self._try(partial(self._inner.record, keys, tokens))
+
+    def close(self) -> None:
+        self._try(self._inner.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            called(call)
+        except TierError as error:
+            self._failed, kind = True, type(self._inner).__name__
+            log.warning("kvcache: recorder %s: failed (%s); it records no more", kind, error)
+
+
+def careful(recorder: Recorder) -> Recorder:
+    """``recorder``, in a :class:`Careful` where it is not of this package."""
+    return recorder if type(recorder) in (Recorder, FileRecorder) else Careful(recorder)
 
 
 class FileRecorder(Recorder):

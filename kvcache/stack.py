@@ -27,9 +27,10 @@ from opentelemetry.trace import Span
 from kvcache import metrics, telemetry
 from kvcache.below import Below, Match
 from kvcache.changes import Journal
+from kvcache.front import checked
 from kvcache.lower import Lower
 from kvcache.process import own
-from kvcache.recorder import SILENT, Recorder
+from kvcache.recorder import SILENT, Recorder, careful
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 
@@ -62,10 +63,10 @@ class Stack:
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder = SILENT,
     ) -> None:
-        self.front = front
+        self.front = checked(front)
         if lower:
-            front.feeds()
-        self.recorder = recorder
+            self.front.feeds()
+        self.recorder = careful(recorder)
         self.profile = profile
         self._block_tokens = block_tokens
         self._named = TierName(name, kind or type(front).__name__)
@@ -73,7 +74,7 @@ class Stack:
         self._clock = clock
         self._lock = threading.Lock()
         self._loaded_blocks = 0
-        self._below = Below(front, lower, clock)
+        self._below = Below(self.front, lower, clock)
         metrics.watch(self)
         own(self)
 

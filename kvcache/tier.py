@@ -6,6 +6,8 @@ Always true here:
   key and in order. It knows nothing of models or threads, and of prefixes only what is of no use
   without what.
 * Absence and refusal are values (0 bytes, ``False``); only breakage is an exception.
+* The stack takes any exception, ``BaseException`` too, and any answer that is not as the method
+  says for a failure of that call: its blocks are misses or declined, and nothing else is lost.
 * A lease ends exactly once. Until then the slots it names belong to its holder and to nobody else.
 """
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from kvcache.changes import Changes
 from kvcache.eviction import DEFAULT, Eviction, fallback, policy_option
+from kvcache.front import ours
 from kvcache.index import Index
 from kvcache.process import own
 from kvcache.sizes import Size
@@ -22,6 +23,7 @@ from kvcache.slab import Slab, slot_nbytes_for
 from kvcache.tier import FrontTier, Lease, TierStats
 
 
+@ours
 class DramTier(FrontTier):
     """A front tier in this host's memory.
 

@@ -109,6 +109,7 @@ class Faults(RuleBasedStateMachine):
             self.below.front._index.check()
 
     def teardown(self) -> None:
+        logging.getLogger("kvcache").setLevel("NOTSET")
         if not hasattr(self, "below"):
             return
         self.below.tiers[0].fault = ""

@@ -239,3 +239,41 @@ def test_usage_that_a_signal_interrupts_ends_the_process(below: Below) -> None:
             below.stack.stats()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", [*RAISED, *RETURNED])
+def test_a_namespace_that_goes_wrong_costs_the_calls_until_it_is_known(name: str) -> None:
+    def wrong(*_: object) -> Any:
+        if name in RETURNED:
+            return RETURNED[name](1)
+        error = RAISED[name]()
+        raise error
+
+    below = Below()
+    kept = keys_of("kept", 2)
+    below.keep_below(kept)
+    below.tiers[0].resolve = wrong  # type: ignore[assignment,method-assign]
+    assert below.got(kept) == 0
+    below.put(keys_of("stored", 1))
+    assert below.stack.flush(LONG)
+    assert adds_up(below).errors == 2
+    del below.tiers[0].resolve
+    assert below.got(kept) == 2
+    below.check()
+    below.stack.close()
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_a_reset_that_goes_wrong_is_a_reset_of_this_stack(name: str) -> None:
+    def wrong(*_: object) -> None:
+        error = RAISED[name]()
+        raise error
+
+    below = Below()
+    below.tiers[0].forget = wrong  # type: ignore[assignment,method-assign]
+    below.put(keys_of("a", 2))
+    assert below.stack.flush(LONG)
+    below.stack.clear()
+    assert below.got(keys_of("a", 2)) == 0
+    below.check()
+    below.stack.close()
