@@ -110,6 +110,11 @@ class Index:
     def pinned_slots(self) -> int:
         return len(self._pins.keys() | self.filling().values())
 
+    @property
+    def free_slots(self) -> int:
+        """Slots that a new block can have without that another one leaves."""
+        return len(self._free)
+
     def access(self, chain: Sequence[bytes], start: int) -> int:
         """A request asks for ``chain[start:]``; give how many of its leading blocks are READY."""
         find = self._stretches.find

@@ -9,6 +9,7 @@ Always true here:
   a record may stand without its block, which is what the frames around this tier are for.
 * No lock is held while bytes move. A slot is given back only when no read or write of it is under
   way, and a file is closed only when no call is.
+* No block leaves for one that cannot be written: a disk that is read-only keeps what it has.
 * What the disk will not do is a decline or a miss, of which one a minute is logged of each kind.
   A block that cannot be read is forgotten, so that it can be stored again.
 """
@@ -16,6 +17,7 @@ Always true here:
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
 import os
@@ -35,7 +37,7 @@ from kvcache.process import own
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
-from kvcache.tiers.disk import spaces
+from kvcache.tiers.disk import locks, spaces
 from kvcache.tiers.disk.files import Directory
 from kvcache.tiers.disk.places import location
 from kvcache.tiers.disk.records import (
@@ -53,6 +55,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BESIDE = 3 * PAGE  # the lock, the geometry, and the records' last page, which they may not fill
+_TAKES_NOTHING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # whichever the slot
 _TELL_EVERY_S = 60.0  # of one kind of failure
 _CLOSE_S = 10.0  # to wait for calls that are under way
 
@@ -110,6 +113,7 @@ class DiskTier(Tier):
         self._quiet = threading.Condition(self._lock)
         self._calls = 0  # under way
         self._closed = False
+        self._takes_nothing = False  # the file system, when it was last written to
         self._told: dict[tuple[str, int | None], float] = {}
         self._clock = clock
         try:
@@ -207,7 +211,10 @@ class DiskTier(Tier):
         with self._call() as may:
             if not may:
                 return [False] * len(keys)
+            can_write = self._can_write(len(fit))
             with self._lock:
+                if not can_write:
+                    fit = fit[: self._index.free_slots]
                 stored = [keys[at] for at in fit]
                 self._index.access(stored, 0)  # whoever stores them has just used them
                 positions, slots = self._index.reserve(stored, after)
@@ -240,6 +247,20 @@ class DiskTier(Tier):
                 if not write.cancelled():
                     write.result()  # what is not the disk's fault is the caller's
             return self.contains(keys)
+
+    def _can_write(self, blocks: int) -> bool:
+        """Whether blocks may leave so that so many can come: not while nothing can be written.
+
+        A file system that takes nothing is found out by a small write before a block leaves. One
+        that fails afterwards has left a free slot, which is tried until a write succeeds.
+        """
+        with self._lock:
+            if self._index.free_slots >= blocks:
+                return True
+        with self._declined("store"):
+            locks.sign(self._files.lock)
+            return not self._takes_nothing
+        return False
 
     def remove(self, keys: Sequence[bytes]) -> None:
         with self._call() as may:
@@ -326,11 +347,18 @@ class DiskTier(Tier):
         with self._declined("store"), self._pages(block) as pages:
             if pages.obj is not block.obj:
                 pages[:nbytes] = block
-            self._records.clear(slot)
-            if os.pwritev(self._files.blocks, [pages], slot * self._slot_nbytes) == len(pages):
+            try:
+                self._records.clear(slot)
+                written = os.pwritev(self._files.blocks, [pages], slot * self._slot_nbytes)
+                if written < len(pages):
+                    return False
                 self._records.write(record)
-                self._nbytes[slot] = nbytes
-                return True
+            except OSError as error:
+                self._takes_nothing = error.errno in _TAKES_NOTHING
+                raise
+            self._takes_nothing = False
+            self._nbytes[slot] = nbytes
+            return True
         return False
 
     @contextmanager
