@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e import acts, beside, inside
+from tests.e2e import acts, beside, forks, inside
 from tests.e2e.conftest import Stage
 from tests.e2e.engine import BLOCK, Act, Play, starts
 
@@ -16,7 +16,7 @@ NOTHING = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
 
 @pytest.fixture(scope="module")
 def kept(stage: Stage) -> Play:
-    return stage((*acts.SAME, *inside.ACTS), blocks=TINY, l1="64MiB")
+    return stage((*acts.SAME, forks.forked, *inside.ACTS), blocks=TINY, l1="64MiB")
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +273,14 @@ def test_failed_store_is_offered_again(kept: Play) -> None:
     assert facts["step"] == {"failed": 4, "stored": 0, "held": [False] * 4, "pinned": 0}
     assert facts["held"] == [True] * 4
     assert facts["cached"] == 4 * BLOCK
+    assert facts["ends"] == NOTHING
+
+
+def test_fork_of_the_engine_is_refused_and_changes_no_answer(kept: Play) -> None:
+    facts = kept.of(forks.forked)
+    assert facts["refused"]
+    assert facts["again"]["tokens"] == facts["right"]["tokens"]
+    assert facts["again"]["cached"] == 6 * BLOCK
     assert facts["ends"] == NOTHING
 
 
