@@ -19,7 +19,7 @@ class ProfileError(ValueError):
     def __init__(self, profile: str, problems: Sequence[str]) -> None:
         super().__init__(profile, problems)
         self.profile = profile
-        self.problems = tuple(problems)
+        self.problems = tuple(map(secrets.printable, problems))
 
     def __str__(self) -> str:
         if len(self.problems) == 1:

@@ -80,7 +80,7 @@ def find(profile: str, folder: Path) -> Path:
 
     Raises ValueError that says what there is.
     """
-    if "/" in profile or profile.endswith(".toml"):
+    if ("/" in profile or profile.endswith(".toml")) and "://" not in profile:
         return folder / profile
     known = shipped()
     if profile in known:

@@ -1,6 +1,7 @@
 """A disk tier read from outside: what it has, while it is open too; nothing is changed by it."""
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_reader_leaves_no_file_open(tier: DiskTier, tmp_path: Path) -> None:
 
     before = files()
     with closing(Reader(tmp_path)):
-        assert files() == before + 2
+        assert files() == before + 3
     (tmp_path / "records").write_bytes(b"")
     with pytest.raises(ValueError, match="no disk tier"):
         Reader(tmp_path)
@@ -143,3 +144,33 @@ def test_room_is_what_is_free_and_what_the_tier_has(tier: DiskTier, tmp_path: Pa
     free = space.f_bavail * space.f_frsize
     assert shortage(tmp_path, free // 2) is None
     assert "are free" in str(shortage(tmp_path, 2 * free + (1 << 30)))
+
+
+def test_sparse_records_are_read_without_their_holes(tier: DiskTier, tmp_path: Path) -> None:
+    """The file has 8 TiB, of which three records are written."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("records", "blocks"):
+        (copy / name).write_bytes((tmp_path / name).read_bytes())
+    with (copy / "records").open("r+b") as file:
+        page = bytearray(file.read(24))
+        struct.pack_into("<Q", page, 16, 1 << 53)
+        file.seek(0)
+        file.write(page)
+        file.truncate(1 << 43)
+    with closing(Reader(copy)) as reader:
+        assert reader.geometry.slots == 1 << 53
+        assert [record.key for record in reader] == KEYS[:3]
+
+
+def test_a_slot_larger_than_memory_is_one_error(tier: DiskTier, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "records").write_bytes((tmp_path / "records").read_bytes())
+    with (copy / "records").open("r+b") as file:
+        file.seek(8)
+        file.write(struct.pack("<Q", 1 << 43))
+    with (copy / "blocks").open("wb") as file:
+        file.truncate(1 << 43)
+    with pytest.raises(ValueError, match="cannot read a disk tier"):
+        Reader(copy)

@@ -52,7 +52,7 @@ class Reader(Tier):
                 record.key: record for record in sorted(read_records(self._record_file, geometry))
             }
             self._memory = mmap.mmap(-1, geometry.slot_nbytes)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # a slot may be larger than any memory
             self.close()
             raise ValueError(f"cannot read a disk tier at {str(path)!r}: {error}") from error
         except ValueError:

@@ -34,6 +34,7 @@ _FIELDS = struct.Struct(f"<IQQBB{KEY_NBYTES}s{KEY_NBYTES}s")
 _CRC = struct.Struct("<I")
 _WHOLE = struct.Struct(f"<{_FIELDS.size}sI{RECORD_NBYTES - _FIELDS.size - _CRC.size}x")
 _READ_NBYTES = 1 << 20  # at a time
+_BEYOND = 1 << 64  # every offset
 
 
 def file_nbytes(slots: int) -> int:
@@ -101,16 +102,31 @@ def _mark(blocks: int) -> bool:
 
 
 def read_records(file: int, geometry: Geometry) -> Iterator[Record]:
-    """Every record that verifies, by slot."""
-    at, end = 0, file_nbytes(geometry.slots)
-    for begin in range(PAGE, end, _READ_NBYTES):
+    """Every record that verifies, by slot. A file takes as long as it has data, not holes."""
+    begin, end = PAGE, file_nbytes(geometry.slots)
+    while (begin := _next_data(file, begin)) < end:
         piece = os.pread(file, min(_READ_NBYTES, end - begin), begin)
         if len(piece) < RECORD_NBYTES:
             return  # cut, by who opened the tier with another geometry
+        at = (begin - PAGE) // RECORD_NBYTES
         for fields, crc in _WHOLE.iter_unpack(piece[: len(piece) // RECORD_NBYTES * RECORD_NBYTES]):
             if record := _verified(fields, crc, at, geometry.slot_nbytes):
                 yield record
             at += 1
+        begin += _READ_NBYTES
+
+
+def _next_data(file: int, begin: int) -> int:
+    """Where the next page with data begins, at ``begin`` or behind it; beyond all if there is none.
+
+    A file system without holes answers with ``begin``.
+    """
+    try:
+        return os.lseek(file, begin, os.SEEK_DATA) // PAGE * PAGE
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return _BEYOND
+        return begin
 
 
 def read_record(file: int, geometry: Geometry, slot: int) -> Record | None:

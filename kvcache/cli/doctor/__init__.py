@@ -12,14 +12,14 @@ import json
 import logging
 import re
 import sys
-import threading
 from collections.abc import Iterator
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from kvcache.cli.doctor import disk, machine, otlp, probe, redis, versions
 from kvcache.cli.doctor.result import Result, fail, ok, warn
 from kvcache.cli.table import painter
+from kvcache.inputs import within
+from kvcache.secrets import redact
 from kvcache.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -116,11 +116,16 @@ def _lower(row: Row, block_nbytes: int | None) -> list[Result]:
         tried = probe.check(row, block_nbytes)
         return [tried, *(redis.check(row) if row.kind == "redis" else ())]
 
-    answer: SimpleQueue[list[Result]] = SimpleQueue()
-    threading.Thread(target=lambda: answer.put(check()), daemon=True).start()
+    def tried() -> list[Result]:
+        try:
+            return check()
+        except BaseException as error:  # noqa: BLE001 - a tier may raise anything; Ctrl-C is not here
+            why = redact(f"{type(error).__name__}: {error}")
+            return [fail(row.name, f"cannot be looked at: {why}", f"see why: {row.where}")]
+
     try:
-        return answer.get(timeout=WAIT_S)
-    except Empty:
+        return within(WAIT_S, tried)
+    except TimeoutError:
         return [
             fail(
                 row.name,

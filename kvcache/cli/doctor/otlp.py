@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvcache.cli.doctor.result import Result, fail, ok, warn
+from kvcache.inputs import within
+from kvcache.secrets import redact
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -35,7 +37,7 @@ def _ask(environ: Mapping[str, str]) -> Result:
             f"{PREFIX}PROTOCOL={' or '.join(_FOLDERS)}",
         )
     folder, port = _FOLDERS[protocol]
-    where = f"{_said(environ, 'ENDPOINT') or f'http://localhost:{port}'} ({protocol})"
+    where = f"{redact(_said(environ, 'ENDPOINT')) or f'http://localhost:{port}'} ({protocol})"
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return warn("otlp", f"{where}: no span is sent, OTEL_SDK_DISABLED is true", "unset it")
     try:
@@ -50,16 +52,17 @@ def _ask(environ: Mapping[str, str]) -> Result:
     with _heard() as reasons:
         exporter = exporters.OTLPSpanExporter(timeout=_WAIT_S)
         try:
-            taken = exporter.export([span]).name == "SUCCESS"
+            taken = within(2 * _WAIT_S, lambda: exporter.export([span]).name == "SUCCESS")
         except Exception as error:  # noqa: BLE001 - whatever it is, the span did not arrive
             taken = False
             reasons.append(f"{type(error).__name__}: {error}")
         finally:
-            exporter.shutdown()
+            with suppress(TimeoutError):
+                within(_WAIT_S, exporter.shutdown)
     if taken:
         return ok("otlp", f"{where} took a span")
     # The last one may only say that it was given up; the longest has the cause.
-    why = f": {max(reasons, key=len)}" if reasons else ""
+    why = f": {redact(max(reasons, key=len))}" if reasons else ""
     return fail(
         "otlp",
         f"{where} took no span{why}",

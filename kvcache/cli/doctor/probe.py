@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.cli.doctor.result import Result, fail, ok, warn
 from kvcache.keys import DIGEST_NBYTES, join, namespace
+from kvcache.secrets import redact
 
 if TYPE_CHECKING:
     from kvcache.profiles.rows import Row
@@ -46,7 +47,7 @@ def check(row: Row, block_nbytes: int | None) -> Result:
         with closing(Framed(tier, block_nbytes=size)) as framed:
             return _asked(row, framed, size)
     except Exception as error:  # noqa: BLE001 - a tier may raise anything, and that is the finding
-        why = f"{type(error).__name__}: {error}"
+        why = redact(f"{type(error).__name__}: {error}")
         its = f"{override_of(row.name, '...')}, or {row.where}"
         return fail(
             row.name,

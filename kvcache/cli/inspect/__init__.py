@@ -15,6 +15,7 @@ from importlib import import_module
 
 from kvcache.cli.inspect.contents import Contents
 from kvcache.cli.table import painter
+from kvcache.secrets import redact
 
 READERS = {
     "disk": ("kvcache.cli.inspect.disk", "path"),
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = [read(options, args.verify) for read, options in _tiers(args.place, args.profile)]
     except ValueError as error:
-        print(f"inspect: {error}", file=sys.stderr)
+        print(f"inspect: {redact(str(error))}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps({"tiers": [contents.figures() for contents in found]}))

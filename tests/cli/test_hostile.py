@@ -1,0 +1,141 @@
+"""Each command with each odd input: it ends in time, with one message and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.cli import hostile
+
+pytest.importorskip("redis")
+
+LIMIT_S = 120  # for all commands with one input, on a machine that does other things too
+
+ASKED_BY_DOCTOR = {"silent", "flood", "drip-of-headers", "flood-of-a-page", "secret"}
+"""The doctor measures the machine too, so it meets only these servers."""
+
+# Runs the commands given on the standard input with short waits, and says how each ended.
+DRIVER = """
+import contextlib, io, json, sys, time
+from kvcache import cli, inputs
+from kvcache.cli import doctor, server, top
+from kvcache.cli.doctor import otlp
+inputs.WAIT_S = server.WAIT_S = server.QUIET_S = top._TIMEOUT_S = otlp._WAIT_S = 0.5
+doctor.WAIT_S = 10.0
+ended = []
+for argv in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(argv)
+        except SystemExit as end:
+            code = end.code
+    ended.append([argv[0], code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+class Ended(NamedTuple):
+    command: str
+    code: int
+    out: str
+    err: str
+
+
+def run(commands: list[list[str]], **environ: str) -> list[Ended]:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(commands), text=True, check=False,
+        capture_output=True, timeout=LIMIT_S, env=os.environ | environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr  # of a thread
+    return [Ended(*each) for each in json.loads(done.stdout)]
+
+
+def assert_one_message(ended: Ended) -> None:
+    said = ended.out + ended.err
+    assert ended.code in (1, 2), ended
+    assert "Traceback" not in said
+    assert "unexpected" not in said
+    assert "hunter2" not in said
+    assert all(line.isprintable() for line in said.splitlines()), ended
+    if ended.command == "doctor":
+        assert "FAIL" in ended.out
+        assert len(said) < 6000
+    else:
+        assert len(said) < 1500
+        assert len(said.splitlines()) == 1, ended
+
+
+@pytest.mark.parametrize("name", hostile.FILES)
+def test_commands_with_an_odd_file_end_with_one_message(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.toml"
+    hostile.FILES[name](path)
+    file = str(path)
+    commands = [
+        ["profile", "check", file],
+        ["profile", "show", file],
+        ["inspect", "--profile", file],
+        ["inspect", file],
+        ["plan", file],
+        ["replay", file, "--policy", "lru"],
+        ["doctor", "--profile", file],
+    ]
+    for ended in run(commands):
+        assert_one_message(ended)
+
+
+@pytest.mark.parametrize("name", hostile.SERVERS)
+def test_commands_with_an_odd_server_end_with_one_message(name: str, tmp_path: Path) -> None:
+    profile = tmp_path / "redis.toml"
+    with hostile.server(hostile.SERVERS[name]) as port:
+        profile.write_text(
+            'extends = "l1-redis"\n[[tier]]\nname = "l1"\ncapacity = "1MiB"\n'
+            f'[[tier]]\nname = "redis"\nurl = "redis://127.0.0.1:{port}"\n'
+        )
+        commands = [
+            ["inspect", f"redis://127.0.0.1:{port}", "--verify"],
+            ["top", f"http://me:hunter2@127.0.0.1:{port}/metrics?pw=hunter2", "--once"],
+        ]
+        if name in ASKED_BY_DOCTOR:
+            commands.append(["doctor", "--profile", str(profile)])
+        otlp = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://me:hunter2@127.0.0.1:{port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        }
+        for ended in run(commands, **otlp):
+            assert_one_message(ended)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["top", "ftp://me:hunter2@host/?pw=hunter2"], "URL is ftp://***@host/?pw=***"),
+        (["inspect", "http://me:hunter2@host"], "http://***@host"),
+        (["inspect", "redis://me:hunter2@host"], "url holds a user or a password"),
+        (["inspect", "redis://host?pw=hunter2"], "url holds a user or a password"),
+        (["profile", "show", "--pw=hunter2"], "--pw=***"),
+        (["profile", "show", "redis://me:hunter2@host/x"], "no such profile"),
+        (["top", "--interval", "x", "http://me:hunter2@h"], "--interval"),
+        (["replay", "x", "--token", "hunter2"], "--token ***"),
+    ],
+)
+def test_arguments_with_a_secret_are_not_repeated(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvcache import cli
+
+    try:
+        code = cli.main(argv)
+    except SystemExit as end:
+        code = end.code  # type: ignore[assignment]
+    said = capsys.readouterr()
+    assert code in (1, 2)
+    assert says in said.err
+    assert "hunter2" not in said.out + said.err
