@@ -73,3 +73,18 @@ def test_late_failures_of_before_do_not_hurry_it(clock: Clock) -> None:
     breaker.failed()
     clock.now = 2.0
     assert not breaker.allows()
+
+
+def test_a_probe_that_nothing_is_told_of_gives_way_to_another(clock: Clock) -> None:
+    breaker = Breaker(clock, failures=1, pause_s=1.0, longest_s=8.0)
+    breaker.failed()
+    clock.now = 1.0
+    assert breaker.allows()  # and its call hangs for ever
+    clock.now = 8.9
+    assert breaker.idle
+    assert not breaker.allows()
+    clock.now = 9.0
+    assert not breaker.idle
+    assert [breaker.allows(), breaker.allows()] == [True, False]
+    assert breaker.succeeded()
+    assert not breaker.open

@@ -109,6 +109,32 @@ def test_a_process_whose_disk_hangs_ends(hangs: str, closes: str, tmp_path: Path
         assert "tier disk: close hangs" in err
 
 
+def test_a_call_that_ends_after_the_stack_was_closed_has_its_memory() -> None:
+    script = """
+import gc
+go, late = threading.Event(), threading.Semaphore(0)
+
+class Late(Faulty):
+    def load(self, keys, into):
+        hanging.release()
+        go.wait()
+        for view in into:
+            view[:] = b"\\xff" * len(view)
+        late.release()
+        return [len(view) for view in into]
+
+stack = Stack(front, [lower(Late(), "late")], profile="test")
+keys = keys_of("a", 4)
+assert len(stack.fetch(Match(keys, 0, 4, (1,) * 4)).result()) == 0
+assert hanging.acquire(timeout=30)
+stack.close(flush_s=0.1)
+gc.collect()
+go.set()
+assert late.acquire(timeout=30)
+"""
+    ends(script, "load", "closes")
+
+
 def test_a_process_that_closes_while_it_exits_ends(tmp_path: Path) -> None:
     script = """
 import atexit
