@@ -134,7 +134,9 @@ class FaultyPolicy(Lru):
 def goes_wrong(tier: DramTier, verb: str, fault: Callable[..., Any]) -> None:
     """Have ``verb`` of the tier's policy be ``fault`` from now on."""
     policy = FaultyPolicy(tier.slab.slots)
-    for stretch in tier._index._stretches.at.values():
-        Lru.add(policy, stretch.keys, stretch.after, 0.0)
-    policy.verb, policy.fault = verb, fault
-    tier._index._policy = policy
+    with tier._lock:
+        for stretch in tier._index._stretches.at.values():
+            if stretch.ready:
+                Lru.add(policy, stretch.keys, stretch.after, 0.0)
+        policy.verb, policy.fault = verb, fault
+        tier._index._policy = policy

@@ -106,7 +106,8 @@ class Faults(RuleBasedStateMachine):
     def l1_is_whole(self) -> None:
         if hasattr(self, "below"):
             done["operations"] += 1
-            self.below.front._index.check()
+            with self.below.front._lock:  # a thread may be writing
+                self.below.front._index.check()
 
     def teardown(self) -> None:
         logging.getLogger("kvcache").setLevel("NOTSET")
