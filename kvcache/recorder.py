@@ -36,6 +36,7 @@ VARIABLE: Final = "KVCACHE_RECORD"
 LIMIT_VARIABLE: Final = "KVCACHE_RECORD_LIMIT"
 LIMIT: Final = "256MiB"
 QUEUE: Final = 1024  # requests that wait to be written, at most
+CLOSE_S: Final = 5.0  # to write what waits
 BREATH: Final = 64  # blocks after which a request's thread may run
 HASH_NBYTES: Final = 6  # a number that JSON readers take, and that ten million blocks do not share
 
@@ -121,7 +122,10 @@ class FileRecorder(Recorder):
     def close(self) -> None:
         if not self._file.closed:
             self._waiting.put(None)
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                log.warning("kvcache: recording in %s hangs; it is left open", self._path)
+                return
             self._file.close()
             if self._left_out:
                 log.warning(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from typing import Any
 
-from kvcache import memory, recorder
+from kvcache import answers, memory, recorder
 from kvcache.keys import described
 from kvcache.lower import Lower
 from kvcache.profiles.errors import ProfileError
@@ -86,7 +86,7 @@ def open_stack(
                 **row.options_for(Framed),
             )
             lower.append(
-                Lower(
+                each := Lower(
                     framed,
                     name=row.name,
                     kind=row.kind,
@@ -96,6 +96,7 @@ def open_stack(
                     **row.options_for(Lower),
                 )
             )
+            opened.callback(each.link.calls.close, 0.0)  # where one of the next fails
         try:
             records = opened.enter_context(closing(recorder.opened(block_tokens)))
         except ValueError as error:
@@ -135,5 +136,9 @@ def _open(profile: Profile, row: Row, known: Mapping[str, object]) -> Tier:
     given: dict[str, Any] = {name: value for name, value in known.items() if name in takes}
     try:
         return row.cls(**given, **row.options_for(row.cls))
-    except ValueError as error:
-        raise ProfileError(profile.name, [row.blame(str(error))]) from error
+    except BaseException as error:
+        if answers.from_signal(error):
+            raise
+        # A third-party class may raise anything; ours raise ValueError for what is wrong.
+        text = str(error) if isinstance(error, ValueError) else ": ".join(answers.described(error))
+        raise ProfileError(profile.name, [row.blame(text)]) from error

@@ -109,6 +109,21 @@ def test_a_process_whose_disk_hangs_ends(hangs: str, closes: str, tmp_path: Path
         assert "tier disk: close hangs" in err
 
 
+def test_a_process_whose_recording_hangs_ends(tmp_path: Path) -> None:
+    script = """
+from kvcache import recorder
+recorder.CLOSE_S = 0.1
+file = recorder.FileRecorder(Path(sys.argv[3]), block_tokens=16, limit=1 << 20)
+os.fstat = hang
+stack = Stack(front, profile="test", recorder=file)
+stack.match(keys_of("a", 2)).result()
+assert hanging.acquire(timeout=30)
+stack.close()
+"""
+    _, err = ends(script, "fstat", "closes", str(tmp_path / "trace"))
+    assert "hangs; it is left open" in err
+
+
 def test_a_call_that_ends_after_the_stack_was_closed_has_its_memory() -> None:
     script = """
 import gc

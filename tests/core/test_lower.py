@@ -282,30 +282,6 @@ def test_closing_writes_what_waits_and_counts_what_it_could_not() -> None:
     below.tiers[0].gate.set()
 
 
-def test_a_write_that_hangs_as_the_probe_keeps_nobody_from_asking_later() -> None:
-    now = 0.0
-    below = Below(pieces=1, calls=2, clock=lambda: now)
-    tier, keys = below.tiers[0], keys_of("a", 2)
-    below.keep_below(keys)
-    tier.fault = "raise"
-    for _ in range(3):
-        assert below.got(keys) == 0
-    tier.fault = ""
-    now = 1.0
-    tier.gate.clear()
-    below.put(keys_of("stored", 1))  # the probe
-    assert tier.waiting.acquire(timeout=LONG)
-    right, tier.gate = tier.gate, threading.Event()
-    tier.gate.set()
-    assert below.got(keys) == 0
-    now = 61.0
-    assert below.got(keys) == 2
-    right.set()
-    assert below.stack.flush(LONG)
-    below.check()
-    below.stack.close()
-
-
 def test_after_a_clear_nothing_of_before_is_found(below: Below) -> None:
     keys = keys_of("a", 3)
     below.put(keys)

@@ -277,3 +277,27 @@ def test_a_reset_that_goes_wrong_is_a_reset_of_this_stack(name: str) -> None:
     assert below.got(keys_of("a", 2)) == 0
     below.check()
     below.stack.close()
+
+
+def test_a_write_that_hangs_as_the_probe_keeps_nobody_from_asking_later() -> None:
+    now = 0.0
+    below = Below(pieces=1, calls=2, clock=lambda: now)
+    tier, keys = below.tiers[0], keys_of("a", 2)
+    below.keep_below(keys)
+    tier.fault = "raise"
+    for _ in range(3):
+        assert below.got(keys) == 0
+    tier.fault = ""
+    now = 1.0
+    tier.gate.clear()
+    below.put(keys_of("stored", 1))  # the probe
+    assert tier.waiting.acquire(timeout=LONG)
+    right, tier.gate = tier.gate, threading.Event()
+    tier.gate.set()
+    assert below.got(keys) == 0
+    now = 61.0
+    assert below.got(keys) == 2
+    right.set()
+    assert below.stack.flush(LONG)
+    below.check()
+    below.stack.close()

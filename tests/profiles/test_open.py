@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import kvcache.profiles
 from kvcache import memory
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.replica import Replica
+from tests.core.faults import Faulty
 from tests.profiles.fakes import Front
 
 MIB = 1 << 20
@@ -109,6 +111,33 @@ def test_what_a_constructor_refuses_names_file_and_tier(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert problem.startswith(f"{profile}, line 4: capacity is 1048576 bytes; ")
     assert "1048576" in problem
+
+
+class Unmade(Faulty):
+    """A tier that cannot be made."""
+
+    def __init__(self) -> None:
+        raise SystemExit("no such\nserver, password=hunter2")
+
+
+def test_a_constructor_that_raises_anything_names_file_and_tier(tmp_path: Path) -> None:
+    below = '[[tier]]\nname = "{}"\nkind = "{}"\n'
+    file = ours(
+        tmp_path,
+        DRAM.replace("CAPACITY", "64KiB")
+        + below.format("l2", "tests.core.faults:Faulty")
+        + below.format("l3", f"{__name__}:Unmade"),
+    )
+    before = set(threading.enumerate())
+    with pytest.raises(ProfileError) as raised:
+        open_stack(file, block_nbytes=4096)
+    text = str(raised.value)
+    assert f"{file}, line 8" in text
+    assert "SystemExit: no such" in text
+    assert "hunter2" not in text
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
