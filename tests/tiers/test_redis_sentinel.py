@@ -234,6 +234,17 @@ def test_sentinel_that_answers_oddly_is_one_error(said: bytes, says: str) -> Non
         assert says in refused.text
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_master_that_no_sentinel_knows_is_final_when_all_have_answered(gone: bool) -> None:
+    with Hostile(saying(b"*0\r\n")) as server:
+        ports = [server.port, servers.free_port()] if gone else [server.port]
+        places = [Address("127.0.0.1", port) for port in ports]
+        watched = Watched(places, "mymaster", Login(), Login(), 1)
+        [refused] = watched.nodes_of([b"name"], deadline())
+        assert isinstance(refused, Refused)
+        assert refused.code == ("NOANSWER" if gone else "LOGIN")
+
+
 def test_inspect_and_doctor_take_a_sentinel_url(
     alone: Watch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

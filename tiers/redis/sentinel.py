@@ -97,16 +97,18 @@ class Watched:
 
     def _raise_not_found(self, asked: Sequence[_Asked]) -> NoReturn:
         answered = [each for each in asked if not each.error]
+        final = all(each.refuses or not each.error for each in asked)
+        kind = LoginError if final else ConnectionError
         if any(self._name in each.masters for each in answered):
             raise ConnectionError(f"Sentinel says that the master {self._name} is down")
         if answered:
             known = sorted({name for each in answered for name in each.masters})[:_SHOWN_MASTERS]
-            raise LoginError(
+            raise kind(
                 f"redis sentinel at {answered[0].address} does not watch a master "
                 f"{self._name}; it watches {', '.join(known) or 'none'}"
             )
         why = "; ".join(f"redis sentinel at {each.address}: {each.error}" for each in asked)
-        raise (LoginError if all(each.refuses for each in asked) else ConnectionError)(why)
+        raise kind(why)
 
     def _look(self, deadline: float) -> None:
         with self._turn.taken() as mine:
