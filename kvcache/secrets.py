@@ -33,6 +33,11 @@ _POINTERS = ("_env", "_file")  # these names say where a secret is
 _PART = r"pas+w|pass|pwd|secret|token|credential|auth|jwt|signature"
 _WORD = r"(?:^|[^a-z])(?:pw|psw|sig|sas|pin)(?:$|[^a-z])|(?:pw|keys?)$"
 _MAY_BE = re.compile(f"{_PART}|{_WORD}", re.IGNORECASE)
+_COUNTED = re.compile(
+    r"(?:per|block|prefix|prefill|prompt|system|document|input|output|max|min)[-_]tokens?|tokeni[sz]",
+    re.IGNORECASE,
+)
+"""Names of the other kind of token, of which a model's input is made."""
 _USUAL_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
 _PARAMETER = re.compile(r"[?&;#]([^=?&;#\s]+)=")
@@ -46,6 +51,7 @@ _NO_VALUE = ("error", "exception", "warning")  # what follows such a name is a s
 
 def may_be_secret(name: str) -> bool:
     """Whether a value of this name is a secret, as far as a name can tell."""
+    name = _COUNTED.sub("", name)
     return bool(_MAY_BE.search(name)) and not name.lower().endswith(_POINTERS)
 
 

@@ -16,7 +16,8 @@ SECRET = "hunter2-correct-horse"
     "name",
     ["password", "pasword", "passwd", "pass", "pwd", "pw", "redis_pw", "redispw", "PW", "secret",
      "client_secret", "token", "auth", "auth_key", "key", "api_key", "apikey", "accessKey",
-     "X-Amz-Signature", "sig", "credential", "passphrase", "p%61ssword"],
+     "X-Amz-Signature", "sig", "credential", "passphrase", "p%61ssword",
+             "access_tokens", "block_tokens_password", "token_per_token"],
 )  # fmt: skip
 def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
     assert secrets.without_in_url(f"s3://host/?a=1&{name}={SECRET}") == f"s3://host/?a=1&{name}=***"
@@ -26,7 +27,8 @@ def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name", ["url", "path", "capacity", "host", "db", "key_nbytes", "power", "spin", "design",
-             "password_env", "token_file", "writes", "threads"],
+             "password_env", "token_file", "writes", "threads",
+             "block_tokens", "--bytes-per-token", "tokenizer", "max_tokens"],
 )  # fmt: skip
 def test_may_be_secret_lets_other_names_pass(name: str) -> None:
     assert not secrets.may_be_secret(name)
