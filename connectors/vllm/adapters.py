@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
+
+SETTINGS: Final = ("lora_dtype", "target_modules", "enable_tower_connector_lora")
+"""Of vLLM's config of LoRA: what an adapter does beside its weights."""
 
 MOST: Final = 4096  # adapters that are remembered
 
@@ -47,11 +50,19 @@ class Adapters:
     """The adapters of one engine.
 
     Args:
+        settings: what else an adapter does than its weights say.
         trusted: whether names and paths say what adapters are, as the user has promised.
         started_ns: when the engine was started, in nanoseconds since 1970.
     """
 
-    def __init__(self, *, trusted: bool = False, started_ns: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: Sequence[str] = (),
+        *,
+        trusted: bool = False,
+        started_ns: int | None = None,
+    ) -> None:
+        self._settings = "\n".join(settings).encode()
         self._trusted = trusted
         self._started_ns = time.time_ns() if started_ns is None else started_ns
         self._known: OrderedDict[_Name, _Adapter] = OrderedDict()
@@ -81,14 +92,17 @@ class Adapters:
         Of such keys it returns those that they were made of.
         """
         lora = request.lora_request
-        if lora is None or self._trusted or not keys:
+        if lora is None or not keys:
             return keys
         if not self.keeps(request):
             return []
         name, nbytes = _name(lora), len(keys[0])
-        self._used.add(name)
-        layout = b"3d" if getattr(lora, "is_3d_lora_weight", False) else b""
-        digest = blake2b(self._known[name].digest + layout, digest_size=nbytes).digest()
+        weights = b""
+        if not self._trusted:
+            weights = self._known[name].digest
+            self._used.add(name)
+        layout = b"3d" if getattr(lora, "is_3d_lora_weight", False) else b"2d"
+        digest = blake2b(weights + layout + self._settings, digest_size=nbytes).digest()
         mask = int.from_bytes(digest, "little")
         return [(int.from_bytes(key, "little") ^ mask).to_bytes(nbytes, "little") for key in keys]
 

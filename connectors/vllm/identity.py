@@ -43,9 +43,6 @@ _MEDIA = (
 )  # fmt: skip
 """What becomes of images and sounds before the model sees them, beyond what vLLM hashes."""
 
-_ADAPTERS = ("lora_dtype", "target_modules", "enable_tower_connector_lora")
-"""What an adapter does beside its weights, which are in the keys of its blocks."""
-
 
 def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, object]:
     """The fields of the namespace, by name."""
@@ -60,8 +57,7 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "load format": str(vllm_config.load_config.load_format),
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), str(getattr(model, "quantization_config", None))],
-        "media": _chosen(getattr(model, "multimodal_config", None), _MEDIA),
-        "adapters": _chosen(getattr(vllm_config, "lora_config", None), _ADAPTERS),
+        "media": chosen(getattr(model, "multimodal_config", None), _MEDIA),
         "cache dtype": cache.cache_dtype,
         "hash": cache.prefix_caching_hash_algo,
         "hash seed": os.environ.get("PYTHONHASHSEED"),
@@ -191,5 +187,6 @@ def _placeless(value: Any) -> Any:
     return [_placeless(each) for each in value] if isinstance(value, list) else value
 
 
-def _chosen(config: object, names: Sequence[str]) -> list[str]:
+def chosen(config: object, names: Sequence[str]) -> list[str]:
+    """Some settings of a config, by name; none where there is no config."""
     return [] if config is None else [f"{name}={getattr(config, name, None)}" for name in names]

@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING
 from kvcache import telemetry
 from kvcache.below import Match
 from kvcache.connectors.jobs import Job, Jobs
-from kvcache.connectors.vllm.adapters import Adapters
+from kvcache.connectors.vllm.adapters import SETTINGS, Adapters
 from kvcache.connectors.vllm.doubt import Doubt, Running, recomputes
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
+from kvcache.connectors.vllm.identity import chosen
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard, Step, Transfer
 from kvcache.connectors.vllm.promises import Promises
 from kvcache.connectors.vllm.refusals import refusal
@@ -79,7 +80,8 @@ class SchedulerSide:
             self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
             self._hashes_per_block = self._block_tokens // hashed
-        self._adapters = Adapters(trusted="explicit" in identity)
+        settings = chosen(getattr(vllm_config, "lora_config", None), SETTINGS)
+        self._adapters = Adapters(settings, trusted="explicit" in identity)
         self._requests = Requests(vllm_config.model_config.served_model_name, clock)
         self._stack: Stack | None = None
         self._memory: Memory | None = None

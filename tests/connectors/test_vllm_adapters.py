@@ -91,6 +91,12 @@ def test_keys_layout_of_expert_weights_counts(path: str) -> None:
     assert other != adapters.keys(asks(path), KEYS)
 
 
+def test_keys_what_an_adapter_does_beside_its_weights_counts(path: str) -> None:
+    started_ns = time.time_ns() + DAY_NS
+    other = Adapters(["target_modules=['q_proj']"], started_ns=started_ns)
+    assert other.keys(asks(path), KEYS) != later().keys(asks(path), KEYS)
+
+
 def _young(folder: Path) -> None:
     write_adapter(folder)
 
@@ -161,7 +167,7 @@ def test_keeps_trusted_names_read_no_file() -> None:
     adapters = Adapters(trusted=True)
     request = asks("/nowhere")
     assert adapters.keeps(request)
-    assert adapters.keys(request, KEYS) == KEYS
+    assert adapters.keys(request, KEYS) == Adapters(trusted=True).keys(request, KEYS) != []
 
 
 @pytest.fixture

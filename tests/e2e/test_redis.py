@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,8 +96,14 @@ def at(server: Server, **environment: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def first(server: Server, stage: Stage) -> Play:
-    return stage((below.ask_first, below.counts), **at(server))
+def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkpoint, whose weights others may replace."""
+    return Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("models") / "model"))
+
+
+@pytest.fixture(scope="module")
+def first(server: Server, stage: Stage, model: Path) -> Play:
+    return stage((below.ask_first, below.counts), **at(server), checkpoint=str(model))
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +111,22 @@ def strangers(
     first: Play,
     server: Server,
     stage: Stage,
-    checkpoint: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    model: Path,
 ) -> list[Play]:
-    """Engines at the same server that differ from the first in one thing each."""
-    renamed = tmp_path_factory.mktemp("another") / "model"
-    renamed.symlink_to(checkpoint)
+    """Engines at the same server that differ from the first in one thing each.
+
+    One is a pod that mounts another model at the same path.
+    """
+    from safetensors.torch import load_file, save_file
+
     others: list[dict[str, Any]] = [
-        {"checkpoint": str(renamed)},
         {"options": {"dtype": "float32"}},
         {"options": {"block_size": 2 * BLOCK}},
+        {"checkpoint": str(model)},
     ]
+    weights = load_file(model / "model.safetensors")
+    trained = {name: tensor * 1.01 for name, tensor in weights.items()}
+    save_file(trained, model / "model.safetensors", metadata={"format": "pt"})
     return [stage((ask_once,), **at(server), **other) for other in others]
 
 
