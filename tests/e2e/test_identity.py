@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e import below
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import BLOCK, VOCABULARY, Answer, Engine, Play, prompt, starts
+from tests.e2e.engine import BLOCK, VOCABULARY, Act, Answer, Engine, Play, prompt, starts
 from tests.e2e.test_below import on_disk
 
 pytestmark = pytest.mark.engine
@@ -77,7 +77,7 @@ def lives(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Lives:
 
     old = write_model(folder / "model", seed=0)
     write_adapter(adapter, 1.0)
-    acts = (below.ask_first, ask_adapter, below.counts)
+    acts: tuple[Act, ...] = (below.ask_first, ask_adapter, below.counts)
     first = stage(acts, checkpoint=str(old), **settings, **lora)
 
     new = old.rename(folder / "elsewhere")
