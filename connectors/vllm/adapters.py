@@ -22,7 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvcache.connectors.vllm.weights import UnknownWeightsError, commit, identify, weight_files
+from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, weight_files
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -132,17 +132,11 @@ class Adapters:
             if not place.is_dir():
                 self._refuse(name, "its path is no folder on this host")
                 return
-            found = weight_files(place)
-            files = (place, *found.values())
+            files = (place, *weight_files(place).values())
             links = tuple(path for path in (*files, *place.parents) if path.is_symlink())
             stamp = _stamp(files, links)
-            aged = links if commit(place, found.values()) else (*files, *links)
-            if any(path.lstat().st_ctime_ns > self._started_ns for path in aged) or (
-                aged is not links and max(each[-1] for each in stamp) > self._started_ns
-            ):
-                self._refuse(name, "its files changed after the engine had started")
-                return
-            digest = blake2b(identify(place).encode(), person=b"kvcache.lora").digest()
+            found = identify(place, self._started_ns)
+            digest = blake2b(found.encode(), person=b"kvcache.lora").digest()
             if _stamp(files, links) != stamp:
                 self._refuse(name, "its files changed")
                 return

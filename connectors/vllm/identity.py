@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -132,7 +133,7 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
         raise UnknownWeightsError(f"load format {load.load_format!r} reads no files of a folder")
     place = Path(model.model)
     if place.exists():
-        return identify(place)
+        return identify(place, started_ns())
     from huggingface_hub import snapshot_download
 
     try:
@@ -152,6 +153,16 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
         # The branch moved between the engine's start and now: which of the two was loaded?
         raise UnknownWeightsError(f"{model.model!r} was at {configured} and is now at {found}")
     return found
+
+
+def started_ns() -> int:
+    """When this process began, which has since loaded the weights or had them loaded.
+
+    In nanoseconds since 1970.
+    """
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time_ns() - int(age * 1e9)
 
 
 def kernels(vllm_config: VllmConfig) -> str:

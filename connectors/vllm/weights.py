@@ -47,17 +47,28 @@ class UnknownWeightsError(Exception):
     """The weights cannot be identified; the message is the reason."""
 
 
-def identify(place: Path) -> str:
+def identify(place: Path, since_ns: int | None = None) -> str:
     """What the weights in ``place``, a folder or a single file, are: their commit or their digest.
 
+    Args:
+        place: where they are.
+        since_ns: a time before they were loaded, in nanoseconds since 1970.
+
     Raises:
-        UnknownWeightsError: when there are none, or they cannot be read.
+        UnknownWeightsError: when there are none, or they cannot be read, or others may have been
+            there at ``since_ns``.
     """
     try:
         files = weight_files(place)
         if not any(Path(name).suffix in _WEIGHTS for name in files):
             raise UnknownWeightsError(f"there are no weight files in {str(place)!r}")
-        return commit(place, files.values()) or f"digest {digest(files)}"
+        revision = commit(place, files.values())
+        found = revision or f"digest {digest(files)}"
+        # The blobs of a snapshot never change, and may come while the engine starts.
+        aged = () if revision else files.values()
+        if since_ns is not None and changed_since(place, aged, since_ns):
+            raise UnknownWeightsError(f"files in {str(place)!r} changed after the engine started")
+        return found
     except (OSError, ValueError) as error:
         raise UnknownWeightsError(f"the weight files cannot be read: {error}") from error
 
@@ -92,6 +103,23 @@ def commit(place: Path, files: Iterable[Path]) -> str | None:
     if any(not file.is_symlink() or file.resolve().parent != blobs for file in files):
         return None
     return f"commit {folder.name}"
+
+
+def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
+    """Whether ``place`` may have had other ``files`` at a time, in nanoseconds since 1970.
+
+    By the time stamps that no program can set: of the files, of links on the way to them, and of
+    folders that were moved to where they are.
+    """
+    ways = [place.absolute(), *place.absolute().parents]
+    if any(way.is_symlink() and way.lstat().st_ctime_ns > since_ns for way in ways):
+        return True
+    for way in ways:
+        status = way.stat()
+        # What comes into a folder and leaves it changes both times, to move the folder but one.
+        if status.st_ctime_ns > since_ns >= status.st_mtime_ns:
+            return True
+    return any(max(file.lstat().st_ctime_ns, file.stat().st_ctime_ns) > since_ns for file in files)
 
 
 def digest(files: Mapping[str, Path]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +16,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.identity import UNSHARED, identity, log_sharing
+from kvcache.connectors.vllm.identity import UNSHARED, identity, log_sharing, started_ns
 from kvcache.keys import namespace
 
 pytestmark = pytest.mark.engine
 
+DAY_NS = 86400 * 10**9
 COMMIT = 40 * "a"
 
 
@@ -38,6 +42,13 @@ def write_snapshot(cache: Path, commit: str, weights: bytes) -> str:
     link.symlink_to(Path("..", "..", "blobs", weights.hex()))
     (repository / "refs" / "main").write_text(commit)
     return str(link.parent)
+
+
+@pytest.fixture(autouse=True)
+def started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These engines are started when the test has written its files."""
+    later = time.time_ns() + DAY_NS
+    monkeypatch.setattr("kvcache.connectors.vllm.identity.started_ns", lambda: later)
 
 
 @pytest.fixture
@@ -228,6 +239,22 @@ def test_identity_snapshot_that_moved_since_the_start_is_shared_with_no_process(
     options: dict[str, Any] = {"download_dir": str(tmp_path)}
     assert UNSHARED not in fields("meta/llama", committed=COMMIT, **options)
     assert UNSHARED in fields("meta/llama", committed=40 * "b", **options)
+
+
+def test_identity_files_younger_than_the_engine_are_shared_with_no_process(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have loaded what was there before."""
+    monkeypatch.setattr("kvcache.connectors.vllm.identity.started_ns", started_ns)
+    assert UNSHARED in fields(model)
+
+
+def test_started_ns_is_when_this_process_began() -> None:
+    began = started_ns()
+    assert began <= time.time_ns()
+    code = "import time; print(time.time_ns())"
+    later = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert began < int(later.stdout)
 
 
 def test_identity_explicit_text_replaces_the_weights(

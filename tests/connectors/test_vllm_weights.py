@@ -153,6 +153,61 @@ def test_identify_folder_named_like_a_snapshot_is_no_commit(tmp_path: Path) -> N
     assert identify(folder) != before
 
 
+def now_ns(folder: Path) -> int:
+    """The time by the file system, past the last change of any file; clocks tick coarsely."""
+    mark = folder / "mark"
+    before = max(path.lstat().st_ctime_ns for path in folder.rglob("*"))
+    while True:
+        mark.write_text("")
+        os.utime(mark)
+        if (now := mark.stat().st_ctime_ns) > before:
+            return now
+
+
+def _replaced(model: Path) -> None:
+    (model.parent / "new").write_bytes(b"trained")
+    (model.parent / "new").rename(model / "model.bin")
+
+
+def _overwritten(model: Path) -> None:
+    (model / "model.bin").write_bytes(b"trained")
+
+
+def _touched_back(model: Path) -> None:
+    (model / "model.bin").write_bytes(b"trained")
+    os.utime(model / "model.bin", (1, 1))
+
+
+def _moved(model: Path) -> None:
+    model.rename(model.parent / "old")
+    (model.parent / "other").rename(model)
+
+
+def _linked_elsewhere(model: Path) -> None:
+    model.rename(model.parent / "old")
+    model.symlink_to(model.parent / "other")
+
+
+@pytest.mark.parametrize(
+    "change", [_replaced, _overwritten, _touched_back, _moved, _linked_elsewhere]
+)
+def test_identify_weights_that_changed_since_are_unknown(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.bin").write_bytes(name.encode())
+    since = now_ns(tmp_path)
+    assert identify(tmp_path / "model", since).startswith("digest ")
+    (tmp_path / "model" / "notes.txt").write_text("of no matter")
+    assert identify(tmp_path / "model", since).startswith("digest ")
+    while now_ns(tmp_path) == since:
+        pass
+    change(tmp_path / "model")
+    with pytest.raises(UnknownWeightsError, match="changed"):
+        identify(tmp_path / "model", since)
+
+
 def _empty(path: Path) -> None:
     path.mkdir()
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ pytest.importorskip("xxhash")
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
+from kvcache.tiers.redis import RedisTier
 from tests.tiers import servers
 
 NBYTES = 32 << 10
@@ -165,3 +166,27 @@ def test_clear_shared_server_engine_that_runs_keeps_its_own(
         assert found(second) == len(KEYS)
         with open_stack(profile, block_nbytes=NBYTES, space=SPACE) as third:
             assert found(third) == 0
+
+
+def test_store_namespace_that_was_reset_reads_its_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a minute: else a server that is full may evict it before the blocks of before."""
+    keys = keys_of("block", 4)
+    with servers.server(tmp_path / "redis") as server:
+
+        def reads() -> int:
+            stats: dict[str, dict[str, int]] = server.client().info("commandstats")
+            return int(stats.get("cmdstat_get", {"calls": 0})["calls"])
+
+        tier = RedisTier(url=server.url, timeout_s=30)
+        with closing(tier):
+            assert tier.store(keys[:1], [memoryview(b"block")]) == [True]
+            assert reads() == 0
+            tier.forget(SPACE)
+            for key in keys[1:3]:
+                assert tier.store([key], [memoryview(b"block")]) == [True]
+            assert reads() == 1
+            monkeypatch.setattr("kvcache.tiers.redis._USE_RESET_S", 0.0)
+            assert tier.store(keys[3:], [memoryview(b"block")]) == [True]
+            assert reads() == 2

@@ -66,6 +66,7 @@ _UNFIT = {TOO_LONG, "WRONGTYPE"}
 _NODES_AT_ONCE = 32
 _MOST_TOLD = 16  # kinds of errors: a server may make up any number
 _ABOUT_S = 30 * 86400  # that a description stays after an engine opened its namespace
+_USE_RESET_S = 60.0
 
 RESET_NBYTES = 16
 """Random bytes that say which reset of a namespace was the last."""
@@ -158,6 +159,8 @@ class RedisTier(Tier):
         ttl = str(ttl_s).encode()
         self._get = (b"GETEX", b"EX", ttl) if ttl_s else (b"GET",)
         self._ttl = (b"EX", ttl) if ttl_s else ()
+        self._reset: bytes | None = None  # where the last reset of our namespace is, if it had one
+        self._reset_used = 0.0
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
         self._told: set[str] = set()
@@ -221,7 +224,12 @@ class RedisTier(Tier):
             command(b"SET", name, block, b"NX", *self._ttl)
             for name, block in zip(names, blocks, strict=True)
         ]
-        replies = self._answers("SET", names, commands)
+        if self._reset is not None and time.monotonic() - self._reset_used >= _USE_RESET_S:
+            # Read now and then what a reset left: a server evicts what is read least.
+            self._reset_used = time.monotonic()
+            names.append(self._reset)
+            commands.append(command(b"GET", self._reset, into=memoryview(bytearray(RESET_NBYTES))))
+        replies = self._answers("SET", names, commands)[: len(keys)]
         return [reply is None or reply == 1 for reply in replies]  # None: it was there
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -235,6 +243,8 @@ class RedisTier(Tier):
         if reply is not None and reply != RESET_NBYTES:
             text = reply.text if isinstance(reply, Refused) else "it has another length"
             raise ConnectionError(f"whether the namespace was reset cannot be read: {text}")
+        if reply:
+            self._reset = name
         called = renamed(space, bytes(found) if reply else b"")
         if about:
             name, ttl_s = about_name_of(called), max(_ABOUT_S, self._ttl_s)
@@ -249,6 +259,7 @@ class RedisTier(Tier):
         if reply != 1:
             text = reply.text if isinstance(reply, Refused) else "no answer"
             raise ConnectionError(f"the reset cannot be written: {text}")
+        self._reset = name
 
     def close(self) -> None:
         self._closed = True
