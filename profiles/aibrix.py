@@ -92,7 +92,7 @@ VARIABLES: dict[str, Taken | NoEffect] = {
     ),
     "L2_CACHE_BACKEND": NoEffect(_NO_TIER),
     "L2_CACHE_NAMESPACE": NoEffect(
-        "a namespace is made of model, revision, data types and layout: engines that differ in "
+        "a namespace is made of weights, settings, data types and layout: engines that differ in "
         "these never meet, those that agree share blocks; `cache_salt` keeps requests apart"
     ),
     "L2_CACHE_COMPRESSION": NoEffect("nor in AIBrix; `codec` of a tier compresses"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("redis")
 pytest.importorskip("xxhash")
 
+from kvcache import cli
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
@@ -190,3 +192,17 @@ def test_store_namespace_that_was_reset_reads_its_mark(
             monkeypatch.setattr("kvcache.tiers.redis._USE_RESET_S", 0.0)
             assert tier.store(keys[3:], [memoryview(b"block")]) == [True]
             assert reads() == 2
+
+
+def test_open_stack_identity_is_shown_by_inspect(
+    profile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"model": "chat", "weights": "digest 1234", "config": "x" * 1000}
+    with open_stack(profile, block_nbytes=NBYTES, space=SPACE, identity=fields) as stack:
+        stack.front.slab.wait_populated()
+        put(stack)
+    assert cli.main(["inspect", "--profile", profile, "--json"]) == 0
+    [tier] = json.loads(capsys.readouterr().out)["tiers"]
+    shown = tier["namespaces"][SPACE.hex()]["identity"]
+    assert shown["config"].startswith("digest ")
+    assert shown | {"config": ""} == fields | {"config": ""}
