@@ -91,10 +91,9 @@ class Below:
         self.lower = tuple(lower)
         self._front = front
         self._clock = clock
-        # Threads that wait for lower tiers, and one to close each: started now, since a process
-        # that exits can start none. None are started for L1 alone.
+        # Threads that wait for tiers: none for L1 alone, else all of them now, since a process
+        # that exits can start none.
         self._waiters = Calls("stack", _WAITERS if lower else 0)
-        self._closers = Calls("close", len(lower))
         self._lock = threading.Lock()
         self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
         self.computing = ComputePace()  # of the engine: what bringing up has to beat
@@ -117,7 +116,7 @@ class Below:
         """
         flush_until = time.monotonic() + flush_s
         until = flush_until + CLOSE_S
-        closing = [self._closers.submit(lower.close, flush_until, until) for lower in self.lower]
+        closing = [each.link.aside.submit(each.close, flush_until, until) for each in self.lower]
         wait(closing, until - time.monotonic())
         for lower, closed in zip(self.lower, closing, strict=True):
             if not closed.done():
@@ -126,7 +125,8 @@ class Below:
                 log.warning("kvcache: tier %s: close failed (%s)", lower.name, error)
         self._waiters.drop_waiting()
         self._waiters.close(max(0.0, until - time.monotonic()))
-        self._closers.close(max(0.0, until - time.monotonic()))
+        for lower in self.lower:
+            lower.link.aside.close(max(0.0, until - time.monotonic()))
 
     # Looking
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future, wait
+from typing import Any, Final
 
 from kvcache import telemetry
 from kvcache.answers import answers, bytes_in, called
@@ -17,7 +18,9 @@ from kvcache.changes import Changes
 from kvcache.health import Health
 from kvcache.spaces import Namespace
 from kvcache.stats import LowerStats, TierName, usage_of
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
+
+USAGE_S: Final = 0.5  # to wait for a tier's usage
 
 
 class Link:
@@ -59,6 +62,10 @@ class Link:
         self.closed = False
         self.health = Health(self.named, self.whose, clock)
         self.calls = Calls(name, calls)
+        # For what may be asked, or has to be done, while all calls hang: its usage, and its close.
+        self.aside = Calls(f"{name}-aside", 1)
+        self._usage = TierUsage()  # as of the last time that the tier answered
+        self._asked_usage: Future[TierUsage] | None = None
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(LowerStats.__slots__, 0)
 
@@ -81,9 +88,19 @@ class Link:
     def counts(self) -> dict[str, Any]:
         """The counts at this moment."""
         health = self.health
-        now = {"errors": health.errors, "breaker_open": health.breaker.open}
+        now = {"errors": health.errors, "breaker_open": health.breaker.open, "usage": self.usage()}
         with self._lock:
-            return self._counts | now | {"usage": usage_of(self.tier)}
+            return self._counts | now
+
+    def usage(self) -> TierUsage:
+        """What the tier says of itself; what it said last where it does not answer at once."""
+        asked = self._asked_usage
+        if asked is None or asked.done():
+            self._asked_usage = asked = self.aside.submit(usage_of, self.tier)
+            wait([asked], USAGE_S)
+        if asked.done() and not asked.cancelled():
+            self._usage = asked.result()
+        return self._usage
 
     # The tier's methods. Each raises TierError for whatever the tier does wrong, and nothing else.
 
@@ -135,4 +152,12 @@ class Link:
         self.closed = True
         self.calls.drop_waiting()
         self.calls.close(min(self.deadline_s, timeout_s / 2))
-        called(self.tier.close)
+        try:
+            called(self.tier.close)
+        finally:
+            self._usage = usage_of(self.tier)
+
+    def stop(self) -> None:
+        """End the threads; the tier stays open."""
+        self.calls.close(0.0)
+        self.aside.close(0.0)

@@ -106,7 +106,8 @@ class Tier(ABC):
     def usage(self) -> TierUsage:
         """What the tier knows of itself, for metrics; by default, nothing.
 
-        It may be called at any time, after ``close`` too, and must answer at once.
+        It may be called at any time, also while other calls are under way and after ``close``, and
+        must answer at once: the stack goes on with the last answer where it does not.
         """
         return TierUsage()
 

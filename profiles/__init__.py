@@ -96,7 +96,7 @@ def open_stack(
                     **row.options_for(Lower),
                 )
             )
-            opened.callback(each.link.calls.close, 0.0)  # where one of the next fails
+            opened.callback(each.link.stop)  # where one of the next fails
         try:
             records = opened.enter_context(closing(recorder.opened(block_tokens)))
         except ValueError as error:

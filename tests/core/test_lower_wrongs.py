@@ -216,12 +216,37 @@ def test_a_close_that_raises_leaves_the_rest_closed(caplog: pytest.LogCaptureFix
     assert "tier l3: close failed (SystemExit" in caplog.text
 
 
-@pytest.mark.parametrize("name", [*RAISED.keys() - {"KeyboardInterrupt"}, *RETURNED])
+@pytest.mark.parametrize("name", [*RAISED, *RETURNED])
 def test_usage_that_goes_wrong_is_unknown(below: Below, name: str) -> None:
     wrong = wrongs("usage").get(f"raises {name}") or (lambda: RETURNED[name](1))
     below.tiers[0].usage = wrong  # type: ignore[method-assign]
     usage = below.stack.stats().lower[0].usage
     assert usage == Tier.usage(below.tiers[0])
+
+
+def test_usage_that_hangs_is_what_it_was(below: Below) -> None:
+    tier, keys = below.tiers[0], keys_of("a", 2)
+    tier.usage = lambda: TierUsage(7)  # type: ignore[method-assign]
+    assert below.stack.stats().lower[0].usage == TierUsage(7)
+    go, asked = threading.Event(), threading.Semaphore(0)
+
+    def hangs() -> TierUsage:
+        asked.release()
+        go.wait()
+        return TierUsage(8)
+
+    tier.usage = hangs  # type: ignore[method-assign]
+    for _ in range(3):
+        assert below.stack.stats().lower[0].usage == TierUsage(7)
+    assert asked.acquire(timeout=LONG)
+    assert not asked.acquire(blocking=False)  # it is not asked again meanwhile
+    below.put(keys)
+    assert below.stack.flush(LONG)
+    below.front.clear()
+    assert below.got(keys) == 2
+    go.set()
+    below.stack.close()
+    assert below.stack.stats().lower[0].usage == TierUsage(8)
 
 
 def test_usage_that_a_signal_interrupts_ends_the_process(below: Below) -> None:
@@ -237,6 +262,7 @@ def test_usage_that_a_signal_interrupts_ends_the_process(below: Below) -> None:
     try:
         with pytest.raises(SystemExit):
             below.stack.stats()
+        del below.tiers[0].usage
     finally:
         signal.signal(signal.SIGTERM, before)
 
