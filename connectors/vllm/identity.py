@@ -32,6 +32,10 @@ VARIABLE: Final = "KVCACHE_IDENTITY"
 SCHEMA: Final = 2  # of what a block's bytes are; another number is another namespace
 UNSHARED: Final = "not shared"  # the field that has the reason
 
+_STARTING_S = 0.1
+"""Of a process, before it can load anything. The kernel counts its age in hundredths of a second,
+and an engine may be started right after the files were written."""
+
 _LOADERS = "vllm.model_executor.model_loader."
 _READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", "gguf_loader"}
 """vLLM's loaders that read files of a folder, by module."""
@@ -156,13 +160,13 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
 
 
 def started_ns() -> int:
-    """When this process began, which has since loaded the weights or had them loaded.
+    """A time after this process began and before it loaded weights, or had them loaded.
 
     In nanoseconds since 1970.
     """
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time_ns() - int(age * 1e9)
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time_ns() - int((age_s - _STARTING_S) * 1e9)
 
 
 def kernels(vllm_config: VllmConfig) -> str:
