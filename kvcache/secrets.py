@@ -34,7 +34,7 @@ _PART = r"pas+w|pass|pwd|secret|token|credential|auth|jwt|signature"
 _WORD = r"(?:^|[^a-z])(?:pw|psw|sig|sas|pin)(?:$|[^a-z])|(?:pw|keys?)$"
 _MAY_BE = re.compile(f"{_PART}|{_WORD}", re.IGNORECASE)
 _COUNTED = re.compile(
-    r"(?:per|block|prefix|prefill|prompt|system|document|input|output|max|min)[-_]tokens?|tokeni[sz]",
+    r"(?:per|block|prefix|prefill|prompt|system|document|input|output|max|min)[-_]tokens?",
     re.IGNORECASE,
 )
 """Names of the other kind of token, of which a model's input is made."""

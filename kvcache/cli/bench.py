@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 2 for arguments that cannot be used."""
-    for name in ("threads", "blocks", "rounds"):
-        if getattr(args, name) < 1:
-            print(f"--{name} is {getattr(args, name)}; it must be at least 1", file=sys.stderr)
+    for name, most in _MOST.items():
+        if not 1 <= getattr(args, name) <= most:
+            print(f"--{name} is {getattr(args, name)}; it must be 1 to {most}", file=sys.stderr)
             return 2
     found = measure(threads=args.threads, blocks=args.blocks, rounds=args.rounds)
     if args.json:
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_MOST = {"threads": 1024, "blocks": 1 << 20, "rounds": 10_000}
 _MOVES = ("store", "load", "cold_store")
 
 

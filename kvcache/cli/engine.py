@@ -23,6 +23,7 @@ from random import Random
 from typing import Any
 
 from kvcache.cli.chats import Answer, Chats, Turn
+from kvcache.secrets import redact
 
 BLOCK_TOKENS = 32
 
@@ -108,7 +109,7 @@ def _engine(setup: Setup, chats: Chats, log: Path, sender: Connection) -> None:
         _converse(setup, chats, sender)
     except Exception as error:  # noqa: BLE001 - the other process says it
         traceback.print_exc()
-        sender.send(f"{type(error).__name__}: {error}")
+        sender.send(redact(f"{type(error).__name__}: {error}"))
 
 
 def _set_environment(setup: Setup) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from kvcache.profiles.rows import Row
 
 
+MOST_RANKS = 1 << 16
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The actions of `kvcache profile`, and what each takes."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -71,8 +74,8 @@ def show(args: argparse.Namespace) -> int:
     """Show a profile as the environment makes it, as one file, with the place of each value."""
     from kvcache.profiles import ProfileError, load_profile
 
-    if args.ranks < 1:
-        print(f"--ranks is {args.ranks}; it must be at least 1", file=sys.stderr)
+    if not 1 <= args.ranks <= MOST_RANKS:
+        print(f"--ranks is {args.ranks}; it must be 1 to {MOST_RANKS}", file=sys.stderr)
         return 2
     try:
         profile = load_profile(args.name, ranks=args.ranks)

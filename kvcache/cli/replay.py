@@ -25,7 +25,7 @@ from kvcache.cli.progress import Bar
 from kvcache.cli.table import painter
 from kvcache.eviction import POLICIES
 from kvcache.inputs import open_input
-from kvcache.replay.trace import UNITS, USUAL_REQUESTS_PER_S
+from kvcache.replay.trace import LINES, UNITS, USUAL_REQUESTS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,14 +155,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what can be told to be wrong without a look at the trace."""
     if (args.trace is None) == (args.generate is None):
         raise UsageError("give a TRACE, or --generate traffic, and not both")
-    if args.generate is None and args.requests:
-        raise UsageError("--requests is of made-up traffic: it goes with --generate")
-    if args.generate is None and not args.hints and args.seed is not None:
-        raise UsageError("--seed is of made-up traffic or hints: give --generate, or --hints")
-    if args.generate and args.time_unit != "ms":
-        raise UsageError("--time-unit is of a trace; made-up traffic has times of its own")
-    if args.generate and args.block_tokens:
-        raise UsageError("--block-tokens is of a trace; made-up traffic has blocks of 512 tokens")
+    _check_traffic(args)
     if args.capacity and args.tiers:
         raise UsageError("--tiers has the capacity of L1 already: leave --capacity out")
     if args.bytes_per_token and args.bytes_per_block:
@@ -177,6 +170,19 @@ def check(args: argparse.Namespace) -> None:
                 )
     if args.plot:
         _check_plot(args)
+
+
+def _check_traffic(args: argparse.Namespace) -> None:
+    if args.requests and args.requests > LINES:
+        raise UsageError(f"--requests is {args.requests:,}; it is at most {LINES:,}")
+    if args.generate is None and args.requests:
+        raise UsageError("--requests is of made-up traffic: it goes with --generate")
+    if args.generate is None and not args.hints and args.seed is not None:
+        raise UsageError("--seed is of made-up traffic or hints: give --generate, or --hints")
+    if args.generate and args.time_unit != "ms":
+        raise UsageError("--time-unit is of a trace; made-up traffic has times of its own")
+    if args.generate and args.block_tokens:
+        raise UsageError("--block-tokens is of a trace; made-up traffic has blocks of 512 tokens")
 
 
 def _check_plot(args: argparse.Namespace) -> None:

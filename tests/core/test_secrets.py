@@ -28,7 +28,7 @@ def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["url", "path", "capacity", "host", "db", "key_nbytes", "power", "spin", "design",
              "password_env", "token_file", "writes", "threads",
-             "block_tokens", "--bytes-per-token", "tokenizer", "max_tokens"],
+             "block_tokens", "--bytes-per-token", "max_tokens"],
 )  # fmt: skip
 def test_may_be_secret_lets_other_names_pass(name: str) -> None:
     assert not secrets.may_be_secret(name)
