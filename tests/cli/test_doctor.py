@@ -163,6 +163,17 @@ class TestDisk:
         assert statuses(found, "disk") == ["OK"] * 3
         assert f"open in process {os.getpid()}" in found["disk"][0]["what"]
 
+    def test_doctor_of_a_directory_with_a_foreign_file_names_it(
+        self, ask: Doctor, tmp_path: Path
+    ) -> None:
+        (tmp_path / "kv").mkdir(mode=0o700)
+        (tmp_path / "kv" / "blocks").write_text("precious")
+        code, found = ask(profile(tmp_path / "kv", room="1MiB"))
+        assert (code, statuses(found, "disk")) == (1, ["FAIL"])
+        assert "'blocks' was not written by kvcache" in found["disk"][0]["what"]
+        assert "KVCACHE__DISK__PATH" in found["disk"][0]["fix"]
+        assert [file.name for file in (tmp_path / "kv").iterdir()] == ["blocks"]
+
     def test_no_room(self, ask: Doctor, tmp_path: Path) -> None:
         code, found = ask(profile(tmp_path / "kv", room=f"{10**6}TiB"))
         assert (code, statuses(found, "disk")[0]) == (1, "FAIL")

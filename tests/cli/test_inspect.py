@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import pytest
 
 from kvcache import cli
 from kvcache.keys import join, namespace
+from kvcache.replica import Replica
+from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
@@ -212,3 +214,24 @@ def test_inspect_damaged_descriptions_are_left_out(
     (tmp_path / "kv" / "spaces").write_bytes(text)
     code, found = inspected()
     assert (code, found["blocks"]) == (0, 4)
+
+
+def test_inspect_of_a_path_that_replicas_share_shows_each_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = keys_of("a", 3)
+    with ExitStack() as stack:
+        for index in range(2):
+            tier = DiskTier(
+                block_nbytes=PAGE,
+                path=str(tmp_path),
+                capacity=DiskSize(2 * capacity(8)),
+                replica=Replica(index, 2),
+            )
+            stack.enter_context(closing(tier))
+            tier.store(keys[index:], blocks(keys[index:]))
+        assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tiers"]
+    assert [(each["tier"], each["blocks"]) for each in found] == [
+        (str(tmp_path), 3), (str(tmp_path / "replica-1"), 2),
+    ]  # fmt: skip

@@ -17,7 +17,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -87,18 +87,12 @@ class Directory:
     def _open_files(self, folder: int, share: Share) -> None:
         """Lock the directory and open its files; change nothing before all of them are ours."""
         self.lock = self._kept(open_file(folder, "lock", self.path, _MADE))
-        strange = None if locks.is_lock(self.lock) else "lock"
-        if not strange:
-            locks.take(self.lock, self.path)
-            self._locked = True
-            self.records = self._kept(open_file(folder, "records", self.path, _MADE))
-            self.blocks = self._kept(open_file(folder, "blocks", self.path, _MADE))
-            strange = foreign_file(self.records, self.blocks)
-        if strange:
-            raise ValueError(
-                f"path is {str(self.path)!r}, where {strange!r} was not written by kvcache; move "
-                "it away, or give the tier a directory of its own"
-            )
+        _refuse_foreign({"lock": self.lock}, self.path)
+        locks.take(self.lock, self.path)
+        self._locked = True
+        self.records = self._kept(open_file(folder, "records", self.path, _MADE))
+        self.blocks = self._kept(open_file(folder, "blocks", self.path, _MADE))
+        _refuse_foreign({"records": self.records, "blocks": self.blocks}, self.path)
         locks.sign(self.lock)
         for file in (self.lock, self.records, self.blocks):
             if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:  # it was there, for others to read
@@ -143,6 +137,44 @@ class Directory:
         """In a child: close its copies; the lock would else last as long as the child."""
         while self._open:
             os.close(self._open.pop())
+
+
+def check(path: Path) -> None:
+    """Raise ``ValueError`` for a directory that a tier would refuse. Makes and changes nothing.
+
+    Raises OSError for what the file system reports; a directory that is not there is no error.
+    """
+    try:
+        folder = open_directory(path, make=False)
+    except FileNotFoundError:
+        return
+    files: dict[str, int] = {}
+    try:
+        check_directory(folder, path)
+        for name in ("lock", "records", "blocks"):
+            with suppress(FileNotFoundError):
+                files[name] = open_file(folder, name, path)
+        _refuse_foreign(files, path)
+    finally:
+        for file in (folder, *files.values()):
+            os.close(file)
+
+
+def _refuse_foreign(files: Mapping[str, int], path: Path) -> None:
+    """Raise ``ValueError`` if one of the files that a tier has in ``path`` is not a tier's."""
+    if name := _foreign(files):
+        raise ValueError(
+            f"path is {str(path)!r}, where {name!r} was not written by kvcache; move it away, or "
+            "give the tier a directory of its own"
+        )
+
+
+def _foreign(files: Mapping[str, int]) -> str | None:
+    if "lock" in files and not locks.is_lock(files["lock"]):
+        return "lock"
+    if "records" in files and "blocks" in files:
+        return foreign_file(files["records"], files["blocks"])
+    return "blocks" if "blocks" in files and os.fstat(files["blocks"]).st_size else None
 
 
 def shortage(path: Path, need: int, have: int | None = None) -> str | None:

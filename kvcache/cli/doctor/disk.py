@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ _SHARE = 100  # of what is free, the part that is written at most
 def check(row: Row) -> Iterator[Result]:
     """Whose it is, whether it can be written, its room, direct I/O, and its speed."""
     from kvcache.profiles.rows import override_of
+    from kvcache.tiers.disk.files import check as check_directory
     from kvcache.tiers.disk.files import shortage
     from kvcache.tiers.disk.locks import holder
     from kvcache.tiers.disk.places import location
@@ -40,6 +41,8 @@ def check(row: Row) -> Iterator[Result]:
     name = row.name
     try:
         path = location(str(row.options["path"]))
+        with suppress(OSError):  # said below
+            check_directory(path)
     except ValueError as error:
         yield fail(name, str(error), f"correct {override_of(name, 'path')}")
         return

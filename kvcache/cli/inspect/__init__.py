@@ -66,7 +66,7 @@ def _tiers(place: str | None, profile: str | None) -> Iterator[tuple[Reader, Opt
     if place is not None:
         scheme, mark, _ = place.partition("://")
         kind = SCHEMES.get(scheme, scheme) if mark else "disk"
-        yield _reader(kind, place), {READERS[kind][1]: place}
+        yield from _parts(kind, _reader(kind, place), {READERS[kind][1]: place})
         return
     from kvcache.profiles import load_profile
 
@@ -77,7 +77,18 @@ def _tiers(place: str | None, profile: str | None) -> Iterator[tuple[Reader, Opt
             "`kvcache top` shows one that runs"
         )
     for row in lower:
-        yield _reader(row.kind, f"tier {row.name} of profile {chosen.name}"), row.options
+        reader = _reader(row.kind, f"tier {row.name} of profile {chosen.name}")
+        yield from _parts(row.kind, reader, row.options)
+
+
+def _parts(kind: str, reader: Reader, options: Options) -> Iterator[tuple[Reader, Options]]:
+    """A place once, or once for each replica that has a directory there."""
+    if kind == "disk":
+        from kvcache.cli.inspect.disk import replicas
+
+        yield from ((reader, each) for each in replicas(options))
+    else:
+        yield reader, options
 
 
 def _reader(kind: str, what: str) -> Reader:

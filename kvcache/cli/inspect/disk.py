@@ -9,6 +9,23 @@ from kvcache.cli.inspect.contents import Contents
 from kvcache.cli.inspect.frames import verify as verify_frames
 
 
+def replicas(options: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """The options for each directory that replicas of one engine have at a path."""
+    from kvcache.tiers.disk.places import location
+    from kvcache.tiers.disk.replicas import directories
+
+    path = location(str(options["path"]))
+    try:
+        found = [path / name for _, name in sorted(directories(path).items())]
+    except OSError:  # reading it says why
+        return [options]
+    return [
+        {**options, "path": str(each)}
+        for each in found
+        if each == path or (each / "records").exists()
+    ]
+
+
 def contents(options: Mapping[str, object], verify: bool) -> Contents:
     """Count the blocks, and with `verify` read them all and hold them to their checksums.
 
