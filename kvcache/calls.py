@@ -117,11 +117,10 @@ class Calls:
             else:
                 drop()
 
-    def close(self, timeout_s: float) -> bool:
+    def close(self, timeout_s: float) -> None:
         """Take no more jobs; have the threads end when none waits. Twice is allowed.
 
-        Returns:
-            whether all threads ended within ``timeout_s``; those that did not are left.
+        Threads that have not ended after ``timeout_s`` are left.
         """
         with self._lock:
             closed, self._closed = self._closed, True
@@ -130,7 +129,6 @@ class Calls:
         until = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while True:

@@ -7,6 +7,7 @@ nothing but the class asked for is imported.
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from kvcache.answers import described, from_signal
 from kvcache.profiles.errors import listed, nearest
 from kvcache.tier import Tier
 
@@ -32,11 +33,13 @@ def tier_class(kind: str) -> type[Tier]:
     module, _, name = path.partition(":")
     try:
         found = getattr(import_module(module), name)
-    except Exception as error:  # a module of another package may raise anything
+    except BaseException as error:  # a module of another package may raise anything
+        if from_signal(error):
+            raise
         if extra and isinstance(error, ImportError):
             raise ValueError(f"needs more: pip install 'kvcache[{extra}]' ({error})") from error
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot import {path} ({why})") from error
+        raised, text = described(error)
+        raise ValueError(f"cannot import {path} ({raised}: {text})") from error
     if not (isinstance(found, type) and issubclass(found, Tier)):
         raise ValueError(f"{path} is no subclass of kvcache.tier.Tier")
     if missing := sorted(found.__abstractmethods__):

@@ -11,6 +11,7 @@ from importlib import import_module
 from inspect import isabstract
 from typing import NewType
 
+from kvcache.answers import described, from_signal
 from kvcache.eviction.arc import Arc
 from kvcache.eviction.fifo import Fifo
 from kvcache.eviction.gittins import Gittins
@@ -44,8 +45,11 @@ def policy_class(eviction: str) -> type[Policy]:
         raise ValueError(f'no policy is called "{eviction}"; there are {known}, or "pkg.mod:Class"')
     try:
         found = getattr(import_module(module), name)
-    except Exception as error:  # a module of another package may raise anything
-        raise ValueError(f"cannot import {eviction} ({type(error).__name__}: {error})") from error
+    except BaseException as error:  # a module of another package may raise anything
+        if from_signal(error):
+            raise
+        raised, text = described(error)
+        raise ValueError(f"cannot import {eviction} ({raised}: {text})") from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ValueError(f"{eviction} is no subclass of kvcache.eviction.Policy")
     if isabstract(found):
@@ -66,9 +70,13 @@ def policy_option(eviction: str) -> Callable[[int], Policy]:
     def make(slots: int) -> Policy:
         try:
             return cls(slots)
-        except Exception as error:  # a class of another package may raise anything
-            why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"eviction is {eviction!r}: cannot make it ({why})") from error
+        except BaseException as error:  # a class of another package may raise anything
+            if from_signal(error):
+                raise
+            raised, text = described(error)
+            raise ValueError(
+                f"eviction is {eviction!r}: cannot make it ({raised}: {text})"
+            ) from error
 
     return make
 

@@ -44,6 +44,15 @@ def test_a_module_that_breaks_while_imported_is_named_with_the_cause(
     assert "cannot import broken_tier_of_ours:Tier (ZeroDivisionError: division by zero)" in problem
 
 
+def test_a_module_that_ends_the_process_while_imported_is_named(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ending_tier_of_ours.py").write_text("raise SystemExit('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problem = only_problem(file, GOOD.replace(FRONT, "ending_tier_of_ours:Tier"))
+    assert "cannot import ending_tier_of_ours:Tier (SystemExit: no licence)" in problem
+
+
 def test_a_missing_optional_package_says_what_to_install(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
