@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 from kvcache.answers import TierError, answers, called, count
 from kvcache.calls import Calls
 from kvcache.changes import Changes
+from kvcache.process import own
 from kvcache.tier import FrontTier, Lease, TierStats
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Checked(FrontTier):
         self._failed: set[str] = set()  # methods
         nothing = dict.fromkeys(TierStats.__slots__, 0)
         self._stats = TierStats(**nothing | {"block_nbytes": self.block_nbytes})
+        own(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)  # what only this class of tier has

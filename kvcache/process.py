@@ -56,7 +56,7 @@ def _begin_child() -> None:
         kind: Any = type(part)
         part.__class__ = _refused(kind, parent)
         with suppress(OSError):
-            getattr(part, _IN_CHILD, bool)()
+            getattr(kind, _IN_CHILD, bool)(part)
 
 
 @cache

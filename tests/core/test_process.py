@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from kvcache import metrics
+from kvcache.front import Checked
 from kvcache.process import ForkedError
 from kvcache.profiles import open_stack
 from kvcache.recorder import FileRecorder
-from kvcache.sizes import DiskSize
+from kvcache.sizes import DiskSize, Size
 from kvcache.slab import PAGE, Slab
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.disk.reader import Reader as DiskReader
+from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.core.below import LONG, Below
 from tests.core.test_metrics import Reader
@@ -76,6 +78,21 @@ def test_stack_in_a_child_refuses_every_method_and_the_parent_goes_on(on_disk: S
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
     on_disk.front.remove(KEYS)  # what the disk has is whole as well, and it is still open
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
+
+
+def test_front_tier_of_a_third_party_in_a_child_refuses_every_method() -> None:
+    class Theirs(DramTier):
+        pass
+
+    stack = Stack(Theirs(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
+    assert isinstance(stack.front, Checked)
+    stack.front.slab.wait_populated()
+    with stack.reserve(KEYS) as lease:
+        for key, view in zip(lease.keys, lease.views, strict=True):
+            view[:] = block_of(key, PAGE)
+    assert unrefused(stack, stack.front, stack.front.inner) == []
+    assert held(stack) == [block_of(key, PAGE) for key in KEYS]
+    stack.close()
 
 
 def test_disk_that_a_child_closed_stays_locked_by_the_parent(
