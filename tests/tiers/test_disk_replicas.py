@@ -105,6 +105,33 @@ def test_what_is_not_a_tiers_is_not_reclaimed(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "deleted", [["blocks"], ["blocks", "spaces"], ["blocks", "lock"], ["blocks", "spaces", "lock"]]
+)
+def test_former_replica_that_was_deleted_in_part_is_deleted_altogether(
+    tmp_path: Path, deleted: list[str]
+) -> None:
+    """As when the process that deletes it is killed."""
+    with running(tmp_path, 2) as tiers:
+        tiers[1].resolve(b"space", "a description")
+    for name in deleted:
+        (tmp_path / "replica-1" / name).unlink()
+    with running(tmp_path, 1):
+        assert not (tmp_path / "replica-1").exists()
+
+
+def test_copy_of_a_path_is_cut_down_by_the_replica_that_starts_first(tmp_path: Path) -> None:
+    """A copy has no mark; before it is cut its size tells that it is a tier's."""
+    with running(tmp_path, 1) as tiers:
+        [keys] = fill(tiers)
+    content = (tmp_path / "blocks").read_bytes()
+    (tmp_path / "blocks").rename(tmp_path / "original")
+    (tmp_path / "blocks").write_bytes(content)
+    (tmp_path / "original").unlink()
+    with running(tmp_path, 2, backwards=True) as tiers:
+        assert sum(held(tiers[0], keys)) == tiers[0]._index.slots
+
+
 def test_files_beside_those_of_a_former_replica_stay(tmp_path: Path) -> None:
     with running(tmp_path, 2):
         pass

@@ -97,8 +97,7 @@ class Directory:
         for file in (self.lock, self.records, self.blocks):
             if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:  # it was there, for others to read
                 os.fchmod(file, 0o600)
-        cut(self.records, share.records)
-        cut(self.blocks, share.blocks)
+        cut(self.records, self.blocks, share)
 
     def _kept(self, file: int) -> int:
         """Have ``file`` closed with the directory."""

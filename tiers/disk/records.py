@@ -68,8 +68,10 @@ def read_geometry(file: int) -> Geometry | None:
     return Geometry(slot_nbytes, slots) if magic == _MAGIC else None
 
 
-def foreign_file(records: int, blocks: int) -> str | None:
+def foreign_file(records: int, blocks: int | None) -> str | None:
     """Which of the two files of a tier no version of the tier has written; ``None`` if both are.
+
+    ``blocks`` is None where there is no such file.
 
     The records speak for the file of blocks beside them. Where the file system keeps attributes it
     has a mark as well; a copy without it is told by its size.
@@ -79,8 +81,12 @@ def foreign_file(records: int, blocks: int) -> str | None:
     ours = magic[:-1] == _MAGIC[:-1]  # of any version
     if page.strip(b"\0") and not ours:  # zeros: its process was killed when it had made the file
         return "records"
-    nbytes = os.fstat(blocks).st_size
-    if not nbytes or (ours and (not marked or nbytes == slots * slot_nbytes or _is_marked(blocks))):
+    nbytes = 0 if blocks is None else os.fstat(blocks).st_size
+    if (
+        blocks is None
+        or not nbytes
+        or (ours and (not marked or nbytes == slots * slot_nbytes or _is_marked(blocks)))
+    ):
         return None
     return "blocks"
 
@@ -92,7 +98,7 @@ def _is_marked(blocks: int) -> bool:
         return False
 
 
-def _mark(blocks: int) -> bool:
+def mark(blocks: int) -> bool:
     """Mark the file of blocks as ours; False where its file system keeps no attributes."""
     try:
         os.setxattr(blocks, _MARK, _MAGIC)
@@ -173,7 +179,7 @@ class Records:
         # Cut and grown again: what was behind reads as zeros, now and after the next start.
         os.ftruncate(file, file_nbytes(whole))
         os.posix_fallocate(file, 0, file_nbytes(slots))
-        os.pwrite(file, _PAGE.pack(_MAGIC, *self._geometry, _mark(blocks)), 0)
+        os.pwrite(file, _PAGE.pack(_MAGIC, *self._geometry, mark(blocks)), 0)
         if was != self._geometry:
             os.fdatasync(file)  # before blocks are there that this page speaks for
 

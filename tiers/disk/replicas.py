@@ -30,7 +30,7 @@ from kvcache.replica import Replica
 from kvcache.sizes import format_size
 from kvcache.tiers.disk import locks, spaces
 from kvcache.tiers.disk.places import open_file, open_subdirectory
-from kvcache.tiers.disk.records import foreign_file
+from kvcache.tiers.disk.records import foreign_file, mark
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +119,9 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
         for name in ("lock", "records", "blocks"):
             with suppress(FileNotFoundError):
                 files[name] = open_file(folder, name, path)
-        if not {"records", "blocks"} <= files.keys():
-            return
-        if foreign_file(files["records"], files["blocks"]):
+        if "records" not in files or foreign_file(files["records"], files.get("blocks")):
             return  # not a tier's
-        have = sum(os.fstat(files[name]).st_size for name in ("records", "blocks"))
+        have = sum(os.fstat(files[name]).st_size for name in files.keys() - {"lock"})
         if "lock" in files:
             try:
                 locks.take(files["lock"], path)
@@ -132,10 +130,11 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
                     return
                 raise
         if stays:
-            for name, nbytes in share._asdict().items():
-                cut(files[name], nbytes)
+            if "blocks" in files:
+                cut(files["records"], files["blocks"], share)
             return
-        for name in (*files, *spaces.FILES):
+        # The records last: until they are gone, the next engine knows that the rest is a tier's.
+        for name in ("blocks", *spaces.FILES, "lock", "records"):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
         log.info(
@@ -146,7 +145,9 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
             os.close(file)
 
 
-def cut(file: int, nbytes: int) -> None:
-    """Give up what a file has beyond ``nbytes``."""
-    if os.fstat(file).st_size > nbytes:
-        os.ftruncate(file, nbytes)
+def cut(records: int, blocks: int, share: Share) -> None:
+    """Give up what the files have beyond a share."""
+    mark(blocks)  # a copy of another size than its records say would else be no tier's
+    for file, nbytes in ((records, share.records), (blocks, share.blocks)):
+        if os.fstat(file).st_size > nbytes:
+            os.ftruncate(file, nbytes)
