@@ -40,7 +40,6 @@ _LOADERS = "vllm.model_executor.model_loader."
 _READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", "gguf_loader"}
 """vLLM's loaders that read files of a folder, by module."""
 
-
 _MEDIA = (
     "language_model_only", "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate",
     "video_pruning_method", "mm_encoder_attn_backend", "mm_encoder_attn_dtype",
@@ -59,6 +58,7 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "length": model.max_model_len,  # some models choose their rotary embedding by it
         "architecture": str(getattr(model, "architecture", None)),
         "implementation": str(getattr(model, "model_impl", None)),
+        "code": str(getattr(model, "code_revision", None)),
         "load format": str(vllm_config.load_config.load_format),
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), str(getattr(model, "quantization_config", None))],
@@ -151,7 +151,7 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
         )
     except Exception as error:
         raise UnknownWeightsError(f"{model.model!r} is not in the local cache") from error
-    found = identify(place)
+    found = identify(place, started_ns())
     configured = getattr(model.hf_config, "_commit_hash", None)
     if found.startswith("commit ") and configured and found != f"commit {configured}":
         # The branch moved between the engine's start and now: which of the two was loaded?
