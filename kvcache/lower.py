@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 PIECE_NBYTES: Final = 16 << 20  # of one call: what a deadline is for, and a load may wait for
 LOOK_AGAIN_S: Final = 5.0  # at a tier that was skipped
+_DEADLINE_S: Final = 3600
+_CALLS: Final = 1024
 
 
 class Lower:
@@ -58,6 +60,9 @@ class Lower:
             or it loads nonetheless.
         kind: what the profile calls the tier's class.
         clock: seconds.
+
+    Raises:
+        ValueError: for a deadline or a number of calls that cannot be.
     """
 
     def __init__(
@@ -76,6 +81,12 @@ class Lower:
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not 0 < deadline_s <= _DEADLINE_S:  # nan is not
+            raise ValueError(
+                f"deadline_s is {deadline_s}; it takes seconds above 0, to {_DEADLINE_S}"
+            )
+        if not 1 <= calls <= _CALLS:
+            raise ValueError(f"calls is {calls}; it must be 1 to {_CALLS}")
         front = checked(front)
         self.name = name
         self.waits_if_slower = if_slower == "load"

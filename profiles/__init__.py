@@ -11,8 +11,8 @@ if __name__ == "profiles":
 
 import inspect
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from kvcache import answers, memory, recorder
@@ -79,23 +79,24 @@ def open_stack(
         lower = []
         for row in chosen.tiers[1:]:
             tier = opened.enter_context(closing(_open(chosen, row, framed_given)))
-            framed = Framed(
-                tier,
-                block_nbytes=block_nbytes,
-                element_nbytes=element_nbytes,
-                **row.options_for(Framed),
-            )
-            lower.append(
-                each := Lower(
-                    framed,
-                    name=row.name,
-                    kind=row.kind,
-                    front=front,
-                    space=space,
-                    about=described(identity or {}),
-                    **row.options_for(Lower),
+            with _blamed(chosen, row):
+                framed = Framed(
+                    tier,
+                    block_nbytes=block_nbytes,
+                    element_nbytes=element_nbytes,
+                    **row.options_for(Framed),
                 )
-            )
+                lower.append(
+                    each := Lower(
+                        framed,
+                        name=row.name,
+                        kind=row.kind,
+                        front=front,
+                        space=space,
+                        about=described(identity or {}),
+                        **row.options_for(Lower),
+                    )
+                )
             opened.callback(each.link.stop)  # where one of the next fails
         try:
             records = opened.enter_context(closing(recorder.opened(block_tokens)))
@@ -113,6 +114,15 @@ def open_stack(
         )
         opened.pop_all()  # the stack closes them from here on
     return stack
+
+
+@contextmanager
+def _blamed(profile: Profile, row: Row) -> Iterator[None]:
+    """Where an option of a row is refused, say which, and who gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ProfileError(profile.name, [row.blame(str(error))]) from error
 
 
 def _log_shares(profile: Profile, replica: Replica) -> None:

@@ -128,6 +128,25 @@ def test_value_that_a_tier_refuses_is_reported_with_the_variable(
     assert problem.startswith("environment variable KVCACHE__DISK__CAPACITY: capacity is 4096")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("level", "99"), ("calls", "0"), ("calls", "9999999999"), ("deadline_s", "-1.0"),
+     ("deadline_s", "1e+300"), ("threads", "0"), ("threads", "99999999"), ("codec", "zip")],
+)  # fmt: skip
+def test_value_that_any_part_of_the_stack_refuses_is_reported_with_the_variable(
+    option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, given in (
+        ("L1__CAPACITY", "1MiB"), ("DISK__CAPACITY", "1MiB"), ("DISK__PATH", str(tmp_path / "d")),
+        (f"DISK__{option.upper()}", value),
+    ):  # fmt: skip
+        monkeypatch.setenv(f"KVCACHE__{name}", given)
+    with pytest.raises(ProfileError) as caught:
+        open_stack("l1-disk", block_nbytes=4096).close()
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"environment variable KVCACHE__DISK__{option.upper()}: {option} ")
+
+
 def test_error_that_names_no_option_is_reported_with_the_variables(file: Path) -> None:
     row = read(file, GOOD, {"KVCACHE__L1__COUNT": "7"}).tiers[0]
     where = f'{file}, line 1: tier "l1", changed by environment variable KVCACHE__L1__COUNT'

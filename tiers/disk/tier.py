@@ -106,8 +106,8 @@ class DiskTier(Tier):
                     f"{least} of each"
                 )
             raise ValueError(f"capacity is {capacity} bytes; one block takes {least}")
-        if threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1")
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"threads is {threads}; it must be 1 to 1024")
         self._block_nbytes = block_nbytes
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
