@@ -58,6 +58,16 @@ def profile(path: Path, capacity: str = "8MiB", room: str = "16MiB") -> str:
     return L1.format(capacity=capacity) + DISK.format(path=path, room=room)
 
 
+def test_doctor_warns_of_variables_that_are_not_read(
+    ask: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCACHE_PROFIL", "l1-disk")
+    monkeypatch.setenv("KVCACHE_REDIS_PORT", "tcp://10.0.0.2:6379")
+    _, found = ask(profile(tmp_path / "disk"))
+    assert statuses(found, "profile") == ["OK", "WARN"]
+    assert found["profile"][1]["what"].endswith("did you mean KVCACHE_PROFILE?")
+
+
 def lower(kind: str, more: str = "") -> str:
     tier = f'[[tier]]\nname = "below"\nkind = "tests.cli.odd:{kind}"\n{more}'
     return L1.format(capacity="8MiB") + tier

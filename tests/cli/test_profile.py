@@ -116,6 +116,18 @@ def test_show_says_what_became_of_aibrix_variables(
     assert set(facts["aibrix"]) == {"taken", "overruled", "no_effect"}
 
 
+def test_show_reports_variables_that_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("KVCACHE_L1_CAPACITY", "1GiB")
+    warning = (
+        "environment variable KVCACHE_L1_CAPACITY: no such variable, so it has no effect; did you "
+        "mean KVCACHE__L1__CAPACITY?"
+    )
+    assert f"# warning: {warning}" in said(capsys, "show", "l1-only").splitlines()
+    assert told(capsys, "show", "l1-only")["unknown"] == [warning]
+
+
 def test_show_has_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

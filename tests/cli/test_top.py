@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
@@ -46,11 +47,13 @@ class Engine:
     def __init__(self) -> None:
         self.pages: list[str | int] = [page()]
         self.asked: list[str] = []
+        self.logins: list[str] = []
         engine = self
 
         class Get(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 engine.asked.append(self.path)
+                engine.logins.append(self.headers.get("Authorization", ""))
                 now = engine.pages.pop(0) if len(engine.pages) > 1 else engine.pages[0]
                 self.send_response(now if isinstance(now, int) else 200)
                 self.end_headers()
@@ -211,6 +214,18 @@ def test_a_page_without_our_numbers(engine: Engine, capsys: pytest.CaptureFixtur
     engine.pages = ["vllm:num_requests_running 3\n"]
     assert cli.main(["top", engine.url, "--once"]) == 1
     assert "no numbers of kvcache" in capsys.readouterr().err
+
+
+def test_user_and_password_are_sent_and_not_shown(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = engine.url.replace("//", "//me:hunter%402@") + "/metrics?token=hunter2"
+    assert cli.main(["top", url, "--once"]) == 0
+    said = capsys.readouterr()
+    assert engine.logins == ["Basic " + b64encode(b"me:hunter@2").decode()]
+    assert engine.asked == ["/metrics?token=hunter2"]
+    assert "//***@127.0.0.1" in said.out
+    assert "hunter" not in said.out + said.err
 
 
 def test_nobody_there(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
