@@ -31,13 +31,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, Final, Literal
 
 from xxhash import xxh3_128
 
 from kvcache import telemetry
+from kvcache.answers import TierError, called
 from kvcache.process import own
+from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
 
 log = logging.getLogger(__name__)
@@ -50,8 +53,7 @@ RAW: Final = 0  # the payload is the block
 ZSTD: Final = 1  # the low byte planes of the elements as they are, then the highest one compressed
 
 _FIELDS = struct.Struct("<4sHBBQQ")
-_DIGEST_NBYTES = 16
-_USED = _FIELDS.size + _DIGEST_NBYTES
+_USED = _FIELDS.size + 16  # with the checksum
 _ZEROS = bytes(PAGE)
 _DESKS = 4  # calls at work; more of them wait
 
@@ -163,7 +165,8 @@ class Framed(Tier):
                     else:
                         self._count_verified(written[-1], length)
                 if rejected:
-                    self.inner.remove(list(dict.fromkeys(rejected)))
+                    with suppress(TierError):  # the blocks that verified are right nonetheless
+                        called(partial(self.inner.remove, list(dict.fromkeys(rejected))))
         return written
 
     def store(
@@ -209,9 +212,8 @@ class Framed(Tier):
         self.inner.close()
 
     def usage(self) -> TierUsage:
-        inner = self.inner.usage()
-        rejected = self.stats().rejected + Counter(inner.rejected_blocks)
-        return replace(inner, rejected_blocks=rejected)
+        inner, rejected = usage_of(self.inner), self.stats().rejected
+        return replace(inner, rejected_blocks=rejected + Counter(inner.rejected_blocks))
 
     def stats(self) -> FrameStats:
         """Counts at this moment."""
@@ -276,12 +278,11 @@ class _Desk:
         self._map = _memory(frames * self._nbytes)
         view = memoryview(self._map)
         self.frames = [view[at : at + self._nbytes] for at in range(0, len(view), self._nbytes)]
-        zstandard: Any = _zstandard()
-        self._zstandard = zstandard
-        self._decompressor = zstandard and zstandard.ZstdDecompressor()
+        self._zstandard: Any = _zstandard()
+        self._decompressor: Any = self._zstandard and self._zstandard.ZstdDecompressor()
         self._compress: Callable[[bytes], bytes] | None = None
-        if zstandard and level:
-            self._compress = zstandard.ZstdCompressor(level=level).compress
+        if self._zstandard and level:
+            self._compress = self._zstandard.ZstdCompressor(level=level).compress
 
     def pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
         """Make the frame of ``block`` in ``frames[slot]``; give the part of it that is used."""

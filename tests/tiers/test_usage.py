@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from kvcache.testing import block_of, keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import PAGE, Framed, frame_nbytes
+from tests.core.odd import RAISED
 from tests.tiers.frames import Frames
 from tests.tiers.test_disk import capacity
 
@@ -42,3 +47,26 @@ def test_frames_in_frames_add_up() -> None:
     inner.held[key] = bytes(len(inner.held[key]))
     assert tier.load([key], [memoryview(bytearray(PAGE))]) == [0]
     assert tier.usage() == TierUsage(rejected_blocks={"magic": 1})
+
+
+@pytest.mark.parametrize("name", RAISED)
+def test_an_inner_tier_that_fails_to_count_or_to_remove_costs_that_alone(name: str) -> None:
+    def wrong(*_: object) -> NoReturn:
+        error = RAISED[name]()
+        raise error
+
+    def work() -> None:
+        inner = Frames()
+        tier = Framed(inner, block_nbytes=PAGE)
+        keys = keys_of("a", 2)
+        tier.store(keys, [memoryview(block_of(key, PAGE)) for key in keys])
+        inner.held[keys[0]] = bytes(len(inner.held[keys[0]]))
+        inner.remove = inner.usage = wrong  # type: ignore[assignment,method-assign]
+        answers.append(tier.load(keys, [memoryview(bytearray(PAGE)) for _ in keys]))
+        answers.append(tier.usage())
+
+    answers: list[object] = []
+    thread = threading.Thread(target=work)  # as the stack calls a tier
+    thread.start()
+    thread.join()
+    assert answers == [[0, PAGE], TierUsage(rejected_blocks={"magic": 1})]
