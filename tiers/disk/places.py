@@ -171,6 +171,7 @@ def open_file(folder: int, name: str, path: Path, flags: int = os.O_RDWR) -> int
         found, user = os.fstat(file), os.geteuid()
         if stat.S_ISREG(found.st_mode) and found.st_nlink < 2:
             if found.st_uid == user or not flags & os.O_RDWR:
+                os.set_blocking(file, True)  # reads and writes are as they would be without
                 return file
             what = f"a file of user {found.st_uid} (this process is user {user})"
         elif found.st_nlink > 1:
