@@ -150,5 +150,6 @@ def _open(profile: Profile, row: Row, known: Mapping[str, object]) -> Tier:
         if answers.from_signal(error):
             raise
         # A third-party class may raise anything; ours raise ValueError for what is wrong.
-        text = str(error) if isinstance(error, ValueError) else ": ".join(answers.described(error))
+        kind, text = answers.described(error)
+        text = text if isinstance(error, ValueError) else f"{kind}: {text}"
         raise ProfileError(profile.name, [row.blame(text)]) from error

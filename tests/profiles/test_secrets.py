@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kvcache.profiles import ProfileError, open_stack
 from kvcache.profiles.errors import show, show_option
 from kvcache.profiles.options import options_of
 from kvcache.sizes import Size
@@ -117,3 +118,20 @@ def test_what_is_no_secret_is_shown() -> None:
     assert show("redis://host:6379/1") == '"redis://host:6379/1"'
     assert show_option("path", "/a@b") == 'path = "/a@b"'
     assert show_option("token_file", "/run/token") == 'token_file = "/run/token"'
+
+
+class Talkative(Front):
+    """Repeats in its error what it was given elsewhere."""
+
+    def __init__(self, *, block_nbytes: int) -> None:
+        raise ValueError(f"cannot reach redis://me:{SECRET}@host: password={SECRET}\x1b[31m")
+
+
+def test_an_error_of_a_class_has_no_secret(file: Path) -> None:
+    file.write_text(HEAD.replace(FRONT, "tests.profiles.test_secrets:Talkative"))
+    with pytest.raises(ProfileError) as caught:
+        open_stack(str(file), block_nbytes=4096)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f'{file}, line 1: tier "l1": cannot reach redis://***@host: ')
+    assert SECRET not in problem
+    assert problem.isprintable()
