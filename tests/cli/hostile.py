@@ -67,7 +67,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "extends-levels": _levels,
     "extends-itself": lambda path: path.write_text(f'extends = "{path}"\n'),
     "gzip-of-zeros": _written(gzip.compress(bytes(64 << 20), 9)),
-    "gzip-of-lines": _written(gzip.compress(b"\n" * (12 << 20), 9)),
+    "gzip-of-lines": _written(gzip.compress(b"\n" * (2 << 20), 9)),
     "gzip-cut": _written(gzip.compress(os.urandom(4096))[:-20]),
 }
 """By name: what makes it at a path."""

@@ -26,6 +26,8 @@ import contextlib, io, json, sys, time
 from kvcache import cli, inputs
 from kvcache.cli import doctor, server, top
 from kvcache.cli.doctor import otlp
+from kvcache.replay import trace
+trace.LINES = 1_000_000
 inputs.WAIT_S = server.WAIT_S = server.QUIET_S = top._TIMEOUT_S = otlp._WAIT_S = 0.5
 doctor.WAIT_S = 10.0
 ended = []
