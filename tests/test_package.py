@@ -21,7 +21,7 @@ from tests.install_engine import ENGINE_VERSION
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("core", "tiers", "profiles")
 TEST_WITH = ("pytest>=9", "hypothesis", "opentelemetry-sdk", "redis>=6")  # a profile has redis
-NOT_PUBLISHED = (".*", "build", "dist", "*.egg-info", "__pycache__")
+NOT_PUBLISHED = (".*", "build", "dist", "env", "*.egg-info", "__pycache__")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -74,6 +74,13 @@ def elsewhere(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
+
+
+def test_editable_install_beside_a_folder_named_kvcache_is_what_python_imports(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "kvcache").mkdir()  # as a checkout is named
+    run(sys.executable, "-c", "from kvcache import block_keys", cwd=tmp_path)
 
 
 def test_the_wheel_holds_the_tree(wheel: Path) -> None:
