@@ -162,6 +162,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool:
         self._scheduler.reset()
+        if self._block_pool is not None:
+            # vLLM cannot reset its own cache while requests run, and would give later ones what
+            # was computed before.
+            self._block_pool.evict_blocks(set(range(len(self._block_pool.blocks))))
+        self._forget_doubtful()
         return True
 
     def stats(self) -> StackStats | None:

@@ -1,4 +1,4 @@
-"""Blocks of the engine that do not hold what their keys say, because a load failed.
+"""Blocks of the engine that do not hold what their keys say: a load failed, or a reset came.
 
 The scheduler hears of a failed load with the report of the step that made it. By then vLLM may have
 built and run the next step on those blocks, and other requests may have found them in vLLM's prefix
@@ -6,11 +6,12 @@ cache.
 
 Always true here:
 
-* A block is doubtful if a load did not write it, or if a request computed it after a doubtful
-  block. It stops being doubtful when it is loaded, or computed in full after sound blocks alone.
+* A block is doubtful if a load did not write it, if it was computed before a reset, or if a request
+  computed it after a doubtful block. It stops being doubtful when it is loaded, or computed in full
+  after sound blocks alone.
 * A request publishes no block from its first doubtful block on.
 * A request that has ended counts until the report of the last step that may have computed for it.
-* Without a failed load a step costs the look at an empty set.
+* Without a failed load or a reset, a step costs the look at an empty set.
 """
 
 from __future__ import annotations
@@ -94,6 +95,12 @@ class Doubt:
                     spreads = True
         self._blocks |= resting
         self._spread |= resting
+
+    def outdated(self, running: Running) -> None:
+        """All that a request has was computed before a reset; so is what it computes from that."""
+        running.doubtful, running.checked = 0, True
+        self._blocks.update(running.blocks)
+        self._spread.update(running.blocks)
 
     def loads(self, blocks: Collection[int]) -> None:
         """A load was begun that writes ``blocks``."""

@@ -214,7 +214,7 @@ class SchedulerSide:
             self._requests.goes_on(request)
             return  # it runs already, unless everything was reset while its load went on
         self._gave_back(request)  # where it was preempted
-        running = self._running[request.request_id] = Running(request)
+        running = self._running[request.request_id] = Running(request, [*blocks[0]])
         promised = self._promised.redeem(request.request_id)
         start = promised.start if promised is not None else 0
         self._requests.admitted(request, tokens, start, self._block_tokens)
@@ -270,10 +270,10 @@ class SchedulerSide:
         step = Step(self._memory, loads=self._loads, number=self._step)
         self._loads = []
         for new in output.scheduled_new_reqs:
-            step.fresh += self._extend(new.req_id, new.block_ids)
+            step.fresh += self._extend(new.req_id, new.block_ids, whole=True)
         cached = output.scheduled_cached_reqs  # all blocks of a resumed one, the new ones of others
         for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            step.fresh += self._extend(request_id, more)
+            step.fresh += self._extend(request_id, more, whole=request_id in cached.resumed_req_ids)
         prefilled = context = 0.0  # tokens, and summed over them those before each
         for request_id, scheduled in output.num_scheduled_tokens.items():
             running = self._running.get(request_id)
@@ -290,13 +290,15 @@ class SchedulerSide:
         self._steps[step.number] = self._clock(), blocks, depth
         return step
 
-    def _extend(self, request_id: str, block_ids: Sequence[Sequence[int]] | None) -> Sequence[int]:
-        """Note what blocks a request was given; they are returned."""
+    def _extend(
+        self, request_id: str, block_ids: Sequence[Sequence[int]] | None, *, whole: bool
+    ) -> Sequence[int]:
+        """Note the blocks that a request was given, all it has or more; they are returned."""
         if block_ids is None:
             return ()
         running = self._running.get(request_id)
         if running is not None:
-            running.blocks += block_ids[0]
+            running.blocks = [*([] if whole else running.blocks), *block_ids[0]]
         return block_ids[0]
 
     def _offer(self, running: Running, scheduled: int) -> Transfer | None:
@@ -366,14 +368,13 @@ class SchedulerSide:
     # Whenever
 
     def reset(self) -> None:
-        """Forget everything: the weights may have changed."""
+        """Forget everything: the weights may have changed. What goes on running is kept no more."""
         if self._stack is None:
             return
         for request_id in list(self._promised):
             self._promised.withdraw(request_id)
         for running in self._running.values():
-            self._doubt.ended(running, self._step)
-        self._running.clear()  # what goes on running was computed before: it is kept no more
+            self._doubt.outdated(running)
         self._stack.clear()
 
     def stats(self) -> StackStats | None:

@@ -89,11 +89,10 @@ class Miniature:
         if self.random.random() < 0.5:
             for request in self.running[::-1]:
                 self._preempt(request)
-        for request in [*self.running, *self.waiting, *self.remote.values()]:
-            request.stale = bool(request.blocks)
         self.workers.resets += 1
-        self.own.clear()
+        self.own.clear()  # also where vLLM cannot: the connector evicts what it has
         self.side.reset()
+        self._evict()
         assert self.front.stats().used_blocks == 0
 
     def step(self) -> None:
@@ -257,8 +256,6 @@ class Miniature:
 
     def _know(self, request: Request, end: int) -> None:
         """As vLLM does, before they are computed: others of this step find them."""
-        if request.stale:
-            return
         for key, block in zip(request.block_hashes[: end // BLOCK], request.blocks, strict=False):
             self.keys.add(key)
             self.own.setdefault(key, block)
@@ -270,7 +267,7 @@ class Miniature:
                 self.free.append(block)
         request.blocks = []
         request.num_computed_tokens = request.placeholders = 0
-        request.stale = request.wrong = False
+        request.wrong, request.partly = False, (-1, 0)
         request.starts += 1
 
     def _preempt(self, request: Request) -> None:

@@ -40,7 +40,7 @@ class Request:
     ends_at: int
     num_computed_tokens: int = 0
     skip_reading_prefix_cache: bool = False
-    stale: bool = False  # runs on what was computed before a reset
+    partly: tuple[int, int] = (-1, 0)  # the block that it computes in parts, resets before that
     gone: bool = False  # aborted, and its blocks are still being loaded
     wrong: bool = False  # what it computes rests on blocks that were not loaded
     placeholders: int = 0  # tokens that are sampled and not known yet
@@ -187,4 +187,9 @@ class Workers:
                 sound = [content[1] for content in earlier if content is not None]
                 assert len(sound) == len(earlier)
                 since = min(sound, default=self.resets)
+                if request.partly[0] == at:
+                    since = min(since, request.partly[1])
                 kv[request.blocks[at]] = WRONG if request.wrong else (request.key(at), since)
+            last = request.num_computed_tokens // BLOCK
+            if request.num_computed_tokens % BLOCK and request.partly[0] != last:
+                request.partly = (last, self.resets)

@@ -140,6 +140,7 @@ def test_reset_while_a_store_is_under_way(played: Played) -> None:
     played.side.reset()
     played.ack(store, ranks=1)
     assert played.held(request) == [False] * 2
+    played.side.finished(request)
     assert played.nothing_is_open()
 
 
@@ -153,6 +154,7 @@ def test_reset_while_a_load_is_under_way(played: Played, failed: bool) -> None:
     assert played.l1.pinned_slots == 2  # still read
     played.ack(load, failed=failed)
     assert played.held(request) == [False] * 2
+    played.side.finished(request)
     assert played.nothing_is_open()
 
 
@@ -172,6 +174,7 @@ def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: Played)
     played.side.reset()
     played.ack(store, failed=True)
     assert played.step((request, 3 * BLOCK)).stores == []
+    played.side.finished(request)
     assert played.nothing_is_open()
 
 

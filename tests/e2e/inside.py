@@ -193,7 +193,10 @@ def reset_without_the_connector(engine: Engine) -> int:
 
 
 def reset_under_a_running_request(engine: Engine) -> dict[str, Any]:
-    """The engine's own cache cannot be reset under it; what it computed before is kept no more."""
+    """The engine cannot reset its own cache under it; what it computed before is kept no more.
+
+    Nor does a later request with the same prompt find it, in the engine's own cache or here.
+    """
     engine.fresh()
     asked = prompt("runs on", 100)
     engine.add("runs on", asked, tokens=80)
@@ -203,10 +206,12 @@ def reset_under_a_running_request(engine: Engine) -> dict[str, Any]:
     used_then = engine.l1.used_blocks
     engine.drain()
     used = engine.l1.used_blocks
+    later = engine.ask(asked)["cached"]
+    engine.fresh()
     engine.evict_own()
     return {
         "reset": done, "used then": used_then, "used": used,
-        "cached": engine.ask(asked)["cached"], "ends": engine.open_ends(),
+        "later": later, "cached": engine.ask(asked)["cached"], "ends": engine.open_ends(),
     }  # fmt: skip
 
 
