@@ -133,7 +133,7 @@ class SchedulerSide:
             offsets[rank] = block_nbytes
             block_nbytes += shard.nbytes
         self._promised.beside = all(shard.beside for shard in shards.values())
-        fields = {**self._identity, **{str(rank): each.form for rank, each in shards.items()}}
+        fields = {**self._identity, **{f"rank {rank}": each.form for rank, each in shards.items()}}
         self._stack = open_stack(
             block_nbytes=block_nbytes,
             space=namespace(fields),
