@@ -21,7 +21,7 @@ from tests.install_engine import ENGINE_VERSION
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("core", "tiers", "profiles")
 TEST_WITH = ("pytest>=9", "hypothesis", "opentelemetry-sdk", "redis>=6")  # a profile has redis
-NOT_PUBLISHED = (".*", "build", "dist", "env", "*.egg-info", "__pycache__")
+NOT_PUBLISHED = (".*", "build", "dist", "env", "model", "*.egg-info", "__pycache__")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
