@@ -22,7 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, weight_files
+from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, trail, weight_files
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -133,7 +133,11 @@ class Adapters:
                 self._refuse(name, "its path is no folder on this host")
                 return
             files = (place, *weight_files(place).values())
-            links = tuple(path for path in (*files, *place.parents) if path.is_symlink())
+            links = tuple(
+                path
+                for path in {each for file in files for each in trail(file)}
+                if path.is_symlink()
+            )
             stamp = _stamp(files, links)
             found = identify(place, self._started_ns)
             digest = blake2b(found.encode(), person=b"kvcache.lora").digest()

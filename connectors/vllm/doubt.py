@@ -113,7 +113,8 @@ class Doubt:
             return
         computed, size = running.request.num_computed_tokens, self._block_tokens
         if begins:
-            found = enumerate(running.blocks[: computed // size])
+            # The last of them in part: a request that waited keeps a block it computed half of.
+            found = enumerate(running.blocks[: -(-computed // size)])
             running.doubtful = next((at for at, block in found if block in self._blocks), None)
         elif self._recomputes and computed <= (running.doubtful or 0) * size:
             running.doubtful = None  # vLLM set it back, and computes it again from there

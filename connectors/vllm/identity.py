@@ -57,9 +57,11 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "config": _config(model),
         "length": model.max_model_len,  # some models choose their rotary embedding by it
         "architecture": str(getattr(model, "architecture", None)),
+        "classes": str(getattr(model, "model_class_overrides", None)),
         "implementation": str(getattr(model, "model_impl", None)),
         "code": str(getattr(model, "code_revision", None)),
         "load format": str(vllm_config.load_config.load_format),
+        "loader": str(vllm_config.load_config.model_loader_extra_config),  # which files it reads
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), str(getattr(model, "quantization_config", None))],
         "media": chosen(getattr(model, "multimodal_config", None), _MEDIA),
@@ -139,7 +141,10 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
     if place.exists():
         return identify(place, started_ns())
     from huggingface_hub import snapshot_download
+    from vllm import envs
 
+    if envs.VLLM_USE_MODELSCOPE:
+        raise UnknownWeightsError("ModelScope has them, and the cache of Hugging Face may not")
     try:
         place = Path(
             snapshot_download(
@@ -186,6 +191,9 @@ def _check(vllm_config: VllmConfig) -> None:
         raise UnknownWeightsError("weight_transfer_config replaces them while the engine runs")
     if getattr(cache, "calculate_kv_scales", False):
         raise UnknownWeightsError("calculate_kv_scales measures other scales in every process")
+    media = getattr(model, "multimodal_config", None)
+    if getattr(media, "mm_encoder_fp8_scale_path", None):
+        raise UnknownWeightsError("mm_encoder_fp8_scale_path names a file beside the weights")
     auto_map = getattr(model.hf_config, "auto_map", None) or {}
     if model.trust_remote_code and "--" in str(auto_map):
         raise UnknownWeightsError("the model's code is in another repository")

@@ -2,10 +2,11 @@
 
 1. It depends on names, sizes and bytes, and on nothing else: not on the path, the times of the
    files or the host. Two hosts that mount the same files at different places get the same digest.
-2. A file up to 64 KiB is read whole. Of a safetensors file the whole header is read (every tensor's
-   name, type, shape and offsets), and of every tensor the first page, the last one and two between
-   them, or all of it up to 64 KiB. A ``torch.save`` archive has a CRC-32 of each of its members in
-   its directory, which is read whole. Of any other file a page of every 4 MiB is read.
+2. A file up to 64 KiB is read whole, settings and code up to 64 MiB. Of a safetensors file the
+   whole header is read (every tensor's name, type, shape and offsets), and of every tensor the
+   first page, the last one and two between them, or all of it up to 64 KiB. A ``torch.save``
+   archive has a CRC-32 of each of its members in its directory, which is read whole. Of any other
+   file a page of every 4 MiB is read.
 3. A change that leaves all of these bytes as they were is not found: a few numbers of a large
    tensor, edited in place. A fine-tune changes nearly every number of the tensors that it trains.
 4. A snapshot of a Hugging Face cache is its commit, which is a hash of every file's content.
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from typing import Any, Final
 
 PAGE: Final = 4096
 WHOLE_NBYTES: Final = 64 << 10  # read whole, files and tensors
+SETTINGS_NBYTES: Final = 64 << 20  # read whole, settings and code: an edit may keep their size
 STRIDE_NBYTES: Final = 4 << 20  # between the pages of a file whose structure is not known
 HEADER_NBYTES: Final = 100 << 20  # the largest header that safetensors itself reads
 THREADS: Final = 8
@@ -39,6 +42,8 @@ _IRRELEVANT = re.compile(
 )
 """Files that change no block: prompts are token ids, and a checkpoint may hold what training needs
 to go on."""
+
+_LINKS: Final = 40  # on the way to a file, as many as Linux follows
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -83,7 +88,9 @@ def weight_files(place: Path) -> dict[str, Path]:
     found = {}
     for path in [*place.glob("*"), *place.glob("*/*")]:
         name = path.relative_to(place)
-        wanted = path.suffix in _WEIGHTS | _SETTINGS and not _IRRELEVANT.fullmatch(path.name)
+        # The engine reads every safetensors file, whatever its name says.
+        irrelevant = path.suffix != ".safetensors" and _IRRELEVANT.fullmatch(path.name)
+        wanted = path.suffix in _WEIGHTS | _SETTINGS and not irrelevant
         if wanted and not any(part.startswith(".") for part in name.parts) and path.is_file():
             found[name.as_posix()] = path
     return found
@@ -108,18 +115,46 @@ def commit(place: Path, files: Iterable[Path]) -> str | None:
 def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
     """Whether ``place`` may have had other ``files`` at a time, in nanoseconds since 1970.
 
-    By the time stamps that no program can set: of the files, of links on the way to them, and of
-    folders that were moved to where they are.
+    By the time stamps that no program can set: of the files, of every link on the way to them, and
+    of folders that were moved to where they are.
     """
-    ways = [place.absolute(), *place.absolute().parents]
-    if any(way.is_symlink() and way.lstat().st_ctime_ns > since_ns for way in ways):
-        return True
-    for way in ways:
-        status = way.stat()
+    files = list(files)
+    for path in {part for each in (place, *files) for part in trail(each)}:
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            if status.st_ctime_ns > since_ns:
+                return True
         # What comes into a folder and leaves it changes both times, to move the folder but one.
-        if status.st_ctime_ns > since_ns >= status.st_mtime_ns:
+        elif status.st_ctime_ns > since_ns >= status.st_mtime_ns:
             return True
-    return any(max(file.lstat().st_ctime_ns, file.stat().st_ctime_ns) > since_ns for file in files)
+    # A folder may have been moved and written to, as by a marker that the copy is complete. To move
+    # it changes the folder that it is in as well.
+    folders = {file.parent.resolve() for file in files} | {file.resolve().parent for file in files}
+    return any(
+        min(folder.stat().st_ctime_ns, folder.parent.stat().st_ctime_ns) > since_ns
+        for folder in folders
+    )
+
+
+def trail(path: Path) -> Iterator[Path]:
+    """Every folder and link that leads from the root to ``path``, and the file at its end.
+
+    Raises:
+        OSError: when it leads nowhere.
+    """
+    at, ahead, links = Path("/"), [*path.absolute().parts[:0:-1]], 0
+    yield at
+    while ahead:
+        part = ahead.pop()
+        at = at.parent if part == ".." else at / part
+        yield at
+        if at.is_symlink():
+            links += 1
+            if links > _LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            target = at.readlink()
+            ahead += target.parts[::-1]  # a root replaces what it is joined to
+            at = at.parent
 
 
 def digest(files: Mapping[str, Path]) -> str:
@@ -145,7 +180,7 @@ def _digest_of(path: Path, threads: ThreadPoolExecutor) -> Iterator[bytes]:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{str(path)!r} is no regular file")
         yield status.st_size.to_bytes(8, "little")
-        if status.st_size <= WHOLE_NBYTES:
+        if status.st_size <= (SETTINGS_NBYTES if path.suffix in _SETTINGS else WHOLE_NBYTES):
             yield _read(file, 0, status.st_size)
             return
         if path.suffix == ".safetensors":

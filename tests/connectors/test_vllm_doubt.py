@@ -188,3 +188,18 @@ def test_requests_that_ended_are_forgotten_when_their_steps_are_reported(played:
     played.side.acked(Acks({job.job: 2 for job in ahead.stores}, step=ahead.number))
     assert not played.side._doubt._ended
     assert played.held(request) == [True] * 5 + [False]
+
+
+def test_request_that_waited_with_half_a_block_publishes_nothing_from_before_a_reset(
+    recomputing: Played,
+) -> None:
+    """As a session does between the parts of its prompt: vLLM admits it again with its blocks."""
+    played = recomputing
+    request = Request("session", 20)
+    played.admit(request, [1, 2])
+    played.ack(*played.step((request, 20)).stores)
+    played.side.reset()
+    request.num_tokens = 2 * BLOCK
+    played.side.admitted(request, ([1, 2],), 0)
+    played._new.append(request)
+    assert played.step((request, 2 * BLOCK - 20)).stores == []

@@ -82,6 +82,8 @@ def fields(
     served: str = "chat",
     draft: str | None = None,
     transfer: object = None,
+    loader: dict[str, Any] | None = None,
+    classes: dict[str, str] | None = None,
 ) -> dict[str, object]:
     """The fields of an engine with these settings."""
     import torch
@@ -108,11 +110,16 @@ def fields(
             quantization=quantization,
             multimodal_config=media and SimpleNamespace(**media),
             served_model_name=served,
+            model_class_overrides=classes,
         )
 
     engine: Any = SimpleNamespace(
         model_config=model_config(model),
-        load_config=LoadConfig(load_format=load_format, download_dir=download_dir),
+        load_config=LoadConfig(
+            load_format=load_format,
+            download_dir=download_dir,
+            model_loader_extra_config=loader or {},
+        ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=pipeline, tensor_parallel_size=tensor
         ),
@@ -138,6 +145,8 @@ def fields(
         {"length": 2048},
         {"architecture": "Gemma"},
         {"load_format": "pt"},
+        {"load_format": "sharded_state", "loader": {"pattern": "other-{rank}-{part}.safetensors"}},
+        {"classes": {"Llama": "ours:Llama"}},
         {"dtype": "torch.float16"},
         {"quantization": "fp8"},
         {"media": {"mm_processor_kwargs": {"crop": True}}},
@@ -153,7 +162,8 @@ def fields(
     ids=lambda other: next(iter(other)),
 )
 def test_identity_setting_that_changes_bytes_changes_it(model: str, other: dict[str, Any]) -> None:
-    assert namespace(fields(model, **other)) != namespace(fields(model))
+    usual = {name: other[name] for name in ("load_format",) if "loader" in other}
+    assert namespace(fields(model, **other)) != namespace(fields(model, **usual))
 
 
 @pytest.mark.parametrize("variable", ["PYTHONHASHSEED", "VLLM_BATCH_INVARIANT"])
@@ -212,6 +222,7 @@ UNIDENTIFIED: dict[str, dict[str, Any]] = {
     "object store": {"model_weights": "s3://models/llama"},
     "transferred weights": {"transfer": object()},
     "measured scales": {"calculate_kv_scales": True},
+    "scales elsewhere": {"media": {"mm_encoder_fp8_scale_path": "/scales.json"}},
     "code elsewhere": {"auto_map": {"AutoModel": "other/repository--modeling.Model"}},
 }
 
@@ -230,6 +241,14 @@ def test_identity_weights_of_unknown_origin_are_shared_with_no_process(
 def test_identity_model_that_is_nowhere_is_shared_with_no_process(tmp_path: Path) -> None:
     assert UNSHARED in fields("meta/llama", download_dir=str(tmp_path))
     assert UNSHARED in fields(str(tmp_path))  # a folder without weights
+
+
+def test_identity_weights_of_modelscope_are_no_snapshot_of_hugging_face(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_snapshot(tmp_path, COMMIT, b"old")
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    assert UNSHARED in fields("meta/llama", download_dir=str(tmp_path))
 
 
 def test_identity_snapshot_that_moved_since_the_start_is_shared_with_no_process(

@@ -141,6 +141,8 @@ def test_weight_files_leave_out_what_changes_no_block(tmp_path: Path) -> None:
     for name in ("model.bin", "tokenizer.json", "optimizer.pt", "README.md", ".hidden.bin"):
         (tmp_path / name).write_bytes(b"x")
     assert set(weight_files(tmp_path)) == {"model.bin"}
+    (tmp_path / "tokenizer.safetensors").write_bytes(b"x")  # vLLM reads it
+    assert set(weight_files(tmp_path)) == {"model.bin", "tokenizer.safetensors"}
 
 
 def test_identify_folder_named_like_a_snapshot_is_no_commit(tmp_path: Path) -> None:
@@ -188,8 +190,14 @@ def _linked_elsewhere(model: Path) -> None:
     model.symlink_to(model.parent / "other")
 
 
+def _moved_and_marked(model: Path) -> None:
+    _moved(model)
+    (model / "COMPLETE").touch()
+
+
 @pytest.mark.parametrize(
-    "change", [_replaced, _overwritten, _touched_back, _moved, _linked_elsewhere]
+    "change",
+    [_replaced, _overwritten, _touched_back, _moved, _linked_elsewhere, _moved_and_marked],
 )
 def test_identify_weights_that_changed_since_are_unknown(
     tmp_path: Path, change: Callable[[Path], None]
@@ -206,6 +214,46 @@ def test_identify_weights_that_changed_since_are_unknown(
     change(tmp_path / "model")
     with pytest.raises(UnknownWeightsError, match="changed"):
         identify(tmp_path / "model", since)
+
+
+@pytest.mark.parametrize("through", ["folder", "file"])
+def test_identify_weights_behind_a_link_that_changed_since_are_unknown(
+    tmp_path: Path, through: str
+) -> None:
+    """As releases are switched: the link to the latest one is itself behind a link."""
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.bin").write_bytes(name.encode())
+    (tmp_path / "latest").symlink_to("v1")
+    model = tmp_path / "model"
+    if through == "folder":
+        model.symlink_to("latest")
+    else:
+        model.mkdir()
+        (model / "model.bin").symlink_to("../latest/model.bin")
+    since = now_ns(tmp_path)
+    assert identify(model, since).startswith("digest ")
+    while now_ns(tmp_path) == since:
+        pass
+    (tmp_path / "new").symlink_to("v2")
+    (tmp_path / "new").rename(tmp_path / "latest")
+    with pytest.raises(UnknownWeightsError, match="changed"):
+        identify(model, since)
+
+
+def test_identify_weights_behind_a_loop_of_links_are_unknown(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("model")
+    with pytest.raises(UnknownWeightsError):
+        identify(tmp_path / "model", 0)
+
+
+@pytest.mark.parametrize("name", ["modeling.py", "model.safetensors.index.json"])
+def test_identify_sees_every_byte_of_large_settings_and_code(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    (tmp_path / name).write_bytes(bytes(10 * weights.WHOLE_NBYTES))
+    before = identify(tmp_path)
+    change(tmp_path / name, 5000)
+    assert identify(tmp_path) != before
 
 
 def _empty(path: Path) -> None:
