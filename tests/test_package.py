@@ -71,7 +71,8 @@ def elsewhere(tmp_path: Path) -> Path:
     """A folder outside the checkout that holds the tests, and no `kvcache`."""
     for folder in ALONE:
         shutil.copytree(ROOT / "tests" / folder, tmp_path / "tests" / folder)
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    for file in ("conftest.py", "forked.py"):
+        shutil.copy(ROOT / "tests" / file, tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
