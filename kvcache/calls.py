@@ -120,14 +120,15 @@ class Calls:
     def close(self, timeout_s: float) -> None:
         """Take no more jobs; have the threads end when none waits. Twice is allowed.
 
-        Threads that have not ended after ``timeout_s`` are left.
+        Threads that have not ended after ``timeout_s`` are left, as is the caller's own thread.
         """
         with self._lock:
             closed, self._closed = self._closed, True
             for _ in [] if closed else self._threads:
                 self._jobs.put((STOP, next(self._order), _nothing, _nothing))
         until = time.monotonic() + timeout_s
-        for thread in self._threads:
+        current = threading.current_thread()
+        for thread in [each for each in self._threads if each is not current]:
             thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:

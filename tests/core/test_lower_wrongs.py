@@ -216,6 +216,25 @@ def test_a_close_that_raises_leaves_the_rest_closed(caplog: pytest.LogCaptureFix
     assert "tier l3: close failed (SystemExit" in caplog.text
 
 
+def test_close_in_the_callback_of_a_future_closes_every_tier() -> None:
+    below, closed = Below(), threading.Event()
+    tier = below.tiers[0]
+
+    def close(_: object) -> None:
+        below.stack.close()
+        closed.set()
+
+    tier.gate.clear()
+    match = below.stack.match(keys_of("a", 2))
+    assert tier.waiting.acquire(timeout=LONG)
+    match.add_done_callback(close)  # called by the stack's own thread
+    tier.gate.set()
+    assert closed.wait(LONG)
+    assert tier.closed
+    with pytest.raises(ValueError, match="released"):
+        below.front.slab.view(0)
+
+
 @pytest.mark.parametrize("name", [*RAISED, *RETURNED])
 def test_usage_that_goes_wrong_is_unknown(below: Below, name: str) -> None:
     wrong = wrongs("usage").get(f"raises {name}") or (lambda: RETURNED[name](1))
