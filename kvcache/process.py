@@ -54,9 +54,11 @@ def _begin_child() -> None:
         # part refers to must not say farewell to a server.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
         kind: Any = type(part)
-        part.__class__ = _refused(kind, parent)
-        with suppress(OSError):
+        # A third-party subclass may allow neither. It must cost no other part.
+        with suppress(Exception):
             getattr(kind, _IN_CHILD, bool)(part)
+        with suppress(Exception):
+            object.__setattr__(part, "__class__", _refused(kind, parent))
 
 
 @cache

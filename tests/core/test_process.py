@@ -95,6 +95,16 @@ def test_front_tier_of_a_third_party_in_a_child_refuses_every_method() -> None:
     stack.close()
 
 
+def test_front_tier_that_allows_no_subclass_costs_a_child_no_other_refusal() -> None:
+    class Theirs(DramTier):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("no subclass of this")
+
+    stack = Stack(Theirs(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
+    assert unrefused(stack, stack.front, stack.front.slab) == []
+    stack.close()
+
+
 def test_disk_that_a_child_closed_stays_locked_by_the_parent(
     on_disk: Stack, tmp_path: Path
 ) -> None:
