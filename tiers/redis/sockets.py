@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -95,9 +96,13 @@ def _resolved(host: str, port: int, deadline: float) -> list[Any]:
     with _lock:
         lookup = _lookups.get(place)
         if lookup is None:
-            lookup = _lookups[place] = Future()
-            name = "kvcache-redis-resolve"
-            threading.Thread(target=_look_up, args=place, name=name, daemon=True).start()
+            lookup, name = Future(), "kvcache-redis-resolve"
+            thread = threading.Thread(target=_look_up, args=place, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread left
+                raise OSError(f"the name {host!r} was not resolved: {error}") from None
+            _lookups[place] = lookup
     try:
         return lookup.result(left(deadline))
     except TimeoutError:
@@ -106,16 +111,26 @@ def _resolved(host: str, port: int, deadline: float) -> list[Any]:
 
 def _look_up(host: str, port: int) -> None:
     found: list[Any] = []
-    error: OSError | None = None
+    error: BaseException | None = None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as failed:
-        error = failed
     except UnicodeError:
         error = OSError(f"{host!r} is not a name of a host")
+    except BaseException as failed:  # noqa: BLE001 - raised where the result is asked for
+        error = failed
     with _lock:
         lookup = _lookups.pop((host, port))
     if error is not None:
         lookup.set_exception(error)
     else:
         lookup.set_result(found)
+
+
+def _begin_child() -> None:
+    """Forget, in a forked child, what threads of its parent resolve: they do not run there."""
+    global _lock
+    _lock = threading.Lock()
+    _lookups.clear()
+
+
+os.register_at_fork(after_in_child=_begin_child)
