@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ pytest.importorskip("redis")
 
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.testing import keys_of
-from kvcache.tiers.redis import RedisTier
+from kvcache.tiers.redis import RedisTier, sockets
 from kvcache.tiers.redis.login import Login
 from kvcache.tiers.redis.nodes import Cluster
 from kvcache.tiers.redis.sockets import Address, open_socket
 from kvcache.tiers.redis.wire import Refused, WireError
+from tests.forked import in_child
 from tests.tiers import servers
 from tests.tiers.hostile import Act, Hostile, dripping, empty, flooding, saying, silent
 from tests.tiers.servers import eventually
@@ -177,6 +178,50 @@ def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
     assert len(asked) <= 2  # one that hung, and one more if that was over before the last call
 
 
+def test_name_resolution_without_a_thread_fails_and_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def resolves(_: str, port: int, **options: Any) -> list[Any]:
+        return getaddrinfo("127.0.0.1", port, **options)
+
+    getaddrinfo = socket.getaddrinfo
+    with Hostile(silent) as server:
+        monkeypatch.setattr(socket, "getaddrinfo", resolves)
+        place = Address("cache.example", server.port)
+        with monkeypatch.context() as scarce:
+            scarce.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(OSError, match="can't start new thread"):
+                open_socket(place, None, time.monotonic() + servers.PATIENCE_S)
+        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
+
+
+def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = threading.Event()
+    getaddrinfo = socket.getaddrinfo
+
+    def hangs(_: str, port: int, **options: Any) -> list[Any]:
+        over.wait(servers.PATIENCE_S)
+        return getaddrinfo("127.0.0.1", port, **options)
+
+    def child() -> None:
+        over.set()
+        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    with Hostile(silent) as server:
+        place = Address("cache.example", server.port)
+        with pytest.raises(TimeoutError):
+            open_socket(place, None, time.monotonic() + 0.01)
+        with sockets._lock:  # a thread of the parent has it when the child begins
+            in_child(child)
+        over.set()
+
+
 @pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
 def test_name_that_no_host_can_have_is_an_os_error(host: str) -> None:
     with pytest.raises(OSError, match=r"name|label"):
@@ -269,6 +314,34 @@ def test_moved_to_any_number_of_places_makes_a_limited_number_of_nodes() -> None
     assert len(cluster._nodes) == 1024
     assert [str(at) for at, node in enumerate(cluster._slots) if node] == ["5"]
     cluster.close()
+
+
+def test_cluster_whose_known_nodes_all_hang_is_found_again_at_its_seed() -> None:
+    def its_map(*ports: int) -> bytes:
+        share = 16384 // len(ports)
+        nodes = [
+            b"*3\r\n:%d\r\n:%d\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n"
+            % (at * share, (at + 1) * share - 1, port)
+            for at, port in enumerate(ports)
+        ]
+        return b"*%d\r\n%s" % (len(ports), b"".join(nodes))
+
+    with ExitStack() as opened:
+        hanging = [opened.enter_context(Hostile(silent)).port for _ in range(16)]
+        seed = opened.enter_context(Hostile(saying(its_map(*hanging))))
+        cluster = opened.enter_context(
+            closing(Cluster(Address("127.0.0.1", seed.port), Login(), 1))
+        )
+        cluster.nodes_of([b"a"], deadline())
+        assert len(cluster._nodes) == len(hanging)
+        seed.act = saying(its_map(seed.port))
+        cluster.heard(Refused("NOANSWER", ""))
+
+        def found() -> bool:
+            cluster.nodes_of([b"a"], deadline())
+            return [node.address.port for node in cluster._nodes.values()] == [seed.port]
+
+        eventually(found, "the seed is asked")
 
 
 # What a server says to people

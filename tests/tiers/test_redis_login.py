@@ -165,6 +165,7 @@ WRONG = [
     ({"ttl_s": -1}, "ttl_s is -1"),
     ({"connections": 0}, "connections is 0"),
     ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+    ({"timeout_s": 1e10}, "timeout_s is 10000000000.0"),
 ]
 
 

@@ -67,6 +67,7 @@ _NODES_AT_ONCE = 32
 _MOST_TOLD = 16  # kinds of errors: a server may make up any number
 _ABOUT_S = 30 * 86400  # that a description stays after an engine opened its namespace
 _USE_RESET_S = 60.0
+_TIMEOUT_S = 3600
 
 RESET_NBYTES = 16
 """Random bytes that say which reset of a namespace was the last."""
@@ -132,8 +133,8 @@ class RedisTier(Tier):
             raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, or 0 for no end")
         if connections < 1:
             raise ValueError(f"connections is {connections}; it must be at least 1")
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
+        if not 0 < timeout_s <= _TIMEOUT_S:  # nan is not
+            raise ValueError(f"timeout_s is {timeout_s}; it takes seconds above 0, to {_TIMEOUT_S}")
         check_files(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
         password = read_password(password_env)
         watch_password = read_password(sentinel_password_env, "sentinel_password_env")

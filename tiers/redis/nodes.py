@@ -239,6 +239,7 @@ class Cluster:
         self._old = True  # what is known of slots
         self._lock = threading.Lock()  # of the three above
         self._turn = Turn()
+        self._lost = False  # nobody answered when the map was asked for last
         self._unknown = Refused(NO_ANSWER, "")
         self._outage = Outage()
 
@@ -285,7 +286,11 @@ class Cluster:
             if not mine:
                 return
             nodes = sorted(self._nodes.values(), key=lambda node: node.failing)
-            for address in dict.fromkeys([*(node.address for node in nodes), self._seed]):
+            order = [*(node.address for node in nodes), self._seed]
+            if self._lost:  # nodes that hang leave no time for the seed, behind any number of them
+                order = [self._seed, *order]
+            self._lost = True
+            for address in dict.fromkeys(order):
                 try:
                     # Half of what is left: a node that hangs leaves time to ask another.
                     self._learn(slots_of(self._login, address, halfway(deadline)))
@@ -294,6 +299,7 @@ class Cluster:
                     self._unknown = Refused(code, f"redis cluster at {address}: {error}")
                     log.debug("kvcache: %s", self._unknown.text)
                 else:
+                    self._lost = False
                     self._outage.ended()
                     break
             else:
