@@ -51,7 +51,7 @@ def _path(kind: str) -> tuple[str, str | None]:
     """The class path that ``kind`` stands for, and the extra it comes with."""
     if kind in KINDS:
         return KINDS[kind]
-    if ":" in kind:
+    if ":" in kind and "://" not in kind:  # a URL, which may have a password, is not repeated
         return kind, None
     installed = entry_points(group=GROUP)
     match sorted({point.value for point in installed if point.name == kind}):

@@ -26,10 +26,10 @@ VARIABLES: Mapping[str, str] = {
 """Every variable of ours by name, and what it does; docs/profiles.md has the same table."""
 
 _SERVICE = re.compile(
-    r"KVCACHE(_[A-Z0-9_]+)?"
+    r"KVCACHE(_[A-Z0-9_]*[A-Z0-9])?"  # no Service's name ends in "-": after __ is an option
     r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
-_PORT = re.compile(r"KVCACHE(_[A-Z0-9_]+)?_PORT")
+_PORT = re.compile(r"KVCACHE(_[A-Z0-9_]*[A-Z0-9])?_PORT")
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 

@@ -18,6 +18,7 @@ from kvcache.eviction.gittins import Gittins
 from kvcache.eviction.lru import Lru
 from kvcache.eviction.policy import Policy, Take
 from kvcache.eviction.s3fifo import AibrixS3Fifo, S3Fifo
+from kvcache.secrets import without_in_url
 
 Eviction = NewType("Eviction", str)
 """Which policy. A tier whose option has this type takes a name or a class path in a profile."""
@@ -40,9 +41,10 @@ def policy_class(eviction: str) -> type[Policy]:
     if eviction in POLICIES:
         return POLICIES[eviction]
     module, colon, name = eviction.partition(":")
-    if not colon:
+    if not colon or "://" in eviction:  # a URL may have a password, and is not imported
         known = ", ".join(f'"{policy}"' for policy in POLICIES)
-        raise ValueError(f'no policy is called "{eviction}"; there are {known}, or "pkg.mod:Class"')
+        given = without_in_url(eviction)
+        raise ValueError(f'no policy is called "{given}"; there are {known}, or "pkg.mod:Class"')
     try:
         found = getattr(import_module(module), name)
     except BaseException as error:  # a module of another package may raise anything
@@ -65,7 +67,7 @@ def policy_option(eviction: str) -> Callable[[int], Policy]:
     try:
         cls = policy_class(eviction)
     except ValueError as error:
-        raise ValueError(f"eviction is {eviction!r}: {error}") from error
+        raise ValueError(f"eviction is {without_in_url(eviction)!r}: {error}") from error
 
     def make(slots: int) -> Policy:
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.eviction import POLICIES, Lru, Policy, policy_class
+from kvcache.eviction import POLICIES, Lru, Policy, policy_class, policy_option
 from kvcache.profiles import ProfileError, load_profile
 
 ROW = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "64MiB"\neviction = "{}"\n'
@@ -61,6 +61,13 @@ def test_what_is_no_name_at_all(tmp_path: Path) -> None:
     profile.write_text(ROW.replace('"{}"', "3"))
     with pytest.raises(ProfileError, match=r"takes one of .* or a class of yours"):
         load_profile(str(profile), environ={})
+
+
+def test_a_url_in_its_place_is_neither_imported_nor_repeated_with_its_password() -> None:
+    said = r'no policy is called "redis://\*\*\*@host"'
+    with pytest.raises(ValueError, match=said) as caught:
+        policy_option("redis://user:hunter2@host")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_name_is_not_known_outside_of_profiles_either() -> None:

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("ten_gib")
 WRONG_KINDS = [
     ("drma", 'no such kind; there are "disk", "dram", "redis"', 'did you mean "dram"?'),
     ("tape", 'or "pkg.mod:Class"', ""),
+    ("redis://localhost:6379", "no such kind", ""),
     ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
     ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),
     ("tests.profiles.fakes:", "cannot import", ""),

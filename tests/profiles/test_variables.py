@@ -65,6 +65,14 @@ def test_known_and_foreign_names_are_not_reported() -> None:
     assert load_profile("l1-only", ours | others | KUBERNETES).unknown == ()
 
 
+@pytest.mark.parametrize("option", ["SERVICE_HOST", "PORT_1_TCP", "PORT"])
+def test_override_of_an_option_called_as_kubernetes_calls_is_an_override(
+    file: Path, option: str
+) -> None:
+    said = only_problem(file, GOOD, {f"KVCACHE__L1__{option}": "tcp://10.0.0.4:1"})
+    assert "no such option" in said
+
+
 def test_unknown_names_are_said_beside_what_is_wrong(file: Path) -> None:
     """A misspelt KVCACHE_PROFILE is why the tier of an override is not there."""
     environ = {"KVCACHE_PROFIL": "l1-disk", "KVCACHE__DISK__PATH": "/d"}
