@@ -20,12 +20,11 @@ pytest.importorskip("redis")
 
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.testing import keys_of
-from kvcache.tiers.redis import RedisTier, sockets
+from kvcache.tiers.redis import RedisTier
 from kvcache.tiers.redis.login import Login
 from kvcache.tiers.redis.nodes import Cluster
-from kvcache.tiers.redis.sockets import Address, open_socket
+from kvcache.tiers.redis.sockets import Address
 from kvcache.tiers.redis.wire import Refused, WireError
-from tests.forked import in_child
 from tests.tiers import servers
 from tests.tiers.hostile import Act, Hostile, dripping, empty, flooding, saying, silent
 from tests.tiers.servers import eventually
@@ -153,79 +152,6 @@ def test_tls_handshake_that_drips_ends_at_the_deadline() -> None:
         with pytest.raises(OSError, match=r"timed out|in time"):
             Login(tls=True).connect(Address("127.0.0.1", server.port), deadline())
         assert time.monotonic() - begun < PATIENCE_S
-
-
-def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    over = threading.Event()
-    asked: list[str] = []
-    getaddrinfo = socket.getaddrinfo
-
-    def hangs(host: str, port: int, **options: Any) -> list[Any]:
-        asked.append(host)
-        over.wait(servers.PATIENCE_S)
-        return getaddrinfo("127.0.0.1", port, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    with Hostile(silent) as server:
-        place = Address("cache.example", server.port)
-        for _ in range(3):
-            with pytest.raises(TimeoutError, match=r"'cache\.example' was not resolved in time"):
-                open_socket(place, None, time.monotonic() + 0.05)
-        over.set()
-        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
-    assert len(asked) <= 2  # one that hung, and one more if that was over before the last call
-
-
-def test_name_resolution_without_a_thread_fails_and_is_begun_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_thread(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    def resolves(_: str, port: int, **options: Any) -> list[Any]:
-        return getaddrinfo("127.0.0.1", port, **options)
-
-    getaddrinfo = socket.getaddrinfo
-    with Hostile(silent) as server:
-        monkeypatch.setattr(socket, "getaddrinfo", resolves)
-        place = Address("cache.example", server.port)
-        with monkeypatch.context() as scarce:
-            scarce.setattr(threading.Thread, "start", no_thread)
-            with pytest.raises(OSError, match="can't start new thread"):
-                open_socket(place, None, time.monotonic() + servers.PATIENCE_S)
-        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
-
-
-def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    over = threading.Event()
-    getaddrinfo = socket.getaddrinfo
-
-    def hangs(_: str, port: int, **options: Any) -> list[Any]:
-        over.wait(servers.PATIENCE_S)
-        return getaddrinfo("127.0.0.1", port, **options)
-
-    def child() -> None:
-        over.set()
-        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
-
-    monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    with Hostile(silent) as server:
-        place = Address("cache.example", server.port)
-        with pytest.raises(TimeoutError):
-            open_socket(place, None, time.monotonic() + 0.01)
-        with sockets._lock:  # a thread of the parent has it when the child begins
-            in_child(child)
-        over.set()
-
-
-@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
-def test_name_that_no_host_can_have_is_an_os_error(host: str) -> None:
-    with pytest.raises(OSError, match=r"name|label"):
-        open_socket(Address(host), None, time.monotonic() + servers.PATIENCE_S)
 
 
 def test_server_that_does_not_read_ends_the_call_at_the_deadline() -> None:
