@@ -1,8 +1,9 @@
 """A vLLM engine in miniature, with two ranks: as far as it matters to the connector.
 
-Blocks that are reused, a prefix cache of its own, chunks, preemption, aborts, resets, loads that
-their step awaits and loads that a request waits for, copies that fail on either rank, and copies
-that go on beside later steps. Two modes, of which an engine may have both:
+Blocks that are reused, a prefix cache of its own, chunks, preemption, aborts, resets, sessions
+whose prompts go on, loads that their step awaits and loads that a request waits for, copies that
+fail on either rank, and copies that go on beside later steps. Two modes, of which an engine may
+have both:
 
 * `ahead`: as with async scheduling, a step is built and run before the one before it is reported.
 * `reports_first`: as with drafted tokens, a step is reported before its stores begin.
@@ -151,7 +152,7 @@ class Miniature:
                 request.placeholders = max(0, request.placeholders - 1)
                 request.num_tokens += 1
                 if request.num_tokens >= request.ends_at:
-                    self._finish(request)
+                    self._end(request)
         if told.bad:
             self.side.failed(told.bad)
             self._evict()
@@ -284,6 +285,17 @@ class Miniature:
             return
         (self.running if request in self.running else self.waiting).remove(request)
         self._release(request)
+
+    def _end(self, request: Request) -> None:
+        """It is done, unless it is a session: that keeps its blocks, and its prompt goes on."""
+        if self.ahead or self.random.random() < 0.6:
+            self._finish(request)
+            return
+        self.running.remove(request)
+        request.placeholders = 0
+        request.num_tokens += self.random.choice((1, 30, 70))
+        request.ends_at = request.num_tokens + self.random.choice((1, 3, 40))
+        self.waiting.append(request)
 
     def _take_back(
         self, bad: set[int], scheduled: dict[Request, tuple[int, bool, int]]
