@@ -119,7 +119,10 @@ def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
     of folders that were moved to where they are.
     """
     files = list(files)
-    for path in {part for each in (place, *files) for part in trail(each)}:
+    links = [file for file in files if file.is_symlink()]
+    folders = {file.parent for file in files}
+    trails = {part for path in (place, *folders, *links) for part in trail(path)}
+    for path in trails.union(files):
         status = path.lstat()
         if not stat.S_ISDIR(status.st_mode):
             if status.st_ctime_ns > since_ns:
@@ -129,10 +132,10 @@ def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
             return True
     # A folder may have been moved and written to, as by a marker that the copy is complete. To move
     # it changes the folder that it is in as well.
-    folders = {file.parent.resolve() for file in files} | {file.resolve().parent for file in files}
+    moved = {folder.resolve() for folder in folders} | {link.resolve().parent for link in links}
     return any(
         min(folder.stat().st_ctime_ns, folder.parent.stat().st_ctime_ns) > since_ns
-        for folder in folders
+        for folder in moved
     )
 
 
