@@ -118,11 +118,16 @@ def open_stack(
 
 @contextmanager
 def _blamed(profile: Profile, row: Row) -> Iterator[None]:
-    """Where an option of a row is refused, say which, and who gave it."""
+    """Where an option of a row is refused, or its class fails, say which, and who gave it."""
     try:
         yield
-    except ValueError as error:
-        raise ProfileError(profile.name, [row.blame(str(error))]) from error
+    except BaseException as error:
+        if answers.from_signal(error):
+            raise
+        # A third-party class may raise anything; ours raise ValueError for what is wrong.
+        kind, text = answers.described(error)
+        text = text if isinstance(error, ValueError) else f"{kind}: {text}"
+        raise ProfileError(profile.name, [row.blame(text)]) from error
 
 
 def _log_shares(profile: Profile, replica: Replica) -> None:
@@ -144,12 +149,5 @@ def _open(profile: Profile, row: Row, known: Mapping[str, object]) -> Tier:
     """The tier of a row; it gets what is ``known`` beside its options, as far as it takes it."""
     takes = inspect.signature(row.cls).parameters
     given: dict[str, Any] = {name: value for name, value in known.items() if name in takes}
-    try:
+    with _blamed(profile, row):
         return row.cls(**given, **row.options_for(row.cls))
-    except BaseException as error:
-        if answers.from_signal(error):
-            raise
-        # A third-party class may raise anything; ours raise ValueError for what is wrong.
-        kind, text = answers.described(error)
-        text = text if isinstance(error, ValueError) else f"{kind}: {text}"
-        raise ProfileError(profile.name, [row.blame(text)]) from error

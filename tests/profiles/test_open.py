@@ -140,6 +140,21 @@ def test_a_constructor_that_raises_anything_names_file_and_tier(tmp_path: Path) 
         assert not thread.is_alive()
 
 
+class Unreadable(Faulty):
+    @property
+    def call_nbytes(self) -> int:  # type: ignore[override]
+        raise ZeroDivisionError("no size")
+
+
+def test_an_attribute_that_raises_anything_names_file_and_tier(tmp_path: Path) -> None:
+    lower = f'[[tier]]\nname = "l2"\nkind = "{__name__}:Unreadable"\n'
+    text = DRAM.replace("CAPACITY", "1MiB") + lower
+    with pytest.raises(ProfileError) as raised:
+        open_stack(ours(tmp_path, text), block_nbytes=4096)
+    [said] = raised.value.problems
+    assert 'tier "l2": ZeroDivisionError: no size' in said
+
+
 def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
