@@ -73,6 +73,8 @@ def elsewhere(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / "tests" / folder, tmp_path / "tests" / folder)
     for file in ("conftest.py", "forked.py"):
         shutil.copy(ROOT / "tests" / file, tmp_path / "tests")
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "profiles.md", tmp_path / "docs")  # a test reads its table
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
