@@ -17,7 +17,7 @@ run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and witho
 	@$(BIN)/kvcache demo
 
 test: lint  ## lint, then every test: the engine's and the wheel's too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
