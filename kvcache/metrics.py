@@ -90,8 +90,8 @@ DURATION = Metric(
     "kvcache.tier.operation.duration",
     "histogram",
     "s",
-    "of one call: `contains`, `load`, `store`; in L1 of a `lookup`, and of an engine's copy out of "
-    "it (`load`) and into it (`store`)",
+    "of one call: `contains`, `load`, `store`, `forget` (a reset); in L1 of a `lookup`, and of an "
+    "engine's copy out of it (`load`) and into it (`store`)",
     (OPERATION, telemetry.ERROR),
 )
 

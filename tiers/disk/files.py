@@ -133,7 +133,12 @@ class Directory:
             os.close(self._open.pop())
 
     def _in_child(self) -> None:
-        """In a child: close its copies; the lock would else last as long as the child."""
+        """In a child: close its copies; the lock would else last as long as the child.
+
+        A ``close`` that was bound before the fork runs here as it is, and must not unlock what has
+        the lock's number by then.
+        """
+        self._locked = False
         while self._open:
             os.close(self._open.pop())
 
