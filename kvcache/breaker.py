@@ -5,8 +5,8 @@
     CLOSED --failures in a row--> OPEN --after a pause--> one PROBE --ok--> CLOSED
                                    ^------- fails: pause doubles -------'
 
-Always true here: while OPEN nobody asks, and after a pause exactly one does. A probe that nothing
-was told of in the longest pause has failed: a call that hangs does not keep the breaker open.
+Always true here: while OPEN nobody asks, and after a pause exactly one does. A probe without
+a report within the longest pause has failed: a call that hangs does not keep the breaker open.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Breaker:
             return True
 
     def _next_probe(self) -> float:
-        """When the next probe is allowed, while open and nothing is told of the last one."""
+        """When the next probe is allowed, while open and the last one has no report."""
         return self._probe_until if self._probing else self._retry_at
 
     def succeeded(self) -> bool:

@@ -5,7 +5,7 @@ Always true here:
 * A thread takes the first question that waits, a write only when none does.
 * Every question is answered, refused or failed exactly once. Who waits is told by the deadline; the
   call itself goes on, since it cannot be ended from outside.
-* The tier's health is told of every call once: by the thread that made it, or by the deadline.
+* Every call is reported to the tier's health once: by the thread that made it, or by the deadline.
 * A thread outlives whatever it does, and the interpreter does not wait for it at exit: a call that
   hangs keeps no process alive.
 """
@@ -100,7 +100,7 @@ class Calls:
 
         def drop() -> None:
             future.cancel()
-            future.set_running_or_notify_cancel()  # wakes who waits for several futures
+            future.set_running_or_notify_cancel()  # wakes a waiter for several futures
 
         self.put(LOAD, job, drop)
         return future
@@ -181,7 +181,7 @@ class Answer(Generic[T]):
         """Nobody will be asked."""
         if self._decided.acquire(blocking=False):
             self.future.cancel()
-            self.future.set_running_or_notify_cancel()  # wakes who waits for several futures
+            self.future.set_running_or_notify_cancel()  # wakes a waiter for several futures
             self._unasked()
 
     def run(self, call: Callable[[], Sequence[T]]) -> None:

@@ -3,8 +3,8 @@
 1. A tier is asked once what the namespace is called there; until it has answered, a call fails.
 2. After ``clear`` the stack has a random namespace. The one before it is left for good: what is
    still on its way to the tier under that one is not stored, or stored where no stack looks.
-3. The tier is told to forget the namespace that was left. It is told again before a write until
-   that succeeds.
+3. The stack asks the tier to forget the namespace that was left, and asks again before each write
+   until that succeeds.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class Writes:
         try:
             self._offer(lease, parents, space, cause)
         finally:
-            self._written(len(lease))  # last: who waits for that finds all that was counted
+            self._written(len(lease))  # last: a waiter for that finds all counts
 
     def _offer(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
         span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._link.clock()

@@ -93,14 +93,12 @@ class Doubt:
                     each.doubtful = first
                     resting.update(each.blocks[first:])
                     spreads = True
-        self._blocks |= resting
-        self._spread |= resting
+        self._suspect(resting)
 
     def outdated(self, running: Running) -> None:
         """All that a request has was computed before a reset; so is what it computes from that."""
         running.doubtful, running.checked = 0, True
-        self._blocks.update(running.blocks)
-        self._spread.update(running.blocks)
+        self._suspect(running.blocks)
 
     def loads(self, blocks: Collection[int]) -> None:
         """A load was begun that writes ``blocks``."""
@@ -122,5 +120,9 @@ class Doubt:
             sound = running.blocks[computed // size : (computed + scheduled) // size]
             self._blocks.difference_update(sound)
         else:
-            self._blocks.update(running.blocks[running.doubtful :])
-            self._spread.update(running.blocks[running.doubtful :])
+            self._suspect(running.blocks[running.doubtful :])
+
+    def _suspect(self, blocks: Collection[int]) -> None:
+        """Doubt ``blocks``, and have vLLM's prefix cache forget them."""
+        self._blocks.update(blocks)
+        self._spread.update(blocks)

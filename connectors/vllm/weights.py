@@ -238,7 +238,7 @@ def _safetensors(file: int, size: int) -> tuple[bytes, list[tuple[int, ...]]]:
 
 
 def _archive(path: Path) -> bytes:
-    """Names, sizes and CRC-32 of what is in a ``torch.save`` archive; nothing of another file."""
+    """Name, size and CRC-32 of each member of a ``torch.save`` archive; nothing of another file."""
     if not zipfile.is_zipfile(path):
         return b""
     with zipfile.ZipFile(path) as archive:
