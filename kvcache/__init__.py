@@ -11,6 +11,7 @@ from kvcache.stats import StackStats
 from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats, TierUsage
 
 __version__ = "0.1.0"
+"""The version of kvcache, and its only source: pyproject.toml and `kvcache --version` read it."""
 
 __all__ = [
     "FrontTier",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import kvcache
 from tests.install_engine import ENGINE_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,20 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     assert {
         name for name in names if not name.endswith(".so") and ".dist-info/" not in name
     } == tree
+
+
+def test_wheel_metadata_module_and_command_have_the_version_of_the_source(
+    wheel: Path, python: Path, elsewhere: Path
+) -> None:
+    assert wheel.name.startswith(f"kvcache-{kvcache.__version__}-")
+    code = (
+        "import kvcache; from importlib.metadata import version;"
+        "print(version('kvcache'), kvcache.__version__)"
+    )
+    printed = run(python, "-P", "-c", code, cwd=elsewhere).split()
+    command = run(python.parent / "kvcache", "--version", cwd=elsewhere).split()
+    assert printed == [kvcache.__version__] * 2
+    assert command == ["kvcache", kvcache.__version__]
 
 
 def test_what_a_look_up_goes_through_is_compiled(python: Path, elsewhere: Path) -> None:

@@ -22,6 +22,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from kvcache import __version__
 from kvcache.secrets import redact
 
 COMMANDS = {
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="kvcache", description="Keep the KV cache of an LLM engine outside the engine."
     )
+    top.add_argument("--version", action="version", version=f"kvcache {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         module = import_module(f"kvcache.cli.{name}")
