@@ -11,14 +11,13 @@ import sys
 from setuptools import Extension, setup
 
 MODULES = (
-    "chains",
-    "stretches",
-    "leaving",
+    "keys",
+    "segments",
     "index",
-    "eviction/cohorts",
-    "eviction/trust",
-    "eviction/aged",
-    "eviction/gittins",
+    "eviction/gittins/epochs",
+    "eviction/gittins/lru_budget",
+    "eviction/gittins/ranking",
+    "eviction/gittins/policy",
 )
 
 

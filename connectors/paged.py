@@ -23,9 +23,9 @@ from operator import index
 from types import TracebackType
 from typing import Literal, Self
 
-from kvcache.connectors.copies import Order, device_of, form, open_copier
-from kvcache.connectors.layouts import Layer, Layout
-from kvcache.connectors.placement import place
+from kvcache.connectors.layout.axes import Layer, Layout
+from kvcache.connectors.layout.placement import place
+from kvcache.connectors.transfer.select import Order, device_of, form, open_copier
 from kvcache.keys import DIGEST_NBYTES, namespace
 from kvcache.process import own
 from kvcache.stack import Stack
@@ -53,7 +53,7 @@ class PagedCache:
     Args:
         layers: of every layer its tensor, or its tensors ``(keys, values)``, on one device, a CPU
             or CUDA; by name, if they have names.
-        layout: a name of :data:`~kvcache.connectors.layouts.LAYOUTS` or a layout of your own;
+        layout: a name of :data:`~kvcache.connectors.layout.axes.LAYOUTS` or a layout of your own;
             ``None`` to tell it from the shapes.
         order: of the bytes that are kept. ``raw`` copies pages as they are. ``canonical`` is one
             order for all layouts, so that engines with different attention share blocks.

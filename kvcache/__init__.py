@@ -4,8 +4,8 @@ The mechanics are here: keys, the tier contract, the index, eviction, the slab, 
 ``kvcache.profiles.open_stack`` opens one. Importing this takes no torch, numpy, engine or network.
 """
 
-from kvcache.below import Match
 from kvcache.keys import block_keys, namespace
+from kvcache.lower.promotion import Match
 from kvcache.stack import Stack
 from kvcache.stats import StackStats
 from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats, TierUsage

@@ -27,14 +27,13 @@ from functools import partial
 from operator import index as as_integer
 from typing import Any
 
-from kvcache.answers import from_signal
-from kvcache.chains import Keys
-from kvcache.changes import Changes
+from kvcache.events import Changes
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
+from kvcache.guards.calls import from_signal
 from kvcache.hints import Hints
-from kvcache.leaving import Leaving
-from kvcache.stretches import Stretches
+from kvcache.keys import Keys
+from kvcache.segments import Leaving, Stretches
 
 
 class Index:

@@ -5,6 +5,11 @@ Always true here:
 * A block's key depends on every token before it: equal keys mean equal prefixes (256-bit BLAKE2b).
 * A namespace digest depends on everything that makes bytes incompatible, names and values both.
 * An engine's own block hashes are keys as they are; nothing is hashed twice.
+
+Chains of keys, and how far two of them go together.
+
+Always true here: keys are in tuples. One that is a part of another is cut out by slices, whole ones
+are compared at once, and what is only kept is soon nothing to Python's garbage collector.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
+from itertools import compress, count
+from operator import ne
 
 DIGEST_NBYTES = 32
 SHOWN = 200  # characters of a field that people are shown as it is
@@ -97,3 +104,13 @@ def renamed(space: bytes, reset: bytes) -> bytes:
         return space
     nbytes = len(space) or DIGEST_NBYTES
     return blake2b(space + reset, digest_size=nbytes, person=b"kvcache.reset").digest()
+
+
+Keys = tuple[bytes, ...]
+
+
+def alike(ours: Keys, first: int, theirs: Keys, at: int) -> int:
+    """How many keys ``ours`` from ``first`` and ``theirs`` from ``at`` begin with alike."""
+    most = min(len(ours) - first, len(theirs) - at)
+    ours, theirs = ours[first : first + most], theirs[at : at + most]
+    return most if ours == theirs else next(compress(count(), map(ne, ours, theirs)))

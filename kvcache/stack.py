@@ -4,7 +4,8 @@
 2. ``match`` answers with a value that ``fetch`` takes; what ``fetch`` gives is pinned in L1, and
    may be shorter than the match, never longer. Promise an engine only what has been fetched.
 3. What L1 alone can answer is answered in the caller's thread: the future is done when given.
-4. What lower tiers have is brought up by ``kvcache.below``, as far as that is worth the wait.
+4. Blocks of lower tiers are promoted to L1 by ``kvcache.lower.promotion``, where that is worth the
+   wait.
 5. What an engine stored goes down to every lower tier when its lease has ended, or where a tier
    asks for that when it is used again; what came up does not go down again.
 6. A span of ``kvcache.load`` or ``kvcache.store`` lasts as long as its lease, so that it covers the
@@ -25,12 +26,12 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from kvcache import metrics, telemetry
-from kvcache.below import Below, Match
-from kvcache.changes import Journal
-from kvcache.front import checked
-from kvcache.lower import Lower
+from kvcache.events import Journal
+from kvcache.guards.front_tier import checked
+from kvcache.lower.promotion import Below, Match
+from kvcache.lower.tier import Lower
 from kvcache.process import own
-from kvcache.recorder import SILENT, Recorder, careful
+from kvcache.replay.recorder import SILENT, Recorder, careful
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvcache.answers import TierError, called, count
+from kvcache.guards.calls import TierError, called, count
 from kvcache.tier import Tier, TierStats, TierUsage
 
 

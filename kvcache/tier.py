@@ -22,7 +22,7 @@ from typing import Self
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import process
-from kvcache.changes import Changes
+from kvcache.events import Changes
 from kvcache.slab import Slab
 
 

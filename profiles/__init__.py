@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from kvcache import answers, memory, recorder
+from kvcache import host_memory
+from kvcache.guards import calls
 from kvcache.keys import described
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.profiles.errors import ProfileError
-from kvcache.profiles.files import shipped
 from kvcache.profiles.load import Profile, load_profile
-from kvcache.profiles.rows import Row
+from kvcache.profiles.source import shipped
+from kvcache.profiles.tiers import Row
+from kvcache.replay import recorder
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import Size, format_size
 from kvcache.stack import Stack
@@ -65,7 +67,7 @@ def open_stack(
         for setting in chosen.tiers[0].settings
         if setting.option.hint is Size
         and isinstance(setting.value, int)
-        and (shortage := memory.shortage(setting.value))
+        and (shortage := host_memory.shortage(setting.value))
     ]
     if problems:
         raise ProfileError(chosen.name, problems)
@@ -122,10 +124,10 @@ def _blamed(profile: Profile, row: Row) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if answers.from_signal(error):
+        if calls.from_signal(error):
             raise
         # A third-party class may raise anything; ours raise ValueError for what is wrong.
-        kind, text = answers.described(error)
+        kind, text = calls.described(error)
         text = text if isinstance(error, ValueError) else f"{kind}: {text}"
         raise ProfileError(profile.name, [row.blame(text)]) from error
 

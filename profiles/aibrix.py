@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvcache.profiles.errors import listed, nearest, show
-from kvcache.profiles.rows import Row, Wish, override_of
+from kvcache.profiles.tiers import Row, Wish, override_of
 from kvcache.sizes import Size
 
 PREFIX = "AIBRIX_KV_CACHE_OL_"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from kvcache.profiles import aibrix, variables
 from kvcache.profiles.errors import ProfileError
-from kvcache.profiles.files import find, read_or_raise
-from kvcache.profiles.rows import Row, override_of, read_rows
+from kvcache.profiles.source import find, read_or_raise
+from kvcache.profiles.tiers import Row, override_of, read_rows
 
 DEFAULT = "l1-only"
 VARIABLE = "KVCACHE_PROFILE"

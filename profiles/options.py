@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from kvcache import memory
+from kvcache import host_memory
 from kvcache.eviction import POLICIES, Eviction, policy_class
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest
@@ -87,7 +87,7 @@ def converted(given: object, hint: object, replicas: int = 1) -> object:
     Raises ValueError that says what is allowed.
     """
     if hint is Size:
-        return parse_size(given, memory.limit().nbytes // replicas)
+        return parse_size(given, host_memory.limit().nbytes // replicas)
     if hint is DiskSize:
         return parse_size(given)
     if hint is Eviction:

@@ -9,9 +9,8 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from kvcache.eviction import POLICIES, Eviction
-from kvcache.profiles.kinds import known_kinds, tier_class
 from kvcache.profiles.options import Option, options_of, takes
-from kvcache.profiles.rows import AROUND
+from kvcache.profiles.tiers import AROUND, known_kinds, tier_class
 from kvcache.sizes import DiskSize, Size, format_size, parse_size
 from kvcache.tier import FrontTier
 

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from kvcache import recorder
+from kvcache.replay import recorder
 
 PREFIX = "KVCACHE_"
 OVERRIDE = "KVCACHE__"

@@ -138,11 +138,19 @@ def test_imports_run_one_way() -> None:
         ("kvcache/stack.py", "from opentelemetry.sdk import trace", "the core imports"),
         ("kvcache/stack.py", "import tiers", "imported as kvcache.tiers"),
         ("kvcache/__main__.py", "import kvcache.profiles", "inside functions only"),
-        ("kvcache/cli/demo.py", "class A:\n    from vllm import LLM", "inside functions only"),
+        (
+            "kvcache/cli/demo/__init__.py",
+            "class A:\n    from vllm import LLM",
+            "inside functions only",
+        ),
         ("tiers/dram.py", "from ..profiles import open_stack", "tiers may not import profiles"),
         ("tiers/redis.py", "from .dram import DramTier", "tiers do not import each other"),
         ("tiers/redis.py", "from kvcache.tiers import dram", "tiers do not import each other"),
-        ("profiles/load.py", "import kvcache.connectors.pages", "profiles may not import conn"),
+        (
+            "profiles/load.py",
+            "import kvcache.connectors.transfer.cpu",
+            "profiles may not import conn",
+        ),
     ],
 )
 def test_an_import_out_of_order_is_found(tmp_path: Path, file: str, source: str, why: str) -> None:
@@ -158,10 +166,13 @@ def test_an_import_out_of_order_is_found(tmp_path: Path, file: str, source: str,
     [
         ("kvcache/stack.py", "import json\nfrom opentelemetry import trace\nfrom . import keys"),
         ("kvcache/testing/tier.py", "import pytest"),
-        ("kvcache/cli/demo.py", "if TYPE_CHECKING: import torch\ndef f(): import kvcache.profiles"),
+        (
+            "kvcache/cli/demo/__init__.py",
+            "if TYPE_CHECKING: import torch\ndef f(): import kvcache.profiles",
+        ),
         ("kvcache/cli/__init__.py", "from kvcache.cli import demo\nfrom kvcache import stack"),
         ("tiers/redis.py", "import redis\nfrom kvcache.tier import Tier"),
-        ("profiles/kinds.py", "KIND = 'kvcache.tiers.dram:DramTier'"),
+        ("profiles/tiers.py", "KIND = 'kvcache.tiers.dram:DramTier'"),
         ("connectors/vllm/worker.py", "from ..pages import Pages\nfrom kvcache import profiles"),
     ],
 )

@@ -21,10 +21,10 @@ import yaml
 from kvcache import cli
 from kvcache.profiles import load_profile
 from kvcache.sizes import parse_size
-from tests import deployed
-from tests.deployed import COMPOSE, FOLDER, MANIFESTS, PAGE, ROOT, Value
-from tests.e2e.viewer import PACKAGE, QUIET
 from tests.install_engine import ENGINE_VERSION
+from tests.support import deployment_files
+from tests.support.deployment_files import COMPOSE, FOLDER, MANIFESTS, PAGE, ROOT, Value
+from tests.support.engine.trace_viewer import PACKAGE, QUIET
 from tests.test_package import NOT_PUBLISHED
 
 TRACING = FOLDER / "compose-tracing.yaml"
@@ -51,7 +51,7 @@ def validate(found: Value) -> None:
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
 def test_a_manifest_is_what_kubernetes_takes(manifest: Path) -> None:
-    for found in deployed.objects(manifest):
+    for found in deployment_files.objects(manifest):
         validate(found)
 
 
@@ -65,7 +65,7 @@ def test_a_manifest_is_what_kubernetes_takes(manifest: Path) -> None:
     ],
 )
 def test_a_misspelt_key_or_a_wrong_value_is_found(wrong: Any) -> None:
-    deployment = copy.deepcopy(deployed.objects(MANIFESTS[0])[0])
+    deployment = copy.deepcopy(deployment_files.objects(MANIFESTS[0])[0])
     wrong(deployment["spec"]["template"]["spec"])
     with pytest.raises(kubernetes_validate.ValidationError):
         validate(deployment)
@@ -94,7 +94,7 @@ def test_a_misspelt_key_of_compose_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
 def test_a_pod_has_no_privileges_and_nothing_of_the_host(manifest: Path) -> None:
-    for _, pod in deployed.pods(manifest):
+    for _, pod in deployment_files.pods(manifest):
         assert not {key for key in pod if key.startswith("host")}
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -139,7 +139,7 @@ def plan_of(file: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, s
 @pytest.mark.parametrize("file", [*MANIFESTS, COMPOSE], ids=named)
 def test_the_numbers_are_those_of_the_plan(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked, said = plan_of(file, capsys)
-    engine = deployed.containers(file, SECRET)[0]
+    engine = deployment_files.containers(file, SECRET)[0]
     capacity = engine.environment["KVCACHE__L1__CAPACITY"]
     assert f"KVCACHE__L1__CAPACITY={capacity}\n" in said
     assert parse_size(asked["--pod-memory"]) == engine.memory
@@ -152,17 +152,17 @@ def test_the_numbers_are_those_of_the_plan(file: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
 def test_a_pod_is_given_what_it_may_take(manifest: Path) -> None:
     """L1 is taken at start: memory that is only promised would be an eviction later."""
-    for _, pod in deployed.pods(manifest):
+    for _, pod in deployment_files.pods(manifest):
         resources = pod["containers"][0]["resources"]
         assert resources["requests"]["memory"] == resources["limits"]["memory"]
-    [(_, pod), *_] = deployed.pods(manifest)
+    [(_, pod), *_] = deployment_files.pods(manifest)
     cores = pod["containers"][0]["resources"]["limits"]["cpu"]
-    assert deployed.containers(manifest, SECRET)[0].environment["OMP_NUM_THREADS"] == cores
+    assert deployment_files.containers(manifest, SECRET)[0].environment["OMP_NUM_THREADS"] == cores
 
 
 @pytest.mark.parametrize("file", [MANIFESTS[1], COMPOSE], ids=named)
 def test_the_server_is_as_the_page_about_redis_advises(file: Path) -> None:
-    server = deployed.containers(file, SECRET)[1]
+    server = deployment_files.containers(file, SECRET)[1]
     said = dict(re.findall(r"(?m)^(\w\S*) (.*)$", server.command[-1]))
     assert said["maxmemory-policy"] == "allkeys-lru"
     assert (said["save"], said["appendonly"]) == ('""', "no")
@@ -177,7 +177,7 @@ def test_the_server_is_as_the_page_about_redis_advises(file: Path) -> None:
 
 @pytest.mark.parametrize("file", [*MANIFESTS, COMPOSE], ids=named)
 def test_the_settings_are_ones_that_profiles_take(file: Path) -> None:
-    environ = deployed.containers(file, SECRET)[0].environment
+    environ = deployment_files.containers(file, SECRET)[0].environment
     profile = load_profile(environ=environ)
     assert profile.name == ("l1-only" if file == MANIFESTS[0] else "l1-redis")
     if profile.name == "l1-redis":
@@ -188,7 +188,7 @@ def test_the_settings_are_ones_that_profiles_take(file: Path) -> None:
 
 def changed(files: list[Path]) -> tuple[Value, Value]:
     """The engines' environments of two files, and all else must be equal."""
-    one, two = (deployed.objects(file)[:2] for file in files)
+    one, two = (deployment_files.objects(file)[:2] for file in files)
     environments = [
         {
             entry.pop("name"): entry
@@ -210,7 +210,9 @@ def test_with_a_server_only_that_is_different() -> None:
 
 
 def test_the_engine_of_compose_is_that_of_the_pod() -> None:
-    pod, service = (deployed.containers(file, SECRET)[0] for file in (MANIFESTS[1], COMPOSE))
+    pod, service = (
+        deployment_files.containers(file, SECRET)[0] for file in (MANIFESTS[1], COMPOSE)
+    )
     own = {"--shutdown-timeout", "30", "--otlp-traces-endpoint", "http://collector:4317"}
     assert set(pod.command) ^ set(service.command) == own
     sizes = {"KVCACHE__L1__CAPACITY", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"}
@@ -229,14 +231,14 @@ def test_the_connector_is_as_its_own_page_says(file: Path) -> None:
         (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8"),
         re.DOTALL,
     )
-    engine = deployed.containers(file, SECRET)[0]
+    engine = deployment_files.containers(file, SECRET)[0]
     assert json.loads(engine.option("--kv-transfer-config")) == json.loads(settings)
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=named)
 def test_the_gateway_finds_the_engine(manifest: Path) -> None:
     """By the names, labels and ports that AIBrix's gateway goes by."""
-    deployment, service = deployed.objects(manifest)[:2]
+    deployment, service = deployment_files.objects(manifest)[:2]
     pod = deployment["spec"]["template"]
     [port] = pod["spec"]["containers"][0]["ports"]
     labels = {"model.aibrix.ai/name": NAME}
@@ -245,9 +247,11 @@ def test_the_gateway_finds_the_engine(manifest: Path) -> None:
     assert service["spec"]["selector"] == labels
     assert deployment["metadata"]["name"] == service["metadata"]["name"] == NAME
     assert service["metadata"]["labels"]["model.aibrix.ai/name"] == NAME
-    engine = deployed.containers(manifest, SECRET)[0]
+    engine = deployment_files.containers(manifest, SECRET)[0]
     assert (
-        engine.option("--served-model-name") == json.loads(deployed.request().body)["model"] == NAME
+        engine.option("--served-model-name")
+        == json.loads(deployment_files.request().body)["model"]
+        == NAME
     )
     assert str(port["containerPort"]) == engine.option("--port") == "8000"
     assert {at["port"]: at["targetPort"] for at in service["spec"]["ports"]} == {
@@ -262,13 +266,13 @@ def test_the_gateway_finds_the_engine(manifest: Path) -> None:
 
 
 def test_the_server_is_reached_by_engines_alone() -> None:
-    *_, server, service, policy = deployed.objects(MANIFESTS[1])
+    *_, server, service, policy = deployment_files.objects(MANIFESTS[1])
     labels = server["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"] == labels
     [rule] = policy["spec"]["ingress"]
     [allowed] = rule["from"]
     assert allowed["podSelector"]["matchLabels"] == {"model.aibrix.ai/name": NAME}
-    engine = deployed.containers(MANIFESTS[1], SECRET)[0]
+    engine = deployment_files.containers(MANIFESTS[1], SECRET)[0]
     url = f"redis://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert engine.environment["KVCACHE__REDIS__URL"] == url
 
@@ -280,9 +284,9 @@ def test_the_image_is_of_the_engine_that_is_tested() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(extras.split(",")) == {"vllm", "redis"} < set(project["optional-dependencies"])
     for file in [*MANIFESTS, COMPOSE]:
-        image = deployed.containers(file, SECRET)[0].image
+        image = deployment_files.containers(file, SECRET)[0].image
         assert image.endswith(f"vllm-kvcache:{project['version']}")
-    assert f"-t {deployed.containers(MANIFESTS[0], SECRET)[0].image} ." in dockerfile
+    assert f"-t {deployment_files.containers(MANIFESTS[0], SECRET)[0].image} ." in dockerfile
     ignored = (FOLDER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()[1:]
     assert [line.removeprefix("**/") for line in ignored] == list(NOT_PUBLISHED)
 
@@ -326,7 +330,7 @@ def test_a_service_is_pinned_and_on_loopback_alone(name: str) -> None:
 def test_either_collects_what_the_engine_of_compose_sends() -> None:
     including = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
     assert including["include"] == [TRACING.name]
-    endpoint = deployed.containers(COMPOSE, SECRET)[0].option("--otlp-traces-endpoint")
+    endpoint = deployment_files.containers(COMPOSE, SECRET)[0].option("--otlp-traces-endpoint")
     for service in VIEWERS.values():
         assert endpoint == f"http://{service['networks']['default']['aliases'][0]}:4317"
 

@@ -40,7 +40,7 @@ from kvcache import cli, telemetry
 from kvcache.profiles import load_profile
 from kvcache.testing import TierTests
 from kvcache.tiers.framed import Framed
-from tests.core.wrongs import failures
+from tests.support.contract_runs import failures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

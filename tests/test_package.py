@@ -20,7 +20,7 @@ import kvcache
 from tests.install_engine import ENGINE_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
-ALONE = ("core", "tiers", "profiles")
+ALONE = ("core", "lower", "eviction", "tiers", "profiles")
 TEST_WITH = ("pytest>=9", "hypothesis", "opentelemetry-sdk", "redis>=6")  # a profile has redis
 NOT_PUBLISHED = (".*", "build", "dist", "env", "model", "*.egg-info", "__pycache__")
 
@@ -70,10 +70,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
     """A folder outside the checkout that holds the tests, and no `kvcache`."""
-    for folder in ALONE:
+    for folder in (*ALONE, "support"):
         shutil.copytree(ROOT / "tests" / folder, tmp_path / "tests" / folder)
-    for file in ("conftest.py", "forked.py"):
-        shutil.copy(ROOT / "tests" / file, tmp_path / "tests")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "profiles.md", tmp_path / "docs")  # a test reads its table
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -115,7 +114,7 @@ def test_wheel_metadata_module_and_command_have_the_version_of_the_source(
 
 
 def test_what_a_look_up_goes_through_is_compiled(python: Path, elsewhere: Path) -> None:
-    names = ("index", "stretches", "eviction.gittins", "eviction.aged")
+    names = ("index", "keys", "segments", "eviction.gittins.policy", "eviction.gittins.ranking")
     code = "from importlib import import_module; " + "; ".join(
         f"print(import_module('kvcache.{name}').__file__)" for name in names
     )

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.bare import BLOCK_NBYTES, BLOCKS
-from tests.otlp import Metric, Receiver, Span
+from tests.support.otlp_collector import Metric, Receiver, Span
+from tests.support.program_without_sdk import BLOCK_NBYTES, BLOCKS
 
-PROGRAM = Path(__file__).with_name("bare.py")
+PROGRAM = Path(__file__).parent / "support" / "program_without_sdk.py"
 INSTRUMENT = Path(sys.executable).with_name("opentelemetry-instrument")
 CALLER_TRACE, CALLER_SPAN = "5f" * 16, "c0" * 8
 TRACEPARENT = f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.messages import messages
+from tests.support.source_messages import messages
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"

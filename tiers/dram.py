@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from kvcache.changes import Changes
+from kvcache.events import Changes
 from kvcache.eviction import DEFAULT, Eviction, fallback, policy_option
-from kvcache.front import ours
+from kvcache.guards.front_tier import ours
 from kvcache.index import Index
 from kvcache.process import own
 from kvcache.sizes import Size

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcache.changes import Journal
+from kvcache.events import Journal
 from kvcache.stack import Stack
 
 if TYPE_CHECKING:

@@ -26,20 +26,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
-from kvcache.below import Match
 from kvcache.connectors.jobs import Job, Jobs
 from kvcache.connectors.vllm.adapters import SETTINGS, Adapters
-from kvcache.connectors.vllm.doubt import Doubt, Running, recomputes
+from kvcache.connectors.vllm.compat import host_name, replica_of
 from kvcache.connectors.vllm.events import Events, events_of
 from kvcache.connectors.vllm.hints import hints_of
 from kvcache.connectors.vllm.identity import chosen
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard, Step, Transfer
-from kvcache.connectors.vllm.promises import Promises
+from kvcache.connectors.vllm.metrics import Reports, Stats
+from kvcache.connectors.vllm.pending_loads import Promises
 from kvcache.connectors.vllm.refusals import refusal
-from kvcache.connectors.vllm.stats import Reports, Stats
-from kvcache.connectors.vllm.support import host_name, replica_of
+from kvcache.connectors.vllm.suspects import Doubt, Running, recomputes
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
+from kvcache.lower.promotion import Match
 from kvcache.process import own
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab

@@ -24,7 +24,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
-from kvcache.below import Match
+from kvcache.lower.promotion import Match
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
-from kvcache.connectors.copier import Copy, Made, PageCopier
-from kvcache.connectors.copies import device_of, form, open_copier
-from kvcache.connectors.layouts import LayoutError
-from kvcache.connectors.pages import prepare
-from kvcache.connectors.placement import Placement, place
-from kvcache.connectors.streams import Device
+from kvcache.connectors.layout.axes import LayoutError
+from kvcache.connectors.layout.placement import Placement, place
+from kvcache.connectors.transfer.base import Copy, Made, PageCopier
+from kvcache.connectors.transfer.cpu import prepare
+from kvcache.connectors.transfer.select import device_of, form, open_copier
+from kvcache.connectors.transfer.streams import Device
+from kvcache.connectors.vllm.compat import host_name
+from kvcache.connectors.vllm.layer_sync import Passes
 from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
-from kvcache.connectors.vllm.passes import Passes
-from kvcache.connectors.vllm.support import host_name
 from kvcache.process import own
 from kvcache.slab import Slab
 

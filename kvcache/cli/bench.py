@@ -70,9 +70,9 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
 
     import numpy as np
 
-    from kvcache.connectors.copier import Sides
-    from kvcache.connectors.pages import CpuCopier
-    from kvcache.connectors.placement import Pages
+    from kvcache.connectors.layout.placement import Pages
+    from kvcache.connectors.transfer.base import Sides
+    from kvcache.connectors.transfer.cpu import CpuCopier
     from kvcache.sizes import Size
     from kvcache.slab import Slab
     from kvcache.stack import Stack

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
-    from kvcache.profiles.rows import Row
+    from kvcache.profiles.tiers import Row
 
 
 MOST_RANKS = 1 << 16
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def list_(args: argparse.Namespace) -> int:
     """List the shipped profiles: name, tiers, and what each is."""
-    from kvcache.profiles.files import find, head, read_or_raise, shipped
+    from kvcache.profiles.source import find, head, read_or_raise, shipped
 
     found: list[dict[str, Any]] = []
     for name in shipped():

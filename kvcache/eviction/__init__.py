@@ -11,13 +11,13 @@ from importlib import import_module
 from inspect import isabstract
 from typing import NewType
 
-from kvcache.answers import described, from_signal
 from kvcache.eviction.arc import Arc
 from kvcache.eviction.fifo import Fifo
-from kvcache.eviction.gittins import Gittins
+from kvcache.eviction.gittins.policy import Gittins
 from kvcache.eviction.lru import Lru
 from kvcache.eviction.policy import Policy, Take
 from kvcache.eviction.s3fifo import AibrixS3Fifo, S3Fifo
+from kvcache.guards.calls import described, from_signal
 from kvcache.secrets import without_in_url
 
 Eviction = NewType("Eviction", str)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from kvcache.answers import described, from_signal
 from kvcache.eviction.lru import Lru
 from kvcache.eviction.policy import Policy
+from kvcache.guards.calls import described, from_signal
 
 log = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ class Rig:
     """Pages on the GPU and as many slots, ours; and flat memory of the same size, for the floor."""
 
     def __init__(self, torch: Any, page: int) -> None:
-        from kvcache.connectors.copier import Sides
-        from kvcache.connectors.cuda import Cuda
-        from kvcache.connectors.device import DeviceCopier
-        from kvcache.connectors.placement import Pages
+        from kvcache.connectors.layout.placement import Pages
+        from kvcache.connectors.transfer.base import Sides
+        from kvcache.connectors.transfer.cuda import Cuda
+        from kvcache.connectors.transfer.device import DeviceCopier
         from kvcache.slab import Slab
 
         self.torch = torch
@@ -61,7 +61,7 @@ class Rig:
 
     def use(self, mechanism: Any) -> None:
         """Have all be copied by it."""
-        from kvcache.connectors.mechanisms import SIZES, WAYS
+        from kvcache.connectors.transfer.autotune import SIZES, WAYS
 
         took = {self.cuda.mechanisms.first: 1.0, mechanism: 0.01}
         self.cuda.mechanisms.learn({(way, size): took for way in WAYS for size in SIZES})

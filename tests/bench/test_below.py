@@ -10,12 +10,12 @@ from contextlib import ExitStack
 import pytest
 
 from kvcache import Stack
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tiers.dram import DramTier
-from tests.core.faults import Faulty
+from tests.support.failing_parts import Faulty
 
 pytestmark = pytest.mark.bench
 

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.cli import checkpoint, engine
+from kvcache.cli.demo import checkpoint, engine
 
 pytestmark = [pytest.mark.bench, pytest.mark.engine]
 

@@ -11,8 +11,8 @@ import tracemalloc
 import pytest
 
 from kvcache.eviction import POLICIES
-from tests.bench.bookkeeping import Serve, asked, in_turns
-from tests.core.traffic import Replay, belady, conversation, with_conversation
+from tests.support.bookkeeping_cost import Serve, asked, in_turns
+from tests.support.eviction_traffic import Replay, belady, conversation, with_conversation
 
 pytestmark = [pytest.mark.bench, with_conversation]
 SLOTS = (1000, 3000, 5000, 10_000, 20_000, 30_000, 50_000)

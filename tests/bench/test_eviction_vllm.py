@@ -17,8 +17,8 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, make_o
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
 from kvcache.eviction import POLICIES
-from tests.bench.bookkeeping import Serve, asked, in_turns
-from tests.core.traffic import Replay, with_conversation
+from tests.support.bookkeeping_cost import Serve, asked, in_turns
+from tests.support.eviction_traffic import Replay, with_conversation
 
 pytestmark = [pytest.mark.bench, with_conversation]
 

@@ -19,7 +19,7 @@ pytest.importorskip("zstandard")
 
 import zstandard
 
-from kvcache.cli import checkpoint, engine
+from kvcache.cli.demo import checkpoint, engine
 from kvcache.testing import block_of, keys_of
 from kvcache.tier import Tier
 from kvcache.tiers.framed import Framed, frame_nbytes

@@ -22,10 +22,10 @@ pytest.importorskip("numba")
 import numpy as np
 import torch
 
-from kvcache.connectors.copies import Order, open_copier
-from kvcache.connectors.placement import place
+from kvcache.connectors.layout.placement import place
+from kvcache.connectors.transfer.select import Order, open_copier
 from kvcache.slab import Slab, slot_nbytes_for
-from tests.connectors.paged_caches import KINDS, LATENT, Geometry
+from tests.support.paged_caches import KINDS, LATENT, Geometry
 
 pytestmark = pytest.mark.bench
 

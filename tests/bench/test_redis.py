@@ -26,8 +26,8 @@ pytest.importorskip("redis")
 from kvcache.tier import Tier
 from kvcache.tiers.framed import Framed
 from kvcache.tiers.redis import RedisTier
-from tests.tiers import servers
-from tests.tiers.servers import Server
+from tests.support import redis_servers
+from tests.support.redis_servers import Server
 
 REDIS = shutil.which("redis-server")
 pytestmark = [
@@ -119,7 +119,7 @@ class Peer:
     def __init__(
         self, kind: str, folder: Path, pool: ThreadPoolExecutor, views: Sequence[memoryview]
     ) -> None:
-        where = str(folder / "p") if kind == "unix" else str(servers.free_port())
+        where = str(folder / "p") if kind == "unix" else str(redis_servers.free_port())
         self._share = TOTAL // CONNECTIONS
         self._process = subprocess.Popen(
             [sys.executable, "-c", PEER, kind, where, str(self._share)], stdout=subprocess.PIPE
@@ -178,7 +178,7 @@ def test_as_fast_as_the_server(tmp_path: Path, kind: str, nbytes: int) -> None:
         cpus.setdefault(name, []).append(cpu)
 
     with (
-        servers.server(tmp_path / "redis", binary=Path(REDIS or "")) as server,
+        redis_servers.server(tmp_path / "redis", binary=Path(REDIS or "")) as server,
         ThreadPoolExecutor(CONNECTIONS) as pool,
         closing(Peer(kind, tmp_path, pool, views)) as peer,
     ):

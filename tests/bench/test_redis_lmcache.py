@@ -1,8 +1,8 @@
 """The redis tier beside LMCache's Redis connectors: one server, in turns, medians of pairs.
 
 ``KVCACHE_BENCH_LMCACHE_PYTHON`` names a Python that has the released package ``lmcache``; it runs
-tests/bench/lmcache_side.py, which says what of it is measured. On our side it is what a user gets:
-frames, so that what is loaded has been verified, on a tier that is called as the stack calls it.
+tests/support/lmcache_process.py, which says what of it is measured. On our side it is what a user
+gets: frames, so that each loaded block has been verified, on a tier called as the stack calls it.
 The ``redis://`` connector is in Python. ``resp://`` is one in C++, and does less than either: it
 keeps nothing beside the bytes, and checks none.
 """
@@ -28,7 +28,7 @@ pytest.importorskip("redis")
 from kvcache.tiers.framed import Framed
 from kvcache.tiers.redis import RedisTier
 from tests.bench.test_redis import CONNECTIONS, REDIS, Calls
-from tests.tiers import servers
+from tests.support import redis_servers
 
 VARIABLE = "KVCACHE_BENCH_LMCACHE_PYTHON"
 PYTHON = os.environ.get(VARIABLE)
@@ -74,7 +74,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 @contextmanager
 def side(url: str, nbytes: int) -> Iterator[Side]:
-    script = Path(__file__).with_name("lmcache_side.py")
+    script = Path(__file__).parents[1] / "support" / "lmcache_process.py"
     command = [PYTHON or "", str(script), url, str(nbytes), str(TOTAL // nbytes)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(
@@ -94,7 +94,7 @@ def test_beside_lmcache(tmp_path: Path, nbytes: int) -> None:
     spent: dict[str, list[tuple[float, float]]] = {}  # seconds, and of them the client's CPU's
 
     with (
-        servers.server(tmp_path / "redis", binary=Path(REDIS or "")) as server,
+        redis_servers.server(tmp_path / "redis", binary=Path(REDIS or "")) as server,
         ThreadPoolExecutor(CONNECTIONS) as pool,
         closing(RedisTier(url=server.url, connections=CONNECTIONS, timeout_s=30)) as inner,
         side(server.url, nbytes) as plain,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kvcache.eviction import POLICIES
-from tests.core.traffic import TRACE, with_conversation
+from tests.support.eviction_traffic import TRACE, with_conversation
 
 pytestmark = [pytest.mark.bench, with_conversation]
 

@@ -17,12 +17,12 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer
 
 from kvcache import Stack, telemetry
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tiers.dram import DramTier
-from tests.core.faults import Faulty
+from tests.support.failing_parts import Faulty
 
 pytestmark = pytest.mark.bench
 

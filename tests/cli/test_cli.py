@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from kvcache import cli, memory
-from kvcache.cli import demo, engine
-from kvcache.cli.chats import Chats
+from kvcache import cli, host_memory
+from kvcache.cli import demo
+from kvcache.cli.demo import engine
+from kvcache.cli.demo.chats import Chats
 
 
 def test_help_brings_nothing_heavy() -> None:
@@ -78,7 +79,7 @@ def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(engine, "play", play)
-    monkeypatch.setattr(memory, "limit", lambda: memory.Memory(1 << 30, "a test"))
+    monkeypatch.setattr(host_memory, "limit", lambda: host_memory.Memory(1 << 30, "a test"))
     assert cli.main(["demo", "--model", "m"]) == 2
     assert len(played) == 1
     assert "quarter of the memory, 256MiB" in capsys.readouterr().err

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.cli import checkpoint
-from kvcache.cli.chats import Chats
-from kvcache.cli.engine import EngineError, Setup, cpu_dtype, play
+from kvcache.cli.demo import checkpoint
+from kvcache.cli.demo.chats import Chats
+from kvcache.cli.demo.engine import EngineError, Setup, cpu_dtype, play
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvcache import cli, memory
+from kvcache import cli, host_memory
 from kvcache.cli import doctor
 from kvcache.cli.doctor import machine, otlp
 from kvcache.keys import DIGEST_NBYTES
@@ -19,7 +19,7 @@ from kvcache.sizes import Size
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import frame_nbytes
-from tests.cli import odd
+from tests.support import doctor_tiers
 
 Found = dict[str, list[dict[str, Any]]]
 Doctor = Callable[..., tuple[int, Found]]
@@ -69,7 +69,7 @@ def test_doctor_warns_of_variables_that_are_not_read(
 
 
 def lower(kind: str, more: str = "") -> str:
-    tier = f'[[tier]]\nname = "below"\nkind = "tests.cli.odd:{kind}"\n{more}'
+    tier = f'[[tier]]\nname = "below"\nkind = "tests.support.doctor_tiers:{kind}"\n{more}'
     return L1.format(capacity="8MiB") + tier
 
 
@@ -99,7 +99,7 @@ def test_three_problems_are_found(
         monkeypatch.setenv(
             "OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}"
         )
-        monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(2 * memory.limit().nbytes))
+        monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(2 * host_memory.limit().nbytes))
         (tmp_path / "file").write_text("no directory")
         monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "file" / "kv"))
         assert cli.main(["doctor", "--profile", "l1-disk"]) == 1
@@ -120,19 +120,19 @@ def test_three_problems_are_found(
 
 
 def test_the_fix_of_l1_is_one(ask: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, found = ask(L1.format(capacity=2 * memory.limit().nbytes))
+    code, found = ask(L1.format(capacity=2 * host_memory.limit().nbytes))
     assert (code, statuses(found, "l1")) == (1, ["FAIL"])
     variable, _, size = found["l1"][0]["fix"].split()[0].partition("=")
-    monkeypatch.setattr(memory, "available", lambda *_: memory.Memory(2**62, "enough"))
+    monkeypatch.setattr(host_memory, "available", lambda *_: host_memory.Memory(2**62, "enough"))
     monkeypatch.setenv(variable, size)
-    code, found = ask(L1.format(capacity=2 * memory.limit().nbytes))
+    code, found = ask(L1.format(capacity=2 * host_memory.limit().nbytes))
     assert (code, statuses(found, "l1")) == (0, ["OK"])
 
 
 def test_an_l1_that_an_engine_has_is_no_failure(
     ask: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda *_: memory.Memory(1 << 20, "a test"))
+    monkeypatch.setattr(host_memory, "available", lambda *_: host_memory.Memory(1 << 20, "a test"))
     pid = os.getpid()
     with closing(DramTier(block_nbytes=4096, capacity=Size(8 << 20))), monkeypatch.context() as it:
         it.setattr(os, "getpid", lambda: -1)  # so that it is another process's
@@ -241,24 +241,24 @@ class TestDisk:
 class TestOtherTiers:
     @pytest.fixture(autouse=True)
     def _empty(self) -> Iterator[None]:
-        odd.Kept.asked.clear()
-        odd.Sized.sizes.clear()
-        odd.Kept.held.clear()
+        doctor_tiers.Kept.asked.clear()
+        doctor_tiers.Sized.sizes.clear()
+        doctor_tiers.Kept.held.clear()
         yield
-        odd.Hanging.let_go.set()
+        doctor_tiers.Hanging.let_go.set()
 
     def test_a_good_one_is_measured_and_keeps_what_it_had(self, ask: Doctor) -> None:
-        odd.Kept.held.update({b"an engine's": b"block"})
-        closed = odd.Kept.closed
+        doctor_tiers.Kept.held.update({b"an engine's": b"block"})
+        closed = doctor_tiers.Kept.closed
         code, found = ask(lower("Kept"))
         assert (code, statuses(found, "below")) == (0, ["OK"])
         assert set(found["below"][0]["measured"]) == {
             "latency_s", "write_nbytes_per_s", "read_nbytes_per_s",
         }  # fmt: skip
-        assert odd.Kept.held == {b"an engine's": b"block"}
-        assert odd.Kept.closed == closed + 1
+        assert doctor_tiers.Kept.held == {b"an engine's": b"block"}
+        assert doctor_tiers.Kept.closed == closed + 1
         ask(lower("Kept"))
-        first, second = odd.Kept.asked
+        first, second = doctor_tiers.Kept.asked
         assert (
             first[:DIGEST_NBYTES] != second[:DIGEST_NBYTES]
         )  # nobody's namespace, not even its own
@@ -266,10 +266,10 @@ class TestOtherTiers:
     def test_one_that_is_made_for_a_size_is_not_opened_for_another(self, ask: Doctor) -> None:
         code, found = ask(lower("Sized"))
         assert (code, statuses(found, "below")) == (0, ["WARN"])
-        assert odd.Sized.sizes == []
+        assert doctor_tiers.Sized.sizes == []
         code, found = ask(lower("Sized"), "--block-bytes", "256KiB")
         assert statuses(found, "below") == ["OK"]
-        assert odd.Sized.sizes == [frame_nbytes(256 << 10)]
+        assert doctor_tiers.Sized.sizes == [frame_nbytes(256 << 10)]
 
     @pytest.mark.parametrize(
         ("kind", "status", "what"),
@@ -288,12 +288,12 @@ class TestOtherTiers:
         assert (code, statuses(found, "below")) == (int(status == "FAIL"), [status])
         assert what in found["below"][0]["what"]
         assert 'asked.toml, line 5: tier "below"' in found["below"][0]["fix"]
-        assert not odd.Kept.held
+        assert not doctor_tiers.Kept.held
 
     def test_one_that_hangs_is_left_behind(
         self, ask: Doctor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        odd.Hanging.let_go.clear()
+        doctor_tiers.Hanging.let_go.clear()
         monkeypatch.setattr(doctor, "WAIT_S", 0.05)
         code, found = ask(lower("Hanging"))
         assert (code, statuses(found, "below")) == (1, ["FAIL"])

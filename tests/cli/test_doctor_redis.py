@@ -13,13 +13,13 @@ import pytest
 pytest.importorskip("redis")
 
 from kvcache import cli
-from tests.tiers import servers
-from tests.tiers.servers import Server
+from tests.support import redis_servers
+from tests.support.redis_servers import Server
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
@@ -70,7 +70,7 @@ def test_it_is_tried_and_asked_what_it_does_when_full(
 
 def test_nobody_there(tmp_path: Path) -> None:
     """One line says so, and where to say otherwise; the tier's own warning would say it again."""
-    l1, url = {"KVCACHE__L1__CAPACITY": "1MiB"}, f"redis://localhost:{servers.free_port()}"
+    l1, url = {"KVCACHE__L1__CAPACITY": "1MiB"}, f"redis://localhost:{redis_servers.free_port()}"
     code, found, log = alone("", l1 | {"KVCACHE__REDIS__URL": url})
     [redis] = [check for check in found if check["status"] != "OK"]  # the extra is there
     assert code == 1

@@ -13,7 +13,7 @@ import pytest
 
 from kvcache import cli
 from kvcache.cli import demo
-from tests.cli import hostile
+from tests.support import hostile_inputs
 
 MODULE = [sys.executable, "-m", "kvcache"]
 REPLAY = ["replay", "--generate", "rag", "--requests", "50", "--policy", "lru"]
@@ -66,7 +66,7 @@ def test_interrupted_command_ends_with_130_and_no_word() -> None:
         reached.set()
         ended.wait()
 
-    with hostile.server(silent) as port:
+    with hostile_inputs.server(silent) as port:
         command = [*MODULE, "inspect", f"redis://127.0.0.1:{port}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert reached.wait(60)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cli import hostile
+from tests.support import hostile_inputs
 
 pytest.importorskip("redis")
 
@@ -24,11 +24,11 @@ ASKED_BY_DOCTOR = {"silent", "flood", "drip-of-headers", "flood-of-a-page", "sec
 DRIVER = """
 import contextlib, io, json, sys, time
 from kvcache import cli, inputs
-from kvcache.cli import doctor, server, top
+from kvcache.cli import doctor, redis_server, top
 from kvcache.cli.doctor import otlp
 from kvcache.replay import trace
 trace.LINES = 1_000_000
-inputs.WAIT_S = server.WAIT_S = server.QUIET_S = top._TIMEOUT_S = otlp._WAIT_S = 0.5
+inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = top._TIMEOUT_S = otlp._WAIT_S = 0.5
 doctor.WAIT_S = 10.0
 ended = []
 for argv in json.load(sys.stdin):
@@ -75,10 +75,10 @@ def assert_one_message(ended: Ended) -> None:
         assert len(said.splitlines()) == 1, ended
 
 
-@pytest.mark.parametrize("name", hostile.FILES)
+@pytest.mark.parametrize("name", hostile_inputs.FILES)
 def test_commands_with_an_odd_file_end_with_one_message(name: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.toml"
-    hostile.FILES[name](path)
+    hostile_inputs.FILES[name](path)
     file = str(path)
     commands = [
         ["profile", "check", file],
@@ -93,10 +93,10 @@ def test_commands_with_an_odd_file_end_with_one_message(name: str, tmp_path: Pat
         assert_one_message(ended)
 
 
-@pytest.mark.parametrize("name", hostile.SERVERS)
+@pytest.mark.parametrize("name", hostile_inputs.SERVERS)
 def test_commands_with_an_odd_server_end_with_one_message(name: str, tmp_path: Path) -> None:
     profile = tmp_path / "redis.toml"
-    with hostile.server(hostile.SERVERS[name]) as port:
+    with hostile_inputs.server(hostile_inputs.SERVERS[name]) as port:
         profile.write_text(
             'extends = "l1-redis"\n[[tier]]\nname = "l1"\ncapacity = "1MiB"\n'
             f'[[tier]]\nname = "redis"\nurl = "redis://127.0.0.1:{port}"\n'

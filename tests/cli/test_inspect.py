@@ -15,7 +15,7 @@ from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
-from tests.tiers.frames import BLOCK, like_kv
+from tests.support.frames import BLOCK, like_kv
 from tests.tiers.test_disk import blocks, capacity, opened
 
 SPACES = [namespace({"model": model}) for model in ("a", "b")]
@@ -96,7 +96,7 @@ def test_a_damaged_block_is_found_and_left_there(
 def test_zstd_that_is_not_installed_is_no_damage(
     inspected: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcache.tiers.framed._zstandard", lambda: None)
+    monkeypatch.setattr("kvcache.tiers.framed.format.zstandard", lambda: None)
     code, found = inspected("--verify")
     assert code == 0
     assert found["namespaces"][SPACES[1].hex()]["rejected"] == {"codec": 1}

@@ -15,10 +15,10 @@ from kvcache.keys import join, namespace
 from kvcache.testing import keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.redis import RedisTier, about_name_of, name_of
-from tests.tiers import servers
-from tests.tiers.frames import BLOCK, like_kv
-from tests.tiers.hostile import Hostile, saying
-from tests.tiers.servers import Server
+from tests.support import redis_servers
+from tests.support.frames import BLOCK, like_kv
+from tests.support.hostile_servers import Hostile, saying
+from tests.support.redis_servers import Server
 
 SPACES = [namespace({"model": model}) for model in ("a", "b")]
 FRAME = frame_nbytes(BLOCK)
@@ -27,7 +27,7 @@ KEYS = [join(SPACES[0], key) for key in keys_of("inspected", 3)] + [join(SPACES[
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
@@ -120,7 +120,7 @@ def test_values_too_small_for_a_frame(filled: Server, capsys: pytest.CaptureFixt
 
 
 def test_a_cluster(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: Any) -> None:
-    with servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+    with redis_servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
         fill(nodes[0].url, cluster=True)
         profile = tmp_path / "cluster.toml"
         profile.write_text(

@@ -10,7 +10,7 @@ import pytest
 
 from kvcache import cli
 from kvcache.profiles import load_profile, shipped
-from tests.profiles.reading import FRONT, GOOD
+from tests.support.profile_files import FRONT, GOOD
 
 GUARDED = "tests.profiles.test_secrets:Guarded"
 DISK = 'extends = "l1-disk"\n\n[[tier]]\nname = "disk"\npath = "/fast"\n'

@@ -8,19 +8,19 @@ from typing import Any
 import jsonschema
 import pytest
 
-from kvcache import cli, memory
-from kvcache.profiles import ProfileError, kinds, load_profile, shipped
+from kvcache import cli, host_memory
+from kvcache.profiles import ProfileError, load_profile, shipped, tiers
 from kvcache.profiles.schema import schema
 
 DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1GiB"\n'
 DISK = '[[tier]]\nname = "d"\nkind = "disk"\npath = "/d"\ncapacity = "1GiB"\n'
-OURS = '[[tier]]\nname = "x"\nkind = "tests.profiles.fakes:Lower"\nno_such_option = 1\n'
+OURS = '[[tier]]\nname = "x"\nkind = "tests.support.empty_tiers:Lower"\nno_such_option = 1\n'
 EXTENDS = 'extends = "l1-disk"\n'
 
 
 @pytest.fixture(autouse=True)
 def some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "limit", lambda *_: memory.Memory(1 << 40, "the test"))
+    monkeypatch.setattr(host_memory, "limit", lambda *_: host_memory.Memory(1 << 40, "the test"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_class_by_its_path_may_have_any_option(validator: Any, tmp_path: Path)
 
 
 def test_a_tier_that_is_not_installed_may_have_any_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kinds.KINDS, "far", ("no_such_package.far:FarTier", "far"))
+    monkeypatch.setitem(tiers.KINDS, "far", ("no_such_package.far:FarTier", "far"))
     document = tomllib.loads(DRAM + '[[tier]]\nname = "f"\nkind = "far"\nanything = 1\n')
     jsonschema.Draft202012Validator(schema()).validate(document)
     first = tomllib.loads(DRAM.replace("dram", "far"))

@@ -224,11 +224,11 @@ def test_the_page_stands_alone(said: Any, tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    from kvcache.cli import curves
+    from kvcache.cli.replay import plot
 
-    odd = curves.Curves("a<b>&", "DRAM", ["1", "2"], {"optimum": [0.1, 0.2], "<i>": [0, 0.1]}, 0)
-    ET.fromstring(curves.svg(odd))
-    assert "<i>" not in curves.html(odd)
+    odd = plot.Curves("a<b>&", "DRAM", ["1", "2"], {"optimum": [0.1, 0.2], "<i>": [0, 0.1]}, 0)
+    ET.fromstring(plot.svg(odd))
+    assert "<i>" not in plot.html(odd)
 
 
 def test_a_png_is_drawn_where_matplotlib_is(said: Any, tmp_path: Path) -> None:

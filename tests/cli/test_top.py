@@ -13,7 +13,7 @@ import pytest
 
 from kvcache import cli
 from kvcache.cli import top
-from kvcache.cli.scrape import NUMBERS, PREFIX, tiers_of
+from kvcache.cli.top.scrape import NUMBERS, PREFIX, tiers_of
 
 
 def page(hits: int = 75, read: int = 1 << 30, *, limit: int = 2 << 30, engine: int = 0) -> str:

@@ -20,14 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors import pages
-from kvcache.connectors.canonical import canonical_runs, canonical_sizes
-from kvcache.connectors.copies import form, open_copier
-from kvcache.connectors.layouts import Layout, LayoutError
-from kvcache.connectors.placement import MOST_RUNS, Placement, place
+from kvcache.connectors.layout.axes import Layout, LayoutError
+from kvcache.connectors.layout.canonical import canonical_runs, canonical_sizes
+from kvcache.connectors.layout.placement import MOST_RUNS, Placement, place
+from kvcache.connectors.transfer import cpu
+from kvcache.connectors.transfer.select import form, open_copier
 from kvcache.slab import Slab
-from tests.connectors.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
-from tests.connectors.streams import Device
+from tests.support.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
+from tests.support.reordering_device import Device
 
 ALL = KINDS | LATENT
 GUARD = 64
@@ -37,7 +37,7 @@ GUARD = 64
 def every_copy_is_shared() -> Iterator[None]:
     """Small copies would all be made by the calling thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "_ALONE_BELOW", 0)
+        patch.setattr(cpu, "_ALONE_BELOW", 0)
         yield
 
 

@@ -11,11 +11,11 @@ pytest.importorskip("torch")
 
 import torch
 
-from kvcache.connectors.copier import Sides
-from kvcache.connectors.cuda import Cuda, ways
-from kvcache.connectors.device import DeviceCopier
-from kvcache.connectors.mechanisms import SIZES, WAYS, Mechanism
-from kvcache.connectors.placement import Pages
+from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.transfer.autotune import SIZES, WAYS, Mechanism
+from kvcache.connectors.transfer.base import Sides
+from kvcache.connectors.transfer.cuda import Cuda, backends
+from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 
 pytestmark = [
@@ -51,12 +51,12 @@ def device(request: pytest.FixtureRequest) -> Cuda:
     gpu = torch.device("cuda", 0)
     if request.param == "all, tried":
         return Cuda(gpu)
-    only: Mechanism | None = ways.ByPage()
+    only: Mechanism | None = backends.ByPage()
     if request.param != "by page":
-        only = ways.batched() if request.param == "batched" else ways.kernel(gpu)
+        only = backends.batched() if request.param == "batched" else backends.kernel(gpu)
     if only is None:
         pytest.skip(f"copies {request.param} cannot be had here")
-    return Cuda(gpu, [ways.ByPage(), only])
+    return Cuda(gpu, [backends.ByPage(), only])
 
 
 def used(device: Cuda) -> None:

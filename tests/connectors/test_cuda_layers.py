@@ -10,10 +10,10 @@ pytest.importorskip("torch")
 
 import torch
 
-from kvcache.connectors import device as device_module
-from kvcache.connectors.copier import Sides
-from kvcache.connectors.device import DeviceCopier
-from kvcache.connectors.placement import Pages
+from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.transfer import device as device_module
+from kvcache.connectors.transfer.base import Sides
+from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 
 pytestmark = [
@@ -29,7 +29,7 @@ LOADED = list(range(1, BLOCKS))
 def copier(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pages: torch.Tensor
 ) -> Iterator[DeviceCopier]:
-    from kvcache.connectors.cuda import Cuda
+    from kvcache.connectors.transfer.cuda import Cuda
 
     monkeypatch.setattr(device_module, "LEAST_NBYTES", request.param)
     slab = Slab.create(1, LAYERS * PAGE)

@@ -23,14 +23,14 @@ pytest.importorskip("triton")
 import numpy as np
 import torch
 
-from kvcache.connectors import trials
-from kvcache.connectors.copier import Integers, Sides
-from kvcache.connectors.cuda import Cuda, device, runtime, ways
-from kvcache.connectors.device import DeviceCopier
-from kvcache.connectors.mechanisms import Runs
-from kvcache.connectors.placement import Pages
+from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.transfer import autotune
+from kvcache.connectors.transfer.autotune import Runs
+from kvcache.connectors.transfer.base import Integers, Sides
+from kvcache.connectors.transfer.cuda import Cuda, backends, device, runtime
+from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
-from tests.connectors.test_kernel import load
+from tests.connectors.test_triton_kernel import load
 
 DEVICE = torch.device("cpu")
 FIRST = torch.device("meta")  # another device, which threads are on when they begin
@@ -157,8 +157,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     monkeypatch.setattr(torch.cuda, "stream", made.on_stream)
     monkeypatch.setattr(torch.cuda, "device", made.on_device)
     monkeypatch.setattr(device._Scratch, "nbytes", 512 << 10)
-    monkeypatch.setattr(trials, "_RUNS", 16)  # the interpreter is slow
-    monkeypatch.setattr(trials, "_ROUNDS", 2)
+    monkeypatch.setattr(autotune, "_RUNS", 16)  # the interpreter is slow
+    monkeypatch.setattr(autotune, "_ROUNDS", 2)
     return made
 
 
@@ -169,7 +169,7 @@ def kernel(played: Runtime) -> Kernel:
 
 @pytest.fixture
 def cuda(played: Runtime, kernel: Kernel) -> Cuda:
-    return Cuda(DEVICE, [ways.ByPage(), kernel.mechanism])
+    return Cuda(DEVICE, [backends.ByPage(), kernel.mechanism])
 
 
 class Engine:
@@ -346,33 +346,35 @@ def test_a_kernel_that_copies_wrong_is_not_used(
 
 
 def names() -> list[str]:
-    return [mechanism.name for mechanism in ways.all_of(DEVICE)]
+    return [mechanism.name for mechanism in backends.all_of(DEVICE)]
 
 
 def test_what_can_copy_here_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "batched", lambda: ways.Batched(None))
+    monkeypatch.setattr(backends, "batched", lambda: backends.Batched(None))
     assert names() == ["the copy engine", "a call for each page", "a kernel"]
-    monkeypatch.setattr(ways, "batched", lambda: None)
+    monkeypatch.setattr(backends, "batched", lambda: None)
     assert names() == ["a call for each page", "a kernel"]
 
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("kvcache.connectors.cuda.kernel", load(interpreted=True)), ("triton", None)],
+    [("kvcache.connectors.transfer.cuda.triton_kernel", load(interpreted=True)), ("triton", None)],
     ids=["interpreted", "no Triton"],
 )
 def test_there_is_no_kernel_where_it_is_not_compiled(
     name: str, found: ModuleType | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ways, "batched", lambda: None)
-    monkeypatch.delitem(sys.modules, "kvcache.connectors.cuda.kernel", raising=False)
+    monkeypatch.setattr(backends, "batched", lambda: None)
+    monkeypatch.delitem(
+        sys.modules, "kvcache.connectors.transfer.cuda.triton_kernel", raising=False
+    )
     monkeypatch.setitem(sys.modules, name, found)
     assert names() == ["a call for each page"]
 
 
 def test_vllm_is_told_sources_first() -> None:
     told: list[list[int]] = []
-    operator = ways.Batched(lambda *tensors: told.extend(tensor.tolist() for tensor in tensors))
+    operator = backends.Batched(lambda *tensors: told.extend(tensor.tolist() for tensor in tensors))
     one, two, three = (np.array([number], dtype=np.int64) for number in (1, 2, 3))
     operator.copy(Runs(targets=one, sources=two, nbytes=three, way=None))
     assert told == [[2], [1], [3]]
@@ -384,4 +386,4 @@ def test_a_copy_that_cuda_refuses_is_said_in_its_words(
     monkeypatch.setattr(played, "cudaMemcpyAsync", lambda *_: 2)
     one = np.array([1], dtype=np.int64)
     with pytest.raises(RuntimeError, match=r"a copy of 1 bytes: out of memory \(error 2\)"):
-        ways.ByPage().copy(Runs(one, one, one, None))
+        backends.ByPage().copy(Runs(one, one, one, None))

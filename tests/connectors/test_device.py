@@ -15,11 +15,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors import device as device_module
-from kvcache.connectors.copier import Copy, Sides
-from kvcache.connectors.device import DeviceCopier
-from kvcache.connectors.placement import Pages
-from tests.connectors.streams import Device
+from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.transfer import device as device_module
+from kvcache.connectors.transfer.base import Copy, Sides
+from kvcache.connectors.transfer.device import DeviceCopier
+from tests.support.reordering_device import Device
 
 LAYERS, PAGE, BLOCKS, SLOTS = 4, 8, 5, 4
 ACTS = ["gather", "scatter", "later", "forward", "write", "read", "work"]
@@ -316,7 +316,7 @@ def test_anybodys_tensors_on_a_device_are_there_when_a_call_returns() -> None:
     torch = pytest.importorskip("torch")
     from kvcache import block_keys
     from kvcache.connectors.paged import PagedCache
-    from tests.connectors.paged_caches import opened
+    from tests.support.paged_caches import opened
 
     device = Device(Random(1))
     layers = [torch.randint(0, 100, (2, 8, 16, 2, 16), dtype=torch.int16) for _ in range(2)]

@@ -11,8 +11,8 @@ import torch
 
 from kvcache import block_keys
 from kvcache.connectors.paged import PagedCache
-from tests.connectors.paged_caches import Geometry, opened
-from tests.forked import in_child, unrefused
+from tests.support.forked_children import in_child, unrefused
+from tests.support.paged_caches import Geometry, opened
 
 G = Geometry(layers=2, blocks=8, tokens=16, heads=2, dim=16)
 KEYS = block_keys(range(4 * 16), 16)

@@ -14,9 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache import block_keys
-from kvcache.connectors.copies import Order
 from kvcache.connectors.paged import PagedCache, Saved
-from tests.connectors.paged_caches import (
+from kvcache.connectors.transfer.select import Order
+from tests.support.paged_caches import (
     KINDS,
     LATENT,
     Geometry,
@@ -85,7 +85,7 @@ def test_opaque_pages(dtype: torch.dtype) -> None:
 
 
 def test_the_proof_finds_a_block_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvcache.connectors.pages import CpuCopier
+    from kvcache.connectors.transfer.cpu import CpuCopier
 
     right = CpuCopier._scatter
 

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache import block_keys
 from kvcache.connectors.paged import PagedCache
-from tests.connectors.paged_caches import KINDS, Geometry, compute, meaning, opened, wipe
+from tests.support.paged_caches import KINDS, Geometry, compute, meaning, opened, wipe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache import block_keys
-from kvcache.connectors.copies import Order
-from kvcache.connectors.layouts import LayoutError
+from kvcache.connectors.layout.axes import LayoutError
 from kvcache.connectors.paged import Attached, PagedCache, Saved
+from kvcache.connectors.transfer.select import Order
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
-from tests.connectors.paged_caches import (
+from tests.support.paged_caches import (
     KINDS,
     LATENT,
     Geometry,

@@ -22,12 +22,12 @@ import pytest
 
 from kvcache import Lease, Match, Stack, metrics
 from kvcache.eviction import Eviction
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
-from tests.core.faults import ODD, USUAL, Faulty
+from tests.support.failing_parts import ODD, USUAL, Faulty
 
 NBYTES = 64  # of a block
 SLOTS = 64

@@ -16,13 +16,13 @@ OPEN = """
 import logging, os, sys, threading
 from pathlib import Path
 from kvcache import Match, Stack
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.dram import DramTier
-from tests.core.faults import Faulty
+from tests.support.failing_parts import Faulty
 
 logging.basicConfig(format="%(message)s")
 hangs, closes = sys.argv[1], sys.argv[2] == "closes"
@@ -111,7 +111,7 @@ def test_a_process_whose_disk_hangs_ends(hangs: str, closes: str, tmp_path: Path
 
 def test_a_process_whose_recording_hangs_ends(tmp_path: Path) -> None:
     script = """
-from kvcache import recorder
+from kvcache.replay import recorder
 recorder.CLOSE_S = 0.1
 file = recorder.FileRecorder(Path(sys.argv[3]), block_tokens=16, limit=1 << 20)
 os.fstat = hang

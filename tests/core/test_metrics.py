@@ -19,7 +19,7 @@ from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.dram import DramTier
-from tests.core.below import LONG, SPACE, Below
+from tests.support.scripted_tiers import LONG, SPACE, Below
 
 WHOSE = {"kvcache.profile.name", "kvcache.tier.name", "kvcache.tier.type"}
 

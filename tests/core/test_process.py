@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from kvcache import metrics
-from kvcache.front import Checked
+from kvcache.guards.front_tier import Checked
 from kvcache.process import ForkedError
 from kvcache.profiles import open_stack
-from kvcache.recorder import FileRecorder
+from kvcache.replay.recorder import FileRecorder
 from kvcache.sizes import DiskSize, Size
 from kvcache.slab import PAGE, Slab
 from kvcache.stack import Stack
@@ -23,9 +23,9 @@ from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.disk.reader import Reader as DiskReader
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
-from tests.core.below import LONG, Below
 from tests.core.test_metrics import Reader
-from tests.forked import in_child, may_fork, unrefused
+from tests.support.forked_children import in_child, may_fork, unrefused
+from tests.support.scripted_tiers import LONG, Below
 
 KEYS = keys_of("parent", 8)
 

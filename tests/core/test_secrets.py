@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from kvcache import secrets
-from kvcache.health import Health
+from kvcache.lower.circuit_breaker import Health
 from kvcache.stats import TierName
 
 SECRET = "hunter2-correct-horse"

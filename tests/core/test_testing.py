@@ -10,7 +10,7 @@ import pytest
 
 from kvcache.testing import TierTests
 from kvcache.tier import Tier
-from tests.core.wrongs import failures, names_of_tests
+from tests.support.contract_runs import failures, names_of_tests
 
 NBYTES = TierTests.block_nbytes
 ROOM = TierTests.room_blocks

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import VOCABULARY, Act, Play, Setup, play
+from tests.support.engine.process import VOCABULARY, Act, Play, Setup, play
 
 Stage = Callable[..., Play]
 
@@ -15,7 +15,7 @@ Stage = Callable[..., Play]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers whose KV cache decides which token comes next; 32 KiB to a block in bfloat16."""
     pytest.importorskip("vllm")
-    from kvcache.cli.checkpoint import write
+    from kvcache.cli.demo.checkpoint import write
 
     return write(
         tmp_path_factory.mktemp("checkpoint"),

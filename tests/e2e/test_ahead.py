@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.messages import Acks, Shard, Step
-from kvcache.connectors.vllm.support import host_name
-from tests.e2e.engine import BLOCK, CONNECTOR, prompt
+from tests.support.engine.process import BLOCK, CONNECTOR, prompt
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import Engine, prompt, starts
+from tests.support.engine.process import Engine, prompt, starts
 
 pytestmark = pytest.mark.engine
 

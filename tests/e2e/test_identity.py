@@ -13,10 +13,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.e2e import below
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import BLOCK, VOCABULARY, Act, Answer, Engine, Play, prompt, starts
 from tests.e2e.test_below import on_disk
+from tests.support.engine import lower_tier
+from tests.support.engine.process import (
+    BLOCK,
+    VOCABULARY,
+    Act,
+    Answer,
+    Engine,
+    Play,
+    prompt,
+    starts,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -40,7 +49,7 @@ class Lives(NamedTuple):
 
 
 def write_model(folder: Path, seed: int) -> Path:
-    from kvcache.cli.checkpoint import write
+    from kvcache.cli.demo.checkpoint import write
 
     return write(
         folder,
@@ -77,20 +86,20 @@ def lives(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Lives:
 
     old = write_model(folder / "model", seed=0)
     write_adapter(adapter, 1.0)
-    acts: tuple[Act, ...] = (below.ask_first, ask_adapter, below.counts)
+    acts: tuple[Act, ...] = (lower_tier.ask_first, ask_adapter, lower_tier.counts)
     first = stage(acts, checkpoint=str(old), **settings, **lora)
 
     new = old.rename(folder / "elsewhere")
     write_adapter(adapter, -2.0)
-    acts = (below.ask_first, ask_adapter, below.counts, below.after_reset)
+    acts = (lower_tier.ask_first, ask_adapter, lower_tier.counts, lower_tier.after_reset)
     moved = stage(acts, checkpoint=str(new), **settings, **lora)
 
-    acts = (below.ask_first, below.counts)
+    acts = (lower_tier.ask_first, lower_tier.counts)
     after_reset = stage(acts, checkpoint=str(new), **settings)
 
     write_model(new, seed=1)
     retrained = stage(acts, checkpoint=str(new), **settings)
-    reference = stage((below.ask_first,), checkpoint=str(new), blocks=1000)
+    reference = stage((lower_tier.ask_first,), checkpoint=str(new), blocks=1000)
     return Lives(first, moved, after_reset, retrained, reference)
 
 
@@ -106,10 +115,10 @@ def said(answers: list[Answer]) -> list[Any]:
 def test_restart_same_files_at_another_path_finds_its_blocks(lives: Lives) -> None:
     lives.first.of(starts)
     lives.moved.of(starts)
-    before, after = lives.first.of(below.ask_first), lives.moved.of(below.ask_first)
+    before, after = lives.first.of(lower_tier.ask_first), lives.moved.of(lower_tier.ask_first)
     assert (heads(before), said(after)) == (0, said(before))
     assert heads(after) >= 4 * BLOCK
-    assert lives.moved.of(below.counts)["loaded"] > 0
+    assert lives.moved.of(lower_tier.counts)["loaded"] > 0
 
 
 def test_restart_adapter_replaced_under_its_name_finds_nothing_of_before(lives: Lives) -> None:
@@ -119,17 +128,17 @@ def test_restart_adapter_replaced_under_its_name_finds_nothing_of_before(lives: 
 
 
 def test_restart_after_a_reset_finds_nothing_of_before(lives: Lives) -> None:
-    assert lives.moved.of(below.after_reset) == [0]
-    answers = lives.after_reset.of(below.ask_first)
+    assert lives.moved.of(lower_tier.after_reset) == [0]
+    answers = lives.after_reset.of(lower_tier.ask_first)
     assert heads(answers) == 0
-    assert said(answers) == said(lives.first.of(below.ask_first))
-    assert lives.after_reset.of(below.counts)["stored"] > 0  # the next would find these
+    assert said(answers) == said(lives.first.of(lower_tier.ask_first))
+    assert lives.after_reset.of(lower_tier.counts)["stored"] > 0  # the next would find these
 
 
 def test_restart_other_weights_at_the_same_path_find_nothing_of_before(lives: Lives) -> None:
-    answers = lives.retrained.of(below.ask_first)
+    answers = lives.retrained.of(lower_tier.ask_first)
     assert heads(answers) == 0
-    assert lives.retrained.of(below.counts)["loaded"] == 0
-    right = lives.reference.of(below.ask_first)
+    assert lives.retrained.of(lower_tier.counts)["loaded"] == 0
+    right = lives.reference.of(lower_tier.ask_first)
     assert answers == right
-    assert said(right) != said(lives.after_reset.of(below.ask_first))
+    assert said(right) != said(lives.after_reset.of(lower_tier.ask_first))

@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("redis")
 
-from tests.e2e import below
-from tests.e2e.below import PROMPTS
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import BLOCK, Answer, Engine, Play, starts
-from tests.tiers import servers
-from tests.tiers.servers import Server
+from tests.support import redis_servers
+from tests.support.engine import lower_tier
+from tests.support.engine.lower_tier import PROMPTS
+from tests.support.engine.process import BLOCK, Answer, Engine, Play, starts
+from tests.support.redis_servers import Server
 
 pytestmark = pytest.mark.engine
 
@@ -53,10 +53,10 @@ def ask_with_another(engine: Engine) -> dict[str, Any]:
 
     with redis.Redis.from_url(os.environ["KVCACHE__REDIS__URL"]) as place:
         meet(place, "begin")
-        first, counts = below.ask_first(engine), below.counts(engine)
+        first, counts = lower_tier.ask_first(engine), lower_tier.counts(engine)
         meet(place, "stored")
     engine.side._stack.front.clear()
-    return {"first": first, "again": below.ask_again(engine), **counts}
+    return {"first": first, "again": lower_tier.ask_again(engine), **counts}
 
 
 def meet(place: Any, name: str) -> None:
@@ -70,12 +70,12 @@ def without_the_server(engine: Engine) -> dict[str, Any]:
     """The same prompts again when the server was killed and L1 is empty."""
     os.kill(int(os.environ["SERVER_PID"]), signal.SIGKILL)
     engine.side._stack.front.clear()
-    return {"answers": below.ask_again(engine), "ends": engine.open_ends()}
+    return {"answers": lower_tier.ask_again(engine), "ends": engine.open_ends()}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
@@ -103,7 +103,7 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(server: Server, stage: Stage, model: Path) -> Play:
-    return stage((below.ask_first, below.counts), **at(server), checkpoint=str(model))
+    return stage((lower_tier.ask_first, lower_tier.counts), **at(server), checkpoint=str(model))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def second(first: Play, strangers: list[Play], server: Server, stage: Stage, adapter: Path) -> Play:
     """An engine like the first, after it; it kills the server in the end."""
     acts = (
-        below.ask_again, below.counts, below.abort_while_it_waits, ask_as_strangers,
+        lower_tier.ask_again, lower_tier.counts, lower_tier.abort_while_it_waits, ask_as_strangers,
         without_the_server,
     )  # fmt: skip
     settings = at(server, SERVER_PID=str(server.pid), ADAPTER=str(adapter))
@@ -161,22 +161,22 @@ def second(first: Play, strangers: list[Play], server: Server, stage: Stage, ada
 
 @pytest.fixture(scope="module")
 def reference(stage: Stage) -> Play:
-    return stage((below.ask_first, below.ask_again), blocks=1000)
+    return stage((lower_tier.ask_first, lower_tier.ask_again), blocks=1000)
 
 
 def test_the_second_engine_serves_what_only_the_first_has_seen(
     first: Play, second: Play, reference: Play
 ) -> None:
     first.of(starts)
-    assert first.of(below.ask_first) == reference.of(below.ask_first)
-    wrote = first.of(below.counts)
+    assert first.of(lower_tier.ask_first) == reference.of(lower_tier.ask_first)
+    wrote = first.of(lower_tier.counts)
     assert wrote["stored"] > 0
     assert (wrote["dropped"], wrote["errors"], wrote["pinned"]) == (0, 0, 0)
     second.of(starts)
-    answers = second.of(below.ask_again)
-    assert answers == reference.of(below.ask_again)
+    answers = second.of(lower_tier.ask_again)
+    assert answers == reference.of(lower_tier.ask_again)
     assert all(answer["cached"] > 0 for answer in answers)
-    read = second.of(below.counts)
+    read = second.of(lower_tier.counts)
     assert read["loaded"] > 0
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)
 
@@ -194,7 +194,7 @@ def test_another_model_dtype_or_block_size_finds_nothing(strangers: list[Play]) 
 
 
 def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(second: Play) -> None:
-    found = second.of(below.abort_while_it_waits)
+    found = second.of(lower_tier.abort_while_it_waits)
     assert not any(found["ends"].values()), found["ends"]
     assert found["cached"] > 0
 
@@ -206,7 +206,7 @@ def test_without_the_server_everything_is_computed(second: Play, reference: Play
         return [answer["tokens"] for answer in answers]
 
     assert len(found["answers"]) == len(PROMPTS)
-    assert said(found["answers"]) == said(reference.of(below.ask_again))
+    assert said(found["answers"]) == said(reference.of(lower_tier.ask_again))
     assert not any(found["ends"].values()), found["ends"]
 
 
@@ -214,7 +214,7 @@ def test_engines_that_write_the_same_at_once_keep_one_copy(
     tmp_path: Path, stage: Stage, reference: Play
 ) -> None:
     with (
-        servers.server(tmp_path) as server,
+        redis_servers.server(tmp_path) as server,
         ThreadPoolExecutor(2) as threads,
     ):
         settings = at(server)
@@ -223,7 +223,7 @@ def test_engines_that_write_the_same_at_once_keep_one_copy(
         kept = sum(not name.startswith(b"kvcache:1:about:") for name in names)
     found = [play.of(ask_with_another) for play in plays]
     # One may find what the other has just stored, and computes the rest in other shapes than alone.
-    right = [answer["tokens"][0] for answer in reference.of(below.ask_first)]
+    right = [answer["tokens"][0] for answer in reference.of(lower_tier.ask_first)]
     assert [[answer["tokens"][0] for answer in each["first"]] for each in found] == 2 * [right]
     assert found[0]["again"] == found[1]["again"]
     assert all(answer["cached"] > 0 for answer in found[0]["again"])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.checkpoints import DEEPSEEK_V2, GPT_OSS, write_model, write_tokenizer
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import CONNECTOR, VOCABULARY, Engine, prompt, starts
+from tests.support.engine.checkpoints import DEEPSEEK_V2, GPT_OSS, write_model, write_tokenizer
+from tests.support.engine.process import CONNECTOR, VOCABULARY, Engine, prompt, starts
 
 pytestmark = pytest.mark.engine
 
@@ -29,7 +29,7 @@ def asked_twice(engine: Engine) -> dict[str, Any]:
 
 
 def test_sliding_window(stage: Stage, tmp_path: Path) -> None:
-    from kvcache.cli.checkpoint import write
+    from kvcache.cli.demo.checkpoint import write
 
     write(
         tmp_path,

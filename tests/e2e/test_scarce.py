@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e import inside, scarce
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import Answer, Play
+from tests.support.engine import one_engine, scarce_memory
+from tests.support.engine.process import Answer, Play
 
 pytestmark = pytest.mark.engine
 
@@ -17,13 +17,18 @@ NOTHING = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
 @pytest.fixture(scope="module")
 def short(stage: Stage) -> Play:
     """19 blocks for the engine, 40 for L1."""
-    acts = (scarce.preempted, scarce.preempted_and_aborted, scarce.many_chats, inside.ends)
+    acts = (
+        scarce_memory.preempted,
+        scarce_memory.preempted_and_aborted,
+        scarce_memory.many_chats,
+        one_engine.ends,
+    )
     return stage(acts, blocks=20, l1="2560KiB", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def roomy(stage: Stage) -> Play:
-    return stage((scarce.preempted, scarce.many_chats), blocks=1000, **SETTINGS)
+    return stage((scarce_memory.preempted, scarce_memory.many_chats), blocks=1000, **SETTINGS)
 
 
 def assert_alike(answers: list[Answer], reference: list[Answer]) -> None:
@@ -35,7 +40,7 @@ def assert_alike(answers: list[Answer], reference: list[Answer]) -> None:
 
 
 def test_preempted_requests_resume_right(short: Play, roomy: Play) -> None:
-    facts, reference = short.of(scarce.preempted), roomy.of(scarce.preempted)
+    facts, reference = short.of(scarce_memory.preempted), roomy.of(scarce_memory.preempted)
     assert facts["preemptions"] > 0
     assert reference["preemptions"] == 0
     assert_alike(facts["answers"], reference["answers"])
@@ -43,18 +48,21 @@ def test_preempted_requests_resume_right(short: Play, roomy: Play) -> None:
 
 
 def test_next_turn_of_a_preempted_request_is_found(short: Play, roomy: Play) -> None:
-    later, reference = short.of(scarce.preempted)["answers"][4:], roomy.of(scarce.preempted)
+    later, reference = (
+        short.of(scarce_memory.preempted)["answers"][4:],
+        roomy.of(scarce_memory.preempted),
+    )
     assert [a["cached"] for a in later] == [a["cached"] for a in reference["answers"][4:]]
 
 
 def test_preempted_request_is_aborted(short: Play) -> None:
-    facts = short.of(scarce.preempted_and_aborted)
+    facts = short.of(scarce_memory.preempted_and_aborted)
     assert facts == {"left": False, "answers": 3, "ends": NOTHING}
 
 
 def test_l1_smaller_than_the_traffic(short: Play, roomy: Play) -> None:
-    facts = short.of(scarce.many_chats)
-    assert_alike(facts["answers"], roomy.of(scarce.many_chats)["answers"])
+    facts = short.of(scarce_memory.many_chats)
+    assert_alike(facts["answers"], roomy.of(scarce_memory.many_chats)["answers"])
     assert facts["most"] <= facts["capacity"] == 40
     assert facts["evicted_blocks"] > 40
     assert facts["stored_blocks"] - facts["evicted_blocks"] == facts["used"]
@@ -62,4 +70,4 @@ def test_l1_smaller_than_the_traffic(short: Play, roomy: Play) -> None:
 
 
 def test_no_end_is_open(short: Play) -> None:
-    assert short.of(inside.ends) == NOTHING
+    assert short.of(one_engine.ends) == NOTHING

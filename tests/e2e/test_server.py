@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import processes
-from tests.e2e.engine import BLOCK, Setup, prompt
-from tests.e2e.server import Server, serving
+from tests.support.engine import separate_processes
+from tests.support.engine.openai_server import Server, serving
+from tests.support.engine.process import BLOCK, Setup, prompt
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +31,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def assert_our_metrics(page: str, hits: int, stored: int) -> None:
     """What L1 did is there as the connector's own metrics; so are those that have no series yet."""
     from kvcache import metrics
-    from kvcache.connectors.vllm.stats import prometheus_name
+    from kvcache.connectors.vllm.metrics import prometheus_name
 
     for metric in metrics.METRICS:
         assert f"# HELP {prometheus_name(metric)}" in page
@@ -94,9 +94,9 @@ def test_the_log_says_what_was_done(server: Server) -> None:
 
 def test_no_memory_is_left_when_it_ends(server: Server) -> None:
     """The last test of the module: it ends the server."""
-    family = processes.family(server.process.pid)
+    family = separate_processes.family(server.process.pid)
     assert os.getpid() not in family
-    assert [pid for pid in family if processes.slabs_of(pid)]
+    assert [pid for pid in family if separate_processes.slabs_of(pid)]
     alive = [os.pidfd_open(pid) for pid in family]
     server.process.terminate()
     for pidfd in alive:
@@ -104,4 +104,4 @@ def test_no_memory_is_left_when_it_ends(server: Server) -> None:
         os.close(pidfd)
         assert ended, "a process of the server's has not ended"
     server.process.wait()
-    assert not [pid for pid in family if processes.slabs_of(pid)]
+    assert not [pid for pid in family if separate_processes.slabs_of(pid)]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import slow
-from tests.e2e.below import PROMPTS
 from tests.e2e.conftest import Stage
+from tests.support.engine import slow_tier
+from tests.support.engine.lower_tier import PROMPTS
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ capacity = "16MiB"
 
 [[tier]]
 name = "slow"
-kind = "tests.e2e.slow:SlowTier"
+kind = "tests.support.engine.slow_tier:SlowTier"
 deadline_s = 60.0
 seconds = 0.1
 """
@@ -35,9 +35,9 @@ def test_what_takes_less_time_is_done(tmp_path: Path, stage: Stage, if_slower: s
         environment["KVCACHE__SLOW__SECONDS"] = "0.6"
     settings = {"dtype": "float32"}
     played = stage(
-        (slow.ask_below,), blocks=100, l1="16MiB", environment=environment, options=settings
+        (slow_tier.ask_below,), blocks=100, l1="16MiB", environment=environment, options=settings
     )
-    facts = played.of(slow.ask_below)
+    facts = played.of(slow_tier.ask_below)
     first, *later = (facts["tokens"][at : at + len(PROMPTS)] for at in (0, 3, 6))
     assert later == [first, first]
     assert facts["pinned"] == 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e import processes
 from tests.e2e.conftest import Stage
-from tests.e2e.engine import BLOCK, Play, starts
+from tests.support.engine import separate_processes
+from tests.support.engine.process import BLOCK, Play, starts
 
 pytestmark = pytest.mark.engine
 
@@ -22,23 +22,28 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def both(stage: Stage) -> Play:
-    acts = (processes.turns, processes.hits, processes.one_rank_fails, processes.ends)
+    acts = (
+        separate_processes.turns,
+        separate_processes.hits,
+        separate_processes.one_rank_fails,
+        separate_processes.ends,
+    )
     return stage(acts, blocks=40, l1="64MiB", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def reference(stage: Stage) -> Play:
-    return stage((processes.turns,), blocks=1000, **SETTINGS)
+    return stage((separate_processes.turns,), blocks=1000, **SETTINGS)
 
 
 def test_answers_and_hits(both: Play, reference: Play) -> None:
     both.of(starts)
-    assert both.of(processes.turns) == reference.of(processes.turns)
-    assert both.of(processes.hits) > 0
+    assert both.of(separate_processes.turns) == reference.of(separate_processes.turns)
+    assert both.of(separate_processes.hits) > 0
 
 
 def test_a_load_that_fails_on_one_rank(both: Play) -> None:
-    facts = both.of(processes.one_rank_fails)
+    facts = both.of(separate_processes.one_rank_fails)
     assert facts["step"] == {"dropped": 5, "stored": 0, "pinned": 0}
     assert facts["tokens"] == [facts["right"], facts["right"]]
     assert facts["held"] == [True] * 6
@@ -48,4 +53,4 @@ def test_a_load_that_fails_on_one_rank(both: Play) -> None:
 
 
 def test_no_end_is_open(both: Play) -> None:
-    assert both.of(processes.ends) == NOTHING
+    assert both.of(separate_processes.ends) == NOTHING

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import BLOCK
-from tests.e2e.traced import MODEL, SERVICE, Traced
-from tests.otlp import Receiver, Span
+from tests.support.engine.process import BLOCK
+from tests.support.engine.traced_server import MODEL, SERVICE, Traced
+from tests.support.otlp_collector import Receiver, Span
 
 pytestmark = pytest.mark.engine
 

@@ -20,10 +20,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import Tracer
 
-from tests.e2e import browser
-from tests.e2e.engine import VOCABULARY
-from tests.e2e.traced import Traced
-from tests.e2e.viewer import Viewer, listens_at, viewing
+from tests.support.engine import browser
+from tests.support.engine.process import VOCABULARY
+from tests.support.engine.trace_viewer import Viewer, listens_at, viewing
+from tests.support.engine.traced_server import Traced
 
 pytestmark = pytest.mark.viewer
 
@@ -52,7 +52,7 @@ LONG = 60.0
 def model(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """Large enough for milliseconds, since a viewer shows no less: 512 KiB to a block."""
     pytest.importorskip("vllm")
-    from kvcache.cli.checkpoint import write
+    from kvcache.cli.demo.checkpoint import write
 
     checkpoint = write(
         tmp_path_factory.mktemp("checkpoint"),

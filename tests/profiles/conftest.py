@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcache import memory
-from tests.profiles.reading import GIB
+from kvcache import host_memory
+from tests.support.profile_files import GIB
 
 
 @pytest.fixture
@@ -16,4 +16,4 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def ten_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     """The container may use 10 GiB."""
-    monkeypatch.setattr(memory, "limit", lambda *_: memory.Memory(10 * GIB, "the test"))
+    monkeypatch.setattr(host_memory, "limit", lambda *_: host_memory.Memory(10 * GIB, "the test"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.profiles import Profile, ProfileError, aibrix, load_profile, open_stack
-from tests.profiles.fakes import Front
-from tests.profiles.reading import FRONT, GIB, GOOD, read
+from tests.support.empty_tiers import Front
+from tests.support.profile_files import FRONT, GIB, GOOD, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
@@ -19,7 +19,7 @@ SAMPLE = {  # AIBrix's own sample of an L1 alone, but for the size
     f"{P}L1_CACHE_CAPACITY_GB": "8",
     "VLLM_RPC_TIMEOUT": "1000000",
 }
-DISK = f'{GOOD}[[tier]]\nname = "l2"\nkind = "tests.profiles.fakes:Lower"\n'
+DISK = f'{GOOD}[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:Lower"\n'
 
 
 def theirs(profile: Profile) -> aibrix.Report:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from kvcache.profiles import ProfileError, load_profile
-from tests.profiles.reading import FRONT, GIB, GOOD, only_problem, problems, read
+from tests.support.profile_files import FRONT, GIB, GOOD, only_problem, problems, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
-LOWER = '[[tier]]\nname = "l2"\nkind = "tests.profiles.fakes:Lower"\n'
+LOWER = '[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:Lower"\n'
 OTHER = LOWER.replace('"l2"', '"l3"')
 
 
@@ -54,11 +54,13 @@ def test_what_is_new_comes_last_in_its_own_order(file: Path, base: Path) -> None
 
 def test_another_kind_replaces_the_row_in_its_place(file: Path, base: Path) -> None:
     base.write_text(GOOD + LOWER + 'codec = "zstd"\n' + OTHER)
-    kind = "tests.profiles.fakes:Other"
-    with pytest.raises(ProfileError, match=r"cannot import tests\.profiles\.fakes:Other"):
-        read(file, extending(LOWER.replace("tests.profiles.fakes:Lower", kind)))
+    kind = "tests.support.empty_tiers:Other"
+    with pytest.raises(ProfileError, match=r"cannot import tests\.support\.empty_tiers:Other"):
+        read(file, extending(LOWER.replace("tests.support.empty_tiers:Lower", kind)))
     kind = "kvcache.tiers.disk:DiskTier"
-    text = LOWER.replace("tests.profiles.fakes:Lower", kind) + 'path = "/d"\ncapacity = "1GiB"\n'
+    text = (
+        LOWER.replace("tests.support.empty_tiers:Lower", kind) + 'path = "/d"\ncapacity = "1GiB"\n'
+    )
     profile = read(file, extending(text))
     assert [(row.name, row.kind) for row in profile.tiers][1] == ("l2", kind)
     assert profile.tiers[1].options == {"path": "/d", "capacity": GIB}

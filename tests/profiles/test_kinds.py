@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.profiles import kinds, load_profile
+from kvcache.profiles import load_profile, tiers
 from kvcache.tiers.dram import DramTier
-from tests.profiles.fakes import Front
-from tests.profiles.reading import FRONT, GOOD, only_problem, read
+from tests.support.empty_tiers import Front
+from tests.support.profile_files import FRONT, GOOD, only_problem, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
@@ -17,14 +17,14 @@ WRONG_KINDS = [
     ("tape", 'or "pkg.mod:Class"', ""),
     ("redis://localhost:6379", "no such kind", ""),
     ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),
-    ("tests.profiles.fakes:Fornt", "cannot import", "AttributeError"),
-    ("tests.profiles.fakes:", "cannot import", ""),
+    ("tests.support.empty_tiers:Fornt", "cannot import", "AttributeError"),
+    ("tests.support.empty_tiers:", "cannot import", ""),
     (":Front", "cannot import", ""),
-    ("tests.profiles.fakes:NOT_A_CLASS", "is no subclass of kvcache.tier.Tier", ""),
-    ("tests.profiles.fakes:Path", "cannot import", ""),
+    ("tests.support.empty_tiers:NOT_A_CLASS", "is no subclass of kvcache.tier.Tier", ""),
+    ("tests.support.empty_tiers:Path", "cannot import", ""),
     ("pathlib:Path", "pathlib:Path is no subclass of kvcache.tier.Tier", ""),
-    ("tests.profiles.fakes:Unfinished", "lacks load, store", ""),
-    ("tests.profiles.fakes:Unreadable", "annotations of Unreadable cannot be read", "'Path'"),
+    ("tests.support.empty_tiers:Unfinished", "lacks load, store", ""),
+    ("tests.support.empty_tiers:Unreadable", "annotations of Unreadable cannot be read", "'Path'"),
 ]
 
 
@@ -57,7 +57,7 @@ def test_a_module_that_ends_the_process_while_imported_is_named(
 def test_a_missing_optional_package_says_what_to_install(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(kinds.KINDS, "far", ("no_such_package.far:FarTier", "far"))
+    monkeypatch.setitem(tiers.KINDS, "far", ("no_such_package.far:FarTier", "far"))
     problem = only_problem(file, GOOD.replace(FRONT, "far"))
     assert "pip install 'kvcache[far]'" in problem
     assert "No module named 'no_such_package'" in problem
@@ -66,9 +66,9 @@ def test_a_missing_optional_package_says_what_to_install(
 def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
     """Have these names and class paths in the entry-point group."""
     found = metadata.EntryPoints(
-        metadata.EntryPoint(name, path, kinds.GROUP) for name, path in points
+        metadata.EntryPoint(name, path, tiers.GROUP) for name, path in points
     )
-    monkeypatch.setattr(kinds, "entry_points", lambda group: found.select(group=group))
+    monkeypatch.setattr(tiers, "entry_points", lambda group: found.select(group=group))
 
 
 def test_an_installed_package_gives_short_names(
@@ -87,4 +87,4 @@ def test_one_short_name_for_two_classes_is_refused(
 ) -> None:
     installed(monkeypatch, ("acme", FRONT), ("acme", "other.pkg:Tier"))
     problem = only_problem(file, GOOD.replace(FRONT, "acme"))
-    assert 'named by several packages, for "other.pkg:Tier", "tests.profiles' in problem
+    assert 'named by several packages, for "other.pkg:Tier", "tests.support' in problem

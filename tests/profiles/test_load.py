@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.lower import Lower as LowerTier
-from kvcache.profiles import ProfileError, files, load_profile, shipped
+from kvcache.lower.tier import Lower as LowerTier
+from kvcache.profiles import ProfileError, load_profile, shipped, source
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
-from tests.profiles.fakes import Front
-from tests.profiles.reading import FRONT, GIB, GOOD, HEAD, only_problem, problems, read
+from tests.support.empty_tiers import Front
+from tests.support.profile_files import FRONT, GIB, GOOD, HEAD, only_problem, problems, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
@@ -33,7 +33,7 @@ def test_every_shipped_profile_loads() -> None:
 
 
 def test_a_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(source, "_SHIPPED", tmp_path)
     (tmp_path / "fresh.toml").write_text(GOOD)
     assert shipped() == ["fresh"]
     assert load_profile("fresh", {}).tiers[0].cls is Front
@@ -254,7 +254,7 @@ def test_an_inline_table_has_no_line_and_is_still_read(file: Path) -> None:
 
 
 def test_below_the_first_a_tier_has_the_options_of_what_is_around_it(file: Path) -> None:
-    lower = '[[tier]]\nname = "l2"\nkind = "tests.profiles.fakes:Lower"\n'
+    lower = '[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:Lower"\n'
     text = GOOD + lower + 'codec = "zstd"\nqueue = "1MiB"\n'
     _, row = read(file, text, {"KVCACHE__L2__DEADLINE_S": "2"}).tiers
     assert row.options == {"codec": "zstd", "queue": 1 << 20, "deadline_s": 2.0}
@@ -273,7 +273,7 @@ def test_a_tier_may_not_take_the_stacks_own_names_below(file: Path) -> None:
 def test_the_first_tier_lends_its_memory(file: Path) -> None:
     text = GOOD.replace("Front", "Lower").replace('room = "1GiB"\n', "")
     problem = only_problem(file, text)
-    assert problem.startswith(f'{file}, line 3: kind = "tests.profiles.fakes:Lower": ')
+    assert problem.startswith(f'{file}, line 3: kind = "tests.support.empty_tiers:Lower": ')
     assert "the first tier lends its memory" in problem
     assert "Lower is no subclass of kvcache.tier.FrontTier" in problem
 

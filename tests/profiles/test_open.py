@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import kvcache.profiles
-from kvcache import memory
+from kvcache import host_memory
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.replica import Replica
-from tests.core.faults import Faulty
-from tests.profiles.fakes import Front
+from tests.support.empty_tiers import Front
+from tests.support.failing_parts import Faulty
 
 MIB = 1 << 20
 DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "CAPACITY"\n'
@@ -24,14 +24,14 @@ ROOT = Path(kvcache.profiles.__file__).resolve().parent
 def forty_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     """The container may use 40 MiB, of which 10 are free."""
 
-    def limit(root: Path = Path("/")) -> memory.Memory:
-        return memory.Memory(40 * MIB, "the limit's file")
+    def limit(root: Path = Path("/")) -> host_memory.Memory:
+        return host_memory.Memory(40 * MIB, "the limit's file")
 
-    def available(root: Path = Path("/")) -> memory.Memory:
-        return memory.Memory(10 * MIB, "the free memory's file")
+    def available(root: Path = Path("/")) -> host_memory.Memory:
+        return host_memory.Memory(10 * MIB, "the free memory's file")
 
-    monkeypatch.setattr(memory, "limit", limit)
-    monkeypatch.setattr(memory, "available", available)
+    monkeypatch.setattr(host_memory, "limit", limit)
+    monkeypatch.setattr(host_memory, "available", available)
 
 
 def ours(tmp_path: Path, text: str) -> str:
@@ -125,7 +125,7 @@ def test_a_constructor_that_raises_anything_names_file_and_tier(tmp_path: Path) 
     file = ours(
         tmp_path,
         DRAM.replace("CAPACITY", "64KiB")
-        + below.format("l2", "tests.core.faults:Faulty")
+        + below.format("l2", "tests.support.failing_parts:Faulty")
         + below.format("l3", f"{__name__}:Unmade"),
     )
     before = set(threading.enumerate())
@@ -168,7 +168,7 @@ def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
 
     monkeypatch.setattr(Front, "close", close)
     monkeypatch.setattr(kvcache.profiles, "Stack", refuse)
-    text = '[[tier]]\nname = "l1"\nkind = "tests.profiles.fakes:Front"\nroom = "1MiB"\n'
+    text = '[[tier]]\nname = "l1"\nkind = "tests.support.empty_tiers:Front"\nroom = "1MiB"\n'
     with pytest.raises(RuntimeError, match="ours"):
         open_stack(ours(tmp_path, text), block_nbytes=MIB)
     assert len(closed) == 1

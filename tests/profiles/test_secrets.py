@@ -8,8 +8,8 @@ from kvcache.profiles import ProfileError, open_stack
 from kvcache.profiles.errors import show, show_option
 from kvcache.profiles.options import options_of
 from kvcache.sizes import Size
-from tests.profiles.fakes import Front
-from tests.profiles.reading import FRONT, GOOD, HEAD, only_problem, problems, read
+from tests.support.empty_tiers import Front
+from tests.support.profile_files import FRONT, GOOD, HEAD, only_problem, problems, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 

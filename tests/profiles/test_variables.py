@@ -8,7 +8,7 @@ import pytest
 
 from kvcache.profiles import ProfileError, load_profile, open_stack
 from kvcache.profiles.variables import VARIABLES, unknown
-from tests.profiles.reading import GOOD, only_problem, problems, read
+from tests.support.profile_files import GOOD, only_problem, problems, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
 

@@ -11,8 +11,8 @@ from kvcache.eviction import POLICIES
 from kvcache.replay.belady import optimum
 from kvcache.replay.simulate import replay
 from kvcache.replay.trace import Request, Trace
-from tests.core.traffic import with_conversation
-from tests.replay.traces import chains, conversation
+from tests.support.eviction_traffic import with_conversation
+from tests.support.traces import chains, conversation
 
 
 def best(asked: Sequence[Sequence[int]], capacity: int) -> int:

@@ -9,8 +9,8 @@ from kvcache.replay.generators import generate
 from kvcache.replay.oracle import with_hints
 from kvcache.replay.simulate import replay
 from kvcache.replay.trace import Request, Trace
-from tests.core.traffic import with_conversation
-from tests.replay.traces import chains, conversation
+from tests.support.eviction_traffic import with_conversation
+from tests.support.traces import chains, conversation
 
 
 def first_half(trace: Trace) -> Trace:

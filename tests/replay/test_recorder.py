@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kvcache import recorder
 from kvcache.keys import block_keys
 from kvcache.profiles import ProfileError, open_stack
-from kvcache.recorder import SILENT, FileRecorder, opened
+from kvcache.replay import recorder
+from kvcache.replay.recorder import SILENT, FileRecorder, opened
 from kvcache.replay.simulate import replay
 from kvcache.replay.trace import Trace, read
 from kvcache.stack import Stack

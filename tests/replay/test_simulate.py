@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.eviction import POLICIES, Eviction, Lru, policy_class
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.replay.generators import generate
 from kvcache.replay.oracle import with_hints
 from kvcache.replay.simulate import TICK, Outcome, replay
@@ -18,8 +18,8 @@ from kvcache.stats import StackStats
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed, frame_nbytes
-from tests.core.traffic import with_conversation
-from tests.replay.traces import chains, conversation
+from tests.support.eviction_traffic import with_conversation
+from tests.support.traces import chains, conversation
 
 BLOCK = 4096
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvcache.replay.trace import BLOCK_TOKENS, Request, Trace, TraceError, read
-from tests.core.traffic import with_conversation
-from tests.replay.traces import conversation, stream
+from tests.support.eviction_traffic import with_conversation
+from tests.support.traces import conversation, stream
 
 
 def line(at: float = 0, tokens: Any = 1300, ids: Any = (0, 7, 8), **more: Any) -> str:

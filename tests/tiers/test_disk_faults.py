@@ -14,7 +14,7 @@ import pytest
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.disk.records import Record
-from tests.forked import in_child
+from tests.support.forked_children import in_child
 from tests.tiers.test_disk import RECORD, blocks, capacity, held, opened
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import pytest
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
-from tests.tiers.frames import BLOCK, CODEC_AT, Codec, get, like_kv, put
+from tests.support.frames import BLOCK, CODEC_AT, Codec, get, like_kv, put
 from tests.tiers.test_disk import capacity
 from tests.tiers.test_framed_damage import (
     CHECKSUM_AT,

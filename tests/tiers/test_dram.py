@@ -9,7 +9,7 @@ import pytest
 
 from kvcache import Stack
 from kvcache.eviction import POLICIES, Eviction, Lru
-from kvcache.lower import Lower
+from kvcache.lower.tier import Lower
 from kvcache.sizes import Size
 from kvcache.slab import PAGE, Slab
 from kvcache.testing import FrontTierTests, block_of, keys_of

@@ -16,13 +16,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 pytest.importorskip("zstandard")
 
 from kvcache import telemetry
-from kvcache.lower import PIECE_NBYTES
+from kvcache.lower.tier import PIECE_NBYTES
 from kvcache.sizes import Size
 from kvcache.testing import TierTests, block_of, keys_of, together
-from kvcache.tiers import framed
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import HEADER_NBYTES, PAGE, Framed, frame_nbytes
-from tests.tiers.frames import BLOCK, CODEC_AT, Codec, Frames, get, like_kv, of, put, views
+from kvcache.tiers.framed import format as frame_format
+from kvcache.tiers.framed import tier as framed_tier
+from tests.support.frames import BLOCK, CODEC_AT, Codec, Frames, get, like_kv, of, put, views
 
 # The contract, around several inner tiers
 
@@ -104,10 +105,10 @@ def test_an_empty_block_is_declined() -> None:
 @pytest.mark.parametrize(
     ("zero_nbytes", "codec"),
     [
-        (0, framed.RAW),
-        (4 * PAGE + PAGE // 2, framed.RAW),  # 37 pages of 41
-        (5 * PAGE + PAGE // 2, framed.ZSTD),  # 36 pages of 41
-        (20 * PAGE, framed.ZSTD),
+        (0, frame_format.RAW),
+        (4 * PAGE + PAGE // 2, frame_format.RAW),  # 37 pages of 41
+        (5 * PAGE + PAGE // 2, frame_format.ZSTD),  # 36 pages of 41
+        (20 * PAGE, frame_format.ZSTD),
     ],
 )
 def test_a_block_stays_raw_unless_its_frame_shrinks_by_a_tenth(
@@ -121,13 +122,13 @@ def test_a_block_stays_raw_unless_its_frame_shrinks_by_a_tenth(
     put(tier, key, block)
     frame = inner.held[key]
     assert frame[CODEC_AT] == codec
-    if codec == framed.RAW:
+    if codec == frame_format.RAW:
         assert frame[HEADER_NBYTES:] == block
     else:
         assert 10 * len(frame) <= 9 * frame_nbytes(40 * PAGE)
     assert get(tier, key, 40 * PAGE) == bytes(block)
     stats = tier.stats()
-    raw = int(codec == framed.RAW)
+    raw = int(codec == frame_format.RAW)
     assert (stats.stored_raw_blocks, stats.stored_compressed_blocks) == (raw, 1 - raw)
 
 
@@ -136,11 +137,11 @@ def test_counts() -> None:
     nbytes = len(inner.held[key])
     assert nbytes < BLOCK
     stats = tier.stats()
-    assert stats == framed.FrameStats(1, 0, 1, BLOCK, nbytes, BLOCK, nbytes)
+    assert stats == framed_tier.FrameStats(1, 0, 1, BLOCK, nbytes, BLOCK, nbytes)
     inner.held[key] = bytes(nbytes)
     assert get(tier, key) is None
     assert stats.rejected == {}, "counts of an earlier moment changed"
-    assert tier.stats() == framed.FrameStats(
+    assert tier.stats() == framed_tier.FrameStats(
         1, 0, 1, BLOCK, nbytes, BLOCK, nbytes, tier.stats().rejected
     )
     assert tier.stats().rejected == {"magic": 1}
@@ -225,13 +226,13 @@ def test_a_block_that_is_too_large_is_an_error() -> None:
 
 def test_scratch_memory_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     desks: list[int] = []
-    make = framed._Desk.__init__
+    make = frame_format.Workspace.__init__
 
-    def counted(desk: framed._Desk, *sizes: int) -> None:
+    def counted(desk: frame_format.Workspace, *sizes: int) -> None:
         make(desk, *sizes)
         desks.append(len(desk._map))
 
-    monkeypatch.setattr(framed._Desk, "__init__", counted)
+    monkeypatch.setattr(frame_format.Workspace, "__init__", counted)
     inner = Frames()
     tier = Framed(inner, block_nbytes=PAGE * 16)
     keys = keys_of("long", 1000)
@@ -275,14 +276,14 @@ def test_blocks_larger_than_a_desk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calls_at_once_are_bounded_and_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     """More threads than desks, all with the same codec's contexts at work."""
-    desks: list[framed._Desk] = []
-    make = framed._Desk.__init__
+    desks: list[frame_format.Workspace] = []
+    make = frame_format.Workspace.__init__
 
-    def counted(desk: framed._Desk, *how: Any) -> None:
+    def counted(desk: frame_format.Workspace, *how: Any) -> None:
         make(desk, *how)
         desks.append(desk)
 
-    monkeypatch.setattr(framed._Desk, "__init__", counted)
+    monkeypatch.setattr(frame_format.Workspace, "__init__", counted)
 
     inside, most, lock = 0, 0, threading.Lock()
     full = threading.Event()
@@ -293,7 +294,7 @@ def test_calls_at_once_are_bounded_and_do_not_mix(monkeypatch: pytest.MonkeyPatc
             with lock:
                 inside += 1
                 most = max(most, inside)
-                if inside == framed._DESKS:
+                if inside == framed_tier._WORKSPACES:
                     full.set()
             assert full.wait(60), "fewer calls were let in than there are desks"
             written = super().load(keys, into)
@@ -312,9 +313,9 @@ def test_calls_at_once_are_bounded_and_do_not_mix(monkeypatch: pytest.MonkeyPatc
             assert tier.load(keys, views(into)) == [BLOCK] * 3
             assert into == blocks
 
-    together(2 * framed._DESKS, work)
-    assert most == len(desks) == framed._DESKS
-    assert tier.stats().verified_blocks == 2 * framed._DESKS * 30
+    together(2 * framed_tier._WORKSPACES, work)
+    assert most == len(desks) == framed_tier._WORKSPACES
+    assert tier.stats().verified_blocks == 2 * framed_tier._WORKSPACES * 30
     assert tier.stats().rejected == {}
 
 

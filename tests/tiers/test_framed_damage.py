@@ -10,9 +10,9 @@ pytest.importorskip("zstandard")
 import zstandard
 
 from kvcache.testing import keys_of
-from kvcache.tiers import framed
 from kvcache.tiers.framed import HEADER_NBYTES, PAGE, Framed, frame_nbytes
-from tests.tiers.frames import (
+from kvcache.tiers.framed import format as frame_format
+from tests.support.frames import (
     BLOCK,
     CODEC_AT,
     Codec,
@@ -138,8 +138,8 @@ def test_why_a_frame_was_rejected(at: int, value: bytes, reason: str) -> None:
 
 def compressed_frame(key: bytes, raw: bytes, stored: bytes, element: int = 2) -> bytes:
     """A zstd frame whose header and checksum are right, whatever `stored` is."""
-    fields = struct.pack("<4sHBBQQ", b"KVCF", 1, framed.ZSTD, element, len(raw), len(stored))
-    frame = fields + framed._digest(fields, memoryview(raw), key)
+    fields = struct.pack("<4sHBBQQ", b"KVCF", 1, frame_format.ZSTD, element, len(raw), len(stored))
+    frame = fields + frame_format._digest(fields, memoryview(raw), key)
     return (frame.ljust(PAGE, b"\0") + stored).ljust(frame_nbytes(len(stored)), b"\0")
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from kvcache.testing import keys_of
-from kvcache.tiers import framed
 from kvcache.tiers.framed import HEADER_NBYTES, PAGE, Framed, frame_nbytes
-from tests.tiers.frames import BLOCK, Frames, get, like_kv, of, put
+from kvcache.tiers.framed import tier as framed_tier
+from tests.support.frames import BLOCK, Frames, get, like_kv, of, put
 
 
 class Misbehaving(Frames):
@@ -49,11 +49,11 @@ def test_a_length_without_bytes_is_a_miss() -> None:
 
 def test_an_error_of_the_inner_tier_passes_and_leaves_the_desk() -> None:
     broken = OSError("the disk is gone")
-    inner = Misbehaving(*[broken] * (2 * framed._DESKS), frame_nbytes(BLOCK))
+    inner = Misbehaving(*[broken] * (2 * framed_tier._WORKSPACES), frame_nbytes(BLOCK))
     tier = Framed(inner, block_nbytes=BLOCK)
     [key] = keys_of("error", 1)
     put(tier, key, like_kv(BLOCK))
-    for _ in range(2 * framed._DESKS):
+    for _ in range(2 * framed_tier._WORKSPACES):
         with pytest.raises(OSError, match="the disk is gone"):
             get(tier, key)
     assert get(tier, key) == like_kv(BLOCK)

@@ -12,7 +12,7 @@ from kvcache.sizes import Size
 from kvcache.testing import FrontTierTests, TierTests
 from kvcache.tier import Lease, TierStats
 from kvcache.tiers.dram import DramTier
-from tests.core.wrongs import failures, names_of_tests
+from tests.support.contract_runs import failures, names_of_tests
 
 NBYTES = FrontTierTests.block_nbytes
 ROOM = FrontTierTests.room_blocks

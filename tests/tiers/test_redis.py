@@ -10,16 +10,16 @@ pytest.importorskip("redis")
 from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.framed import Framed
 from kvcache.tiers.redis import RedisTier
-from tests.forked import in_child, unrefused
-from tests.tiers import servers
-from tests.tiers.servers import Server
+from tests.support import redis_servers
+from tests.support.forked_children import in_child, unrefused
+from tests.support.redis_servers import Server
 
 
-@pytest.fixture(scope="module", params=servers.binaries(), ids=lambda path: path.name)
+@pytest.fixture(scope="module", params=redis_servers.binaries(), ids=lambda path: path.name)
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with servers.server(tmp_path_factory.mktemp("redis"), binary=request.param) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("redis"), binary=request.param) as server:
         yield server
 
 
@@ -54,7 +54,7 @@ class TestFramed(TierTests):
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    with servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+    with redis_servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
         yield nodes
 
 

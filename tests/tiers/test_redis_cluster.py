@@ -16,12 +16,12 @@ from redis.crc import key_slot
 
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier, name_of
-from kvcache.tiers.redis.login import Login
-from kvcache.tiers.redis.nodes import Cluster, Node
+from kvcache.tiers.redis.cluster import Cluster, Node
+from kvcache.tiers.redis.connect import Login
+from kvcache.tiers.redis.resp import Refused, Reply
 from kvcache.tiers.redis.sockets import Address
-from kvcache.tiers.redis.wire import Refused, Reply
-from tests.tiers import servers
-from tests.tiers.servers import Server, agrees, eventually
+from tests.support import redis_servers
+from tests.support.redis_servers import Server, agrees, eventually
 from tests.tiers.test_redis_faults import answers, blocks, loaded
 
 KEYS = keys_of("cluster", 60)
@@ -29,7 +29,7 @@ KEYS = keys_of("cluster", 60)
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[Server]]:
-    with servers.cluster(tmp_path) as nodes:
+    with redis_servers.cluster(tmp_path) as nodes:
         yield nodes
 
 
@@ -89,13 +89,13 @@ def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(
     with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=0.5)) as tier:
         tier.store(KEYS, blocks(KEYS))
         monkeypatch.setattr(Node, "ask", counted)
-        monkeypatch.setattr("kvcache.tiers.redis.nodes._PAUSE_S", 3600)
+        monkeypatch.setattr("kvcache.tiers.redis.cluster._PAUSE_S", 3600)
         with nodes[2].stopped():
             for _ in range(5):
                 assert loaded(tier, KEYS) == not_at(2)
         assert asked.count(nodes[2].port) == 1  # once, and then it rests
         assert asked.count(nodes[0].port) == 5
-        monkeypatch.setattr("kvcache.tiers.redis.nodes._PAUSE_S", 0.1)
+        monkeypatch.setattr("kvcache.tiers.redis.cluster._PAUSE_S", 0.1)
         eventually(lambda: all(tried(tier)), "it is asked again")
 
 
@@ -177,7 +177,7 @@ def test_an_old_map_is_asked_for_once_a_second_however_many_calls_there_are(
         asked.append(now)
         return [(0, 16383, here)]
 
-    monkeypatch.setattr("kvcache.tiers.redis.nodes.slots_of", slots_of)
+    monkeypatch.setattr("kvcache.tiers.redis.cluster.slots_of", slots_of)
     monkeypatch.setattr("time.monotonic", lambda: now)
     cluster = Cluster(here, Login(), 1)
     for tenths in range(31):
@@ -210,7 +210,7 @@ def test_a_cluster_and_one_server_are_not_taken_for_each_other(
     with pytest.raises(ValueError, match="set cluster = true"):
         RedisTier(url=nodes[0].url, timeout_s=5)
     with (
-        servers.server(tmp_path / "alone") as alone,
+        redis_servers.server(tmp_path / "alone") as alone,
         pytest.raises(ValueError, match="cluster support disabled"),
     ):
         RedisTier(url=alone.url, cluster=True, timeout_s=5)
@@ -219,14 +219,14 @@ def test_a_cluster_and_one_server_are_not_taken_for_each_other(
 def test_cluster_without_a_node_that_answers_is_logged_once_and_when_it_is_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gone = Address("127.0.0.1", servers.free_port())
-    monkeypatch.setattr("kvcache.tiers.redis.nodes._PAUSE_S", 0)
+    gone = Address("127.0.0.1", redis_servers.free_port())
+    monkeypatch.setattr("kvcache.tiers.redis.cluster._PAUSE_S", 0)
     cluster = Cluster(gone, Login(), 1)
     for _ in range(3):
-        [refused] = cluster.nodes_of([b"name"], time.monotonic() + servers.PATIENCE_S)
+        [refused] = cluster.nodes_of([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
         assert isinstance(refused, Refused)
     [warning] = [record.getMessage() for record in caplog.records]
     assert "no server is known (redis cluster at 127.0.0.1" in warning
-    monkeypatch.setattr("kvcache.tiers.redis.nodes.slots_of", lambda *_: [(0, 16383, gone)])
-    cluster.nodes_of([b"name"], time.monotonic() + servers.PATIENCE_S)
+    monkeypatch.setattr("kvcache.tiers.redis.cluster.slots_of", lambda *_: [(0, 16383, gone)])
+    cluster.nodes_of([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
     assert caplog.records[-1].getMessage() == "kvcache: redis: a server is known again"

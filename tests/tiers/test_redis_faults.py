@@ -14,8 +14,8 @@ pytest.importorskip("redis")
 
 from kvcache.testing import block_of, keys_of, together
 from kvcache.tiers.redis import RedisTier, name_of
-from tests.tiers import servers
-from tests.tiers.servers import Server, eventually
+from tests.support import redis_servers
+from tests.support.redis_servers import Server, eventually
 
 NBYTES = 64 << 10
 CLEAN = b"\xa5" * NBYTES
@@ -23,7 +23,7 @@ CLEAN = b"\xa5" * NBYTES
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    with servers.server(tmp_path / "redis") as server:
+    with redis_servers.server(tmp_path / "redis") as server:
         yield server
 
 
@@ -121,7 +121,10 @@ def test_what_the_server_evicts_is_missed_and_nothing_is_mixed_up(server: Server
 
 def test_a_replica_is_read_and_takes_over_when_it_is_told(tmp_path: Path) -> None:
     keys, new = keys_of("replica", 3), keys_of("new", 3)
-    with servers.server(tmp_path / "a") as primary, servers.server(tmp_path / "b") as replica:
+    with (
+        redis_servers.server(tmp_path / "a") as primary,
+        redis_servers.server(tmp_path / "b") as replica,
+    ):
         with closing(RedisTier(url=primary.url, timeout_s=30)) as tier:
             tier.store(keys, blocks(keys))
         replica.client().replicaof("127.0.0.1", primary.port)

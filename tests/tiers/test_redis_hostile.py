@@ -21,13 +21,13 @@ pytest.importorskip("redis")
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier
-from kvcache.tiers.redis.login import Login
-from kvcache.tiers.redis.nodes import Cluster
+from kvcache.tiers.redis.cluster import Cluster
+from kvcache.tiers.redis.connect import Login
+from kvcache.tiers.redis.resp import Refused, WireError
 from kvcache.tiers.redis.sockets import Address
-from kvcache.tiers.redis.wire import Refused, WireError
-from tests.tiers import servers
-from tests.tiers.hostile import Act, Hostile, dripping, empty, flooding, saying, silent
-from tests.tiers.servers import eventually
+from tests.support import redis_servers
+from tests.support.hostile_servers import Act, Hostile, dripping, empty, flooding, saying, silent
+from tests.support.redis_servers import eventually
 
 PASSWORD = "correct-horse-battery-77"
 KEYS = keys_of("hostile", 2)
@@ -138,7 +138,7 @@ def test_wire_say_takes_a_reply_within_the_limits_and_no_other(
     reply: bytes, says: str | None
 ) -> None:
     with Hostile(saying(reply)) as server, closing(connect(server)) as wire:
-        until = time.monotonic() + servers.PATIENCE_S
+        until = time.monotonic() + redis_servers.PATIENCE_S
         if says is None:
             assert wire.say(b"CLUSTER", b"SLOTS", deadline=until)
         else:
@@ -361,5 +361,5 @@ def _no_thread_is_left() -> Iterator[None]:
     yield
     hung = [each for each in threading.enumerate() if each.name == "kvcache-redis-resolve"]
     for thread in hung:
-        thread.join(servers.PATIENCE_S)
+        thread.join(redis_servers.PATIENCE_S)
     assert not any(thread.is_alive() for thread in hung)

@@ -1,6 +1,6 @@
 """The whole stack over a real server, through a tier that goes wrong in every way; and two stacks.
 
-The machine is that of tests/core/test_lower_faults.py; what it keeps below is in the server.
+The machine is that of tests/lower/test_faults.py; what it keeps below is in the server.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kvcache.profiles import open_stack
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.redis import RedisTier
-from tests.core.below import LONG
-from tests.core.test_lower_faults import Faults
-from tests.tiers import servers
-from tests.tiers.servers import Server
+from tests.lower.test_faults import Faults
+from tests.support import redis_servers
+from tests.support.redis_servers import Server
+from tests.support.scripted_tiers import LONG
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 

@@ -13,9 +13,9 @@ pytest.importorskip("redis")
 
 from kvcache.tiers.redis import sockets
 from kvcache.tiers.redis.sockets import Address, open_socket
-from tests.forked import in_child
-from tests.tiers import servers
-from tests.tiers.hostile import Hostile, silent
+from tests.support import redis_servers
+from tests.support.forked_children import in_child
+from tests.support.hostile_servers import Hostile, silent
 
 
 def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
@@ -27,7 +27,7 @@ def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
 
     def hangs(host: str, port: int, **options: Any) -> list[Any]:
         asked.append(host)
-        over.wait(servers.PATIENCE_S)
+        over.wait(redis_servers.PATIENCE_S)
         return getaddrinfo("127.0.0.1", port, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
@@ -37,7 +37,7 @@ def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
             with pytest.raises(TimeoutError, match=r"'cache\.example' was not resolved in time"):
                 open_socket(place, None, time.monotonic() + 0.05)
         over.set()
-        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
+        open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
     assert len(asked) <= 2  # one that hung, and one more if that was over before the last call
 
 
@@ -57,8 +57,8 @@ def test_name_resolution_without_a_thread_fails_and_is_begun_again(
         with monkeypatch.context() as scarce:
             scarce.setattr(threading.Thread, "start", no_thread)
             with pytest.raises(OSError, match="can't start new thread"):
-                open_socket(place, None, time.monotonic() + servers.PATIENCE_S)
-        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
+                open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S)
+        open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
 
 
 def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
@@ -68,12 +68,12 @@ def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
     getaddrinfo = socket.getaddrinfo
 
     def hangs(_: str, port: int, **options: Any) -> list[Any]:
-        over.wait(servers.PATIENCE_S)
+        over.wait(redis_servers.PATIENCE_S)
         return getaddrinfo("127.0.0.1", port, **options)
 
     def child() -> None:
         over.set()
-        open_socket(place, None, time.monotonic() + servers.PATIENCE_S).close()
+        open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
     with Hostile(silent) as server:
@@ -88,4 +88,4 @@ def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
 @pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
 def test_name_that_no_host_can_have_is_an_os_error(host: str) -> None:
     with pytest.raises(OSError, match=r"name|label"):
-        open_socket(Address(host), None, time.monotonic() + servers.PATIENCE_S)
+        open_socket(Address(host), None, time.monotonic() + redis_servers.PATIENCE_S)

@@ -14,8 +14,8 @@ pytest.importorskip("xxhash")
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
-from tests.tiers import servers
-from tests.tiers.servers import Server, eventually
+from tests.support import redis_servers
+from tests.support.redis_servers import Server, eventually
 
 NBYTES = 32 << 10
 KEYS = keys_of("chain", 20)
@@ -26,7 +26,7 @@ Open = Callable[..., Stack]
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    with servers.server(tmp_path / "redis") as server:
+    with redis_servers.server(tmp_path / "redis") as server:
         yield server
 
 

@@ -19,13 +19,13 @@ import redis
 from kvcache import cli
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier, name_of
-from kvcache.tiers.redis.login import Login
+from kvcache.tiers.redis.connect import Login
+from kvcache.tiers.redis.resp import Refused
 from kvcache.tiers.redis.sentinel import Watched
 from kvcache.tiers.redis.sockets import Address
-from kvcache.tiers.redis.wire import Refused
-from tests.tiers import servers
-from tests.tiers.hostile import Hostile, saying, silent
-from tests.tiers.servers import Sentinel, Server, eventually
+from tests.support import redis_servers
+from tests.support.hostile_servers import Hostile, saying, silent
+from tests.support.redis_servers import Sentinel, Server, eventually
 from tests.tiers.test_redis_faults import blocks, loaded
 
 KEYS = keys_of("watched", 8)
@@ -39,7 +39,7 @@ def url_of(sentinels: Sequence[Sentinel], path: str = "mymaster") -> str:
 
 
 def deadline() -> float:
-    return time.monotonic() + servers.PATIENCE_S
+    return time.monotonic() + redis_servers.PATIENCE_S
 
 
 def tried(tier: RedisTier) -> list[bool]:
@@ -53,14 +53,14 @@ def tried(tier: RedisTier) -> list[bool]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     """One server and one Sentinel: no failover."""
-    with servers.watched(tmp_path_factory.mktemp("alone"), count=1, replicas=0) as watch:
+    with redis_servers.watched(tmp_path_factory.mktemp("alone"), count=1, replicas=0) as watch:
         yield watch
 
 
 def test_sentinel_fails_over_and_the_tier_follows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with servers.watched(tmp_path) as (data, sentinels):
+    with redis_servers.watched(tmp_path) as (data, sentinels):
         master, replica = data
         with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
             assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
@@ -85,7 +85,7 @@ def test_master_that_becomes_a_replica_is_looked_up_again(
     closes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sentinel does both to the old master itself, eight seconds after the failover."""
-    with servers.watched(tmp_path, count=1) as (data, sentinels):
+    with redis_servers.watched(tmp_path, count=1) as (data, sentinels):
         old, new = data
         with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
             assert tier.contains(KEYS) == [False] * len(KEYS)
@@ -116,7 +116,7 @@ def begins(sentinel: Sentinel) -> bool:
 def test_sentinel_that_hangs_or_is_gone_leaves_it_to_the_next(alone: Watch) -> None:
     data, sentinels = alone
     with Hostile(silent) as hangs:
-        ports = [hangs.port, servers.free_port(), sentinels[0].port]
+        ports = [hangs.port, redis_servers.free_port(), sentinels[0].port]
         places = [Address("127.0.0.1", port) for port in ports]
         watched = Watched(places, "mymaster", Login(), Login(), 1)
         for _ in range(3):
@@ -127,7 +127,7 @@ def test_sentinel_that_hangs_or_is_gone_leaves_it_to_the_next(alone: Watch) -> N
 def test_sentinels_that_are_not_there_at_start_are_a_warning_and_are_found_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
+    with redis_servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
         sentinels[0].kill()
         with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
             [warning] = caplog.records
@@ -142,7 +142,7 @@ def test_sentinels_that_are_not_there_at_start_are_a_warning_and_are_found_later
 
 
 def test_master_that_is_down_at_start_is_found_when_it_is_up(tmp_path: Path) -> None:
-    with servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
+    with redis_servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
         data[0].kill()
         sentinel = sentinels[0].client()
         eventually(
@@ -169,7 +169,7 @@ def test_sentinel_and_master_have_passwords_of_their_own(
 ) -> None:
     monkeypatch.setenv("OUR_REDIS_PASSWORD", "of-the-master")
     monkeypatch.setenv("OUR_SENTINEL_PASSWORD", "of-the-sentinel")
-    with servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
+    with redis_servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
         for server, rights in (
             (data[0], "~kvcache:* +get +set +exists +unlink"),
             (sentinels[0], "+sentinel|masters"),
@@ -237,7 +237,7 @@ def test_sentinel_that_answers_oddly_is_one_error(said: bytes, says: str) -> Non
 @pytest.mark.parametrize("gone", [False, True])
 def test_master_that_no_sentinel_knows_is_final_when_all_have_answered(gone: bool) -> None:
     with Hostile(saying(b"*0\r\n")) as server:
-        ports = [server.port, servers.free_port()] if gone else [server.port]
+        ports = [server.port, redis_servers.free_port()] if gone else [server.port]
         places = [Address("127.0.0.1", port) for port in ports]
         watched = Watched(places, "mymaster", Login(), Login(), 1)
         [refused] = watched.nodes_of([b"name"], deadline())

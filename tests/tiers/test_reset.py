@@ -21,7 +21,7 @@ from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.redis import RedisTier
-from tests.tiers import servers
+from tests.support import redis_servers
 
 NBYTES = 32 << 10
 KEYS = keys_of("chain", 12)
@@ -56,7 +56,7 @@ def profile(
             monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "disk"))
             monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "4MiB")
         else:
-            server = running.enter_context(servers.server(tmp_path / "redis"))
+            server = running.enter_context(redis_servers.server(tmp_path / "redis"))
             monkeypatch.setenv("KVCACHE__REDIS__URL", server.url)
             monkeypatch.setenv("KVCACHE__REDIS__TIMEOUT_S", "30")
         yield name
@@ -175,7 +175,7 @@ def test_store_namespace_that_was_reset_reads_its_mark(
 ) -> None:
     """Once a minute: else a server that is full may evict it before the blocks of before."""
     keys = keys_of("block", 4)
-    with servers.server(tmp_path / "redis") as server:
+    with redis_servers.server(tmp_path / "redis") as server:
 
         def reads() -> int:
             stats: dict[str, dict[str, int]] = server.client().info("commandstats")
@@ -189,7 +189,7 @@ def test_store_namespace_that_was_reset_reads_its_mark(
             for key in keys[1:3]:
                 assert tier.store([key], [memoryview(b"block")]) == [True]
             assert reads() == 1
-            monkeypatch.setattr("kvcache.tiers.redis._USE_RESET_S", 0.0)
+            monkeypatch.setattr("kvcache.tiers.redis.tier._USE_RESET_S", 0.0)
             assert tier.store(keys[3:], [memoryview(b"block")]) == [True]
             assert reads() == 2
 

@@ -14,8 +14,8 @@ from kvcache.testing import block_of, keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import PAGE, Framed, frame_nbytes
-from tests.core.odd import RAISED
-from tests.tiers.frames import Frames
+from tests.support.frames import Frames
+from tests.support.odd_answers import RAISED
 from tests.tiers.test_disk import capacity
 
 FRAME = frame_nbytes(PAGE)

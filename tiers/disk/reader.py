@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvcache.process import own
 from kvcache.tier import Tier
-from kvcache.tiers.disk import spaces
+from kvcache.tiers.disk import namespaces
 from kvcache.tiers.disk.places import open_directory, open_file
 from kvcache.tiers.disk.records import PAGE, Record, read_geometry, read_record, read_records
 
@@ -101,7 +101,7 @@ class Reader(Tier):
     def about(self) -> dict[str, str]:
         """The description of each namespace, by its hex; none where they cannot be read."""
         try:
-            return spaces.read(self._folder, self._path)["about"]
+            return namespaces.read(self._folder, self._path)["about"]
         except (OSError, ValueError):
             return {}
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from kvcache.replica import Replica
 from kvcache.sizes import format_size
-from kvcache.tiers.disk import locks, spaces
+from kvcache.tiers.disk import locks, namespaces
 from kvcache.tiers.disk.places import open_file, open_subdirectory
 from kvcache.tiers.disk.records import foreign_file, mark
 
@@ -134,7 +134,7 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
                 cut(files["records"], files["blocks"], share)
             return
         # The records last: until they are gone, the next engine knows that the rest is a tier's.
-        for name in ("blocks", *spaces.FILES, "lock", "records"):
+        for name in ("blocks", *namespaces.FILES, "lock", "records"):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
         log.info(

@@ -30,14 +30,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
-from kvcache.calls import Calls
 from kvcache.eviction import BELOW, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
+from kvcache.lower.worker_pool import Calls
 from kvcache.process import own
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
-from kvcache.tiers.disk import locks, spaces
+from kvcache.tiers.disk import locks, namespaces
 from kvcache.tiers.disk.files import Directory
 from kvcache.tiers.disk.places import location
 from kvcache.tiers.disk.records import (
@@ -281,13 +281,13 @@ class DiskTier(Tier):
         with self._call() as may:
             if not may:
                 raise ValueError("the tier is closed")
-            return spaces.resolve(self._files.folder, self._files.path, space, about)
+            return namespaces.resolve(self._files.folder, self._files.path, space, about)
 
     def forget(self, space: bytes) -> None:
         with self._call() as may:
             if not may:
                 raise ValueError("the tier is closed")
-            spaces.forget(self._files.folder, self._files.path, space)
+            namespaces.forget(self._files.folder, self._files.path, space)
 
     def usage(self) -> TierUsage:
         with self._lock:

@@ -20,10 +20,10 @@ from typing import Any, NoReturn, cast
 import redis
 from redis.sentinel import MasterNotFoundError, Sentinel
 
-from kvcache.tiers.redis.login import Login, LoginError, error_of
-from kvcache.tiers.redis.nodes import LOGIN, NO_ANSWER, Node, Outage, Turn
+from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Node, Outage, Turn
+from kvcache.tiers.redis.connect import Login, LoginError, error_of
+from kvcache.tiers.redis.resp import Refused, WireError
 from kvcache.tiers.redis.sockets import Address, halfway
-from kvcache.tiers.redis.wire import Refused, WireError
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from kvcache.sizes import parse_size
 
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
-    from kvcache.profiles.rows import Row
+    from kvcache.profiles.tiers import Row
 
 WAIT_S = 30.0  # for all there is to ask of one tier
 _PIP = re.compile(r"pip install '[^']+'")
@@ -97,7 +97,7 @@ def _fix(problem: str) -> str:
 
 def _needed(profile: Profile) -> set[str]:
     """The extras that the profile cannot do without."""
-    from kvcache.profiles.kinds import KINDS
+    from kvcache.profiles.tiers import KINDS
 
     rows = profile.tiers
     extras = {KINDS[row.kind][1] for row in rows if row.kind in KINDS}

@@ -22,7 +22,7 @@ from kvcache.cli.doctor.result import Result, fail, ok, warn
 from kvcache.sizes import format_size
 
 if TYPE_CHECKING:
-    from kvcache.profiles.rows import Row
+    from kvcache.profiles.tiers import Row
 
 _PIECE = 2 << 20
 _PIECES = 32  # written and read at most
@@ -32,7 +32,7 @@ _SHARE = 100  # of what is free, the part that is written at most
 
 def check(row: Row) -> Iterator[Result]:
     """Whose it is, whether it can be written, its room, direct I/O, and its speed."""
-    from kvcache.profiles.rows import override_of
+    from kvcache.profiles.tiers import override_of
     from kvcache.tiers.disk.files import check as check_directory
     from kvcache.tiers.disk.files import shortage
     from kvcache.tiers.disk.locks import holder

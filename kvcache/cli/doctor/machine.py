@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcache import memory
+from kvcache import host_memory
 from kvcache.cli.doctor.result import Result, fail, ok, warn
 from kvcache.cli.plan.capacity import copy_rate, cores
 from kvcache.sizes import Size, format_size
@@ -16,7 +16,7 @@ from kvcache.slab import HUGE_PAGE
 
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
-    from kvcache.profiles.rows import Row
+    from kvcache.profiles.tiers import Row
 
 _HUGE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _LOCKING = {"mooncake"}  # kinds that register memory with a network card
@@ -24,7 +24,7 @@ _LOCKING = {"mooncake"}  # kinds that register memory with a network card
 
 def memory_checks(profile: Profile | None) -> Iterator[Result]:
     """What there is, and whether the first tier gets its share of it."""
-    whole, free = memory.limit(), memory.available()
+    whole, free = host_memory.limit(), host_memory.available()
     yield ok(
         "memory",
         f"{format_size(whole.nbytes)} for this container ({whole.source}), "
@@ -37,7 +37,7 @@ def memory_checks(profile: Profile | None) -> Iterator[Result]:
 
 
 def _front(row: Row) -> Result:
-    from kvcache.profiles.rows import override_of
+    from kvcache.profiles.tiers import override_of
 
     asked = [
         (setting.option.name, int(str(setting.value)))
@@ -45,10 +45,10 @@ def _front(row: Row) -> Result:
         if setting.option.hint is Size
     ]
     for option, nbytes in asked:
-        if shortage := memory.shortage(nbytes):
+        if shortage := host_memory.shortage(nbytes):
             variable = override_of(row.name, option)
-            fits = format_size(min(memory.limit().nbytes, memory.available().nbytes))
-            if nbytes <= memory.limit().nbytes and (held := _other_slabs()):
+            fits = format_size(min(host_memory.limit().nbytes, host_memory.available().nbytes))
+            if nbytes <= host_memory.limit().nbytes and (held := _other_slabs()):
                 pids = ", ".join(map(str, held))
                 return warn(
                     row.name,

@@ -18,7 +18,7 @@ from kvcache.keys import DIGEST_NBYTES, join, namespace
 from kvcache.secrets import redact
 
 if TYPE_CHECKING:
-    from kvcache.profiles.rows import Row
+    from kvcache.profiles.tiers import Row
     from kvcache.tier import Tier
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ _ROUNDS = 5
 
 def check(row: Row, block_nbytes: int | None) -> Result:
     """Open the tier, have it keep a block, and close it. `block_nbytes` as the engine has it."""
-    from kvcache.profiles.rows import override_of
+    from kvcache.profiles.tiers import override_of
     from kvcache.tiers.framed import Framed, frame_nbytes
 
     given = {}

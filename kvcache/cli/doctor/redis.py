@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvcache.cli.doctor.result import Result, ok, warn
-from kvcache.cli.server import connected
+from kvcache.cli.redis_server import connected
 from kvcache.sizes import format_size
 
 if TYPE_CHECKING:
-    from kvcache.profiles.rows import Row
+    from kvcache.profiles.tiers import Row
 
 _FIX = "maxmemory SIZE and maxmemory-policy allkeys-lru in the server's configuration"
 

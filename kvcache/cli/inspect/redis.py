@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from kvcache.cli.inspect.contents import Contents
 from kvcache.cli.inspect.frames import verify as verify_frames
-from kvcache.cli.server import Servers, connected
+from kvcache.cli.redis_server import Servers, connected
 from kvcache.sizes import format_size
 from kvcache.tier import Tier
 

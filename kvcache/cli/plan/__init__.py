@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvcache import memory
+from kvcache import host_memory
 from kvcache.cli.plan.capacity import Blocks, blocks_of, copy_rate, cores
 from kvcache.cli.plan.model import ELEMENT_NBYTES, MOST, Model, read_model
 from kvcache.cli.table import YELLOW, Painter, painter, pairs
@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
         ranks=ranks,
         block_tokens=args.block_tokens,
     )
-    here = memory.limit()
+    here = host_memory.limit()
     pod = _size(args, "pod_memory", here.nbytes) or here.nbytes
     engine = _size(args, "engine_memory", pod) or pod // 2
     count = blocks.in_memory(pod - engine, ranks)

@@ -1,5 +1,0 @@
-"""CUDA as `streams` has devices: streams and events, pinned memory, and ways to copy pages."""
-
-from kvcache.connectors.cuda.device import Cuda
-
-__all__ = ["Cuda"]

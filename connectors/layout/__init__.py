@@ -1,0 +1,5 @@
+"""Layouts: how the bytes of a block lie in an engine's tensors, and in a slot."""
+
+from .axes import LAYOUTS, Layout, LayoutError
+
+__all__ = ["LAYOUTS", "Layout", "LayoutError"]

@@ -1,0 +1,1 @@
+"""Guards: calls of third-party tiers, checked, so that a faulty class costs hits and not blocks."""

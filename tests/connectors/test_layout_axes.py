@@ -1,0 +1,304 @@
+"""What a layout is told from, what it is refused for, and where its runs of bytes are."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache.connectors.layout.axes import LAYOUTS, Layout, LayoutError
+from kvcache.connectors.layout.canonical import canonical_form
+from kvcache.connectors.layout.placement import MOST_RUNS, Pages, Placement, place
+from tests.support.paged_caches import KINDS, LATENT, Geometry, tensors
+
+ALL = KINDS | LATENT
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def block_bytes(placement: Placement, block: int) -> bytes:
+    return b"".join(
+        ctypes.string_at(page.address + block * page.stride, page.nbytes)
+        for page in placement.pages()
+    )
+
+
+# Told from shapes
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_layout_is_told_from_shapes_and_sizes(name: str) -> None:
+    kind = ALL[name]
+    layers = kind.make(Geometry(heads=1 if name in LATENT else 3))
+    sizes = {"tokens": 16} if name in KINDS else {"tokens": 16, "latent": 32}
+    placement = place(layers, None, **sizes)
+    assert placement.layout.name == kind.layout
+    assert placement.blocks == 12
+    assert placement.device == "cpu"
+    assert placement.element_nbytes == 2
+    assert placement.form == place(layers, kind.layout).form
+
+
+AMBIGUOUS: dict[str, tuple[Any, dict[str, int], list[str]]] = {
+    "two blocks": (torch.zeros(2, 2, 16, 8, 4), {"tokens": 16}, ["kv-first", "blocks-first"]),
+    "as many heads as tokens": (
+        torch.zeros(2, 9, 16, 16, 4),
+        {"tokens": 16, "heads": 16},
+        ["kv-first", "kv-first-hnd"],
+    ),
+    "no block size": (torch.zeros(9, 2, 16, 8, 4), {}, ["blocks-first", "blocks-first-hnd"]),
+    "one head, or a latent": (torch.zeros(9, 1, 16, 64), {"tokens": 16}, ["packed", "mla-packed"]),
+    "a pair": ((torch.zeros(9, 8, 16, 4), torch.zeros(9, 8, 16, 4)), {}, ["pair", "pair-hnd"]),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_what_may_be_two_layouts_is_refused_and_not_guessed(name: str) -> None:
+    layer, sizes, layouts = AMBIGUOUS[name]
+    with pytest.raises(LayoutError, match="it may be") as refused:
+        place([layer], None, **sizes)
+    said = str(refused.value).partition("it may be")[2].partition("; say which")[0]
+    assert re.findall(r"[a-z-]+(?= \[)", said) == layouts
+    for layout in layouts:
+        assert place([layer], layout, **sizes).layout.name == layout
+
+
+def test_a_size_that_only_one_layout_can_have_tells_it() -> None:
+    cache = torch.zeros(9, 1, 16, 64)
+    assert place([cache], latent=64).layout.name == "mla-packed"
+    assert place([cache], heads=1).layout.name == "packed"
+    assert place([cache], dim=32).layout.name == "packed"
+
+
+def test_one_layer_that_can_be_told_tells_the_others() -> None:
+    two, three = torch.zeros(2, 2, 16, 8, 4), torch.zeros(2, 3, 16, 8, 4)
+    with pytest.raises(LayoutError, match="several block counts: 2, 3"):
+        place([two, three], tokens=16)  # kv-first it is, and then the counts differ
+
+
+def test_an_unknown_layout_is_refused_with_what_was_seen_and_what_is_known() -> None:
+    cache = torch.zeros(3, 9, 16, dtype=torch.float16).transpose(0, 2)
+    with pytest.raises(LayoutError) as refused:
+        place({"model.layers.0": cache, "model.layers.1": cache}, tokens=5)
+    said = str(refused.value)
+    assert said.startswith(
+        "layer model.layers.0 is torch.float16 of shape (16, 9, 3), strides (1, 16, 144),"
+        " with {'tokens': 5}, which fits no layout that is known"
+    )
+    for layout in LAYOUTS.values():
+        assert (str(layout) in said) == (layout.name != "opaque")
+    assert "layout='opaque'" in said
+
+
+WRONG: dict[str, tuple[Any, str, dict[str, int], str]] = {
+    "no such name": (torch.zeros(9, 16, 4), "nhd", {}, "no layout 'nhd'; there are kv-first, "),
+    "rank": (torch.zeros(2, 9, 16, 4), "kv-first", {}, "it has 5 axes"),
+    "not two": (torch.zeros(3, 9, 16, 8, 4), "kv-first", {}, "kv is 3, and not 2"),
+    "one tensor": (torch.zeros(9, 16, 8, 4), "pair", {}, "has 2 tensors in it, not 1"),
+    "size": (torch.zeros(9, 16, 4), "mla", {"tokens": 32}, "tokens is 16, and not 32"),
+    "no such axis": (torch.zeros(9, 16, 4), "mla", {"heads": 8}, "it has no heads"),
+    "odd": (torch.zeros(9, 2, 16, 5), "packed", {}, "5 is not a size that kv.dim can have"),
+    "empty": (torch.zeros(9, 0, 4), "mla", {}, "0 is not a size that tokens can have"),
+    "K and V differ": (
+        (torch.zeros(9, 2, 4, 16, 8), torch.zeros(9, 2, 64, 16)),
+        "paged-attention",
+        {},
+        "dim is 64, and not 32",
+    ),
+    "elements at one address": (
+        torch.zeros(9, 1, 4).expand(9, 16, 4), "mla", {}, "its elements overlap, along tokens",
+    ),
+    "blocks at one address": (
+        torch.zeros(1, 16, 4).expand(9, 16, 4), "mla", {}, "its elements overlap, along blocks",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_layout_that_does_not_fit_is_refused(name: str) -> None:
+    layer, layout, sizes, message = WRONG[name]
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        place([layer], layout, **sizes)
+
+
+def test_runs_too_short_to_be_copied_are_refused() -> None:
+    cache = torch.zeros(65, 65, 9).transpose(0, 2)
+    with pytest.raises(LayoutError, match=rf"in {65 * 65} runs of 4 bytes; .* {MOST_RUNS}"):
+        place([cache], "mla")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "there are no layers"),
+        ([torch.zeros(9, 16, 4), torch.zeros(8, 16, 4)], "several block counts: 8, 9"),
+        ([torch.zeros(9, 16, 4), torch.zeros(9, 16, 4, device="meta")], "several devices"),
+        ([torch.ones(9, 16, 4)] * 2, "are the same memory"),
+    ],
+)
+def test_layers_that_do_not_go_together_are_refused(layers: list[Any], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        place(layers, "mla")
+
+
+def test_a_layout_of_ones_own() -> None:
+    ours = Layout("ours", ("heads blocks tokens dim", "heads blocks tokens width"))
+    keys, values = torch.randn(2, 9, 16, 8), torch.randn(2, 9, 16, 4)
+    placement = place([(keys, values)], ours, tokens=16)
+    assert placement.blocks == 9
+    assert len(placement.pages()) == 4  # a run of K, and of V, for each head
+    both = keys[:, 3].numpy().tobytes() + values[:, 3].numpy().tobytes()
+    assert block_bytes(placement, 3) == both
+    with pytest.raises(LayoutError, match=r"no canonical order: .* this has 2, and width"):
+        canonical_form(placement)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "shapes", "wrong"),
+    [
+        (("blocks layers tokens heads dim",), [(9, 2, 16, 3, 8)], "this has 1, and layers"),
+        (("blocks kv tokens dim",) * 2, [(9, 2, 16, 8)] * 2, "this has 2, and kv"),
+        (("blocks tokens dim",) * 3, [(9, 16, 8)] * 3, "this has 3, and no others"),
+    ],
+)
+def test_what_canonical_order_cannot_place_is_refused(
+    tensors: tuple[str, ...], shapes: list[tuple[int, ...]], wrong: str
+) -> None:
+    layer = [torch.zeros(shape) for shape in shapes]
+    placement = place([layer], Layout("ours", tensors))
+    assert placement.block_nbytes == sum(tensor[0].nbytes for tensor in layer)
+    with pytest.raises(LayoutError, match=wrong):
+        canonical_form(placement)
+
+
+def test_a_layout_must_say_which_axis_is_blocks() -> None:
+    with pytest.raises(LayoutError, match="one axis of 'tokens heads' must be blocks"):
+        Layout("ours", ("blocks tokens", "tokens heads"))
+
+
+def test_the_page_has_every_layout() -> None:
+    page = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| `([a-z-]+)` \| (.* \|)$", page))
+    assert list(rows) == list(LAYOUTS)
+    for name, layout in LAYOUTS.items():
+        axes, used_by = rows[name].removesuffix(" |").rsplit(" | ", 1)
+        assert used_by == layout.used_by
+        assert re.findall(r"`(.*?)`", axes) == list(dict.fromkeys(layout.tensors))
+
+
+# Where it lies
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_runs_of_a_block_are_all_its_bytes(name: str) -> None:
+    """Marking them in every block marks the whole cache, each byte once."""
+    kind = ALL[name]
+    g = Geometry(heads=1 if name in LATENT else 3)
+    layers = kind.make(g)
+    placement = place(layers, kind.layout)
+    assert placement.block_nbytes * g.blocks == sum(tensor.nbytes for tensor in tensors(layers))
+    for page in placement.pages():
+        for block in range(g.blocks):
+            at = page.address + block * page.stride
+            before = ctypes.string_at(at, page.nbytes)
+            assert before == bytes(page.nbytes)  # no other run has marked it
+            ctypes.memset(at, block + 1, page.nbytes)
+    marked = torch.stack([tensor.view(torch.uint8).min() for tensor in tensors(layers)])
+    assert marked.min() == 1
+    for keys, values in map(kind.see, layers):
+        for part in (keys, values):
+            for block in range(g.blocks):
+                assert (part[block].contiguous().view(torch.uint8) == block + 1).all()
+
+
+RUNS = {  # of a block of a layer
+    "kv-first": 2,
+    "blocks-first": 1,
+    "blocks-first-hnd": 1,
+    "packed": 1,
+    "packed, tokens first in memory": 1,
+    "packed, layers interleaved": 1,
+    "packed, heads outside blocks": 3,
+    "pair": 2,
+    "paged-attention": 2,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_block_is_copied_in_as_few_runs_as_it_lies_in(name: str) -> None:
+    placement = place(KINDS[name].make(Geometry(layers=1)), KINDS[name].layout)
+    assert len(placement.pages()) == RUNS[name]
+
+
+def test_the_form_is_what_bytes_mean_and_not_how_they_are_reached() -> None:
+    g = Geometry(tokens=32)
+    form = {name: tuple(place(k.make(g), k.layout).form) for name, k in KINDS.items()}
+    assert form["kv-first"] == form["blocks-first"]  # K, then V, tokens by tokens
+    assert form["kv-first-hnd"] == form["blocks-first-hnd"]
+    assert form["kv-first-hnd"] == form["kv-first, heads first in memory"]
+    assert form["packed"] == form["packed, layers interleaved"]
+    assert form["packed"] == form["packed, heads outside blocks"]
+    assert len(set(form.values())) == 7
+    one = KINDS["kv-first"]
+    others = [Geometry(tokens=64), Geometry(tokens=32, dim=64), Geometry(tokens=32, layers=3)]
+    others += [Geometry(tokens=32, dtype=torch.float16)]
+    assert len({tuple(place(one.make(o), one.layout).form) for o in (g, *others)}) == 5
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> tuple[Any, int]:
+    """A tensor with its axes in any order in memory, gaps between them, and its axis of blocks."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    order = draw(st.permutations(range(len(shape))))
+    strides, step = [0] * len(shape), 1
+    for axis in order:
+        strides[axis] = step
+        step *= shape[axis] + draw(st.integers(0, 2))
+    dtype = draw(st.sampled_from([torch.uint8, torch.int16, torch.int64]))
+    memory = torch.arange(step + 3).to(dtype)
+    return memory.as_strided(shape, strides, draw(st.integers(0, 3))), draw(
+        st.integers(0, len(shape) - 1)
+    )
+
+
+@given(strided())
+def test_the_runs_of_any_strides(given: tuple[Any, int]) -> None:
+    tensor, axis = given
+    names = [f"n{at}" for at in range(tensor.ndim)]
+    names[axis] = "blocks"
+    placement = place([tensor], Layout("any", (" ".join(names),)))
+    assert placement.blocks == tensor.shape[axis]
+    [part] = placement.parts
+    for block in range(placement.blocks):
+        inside = tensor.select(axis, block)
+        found = torch.frombuffer(bytearray(block_bytes(placement, block)), dtype=tensor.dtype)
+        assert sorted(found.tolist()) == sorted(inside.flatten().tolist())
+        in_order = [names.index(a.name) for a in part.in_memory]
+        in_order = [at - (at > axis) for at in in_order]
+        rest = [at for at in range(inside.ndim) if at not in in_order]
+        assert found.tolist() == inside.permute((*rest, *in_order)).flatten().tolist()
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 1), (8, 7, 1), (8, 8, 0)])
+def test_refuses_pages_that_cannot_be(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        Pages(0, *shape)
+
+
+def test_layouts_need_neither_torch_nor_numba() -> None:
+    code = "import sys, kvcache.connectors.layout.placement; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "numba", "numpy"} & set(done.stdout.split())

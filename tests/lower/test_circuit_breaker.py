@@ -1,0 +1,90 @@
+"""When somebody who keeps failing is asked, by an injected clock."""
+
+import pytest
+
+from kvcache.lower.circuit_breaker import Breaker
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def fail(breaker: Breaker, times: int) -> list[bool]:
+    return [breaker.failed() for _ in range(times)]
+
+
+def test_it_opens_after_failures_in_a_row(clock: Clock) -> None:
+    breaker = Breaker(clock, failures=3)
+    assert fail(breaker, 2) == [False, False]
+    assert not breaker.succeeded()
+    assert fail(breaker, 2) == [False, False]
+    assert breaker.allows()
+    assert fail(breaker, 1) == [True]
+    assert breaker.open
+    assert breaker.idle
+    assert not breaker.allows()
+
+
+def test_after_a_pause_one_asks(clock: Clock) -> None:
+    breaker = Breaker(clock, failures=1, pause_s=2.0)
+    breaker.failed()
+    clock.now = 1.9
+    assert not breaker.allows()
+    clock.now = 2.0
+    assert not breaker.idle
+    assert [breaker.allows(), breaker.allows()] == [True, False]
+    assert breaker.idle
+    assert breaker.succeeded()
+    assert not breaker.open
+    assert [breaker.allows(), breaker.allows()] == [True, True]
+
+
+def test_each_probe_that_fails_doubles_the_pause_up_to_the_longest(clock: Clock) -> None:
+    breaker = Breaker(clock, failures=1, pause_s=1.0, longest_s=3.0)
+    breaker.failed()
+    pauses = []
+    for _ in range(4):
+        begun = clock.now
+        while not breaker.allows():
+            clock.now += 0.5
+        pauses.append(clock.now - begun)
+        assert not breaker.failed()  # it was open already
+    assert pauses == [1.0, 2.0, 3.0, 3.0]
+    clock.now += 3.0
+    assert breaker.allows()
+    breaker.succeeded()
+    assert breaker.failed()
+    clock.now += 1.0
+    assert breaker.allows()  # what was is forgotten
+
+
+def test_late_failures_of_before_do_not_hurry_it(clock: Clock) -> None:
+    breaker = Breaker(clock, failures=1, pause_s=2.0)
+    breaker.failed()
+    clock.now = 1.5
+    breaker.failed()
+    clock.now = 2.0
+    assert not breaker.allows()
+
+
+def test_a_probe_that_nothing_is_told_of_gives_way_to_another(clock: Clock) -> None:
+    breaker = Breaker(clock, failures=1, pause_s=1.0, longest_s=8.0)
+    breaker.failed()
+    clock.now = 1.0
+    assert breaker.allows()  # and its call hangs for ever
+    clock.now = 8.9
+    assert breaker.idle
+    assert not breaker.allows()
+    clock.now = 9.0
+    assert not breaker.idle
+    assert [breaker.allows(), breaker.allows()] == [True, False]
+    assert breaker.succeeded()
+    assert not breaker.open

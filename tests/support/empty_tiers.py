@@ -1,0 +1,107 @@
+"""Tiers for profiles to name: they have constructors and hold nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from kvcache.events import Changes
+from kvcache.sizes import Size
+from kvcache.tier import FrontTier, Lease, Tier, TierStats
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Lower(Tier):
+    """Is no front tier."""
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [False for _ in keys]
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        return [0 for _ in keys]
+
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        return [False for _ in keys]
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Front(FrontTier):
+    """A front tier with an option of every type."""
+
+    def __init__(
+        self,
+        *,
+        block_nbytes: int,
+        room: Size,
+        count: int = 1,
+        ratio: float = 0.5,
+        fast: bool = False,
+        path: str = "/",
+        order: Literal["lru", "fifo", "s3fifo"] = "lru",
+        level: Literal[1, 2] = 1,
+        opener: Callable[[], object] = object,
+        clock: Callable[[], float] = float,
+    ) -> None:
+        if count == 13:
+            raise ValueError("count is 13; unlucky")
+        self.block_nbytes = block_nbytes
+
+    contains = Lower.contains
+    load = Lower.load
+    store = Lower.store
+    remove = Lower.remove
+    close = Lower.close
+
+    def access(self, chain: Sequence[bytes], start: int = 0) -> int:
+        return 0
+
+    def done(self, keys: Sequence[bytes]) -> None:
+        pass
+
+    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+        pass
+
+    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+        raise NotImplementedError
+
+    def pin(self, keys: Sequence[bytes]) -> Lease:
+        raise NotImplementedError
+
+    def hold(self, keys: Sequence[bytes]) -> Lease:
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        pass
+
+    def tell(self, changes: Changes) -> None:
+        pass
+
+    def stats(self) -> TierStats:
+        raise NotImplementedError
+
+
+class Unreadable(Front):
+    """Its annotation is imported for type checkers alone."""
+
+    def __init__(self, *, block_nbytes: int, path: Path) -> None:
+        self.block_nbytes = block_nbytes
+
+
+class Unfinished(Tier):
+    """Lacks two of the verbs."""
+
+    contains = Lower.contains
+    remove = Lower.remove
+    close = Lower.close
+
+
+NOT_A_CLASS = 3

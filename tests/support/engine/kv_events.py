@@ -1,0 +1,191 @@
+"""Acts for an engine that publishes KV events: a subscriber rebuilds from them who holds what.
+
+The subscriber knows nothing but what it receives; it checks of every block that its tokens, its
+parent and its extra keys give its hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from tests.support.engine.process import BLOCK, Act, Engine, prompt
+
+LONG_MS = 20_000
+BELOW = "disk"
+Place = tuple[str, str | None]  # medium, tier below L1
+
+
+class Subscriber:
+    """A router's view of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        import msgspec
+        import zmq
+        from vllm.distributed.kv_events import KVEventBatch
+        from vllm.utils.hashing import get_hash_fn_by_name
+
+        self._decode = msgspec.msgpack.Decoder(KVEventBatch).decode
+        self._socket: Any = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.connect(engine.scheduler.get_kv_event_publisher_config().endpoint)
+        self._socket.subscribe(b"")
+        algorithm = engine.core.vllm_config.cache_config.prefix_caching_hash_algo
+        self._digest = get_hash_fn_by_name(algorithm)
+        self.held: dict[Place, set[bytes]] = {}
+        self.received = self.published = 0  # batches
+        publisher = engine.scheduler.kv_event_publisher
+        publish = publisher.publish
+
+        def counted(batch: Any) -> None:
+            self.published += 1
+            publish(batch)
+
+        publisher.publish = counted
+        self.hear: dict[str, Callable[[Any], None]] = {
+            "BlockStored": self.stored,
+            "BlockRemoved": self.removed,
+            "AllBlocksCleared": self.cleared,
+        }
+
+    def receive(self, timeout_ms: int) -> bool:
+        """Take in the next batch; whether one came."""
+        if not self._socket.poll(timeout_ms):
+            return False
+        _, _, payload = self._socket.recv_multipart()
+        self.received += 1
+        for event in self._decode(payload).events:
+            self.hear[type(event).__name__](event)
+        return True
+
+    def sync(self) -> None:
+        """Take in all that was published until now."""
+        while self.received < self.published:
+            assert self.receive(LONG_MS), "a batch was lost"
+
+    def at(self, medium: str, tier: str | None = None) -> set[bytes]:
+        return self.held.setdefault((medium, tier), set())
+
+    def stored(self, event: Any) -> None:
+        from vllm.v1.core.kv_cache_utils import hash_block_tokens
+
+        assert event.block_size == BLOCK
+        assert len(event.token_ids) == BLOCK * len(event.block_hashes)
+        assert event.group_idx == 0
+        assert event.kv_cache_spec_kind == "full_attention"
+        parent = event.parent_block_hash
+        for at, key in enumerate(event.block_hashes):
+            extra = event.extra_keys[at] if event.extra_keys else None
+            tagged = tuple(("cache_salt", each) for each in extra) if extra else None
+            tokens = event.token_ids[at * BLOCK : (at + 1) * BLOCK]
+            assert key == hash_block_tokens(self._digest, parent, tokens, tagged)
+            parent = key
+        held = self.at(event.medium, event.ownership)
+        if event.medium != "GPU":
+            assert held.isdisjoint(event.block_hashes), "announced twice"
+            assert (event.locality == "LOCAL") == (event.medium == "CPU")
+        held.update(event.block_hashes)
+
+    def removed(self, event: Any) -> None:
+        held = self.at(event.medium, event.ownership)
+        assert held.issuperset(event.block_hashes), "removed before it was announced"
+        held.difference_update(event.block_hashes)
+
+    def cleared(self, event: Any) -> None:
+        self.at("GPU").clear()  # vLLM's own cache: it says nothing of others
+
+
+@cache
+def subscriber(engine: Engine) -> Subscriber:
+    """One that has not missed anything since the engine was empty."""
+    found = Subscriber(engine)
+    hear, found.hear = found.hear, dict.fromkeys(found.hear, lambda event: None)
+    while not found.received:
+        engine.ask(prompt("is anybody there", 3 * BLOCK), tokens=1)
+        engine.fresh()
+        found.receive(50)
+    engine.ask(prompt("the last", 3), tokens=1)  # after it the reset is published
+    while found.receive(200):
+        pass
+    found.received = found.published  # the first went out before anybody listened
+    found.hear = hear
+    return found
+
+
+def ready(engine: Engine) -> set[bytes]:
+    """What L1 holds."""
+    return set(engine.side._stack.front._index.ready())
+
+
+def written(engine: Engine) -> set[bytes]:
+    """What the disk holds of this engine's."""
+    [lower] = engine.side._stack._below.lower
+    space = lower.space
+    held = list(lower.link.tier.inner._index.ready())
+    return {name[len(space) :] for name in held if name.startswith(space)}
+
+
+def step(engine: Engine) -> None:
+    """Have what happened until now published: vLLM does so in its steps."""
+    assert engine.side._stack.flush(60)
+    engine.ask(prompt("short", 3), tokens=1)
+
+
+def l1_is_known(engine: Engine) -> dict[str, Any]:
+    """After every request, far more than L1 holds: salted, resumed, found, evicted."""
+    router = subscriber(engine)
+    wrong = []
+    for turn in range(4):
+        for user in range(5):
+            asked = prompt(f"user {user}", (6 + 2 * turn) * BLOCK + 5)
+            engine.ask(asked, tokens=2, salt=f"salt {user}" if user % 2 else None)
+            engine.evict_own()
+            router.sync()
+            if router.at("CPU") != ready(engine):
+                wrong.append([turn, user])
+    stats = engine.l1
+    return {"wrong": wrong, "evicted": stats.evicted_blocks, "held": len(router.at("CPU"))}
+
+
+def the_disk_is_known(engine: Engine) -> dict[str, Any]:
+    """What it lost by itself is known when it was asked for it."""
+    router = subscriber(engine)
+    chains = []
+    for user in range(8):
+        engine.add("names", prompt(f"disk {user}", 9 * BLOCK + 3), tokens=1)
+        chains.append(list(engine.request("names").block_hashes))
+        engine.drain()
+        step(engine)  # written before the next: a queue that is full drops
+    router.sync()
+    said = router.at("STORAGE", BELOW)
+    lost, missing = len(said - written(engine)), len(written(engine) - said)
+    wrong = []
+    engine.side._stack.front.clear()  # so that the disk is asked for all
+    for number, chain in enumerate(chains):
+        engine.side._stack.match(chain).result(60)
+        step(engine)
+        router.sync()
+        if said.intersection(chain) != written(engine).intersection(chain):
+            wrong.append(number)
+    return {"lost": lost, "missing": missing, "wrong": wrong, "left": len(said - written(engine))}
+
+
+def a_reset_is_known(engine: Engine) -> dict[str, Any]:
+    """Everything is forgotten; what comes after that is known again."""
+    router = subscriber(engine)
+    engine.ask(prompt("before", 3 * BLOCK))
+    step(engine)
+    router.sync()
+    before = [len(router.at("CPU")), len(router.at("STORAGE", BELOW))]
+    engine.fresh()
+    step(engine)
+    router.sync()
+    emptied = [len(router.at("CPU")), len(router.at("STORAGE", BELOW))]
+    engine.ask(prompt("after", 3 * BLOCK + 1), tokens=2)
+    step(engine)
+    router.sync()
+    after = [len(router.at("CPU")), len(router.at("STORAGE", BELOW))]
+    return {"before": before, "emptied": emptied, "after": after}
+
+
+ACTS: tuple[Act, ...] = (l1_is_known, the_disk_is_known, a_reset_is_known)

@@ -1,0 +1,82 @@
+"""One rank's half of the connector, and a page copier that says what it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from kvcache.connectors.transfer.base import Made
+from kvcache.connectors.vllm.messages import Memory, Step, Transfer
+from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.slab import SlabDescriptor
+
+
+class Copier:
+    """Stands in for the page copier; the calls whose number is in `failing` raise."""
+
+    def __init__(self, *failing: int) -> None:
+        self.failing = failing
+        self.calls: list[tuple[str, list[int], list[int]]] = []
+        self.awaited: list[bool] = []  # of every load
+        self.announced: list[int] = []  # by the last load
+        self.reached: list[int | None] = []
+
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
+        assert self.reached[-1] is None, "stored before all is there"
+        return self._call("gather", blocks, slots)
+
+    def scatter(
+        self,
+        slots: Sequence[int],
+        blocks: Sequence[int],
+        *,
+        awaited: bool = True,
+        announced: Collection[int] = (),
+    ) -> Made:
+        self.awaited.append(awaited)
+        self.announced = sorted(announced)
+        return self._call("scatter", slots, blocks)
+
+    def reach(self, layer: int | None = None) -> None:
+        self.reached.append(layer)
+
+    def fence(self, blocks: Sequence[int]) -> None:
+        self.calls.append(("fence", list(blocks), []))
+
+    def close(self) -> None:
+        pass
+
+    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> Made:
+        self.calls.append((name, list(sources), list(targets)))
+        if len(self.calls) - 1 in self.failing:
+            raise OSError("fails")
+        return Made(1.0)
+
+
+NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
+
+
+def step(memory: Memory = NOWHERE, number: int = 0) -> Step:
+    return Step(
+        memory,
+        loads=[Transfer(1, [10, 11], [0, 1]), Transfer(2, [12], [2])],
+        stores=[Transfer(3, [13], [3]), Transfer(4, [14, 15], [4, 5])],
+        number=number,
+    )
+
+
+def side(copier: Copier | None = None) -> WorkerSide:
+    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["one", "two"])])
+    config.num_blocks = 16
+    worker = WorkerSide(config, (0, 0), 1)
+    if copier is not None:
+        worker.register({name: torch.zeros(16, 2, 32, 8) for name in ("one", "two")})
+        worker.copier = copier  # type: ignore[assignment]
+    return worker

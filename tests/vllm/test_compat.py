@@ -1,0 +1,163 @@
+"""Which vLLM is accepted, and that it finds the connector by its name alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache.connectors.vllm import plugin
+from kvcache.connectors.vllm.compat import (
+    check_version,
+    host_name,
+    replica_of,
+    warn_unless_recomputing,
+)
+from kvcache.replica import ALONE, Replica
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(
+    "version", ["0.29.0", "0.29.0rc1", "0.32.0+cpu", "0.100.1", "1.0.0", "2.3"]
+)
+def test_new_enough(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize(
+    "version", ["dev", "0.0.0", "0.1.dev12345+gabcdef012", "0.33.0.dev7+gabcdef012.cpu", "unknown"]
+)
+def test_builds_from_source_are_taken_at_their_word(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.28.9rc1", "0.9.2", "0.1.7", "0.11.0+cu129"])
+def test_too_old(version: str) -> None:
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.29 or newer; this is ") as caught:
+        check_version(version)
+    assert version in str(caught.value)
+
+
+def test_a_host_is_the_same_to_all_its_processes() -> None:
+    assert host_name() == host_name()
+    assert host_name().count("/") >= 2
+
+
+def test_the_plugin_makes_the_name_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
+
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    monkeypatch.setattr(KVConnectorFactory, "_registry", dict(KVConnectorFactory._registry))
+    KVConnectorFactory._registry.pop(plugin.NAME, None)
+    plugin.register()
+    plugin.register()  # vLLM calls it in every process, and again
+    config = KVTransferConfig(kv_connector=plugin.NAME, kv_role="kv_both")
+    found = KVConnectorFactory.get_connector_class(config)
+    assert found is KVCacheConnector
+    assert found.__name__ == plugin.NAME  # vLLM's statistics look classes up by their name
+    assert supports_hma(found)
+
+
+def test_hits_count_as_host_memory() -> None:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    assert KVCacheConnector._cache_hit_source is CacheHitSource.HOST
+
+
+def test_no_request_waits_for_its_delivery() -> None:
+    """A preempted request would be computed from the start, were it not a cache."""
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    connector = KVCacheConnector.__new__(KVCacheConnector)
+    assert connector.requires_kv_delivery is False
+
+
+def connector(**fields: Any) -> dict[str, Any]:
+    return {"kv_connector": plugin.NAME, "kv_role": "kv_both", **fields}
+
+
+@pytest.mark.parametrize("inner", ["recompute", "fail", None])
+@pytest.mark.parametrize("outer", ["recompute", "fail", None])
+def test_failure_policy_under_multi_connector_is_the_outer_one(
+    outer: str | None, inner: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    plugin.register()
+    policy = {"kv_load_failure_policy": outer} if outer else {}
+    own = {"kv_load_failure_policy": inner} if inner else {}
+    config = VllmConfig(
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="MultiConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config={"connectors": [connector(**own)]},
+            **policy,
+        )
+    )
+    [(_, given)] = MultiConnector._get_connector_classes_and_configs(config)
+    with set_current_vllm_config(config):  # as vLLM makes a worker's connector
+        warn_unless_recomputing(given)
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("kvcache")]
+    if outer == "recompute":
+        assert warnings == []
+    else:
+        [warning] = warnings
+        assert "kv_load_failure_policy is 'fail'" in warning
+
+
+def test_failure_policy_without_a_current_config_is_the_given_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from vllm.config import KVTransferConfig, VllmConfig
+
+    for policy in ("recompute", "fail"):
+        config = KVTransferConfig(**connector(kv_load_failure_policy=policy))
+        warn_unless_recomputing(VllmConfig(kv_transfer_config=config))
+    [record] = [r for r in caplog.records if r.name.startswith("kvcache")]
+    assert "'fail'" in record.getMessage()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(
+    ("size", "local", "rank", "replicas"),
+    [
+        (2, 2, 1, Replica(1, 2)),
+        (4, 4, 0, Replica(0, 4)),
+        (4, 2, 1, {True: Replica(1, 4), False: Replica(1, 2)}),  # vLLM hides the 2 if it is dense
+        (1, 1, 0, ALONE),
+    ],
+)
+def test_replica_of_an_engine_is_its_rank_on_the_host(
+    dense: bool, size: int, local: int, rank: int, replicas: Any
+) -> None:
+    """As ``EngineCoreProc.run_engine_core`` makes the config of a replica."""
+    from vllm.config import ParallelConfig
+
+    config = ParallelConfig(data_parallel_size=size, data_parallel_size_local=local)
+    if size > 1:
+        config.data_parallel_rank_local = rank
+    config.data_parallel_index = rank
+    if dense:
+        config.reconfigure_for_independent_dp_rank()
+    else:
+        config.data_parallel_rank = rank
+    assert replica_of(config) == (replicas[dense] if isinstance(replicas, dict) else replicas)
+
+
+def test_replica_of_an_engine_behind_an_external_balancer_is_alone() -> None:
+    from vllm.config import ParallelConfig
+
+    config = ParallelConfig(
+        data_parallel_size=4, data_parallel_rank=3, data_parallel_external_lb=True
+    )
+    config.data_parallel_rank_local = 0
+    assert replica_of(config) == ALONE

@@ -1,0 +1,174 @@
+"""What bounds the events of a stack, and what they cost when vLLM's are off.
+
+That they are true is tested with an engine and a subscriber, in `tests/e2e/test_events.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.lora.request import LoRARequest
+
+from kvcache.connectors.vllm import events
+from kvcache.connectors.vllm.events import Events, Published, events_of
+from kvcache.events import Changes
+from kvcache.testing import keys_of
+from tests.support.played_engine import BLOCK, cache_config, full_attention
+from tests.support.scripted_tiers import LONG, Below
+
+pytestmark = pytest.mark.engine
+
+SLOTS = 16
+
+
+def request_of(blocks: int, **more: Any) -> Any:
+    """What is read of a vLLM request."""
+    read = {
+        "all_token_ids": list(range(blocks * BLOCK)),
+        "lora_request": None,
+        "mm_features": [],
+        "cache_salt": None,
+        "prompt_embeds": None,
+        "prompt_is_token_ids": None,
+    }
+    return SimpleNamespace(**read | more)
+
+
+def told(made: Sequence[Any], medium: str = "CPU") -> tuple[list[Any], list[Any]]:
+    """The hashes of the blocks that came to a medium, and of those that left it."""
+    came: list[Any] = []
+    left: list[Any] = []
+    for event in made:
+        if event.medium == medium:
+            (came if type(event).__name__ == "BlockStored" else left).extend(event.block_hashes)
+    return came, left
+
+
+@pytest.fixture(autouse=True)
+def _whole_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", "0")
+
+
+@pytest.fixture
+def below() -> Iterator[Below]:
+    below = Below(slots=SLOTS, pieces=SLOTS)
+    with below.stack:
+        yield below
+
+
+def test_blocks_that_continue_each_other_are_one_event(below: Below) -> None:
+    published = Published(full_attention(), below.stack)
+    keys = keys_of("a", 4)
+    lora = LoRARequest("poet", 7, "adapters/poet")
+    published.describe(request_of(4, lora_request=lora, cache_salt="s"), 0, keys, None)
+    below.put(keys[1:3], keys[0])
+    below.put(keys[3:], keys[2])
+    below.put(keys[:1])
+    tail, last, head = (event for event in published.take() if event.medium == "CPU")
+    assert tail.block_hashes == keys[1:3]
+    assert tail.parent_block_hash == keys[0]
+    assert tail.token_ids == list(range(BLOCK, 3 * BLOCK))
+    assert (tail.block_size, tail.group_idx, tail.lora_id, tail.lora_name) == (BLOCK, 0, 7, "poet")
+    assert tail.extra_keys == [("poet",), ("poet",)]
+    assert (last.block_hashes, last.parent_block_hash) == (keys[3:], keys[2])
+    assert (head.block_hashes, head.parent_block_hash) == (keys[:1], None)
+    assert head.extra_keys == [("poet", "s")]
+
+
+def test_events_of_an_adapter_have_vllms_own_hashes(below: Below) -> None:
+    """Whatever the keys are that the tiers know its blocks by."""
+
+    def other(_: Any, keys: list[bytes]) -> list[bytes]:
+        return [key[::-1] for key in keys]
+
+    published = Published(full_attention(), below.stack)
+    keys = keys_of("a", 3)
+    published.describe(request_of(3), 1, keys[1:], keys[0], other)
+    below.put(keys[1:], keys[0])
+    [came] = (event for event in published.take() if event.medium == "CPU")
+    assert came.block_hashes == [key[::-1] for key in keys[1:]]
+    assert came.parent_block_hash == keys[0][::-1]
+    below.stack.front.remove(keys[1:])
+    [gone] = (event for event in published.take() if event.medium == "CPU")
+    assert set(gone.block_hashes) == set(came.block_hashes)
+
+
+def test_what_nobody_described_is_announced_when_somebody_does(
+    below: Below, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "AHEAD", 0)
+    published = Published(full_attention(), below.stack)
+    keys = keys_of("a", 2)
+    published.describe(request_of(2), 0, keys, None)
+    published.describe(request_of(2 * SLOTS), 0, keys_of("others", 2 * SLOTS), None)
+    assert len(published._described) == 2 * SLOTS
+    below.put(keys)
+    assert told(published.take()) == ([], [])
+    published.describe(request_of(2), 0, keys, None)
+    assert told(published.take()) == (keys, [])
+    below.front.remove(keys)
+    assert told(published.take()) == ([], keys)
+    below.put(keys_of("nobody's", 1))
+    below.stack.clear()
+    published.take()
+    assert not any(place.nameless or place.said for place in published._places)
+
+
+def test_what_is_kept_announced_below_is_bounded(
+    below: Below, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "SAID", 3)
+    published = Published(full_attention(), below.stack)
+    for name in "abc":
+        published.describe(request_of(2), 0, keys_of(name, 2), None)
+        below.put(keys_of(name, 2))
+        assert below.stack.flush(LONG)
+    came, left = told(published.take(), "STORAGE")
+    assert came == [*keys_of("a", 2), *keys_of("b", 2), *keys_of("c", 2)]
+    assert left == [*keys_of("a", 2), *keys_of("b", 1)]
+    below.front.clear()
+    assert below.got(keys_of("b", 2)) == 2  # seen again: the oldest is another
+    came, left = told(published.take(), "STORAGE")
+    assert came == keys_of("b", 1)
+    assert left == keys_of("c", 1)
+
+
+def test_with_events_off_nobody_is_told(below: Below) -> None:
+    for config in (
+        SimpleNamespace(),
+        SimpleNamespace(kv_events_config=None),
+        SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=False)),
+    ):
+        off = events_of(config, cache_config(full_attention()), below.stack)
+        assert type(off) is Events
+    off.describe(request_of(1), 0, keys_of("a", 1), None)
+    below.put(keys_of("a", 1))
+    assert not off.take()
+    assert type(below.front._index.changes) is Changes
+    assert type(below.lower[0].link.changes) is Changes
+    on = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
+    assert type(events_of(on, cache_config(full_attention()), below.stack)) is Published
+
+
+def test_fields_that_this_vllm_does_not_know_are_left_out(
+    below: Below, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = Published(full_attention(), below.stack)
+
+    class Older:
+        __struct_fields__ = ("block_hashes", "medium")
+
+        def __init__(self, block_hashes: list[bytes], medium: str) -> None:
+            self.block_hashes, self.medium = block_hashes, medium
+
+    monkeypatch.setattr(published, "_made", SimpleNamespace(BlockStored=Older))
+    published.describe(request_of(1), 0, keys_of("a", 1), None)
+    below.put(keys_of("a", 1))
+    made = published.take()
+    assert [event.block_hashes for event in made if event.medium == "CPU"] == [keys_of("a", 1)]

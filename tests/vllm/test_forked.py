@@ -1,0 +1,47 @@
+"""A forked child cannot use either half of its parent's vLLM connector, nor close it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from kvcache.connectors.vllm.messages import Memory, Step, Transfer
+from kvcache.slab import PAGE, Slab
+from tests.support.forked_children import unrefused
+from tests.support.played_engine import BLOCK, Request, opened
+from tests.support.worker_half import side
+
+pytestmark = pytest.mark.engine
+
+
+def test_scheduler_side_in_a_child_is_refused_and_the_parent_keeps_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    played, request = opened(monkeypatch, 8), Request("a", 3 * BLOCK)
+    played.keep(request, [0, 1, 2])
+    assert unrefused(played.side) == []
+    assert played.held(request) == [True] * 3
+    played.side.close()
+
+
+def test_worker_side_in_a_child_is_refused_and_the_parent_goes_on_copying() -> None:
+    pages = {name: torch.rand(16, 2, 32, 8) for name in ("one", "two")}
+    before = pages["one"][3].clone()
+    worker = side()
+    worker.register(pages)
+    shard = worker.shard()
+    assert shard is not None
+    slab = Slab.create(2, -(-shard.nbytes // PAGE) * PAGE)
+    memory = Memory(slab.descriptor, {(0, 0): 0})
+    worker.load(Step(memory))
+    worker.store(Step(memory, stores=[Transfer(1, [3], [1])]))
+    assert worker.copier is not None
+    assert unrefused(worker, worker.copier) == []
+    worker.load(Step(memory, loads=[Transfer(2, [7], [1])]))
+    assert worker.take_bad_blocks() == set()
+    assert torch.equal(pages["one"][7], before)
+    worker.close()
+    slab.close()

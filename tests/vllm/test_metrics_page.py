@@ -1,0 +1,91 @@
+"""The page and the dashboard name the metrics there are, all of them and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache import metrics
+from kvcache.connectors.vllm.metrics import labels_of, prometheus_name
+from kvcache.metrics import Metric
+
+pytestmark = pytest.mark.engine
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "metrics.md").read_text(encoding="utf-8")
+DASHBOARD = (DOCS / "deploy" / "grafana-kvcache.json").read_text(encoding="utf-8")
+OF_VLLM = {"model_name", "engine", "le"}
+
+
+def row(metric: Metric) -> str:
+    attributes = ", ".join(f"`{name}`" for name in metric.attributes)
+    return f"| `{metric.name}` | {metric.kind} | {metric.unit} | {attributes} | {metric.meaning} |"
+
+
+def series(metric: Metric) -> list[str]:
+    """The names under which its samples are found."""
+    ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+    return [prometheus_name(metric) + end for end in ends[metric.kind]]
+
+
+SERIES = {name: metric for metric in metrics.METRICS for name in series(metric)}
+
+
+def test_the_table_is_the_code() -> None:
+    said = re.findall(r"^\| `kvcache\..*\|$", PAGE, re.MULTILINE)
+    assert said == [row(metric) for metric in metrics.METRICS]
+
+
+def test_names_for_prometheus_on_the_page_exist() -> None:
+    named = re.findall(r"vllm:kvcache_\w+", PAGE)
+    assert named
+    assert set(named) <= set(SERIES)
+    labels = {label for metric in metrics.METRICS for label in labels_of(metric)}
+    assert labels <= set(re.findall(r"`(\w+)`", PAGE))
+
+
+def expressions(panel: object) -> Iterator[str]:
+    """Every PromQL expression, wherever in the dashboard it is."""
+    if isinstance(panel, dict):
+        for name, value in panel.items():
+            if name in {"expr", "definition"}:
+                yield value
+            yield from expressions(value)
+    elif isinstance(panel, list):
+        for each in panel:
+            yield from expressions(each)
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    asked: set[str] = set()
+    for expression in expressions(json.loads(DASHBOARD)):
+        names = re.findall(r"[a-z_]+:\w+", expression)
+        assert names, expression
+        asked |= set(names)
+        known = {label for name in names for label in labels_of(SERIES[name])} | OF_VLLM
+        grouped = [
+            label
+            for group in re.findall(r"by \((.*?)\)", expression)
+            for label in re.split(", ", group)
+        ]
+        matched = re.findall(r"(\w+)=", re.sub(r'".*?"', "", expression))
+        assert set(grouped + re.findall(r"(\w+)(?==~?\")", expression)) <= known, expression
+        assert set(matched) <= known, expression
+    assert {SERIES[name] for name in asked} == set(metrics.METRICS)
+
+
+def test_panels_have_a_place_of_their_own() -> None:
+    panels = json.loads(DASHBOARD)["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels}) == len(panels)
+    for panel in panels:
+        legends = " ".join(target["legendFormat"] for target in panel["targets"])
+        shown = set(re.findall(r"\{\{(\w+)\}\}", legends))
+        kept = re.findall(r"by \((.*?)\)", " ".join(t["expr"] for t in panel["targets"]))
+        assert shown <= set(", ".join(kept).split(", ")), panel["title"]

@@ -1,0 +1,318 @@
+"""What the scheduler's half does not work with: a warning and no hits, or an error at start."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache.connectors.vllm.compat import host_name
+from kvcache.connectors.vllm.messages import Refusal, Shard
+from kvcache.connectors.vllm.refusals import refusal
+from kvcache.connectors.vllm.scheduler import SchedulerSide
+from tests.support.played_engine import (
+    BLOCK,
+    SHARD,
+    Played,
+    Request,
+    cache_config,
+    engine_config,
+    full_attention,
+    shards,
+)
+
+pytestmark = pytest.mark.engine
+
+
+def sliding_window() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=64
+    )
+
+
+def mamba() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    return MambaSpec(block_size=BLOCK, shapes=((2, 2),), dtypes=(torch.float32,))
+
+
+def _subclass(name: str, **fields: Any) -> Any:
+    """A spec of vLLM's that inherits from FullAttentionSpec, with the fields of full attention."""
+    from vllm.v1 import kv_cache_interface
+
+    base = full_attention()
+    return getattr(kv_cache_interface, name)(
+        block_size=BLOCK,
+        num_kv_heads=base.num_kv_heads,
+        head_size=base.head_size,
+        dtype=base.dtype,
+        **fields,
+    )
+
+
+def mla() -> Any:
+    return _subclass("MLAAttentionSpec")
+
+
+def hidden_states() -> Any:
+    return _subclass("HiddenStateCacheSpec")
+
+
+def reference_window() -> Any:
+    return _subclass("RSWASpec", rswa_window=64)
+
+
+def sinks() -> Any:
+    return _subclass("SinkFullAttentionSpec", sink_len=BLOCK)
+
+
+def of_a_plugin() -> Any:
+    """A spec that this connector has never heard of."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    class CompressedSpec(FullAttentionSpec):  # type: ignore[misc]
+        pass
+
+    base = full_attention()
+    return CompressedSpec(
+        block_size=BLOCK,
+        num_kv_heads=base.num_kv_heads,
+        head_size=base.head_size,
+        dtype=base.dtype,
+    )
+
+
+def sinks_in_one_layer() -> Any:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return UniformTypeKVCacheSpecs(
+        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": sinks()}
+    )
+
+
+def mixed() -> Any:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return UniformTypeKVCacheSpecs(
+        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": sliding_window()}
+    )
+
+
+def not_causal() -> Any:
+    return replace(full_attention(), non_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("specs", "reason"),
+    [
+        ([full_attention, full_attention], "2 KV cache groups"),
+        ([], "0 KV cache groups"),
+        ([sliding_window], "SlidingWindowSpec"),
+        ([mamba], "MambaSpec"),
+        ([mixed], "SlidingWindowSpec"),
+        ([reference_window], "RSWASpec"),
+        ([sinks], "SinkFullAttentionSpec"),
+        ([hidden_states], "HiddenStateCacheSpec"),
+        ([of_a_plugin], "CompressedSpec"),
+        ([sinks_in_one_layer], "SinkFullAttentionSpec"),
+        # What such a layer computes of a block depends on the tokens after it.
+        ([not_causal], "causal"),
+    ],
+    ids=[
+        "two groups",
+        "no group",
+        "sliding window",
+        "mamba",
+        "mixed",
+        "reference window",
+        "sinks",
+        "hidden states",
+        "of a plugin",
+        "sinks in one layer",
+        "not causal",
+    ],
+)
+def test_a_cache_that_cannot_be_kept(
+    specs: list[Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]), {})
+    side.open({})
+    played = Played(side)
+    request = Request("a", 3 * BLOCK)
+    assert played.admit(request, [1, 2, 3]) == 0
+    with pytest.raises(AssertionError):
+        played.step((request, 3 * BLOCK))  # None: there is nothing to do
+    side.finished(request)
+    side.reset()
+    assert side.stats() is None
+    side.close()
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("spec", [full_attention, mla])
+def test_refusal_of_full_attention_is_none(spec: Any) -> None:
+    assert refusal(engine_config(), cache_config(spec())) is None
+
+
+def unsupported(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's ModelConfig answers for MEAN, CLS and STEP pooling and for encoder-decoders."""
+    engine.model_config.is_prefix_caching_supported = False
+
+
+def without_chunks(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's CPU platform sets it for MLA without AMX."""
+    engine.cache_config.enable_prefix_caching = False
+    engine.scheduler_config.enable_chunked_prefill = False
+
+
+def batch_invariant(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    engine.cache_config.enable_prefix_caching = False
+
+
+def routed_experts(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import AuxOutputConfig
+
+    engine.aux_output_config = AuxOutputConfig(enable_return_routed_experts=True)
+
+
+def routed_experts_of_old(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.model_config.enable_return_routed_experts = True
+
+
+@pytest.mark.parametrize(
+    ("marks", "reason"),
+    [
+        (unsupported, "does not support prefix caching"),
+        (without_chunks, "prefix caching and chunked prefill are both off"),
+        (batch_invariant, "VLLM_BATCH_INVARIANT"),
+        (routed_experts, "routed experts"),
+        (routed_experts_of_old, "routed experts"),
+    ],
+)
+def test_scheduler_of_an_engine_that_cannot_resume_keeps_nothing(
+    marks: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_config()
+    marks(engine, monkeypatch)
+    side = SchedulerSide(engine, cache_config(full_attention()), {})
+    side.open(shards())
+    assert side.stats() is None
+    assert side.matched_tokens(Request("a", 100), 0) == 0
+    [record] = caplog.records
+    assert reason in record.getMessage()
+
+
+def cleared_by_the_user(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.cache_config.enable_prefix_caching = False
+
+
+def invariant_with_hits(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+
+
+def whole_prompts_with_hits(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.scheduler_config.enable_chunked_prefill = False
+
+
+@pytest.mark.parametrize(
+    "marks", [cleared_by_the_user, invariant_with_hits, whole_prompts_with_hits]
+)
+def test_refusal_of_an_engine_that_can_resume_is_none(
+    marks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_config()
+    marks(engine, monkeypatch)
+    assert refusal(engine, cache_config(full_attention())) is None
+
+
+def test_scheduler_keeps_nothing_when_a_worker_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker sees the spec of every layer, the scheduler that of one for all of its group."""
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    refused = refusal(engine_config(), cache_config(sinks_in_one_layer()))
+    assert refused is not None
+    side.open({**shards(), (0, 1): Refusal(refused)})
+    assert side.stats() is None
+    assert side.matched_tokens(Request("a", 100), 0) == 0
+    [record] = caplog.records
+    assert "SinkFullAttentionSpec" in record.getMessage()
+
+
+def test_worker_that_refuses_registers_nothing_and_answers_with_the_reason() -> None:
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    connector = KVCacheConnector.__new__(KVCacheConnector)
+    connector._refusal = "the reason"
+    connector.register_kv_caches({})  # without a worker's half, which it would fail without
+    assert connector.get_handshake_metadata() == Refusal("the reason")
+
+
+@pytest.mark.parametrize(
+    ("device", "unit", "refused"),
+    [
+        ("cuda", BLOCK // 2, True),
+        ("cuda", BLOCK, False),
+        ("cuda", None, False),
+        ("cpu", BLOCK // 2, False),
+    ],
+)
+def test_refusal_of_hits_inside_a_block_is_for_copies_beside_the_step(
+    device: str, unit: int | None, refused: bool
+) -> None:
+    engine = engine_config(device=device)
+    engine.cache_config.prefix_match_unit = unit
+    reason = refusal(engine, cache_config(full_attention()))
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert reason.startswith(
+            f"prefix_match_unit is {BLOCK // 2}, below the block size, {BLOCK}"
+        )
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallel_cannot_be_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    side = SchedulerSide(engine_config(2, "cpu", **{name: 2}), cache_config(full_attention()), {})
+    assert side.matched_tokens(Request("a", 100), 0) == 0
+    [record] = caplog.records
+    assert f"{name} is 2" in record.getMessage()
+
+
+def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    spec = UniformTypeKVCacheSpecs(
+        block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": full_attention()}
+    )
+    side = SchedulerSide(engine_config(), cache_config(spec), {})
+    assert side._refusal is None
+
+
+def test_a_missing_rank_is_an_error() -> None:
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    with pytest.raises(RuntimeError, match="1 of 2 workers"):
+        side.open({(0, 0): Shard(SHARD, host_name(), "form")})
+
+
+def test_a_rank_on_another_host_is_an_error() -> None:
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
+    elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere", "form")}
+    with pytest.raises(RuntimeError, match=r"tensor rank 1 is on another host \(elsewhere\)"):
+        side.open(elsewhere)
+
+
+def test_workers_that_said_nothing_are_an_error() -> None:
+    played = Played(SchedulerSide(engine_config(), cache_config(full_attention()), {}))
+    request = Request("a", BLOCK)
+    played.admit(request, [1])
+    with pytest.raises(RuntimeError, match="never said"):
+        played.step((request, BLOCK))

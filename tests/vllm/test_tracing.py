@@ -1,0 +1,277 @@
+"""The trace of a request: under its caller, over both halves of the connector, to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+pytest.importorskip("vllm")
+
+from kvcache import telemetry
+from kvcache.connectors.vllm.messages import Acks, Shard, Step
+from kvcache.connectors.vllm.worker import WorkerSide
+from tests.support.played_engine import BLOCK, SHARD, Played, Request, opened
+from tests.support.worker_half import Copier
+from tests.vllm.test_below import Waiting, opened_below
+
+pytestmark = pytest.mark.engine
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+    engine = opened(monkeypatch, 32)
+    yield engine
+    engine.side.close()
+
+
+@pytest.fixture
+def below(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+    """An engine over L1 and a slow tier, at a time that the test sets."""
+    engine = opened_below(monkeypatch)
+    engine.side._requests.tiers = ["l1", "l2"]
+    yield engine
+    engine.tier.gate.set()
+    engine.side.close()
+
+
+def worker(*failing: int) -> WorkerSide:
+    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=[])], num_blocks=16)
+    side = WorkerSide(config, (0, 1), 1)
+    side._shard = Shard(SHARD, "", "")
+    side.copier = Copier(*failing)  # type: ignore[assignment]
+    return side
+
+
+def live(played: Played, request: Request, blocks: list[int], worker: WorkerSide) -> Step:
+    """A request's whole life, one step, with one worker that copies for both ranks."""
+    played.side.arrived(request)
+    played.admit(request, blocks)
+    step = played.step((request, request.num_tokens - request.num_computed_tokens))
+    worker.load(step)
+    worker.store(step)
+    worker.take_received()
+    worker.take_acks()
+    played.ack(*step.loads, *step.stores)
+    played.side.finished(request)
+    return step
+
+
+class Trace:
+    def __init__(self, exported: InMemorySpanExporter) -> None:
+        self.spans = exported.get_finished_spans()
+        exported.clear()
+
+    def tree(self, span: ReadableSpan | None = None) -> dict[str, Any]:
+        """Names, each with what is below it."""
+        above = span and span.context
+        below = [
+            s for s in self.spans if (s.parent.span_id if s.parent else None)
+            == (above.span_id if above else None)
+        ]  # fmt: skip
+        return {s.name: self.tree(s) for s in below}
+
+    def one(self, name: str) -> ReadableSpan:
+        [span] = [span for span in self.spans if span.name == name]
+        return span
+
+    def of(self, name: str) -> dict[str, Any]:
+        return dict(self.one(name).attributes or {})
+
+
+COPIED: dict[str, Any] = {"kvcache.copy": {}}
+
+
+def test_a_request_without_a_caller_is_a_trace_of_its_own(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    live(played, Request("chat-1-0123abcd", 3 * BLOCK, "same"), [1, 2, 3], worker())
+    first = Trace(exported)
+    assert first.tree() == {"kvcache.request": {"kvcache.lookup": {}, "kvcache.store": COPIED}}
+    again = Request("chat-2-0123abcd", 4 * BLOCK, "same", num_prompt_tokens=4 * BLOCK)
+    live(played, again, [4, 5, 6, 7], worker())
+    second = Trace(exported)
+    assert second.tree() == {
+        "kvcache.request": {"kvcache.lookup": {}, "kvcache.load": COPIED, "kvcache.store": COPIED}
+    }
+    assert second.of("kvcache.request") == {
+        "kvcache.request.id": "chat-2-0123abcd",
+        "gen_ai.request.id": "chat-2",
+        "gen_ai.request.model": "model",
+        "kvcache.token.prompt": 4 * BLOCK,
+        "kvcache.token.engine_hit": 0,
+        "kvcache.token.hit": 3 * BLOCK,
+        "kvcache.token.tier.l1": 3 * BLOCK,
+        "kvcache.wait.duration": 0.0,
+    }
+    assert second.of("kvcache.lookup")["kvcache.token.hit"] == 3 * BLOCK
+    traces = {span.context.trace_id for span in (*first.spans, *second.spans) if span.context}
+    assert len(traces) == 2
+    admitted = [event.name for event in second.one("kvcache.load").events]
+    assert admitted == ["kvcache.request.admitted"]
+
+
+@pytest.mark.parametrize("how", ["trace_headers", "kv_transfer_params"])
+def test_a_callers_trace_goes_through_to_the_workers(
+    played: Played, exported: InMemorySpanExporter, how: str
+) -> None:
+    request = Request("a", 2 * BLOCK, **{how: HEADERS})  # type: ignore[arg-type]
+    step = live(played, request, [1, 2], worker())
+    trace = Trace(exported)
+    for span in trace.spans:
+        assert span.context is not None
+        assert f"{span.context.trace_id:032x}" == TRACE
+    root = trace.one("kvcache.request")
+    assert root.parent is not None
+    assert f"{root.parent.span_id:016x}" == CALLER
+    [store] = step.stores
+    assert store.trace["tracestate"] == "vendor=1"
+    copy, above = trace.one("kvcache.copy"), trace.one("kvcache.store")
+    assert copy.parent is not None
+    assert copy.parent.is_remote
+    assert above.context is not None
+    assert copy.parent.span_id == above.context.span_id
+    assert trace.of("kvcache.copy") == {
+        "kvcache.copy.direction": "store",
+        "kvcache.rank": "pp0 tp1",
+        "kvcache.block.requested": 2,
+        "kvcache.payload.size": 2 * SHARD,
+    }
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"traceparent": "rubbish"}, {"traceparent": 7}, {"do_remote_decode": True}, {}, None],
+)
+def test_what_is_no_trace_is_no_error(
+    played: Played, exported: InMemorySpanExporter, params: dict[str, Any] | None
+) -> None:
+    live(played, Request("a", 2 * BLOCK, kv_transfer_params=params), [1, 2], worker())
+    assert Trace(exported).one("kvcache.request").parent is None
+
+
+def test_a_caller_who_does_not_record_gets_no_spans(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
+    step = live(played, Request("a", 2 * BLOCK, trace_headers=headers), [1, 2], worker())
+    assert Trace(exported).spans == ()
+    assert step.stores[0].trace == {}
+
+
+@pytest.mark.parametrize("params", [None, {"traceparent": HEADERS["traceparent"]}])
+def test_request_without_headers_gives_vllms_own_span_its_trace(
+    played: Played, exported: InMemorySpanExporter, params: dict[str, Any] | None
+) -> None:
+    request = Request("a", 2 * BLOCK, kv_transfer_params=params)
+    live(played, request, [1, 2], worker())
+    root = Trace(exported).one("kvcache.request").context
+    assert root is not None
+    theirs = trace.get_current_span(telemetry.caller(request.trace_headers)).get_span_context()
+    assert (theirs.trace_id, theirs.span_id) == (root.trace_id, root.span_id)
+
+
+def test_request_that_is_not_recorded_keeps_its_headers(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
+    request = Request("a", 2 * BLOCK, trace_headers=headers)
+    live(played, request, [1, 2], worker())
+    assert request.trace_headers is headers
+
+
+def test_copy_span_lasts_as_long_as_the_copy(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    live(played, Request("a", 3 * BLOCK, "same"), [1, 2, 3], worker())
+    live(played, Request("b", 4 * BLOCK, "same"), [4, 5, 6, 7], worker())
+    copies = [span for span in Trace(exported).spans if span.name == "kvcache.copy"]
+    assert len(copies) == 3
+    for span in copies:
+        assert span.end_time is not None
+        assert span.start_time is not None
+        assert span.end_time - span.start_time == 1_000_000_000  # as the copier says
+
+
+def test_request_that_waited_for_a_lower_tier_says_what_came_from_where(
+    below: Waiting, exported: InMemorySpanExporter
+) -> None:
+    below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
+    Trace(exported)
+    request = Request("a", 5 * BLOCK, "same")
+    below.keep_below(request, 4)
+    below.arrived(request)
+    for at in (5.0, 6.0, 7.0):
+        below.now = at
+        assert below.side.matched_tokens(request, BLOCK) is None
+    below.go_on(request)
+    below.now = 8.0
+    assert below.admit(request, [1, 2, 3, 4, 5], own=BLOCK) == 3 * BLOCK
+    step = below.step((request, BLOCK))
+    [load] = step.loads
+    below.side.acked(Acks({load.job: 2}, step=1, seconds={load.job: 0.25}))
+    below.ack(*step.stores)
+    below.side.finished(request)
+    said = Trace(exported).of("kvcache.request")
+    assert said["kvcache.token.engine_hit"] == BLOCK
+    assert said["kvcache.token.hit"] == 3 * BLOCK
+    assert said["kvcache.token.tier.l1"] == BLOCK
+    assert said["kvcache.token.tier.l2"] == 2 * BLOCK
+    assert said["kvcache.wait.duration"] == 3.25
+
+
+def test_request_that_waits_for_its_own_load_says_how_long(
+    below: Waiting, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
+    Trace(exported)
+    monkeypatch.setattr(below.side._promised, "later", lambda blocks, others: True)
+    request = Request("a", 2 * BLOCK + 1, "same")
+    below.side.arrived(request)
+    below.now = 10.0
+    assert below.admit(request, [1, 2, 3]) == 2 * BLOCK
+    below._new.clear()  # vLLM schedules it when the load is over
+    [load] = below.step().loads
+    below.side.acked(Acks({load.job: 2}, seconds={load.job: 0.25}))
+    below.now = 12.0
+    below.side.admitted(request, (request.blocks,), 0)
+    below.side.finished(request)
+    assert Trace(exported).of("kvcache.request")["kvcache.wait.duration"] == 2.0
+
+
+def test_a_copy_that_fails_is_seen(played: Played, exported: InMemorySpanExporter) -> None:
+    live(played, Request("a", 2 * BLOCK), [1, 2], worker(0))
+    trace = Trace(exported)
+    assert trace.of("kvcache.copy")["error.type"] == "OSError"
+
+
+def test_request_whose_load_failed_says_how_many_blocks(
+    played: Played, exported: InMemorySpanExporter
+) -> None:
+    played.keep(Request("kept", 2 * BLOCK + 1, "same"), [1, 2, 3])
+    Trace(exported)
+    request = Request("a", 2 * BLOCK + 1, "same")
+    played.side.arrived(request)
+    played.admit(request, [4, 5, 6])
+    [load] = played.step((request, 1)).loads
+    played.side.acked(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.5}))
+    played.side.finished(request)
+    assert Trace(exported).of("kvcache.request")["kvcache.block.failed"] == 2
+
+
+def test_no_span_is_left_open(played: Played, exported: InMemorySpanExporter) -> None:
+    for name in ("waits", "runs"):
+        played.side.arrived(Request(name, 2 * BLOCK))
+    played.side.finished(Request("waits", 2 * BLOCK))
+    assert [span.name for span in Trace(exported).spans] == ["kvcache.request"]
+    played.side.close()
+    assert [span.name for span in Trace(exported).spans] == ["kvcache.request"]
+    assert not played.side._requests._spans

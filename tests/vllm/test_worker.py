@@ -1,0 +1,312 @@
+"""The worker's half: where pages lie, and that a copy that fails is an answer."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from unittest.mock import ANY
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
+from kvcache.connectors.vllm.worker import WorkerSide, place_caches
+from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
+from tests.support.worker_half import NOWHERE, Copier, side, step
+
+pytestmark = pytest.mark.engine
+
+BLOCKS = 4
+
+
+def block_bytes(cache: torch.Tensor, block: int) -> bytes:
+    """All runs of a block, in their order."""
+    pages = place_caches({"one": cache}, BLOCKS).pages()
+    assert {page.count for page in pages} == {BLOCKS}
+    return b"".join(
+        ctypes.string_at(page.address + block * page.stride, page.nbytes) for page in pages
+    )
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+# Where pages lie
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_contiguous_pages(dtype: torch.dtype) -> None:
+    cache = torch.randint(0, 100, (BLOCKS, 2, 32, 8)).to(dtype)
+    for block in range(BLOCKS):
+        assert block_bytes(cache, block) == tensor_bytes(cache[block])
+
+
+def test_a_layer_inside_the_storage_of_all() -> None:
+    """As vLLM registers it: all layers are views of one storage."""
+    storage = torch.randint(0, 100, (3, BLOCKS, 2, 32, 8), dtype=torch.int16)
+    for layer in range(3):
+        assert block_bytes(storage[layer], 2) == tensor_bytes(storage[layer, 2])
+
+
+def test_layers_interleaved() -> None:
+    """A block-outermost layout: between two pages of a layer lie those of the others."""
+    storage = torch.randint(0, 100, (BLOCKS, 3, 2, 32, 8), dtype=torch.int16)
+    for layer in range(3):
+        [page] = place_caches({"one": storage[:, layer]}, BLOCKS).pages()
+        assert page.stride == 3 * page.nbytes
+        for block in range(BLOCKS):
+            assert block_bytes(storage[:, layer], block) == tensor_bytes(storage[block, layer])
+
+
+def test_blocks_of_several_kernel_blocks() -> None:
+    cache = torch.randint(0, 100, (BLOCKS * 4, 2, 32, 8), dtype=torch.int16)
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 1
+    for block in range(BLOCKS):
+        assert block_bytes(cache, block) == tensor_bytes(cache[4 * block : 4 * block + 4])
+
+
+def test_kernel_blocks_apart_are_pages_of_their_own() -> None:
+    storage = torch.randint(0, 100, (BLOCKS * 2, 3, 2, 32, 8), dtype=torch.int16)
+    cache = storage[:, 1]
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 2
+    for block in range(BLOCKS):
+        assert block_bytes(cache, block) == tensor_bytes(cache[2 * block : 2 * block + 2])
+
+
+def test_a_page_is_in_the_order_of_memory() -> None:
+    """Tokens before heads: the shape says heads first, and the bytes are not shuffled for that."""
+    cache = torch.randint(0, 100, (BLOCKS, 32, 2, 8), dtype=torch.int16).transpose(1, 2)
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 1
+    assert block_bytes(cache, 1) == tensor_bytes(cache[1].transpose(0, 1))
+
+
+def test_a_block_in_two_halves() -> None:
+    """Blocks lie under heads: every head of a block is a run."""
+    cache = torch.randint(0, 100, (2, BLOCKS, 32, 8), dtype=torch.int16).transpose(0, 1)
+    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 2
+    for block in range(BLOCKS):
+        assert block_bytes(cache, block) == tensor_bytes(cache[block])
+
+
+def test_what_is_not_blocks_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"layer two, shape \(5, 2, 8\), .* is not 16 blocks"):
+        side().register({"one": torch.zeros(16, 2, 8), "two": torch.zeros(5, 2, 8)})
+
+
+def test_elements_that_overlap_are_refused() -> None:
+    cache = torch.zeros(16, 1, 8).expand(16, 2, 8)
+    with pytest.raises(RuntimeError, match=r"layer one is .* its elements overlap"):
+        side().register({"one": cache, "two": torch.zeros(16, 2, 8)})
+
+
+def test_another_device_is_refused() -> None:
+    worker = side()
+    worker._config.kv_cache_groups[0].layer_names.remove("two")
+    with pytest.raises(RuntimeError, match=r"the KV cache is on meta; .* CPU and CUDA"):
+        worker.register({"one": torch.zeros(16, 2, 8, device="meta")})
+
+
+def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
+    def form(*shape: int, swap: bool = False) -> str:
+        worker, cache = side(), torch.zeros(16, *shape)
+        cache = cache.transpose(1, 2) if swap else cache
+        worker.register({"one": cache, "two": torch.zeros(16, 2, 8)})
+        shard = worker.shard()
+        assert shard is not None
+        return shard.form
+
+    assert form(2, 32, 8) == form(2, 32, 8)
+    others = [form(32, 2, 8), form(32, 2, 8, swap=True), form(2, 8, 32)]
+    assert len({form(2, 32, 8), *others}) == 4
+    assert platform.machine() in form(2, 32, 8)
+
+
+# Copies
+
+
+def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[int]]:
+    """One step as the model runner makes it: bad blocks, acked jobs, failed jobs."""
+    worker.load(what)
+    worker.store(what)
+    worker.take_received()
+    bad, acks = worker.take_bad_blocks(), worker.take_acks()
+    assert worker.take_acks() is None
+    assert worker.take_bad_blocks() == set()
+    return (bad, acks.ranks, acks.failed) if acks else (bad, {}, set())
+
+
+def test_a_step_that_succeeds() -> None:
+    copier = Copier()
+    assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+    assert copier.calls == [
+        ("scatter", [0, 1, 2], [10, 11, 12]),
+        ("gather", [13], [3]),
+        ("gather", [14, 15], [4, 5]),
+    ]
+
+
+def test_loads_that_the_step_awaits_fail_together_and_nothing_is_stored() -> None:
+    copier = Copier(0)
+    assert play(side(copier), step()) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
+    assert [name for name, *_ in copier.calls] == ["scatter"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "bad", "failed"), [(0, {10}, {2}), (1, {9}, {1}), (2, {11}, {3})]
+)
+def test_a_load_that_nobody_awaits_is_by_itself(
+    fails: int, bad: set[int], failed: set[int]
+) -> None:
+    copier = Copier(fails)
+    loads = [
+        Transfer(1, [9], [0], awaited_by="one"),
+        Transfer(2, [10], [1]),
+        Transfer(3, [11], [2], awaited_by="other"),
+    ]
+    assert play(side(copier), Step(NOWHERE, loads=loads)) == (bad, {1: 1, 2: 1, 3: 1}, failed)
+    assert [slots for _, slots, _ in copier.calls] == [[1], [0], [2]]
+    assert copier.awaited == [True, False, False]
+
+
+def test_each_load_took_its_share_of_the_copy() -> None:
+    worker = side(Copier())
+    worker.load(step())
+    worker.take_received()
+    acks = worker.take_acks()
+    assert acks is not None
+    assert acks.seconds == pytest.approx({1: 2 / 3, 2: 1 / 3})
+
+
+def test_a_store_that_fails_is_no_load_error() -> None:
+    assert play(side(Copier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
+
+
+def test_the_step_after_a_failure_stores_again() -> None:
+    worker = side(Copier(0))
+    play(worker, step())
+    assert play(worker, step(number=1)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+
+
+def test_worker_that_reports_a_failed_load_before_the_stores_begin_fails_them() -> None:
+    copier = Copier(0)
+    worker = side(copier)
+    worker.load(step(number=5))
+    worker.take_received()
+    assert worker.take_bad_blocks() == {10, 11, 12}
+    assert worker.take_acks() == Acks({1: 1, 2: 1}, {1, 2}, 5, {1: ANY, 2: ANY})
+    worker.store(step(number=5))  # as vLLM finalizes a step that drafts tokens
+    assert worker.take_acks() == Acks({3: 1, 4: 1}, {3, 4})
+    assert play(worker, step(number=6)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+
+
+def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
+    worker = side(Copier(0))
+    worker.load(step())
+    worker.store(step())
+    worker.take_received()
+    acks = worker.take_acks()
+    assert acks is not None
+    assert set(acks.seconds) == {1, 2}  # the stores were not, since a load had failed
+    assert min(acks.seconds.values()) > 0
+
+
+def test_a_job_is_acked_in_the_step_that_tells_of_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Load:
+        seconds = 1.0
+        looks = iter([False, True])
+
+        @property
+        def over(self) -> bool:
+            return next(self.looks)
+
+    load = Load()
+    monkeypatch.setattr(Copier, "_call", lambda *_: load)
+    worker = side(Copier())
+    worker.load(Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")]))
+    assert (worker.take_received(), worker.take_acks()) == (set(), None)
+    assert worker.take_received() == {"waits"}
+    assert worker.take_acks() == Acks({1: 1}, seconds={1: 1.0})
+
+
+def test_blocks_are_fenced_before_the_engine_has_them_anew() -> None:
+    copier = Copier()
+    side().fence(Step(NOWHERE, fresh=[7]))  # before there is a copier there is nothing to fence
+    side(copier).fence(Step(NOWHERE, fresh=[3, 4]))
+    assert copier.calls == [("fence", [3, 4], [])]
+
+
+def test_an_empty_step_says_that_it_has_ended() -> None:
+    worker = side(Copier())
+    assert play(worker, Step(NOWHERE)) == (set(), {}, set())
+    worker.load(Step(NOWHERE, number=7))
+    assert worker.take_acks() == Acks(step=7)
+
+
+def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:
+    caches = {
+        name: torch.randint(0, 100, (16, 2, 32, 8), dtype=torch.int16) for name in ("one", "two")
+    }
+    worker = side()
+    worker.register(caches | {"alias": caches["one"]})
+    return worker, caches
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        NOWHERE,
+        Memory(SlabDescriptor("/proc/self/fd/0", "kvcache-other", 8, 4096), {(0, 0): 0}),
+        Memory(NOWHERE.slab, {(0, 1): 0}),
+    ],
+    ids=["nothing there", "other memory", "not of this rank"],
+)
+def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
+    memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = registered()
+    assert play(worker, step(memory)) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
+    assert any("load of 3 blocks failed" in record.getMessage() for record in caplog.records)
+    worker.close()
+
+
+def test_pages_go_to_the_shard_of_their_rank_and_back() -> None:
+    worker, caches = registered()
+    shard = worker.shard()
+    assert shard is not None
+    page = caches["one"][0].nbytes
+    assert shard.nbytes == 2 * page  # an alias is no layer of its own
+    slab = Slab.create(4, slot_nbytes_for(3 * shard.nbytes))
+    memory = Memory(slab.descriptor, {(0, 0): shard.nbytes})  # the second of three ranks
+    computed = {name: cache.clone() for name, cache in caches.items()}
+    stored = Step(memory, stores=[Transfer(1, [5, 9], [3, 0])])
+    assert play(worker, stored) == (set(), {1: 1}, set())
+    for slot, block in [(3, 5), (0, 9)]:
+        view = bytes(slab.view(slot))
+        end = 2 * shard.nbytes
+        assert view[shard.nbytes : end] == b"".join(
+            tensor_bytes(computed[name][block]) for name in ("one", "two")
+        )
+        assert not any(view[: shard.nbytes])
+        assert not any(view[end:])
+    for cache in caches.values():
+        cache.zero_()
+    loaded = Step(memory, loads=[Transfer(2, [2, 7], [0, 3])])
+    assert play(worker, loaded) == (set(), {2: 1}, set())
+    for name, cache in caches.items():
+        assert torch.equal(cache[2], computed[name][9])
+        assert torch.equal(cache[7], computed[name][5])
+        others = [block for block in range(16) if block not in (2, 7)]
+        assert not cache[others].any()
+    worker.close()
+    worker.close()  # twice is allowed
+    slab.close()
+
+
+def test_before_anything_is_registered_there_is_no_shard() -> None:
+    assert side().shard() is None

@@ -1,0 +1,224 @@
+"""Frames around the blocks of another tier: what comes back is what was written, or a miss."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+from kvcache import telemetry
+from kvcache.guards.calls import TierError, called
+from kvcache.process import own
+from kvcache.stats import usage_of
+from kvcache.tier import Tier, TierUsage
+
+from .format import RejectedError, Workspace, is_compressed, zstandard
+
+log = logging.getLogger(__name__)
+
+_WORKSPACES = 4  # calls at work; more of them wait
+
+
+@dataclass(slots=True)
+class FrameStats:
+    """What went through the frames since the tier was opened.
+
+    ``rejected`` counts blocks by reason: ``length`` (cut or extended), ``magic``, ``version``,
+    ``header`` (fields that no writer writes), ``size`` (larger than the buffer), ``padding`` (not
+    zeros), ``codec`` (zstd, and no zstandard here), ``decompression``, ``checksum``.
+    """
+
+    verified_blocks: int = 0
+    stored_raw_blocks: int = 0
+    stored_compressed_blocks: int = 0
+    stored_raw_nbytes: int = 0  # of the blocks that the inner tier took
+    stored_frame_nbytes: int = 0  # of their frames
+    loaded_raw_nbytes: int = 0  # of the blocks that verified
+    loaded_frame_nbytes: int = 0  # of their frames
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class Framed(Tier):
+    """Frames around the blocks of another tier.
+
+    Args:
+        inner: keeps the frames, and is closed with this tier. It must take blocks of any length up
+            to ``frame_nbytes(block_nbytes)``; with ``codec="none"`` and blocks of one size all
+            frames have one size too.
+        block_nbytes: bytes of the largest block.
+        codec: ``"zstd"`` compresses the highest byte of every element, which holds the sign and
+            most of the exponent; the other bytes are close to noise and stay as they are. A block
+            whose frame would not shrink by a tenth is kept raw.
+        level: zstd's level, 1 to 22. Level 1 is the fastest, and on KV also compresses best.
+        element_nbytes: bytes of a little-endian element: 2 for bf16 and fp16, 1 for fp8.
+
+    Raises:
+        ValueError: for a size, a level or an element that cannot be.
+        ImportError: for ``codec="zstd"`` without the package ``zstandard``.
+    """
+
+    def __init__(
+        self,
+        inner: Tier,
+        *,
+        block_nbytes: int,
+        codec: Literal["none", "zstd"] = "none",
+        level: int = 1,
+        element_nbytes: int = 2,
+    ) -> None:
+        if block_nbytes < 1:
+            raise ValueError(f"block_nbytes is {block_nbytes}; a block has at least one byte")
+        if not 1 <= level <= 22:
+            raise ValueError(f"level is {level}; zstd takes 1 to 22")
+        if not 1 <= element_nbytes <= 16:
+            raise ValueError(f"element_nbytes is {element_nbytes}; it can be 1 to 16")
+        if codec == "zstd" and zstandard() is None:
+            raise ImportError("codec = \"zstd\" needs zstandard: pip install 'kvcache[zstd]'")
+        self.block_nbytes = block_nbytes
+        self.inner = inner
+        self.call_nbytes = inner.call_nbytes
+        self.codec = codec
+        self._level = level if codec == "zstd" else None
+        self._element_nbytes = element_nbytes
+        self._workspaces: queue.LifoQueue[Workspace | None] = (
+            queue.LifoQueue()
+        )  # None: not made yet
+        for _ in range(_WORKSPACES):
+            self._workspaces.put(None)
+        self._lock = threading.Lock()
+        self._stats = FrameStats()
+        own(self)
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return self.inner.contains(keys)
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        """As the contract says; a frame that does not verify is a miss, and is removed.
+
+        A frame that needs ``zstandard`` where there is none is a miss too, but stays: nothing says
+        that it is damaged, and others who share the inner tier can read it.
+        """
+        telemetry.current().set_attribute(telemetry.CODEC, self.codec)
+        pairs = list(zip(keys, into, strict=True))
+        written: list[int] = []
+        with self._workspace() as workspace:
+            for first in range(0, len(pairs), len(workspace.frames)):
+                piece = pairs[first : first + len(workspace.frames)]
+                lengths = self.inner.load([key for key, _ in piece], workspace.frames[: len(piece)])
+                rejected: list[bytes] = []
+                for slot, ((key, buffer), length) in enumerate(zip(piece, lengths, strict=True)):
+                    written.append(0)
+                    if length == 0:
+                        continue
+                    try:
+                        written[-1] = workspace.unpack(slot, length, key, buffer)
+                    except RejectedError as error:
+                        self._count_rejected(str(error))
+                        if str(error) != "codec":
+                            rejected.append(key)
+                    else:
+                        self._count_verified(written[-1], length)
+                if rejected:
+                    with suppress(TierError):  # the blocks that verified are right nonetheless
+                        called(partial(self.inner.remove, list(dict.fromkeys(rejected))))
+        return written
+
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+    ) -> list[bool]:
+        """As the contract says; an empty block is declined: it could not be told from a miss.
+
+        Raises:
+            ValueError: for a block of more than ``block_nbytes`` bytes.
+        """
+        telemetry.current().set_attribute(telemetry.CODEC, self.codec)
+        full: list[int] = []
+        for at, (_, block) in enumerate(zip(keys, blocks, strict=True)):
+            if len(block) > self.block_nbytes:
+                raise ValueError(
+                    f"a block of {len(block)} bytes; the frames here hold {self.block_nbytes}"
+                )
+            if len(block):
+                full.append(at)
+        stored = [False] * len(keys)
+        with self._workspace() as workspace:
+            for first in range(0, len(full), len(workspace.frames)):
+                piece = full[first : first + len(workspace.frames)]
+                frames = [
+                    workspace.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(piece)
+                ]
+                before = keys[piece[0] - 1] if piece[0] else after
+                taken = self.inner.store([keys[at] for at in piece], frames, before)
+                for at, frame, took in zip(piece, frames, taken, strict=True):
+                    stored[at] = took
+                    if took:
+                        self._count_stored(len(blocks[at]), frame)
+        return stored
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        self.inner.remove(keys)
+
+    def resolve(self, space: bytes, about: str) -> bytes:
+        return self.inner.resolve(space, about)
+
+    def forget(self, space: bytes) -> None:
+        self.inner.forget(space)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def usage(self) -> TierUsage:
+        inner, rejected = usage_of(self.inner), self.stats().rejected
+        return replace(inner, rejected_blocks=rejected + Counter(inner.rejected_blocks))
+
+    def stats(self) -> FrameStats:
+        """Counts at this moment."""
+        with self._lock:
+            return replace(self._stats, rejected=Counter(self._stats.rejected))
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Workspace]:
+        """A workspace for this call alone. Waits while every workspace is in use."""
+        workspace = self._workspaces.get()
+        try:
+            if workspace is None:
+                # As many frames as blocks are best handed to the inner tier at once: with fewer a
+                # disk overlaps less, and a rest of one would be read alone.
+                frames = max(1, self.call_nbytes // self.block_nbytes)
+                workspace = Workspace(frames, self.block_nbytes, self._level, self._element_nbytes)
+            yield workspace
+        finally:
+            self._workspaces.put(workspace)
+
+    def _count_verified(self, raw_nbytes: int, nbytes: int) -> None:
+        with self._lock:
+            self._stats.verified_blocks += 1
+            self._stats.loaded_raw_nbytes += raw_nbytes
+            self._stats.loaded_frame_nbytes += nbytes
+
+    def _count_rejected(self, reason: str) -> None:
+        span = telemetry.current()
+        if span.is_recording():
+            span.add_event(telemetry.FRAME_REJECTED, {telemetry.REASON: reason})
+        with self._lock:
+            self._stats.rejected[reason] += 1
+            tell = reason == "codec" and self._stats.rejected[reason] == 1
+        if tell:
+            log.warning(
+                "kvcache: blocks written with codec zstd cannot be read here and count as misses: "
+                "pip install 'kvcache[zstd]'"
+            )
+
+    def _count_stored(self, raw_nbytes: int, frame: memoryview) -> None:
+        compressed = is_compressed(frame)
+        with self._lock:
+            self._stats.stored_compressed_blocks += compressed
+            self._stats.stored_raw_blocks += not compressed
+            self._stats.stored_raw_nbytes += raw_nbytes
+            self._stats.stored_frame_nbytes += len(frame)
