@@ -23,7 +23,7 @@ def test_help_brings_nothing_heavy() -> None:
     help_text, brought = done.stdout.split("brought")
     assert "demo" in help_text
     assert "bench" in help_text
-    assert not set(brought.split()) & {"numba", "numpy", "torch", "vllm"}
+    assert not set(brought.split()) & {"numba", "numpy", "packaging", "torch", "vllm"}
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,10 @@ REQUIRES = [
     'redis>=5; extra == "redis"',
     'zstandard; extra == "zstd"',
     'pytest>=9; extra == "test"',
+    'winloop; sys_platform == "win32"',
+    'winloop; sys_platform == "win32" and extra == "zstd"',
 ]
+EXTRAS = ["engine", "redis", "test", "vllm", "zstd"]
 INSTALLED = {"kvcache": "0.1.0", "opentelemetry-api": "1.45.2", "xxhash": "4.1.0"}
 
 
@@ -47,6 +51,10 @@ class TestVersions:
                 return (INSTALLED | dict(more))[name]
 
             monkeypatch.setattr(metadata, "version", version)
+            described = Message()
+            for extra in EXTRAS:
+                described["Provides-Extra"] = extra
+            monkeypatch.setattr(metadata, "metadata", lambda name: described)
             monkeypatch.setattr(metadata, "requires", lambda name: REQUIRES)
             monkeypatch.setattr(metadata, "packages_distributions", lambda: modules)
             return {result.subject: result for result in versions.check(needed or set())}
@@ -66,9 +74,11 @@ class TestVersions:
         [
             ("0.28.9", "FAIL"),
             ("0.29", "OK"),
+            ("0.29.0rc1", "OK"),
             ("0.32.0+cpu", "OK"),
             ("1.0", "OK"),
             ("0.1.dev1+g123", "OK"),
+            ("built by hand", "OK"),
         ],
     )
     def test_vllm_has_to_be_new_enough(
@@ -89,6 +99,12 @@ class TestVersions:
     def test_an_extra_that_the_profile_needs(self, check: Callable[..., dict[str, Result]]) -> None:
         found = check({}, {"zstd"})["zstd"]
         assert (found.status, found.fix) == ("FAIL", "pip install 'kvcache[zstd]'")
+
+    def test_requirement_of_another_platform_is_not_asked_for(
+        self, check: Callable[..., dict[str, Result]]
+    ) -> None:
+        found = check({"zstandard": "0.25"})
+        assert (found["kvcache"].status, found["zstd"].what) == ("OK", "zstandard 0.25")
 
     def test_a_checkout_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def missing(name: str) -> str:

@@ -6,28 +6,19 @@ imported, since importing an engine takes seconds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from platform import python_version
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from kvcache.cli.doctor.result import Result, fail, ok, warn
 
-_REQUIREMENT = re.compile(
-    r"""([\w.-]+)(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;.*extra\s*==\s*["']([\w-]+)["'])?"""
-)
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 _OURS = {"test", "docs"}  # extras for working on kvcache
 ENGINE = "engine"  # the extra that brings vLLM itself
-
-
-class Requirement(NamedTuple):
-    """A package that kvcache asks for, with which extra, and since which version."""
-
-    package: str
-    at_least: str
-    extra: str
 
 
 def check(needed: Collection[str] | None) -> Iterator[Result]:
@@ -44,16 +35,16 @@ def check(needed: Collection[str] | None) -> Iterator[Result]:
             "pip install . in the checkout",
         )
         return
-    wanted = [_parsed(line) for line in asked]
+    extras = metadata.metadata("kvcache").get_all("Provides-Extra") or []
+    wanted = _by_extra(asked, set(extras) - _OURS)
     index = find_spec("kvcache.index")
     as_what = ", compiled" if index and (index.origin or "").endswith(".so") else ""
     said = f"{ours}{as_what}, Python {python_version()}"
-    yield from _extra("", [one for one in wanted if not one.extra], said, True)
+    yield from _extra("", wanted.pop(""), said, True)
     absent = []
-    for extra in sorted({one.extra for one in wanted if one.extra} - _OURS):
-        its = [one for one in wanted if one.extra == extra]
+    for extra, its in sorted(wanted.items()):
         wants = needed is not None and extra in needed
-        if _installed(its[0].package) or wants:
+        if _installed(its[0].name) or wants:
             yield from _extra(extra, its, "", wants)
         else:
             absent.append(extra)
@@ -65,17 +56,17 @@ def check(needed: Collection[str] | None) -> Iterator[Result]:
 def _extra(
     extra: str, wanted: Sequence[Requirement], before: str, needed: bool
 ) -> Iterator[Result]:
-    found = {one: _installed(one.package) for one in wanted}
-    have = [f"{one.package} {version}" for one, version in found.items() if version]
+    found = {one: _installed(one.name) for one in wanted}
+    have = [f"{one.name} {version}" for one, version in found.items() if version]
     said, subject = ", ".join([*filter(None, [before]), *have]), extra or "kvcache"
     pip = f"pip install 'kvcache[{extra}]'" if extra else "pip install . in the checkout"
-    if old := [one for one, version in found.items() if version and _older(version, one.at_least)]:
-        why = ", ".join(f"{one.package} must be {one.at_least} or newer" for one in old)
+    if old := [one for one, version in found.items() if version and _older(version, _oldest(one))]:
+        why = ", ".join(f"{one.name} must be {_oldest(one)} or newer" for one in old)
         # An engine is upgraded in the way in which it was installed: pip by that extra might put
         # a build for another device over it.
-        fix = f"upgrade {old[0].package}" if extra == ENGINE else pip
+        fix = f"upgrade {old[0].name}" if extra == ENGINE else pip
         yield fail(subject, f"{said}: {why}", fix)
-    elif missing := [one.package for one, version in found.items() if not version]:
+    elif missing := [one.name for one, version in found.items() if not version]:
         how = fail if needed else warn
         yield how(
             subject, f"{', '.join(missing)} not installed" + (f"; {said}" if said else ""), pip
@@ -84,11 +75,28 @@ def _extra(
         yield ok(subject, said)
 
 
-def _parsed(line: str) -> Requirement:
-    match = _REQUIREMENT.match(line)
-    assert match, line
-    since = re.search(r">=\s*([\d.]+)", match[2])
-    return Requirement(match[1], since[1] if since else "", match[3] or "")
+def _by_extra(asked: Sequence[str], extras: Collection[str]) -> dict[str, list[Requirement]]:
+    """Return the requirements that count on this machine, by extra; "" has those of every install.
+
+    An extra without any is left out.
+    """
+    from packaging.requirements import Requirement
+
+    wanted: dict[str, list[Requirement]] = {"": []}
+    for requirement in map(Requirement, asked):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            wanted[""].append(requirement)
+            continue
+        for extra in extras:
+            if marker.evaluate({"extra": extra}):
+                wanted.setdefault(extra, []).append(requirement)
+    return wanted
+
+
+def _oldest(requirement: Requirement) -> str:
+    """The oldest version that a requirement takes; empty if it takes any."""
+    return next((one.version for one in requirement.specifier if one.operator == ">="), "")
 
 
 def _installed(package: str) -> str:
@@ -103,13 +111,19 @@ def _installed(package: str) -> str:
 
 
 def _older(version: str, than: str) -> bool:
-    """Whether a release is older. A build from source is taken at its word."""
-    return bool(than) and "dev" not in version and _numbers(version) < _numbers(than)
+    """Whether the release `version` is older than the release `than`.
 
+    A build from source, and a version that is no valid one, count as new enough.
+    """
+    from packaging.version import InvalidVersion, Version
 
-def _numbers(version: str) -> tuple[int, ...]:
-    found = re.match(r"[\d.]*\d", version)
-    numbers = [int(number) for number in found[0].split(".")] if found else []
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
+    try:
+        installed = Version(version)
+    except InvalidVersion:
+        return False
+    # The base has no pre-release: 0.29.0rc1 has what kvcache needs of 0.29.
+    return (
+        bool(than)
+        and not installed.is_devrelease
+        and (Version(installed.base_version) < Version(than))
+    )
