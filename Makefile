@@ -1,9 +1,10 @@
 # Every target makes its own .venv when there is none, or when what it is made from has changed.
-# PYTHON chooses the interpreter it is made with (3.11 or later).
+# PYTHON chooses the interpreter it is made with (3.11 or later). ENGINE_VERSION chooses another vLLM, in a
+# .venv of its own.
 
 PYTHON ?= python3
 BENCH ?= tests/bench
-VENV := .venv
+VENV := .venv$(addprefix -vllm-,$(ENGINE_VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -41,7 +42,7 @@ viewer: $(READY)  ## the trace of a real request in a viewer from PyPI (850 MB),
 	$(BIN)/python -m pytest tests/e2e/test_viewer.py -m viewer -s
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .venv-viewer build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml tests/install_engine.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvcache needs Python 3.11 or later (make PYTHON=...); this is " + sys.version)'
