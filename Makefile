@@ -21,7 +21,7 @@ test: lint  ## lint, then every test: the engine's and the wheel's too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 vllm: $(READY)  ## the connector's tests, and those that start an engine (ENGINE_VERSION: another vLLM)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/connectors tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/vllm tests/e2e
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

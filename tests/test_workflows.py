@@ -123,6 +123,13 @@ def test_workflow_runs_only_targets_and_files_that_exist(workflow: Path) -> None
                 assert (ROOT / word).exists(), command
 
 
+def test_makefile_names_only_tests_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    paths = set(re.findall(r"\btests(?:/\w+)*(?:\.py)?", makefile))
+    assert {"tests/vllm", "tests/e2e"} <= paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
 @workflows
 def test_workflow_is_triggered_by_paths_that_exist(workflow: Path) -> None:
     triggers = load(workflow)[True]  # YAML reads the key `on` as a boolean
