@@ -218,8 +218,8 @@ def test_no_file_is_long() -> None:
 
 def machine_paths(root: Path) -> list[str]:
     """Say, for each path of somebody's machine in what the project holds, where it is."""
-    files = [path for kind in ("*.md", "*.toml", "Makefile") for path in root.glob(kind)]
-    for folder in (*ROOMS, "tests", "docs", ".ci"):
+    files = [path for kind in ("*.md", "*.toml", "*.yaml", "Makefile") for path in root.glob(kind)]
+    for folder in (*ROOMS, "tests", "docs", ".ci", ".github"):
         files += (root / folder).rglob("*")
     return [
         f"{path.relative_to(root)}:{number}: {match[0].decode()}"
