@@ -217,8 +217,12 @@ def assert_connector(config: str) -> None:
     wanted = json.loads(config)
     module, name = wanted["kv_connector_module_path"], wanted["kv_connector"]
     source = ROOT.joinpath(*module.split("."), "__init__.py").read_text(encoding="utf-8")
-    classes = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    assert name in classes, f"{module} has no class {name}, only {sorted(classes)}"
+    body = ast.parse(source).body
+    names = {node.name for node in body if isinstance(node, ast.ClassDef)}
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    assert name in names, f"{module} has no class {name}, only {sorted(names)}"
 
 
 def fenced_blocks(document: Document) -> Iterable[Region]:

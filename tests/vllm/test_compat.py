@@ -65,11 +65,11 @@ def test_the_plugin_makes_the_name_known(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_hits_count_as_host_memory() -> None:
-    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    source = pytest.importorskip("vllm.v1.metrics.cache_hit_source", reason="vLLM before 0.32")
 
     from kvcache.connectors.vllm import KVCacheConnector
 
-    assert KVCacheConnector._cache_hit_source is CacheHitSource.HOST
+    assert KVCacheConnector._cache_hit_source is source.CacheHitSource.HOST
 
 
 def test_no_request_waits_for_its_delivery() -> None:
@@ -143,6 +143,8 @@ def test_replica_of_an_engine_is_its_rank_on_the_host(
     from vllm.config import ParallelConfig
 
     config = ParallelConfig(data_parallel_size=size, data_parallel_size_local=local)
+    if dense and size > 1 and not hasattr(config, "elastic_ep_max_dp_size"):
+        pytest.skip("this vLLM keeps no number of replicas in the config of a dense one")
     if size > 1:
         config.data_parallel_rank_local = rank
     config.data_parallel_index = rank

@@ -51,7 +51,8 @@ def below() -> Iterator[Below]:
 def crossed(stats: Stats | None) -> dict[str, Any]:
     """As the front end gets it."""
     assert stats is not None
-    decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(stats.to_dict()), type=dict[str, Any])
+    sent = stats.to_dict() if hasattr(stats, "to_dict") else stats.data  # `data` before vLLM 0.30
+    decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=dict[str, Any])
     return KVCacheConnector.build_kv_connector_stats(decoded).data
 
 
