@@ -25,7 +25,7 @@ from typing import Literal, Self
 
 from kvcache.connectors.layout.axes import Layer, Layout
 from kvcache.connectors.layout.placement import place
-from kvcache.connectors.transfer.select import Order, device_of, form, open_copier
+from kvcache.connectors.transfer.select import Order, device_of, format_id, open_copier
 from kvcache.keys import DIGEST_NBYTES, namespace
 from kvcache.process import own
 from kvcache.stack import Stack
@@ -79,8 +79,8 @@ class PagedCache:
         self.placement = place(layers, layout, **sizes)
         self.device = device_of(self.placement)
         self.order: Order = order
-        self.space = namespace(
-            {"schema": SCHEMA, "order": order, "form": form(self.placement, order)}
+        self.namespace = namespace(
+            {"schema": SCHEMA, "order": order, "form": format_id(self.placement, order)}
         )
         if self.device is not None:  # a device's memory and streams are lost in a fork
             own(self)
@@ -128,7 +128,7 @@ class Attached:
         own(self)
 
     def save(
-        self, block_ids: Sequence[int], keys: Sequence[bytes], after: bytes | None = None
+        self, block_ids: Sequence[int], keys: Sequence[bytes], parent: bytes | None = None
     ) -> Saved:
         """Keep the engine's blocks ``block_ids[i]`` under ``keys[i]``; returns when copied.
 
@@ -144,7 +144,7 @@ class Attached:
         """
         blocks = self._checked(block_ids, keys)
         own = self._own(keys)
-        lease = self._stack.reserve(own, self._own([after])[0] if after is not None else None)
+        lease = self._stack.reserve(own, self._own([parent])[0] if parent is not None else None)
         with lease:
             self._copy("store", [blocks[at] for at in lease.positions], lease.slots)
         stored = len(lease.keys)
@@ -210,11 +210,11 @@ class Attached:
             copy.wait()
             failed = False
         finally:
-            self._stack.copied(operation, time.perf_counter() - begun, failed=failed)
+            self._stack.observe_copy(operation, time.perf_counter() - begun, failed=failed)
 
     def _own(self, keys: Sequence[bytes]) -> list[bytes]:
         """The keys under which the stack knows these blocks: of this form, and no other."""
-        space = self._cache.space
+        space = self._cache.namespace
         return [blake2b(key, digest_size=DIGEST_NBYTES, key=space).digest() for key in keys]
 
     def _checked(self, block_ids: Sequence[int], keys: Sequence[bytes]) -> list[int]:

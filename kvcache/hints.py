@@ -31,13 +31,13 @@ class Hints:
     def __bool__(self) -> bool:
         return bool(self._done or self._kept)
 
-    def done(self, keys: Sequence[bytes]) -> None:
+    def mark_done(self, keys: Sequence[bytes]) -> None:
         """``keys``, a stretch of a chain, will not be used again by who says so."""
         for key in reversed(keys):
             self._kept.pop(key, None)
             self._done[key] = None
 
-    def keep(self, keys: Sequence[bytes], until: float, now: float, slots: int) -> None:
+    def protect(self, keys: Sequence[bytes], until: float, now: float, slots: int) -> None:
         """Rather have others go than ``keys``, of as many as there is room for among ``slots``."""
         kept = self._kept
         if len(kept) + len(keys) > slots // KEPT_SHARE:
@@ -73,7 +73,7 @@ class Hints:
         return self._kept.get(key, now) > now
 
     def victims(self, keep: Callable[[bytes], bool]) -> Iterator[bytes]:
-        """The keys that somebody is done with, none for which ``keep(key)``.
+        """The keys that somebody is done with, none for which ``protect(key)``.
 
         Such a key is another's too, or under a lease that will end: it is asked about again later.
         """

@@ -15,7 +15,7 @@ _ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class HostMemory:
     """A number of bytes and the file that says so."""
 
     nbytes: int
@@ -35,25 +35,25 @@ _V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 _V2 = _Files("memory.max", "memory.current", "inactive_file")
 
 
-def limit(root: Path = _ROOT) -> Memory:
+def limit(root: Path = _ROOT) -> HostMemory:
     """The memory this container may use. ``root`` is where /proc and the cgroup mounts are."""
     return _smallest(
-        [Memory(_host(root, "MemTotal:"), "MemTotal in /proc/meminfo")]
+        [HostMemory(_host(root, "MemTotal:"), "MemTotal in /proc/meminfo")]
         + [
-            Memory(most, _name(root, group / files.limit))
+            HostMemory(most, _name(root, group / files.limit))
             for group, files, most in _limited_groups(root)
         ]
     )
 
 
-def available(root: Path = _ROOT) -> Memory:
+def available(root: Path = _ROOT) -> HostMemory:
     """How much of ``limit()`` is free now, file cache that can be dropped included."""
-    free = [Memory(_host(root, "MemAvailable:"), "MemAvailable in /proc/meminfo")]
+    free = [HostMemory(_host(root, "MemAvailable:"), "MemAvailable in /proc/meminfo")]
     for group, files, most in _limited_groups(root):
         used = int(_read(group / files.usage) or 0)
         used -= _field(_read(group / "memory.stat"), files.cache)
         source = f"{_name(root, group / files.limit)} less {files.usage} without {files.cache}"
-        free.append(Memory(min(max(0, most - used), most), source))
+        free.append(HostMemory(min(max(0, most - used), most), source))
     return _smallest(free)
 
 
@@ -131,7 +131,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _smallest(answers: list[Memory]) -> Memory:
+def _smallest(answers: list[HostMemory]) -> HostMemory:
     return min(answers, key=lambda answer: answer.nbytes)
 
 

@@ -27,13 +27,13 @@ from functools import partial
 from operator import index as as_integer
 from typing import Any
 
-from kvcache.events import Changes
+from kvcache.events import BlockEvents
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
 from kvcache.guards.calls import from_signal
 from kvcache.hints import Hints
 from kvcache.keys import Keys
-from kvcache.segments import Leaving, Stretches
+from kvcache.segments import EvictionPass, Segments
 
 
 class Index:
@@ -52,11 +52,11 @@ class Index:
         clock: Callable[[], float],
         fallback: Fallback | None = None,
     ) -> None:
-        self.changes = Changes()  # told of READY blocks
+        self.changes = BlockEvents()  # told of READY blocks
         self._policy = policy
         self._fallback = fallback
         self._clock = clock
-        self._stretches = Stretches()  # of blocks that are FILLING or READY
+        self._stretches = Segments()  # of blocks that are FILLING or READY
         self.slots = 0  # open ones
         self._free: list[int] = []
         self._pins: dict[int, int] = {}  # of slots that have any
@@ -147,7 +147,7 @@ class Index:
         self._pin(slots)
         return slots
 
-    def hold(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
+    def pin_any(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin those of ``keys`` that are READY or FILLING.
 
         A FILLING block is READY and pinned when it is published; one that fails leaves an orphan.
@@ -188,7 +188,7 @@ class Index:
                 orphans.remove(slot)
                 self._free.append(slot)
 
-    def reserve(self, keys: Sequence[bytes], after: bytes | None) -> tuple[list[int], list[int]]:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None) -> tuple[list[int], list[int]]:
         """Make absent ``keys`` FILLING, the leading ones when there is no room for all.
 
         Returns:
@@ -201,7 +201,7 @@ class Index:
             firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
             absent = sorted(at for key, at in firsts.items() if key not in of)
         if len(free) < len(absent):
-            absent = self._make_room(keys, after, absent)
+            absent = self._make_room(keys, parent, absent)
         if not absent:
             return [], []
         count = len(absent)
@@ -212,16 +212,16 @@ class Index:
             first, end = absent[done], count
             if absent[-1] - first >= end - done:  # some of those between are not absent
                 end = next(at for at in range(done, end) if absent[at] - first > at - done)
-            before = keys[first - 1] if first else after
+            before = keys[first - 1] if first else parent
             self._stretches.put(keys[first : first + end - done], slots[done:end], before)
             done = end
         return list(absent), list(slots)
 
-    def _make_room(self, keys: Keys, after: bytes | None, absent: Sequence[int]) -> Sequence[int]:
+    def _make_room(self, keys: Keys, parent: bytes | None, absent: Sequence[int]) -> Sequence[int]:
         """Evict for ``absent`` ones of ``keys``; give those of them that can have a slot."""
         stretches, of, asked = self._stretches, self._stretches.of, len(absent)
         first = absent[0]
-        parent = keys[first - 1] if first else after
+        parent = keys[first - 1] if first else parent
         admitted = asked
         if self.declines:
             new = keys if asked == len(keys) else tuple(keys[at] for at in absent)
@@ -244,16 +244,16 @@ class Index:
         self.declined_blocks += asked - room
         return absent[:room]
 
-    def _admit(self, new: Keys, after: bytes | None) -> int:
+    def _admit(self, new: Keys, parent: bytes | None) -> int:
         """How many of the leading ``new`` blocks the policy finds worth a slot."""
         policy: Any = self._policy  # of which the answer may have any type
         try:
-            return max(0, min(len(new), as_integer(policy.admit(new, after, self._clock()))))
+            return max(0, min(len(new), as_integer(policy.admit(new, parent, self._clock()))))
         except BaseException as error:  # noqa: BLE001
             self._replace_policy(error)
             return len(new)
 
-    def _offer(self, leaving: Leaving) -> None:
+    def _offer(self, leaving: EvictionPass) -> None:
         """Have the policy offer blocks until as many have left as are to, or no more can."""
         try:
             self._policy.evict(leaving.need, leaving.take)
@@ -264,8 +264,8 @@ class Index:
     def _add(self, chains: Iterable[tuple[Keys, bytes | None]], now: float) -> None:
         """Tell the policy of blocks that are READY."""
         try:
-            for keys, after in chains:
-                self._policy.add(keys, after, now)
+            for keys, parent in chains:
+                self._policy.add(keys, parent, now)
         except BaseException as error:  # noqa: BLE001
             self._replace_policy(error)
 
@@ -283,14 +283,14 @@ class Index:
         """
         if self._fallback is None:
             raise error
-        held = [(each.keys, each.after) for each in self._stretches.at.values() if each.ready]
+        held = [(each.keys, each.parent) for each in self._stretches.at.values() if each.ready]
         self._policy = self._fallback(self._policy, error, self.slots, held, self._clock())
         if from_signal(error):
             raise error
 
     def _evict(self, need: int) -> None:
         """Have so many blocks go, if so many can."""
-        leaving = Leaving(self._stretches, self._pins, need)
+        leaving = EvictionPass(self._stretches, self._pins, need)
         hints, take = self.hints, leaving.take
         try:
             if self._hinted:
@@ -313,19 +313,19 @@ class Index:
                 hints.left(gone)
                 self._hinted = bool(hints)
             self.evicted_blocks += len(gone)
-            self.changes.left(gone)
+            self.changes.removed(gone)
 
-    def done(self, keys: Sequence[bytes]) -> None:
+    def mark_done(self, keys: Sequence[bytes]) -> None:
         """Have those of ``keys`` that are held go before all others."""
         self._hinted = True
-        self.hints.done([key for key in keys if key in self._stretches.of])
+        self.hints.mark_done([key for key in keys if key in self._stretches.of])
 
-    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+    def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         """Have others go before those of ``keys`` that are held, for so long."""
         held = [key for key in keys if key in self._stretches.of]
         now = self._clock()
         self._hinted = True
-        self.hints.keep(held, now + seconds, now, self.slots)
+        self.hints.protect(held, now + seconds, now, self.slots)
 
     def publish(self, slots: Sequence[int], failed: Collection[bytes] = ()) -> None:
         """Make FILLING slots READY, in the order of their reserve, but for those of ``failed``."""
@@ -344,7 +344,7 @@ class Index:
         chains = self._stretches.publish(lent)
         for keys, _ in chains:
             self.stored_blocks += len(keys)
-            self.changes.came(keys)
+            self.changes.stored(keys)
         self._add(chains, self._clock())
 
     def drop(self, keys: Collection[bytes]) -> None:
@@ -352,7 +352,7 @@ class Index:
         present = [key for key in dict.fromkeys(keys) if key in self]
         self._forget(present)
         self.dropped_blocks += len(present)
-        self.changes.left(present)
+        self.changes.removed(present)
         self._remove(present)
 
     def clear(self) -> None:

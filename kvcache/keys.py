@@ -90,26 +90,26 @@ def block_keys(
     return keys
 
 
-def join(space: bytes, key: bytes) -> bytes:
+def join(namespace: bytes, key: bytes) -> bytes:
     """What a block is called outside its stack: the namespace digest, then the key."""
-    return space + key
+    return namespace + key
 
 
-def renamed(space: bytes, reset: bytes) -> bytes:
-    """What ``space`` is called after a ``reset``, which is random bytes; itself if there was none.
+def renamed(namespace: bytes, reset: bytes) -> bytes:
+    """Return the name of ``namespace`` after a ``reset`` (random bytes); itself without a reset.
 
-    As long as ``space``, or 32 bytes where that is empty.
+    As long as ``namespace``, or 32 bytes where that is empty.
     """
     if not reset:
-        return space
-    nbytes = len(space) or DIGEST_NBYTES
-    return blake2b(space + reset, digest_size=nbytes, person=b"kvcache.reset").digest()
+        return namespace
+    nbytes = len(namespace) or DIGEST_NBYTES
+    return blake2b(namespace + reset, digest_size=nbytes, person=b"kvcache.reset").digest()
 
 
 Keys = tuple[bytes, ...]
 
 
-def alike(ours: Keys, first: int, theirs: Keys, at: int) -> int:
+def common_prefix_len(ours: Keys, first: int, theirs: Keys, at: int) -> int:
     """How many keys ``ours`` from ``first`` and ``theirs`` from ``at`` begin with alike."""
     most = min(len(ours) - first, len(theirs) - at)
     ours, theirs = ours[first : first + most], theirs[at : at + most]

@@ -161,7 +161,7 @@ def _lower(tier: LowerStats) -> Numbers:
         REJECTIONS: usage.rejected_blocks,
         ERRORS: {"": tier.errors},
         QUEUE: {"": tier.queued_nbytes},
-        WITHHELD: {"": tier.once_blocks},
+        WITHHELD: {"": tier.withheld_blocks},
         BREAKER: {"": int(tier.breaker_open)},
         **{metric: {"": number} for metric, number in own.items() if number is not None},
     }

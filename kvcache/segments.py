@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
-from kvcache.keys import Keys, alike
+from kvcache.keys import Keys, common_prefix_len
 
 _MOST = 256  # so that finding one of them is quick
 # So many blocks join the stretch that they continue: an answer comes a block at a time, and every
@@ -37,7 +37,7 @@ _FEW = 8
 Slots = tuple[int, ...]
 
 
-class Stretch:
+class Segment:
     """Consecutive blocks of one chain.
 
     Attributes:
@@ -47,58 +47,58 @@ class Stretch:
         ready: they can be found: they are not being filled.
     """
 
-    __slots__ = ("after", "keys", "ready", "slots")
+    __slots__ = ("keys", "parent", "ready", "slots")
 
-    def __init__(self, keys: Keys, slots: Slots, after: bytes | None) -> None:
+    def __init__(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
         self.keys = keys
         self.slots = slots
-        self.after = after
+        self.parent = parent
         self.ready = False
 
     def part(self, keys: Keys, at: int) -> Slots:
         """The slots of the blocks that ``keys`` have from ``at`` on, of which the first is here."""
         ours = self.keys
         first = 0 if ours[0] == keys[at] else ours.index(keys[at])
-        return self.slots[first : first + alike(ours, first, keys, at)]
+        return self.slots[first : first + common_prefix_len(ours, first, keys, at)]
 
 
-class Stretches:
+class Segments:
     """In which stretch the block of each key is, and what continues it."""
 
     def __init__(self) -> None:
         self.of: dict[bytes, int] = {}  # the first slot of the stretch that a key is in
-        self.at: dict[int, Stretch] = {}  # the stretch that begins in a slot
+        self.at: dict[int, Segment] = {}  # the stretch that begins in a slot
         self.begun: dict[bytes, int] = {}  # stretches that begin after a key, be it here or not
         self.filling: set[int] = set()  # where those begin that are not ready
 
-    def find(self, key: bytes) -> Stretch | None:
+    def find(self, key: bytes) -> Segment | None:
         """The stretch that a key is in."""
         return self.at.get(self.of.get(key, -1))
 
-    def put(self, keys: Keys, slots: Slots, after: bytes | None) -> None:
-        """Blocks come that continue ``after``, and are being filled."""
+    def put(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
+        """Blocks come that continue ``parent``, and are being filled."""
         of = self.of
         for begin in range(0, len(keys), _MOST):
             some, lent = keys[begin : begin + _MOST], slots[begin : begin + _MOST]
             first = lent[0]
             for key in some:
                 of[key] = first
-            self.at[first] = Stretch(some, lent, after)
+            self.at[first] = Segment(some, lent, parent)
             self.filling.add(first)
-            if after is not None:
-                self.begin(after)
-            after = some[-1]
+            if parent is not None:
+                self.begin(parent)
+            parent = some[-1]
 
-    def begin(self, after: bytes) -> None:
+    def begin(self, parent: bytes) -> None:
         """One more stretch begins after this key."""
-        self.begun[after] = self.begun.get(after, 0) + 1
+        self.begun[parent] = self.begun.get(parent, 0) + 1
 
-    def end(self, after: bytes) -> None:
+    def end(self, parent: bytes) -> None:
         """One less does."""
-        if (left := self.begun[after] - 1) > 0:
-            self.begun[after] = left
+        if (left := self.begun[parent] - 1) > 0:
+            self.begun[parent] = left
         else:
-            del self.begun[after]
+            del self.begun[parent]
 
     def publish(self, slots: Slots) -> list[tuple[Keys, bytes | None]]:
         """Make what is in ``slots`` ready, in this order.
@@ -123,23 +123,23 @@ class Stretches:
             done = end
             stretch.ready = True
             filling.remove(slot)
-            keys, after = stretch.keys, stretch.after
+            keys, parent = stretch.keys, stretch.parent
             if len(keys) <= _FEW:
                 self._join(stretch)
-            if chains and chains[-1][0][-1][-1] == after:
+            if chains and chains[-1][0][-1][-1] == parent:
                 chains[-1][0].append(keys)
             else:
-                chains.append(([keys], after))
+                chains.append(([keys], parent))
         return [
-            (parts[0] if len(parts) == 1 else tuple(chain.from_iterable(parts)), after)
-            for parts, after in chains
+            (parts[0] if len(parts) == 1 else tuple(chain.from_iterable(parts)), parent)
+            for parts, parent in chains
         ]
 
-    def _join(self, stretch: Stretch) -> None:
+    def _join(self, stretch: Segment) -> None:
         """Make a stretch the end of the one that it continues, if it does."""
-        after, of = stretch.after, self.of
-        before = self.find(after) if after is not None else None
-        if after is None or before is None or not before.ready or before.keys[-1] != after:
+        parent, of = stretch.parent, self.of
+        before = self.find(parent) if parent is not None else None
+        if parent is None or before is None or not before.ready or before.keys[-1] != parent:
             return
         if len(before.keys) + len(stretch.keys) <= _MOST:
             del self.at[stretch.slots[0]]
@@ -148,9 +148,9 @@ class Stretches:
             first = before.slots[0]
             for key in stretch.keys:
                 of[key] = first
-            self.end(after)
+            self.end(parent)
 
-    def shorten(self, stretch: Stretch, keys: Keys) -> None:
+    def shorten(self, stretch: Segment, keys: Keys) -> None:
         """``keys``, the last ones of a stretch, leave."""
         of = self.of
         for key in keys:
@@ -161,8 +161,8 @@ class Stretches:
         first = stretch.slots[0]
         del self.at[first]
         self.filling.discard(first)
-        if stretch.after is not None:
-            self.end(stretch.after)
+        if stretch.parent is not None:
+            self.end(stretch.parent)
 
     def remove(self, key: bytes) -> int:
         """A block leaves, whatever continues it; give its slot."""
@@ -173,7 +173,7 @@ class Stretches:
         self.shorten(stretch, (key,))
         return slot
 
-    def _cut(self, stretch: Stretch, at: int) -> Stretch:
+    def _cut(self, stretch: Segment, at: int) -> Segment:
         """Make what is behind the first ``at`` blocks a stretch of its own, and give that."""
         keys, slots = stretch.keys[at:], stretch.slots[at:]
         stretch.keys, stretch.slots = stretch.keys[:at], stretch.slots[:at]
@@ -208,15 +208,15 @@ class Stretches:
             assert all(self.of[key] == first for key in stretch.keys), "a block is elsewhere"
             assert first == stretch.slots[0], "a stretch is elsewhere"
             assert 0 < len(stretch.keys) == len(stretch.slots) <= _MOST, "a stretch has no slots"
-            if stretch.after is not None:
-                begun[stretch.after] = begun.get(stretch.after, 0) + 1
+            if stretch.parent is not None:
+                begun[stretch.parent] = begun.get(stretch.parent, 0) + 1
         filling = {first for first, stretch in self.at.items() if not stretch.ready}
         assert filling == self.filling, "what is being filled is miscounted"
         assert sum(len(stretch.keys) for stretch in stretches) == len(self.of), "a block is twice"
         assert begun == self.begun, "what has begun is miscounted"
 
 
-class Leaving:
+class EvictionPass:
     """Blocks that leave, and how many more are to.
 
     Args:
@@ -232,7 +232,7 @@ class Leaving:
 
     __slots__ = ("_pins", "_stretches", "kept", "keys", "need", "slots")
 
-    def __init__(self, stretches: Stretches, pins: Mapping[int, int], need: int) -> None:
+    def __init__(self, stretches: Segments, pins: Mapping[int, int], need: int) -> None:
         self._stretches = stretches
         self._pins = pins
         self.need = need
@@ -268,7 +268,7 @@ class Leaving:
         self.need = need
         return len(offered) - end
 
-    def _loose(self, stretch: Stretch, offered: Sequence[bytes]) -> int:
+    def _loose(self, stretch: Segment, offered: Sequence[bytes]) -> int:
         """How many of the last blocks of both, a block at a time."""
         begun, count = self._stretches.begun, 0
         if not stretch.ready:

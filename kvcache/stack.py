@@ -26,10 +26,10 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from kvcache import metrics, telemetry
-from kvcache.events import Journal
+from kvcache.events import BlockEventLog
 from kvcache.guards.front_tier import checked
-from kvcache.lower.promotion import Below, Match
-from kvcache.lower.tier import Lower
+from kvcache.lower.promotion import LowerTiers, Match
+from kvcache.lower.tier import LowerTier
 from kvcache.process import own
 from kvcache.replay.recorder import SILENT, Recorder, careful
 from kvcache.stats import StackStats, TierName
@@ -49,13 +49,13 @@ class Stack:
         name: of the front tier, in the profile.
         kind: what the profile calls the front tier's class.
         clock: seconds.
-        recorder: is told of every ``match``; who asks by ``fetch_here`` tells it itself.
+        recorder: is told of every ``match``; who asks by ``fetch_local`` tells it itself.
     """
 
     def __init__(
         self,
         front: FrontTier,
-        lower: Sequence[Lower] = (),
+        lower: Sequence[LowerTier] = (),
         *,
         profile: str,
         block_tokens: int = 0,
@@ -66,7 +66,7 @@ class Stack:
     ) -> None:
         self.front = checked(front)
         if lower:
-            self.front.feeds()
+            self.front.disable_admission()
         self.recorder = careful(recorder)
         self.profile = profile
         self._block_tokens = block_tokens
@@ -75,7 +75,7 @@ class Stack:
         self._clock = clock
         self._lock = threading.Lock()
         self._loaded_blocks = 0
-        self._below = Below(self.front, lower, clock)
+        self._below = LowerTiers(self.front, lower, clock)
         metrics.watch(self)
         own(self)
 
@@ -95,17 +95,17 @@ class Stack:
             context: the caller's trace; ``None`` is the current one.
         """
         self.recorder.record(keys)
-        span, match = self._look_here(keys, start, context)
+        span, match = self._find_local(keys, start, context)
         if start + match.blocks == len(keys) or not self._below.awake:
             self._looked(span, match)
             return _done(match)
 
-        def look() -> Match:
-            found = self._below.look(match, span)
+        def find() -> Match:
+            found = self._below.find(match, span)
             self._looked(span, found)
             return found
 
-        return self._below.submit(look)
+        return self._below.submit(find)
 
     def fetch(self, match: Match, *, context: Context | None = None) -> Future[Lease]:
         """Bring the blocks of ``match`` into L1 and pin them until the lease ends."""
@@ -129,19 +129,19 @@ class Stack:
             return _done(lent(self.front.pin(match.held)))
 
         def bring() -> Lease:
-            return lent(self._below.bring_up(match, span))
+            return lent(self._below.promote(match, span))
 
         return self._below.submit(bring)
 
-    def fetch_here(
+    def fetch_local(
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
     ) -> Lease:
         """Match and fetch at once what L1 has by itself of ``keys[start:]``; waits for nobody."""
-        span, match = self._look_here(keys, start, context)
+        span, match = self._find_local(keys, start, context)
         self._looked(span, match)
         return self.fetch(match, context=context).result()
 
-    def _look_here(
+    def _find_local(
         self, keys: Sequence[bytes], start: int, context: Context | None
     ) -> tuple[Span, Match]:
         """Look in L1; the span of the look-up goes on."""
@@ -169,9 +169,9 @@ class Stack:
         span = begin()
 
         def bring() -> Match:
-            found = self._below.look(match, span)
+            found = self._below.find(match, span)
             if any(found.sources):
-                lease = self._below.bring_up(found, span)
+                lease = self._below.promote(found, span)
                 lease.end()
                 found = replace(found, blocks=len(lease))
             self._looked(span, found)
@@ -179,7 +179,7 @@ class Stack:
 
         return self._below.submit(bring)
 
-    def computed(self, blocks: float, seconds: float, depth: float | None = None) -> None:
+    def observe_compute(self, blocks: float, seconds: float, depth: float | None = None) -> None:
         """Tell that an engine has computed the KV of ``blocks`` in one step that took so long.
 
         What would take longer to bring up from lower tiers than to compute is not brought up.
@@ -192,9 +192,9 @@ class Stack:
                 first block.
         """
         if blocks > 0:
-            self._below.computing.told(blocks, seconds, depth)
+            self._below.computing.observe(blocks, seconds, depth)
 
-    def copied(
+    def observe_copy(
         self, operation: Literal["load", "store"], seconds: float, *, failed: bool = False
     ) -> None:
         """Tell that an engine's copy out of leased slots, or into them, took so long."""
@@ -203,7 +203,7 @@ class Stack:
     def reserve(
         self,
         keys: Sequence[bytes],
-        after: bytes | None = None,
+        parent: bytes | None = None,
         *,
         context: Context | None = None,
     ) -> Lease:
@@ -214,19 +214,19 @@ class Stack:
             after: the key of the block that ``keys[0]`` continues; ``None`` for a chain's first.
             context: the caller's trace; ``None`` is the current one.
         """
-        spaces = [lower.space for lower in self._below.lower]  # before a clear may come between
-        lease = self.front.reserve(keys, after)
+        spaces = [lower.namespace for lower in self._below.lower]  # before a clear may come between
+        lease = self.front.reserve(keys, parent)
         if not lease.keys:
             return lease
         span = telemetry.start(telemetry.STORE, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             if spaces:
-                before = [keys[at - 1] if at else after for at in lease.positions]
+                before = [keys[at - 1] if at else parent for at in lease.positions]
                 pairs = zip(lease.keys, before, strict=True)
                 stored = {key: parent for key, parent in pairs if key not in failed}
-                for lower, space in zip(self._below.lower, spaces, strict=True):
-                    lower.writes.stored(stored, space, span)
+                for lower, namespace in zip(self._below.lower, spaces, strict=True):
+                    lower.writes.stored(stored, namespace, span)
             self._ended(span, telemetry.STORED, len(keys), lease, failed)
 
         lease.span = span
@@ -261,9 +261,9 @@ class Stack:
         if done and (keep or soon):
             raise ValueError("done is true, and so is keep or soon; it is one or the other")
         if done:
-            self.front.done(keys)
+            self.front.mark_done(keys)
         if keep:
-            self.front.keep(keys, keep)
+            self.front.protect(keys, keep)
         if soon:
             self.front.access(keys)
             self._prefetch(keys, lambda: telemetry.after(context, telemetry.PREFETCH))
@@ -294,26 +294,26 @@ class Stack:
             self.profile,
             (self.front.stats(),),
             tuple(tier.stats() for tier in lower),
-            (self._named, *(tier.link.named for tier in lower)),
+            (self._named, *(tier.channel.named for tier in lower)),
             self._loaded_blocks,
         )
 
     def take_durations(self) -> list[metrics.Duration]:
         """How long calls to tiers took, those since this was called last: the last thousand."""
-        timers = [self._timer, *(lower.link.health.timer for lower in self._below.lower)]
+        timers = [self._timer, *(lower.channel.health.timer for lower in self._below.lower)]
         return [duration for timer in timers for duration in timer.take()]
 
-    def record(self) -> list[tuple[TierName, Journal]]:
+    def subscribe_events(self) -> list[tuple[TierName, BlockEventLog]]:
         """Have it written down from now on what comes to every tier and leaves it, L1 first.
 
         What lower tiers do by themselves shows when they are asked the next time. A journal grows
         until it is taken.
         """
-        journals = [(self._named, Journal())]
-        self.front.tell(journals[0][1])
+        journals = [(self._named, BlockEventLog())]
+        self.front.subscribe(journals[0][1])
         for lower in self._below.lower:
-            journals.append((lower.link.named, Journal()))
-            lower.link.changes = journals[-1][1]
+            journals.append((lower.channel.named, BlockEventLog()))
+            lower.channel.changes = journals[-1][1]
         return journals
 
     def close(self, flush_s: float = 5.0) -> None:

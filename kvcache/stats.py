@@ -31,7 +31,7 @@ class LowerStats:
     known_blocks: int  # not written, since the tier holds them
     declined_blocks: int  # offered, and not taken
     dropped_blocks: int  # never offered: the queue was full, or the breaker open
-    once_blocks: int  # not offered so far, since they were not used again
+    withheld_blocks: int  # not offered so far, since they were not used again
     queued_nbytes: int
     errors: int  # calls that failed or came late
     breaker_open: bool  # not asked, since calls failed in a row

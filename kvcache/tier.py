@@ -22,7 +22,7 @@ from typing import Self
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import process
-from kvcache.events import Changes
+from kvcache.events import BlockEvents
 from kvcache.slab import Slab
 
 
@@ -59,7 +59,7 @@ class Tier(ABC):
 
     @abstractmethod
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         """Keep a copy of each block; ``False`` where it declined. A held key stays as it is.
 
@@ -78,25 +78,26 @@ class Tier(ABC):
     def close(self) -> None:
         """Give back what the tier holds of the machine. Closing twice is allowed."""
 
-    def resolve(self, space: bytes, about: str) -> bytes:
-        """Return what ``space``, with which keys begin, is called in this tier.
+    def resolve(self, namespace: bytes, about: str) -> bytes:
+        """Return what ``namespace``, with which keys begin, is called in this tier.
 
-        A stack asks once, before the first key of a namespace. By default it is ``space`` itself.
+        A stack asks once, before the first key of a namespace. The default is ``namespace``.
         After :meth:`forget` a later opening must return another name, always the same one, as long
-        as ``space``, or of 32 bytes where that is empty.
+        as ``namespace``, or of 32 bytes where that is empty.
 
         Args:
             space: a namespace.
             about: a JSON object that says for people what the namespace is, or nothing. A tier that
                 can keep it does, under the returned name; failing to do so is no error.
         """
-        return space
+        return namespace
 
-    def forget(self, space: bytes) -> None:
-        """Have no later opening find what was stored under ``space``.
+    def forget(self, namespace: bytes) -> None:
+        """Have no later opening find what was stored under ``namespace``.
 
         It holds when this returns, however the process ends, and also for blocks that this opening
-        stores late. What this opening finds does not matter: its stack asks for ``space`` no more.
+        stores late. What this opening finds does not matter: its stack no longer asks for
+        ``namespace``.
 
         Raises:
             NotImplementedError: by default; blocks of before may then be found after a restart.
@@ -252,7 +253,7 @@ class FrontTier(Tier):
         """
 
     @abstractmethod
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         """Lend slots for those of ``keys`` that are neither held nor being filled.
 
         Args:
@@ -269,28 +270,28 @@ class FrontTier(Tier):
         """Lend the leading blocks of ``keys`` that are held, for reading, up to the first hole."""
 
     @abstractmethod
-    def hold(self, keys: Sequence[bytes]) -> Lease:
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
         """Pin those of ``keys`` that are held or being filled, wherever among ``keys`` they are.
 
         What is being filled may be read when the lease that fills it has ended well.
         """
 
-    def feeds(self) -> None:
+    def disable_admission(self) -> None:
         """Tell the tier that others below it get what it takes, and nothing else.
 
         From then on it declines no block that it can make room for, whatever it is worth here.
         """
 
     @abstractmethod
-    def done(self, keys: Sequence[bytes]) -> None:
+    def mark_done(self, keys: Sequence[bytes]) -> None:
         """``keys``, a stretch of a chain, will not be used again: have them go first.
 
         What others use, or continue, stays. It orders evictions and promises nothing, as does
-        :meth:`keep`.
+        :meth:`protect`.
         """
 
     @abstractmethod
-    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+    def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         """Have others go before ``keys``, for so long; of as many as the tier allows."""
 
     @abstractmethod
@@ -298,7 +299,7 @@ class FrontTier(Tier):
         """Forget every block. Slots under lease come back when their lease ends."""
 
     @abstractmethod
-    def tell(self, changes: Changes) -> None:
+    def subscribe(self, changes: BlockEvents) -> None:
         """Tell ``changes`` from now on which blocks come to be held, and which no longer are."""
 
     @abstractmethod

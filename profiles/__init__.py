@@ -18,7 +18,7 @@ from typing import Any
 from kvcache import host_memory
 from kvcache.guards import calls
 from kvcache.keys import described
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.load import Profile, load_profile
 from kvcache.profiles.source import shipped
@@ -39,7 +39,7 @@ def open_stack(
     profile: str | None = None,
     *,
     block_nbytes: int,
-    space: bytes = b"",
+    namespace: bytes = b"",
     element_nbytes: int = 2,
     block_tokens: int = 0,
     ranks: int = 1,
@@ -50,7 +50,7 @@ def open_stack(
 
     ``profile`` is a shipped name or a path to a TOML file. ``block_nbytes`` is the bytes of a block
     of all ``ranks``, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known,
-    for spans. ``space`` is the namespace under which blocks leave this process
+    for spans. ``namespace`` is the namespace under which blocks leave this process
     (``kvcache.namespace``): whoever has the same may find them; ``identity`` are the fields it is
     the digest of, which ``kvcache inspect`` shows. ``replica`` says which of the engines this is
     that one command has started on this host: they divide shares of memory, and a disk.
@@ -89,17 +89,17 @@ def open_stack(
                     **row.options_for(Framed),
                 )
                 lower.append(
-                    each := Lower(
+                    each := LowerTier(
                         framed,
                         name=row.name,
                         kind=row.kind,
                         front=front,
-                        space=space,
+                        namespace=namespace,
                         about=described(identity or {}),
-                        **row.options_for(Lower),
+                        **row.options_for(LowerTier),
                     )
                 )
-            opened.callback(each.link.stop)  # where one of the next fails
+            opened.callback(each.channel.stop)  # where one of the next fails
         try:
             records = opened.enter_context(closing(recorder.opened(block_tokens)))
         except ValueError as error:

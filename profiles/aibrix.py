@@ -158,7 +158,7 @@ VARIABLES: dict[str, Taken | NoEffect] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class MigrationReport:
     """What became of the variables that were set. Each is a sentence, or part of one."""
 
     taken: tuple[str, ...] = ()
@@ -183,7 +183,7 @@ class Theirs:
     problems: tuple[str, ...]
     off: str = ""  # the variable that says to have no L1, and what it was given
 
-    def report(self, rows: Sequence[Row]) -> tuple[Report | None, list[str]]:
+    def report(self, rows: Sequence[Row]) -> tuple[MigrationReport | None, list[str]]:
         """What became of it with these tiers, and what is refused with them.
 
         The report is None if the environment has nothing of theirs.
@@ -220,7 +220,9 @@ class Theirs:
                 no_effect.append((name, f"no {tiers} has the option {wish.option}"))
         if not (taken or overruled or no_effect):
             return None, refused
-        return Report(tuple(taken), tuple(overruled), tuple(_by_reason(no_effect))), refused
+        return MigrationReport(
+            tuple(taken), tuple(overruled), tuple(_by_reason(no_effect))
+        ), refused
 
     @property
     def places(self) -> set[str]:

@@ -31,7 +31,7 @@ class Profile:
     path: Path
     tiers: tuple[Row, ...]
     bases: tuple[Path, ...] = ()
-    theirs: aibrix.Report | None = None
+    theirs: aibrix.MigrationReport | None = None
     unknown: tuple[str, ...] = ()
 
 

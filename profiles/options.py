@@ -23,8 +23,8 @@ GIVEN_BY_THE_STACK = (
     "front",
     "kind",
     "name",
+    "namespace",
     "replica",
-    "space",
 )
 """Keyword arguments that are not options, because a profile cannot know them."""
 

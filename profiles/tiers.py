@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.guards.calls import described, from_signal
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest, show, show_option
 from kvcache.profiles.options import Option, converted, from_text, options_of, takes
@@ -35,7 +35,7 @@ _FIXED = ("name", "kind")
 VARIABLE = "environment variable"
 """How the place of a value begins that a variable gave."""
 
-AROUND = (Framed, Lower)
+AROUND = (Framed, LowerTier)
 """What the stack puts around a tier below the first; their options are set in the tier's row."""
 
 

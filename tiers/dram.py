@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from kvcache.events import Changes
+from kvcache.events import BlockEvents
 from kvcache.eviction import DEFAULT, Eviction, fallback, policy_option
 from kvcache.guards.front_tier import ours
 from kvcache.index import Index
@@ -86,7 +86,7 @@ class DramTier(FrontTier):
         return written
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         for block in blocks:
             if len(block) != self.block_nbytes:
@@ -95,11 +95,11 @@ class DramTier(FrontTier):
                 )
         stored: list[bool] = []
         for key, block in zip(keys, blocks, strict=True):
-            with self.reserve([key], after) as lease:
+            with self.reserve([key], parent) as lease:
                 for view in lease.views:
                     view[:] = block
             stored.append(bool(lease.keys) or self.contains([key])[0])
-            after = key
+            parent = key
         return stored
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -115,10 +115,10 @@ class DramTier(FrontTier):
         with self._lock:
             return self._index.access(chain, start)
 
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         with self._lock:
             before = self._index.evicted_blocks
-            positions, slots = self._index.reserve(keys, after)
+            positions, slots = self._index.reserve(keys, parent)
             evicted = self._index.evicted_blocks - before
         held = [keys[at] for at in positions]
         lease = Lease(held, slots, positions, self._view, self._publish)
@@ -130,9 +130,9 @@ class DramTier(FrontTier):
             slots = self._index.pin(keys)
         return Lease(keys[: len(slots)], slots, range(len(slots)), self._view, self._release)
 
-    def hold(self, keys: Sequence[bytes]) -> Lease:
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
         with self._lock:
-            positions, slots = self._index.hold(keys)
+            positions, slots = self._index.pin_any(keys)
         return Lease([keys[at] for at in positions], slots, positions, self._view, self._release)
 
     def _view(self, slot: int) -> memoryview:
@@ -148,15 +148,15 @@ class DramTier(FrontTier):
                 self._index.drop(failed)
             self._index.unpin(lease.slots)
 
-    def done(self, keys: Sequence[bytes]) -> None:
+    def mark_done(self, keys: Sequence[bytes]) -> None:
         with self._lock:
-            self._index.done(keys)
+            self._index.mark_done(keys)
 
-    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+    def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         with self._lock:
-            self._index.keep(keys, seconds)
+            self._index.protect(keys, seconds)
 
-    def feeds(self) -> None:
+    def disable_admission(self) -> None:
         with self._lock:
             self._index.declines = False
 
@@ -164,7 +164,7 @@ class DramTier(FrontTier):
         with self._lock:
             self._index.clear()
 
-    def tell(self, changes: Changes) -> None:
+    def subscribe(self, changes: BlockEvents) -> None:
         with self._lock:
             self._index.changes = changes
 

@@ -62,7 +62,7 @@ def canonical_form(placement: Placement) -> list[str]:
     return [f"canonical: {placement.parts[0].tensor.dtype} {sizes}"]
 
 
-class Turn(NamedTuple):
+class Transpose(NamedTuple):
     """A run that is a matrix of cells on both sides: what is a row in the engine's is a column.
 
     Attributes:
@@ -87,7 +87,7 @@ class _Axis(NamedTuple):
     slot: int
 
 
-class Runs(NamedTuple):
+class CanonicalRuns(NamedTuple):
     """What a block is copied by into canonical order.
 
     Attributes:
@@ -98,10 +98,10 @@ class Runs(NamedTuple):
 
     pages: list[Pages]
     begins: list[int]
-    turns: list[Turn]
+    turns: list[Transpose]
 
 
-def canonical_runs(placement: Placement, *, turned: bool) -> Runs:
+def canonical_runs(placement: Placement, *, turned: bool) -> CanonicalRuns:
     """How blocks come into canonical order.
 
     Args:
@@ -116,7 +116,7 @@ def canonical_runs(placement: Placement, *, turned: bool) -> Runs:
     turned = turned and any(
         len(axes) > 1 and (cell % LINE or _count(axes) > MOST_RUNS) for _, cell, axes in found
     )
-    runs = Runs([], [], [])
+    runs = CanonicalRuns([], [], [])
     for part, (first, cell, inside) in zip(placement.parts, found, strict=True):
         axes = inside
         if turned:
@@ -162,7 +162,7 @@ def _on_both_sides(part: Part, sizes: dict[str, int]) -> tuple[int, int, list[_A
     return first, axes[0].size * element, axes[1:]
 
 
-def _turned(cell: int, axes: list[_Axis]) -> tuple[Turn, list[_Axis]]:
+def _turned(cell: int, axes: list[_Axis]) -> tuple[Transpose, list[_Axis]]:
     """The matrix whose rows are as long as can be on both sides, and the axes of such ones."""
     rows, *others = axes or [_Axis(1, cell, cell)]
     columns = min(others, key=lambda axis: axis.engine, default=_Axis(1, cell, cell))
@@ -172,7 +172,7 @@ def _turned(cell: int, axes: list[_Axis]) -> tuple[Turn, list[_Axis]]:
         high, wide = (_part(high), wide) if high >= wide else (high, _part(wide))
     for axis, size in ((rows, high), (columns, wide)):
         rest.append(_Axis(axis.size // size, axis.engine * size, axis.slot * size))
-    return Turn(cell, high, wide, rows.engine, columns.engine, rows.slot, columns.slot), rest
+    return Transpose(cell, high, wide, rows.engine, columns.engine, rows.slot, columns.slot), rest
 
 
 def _part(size: int) -> int:

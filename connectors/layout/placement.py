@@ -4,7 +4,7 @@ Always true here:
 
 * The pages of a block are all its bytes, each once, in the order that they have in memory: layer
   after layer, tensor after tensor, axis by axis, the one with the widest stride first.
-* ``form`` says what that order means. Of two caches with equal forms, one's bytes are the other's.
+* ``format_id`` names the meaning of that order: caches of equal ``format_id`` can share bytes.
 * No two elements of a tensor share an address; where that cannot be said, it is refused.
 """
 
@@ -74,7 +74,7 @@ class Part:
         return sorted(wide, key=lambda axis: axis.stride, reverse=True)
 
     @property
-    def form(self) -> str:
+    def format_id(self) -> str:
         """What the bytes of a block are, in their order."""
         axes = " ".join(f"{axis.name}:{axis.size}" for axis in self.in_memory)
         return f"{self.tensor.dtype} {axes}"
@@ -122,9 +122,9 @@ class Placement:
         return max(part.tensor.element_size() for part in self.parts)
 
     @property
-    def form(self) -> list[str]:
+    def format_id(self) -> list[str]:
         """What the bytes of a block are, in their order; part of what sets blocks apart."""
-        return [f"layer {part.layer}: {part.form}" for part in self.parts]
+        return [f"layer {part.layer}: {part.format_id}" for part in self.parts]
 
     def pages(self) -> list[Pages]:
         """The runs of a block, in the order that its bytes have outside the engine."""

@@ -30,8 +30,8 @@ from kvcache.connectors.transfer.base import Integers
 
 log = logging.getLogger(__name__)
 
-Way = Literal["load", "store"]
-WAYS: tuple[Way, ...] = ("load", "store")
+Direction = Literal["load", "store"]
+DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 
 SIZES = tuple(4096 << doubled for doubled in range(7))  # of runs, 4 to 256 KiB, that are tried
 FEW = 32  # runs: copies of fewer are not tried
@@ -41,7 +41,7 @@ _CLEARLY = 1.2
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class CopyBatch:
     """What is to be copied: `nbytes[i]` bytes from the address `sources[i]` to `targets[i]`.
 
     `way` is known where all the host's side is pinned, and the device has it at these addresses.
@@ -50,7 +50,7 @@ class Runs:
     targets: Integers
     sources: Integers
     nbytes: Integers
-    way: Way | None
+    way: Direction | None
 
     def __len__(self) -> int:
         return len(self.nbytes)
@@ -63,10 +63,10 @@ class Mechanism(Protocol):
     def name(self) -> str:
         """As people are told, after "by"."""
 
-    def takes(self, runs: Runs) -> bool:
+    def takes(self, runs: CopyBatch) -> bool:
         """Whether it can copy these."""
 
-    def copy(self, runs: Runs) -> None:
+    def copy(self, runs: CopyBatch) -> None:
         """Begin to copy them."""
 
 
@@ -78,7 +78,7 @@ class Best:
     gain: float
 
 
-Took = Mapping[tuple[Way, int], Mapping[Mechanism, float]]
+Took = Mapping[tuple[Direction, int], Mapping[Mechanism, float]]
 """Seconds of a copy of runs of a size, one way, by each mechanism that makes it."""
 
 
@@ -97,14 +97,14 @@ class Pinned:
         self._pieces.pop(address, None)
         self._join()
 
-    def runs(self, targets: Integers, sources: Integers, nbytes: Integers) -> Runs:
+    def runs(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
         """These, with the way that they go."""
-        way: Way | None = None
+        way: Direction | None = None
         if self._holds(targets, nbytes):
             way = "store"
         elif self._holds(sources, nbytes):
             way = "load"
-        return Runs(targets, sources, nbytes, way)
+        return CopyBatch(targets, sources, nbytes, way)
 
     def _holds(self, addresses: Integers, nbytes: Integers) -> bool:
         if not len(addresses):
@@ -127,9 +127,9 @@ class Mechanisms:
 
     def __init__(self, offered: Sequence[Mechanism]) -> None:
         self.left = tuple(offered)
-        self._best: Mapping[Way, Sequence[Best]] = {}
+        self._best: Mapping[Direction, Sequence[Best]] = {}
 
-    def copy(self, runs: Runs) -> None:
+    def copy(self, runs: CopyBatch) -> None:
         """Begin to copy.
 
         Raises:
@@ -159,7 +159,7 @@ class Mechanisms:
 
     def learn(self, took: Took) -> None:
         """Choose by what copies took."""
-        self._best = {way: [self._fastest(took[way, size]) for size in SIZES] for way in WAYS}
+        self._best = {way: [self._fastest(took[way, size]) for size in SIZES] for way in DIRECTIONS}
         log.info("kvcache: %s", "; ".join(_said(way, bests) for way, bests in self._best.items()))
 
     def _fastest(self, took: Mapping[Mechanism, float]) -> Best:
@@ -168,7 +168,7 @@ class Mechanisms:
         gain = took[first] / took[fastest]
         return Best(fastest, gain) if gain >= _CLEARLY else Best(first, 1.0)
 
-    def _chosen(self, runs: Runs) -> Mechanism:
+    def _chosen(self, runs: CopyBatch) -> Mechanism:
         if runs.way is not None and runs.way in self._best and len(runs) >= FEW:
             # Between two sizes that were tried, what is better for the larger: a kernel has less
             # to gain there.
@@ -179,7 +179,7 @@ class Mechanisms:
         return self.first
 
 
-def _said(way: Way, bests: Sequence[Best]) -> str:
+def _said(way: Direction, bests: Sequence[Best]) -> str:
     """Such as "loads of runs up to 16 KiB by a kernel (1.4 to 2.1 times as fast), ..."."""
     said: list[str] = []
     for mechanism, group in groupby(zip(SIZES, bests, strict=True), lambda pair: pair[1].mechanism):
@@ -200,7 +200,7 @@ _TICK = 1e-9  # seconds: less than any clock tells apart
 _ROUNDS = 5  # of all mechanisms in turns; one that compiles first is no median
 
 
-class Memory(Protocol):
+class TrialMemory(Protocol):
     """One side's bytes."""
 
     @property
@@ -227,12 +227,12 @@ class Scratch(Protocol):
     def nbytes(self) -> int: ...
 
     @property
-    def host(self) -> Memory: ...
+    def host(self) -> TrialMemory: ...
 
     @property
-    def device(self) -> Memory: ...
+    def device(self) -> TrialMemory: ...
 
-    def runs(self, targets: Integers, sources: Integers, nbytes: Integers) -> Runs:
+    def runs(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
         """These, with the way that they go."""
 
     def seconds(self, work: Callable[[], None]) -> float:
@@ -250,7 +250,7 @@ def measure(mechanisms: Mechanisms, scratch: Scratch) -> None:
         Exception: whatever was in the way of trying; nothing is chosen then.
     """
     random, took = np.random.default_rng(0), {}
-    for way in WAYS:
+    for way in DIRECTIONS:
         source, target = scratch.host, scratch.device
         if way == "store":
             source, target = target, source
@@ -273,7 +273,7 @@ def measure(mechanisms: Mechanisms, scratch: Scratch) -> None:
 
 
 def _in_turns(
-    mechanisms: Mechanisms, scratch: Scratch, runs: Runs, target: Memory, right: Bytes
+    mechanisms: Mechanisms, scratch: Scratch, runs: CopyBatch, target: TrialMemory, right: Bytes
 ) -> dict[Mechanism, float]:
     """Seconds of these runs by each mechanism that takes them, the median of rounds."""
     took: dict[Mechanism, list[float]] = defaultdict(list)
@@ -293,14 +293,14 @@ def _in_turns(
     }
 
 
-def _copy(mechanism: Mechanism, runs: Runs) -> None:
+def _copy(mechanism: Mechanism, runs: CopyBatch) -> None:
     try:
         mechanism.copy(runs)
     except Exception as error:
         raise _MechanismError(f"{type(error).__name__}: {error}") from error
 
 
-def _compare(found: Bytes, right: Bytes, runs: Runs) -> None:
+def _compare(found: Bytes, right: Bytes, runs: CopyBatch) -> None:
     if wrong := int(np.count_nonzero(found != right)):
         raise _MechanismError(
             f"when it was tried on {len(runs)} runs of {runs.nbytes[0]} bytes, a {runs.way},"

@@ -45,7 +45,7 @@ class Copy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class CompletedCopy:
     """A copy that was over when the call returned."""
 
     seconds: float
@@ -91,7 +91,7 @@ class PageCopier(ABC):
         """Copy the shards in `slots` to the engine's pages of `blocks`.
 
         Pages of a layer that the engine has `announced` are seen by what it begins after it is said
-        to `reach` it, and until then it touches none of them.
+        to `wait_for_layer` it, and until then it touches none of them.
 
         Not `awaited`: what the engine begins after the call need not see them, and touches none of
         them until the copy is over.
@@ -100,7 +100,7 @@ class PageCopier(ABC):
             read, written = self._checked(slot=slots, block=blocks)
             return self._scatter(read, written, awaited, announced)
 
-    def reach(self, layer: int | None = None) -> None:
+    def wait_for_layer(self, layer: int | None = None) -> None:
         """The engine comes to `layer`, or to all: it goes on when its awaited pages are there.
 
         Any thread of the engine's may say so, and each must that computes on a stream of its own.
@@ -160,7 +160,7 @@ class PageCopier(ABC):
                 self._changed.notify_all()
 
 
-class Sides:
+class CopyGeometry:
     """Where every run of a block begins on both sides of a rank's copies, and how far apart.
 
     `pages` are this rank's; blocks exist that all of them have. In its shard they begin where

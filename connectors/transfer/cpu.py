@@ -16,7 +16,13 @@ try:
     import numba
     import numpy as np
 
-    from kvcache.connectors.transfer.base import Integers, Made, PageCopier, Sides, integers
+    from kvcache.connectors.transfer.base import (
+        CompletedCopy,
+        CopyGeometry,
+        Integers,
+        PageCopier,
+        integers,
+    )
     from kvcache.connectors.transfer.cpu_kernels import LINE, copy_run, settle, turning, widths
 except ImportError as error:
     raise ImportError(
@@ -41,7 +47,7 @@ class CpuCopier(PageCopier):
     """
 
     def __init__(
-        self, sides: Sides, *, turns: Sequence[Sequence[int]] = (), threads: int = 1
+        self, sides: CopyGeometry, *, turns: Sequence[Sequence[int]] = (), threads: int = 1
     ) -> None:
         """`turns` has of every run, where they are turned, what `turning` takes, for a gather."""
         if threads < 1:
@@ -64,13 +70,13 @@ class CpuCopier(PageCopier):
         super().close()
         self._pool.shutdown()
 
-    def _gather(self, blocks: Integers, slots: Integers) -> Made:
+    def _gather(self, blocks: Integers, slots: Integers) -> CompletedCopy:
         return self._copy(slots, blocks, *self._out)
 
-    def _scatter(self, slots: Integers, blocks: Integers, *_when: object) -> Made:
+    def _scatter(self, slots: Integers, blocks: Integers, *_when: object) -> CompletedCopy:
         return self._copy(blocks, slots, *self._back)
 
-    def _copy(self, *what: Integers) -> Made:
+    def _copy(self, *what: Integers) -> CompletedCopy:
         """Targets, sources and their runs, as `_copy_share` takes them."""
         begun = time.perf_counter()
         total = len(what[0]) * self._block_nbytes
@@ -83,7 +89,7 @@ class CpuCopier(PageCopier):
                 self._copy_share(*what, *share)
             else:
                 future.result()
-        return Made(time.perf_counter() - begun)
+        return CompletedCopy(time.perf_counter() - begun)
 
 
 def _in_order(

@@ -10,13 +10,14 @@ Every arrow is an event on the device: the engine's thread waits for nobody.
 Always true here:
 * A copy begins when what the engine had begun before the call is done; what the engine begins after
   a `scatter` that is awaited begins when its pages are there, but for those of layers that it has
-  announced: they are there for what it begins after it has come to `reach` their layer, to `gather`
-  or to `fence`.
+  announced: they are there for what it begins after it has called `wait_for_layer` for their
+  layer, `gather` or `fence`.
 * A `scatter` that is not awaited holds up none that is.
 * A store's pages are written by nobody while it reads them: not by loads, which wait for it, nor by
   the engine, if it names in `fence` what it will write anew.
 * Slots are touched until the copy is over, and no longer; so they are even when a call raises.
-* One thread makes all copies, the engine's own: the streams are of its order. Others may `reach`.
+* One thread makes all copies, the engine's own: the streams are of its order. Other threads
+  may call `wait_for_layer`.
 * The slab is pinned as far as it is `ready`, until `close`.
 """
 
@@ -28,9 +29,9 @@ from typing import Final
 
 import numpy as np
 
-from kvcache.connectors.transfer.base import Integers, PageCopier, Sides
+from kvcache.connectors.transfer.base import CopyGeometry, Integers, PageCopier
 from kvcache.connectors.transfer.pinning import Pins
-from kvcache.connectors.transfer.streams import Device, Mark, Stream
+from kvcache.connectors.transfer.streams import CopyStream, Device, StreamMark
 
 LEAST_NBYTES: Final = 8 << 20
 """Of layers that are copied in a call of their own, to be awaited by themselves: over PCIe some
@@ -47,13 +48,13 @@ Addresses = tuple[Integers, Integers, Integers]
 class _Copying:
     """A copy between two points of its stream; keeps what the driver may still read."""
 
-    begin: Mark
-    ends: tuple[Mark, ...]  # of its calls
+    begin: StreamMark
+    ends: tuple[StreamMark, ...]  # of its calls
     blocks: frozenset[int]
     addresses: tuple[Addresses, ...]
 
     @property
-    def end(self) -> Mark:
+    def end(self) -> StreamMark:
         return self.ends[-1]
 
     @property
@@ -71,7 +72,7 @@ class _Copying:
 class DeviceCopier(PageCopier):
     """Copies on a stream for stores, one for loads, and one for loads that nobody awaits."""
 
-    def __init__(self, sides: Sides, device: Device) -> None:
+    def __init__(self, sides: CopyGeometry, device: Device) -> None:
         super().__init__(blocks=sides.blocks, slots=sides.slots)
         self._sides = sides
         self._device = device
@@ -79,10 +80,10 @@ class DeviceCopier(PageCopier):
         self._pins = Pins(sides, device)
         self._stores, self._loads, self._later = (device.stream() for _ in range(3))
         self._storing: list[_Copying] = []  # under way when it was last looked
-        self._coming: dict[int, Mark] = {}  # by layer, of the last load: it has them all
+        self._coming: dict[int, StreamMark] = {}  # by layer, of the last load: it has them all
 
     def _gather(self, blocks: Integers, slots: Integers) -> _Copying:
-        self.reach()
+        self.wait_for_layer()
         where = (slots, *self._sides.slab, blocks, *self._sides.engine)
         copying = self._copy(self._stores, where, frozenset(blocks.tolist()), self._calls(0, ()))
         self._storing = [*self._under_way(), copying]
@@ -105,14 +106,14 @@ class DeviceCopier(PageCopier):
             self._coming = {layer: end for layers, end in ends for layer in layers}
         return copying
 
-    def reach(self, layer: int | None = None) -> None:
+    def wait_for_layer(self, layer: int | None = None) -> None:
         last = next(reversed(self._coming.values()), None)
         end = last if layer is None else self._coming.get(layer)
         if end is not None:
             self._device.engine().after(end)
 
     def fence(self, blocks: Collection[int]) -> None:
-        self.reach()
+        self.wait_for_layer()
         self._coming = {}
         for storing in self._reading(blocks):
             self._device.engine().after(storing.end)
@@ -153,7 +154,7 @@ class DeviceCopier(PageCopier):
 
     def _copy(
         self,
-        stream: Stream,
+        stream: CopyStream,
         where: tuple[Integers, ...],
         blocks: frozenset[int],
         calls: Sequence[Sequence[int]],

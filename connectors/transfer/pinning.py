@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from kvcache.connectors.transfer.base import Sides
+from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.streams import Device
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _PIECE = 1 << 30  # a registration costs the driver something, whatever its size
 class Pins:
     """Pins for `device` the slots that are ready."""
 
-    def __init__(self, sides: Sides, device: Device) -> None:
+    def __init__(self, sides: CopyGeometry, device: Device) -> None:
         self._sides = sides
         self._device = device
         self._lock = threading.Lock()

@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvcache.connectors.layout.canonical import canonical_form, canonical_runs
 from kvcache.connectors.layout.placement import Placement
-from kvcache.connectors.transfer.base import PageCopier, Sides, check_shard
+from kvcache.connectors.transfer.base import CopyGeometry, PageCopier, check_shard
 from kvcache.connectors.transfer.cpu import CpuCopier
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.connectors.transfer.streams import Device
@@ -22,7 +22,7 @@ Order = Literal["raw", "canonical"]
 """Of the bytes of a block outside the engine: as its pages have them, or one for all layouts."""
 
 
-def form(placement: Placement, order: Order = "raw") -> list[str]:
+def format_id(placement: Placement, order: Order = "raw") -> list[str]:
     """What a block's bytes mean in this order. It belongs to the namespace: it sets blocks apart.
 
     Raises:
@@ -30,7 +30,7 @@ def form(placement: Placement, order: Order = "raw") -> list[str]:
         ValueError: for another order.
     """
     if order == "raw":
-        return placement.form
+        return placement.format_id
     if order != "canonical":
         raise ValueError(f"order is {order!r}; there are 'raw' and 'canonical'")
     canonical_runs(placement, turned=placement.device == "cpu")
@@ -82,7 +82,7 @@ def open_copier(
         pages, begins, turns = canonical_runs(placement, turned=device is None)
     else:
         pages, begins, turns = placement.pages(), None, []
-    sides = Sides(pages, begins, offset=offset, **where)
+    sides = CopyGeometry(pages, begins, offset=offset, **where)
     if device is not None:
         return DeviceCopier(sides, device)
     return CpuCopier(sides, turns=turns, threads=threads)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from kvcache.connectors.transfer.base import Integers
 
 
-class Mark(Protocol):
+class StreamMark(Protocol):
     """A point in the order of a stream."""
 
     def passed(self) -> bool:
@@ -24,10 +24,10 @@ class Mark(Protocol):
         """Seconds between two points that the device is past."""
 
 
-class Stream(Protocol):
+class CopyStream(Protocol):
     """Work for a device, done in order."""
 
-    def mark(self) -> Mark:
+    def mark(self) -> StreamMark:
         """The point after all that was given to it until now."""
 
     def after(self, mark: Any) -> None:
@@ -40,10 +40,10 @@ class Stream(Protocol):
 class Device(Protocol):
     """What computes and copies."""
 
-    def engine(self) -> Stream:
+    def engine(self) -> CopyStream:
         """The stream that the calling thread computes on."""
 
-    def stream(self) -> Stream:
+    def stream(self) -> CopyStream:
         """A stream of one's own."""
 
     def pin(self, address: int, nbytes: int) -> str:

@@ -209,7 +209,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         from kvcache.connectors.vllm.identity import kernels
 
         shard = self._worker.shard()
-        return shard and replace(shard, form=f"{shard.form} {kernels(self._vllm_config)}")
+        return shard and replace(shard, format_id=f"{shard.format_id} {kernels(self._vllm_config)}")
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if isinstance(kv_connector_metadata, Step):
@@ -221,7 +221,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.load(step, None if self._drafts else kind_of(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        self._worker.reach(layer_name)
+        self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcache.events import Journal
+from kvcache.events import BlockEventLog
 from kvcache.stack import Stack
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _as_they_are(_: Request, keys: list[bytes]) -> list[bytes]:
     return keys
 
 
-class Events:
+class EventSource:
     """Publishes nothing: what there is when vLLM's events are off."""
 
     def describe(
@@ -55,12 +55,12 @@ class Events:
         request: Request,
         first: int,
         keys: list[bytes],
-        after: bytes | None,
+        parent: bytes | None,
         hashes_of: HashesOf = _as_they_are,
     ) -> None:
         """``keys`` are those of the blocks of ``request`` from number ``first`` on.
 
-        ``after`` is the key of the block before; ``None`` for a chain's first. ``hashes_of`` gives
+        ``parent`` is the key of the block before; ``None`` for a chain's first. ``hashes_of`` gives
         vLLM's hashes of the blocks with some keys of a request.
         """
 
@@ -69,11 +69,11 @@ class Events:
         return ()
 
 
-def events_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, stack: Stack) -> Events:
+def events_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, stack: Stack) -> EventSource:
     """The events of ``stack``, if this engine publishes any."""
     config = getattr(vllm_config, "kv_events_config", None)
     if config is None or not config.enable_kv_cache_events:
-        return Events()
+        return EventSource()
     return Published(kv_cache_config.kv_cache_groups[0].kv_cache_spec, stack)
 
 
@@ -92,7 +92,7 @@ class _Block:
 class _Place:
     """A tier: what it was said to hold, and what it holds that nobody could describe so far."""
 
-    def __init__(self, journal: Journal, most: int, **fields: str) -> None:
+    def __init__(self, journal: BlockEventLog, most: int, **fields: str) -> None:
         self.journal = journal
         self.most = most
         self.fields = fields
@@ -100,7 +100,7 @@ class _Place:
         self.nameless: OrderedDict[bytes, None] = OrderedDict()
 
 
-class Published(Events):
+class Published(EventSource):
     """The events of a stack whose blocks are of this spec."""
 
     def __init__(self, spec: Any, stack: Stack) -> None:
@@ -116,7 +116,7 @@ class Published(Events):
         kind_of = getattr(kv_cache_interface, "get_kv_cache_spec_kind", None)
         self._kind = kind_of(spec).value if kind_of else "full_attention"
         self._block_tokens = spec.block_size
-        [(_, journal), *below] = stack.record()
+        [(_, journal), *below] = stack.subscribe_events()
         slots = stack.front.slab.slots
         self._places = [_Place(journal, slots, medium="CPU", locality="LOCAL")]
         for named, journal in below:
@@ -129,10 +129,10 @@ class Published(Events):
         request: Request,
         first: int,
         keys: list[bytes],
-        after: bytes | None,
+        parent: bytes | None,
         hashes_of: HashesOf = _as_they_are,
     ) -> None:
-        before = hashes_of(request, [after])[0] if after else None
+        before = hashes_of(request, [parent])[0] if parent else None
         size = self._block_tokens
         lora = request.lora_request
         for at, (key, name) in enumerate(zip(keys, hashes_of(request, keys), strict=True), first):
@@ -143,12 +143,12 @@ class Published(Events):
                 self._described[key] = _Block(
                     name,
                     before,
-                    parent=after,
+                    parent=parent,
                     tokens=request.all_token_ids[start:end],
                     lora=(lora.adapter_id, lora.name) if lora else (None, None),
                     extra=self._extra_keys(request, start, end, 0)[0],
                 )
-            after, before = key, name
+            parent, before = key, name
         while len(self._described) > self._most_described:
             self._described.popitem(last=False)
 

@@ -20,7 +20,7 @@ def kind_of(forward_context: object) -> str | None:
     return mode if computes and mode in ("NONE", "PIECEWISE") else None
 
 
-class Passes:
+class LayerSync:
     """The forward passes of one worker.
 
     Attributes:

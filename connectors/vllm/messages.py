@@ -28,9 +28,9 @@ class Shard(KVConnectorHandshakeMetadata):
 
     nbytes: int
     host: str
-    form: str  # of the bytes: how the attention of this device lays them out
+    format_id: str  # of the bytes: how the attention of this device lays them out
     element_nbytes: int = 2  # of the numbers they are
-    beside: bool = False  # whether copies go on beside the engine's steps
+    async_copies: bool = False  # whether copies go on beside the engine's steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Refusal(KVConnectorHandshakeMetadata):
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class SlabShards:
     """Scheduler to workers: the slab, and where in a slot the shard of each rank begins."""
 
     slab: SlabDescriptor
@@ -70,7 +70,7 @@ class Step(KVConnectorMetadata):
     ``fresh`` are the blocks that this step's requests are given, which the engine may write.
     """
 
-    memory: Memory
+    memory: SlabShards
     loads: list[Transfer] = field(default_factory=list)
     stores: list[Transfer] = field(default_factory=list)
     number: int = 0

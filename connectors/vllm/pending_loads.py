@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from kvcache.lower.latency import Pace
+from kvcache.lower.latency import LatencyModel
 from kvcache.tier import Lease
 
 LONG_S: Final = 0.005  # of a load that others may wait for; a large model's step takes some 20 ms
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class PendingLoad:
     """Blocks from ``start`` on."""
 
     start: int
@@ -27,14 +27,14 @@ class Promise:
     later: bool
 
 
-class Promises:
+class PendingLoads:
     """By request. Its length is how many have a promise that is neither redeemed nor withdrawn."""
 
     def __init__(self) -> None:
-        self.beside = False  # whether the workers copy beside the engine's steps
+        self.async_copies = False  # whether the workers copy beside the engine's steps
         self.long_s = LONG_S
-        self._loading = Pace()
-        self._given: dict[str, Promise] = {}
+        self._loading = LatencyModel()
+        self._given: dict[str, PendingLoad] = {}
         self._expected: set[str] = set()  # requests that wait for a load
 
     def __len__(self) -> int:
@@ -50,18 +50,20 @@ class Promises:
 
     def give(self, request_id: str, start: int, lease: Lease, *, others: bool) -> None:
         """Promise what ``lease`` has pinned; ``others`` would wait if the next step waited."""
-        self._given[request_id] = Promise(start, lease, self.later(len(lease), others=others))
+        self._given[request_id] = PendingLoad(start, lease, self.later(len(lease), others=others))
 
     def later(self, blocks: int, *, others: bool) -> bool:
         """Whether so many blocks would be promised for later."""
-        return self.beside and others and (self._loading.least(blocks) or 0.0) > self.long_s
+        return (
+            self.async_copies and others and (self._loading.optimistic(blocks) or 0.0) > self.long_s
+        )
 
     def comes_later(self, request_id: str) -> bool:
         """Whether its promise is for later than the next step."""
         given = self._given.get(request_id)
         return given is not None and given.later
 
-    def redeem(self, request_id: str) -> Promise | None:
+    def redeem(self, request_id: str) -> PendingLoad | None:
         """The engine has taken the request: its promise, which is none any more."""
         return self._given.pop(request_id, None)
 
@@ -84,4 +86,4 @@ class Promises:
 
     def loaded(self, blocks: int, seconds: float) -> None:
         """A load took so long."""
-        self._loading.told(blocks, seconds)
+        self._loading.observe(blocks, seconds)

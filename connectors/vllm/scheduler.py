@@ -29,14 +29,14 @@ from kvcache import telemetry
 from kvcache.connectors.jobs import Job, Jobs
 from kvcache.connectors.vllm.adapters import SETTINGS, Adapters
 from kvcache.connectors.vllm.compat import host_name, replica_of
-from kvcache.connectors.vllm.events import Events, events_of
+from kvcache.connectors.vllm.events import EventSource, events_of
 from kvcache.connectors.vllm.hints import hints_of
 from kvcache.connectors.vllm.identity import chosen
-from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Refusal, Shard, Step, Transfer
+from kvcache.connectors.vllm.messages import Acks, Rank, Refusal, Shard, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.metrics import Reports, Stats
-from kvcache.connectors.vllm.pending_loads import Promises
+from kvcache.connectors.vllm.pending_loads import PendingLoads
 from kvcache.connectors.vllm.refusals import refusal
-from kvcache.connectors.vllm.suspects import Doubt, Running, recomputes
+from kvcache.connectors.vllm.suspects import Running, SuspectBlocks, recomputes
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
 from kvcache.lower.promotion import Match
@@ -84,14 +84,14 @@ class SchedulerSide:
         self._adapters = Adapters(settings, trusted="explicit" in identity)
         self._requests = Requests(vllm_config.model_config.served_model_name, clock)
         self._stack: Stack | None = None
-        self._memory: Memory | None = None
+        self._memory: SlabShards | None = None
         self._reports: Reports | None = None
-        self.events = Events()
+        self.events = EventSource()
         self._events_of = partial(events_of, vllm_config, kv_cache_config)
         self._coming: dict[str, Future[Match]] = {}  # by request: what lower tiers have of it
-        self._promised = Promises()
+        self._promised = PendingLoads()
         self._running: dict[str, Running] = {}
-        self._doubt = Doubt(self._block_tokens, recomputes=recomputes(vllm_config))
+        self._doubt = SuspectBlocks(self._block_tokens, recomputes=recomputes(vllm_config))
         self._jobs: Jobs[Running] = Jobs(self._parallel.world_size)
         self._loads: list[Transfer] = []  # for the step being built
         self._step = 0
@@ -132,12 +132,12 @@ class SchedulerSide:
                 )
             offsets[rank] = block_nbytes
             block_nbytes += shard.nbytes
-        self._promised.beside = all(shard.beside for shard in shards.values())
-        fields = {**self._identity, **{f"rank {rank}": each.form for rank, each in shards.items()}}
+        self._promised.async_copies = all(shard.async_copies for shard in shards.values())
+        formats = {f"rank {rank}": each.format_id for rank, each in shards.items()}
         self._stack = open_stack(
             block_nbytes=block_nbytes,
-            space=namespace(fields),
-            identity={"model": self._requests.model, **fields},
+            namespace=namespace({**self._identity, **formats}),
+            identity={"model": self._requests.model, **self._identity, **formats},
             element_nbytes=max(shard.element_nbytes for shard in shards.values()),
             block_tokens=self._block_tokens,
             ranks=world,
@@ -145,7 +145,7 @@ class SchedulerSide:
         )
         descriptor = self._stack.front.slab.descriptor
         Slab.attach(descriptor).close()  # what no worker could do either is said now
-        self._memory = Memory(descriptor, offsets)
+        self._memory = SlabShards(descriptor, offsets)
         self._reports = Reports(self._stack, self._clock)
         self.events = self._events_of(self._stack)
         self._requests.tiers = [named.name for named in self._stack.stats().names]
@@ -195,7 +195,7 @@ class SchedulerSide:
         keys = self._keys(request, 0, request.num_tokens // self._block_tokens)
         if not self._promised.later(len(keys) - start, others=others):
             keys = self._prompt_keys(request)
-        lease = stack.fetch_here(keys, start, context=context)
+        lease = stack.fetch_local(keys, start, context=context)
         if not lease.keys:
             lease.end()
             return 0
@@ -336,13 +336,13 @@ class SchedulerSide:
             built, blocks, depth = self._steps.pop(number)
             if number == acks.step and self._stack is not None:
                 begun, self._ended = max(built, self._ended), self._clock()
-                self._stack.computed(blocks, self._ended - begun, depth)
+                self._stack.observe_compute(blocks, self._ended - begun, depth)
         self._doubt.reported(acks.step)
         if self._adapters.changed(done=not self._jobs):
             self._jobs.fail_stores()
         for job in self._jobs.acked(acks.ranks, acks.failed, acks.seconds):
             if job.seconds and self._stack is not None:  # else no rank has begun to copy
-                self._stack.copied(job.operation, job.seconds, failed=job.failed)
+                self._stack.observe_copy(job.operation, job.seconds, failed=job.failed)
                 if job.operation == "load":
                     failed = len(job.lease) if job.failed else 0
                     self._requests.loaded(job.owner.request, job.seconds, failed)

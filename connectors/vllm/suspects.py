@@ -55,7 +55,7 @@ class Running:
     checked: bool = False
 
 
-class Doubt:
+class SuspectBlocks:
     """The doubtful blocks. ``recomputes``: see the function of that name."""
 
     def __init__(self, block_tokens: int, *, recomputes: bool) -> None:

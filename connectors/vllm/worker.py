@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 from kvcache import telemetry
 from kvcache.connectors.layout.axes import LayoutError
 from kvcache.connectors.layout.placement import Placement, place
-from kvcache.connectors.transfer.base import Copy, Made, PageCopier
+from kvcache.connectors.transfer.base import CompletedCopy, Copy, PageCopier
 from kvcache.connectors.transfer.cpu import prepare
-from kvcache.connectors.transfer.select import device_of, form, open_copier
+from kvcache.connectors.transfer.select import device_of, format_id, open_copier
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
-from kvcache.connectors.vllm.layer_sync import Passes
-from kvcache.connectors.vllm.messages import Acks, Memory, Rank, Shard, Step, Transfer
+from kvcache.connectors.vllm.layer_sync import LayerSync
+from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step, Transfer
 from kvcache.process import own
 from kvcache.slab import Slab
 
@@ -69,7 +69,7 @@ class WorkerSide:
         self.device: Device | None = None  # that the engine computes on; None: this processor
         self.copier: PageCopier | None = None
         self._layers: dict[str, int] = {}
-        self._passes = Passes()
+        self._passes = LayerSync()
         self._under_way: list[_UnderWay] = []
         self._acks = Acks()
         self._bad_blocks: set[int] = set()  # not reported yet
@@ -95,9 +95,9 @@ class WorkerSide:
         self._shard = Shard(
             placement.block_nbytes,
             host_name(),
-            f"{form(placement)} {where}",
+            f"{format_id(placement)} {where}",
             placement.element_nbytes,
-            beside=self.device is not None,
+            async_copies=self.device is not None,
         )
         if self.device is None:
             prepare()
@@ -121,17 +121,17 @@ class WorkerSide:
             if not self._begin(step.memory, loads, load=True):
                 self._not_loaded(step, loads)
 
-    def reach(self, name: str) -> None:
+    def wait_for_layer(self, name: str) -> None:
         """The forward pass asks for a layer. One that is not ours may have the cache of any."""
         layer = self._layers.get(name)
         if layer is not None:
             self._passes.asks(layer)
         if self.copier is not None:
-            self.copier.reach(layer)
+            self.copier.wait_for_layer(layer)
 
     def store(self, step: Step) -> None:
         if self.copier is not None:
-            self.copier.reach()
+            self.copier.wait_for_layer()
         unasked = self._passes.ends()
         loaded = [load for load in step.loads if load.awaited_by is None]
         if unasked and loaded:
@@ -152,7 +152,7 @@ class WorkerSide:
         self._doubtful = step.number
         self._bad_blocks.update(block for load in loads for block in load.blocks)
 
-    def _begin(self, memory: Memory, transfers: Sequence[Transfer], *, load: bool) -> bool:
+    def _begin(self, memory: SlabShards, transfers: Sequence[Transfer], *, load: bool) -> bool:
         """Begin one copy for all of them, which are loads together or not at all."""
         blocks = [block for transfer in transfers for block in transfer.blocks]
         slots = [slot for transfer in transfers for slot in transfer.slots]
@@ -171,7 +171,7 @@ class WorkerSide:
         except Exception as wrong:
             what = "load" if load else "store"
             log.exception("kvcache: %s of %d blocks failed", what, len(blocks))
-            over = Made((time.time_ns() - begun_ns) / 1e9)
+            over = CompletedCopy((time.time_ns() - begun_ns) / 1e9)
             for transfer in transfers:
                 failed = _UnderWay(transfer, load, begun_ns, over, 1.0)
                 self._end(failed, error=type(wrong).__name__)
@@ -200,7 +200,7 @@ class WorkerSide:
         )
         self._ack(transfer, failed=error is not None)
 
-    def _attach(self, memory: Memory) -> PageCopier:
+    def _attach(self, memory: SlabShards) -> PageCopier:
         slab = self._slab = self._slab or Slab.attach(memory.slab)
         assert self._placement is not None
         self.copier = open_copier(

@@ -71,7 +71,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     import numpy as np
 
     from kvcache.connectors.layout.placement import Pages
-    from kvcache.connectors.transfer.base import Sides
+    from kvcache.connectors.transfer.base import CopyGeometry
     from kvcache.connectors.transfer.cpu import CpuCopier
     from kvcache.sizes import Size
     from kvcache.slab import Slab
@@ -97,7 +97,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     def opened() -> tuple[Stack, CpuCopier]:
         tier = DramTier(block_nbytes=BLOCK, capacity=Size(blocks * BLOCK))
         tier.slab.wait_populated()
-        sides = Sides(
+        sides = CopyGeometry(
             layers,
             slab_address=tier.slab.address,
             slots=tier.slab.slots,

@@ -31,7 +31,7 @@ _AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class ServerMemory:
     """What a server has, of all that it keeps, and what it does when that is full."""
 
     used_nbytes: int
@@ -43,7 +43,7 @@ class ServerError(Exception):
     """A server does what none does that keeps blocks."""
 
 
-class Servers:
+class RedisServers:
     """One server, or the primaries of a cluster; a connection to each."""
 
     def __init__(self, wires: Sequence[Wire]) -> None:
@@ -101,7 +101,7 @@ class Servers:
                 return said
         return b""
 
-    def memory(self) -> Memory | None:
+    def memory(self) -> ServerMemory | None:
         """What one server says; None of a cluster, and where a managed one does not tell."""
         if len(self._wires) > 1:
             return None
@@ -111,7 +111,7 @@ class Servers:
         lines = (line.partition(b":") for line in said.splitlines())
         facts = {name: value for name, _, value in lines}
         with suppress(KeyError, ValueError):
-            return Memory(
+            return ServerMemory(
                 int(facts[b"used_memory"]),
                 int(facts[b"maxmemory"]),
                 self._wires[0].readable(facts[b"maxmemory_policy"]),
@@ -123,7 +123,7 @@ class Servers:
 
 
 @contextmanager
-def connected(options: Mapping[str, object]) -> Iterator[Servers]:
+def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
     """The servers, as the tier's options say; the tier's defaults where they do not.
 
     Raises ValueError where they cannot be had, and for what goes wrong meanwhile.
@@ -138,7 +138,7 @@ def connected(options: Mapping[str, object]) -> Iterator[Servers]:
     read_url(str(options["url"]))  # what is wrong with it, it says itself
     try:
         with ExitStack() as opened:
-            yield Servers([opened.enter_context(closing(wire)) for wire in _wires(options)])
+            yield RedisServers([opened.enter_context(closing(wire)) for wire in _wires(options)])
     except (LoginError, OSError, ServerError, WireError) as error:
         raise ValueError(f"{options['url']} cannot be read: {redact(str(error))}") from None
 

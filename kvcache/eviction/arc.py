@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kvcache.eviction.runs import Queue, Run, RunPolicy
+from kvcache.eviction.runs import BlockRun, Queue, RunPolicy
 
 
 class Arc(RunPolicy):
@@ -38,11 +38,11 @@ class Arc(RunPolicy):
                 less = max(1.0, len(once) / len(again))
                 self._target = max(0.0, self._target - less)
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         self._back = keys[0] in self._left_again
         return len(keys)
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         known: list[bytes] = []
         for key in keys:  # whoever was used lately was used with its ancestors: the known ones lead
             if key not in self._left_once and key not in self._left_again:
@@ -51,10 +51,10 @@ class Arc(RunPolicy):
             self._left_again.pop(key, None)
             known.append(key)
         if known:
-            self._again.push(known, after)
-            after = known[-1]
+            self._again.push(known, parent)
+            parent = known[-1]
         if len(known) < len(keys):
-            self._once.push(list(keys[len(known) :]), after)
+            self._once.push(list(keys[len(known) :]), parent)
         self._trim()
 
     def _order(self) -> Sequence[Queue]:
@@ -62,7 +62,7 @@ class Arc(RunPolicy):
         full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
         return (once, again) if full else (again, once)
 
-    def _offer(self, queue: Queue, run: Run, count: int) -> int:
+    def _offer(self, queue: Queue, run: BlockRun, count: int) -> int:
         if queue is self._once:
             count = min(count, max(1, queue.blocks - int(self._target)))
         return min(len(run.keys), count)

@@ -28,6 +28,6 @@ def lru(failed: Policy, error: BaseException, slots: int, held: Chains, now: flo
             exc_info=error,
         )
     policy = Lru(max(1, slots))
-    for keys, after in held:
-        policy.add(keys, after, now)
+    for keys, parent in held:
+        policy.add(keys, parent, now)
     return policy

@@ -17,8 +17,8 @@ class Fifo(RunPolicy):
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         pass
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        self._queue.push(list(keys), after)
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        self._queue.push(list(keys), parent)
 
     def _order(self) -> Sequence[Queue]:
         return (self._queue,)

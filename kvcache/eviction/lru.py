@@ -15,9 +15,9 @@ class Lru(Fifo):
         if keys:
             self._queue.push(keys, None)
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        run = self._owner.get(after) if after is not None else None
-        if run is not None and run.keys[-1] == after:
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        run = self._owner.get(parent) if parent is not None else None
+        if run is not None and run.keys[-1] == parent:
             self._queue.extend(run, list(keys))
         else:
-            self._queue.push(list(keys), after)
+            self._queue.push(list(keys), parent)

@@ -51,12 +51,12 @@ class Policy(ABC):
         """A request asked for ``chain``, from its first block; ``chain[:held]`` were there."""
 
     @abstractmethod
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         """Say how many leading ``keys`` are worth a slot of a full tier; asked before any copy."""
 
     @abstractmethod
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        """``keys``, a stretch of a chain that continues ``after``, are held from now on."""
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        """``keys``, a stretch of a chain that continues ``parent``, are held from now on."""
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:

@@ -20,48 +20,48 @@ from collections.abc import Set as AbstractSet
 from kvcache.eviction.policy import Policy, Take
 
 
-class Run:
-    """A stretch of one chain: ``keys`` head first, continuing the block ``after``."""
+class BlockRun:
+    """A stretch of one chain: ``keys`` head first, continuing the block ``parent``."""
 
-    __slots__ = ("after", "keys", "queue")
+    __slots__ = ("keys", "parent", "queue")
 
-    def __init__(self, queue: Queue, keys: list[bytes], after: bytes | None) -> None:
+    def __init__(self, queue: Queue, keys: list[bytes], parent: bytes | None) -> None:
         self.queue = queue
         self.keys = keys
-        self.after = after
+        self.parent = parent
 
 
 class Queue:
     """Runs from oldest to newest, and how many blocks they hold together."""
 
-    def __init__(self, owner: dict[bytes, Run]) -> None:
+    def __init__(self, owner: dict[bytes, BlockRun]) -> None:
         self._owner = owner  # key -> its run; shared by the queues of one policy
-        self._runs: OrderedDict[Run, None] = OrderedDict()
+        self._runs: OrderedDict[BlockRun, None] = OrderedDict()
         self.blocks = 0
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def oldest(self) -> Run:
+    def oldest(self) -> BlockRun:
         return next(iter(self._runs))
 
-    def newest(self) -> Run:
+    def newest(self) -> BlockRun:
         return next(reversed(self._runs))
 
-    def push(self, keys: list[bytes], after: bytes | None) -> None:
+    def push(self, keys: list[bytes], parent: bytes | None) -> None:
         """Make ``keys`` the newest; they join the newest run when they continue it."""
         run = self.newest() if self._runs else None
-        if run is not None and run.keys[-1] == after:
+        if run is not None and run.keys[-1] == parent:
             run.keys += keys
         else:
-            run = Run(self, keys, after)
+            run = BlockRun(self, keys, parent)
             self._runs[run] = None
         owner = self._owner
         for key in keys:
             owner[key] = run
         self.blocks += len(keys)
 
-    def extend(self, run: Run, keys: list[bytes]) -> None:
+    def extend(self, run: BlockRun, keys: list[bytes]) -> None:
         """Append to ``run`` the blocks that continue it, and make all of it the newest."""
         run.keys += keys
         self._runs.move_to_end(run)
@@ -70,22 +70,22 @@ class Queue:
             owner[key] = run
         self.blocks += len(keys)
 
-    def drop(self, run: Run) -> None:
+    def drop(self, run: BlockRun) -> None:
         """Take ``run`` out; its keys stay with the caller."""
         del self._runs[run]
         self.blocks -= len(run.keys)
 
-    def rotate(self, run: Run) -> None:
+    def rotate(self, run: BlockRun) -> None:
         """Make ``run`` the newest. It joins the run it continues, so that a chain built a block at
         a time, in turns with others, is not gone through a block at a time again."""
-        head = self._owner.get(run.after) if run.after is not None else None
-        if head is not None and head.queue is self and head.keys[-1] == run.after:
+        head = self._owner.get(run.parent) if run.parent is not None else None
+        if head is not None and head.queue is self and head.keys[-1] == run.parent:
             self.drop(run)
             self.extend(head, run.keys)
         else:
             self._runs.move_to_end(run)
 
-    def cut_tail(self, run: Run, count: int) -> list[bytes]:
+    def cut_tail(self, run: BlockRun, count: int) -> list[bytes]:
         """Forget the last ``count`` keys of ``run``, and give them, head first."""
         keys, owner = run.keys[-count:], self._owner
         del run.keys[-count:]
@@ -96,16 +96,16 @@ class Queue:
             del self._runs[run]
         return keys
 
-    def cut_head(self, run: Run, count: int) -> None:
+    def cut_head(self, run: BlockRun, count: int) -> None:
         """Take the first ``count`` keys out of ``run``; their owner is for the caller to set."""
         self.blocks -= count
         if count == len(run.keys):
             del self._runs[run]
         else:
-            run.after = run.keys[count - 1]
+            run.parent = run.keys[count - 1]
             del run.keys[:count]
 
-    def take(self, run: Run, keys: AbstractSet[bytes]) -> None:
+    def take(self, run: BlockRun, keys: AbstractSet[bytes]) -> None:
         """Take ``keys`` out of ``run``, wherever in it they are; the slow way."""
         left = [key for key in run.keys if key not in keys]
         self.blocks -= len(run.keys) - len(left)
@@ -119,9 +119,9 @@ class RunPolicy(Policy):
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._owner: dict[bytes, Run] = {}
+        self._owner: dict[bytes, BlockRun] = {}
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -130,7 +130,7 @@ class RunPolicy(Policy):
             run.queue.take(run, gone)
 
     def evict(self, count: int, take: Take) -> None:
-        spared = set[Run]()
+        spared = set[BlockRun]()
         moved = False
         while count:
             for queue in self._order():
@@ -160,7 +160,7 @@ class RunPolicy(Policy):
     def _order(self) -> Sequence[Queue]:
         """Of which queue the oldest run goes first; the next one is asked where all of it stays."""
 
-    def _offer(self, queue: Queue, run: Run, count: int) -> int:
+    def _offer(self, queue: Queue, run: BlockRun, count: int) -> int:
         """How many blocks of ``run`` may go now, ``count`` at most; none when it was put elsewhere
         instead."""
         return min(len(run.keys), count)

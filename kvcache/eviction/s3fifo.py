@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
 
-from kvcache.eviction.runs import Queue, Run, RunPolicy
+from kvcache.eviction.runs import BlockRun, Queue, RunPolicy
 
 
 class S3Fifo(RunPolicy):
@@ -36,17 +36,17 @@ class S3Fifo(RunPolicy):
             if key in owner:
                 uses[key] = min(3, uses.get(key, 0) + 1)
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         ghost = self._ghost
         known = 0  # whoever was used lately was used with its ancestors: the known ones lead
         while known < len(keys) and keys[known] in ghost:
             del ghost[keys[known]]
             known += 1
         if known:
-            self._main.push(list(keys[:known]), after)
-            after = keys[known - 1]
+            self._main.push(list(keys[:known]), parent)
+            parent = keys[known - 1]
         if known < len(keys):
-            self._small.push(list(keys[known:]), after)
+            self._small.push(list(keys[known:]), parent)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         super().remove(keys)
@@ -57,7 +57,7 @@ class S3Fifo(RunPolicy):
         small, main = self._small, self._main
         return (small, main) if small.blocks >= self._small_share else (main, small)
 
-    def _offer(self, queue: Queue, run: Run, count: int) -> int:
+    def _offer(self, queue: Queue, run: BlockRun, count: int) -> int:
         small, main, uses = self._small, self._main, self._uses
         enough = self._promote if queue is small else 1
         if queue is small:
@@ -73,7 +73,7 @@ class S3Fifo(RunPolicy):
             small.drop(run)
             for key in run.keys:
                 uses.pop(key, None)
-            main.push(run.keys, run.after)
+            main.push(run.keys, run.parent)
         else:
             for key in run.keys:
                 if (left := uses.pop(key, 0) - 1) > 0:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from typing import Any, Final, TypeVar
 
-from kvcache.events import Changes
+from kvcache.events import BlockEvents
 from kvcache.guards.calls import TierError, answers, called, count
-from kvcache.lower.worker_pool import Calls
+from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import own
 from kvcache.tier import FrontTier, Lease, TierStats
 
@@ -118,10 +118,10 @@ class Checked(FrontTier):
         return self._try("load", lambda: self.inner.load(keys, into), [0] * len(keys))
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         return self._try(
-            "store", lambda: self.inner.store(keys, blocks, after), [False] * len(keys)
+            "store", lambda: self.inner.store(keys, blocks, parent), [False] * len(keys)
         )
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -131,29 +131,29 @@ class Checked(FrontTier):
         most = max(0, len(chain) - start)
         return min(most, self._try("access", lambda: count(self.inner.access(chain, start)), 0))
 
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
-        return self._lend("reserve", keys, lambda: self.inner.reserve(keys, after))
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        return self._lend("reserve", keys, lambda: self.inner.reserve(keys, parent))
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
         return self._lend("pin", keys, lambda: self.inner.pin(keys), prefix=True)
 
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        return self._lend("hold", keys, lambda: self.inner.hold(keys))
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        return self._lend("pin_any", keys, lambda: self.inner.pin_any(keys))
 
-    def feeds(self) -> None:
-        self._try("feeds", self.inner.feeds, None)
+    def disable_admission(self) -> None:
+        self._try("disable_admission", self.inner.disable_admission, None)
 
-    def done(self, keys: Sequence[bytes]) -> None:
-        self._try("done", lambda: self.inner.done(keys), None)
+    def mark_done(self, keys: Sequence[bytes]) -> None:
+        self._try("mark_done", lambda: self.inner.mark_done(keys), None)
 
-    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
-        self._try("keep", lambda: self.inner.keep(keys, seconds), None)
+    def protect(self, keys: Sequence[bytes], seconds: float) -> None:
+        self._try("protect", lambda: self.inner.protect(keys, seconds), None)
 
     def clear(self) -> None:
         self._try("clear", self.inner.clear, None)
 
-    def tell(self, changes: Changes) -> None:
-        self._try("tell", lambda: self.inner.tell(changes), None)
+    def subscribe(self, changes: BlockEvents) -> None:
+        self._try("subscribe", lambda: self.inner.subscribe(changes), None)
 
     def stats(self) -> TierStats:
         def call() -> TierStats:
@@ -165,7 +165,7 @@ class Checked(FrontTier):
 
     def close(self) -> None:
         try:
-            closer = Calls("close-l1", 1)
+            closer = WorkerPool("close-l1", 1)
         except RuntimeError:  # the interpreter is exiting
             self._try("close", self.inner.close, None)
             return

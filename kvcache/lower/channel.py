@@ -12,18 +12,18 @@ from concurrent.futures import Future, wait
 from typing import Any, Final
 
 from kvcache import telemetry
-from kvcache.events import Changes
+from kvcache.events import BlockEvents
 from kvcache.guards.calls import answers, bytes_in, called
 from kvcache.lower.circuit_breaker import Health
 from kvcache.lower.namespace import Namespace
-from kvcache.lower.worker_pool import Calls
+from kvcache.lower.worker_pool import WorkerPool
 from kvcache.stats import LowerStats, TierName, usage_of
 from kvcache.tier import Tier, TierUsage
 
 USAGE_S: Final = 0.5  # to wait for a tier's usage
 
 
-class Link:
+class Channel:
     """The way to a tier.
 
     Args:
@@ -44,7 +44,7 @@ class Link:
         *,
         name: str,
         kind: str,
-        space: bytes,
+        namespace: bytes,
         about: str,
         deadline_s: float,
         blocks_per_call: int,
@@ -53,26 +53,26 @@ class Link:
     ) -> None:
         self.tier = tier
         self.named = TierName(name, kind)
-        self.spaces = Namespace(tier, space, about)
-        self.changes = Changes()  # told what the tier holds, as far as it says
+        self.spaces = Namespace(tier, namespace, about)
+        self.changes = BlockEvents()  # told what the tier holds, as far as it says
         self.whose = {telemetry.TIER: name, telemetry.KIND: kind}
         self.deadline_s = deadline_s
         self.blocks_per_call = blocks_per_call
         self.clock = clock
         self.closed = False
         self.health = Health(self.named, self.whose, clock)
-        self.calls = Calls(name, calls)
+        self.calls = WorkerPool(name, calls)
         # For what may be asked, or has to be done, while all calls hang: its usage, and its close.
-        self.aside = Calls(f"{name}-aside", 1)
+        self.aside = WorkerPool(f"{name}-aside", 1)
         self._usage = TierUsage()  # as of the last time that the tier answered
         self._asked_usage: Future[TierUsage] | None = None
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(LowerStats.__slots__, 0)
 
     @property
-    def space(self) -> bytes:
+    def namespace(self) -> bytes:
         """The namespace of what is asked for and stored now."""
-        return self.spaces.space
+        return self.spaces.namespace
 
     @property
     def asleep(self) -> bool:
@@ -104,39 +104,41 @@ class Link:
 
     # The tier's methods. Each raises TierError for whatever the tier does wrong, and nothing else.
 
-    def contains(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
-        """Whether the tier says that it holds each of ``keys``, of the namespace ``space``."""
-        names = self.spaces.names(space, keys)
+    def contains(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
+        """Whether the tier says that it holds each of ``keys``, of the namespace ``namespace``."""
+        names = self.spaces.names(namespace, keys)
         held = answers(lambda: self.tier.contains(names), len(keys), bool)
-        self._said(space, keys, held)
+        self._said(namespace, keys, held)
         return held
 
-    def load(self, space: bytes, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+    def load(
+        self, namespace: bytes, keys: Sequence[bytes], into: Sequence[memoryview]
+    ) -> list[int]:
         """Read each block into its buffer, all of one size; the bytes written per key."""
-        names = self.spaces.names(space, keys)
+        names = self.spaces.names(namespace, keys)
         room = len(into[0]) if into else 0
         written = answers(lambda: self.tier.load(names, into), len(keys), bytes_in(room))
-        self._said(space, keys, [nbytes > 0 for nbytes in written])
+        self._said(namespace, keys, [nbytes > 0 for nbytes in written])
         return written
 
     def store(
         self,
-        space: bytes,
+        namespace: bytes,
         keys: Sequence[bytes],
         blocks: Sequence[memoryview],
-        after: bytes | None,
+        parent: bytes | None,
     ) -> list[bool]:
-        """Offer blocks, the first of which continues ``after``; whether each was taken."""
-        names = self.spaces.names(space, keys)
-        before = after and self.spaces.names(space, [after])[0]
+        """Offer blocks, the first of which continues ``parent``; whether each was taken."""
+        names = self.spaces.names(namespace, keys)
+        before = parent and self.spaces.names(namespace, [parent])[0]
         taken = answers(lambda: self.tier.store(names, blocks, before), len(keys), bool)
-        self._said(space, keys, taken)
+        self._said(namespace, keys, taken)
         return taken
 
-    def _said(self, space: bytes, keys: Sequence[bytes], held: Sequence[bool]) -> None:
-        """The tier said of ``keys`` whether it holds them, when the namespace was ``space``."""
-        if space == self.space:
-            self.changes.held(keys, held)
+    def _said(self, namespace: bytes, keys: Sequence[bytes], held: Sequence[bool]) -> None:
+        """The tier said of ``keys`` whether it holds them, when the namespace was ``namespace``."""
+        if namespace == self.namespace:
+            self.changes.observed(keys, held)
 
     def clear(self) -> None:
         """Take a namespace that no other stack has."""

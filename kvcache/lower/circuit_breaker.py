@@ -28,7 +28,7 @@ from kvcache.secrets import redact
 from kvcache.stats import TierName
 
 
-class Breaker:
+class CircuitBreaker:
     """Counts failures in a row. Safe to call from several threads.
 
     Args:
@@ -120,7 +120,7 @@ class Health:
         self._name = named.name
         self._whose = whose
         self._lock = threading.Lock()
-        self.breaker = Breaker(clock)
+        self.breaker = CircuitBreaker(clock)
         self.timer = Timer(named)
         self.errors = 0  # calls that failed or came late
 

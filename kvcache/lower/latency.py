@@ -13,7 +13,7 @@ _KEEP_DEPTH = 0.99  # the same for the cost of depth, which long prompts show, a
 _DEEPER = 4  # times as deep as the deepest sample, up to which the cost of depth is extrapolated
 
 
-class Pace:
+class LatencyModel:
     """The line ``seconds = latency + blocks * each`` that fits what was told best, lately.
 
     Weighted least squares, older tellings counting less. Safe to call from several threads.
@@ -29,7 +29,7 @@ class Pace:
         """Whether anything was told."""
         return self._weight > 0
 
-    def told(self, blocks: float, seconds: float) -> None:
+    def observe(self, blocks: float, seconds: float) -> None:
         """``blocks``, more than none, took so long together."""
         with self._lock:
             self._weight = _KEEP * self._weight + 1
@@ -39,12 +39,12 @@ class Pace:
             self._ns = _KEEP * self._ns + blocks * seconds
             self._most = max(_KEEP * self._most, blocks)
 
-    def least(self, blocks: float) -> float | None:
+    def optimistic(self, blocks: float) -> float | None:
         """Seconds for ``blocks``, by the line also beyond what was told of: no bound is meant."""
         with self._lock:
             return self._line(blocks)
 
-    def most(self, blocks: float) -> float | None:
+    def pessimistic(self, blocks: float) -> float | None:
         """Seconds for ``blocks``; beyond what was told of, as many times more as there are more."""
         with self._lock:
             known = self._line(min(blocks, self._most))
@@ -62,7 +62,7 @@ class Pace:
         return latency + each * blocks if latency > 0 else s / n * blocks
 
 
-class ComputePace:
+class ComputeModel:
     """How long an engine computes: ``seconds = line(blocks) + slope * context``.
 
     The context of a step is, summed over its blocks, the blocks before each of them: attention
@@ -75,7 +75,7 @@ class ComputePace:
     """
 
     def __init__(self) -> None:
-        self._line = Pace()
+        self._line = LatencyModel()
         self._lock = threading.Lock()
         self._nn = self._nc = self._cc = self._ns = self._cs = 0.0
         self._slope = 0.0
@@ -86,7 +86,7 @@ class ComputePace:
         """Whether there was a sample."""
         return self._line.known
 
-    def told(self, blocks: float, seconds: float, depth: float | None = None) -> None:
+    def observe(self, blocks: float, seconds: float, depth: float | None = None) -> None:
         """One step computed ``blocks``, more than none, in ``seconds``.
 
         Args:
@@ -104,15 +104,16 @@ class ComputePace:
             self._deepest = max(_KEEP_DEPTH * self._deepest, depth)
             self._slope = self._fit()
             flat = max(0.0, seconds - self._slope * context)
-        self._line.told(blocks, flat)
+        self._line.observe(blocks, flat)
 
-    def most(self, blocks: float, start: float = 0.0) -> float | None:
+    def pessimistic(self, blocks: float, start: float = 0.0) -> float | None:
         """Seconds to compute ``blocks`` after the first ``start`` of a prompt.
 
-        The line is scaled as by :meth:`Pace.most`. Deeper than four times the deepest sample a
-        block costs no more than there: computing such prompts then shows what they cost.
+        The line is scaled as by :meth:`LatencyModel.pessimistic`. Beyond four times the
+        depth of the deepest sample, a block costs no more than at that depth: the engine then
+        computes such prompts, and their samples show the real cost.
         """
-        flat = self._line.most(blocks)
+        flat = self._line.pessimistic(blocks)
         if flat is None:
             return None
         with self._lock:

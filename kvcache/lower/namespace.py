@@ -27,28 +27,28 @@ class Namespace:
         about: for people, as JSON.
     """
 
-    def __init__(self, tier: Tier, space: bytes, about: str = "") -> None:
-        self.space = space  # of what is stored now
+    def __init__(self, tier: Tier, namespace: bytes, about: str = "") -> None:
+        self.namespace = namespace  # of what is stored now
         self._tier = tier
-        self._shared = space
+        self._shared = namespace
         self._about = about
         self._name: bytes | None = None  # of the shared one in the tier
         self._naming = threading.Lock()  # held while the tier is asked for the name, or to forget
         self.unforgotten = False  # the shared one was left, and the tier may not know
 
-    def names(self, space: bytes, keys: Sequence[bytes]) -> list[bytes]:
-        """What blocks with ``keys`` in the namespace ``space`` are called in the tier.
+    def names(self, namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
+        """What blocks with ``keys`` in the namespace ``namespace`` are called in the tier.
 
         Raises:
-            TierError: when the tier does not say, or ``space`` was left before it was asked.
+            TierError: when the tier does not say, or ``namespace`` was left before it was asked.
         """
-        name = self._called() if space == self._shared else space
+        name = self._called() if namespace == self._shared else namespace
         return [join(name, key) for key in keys]
 
     def _called(self) -> bytes:
         if self._name is None:
             with self._naming:
-                if self.space != self._shared:
+                if self.namespace != self._shared:
                     # The tier may have forgotten it by now, and would return its next name.
                     raise TierError("reset", "the namespace was reset")
                 if self._name is None:
@@ -63,8 +63,8 @@ class Namespace:
 
     def clear(self) -> None:
         """Take a random namespace."""
-        self.unforgotten |= self.space == self._shared
-        self.space = os.urandom(len(self.space) or DIGEST_NBYTES)
+        self.unforgotten |= self.namespace == self._shared
+        self.namespace = os.urandom(len(self.namespace) or DIGEST_NBYTES)
 
     def forget(self) -> bool:
         """Have the tier forget the namespace that was left; whether it has, or none was left.

@@ -26,9 +26,9 @@ from typing import Any, Final, TypeVar
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.lower.latency import ComputePace
-from kvcache.lower.tier import Lower
-from kvcache.lower.worker_pool import Answer, Calls
+from kvcache.lower.latency import ComputeModel
+from kvcache.lower.tier import LowerTier
+from kvcache.lower.worker_pool import PendingCall, WorkerPool
 from kvcache.process import own
 from kvcache.tier import FrontTier, Lease
 
@@ -61,7 +61,7 @@ class _Piece:
     """Blocks on their way up: pinned already, one read of ours, and reads of others to wait for."""
 
     hold: Lease
-    answer: Answer[int] | None
+    answer: PendingCall[int] | None
     others: list[Future[None]]
     whole: bool  # there is a slot for every block
     ours: bool  # every block is read by us
@@ -79,13 +79,13 @@ class _Piece:
         return well and not wait(self.others, timeout_s).not_done
 
 
-class Below:
+class LowerTiers:
     """The tiers below ``front``, nearest first, and who is on the way up from them."""
 
     def __init__(
         self,
         front: FrontTier,
-        lower: Sequence[Lower],
+        lower: Sequence[LowerTier],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lower = tuple(lower)
@@ -93,16 +93,16 @@ class Below:
         self._clock = clock
         # Threads that wait for tiers: none for L1 alone, else all of them now, since a process
         # that exits can start none.
-        self._waiters = Calls("stack", _WAITERS if lower else 0)
+        self._waiters = WorkerPool("stack", _WAITERS if lower else 0)
         self._lock = threading.Lock()
         self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
-        self.computing = ComputePace()  # of the engine: what bringing up has to beat
+        self.computing = ComputeModel()  # of the engine: what bringing up has to beat
         own(self)
 
     @property
     def awake(self) -> bool:
         """Whether there is anybody to ask."""
-        return any(not (lower.link.asleep or lower.link.closed) for lower in self.lower)
+        return any(not (lower.channel.asleep or lower.channel.closed) for lower in self.lower)
 
     def submit(self, call: Callable[..., T], *arguments: object) -> Future[T]:
         """Have ``call`` made in a thread that may wait for tiers; cancelled after ``close``."""
@@ -116,7 +116,7 @@ class Below:
         """
         flush_until = time.monotonic() + flush_s
         until = flush_until + CLOSE_S
-        closing = [each.link.aside.submit(each.close, flush_until, until) for each in self.lower]
+        closing = [each.channel.aside.submit(each.close, flush_until, until) for each in self.lower]
         wait(closing, until - time.monotonic())
         for lower, closed in zip(self.lower, closing, strict=True):
             if not closed.done():
@@ -126,11 +126,11 @@ class Below:
         self._waiters.drop_waiting()
         self._waiters.close(max(0.0, until - time.monotonic()))
         for lower in self.lower:
-            lower.link.aside.close(max(0.0, until - time.monotonic()))
+            lower.channel.aside.close(max(0.0, until - time.monotonic()))
 
     # Looking
 
-    def look(self, match: Match, span: Span) -> Match:
+    def find(self, match: Match, span: Span) -> Match:
         """Go on from what L1 has with what is worth bringing up, up to a block that none has."""
         depth = match.start + match.blocks
         rest = match.keys[depth:]
@@ -140,7 +140,7 @@ class Below:
             if not asked:
                 break
             keys = [rest[at] for at in asked]
-            computing = self.computing.most(len(keys), depth)
+            computing = self.computing.pessimistic(len(keys), depth)
             if computing is not None and lower.asking_takes(len(keys)) > computing:
                 self._skip(lower, telemetry.TIER_CONTAINS, keys, span)
                 continue
@@ -162,31 +162,31 @@ class Below:
         """
         blocks, saved, most_saved = 0, 0.0, 0.0
         for source, at, end in _stretches(sources):
-            saved += self.computing.most(end - at, depth + at) or 0.0
+            saved += self.computing.pessimistic(end - at, depth + at) or 0.0
             saved -= self.lower[source - 1].loading_takes(end - at) if source else 0.0
             if saved >= most_saved or not self.computing.known:
                 blocks, most_saved = end, saved
         return blocks
 
-    def _skip(self, lower: Lower, name: str, keys: Sequence[bytes], span: Span) -> None:
+    def _skip(self, lower: LowerTier, name: str, keys: Sequence[bytes], span: Span) -> None:
         lower.skipped(name, len(keys), span)
         if lower.look_again():
-            self.submit(self._try, lower, keys[: lower.link.blocks_per_call])
+            self.submit(self._try, lower, keys[: lower.channel.blocks_per_call])
 
-    def _try(self, lower: Lower, keys: Sequence[bytes]) -> None:
+    def _try(self, lower: LowerTier, keys: Sequence[bytes]) -> None:
         """Read what ``lower`` has of ``keys``, to see how long it takes."""
         blocks = _hole([held or None for held in lower.contains(keys, INVALID_SPAN)])
         source = self.lower.index(lower) + 1
         match = Match(keys, 0, blocks, (source,) * blocks)
-        self.bring_up(match, INVALID_SPAN, patience_s=inf).end()
+        self.promote(match, INVALID_SPAN, patience_s=inf).end()
 
     # Bringing up
 
-    def bring_up(self, match: Match, span: Span, patience_s: float | None = None) -> Lease:
+    def promote(self, match: Match, span: Span, patience_s: float | None = None) -> Lease:
         """Pin what L1 has of ``match``, fill what it lacks, and pin the prefix that came of it.
 
         Args:
-            match: what :meth:`look` found.
+            match: what :meth:`find` found.
             span: under which the tiers' spans go.
             patience_s: how long to wait; ``None`` is as long as computing would take.
         """
@@ -195,7 +195,7 @@ class Below:
         until = self._clock() + (self._patience(match) if patience_s is None else patience_s)
         try:
             for source, at, end in _stretches(match.sources, len(holds[0])):
-                if not self._climb(source, keys[:end], at, until, holds, span):
+                if not self._promote_from(source, keys[:end], at, until, holds, span):
                     break
             return self._front.pin(keys)
         finally:
@@ -205,12 +205,12 @@ class Below:
     def _patience(self, match: Match) -> float:
         whose = {self.lower[source - 1] for source in match.sources if source}
         blocks = sum(map(bool, match.sources))
-        computing = self.computing.most(blocks, match.start + match.blocks - blocks)
+        computing = self.computing.pessimistic(blocks, match.start + match.blocks - blocks)
         if computing is None or any(lower.waits_if_slower for lower in whose):
             return inf
         return computing
 
-    def _climb(
+    def _promote_from(
         self,
         source: int,
         keys: Sequence[bytes],
@@ -225,8 +225,8 @@ class Below:
         """
         lower = self.lower[source - 1] if source else None
         climb = telemetry.below(span, telemetry.TIER_LOAD) if lower else INVALID_SPAN
-        size = lower.link.blocks_per_call if lower else len(keys)
-        patience_s = max(lower.link.deadline_s for lower in self.lower)
+        size = lower.channel.blocks_per_call if lower else len(keys)
+        patience_s = max(lower.channel.deadline_s for lower in self.lower)
         begun, well = self._clock(), True
         pieces: list[_Piece] = []
         coming: deque[_Piece] = deque()  # those of them that nobody has waited for
@@ -237,8 +237,8 @@ class Below:
                 well = coming.popleft().arrived(patience_s) and self._clock() < until
                 if not well:
                     break
-            after = keys[at - 1] if at else None
-            piece = self._ask_for(lower, keys[at : at + size], after, climb)
+            parent = keys[at - 1] if at else None
+            piece = self._ask_for(lower, keys[at : at + size], parent, climb)
             holds.append(piece.hold)
             pieces.append(piece)
             coming.append(piece)
@@ -269,14 +269,14 @@ class Below:
         return left >= patience_s or piece.over(max(0.0, left))
 
     def _ask_for(
-        self, lower: Lower | None, keys: Sequence[bytes], after: bytes | None, span: Span
+        self, lower: LowerTier | None, keys: Sequence[bytes], parent: bytes | None, span: Span
     ) -> _Piece:
         """Pin ``keys``, those that nobody has or reads in slots of their own, and begin to read."""
         with self._lock:  # of two who want a block one reads it, and the other knows who
-            lease = self._front.reserve(keys, after)
+            lease = self._front.reserve(keys, parent)
             mine = set(lease.keys)
             others = {self._coming[key] for key in keys if key in self._coming and key not in mine}
-            hold = self._front.hold(keys)
+            hold = self._front.pin_any(keys)
             read: Future[None] = Future()
             self._coming.update(dict.fromkeys(mine, read))
 

@@ -24,10 +24,10 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.guards.front_tier import checked
-from kvcache.lower.channel import Link
-from kvcache.lower.latency import Pace
-from kvcache.lower.worker_pool import LOAD, Answer
-from kvcache.lower.write_behind import Writes
+from kvcache.lower.channel import Channel
+from kvcache.lower.latency import LatencyModel
+from kvcache.lower.worker_pool import LOAD, PendingCall
+from kvcache.lower.write_behind import WriteBehind
 from kvcache.process import own
 from kvcache.sizes import Size
 from kvcache.stats import LowerStats
@@ -43,7 +43,7 @@ _DEADLINE_S: Final = 3600
 _CALLS: Final = 1024
 
 
-class Lower:
+class LowerTier:
     """One tier below L1.
 
     Args:
@@ -71,7 +71,7 @@ class Lower:
         *,
         name: str,
         front: FrontTier,
-        space: bytes,
+        namespace: bytes,
         about: str = "",
         deadline_s: float = 1.0,
         queue: Size = Size(256 << 20),  # noqa: B008 - a number
@@ -90,11 +90,11 @@ class Lower:
         front = checked(front)
         self.name = name
         self.waits_if_slower = if_slower == "load"
-        self.link = Link(
+        self.channel = Channel(
             tier,
             name=name,
             kind=kind or type(tier).__name__,
-            space=space,
+            namespace=namespace,
             about=about,
             deadline_s=deadline_s,
             blocks_per_call=max(1, PIECE_NBYTES // front.block_nbytes),
@@ -102,23 +102,23 @@ class Lower:
             clock=clock,
         )
         wanted, most = queue // front.block_nbytes, front.slab.slots // 4
-        self.writes = Writes(
-            self.link,
+        self.writes = WriteBehind(
+            self.channel,
             front,
             min(wanted, most),
             hot=writes == "hot",
             enlarge="the tier's queue" if wanted < most else "L1's capacity (it holds 1/4 of L1)",
         )
         self._front = front
-        self._asking, self._loading = Pace(), Pace()
+        self._asking, self._loading = LatencyModel(), LatencyModel()
         self._lock = threading.Lock()
         self._seen_slow = 0.0  # when it was last looked at for having been skipped
         own(self)
 
     @property
-    def space(self) -> bytes:
+    def namespace(self) -> bytes:
         """The namespace of the blocks that are asked for."""
-        return self.link.space
+        return self.channel.namespace
 
     # Questions, from threads of the stack
 
@@ -127,42 +127,48 @@ class Lower:
 
         This and the other questions have a span below the ``span`` of what they are asked for.
         """
-        space = self.space
-        asking, begun = telemetry.below(span, telemetry.TIER_CONTAINS), self.link.clock()
+        namespace = self.namespace
+        asking, begun = telemetry.below(span, telemetry.TIER_CONTAINS), self.channel.clock()
         answer = self._begin(
-            "contains", lambda: self.link.contains(space, keys), len(keys), asking, lambda: None
+            "contains",
+            lambda: self.channel.contains(namespace, keys),
+            len(keys),
+            asking,
+            lambda: None,
         )
         given = answer.wait()
         held = [False] * len(keys)
         if given is not None:
             held = list(given)
-            self._asking.told(len(keys), self.link.clock() - begun)
-        self.link.count(lookup_blocks=len(keys), hit_blocks=sum(held))
+            self._asking.observe(len(keys), self.channel.clock() - begun)
+        self.channel.count(lookup_blocks=len(keys), hit_blocks=sum(held))
         self._asked(asking, [answer], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
         return held
 
-    def load(self, lease: Lease, span: Span) -> Answer[int]:
+    def load(self, lease: Lease, span: Span) -> PendingCall[int]:
         """Begin to fill ``lease``, a lease to fill, with what the tier has of its keys.
 
         The lease ends with the call, however late that is, and at once if the call is not made.
         ``span`` is that of the loads of this tier for one request; :meth:`climbed` ends it.
         """
-        space, whole = self.space, self._front.block_nbytes
+        namespace, whole = self.namespace, self._front.block_nbytes
 
         def fill() -> Sequence[int]:
             missed = lease.keys
             try:
-                written = self.link.load(space, lease.keys, lease.views)
+                written = self.channel.load(namespace, lease.keys, lease.views)
                 missed = [k for k, n in zip(lease.keys, written, strict=True) if n != whole]
                 return written
             finally:
-                self.link.count(loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed))
+                self.channel.count(
+                    loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed)
+                )
                 lease.end(failed=missed)
 
         return self._begin("load", fill, len(lease), span, lambda: lease.end(lease.keys))
 
     def climbed(
-        self, answers: Sequence[Answer[int]], wanted: int, span: Span, *, late: bool
+        self, answers: Sequence[PendingCall[int]], wanted: int, span: Span, *, late: bool
     ) -> None:
         """The loads of ``wanted`` blocks for one request came, or were ``late`` and given up."""
         loaded = sum(answer.came(self._front.block_nbytes) for answer in answers)
@@ -173,13 +179,13 @@ class Lower:
         }
         self._asked(span, answers, counts, telemetry.SLOWER if late else "")
 
-    def took(self, answers: Sequence[Answer[int]], seconds: float) -> None:
+    def took(self, answers: Sequence[PendingCall[int]], seconds: float) -> None:
         """The loads for one request took so long, from the first call to the last answer."""
         asked = sum(answer.count for answer in answers)
         came = sum(answer.came(self._front.block_nbytes) for answer in answers)
         hangs = not all(answer.future.done() for answer in answers)
         if asked and (came == asked or hangs):  # a miss is fast, and tells nothing
-            self._loading.told(asked, seconds)
+            self._loading.observe(asked, seconds)
 
     def _begin(
         self,
@@ -188,21 +194,21 @@ class Lower:
         count: int,
         span: Span,
         unasked: Callable[[], None],
-    ) -> Answer[T]:
-        """Have ``call`` made in a thread of this tier; the arguments are those of ``Answer``."""
-        answer: Answer[T] = Answer(
-            self.link.health, self.link.deadline_s, verb, count, unasked, span
+    ) -> PendingCall[T]:
+        """Queue ``call`` for a thread of this tier; the arguments are ``PendingCall``'s."""
+        answer: PendingCall[T] = PendingCall(
+            self.channel.health, self.channel.deadline_s, verb, count, unasked, span
         )
-        if self.link.closed or not self.link.health.breaker.allows():
+        if self.channel.closed or not self.channel.health.breaker.allows():
             answer.refuse()
         else:
-            self.link.calls.put(LOAD, lambda: answer.run(call), answer.refuse)
+            self.channel.calls.put(LOAD, lambda: answer.run(call), answer.refuse)
         return answer
 
     def _asked(
         self,
         span: Span,
-        answers: Sequence[Answer[T]],
+        answers: Sequence[PendingCall[T]],
         counts: Mapping[str, int],
         skip: str = "",
     ) -> None:
@@ -215,7 +221,7 @@ class Lower:
         telemetry.end(
             span,
             {
-                **self.link.whose,
+                **self.channel.whose,
                 **counts,
                 telemetry.QUEUED: max((answer.queued_s for answer in answers), default=0.0),
                 **({telemetry.SKIP: skip} if skip else {}),
@@ -227,45 +233,45 @@ class Lower:
 
     def asking_takes(self, blocks: int) -> float:
         """Seconds it takes to ask for ``blocks``, at the least; 0 if unknown, or no matter."""
-        return 0.0 if self.waits_if_slower else self._asking.least(blocks) or 0.0
+        return 0.0 if self.waits_if_slower else self._asking.optimistic(blocks) or 0.0
 
     def loading_takes(self, blocks: int) -> float:
         """Seconds it takes to load ``blocks``, at the least; 0 if unknown, or no matter."""
-        return 0.0 if self.waits_if_slower else self._loading.least(blocks) or 0.0
+        return 0.0 if self.waits_if_slower else self._loading.optimistic(blocks) or 0.0
 
     def skipped(self, name: str, blocks: int, span: Span) -> None:
         """``blocks`` are computed, since that takes less time than what span ``name`` is of."""
-        self.link.count(skipped_blocks=blocks)
+        self.channel.count(skipped_blocks=blocks)
         if span.is_recording():
             why: telemetry.Attributes = {
                 telemetry.SKIPPED: blocks,
                 telemetry.SKIP: telemetry.SLOWER,
             }
             span.set_attributes(why)
-            telemetry.end(telemetry.below(span, name), {**self.link.whose, **why})
+            telemetry.end(telemetry.below(span, name), {**self.channel.whose, **why})
 
     def look_again(self) -> bool:
         """Whether it is time to see if the tier is still slow; ``True`` to one who asks."""
         with self._lock:
-            now = self.link.clock()
+            now = self.channel.clock()
             due = now - self._seen_slow >= LOOK_AGAIN_S
             if due:
                 self._seen_slow = now
             return due
 
-    def clear(self) -> Answer[bool]:
+    def clear(self) -> PendingCall[bool]:
         """Find nothing again of what was stored until now, and begin to have the tier forget it."""
-        self.link.clear()
+        self.channel.clear()
         return self._begin(
-            "forget", lambda: [self.link.spaces.forget()], 1, INVALID_SPAN, lambda: None
+            "forget", lambda: [self.channel.spaces.forget()], 1, INVALID_SPAN, lambda: None
         )
 
-    def cleared(self, answer: Answer[bool]) -> bool:
+    def cleared(self, answer: PendingCall[bool]) -> bool:
         """Whether the tier has forgotten, within its deadline, what a stack opened later may find.
 
         If not, a warning is logged, and the tier is asked again before each write.
         """
-        if answer.wait() == [True] or not self.link.spaces.unforgotten:
+        if answer.wait() == [True] or not self.channel.spaces.unforgotten:
             return True
         log.warning(
             "kvcache: tier %s: a reset was not written (%s); an engine that is started later may "
@@ -279,7 +285,7 @@ class Lower:
         """Counts at this moment."""
         size = self._front.block_nbytes
         mine = {"block_nbytes": size, "queued_nbytes": self.writes.waiting_blocks * size}
-        return LowerStats(**(self.link.counts() | mine))
+        return LowerStats(**(self.channel.counts() | mine))
 
     def close(self, flush_until: float, until: float) -> None:
         """Write what waits and close the tier; both times are of ``time.monotonic``.
@@ -288,4 +294,4 @@ class Lower:
         ``close`` has begun; it ends when the tier lets it. Raises TierError where it fails.
         """
         self.writes.flush(max(0.0, flush_until - time.monotonic()))
-        self.link.close(max(0.0, until - time.monotonic()))
+        self.channel.close(max(0.0, until - time.monotonic()))

@@ -40,7 +40,7 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-class Calls:
+class WorkerPool:
     """Daemon threads that make what calls are put to them.
 
     Args:
@@ -143,7 +143,7 @@ class Calls:
             del job, drop  # or what they hold is kept until the next call
 
 
-class Answer(Generic[T]):
+class PendingCall(Generic[T]):
     """What a lower tier will say to one question.
 
     Args:

@@ -20,7 +20,7 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, described
-from kvcache.lower.channel import Link
+from kvcache.lower.channel import Channel
 from kvcache.lower.worker_pool import STORE
 from kvcache.tier import FrontTier, Lease
 
@@ -30,7 +30,7 @@ Parents = Mapping[bytes, bytes | None]
 """Blocks by key, in order, each with the key that it continues."""
 
 
-class Writes:
+class WriteBehind:
     """The queue before one lower tier.
 
     Args:
@@ -43,7 +43,7 @@ class Writes:
 
     def __init__(
         self,
-        link: Link,
+        link: Channel,
         front: FrontTier,
         queue_blocks: int,
         *,
@@ -51,7 +51,7 @@ class Writes:
         enlarge: str,
     ) -> None:
         self.queue_blocks = queue_blocks
-        self._link = link
+        self._channel = link
         self._front = front
         self._hot = hot
         self._enlarge = enlarge
@@ -63,17 +63,17 @@ class Writes:
         self._idle = threading.Condition(self._lock)
         self.waiting_blocks = 0
 
-    def stored(self, parents: Parents, space: bytes, cause: Span) -> None:
-        """An engine stored blocks, whose slots were reserved when the namespace was ``space``.
+    def stored(self, parents: Parents, namespace: bytes, cause: Span) -> None:
+        """An engine stored blocks, whose slots were reserved when the namespace was ``namespace``.
 
         This and the others below get the span that is the ``cause``, which has not ended.
         """
         if not self._hot:
-            self.write(parents, space, cause)
+            self.write(parents, namespace, cause)
             return
         with self._lock:
-            self._link.count(once_blocks=len(parents))
-            self._once.update({key: (space, parent) for key, parent in parents.items()})
+            self._channel.count(withheld_blocks=len(parents))
+            self._once.update({key: (namespace, parent) for key, parent in parents.items()})
             while len(self._once) > self._front.slab.slots:
                 self._once.popitem(last=False)
 
@@ -84,21 +84,21 @@ class Writes:
         with self._lock:
             good = [key for key in keys if key in self._once and key not in failed]
             kept = {key: self._once.pop(key) for key in good}
-            self._link.count(once_blocks=-len(kept))
-        for space in dict.fromkeys(space for space, _ in kept.values()):
-            its = {key: parent for key, (of, parent) in kept.items() if of == space}
-            self.write(its, space, cause)
+            self._channel.count(withheld_blocks=-len(kept))
+        for namespace in dict.fromkeys(namespace for namespace, _ in kept.values()):
+            its = {key: parent for key, (of, parent) in kept.items() if of == namespace}
+            self.write(its, namespace, cause)
 
-    def write(self, parents: Parents, space: bytes, cause: Span) -> None:
+    def write(self, parents: Parents, namespace: bytes, cause: Span) -> None:
         """Queue blocks, READY in L1, to be written: as many of the first as there is room for.
 
-        ``space`` is the namespace when their slots were reserved: it may be another by now.
+        ``namespace`` is the namespace when their slots were reserved: it may be another by now.
         """
         keys = list(parents)
         if not keys:
             return
         with self._lock:
-            skipped = self._link.asleep or self._link.closed
+            skipped = self._channel.asleep or self._channel.closed
             room = 0 if skipped else self.queue_blocks
             taken = max(0, min(len(keys), room - self.waiting_blocks))
             self.waiting_blocks += taken
@@ -109,57 +109,59 @@ class Writes:
                 "kvcache: tier %s: write queue full (it holds %d blocks); %d of %d blocks stored "
                 "at once are not written to the tier. Raise %s, or store fewer blocks at once; "
                 "later drops are counted, not logged",
-                self._link.named.name, self.queue_blocks, len(keys) - taken, len(keys),
+                self._channel.named.name, self.queue_blocks, len(keys) - taken, len(keys),
                 self._enlarge,
             )  # fmt: skip
         if dropped := len(keys) - taken:
-            self._link.count(dropped_blocks=dropped)
+            self._channel.count(dropped_blocks=dropped)
             if cause.is_recording():
-                event: telemetry.Attributes = {**self._link.whose, telemetry.DROPPED: dropped}
+                event: telemetry.Attributes = {**self._channel.whose, telemetry.DROPPED: dropped}
                 cause.add_event(telemetry.BLOCKS_DROPPED, event)
-        for at in range(0, taken, self._link.blocks_per_call):
-            piece = keys[at : min(at + self._link.blocks_per_call, taken)]
+        for at in range(0, taken, self._channel.blocks_per_call):
+            piece = keys[at : min(at + self._channel.blocks_per_call, taken)]
             lease = self._front.pin(piece)
             gone = len(piece) - len(lease)  # dropped from L1 as not to be trusted
-            self._link.count(dropped_blocks=gone)
+            self._channel.count(dropped_blocks=gone)
             self._written(gone)
-            self._link.calls.put(
+            self._channel.calls.put(
                 STORE,
-                partial(self._store, lease, parents, space, cause),
+                partial(self._store, lease, parents, namespace, cause),
                 partial(self._drop, lease),
             )
 
     def _drop(self, lease: Lease) -> None:
         """Do not offer the blocks under ``lease``, and end it."""
-        self._link.count(dropped_blocks=len(lease))
+        self._channel.count(dropped_blocks=len(lease))
         lease.end()
         self._written(len(lease))
 
-    def _store(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
+    def _store(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
         """Offer what is new to the tier of the blocks under ``lease``, and end it."""
         # Of another namespace: before a clear, and of no use to anyone.
-        stale = space != self._link.space
-        if stale or self._link.closed or not self._link.health.breaker.allows():
+        stale = namespace != self._channel.namespace
+        if stale or self._channel.closed or not self._channel.health.breaker.allows():
             self._drop(lease)
             return
         try:
-            self._offer(lease, parents, space, cause)
+            self._offer(lease, parents, namespace, cause)
         finally:
             self._written(len(lease))  # last: a waiter for that finds all counts
 
-    def _offer(self, lease: Lease, parents: Parents, space: bytes, cause: Span) -> None:
-        span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._link.clock()
+    def _offer(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
+        span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._channel.clock()
         new, stored, error, why = len(lease), 0, "", ""
         try:
             views = dict(zip(lease.keys, lease.views, strict=True))
             with telemetry.within(span):
                 with suppress(TierError):  # said when it failed first; costs no block
-                    self._link.spaces.forget()
-                held = self._link.contains(space, lease.keys)
+                    self._channel.spaces.forget()
+                held = self._channel.contains(namespace, lease.keys)
                 unknown = [key for key, known in zip(lease.keys, held, strict=True) if not known]
                 for stretch in _stretches(unknown, parents):
                     blocks = [views[key] for key in stretch]
-                    stored += sum(self._link.store(space, stretch, blocks, parents[stretch[0]]))
+                    stored += sum(
+                        self._channel.store(namespace, stretch, blocks, parents[stretch[0]])
+                    )
             new = len(unknown)
         except TierError as failure:
             error, why = failure.error, failure.why
@@ -167,24 +169,24 @@ class Writes:
             error, why = described(wrong)
         finally:
             lease.end()
-        took = self._link.clock() - begun
-        if not error and took > self._link.deadline_s:
+        took = self._channel.clock() - begun
+        if not error and took > self._channel.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
-        self._link.health.timer.took("store", took, error)
+        self._channel.health.timer.took("store", took, error)
         counts = {
             "known_blocks": len(lease) - new,
             "stored_blocks": stored,
             "declined_blocks": new - stored,
         }
-        self._link.count(**counts)
+        self._channel.count(**counts)
         if error:
-            self._link.health.failed("store", error, why, span)
+            self._channel.health.failed("store", error, why, span)
         else:
-            self._link.health.succeeded(span)
+            self._channel.health.succeeded(span)
         telemetry.end(
             span,
             {
-                **self._link.whose,
+                **self._channel.whose,
                 telemetry.REQUESTED: len(lease),
                 telemetry.STORED: stored,
                 telemetry.KNOWN: len(lease) - new,

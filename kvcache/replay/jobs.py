@@ -22,7 +22,7 @@ from kvcache.replay.trace import Trace
 LOOK_S = 0.1  # between two looks at how far the other processes are
 
 
-class Job(NamedTuple):
+class ReplayJob(NamedTuple):
     """Replay with a policy, or with knowledge of what comes (``policy`` is ``None``)."""
 
     policy: str | None
@@ -42,7 +42,9 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run(trace: Trace, jobs: Sequence[Job], processes: int, told: Told) -> list[Outcome | Optimum]:
+def run(
+    trace: Trace, jobs: Sequence[ReplayJob], processes: int, told: Told
+) -> list[Outcome | Optimum]:
     """Do ``jobs``, at most ``processes`` at once; one process is this one.
 
     Raises:
@@ -70,7 +72,7 @@ def run(trace: Trace, jobs: Sequence[Job], processes: int, told: Told) -> list[O
         raise JobError("a process was ended from outside; was there enough memory?") from error
 
 
-def _do(trace: Trace, job: Job, told: Told) -> Outcome | Optimum:
+def _do(trace: Trace, job: ReplayJob, told: Told) -> Outcome | Optimum:
     if job.policy is None:
         found = optimum(trace, sum(job.capacities))
         told(len(trace))
@@ -93,7 +95,7 @@ def _begin(trace: Trace, done: Synchronized[int]) -> None:
     _trace, _done = trace, done
 
 
-def _work(job: Job) -> Outcome | Optimum:
+def _work(job: ReplayJob) -> Outcome | Optimum:
     return _do(_trace, job, _tell)
 
 

@@ -86,7 +86,7 @@ def replay(
     ):
         found = tiers.request(chain, now)
         if done < len(chain):
-            tiers.front.done(chain[done:])
+            tiers.front.mark_done(chain[done:])
         hit_tokens += min(found * trace.block_tokens, tokens)
         if not number % TICK:
             ticked(TICK)

@@ -35,9 +35,9 @@ class FrontTierTests(TierTests):
         for key, view in zip(lease.keys, lease.views, strict=True):
             assert view == block_of(key, self.block_nbytes), "these bytes do not belong here"
 
-    def fill(self, tier: FrontTier, keys: Sequence[bytes], after: bytes | None = None) -> int:
+    def fill(self, tier: FrontTier, keys: Sequence[bytes], parent: bytes | None = None) -> int:
         """Store a stretch of a chain in place; give how many blocks got a slot."""
-        with tier.reserve(keys, after) as lease:
+        with tier.reserve(keys, parent) as lease:
             self.write(lease)
         return len(lease)
 
@@ -130,7 +130,7 @@ class FrontTierTests(TierTests):
 
     def test_a_lease_ends_exactly_once(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "once", 3)
-        for lend in (tier.reserve, tier.pin, tier.hold):
+        for lend in (tier.reserve, tier.pin, tier.pin_any):
             lease = lend(chain[:2])
             with pytest.raises(LeaseError):
                 lease.end(failed=[chain[2]])  # not one of its keys: it has not ended
@@ -195,13 +195,13 @@ class FrontTierTests(TierTests):
     def test_hints_take_nothing_away_and_promise_nothing(self, tier: FrontTier) -> None:
         chain, new = self.chain(tier, "hint"), self.chain(tier, "new")
         self.fill(tier, chain)
-        tier.done(keys_of("never there", 2))
-        tier.keep(keys_of("never there", 2), 60.0)
-        tier.keep(chain, 1e6)
-        tier.done(chain[2:])
+        tier.mark_done(keys_of("never there", 2))
+        tier.protect(keys_of("never there", 2), 60.0)
+        tier.protect(chain, 1e6)
+        tier.mark_done(chain[2:])
         self.check_load(tier, chain, [True] * len(chain))
         with tier.pin(chain[:4]) as lease:
-            tier.done(chain)
+            tier.mark_done(chain)
             assert self.fill(tier, new) == len(chain) - 4, "kept for ever, or pinned and let go"
             self.check_views(lease)
         self.check_load(tier, chain[:4], [True] * 4)
@@ -238,7 +238,7 @@ class FrontTierTests(TierTests):
         chain = self.chain(tier, "hold", 7)
         self.put(tier, [*chain[:2], chain[3]])
         writer = tier.reserve(chain[5:6])
-        lease = tier.hold(chain)
+        lease = tier.pin_any(chain)
         assert list(lease.keys) == [*chain[:2], chain[3], chain[5]]
         assert list(lease.positions) == [0, 1, 3, 5]
         assert list(lease.slots[3:]) == list(writer.slots)
@@ -249,7 +249,7 @@ class FrontTierTests(TierTests):
         self.check_views(lease)
         assert tier.stats().pinned_slots == 4
         lease.end()
-        assert len(tier.hold(chain[4:5])) == len(tier.hold([])) == 0
+        assert len(tier.pin_any(chain[4:5])) == len(tier.pin_any([])) == 0
         self.check_load(tier, chain, [True, True, False, True, False, True, False])
         self.check_idle(tier)
 
@@ -258,7 +258,7 @@ class FrontTierTests(TierTests):
         half = len(old) // 2
         self.fill(tier, old[:half])
         writer = tier.reserve(old[half : half + 1], old[half - 1])
-        with tier.hold(old) as one, tier.hold(old[half:]) as two:
+        with tier.pin_any(old) as one, tier.pin_any(old[half:]) as two:
             self.write(writer)
             writer.end()
             assert self.fill(tier, new) == len(old) - half - 1
@@ -273,7 +273,7 @@ class FrontTierTests(TierTests):
     def test_a_hold_that_ends_first_leaves_a_block_to_who_fills_it(self, tier: FrontTier) -> None:
         chain, new = self.chain(tier, "filled on", 3), self.chain(tier, "new")
         writer = tier.reserve(chain)
-        tier.hold(chain).end()
+        tier.pin_any(chain).end()
         assert tier.stats().pinned_slots == 3
         assert self.fill(tier, new) == len(new) - 3
         self.write(writer)
@@ -285,7 +285,7 @@ class FrontTierTests(TierTests):
         chain, new = self.chain(tier, "not filled", 4), self.chain(tier, "new")
         self.fill(tier, chain[:1])
         writer = tier.reserve(chain[1:], chain[0])
-        lease = tier.hold(chain)
+        lease = tier.pin_any(chain)
         self.write(writer)
         writer.end(failed=chain[2:3])
         assert tier.contains(chain) == [True, True, False, True]
@@ -302,9 +302,9 @@ class FrontTierTests(TierTests):
         held, filling, new = keys_of("held", 2), keys_of("filling", 2), self.chain(tier, "new")
         self.fill(tier, held)
         writer = tier.reserve(filling)
-        lease = tier.hold([*held, *filling])
+        lease = tier.pin_any([*held, *filling])
         tier.clear()
-        assert len(tier.hold([*held, *filling])) == 0
+        assert len(tier.pin_any([*held, *filling])) == 0
         self.write(writer)
         writer.end()
         assert tier.contains([*held, *filling]) == [False] * 4

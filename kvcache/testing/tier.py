@@ -127,15 +127,15 @@ class TierTests:
         self.check_load(tier, keys, [True] * len(keys))
 
     def test_resolving_and_forgetting_leave_other_namespaces(self, tier: Tier) -> None:
-        space, other = keys_of("namespace", 2, 32)
+        namespace, other = keys_of("namespace", 2, 32)
         own = keys_of("own", 2, 32)
-        name = tier.resolve(space, "{}")
-        assert len(name) == len(space)
-        assert tier.resolve(space, "") == name
+        name = tier.resolve(namespace, "{}")
+        assert len(name) == len(namespace)
+        assert tier.resolve(namespace, "") == name
         elsewhere = [tier.resolve(other, "") + key for key in own]
         self.put(tier, elsewhere)
         with suppress(NotImplementedError):
-            tier.forget(space)
+            tier.forget(namespace)
         self.check_load(tier, elsewhere, [True] * 2)
 
     def test_closing_twice(self, tier: Tier) -> None:

@@ -30,7 +30,7 @@ class Rig:
 
     def __init__(self, torch: Any, page: int) -> None:
         from kvcache.connectors.layout.placement import Pages
-        from kvcache.connectors.transfer.base import Sides
+        from kvcache.connectors.transfer.base import CopyGeometry
         from kvcache.connectors.transfer.cuda import Cuda
         from kvcache.connectors.transfer.device import DeviceCopier
         from kvcache.slab import Slab
@@ -40,7 +40,7 @@ class Rig:
         count = NBYTES // (page * LAYERS)
         pages = torch.zeros((LAYERS, 4 * count, page), dtype=torch.uint8, device=device)
         self.slab = Slab.create(2 * count, LAYERS * page)
-        sides = Sides(
+        sides = CopyGeometry(
             [Pages(layer.data_ptr(), page, page, 4 * count) for layer in pages],
             slab_address=self.slab.address,
             slots=2 * count,
@@ -61,10 +61,10 @@ class Rig:
 
     def use(self, mechanism: Any) -> None:
         """Have all be copied by it."""
-        from kvcache.connectors.transfer.autotune import SIZES, WAYS
+        from kvcache.connectors.transfer.autotune import DIRECTIONS, SIZES
 
         took = {self.cuda.mechanisms.first: 1.0, mechanism: 0.01}
-        self.cuda.mechanisms.learn({(way, size): took for way in WAYS for size in SIZES})
+        self.cuda.mechanisms.learn({(way, size): took for way in DIRECTIONS for size in SIZES})
 
     def paged(self, *ways: str) -> None:
         if "store" in ways:

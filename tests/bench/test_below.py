@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from kvcache import Stack
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
@@ -28,7 +28,7 @@ def test_a_hit_in_l1_costs_the_same_with_a_tier_below() -> None:
 
         def made(below: bool) -> Stack:
             front = DramTier(block_nbytes=PAGE, capacity=Size(2 * BLOCKS * PAGE))
-            lower = [Lower(Faulty(), name="l2", front=front, space=b"")] if below else []
+            lower = [LowerTier(Faulty(), name="l2", front=front, namespace=b"")] if below else []
             stack = opened.enter_context(Stack(front, lower, profile="bench"))
             front.slab.wait_populated()
             stack.reserve(keys).end()

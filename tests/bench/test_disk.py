@@ -33,7 +33,7 @@ TOTAL, THREADS = 1 << 30, 4
 CALLERS, PIECE = 2, 16 << 20  # as the stack calls: two calls under way, of so many bytes
 PAIRS = 9  # of which the median counts
 
-Way = Literal["read", "write"]
+Direction = Literal["read", "write"]
 Verb = Callable[[list[bytes], list[memoryview]], Iterable[object]]
 
 
@@ -68,7 +68,7 @@ class Bench:
             list(callers.map(call, range(CALLERS)))
             return self.count * self.block / (time.perf_counter() - begun)
 
-    def fio(self, way: Way) -> float:
+    def fio(self, way: Direction) -> float:
         """Bytes per second with as many blocks under way, as large, in the same memory, direct."""
         command = [
             "fio", "--name=disk", f"--filename={self.path / 'blocks'}", "--direct=1", f"--rw={way}",
@@ -93,12 +93,12 @@ def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_as_fast_as_fio(bench: Bench) -> None:
-    ways: dict[Way, tuple[str, Verb]] = {
+    ways: dict[Direction, tuple[str, Verb]] = {
         "write": ("store", bench.tier.store),
         "read": ("load", bench.tier.load),
     }
-    ours: dict[Way, list[float]] = {way: [] for way in ways}
-    fios: dict[Way, list[float]] = {way: [] for way in ways}
+    ours: dict[Direction, list[float]] = {way: [] for way in ways}
+    fios: dict[Direction, list[float]] = {way: [] for way in ways}
     for turn in range(PAIRS):
         keys = bench.keys()
         for way, (_, verb) in ways.items():

@@ -46,7 +46,7 @@ class Memory(Tier):
         return [self.nbytes[key] for key in keys]
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         for key, block in zip(keys, blocks, strict=True):
             memoryview(self._room[key])[: len(block)] = block

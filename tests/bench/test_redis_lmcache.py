@@ -32,7 +32,7 @@ from tests.support import redis_servers
 
 VARIABLE = "KVCACHE_BENCH_LMCACHE_PYTHON"
 PYTHON = os.environ.get(VARIABLE)
-WAYS = ("store", "look", "load")
+DIRECTIONS = ("store", "look", "load")
 # In 0.5.6 it may wait for ever: who asks is written down after the question was sent, and an answer
 # that comes before that is lost (batch_exists_sync in native_clients/connector_client_base.py).
 LEFT_OUT = {("look", "resp://")}
@@ -116,7 +116,7 @@ def test_beside_lmcache(tmp_path: Path, nbytes: int) -> None:
         for turn in range(ROUNDS):
             for name, ask in [*sides.items()][:: 1 if turn % 2 else -1]:
                 client.flushall()
-                for way in WAYS:
+                for way in DIRECTIONS:
                     if (way, name) in LEFT_OUT:
                         continue
                     spent.setdefault(f"{way} {name}", []).append(ask(way))

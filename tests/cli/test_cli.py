@@ -73,13 +73,13 @@ def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
 ) -> None:
     played = []
 
-    def play(setup: engine.Setup, chats: Chats, *_: object) -> engine.Run:
+    def play(setup: engine.Setup, chats: Chats, *_: object) -> engine.EngineRun:
         played.append(setup)
-        return engine.Run([], block_nbytes=1 << 20, l1=engine.L1())
+        return engine.EngineRun([], block_nbytes=1 << 20, l1=engine.L1())
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(engine, "play", play)
-    monkeypatch.setattr(host_memory, "limit", lambda: host_memory.Memory(1 << 30, "a test"))
+    monkeypatch.setattr(host_memory, "limit", lambda: host_memory.HostMemory(1 << 30, "a test"))
     assert cli.main(["demo", "--model", "m"]) == 2
     assert len(played) == 1
     assert "quarter of the memory, 256MiB" in capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
 def test_an_engine_that_fails_ends_with_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def play(*_: object) -> engine.Run:
+    def play(*_: object) -> engine.EngineRun:
         raise engine.EngineError("the engine failed: why")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

@@ -1,13 +1,13 @@
 """The traffic: who speaks when, what a prompt is made of, and how much of it is distinct."""
 
-from kvcache.cli.demo.chats import Answer, Chats, Turn
+from kvcache.cli.demo.chats import Answer, Chats, ChatTurn
 
 CHATS = Chats(
     users=3, turns=2, system_tokens=5, document_tokens=7, message_tokens=3, answer_tokens=2
 )
 
 
-def play(chats: Chats, answer: list[int]) -> tuple[list[Turn], list[list[int]]]:
+def play(chats: Chats, answer: list[int]) -> tuple[list[ChatTurn], list[list[int]]]:
     prompts: list[list[int]] = []
 
     def ask(prompt: list[int]) -> Answer:

@@ -7,26 +7,26 @@ from typing import Any
 
 import pytest
 
-from kvcache.cli.demo.chats import Answer, Turn
-from kvcache.cli.demo.engine import L1, Run
-from kvcache.cli.demo.report import Report, first_difference
+from kvcache.cli.demo.chats import Answer, ChatTurn
+from kvcache.cli.demo.engine import L1, EngineRun
+from kvcache.cli.demo.report import DemoReport, first_difference
 from kvcache.cli.table import painter
 
 PLAIN = painter(io.StringIO())
 
 
-def turn(number: int, *, cached: int, ttft_s: float, user: int = 1, prompt: int = 3000) -> Turn:
+def turn(number: int, *, cached: int, ttft_s: float, user: int = 1, prompt: int = 3000) -> ChatTurn:
     logprobs = [[(7, -0.25), (9, -1.5)], [(7, -1.0), (8, -0.5)]]
-    return Turn(user, number, prompt, Answer([7, 8], logprobs, cached, ttft_s))
+    return ChatTurn(user, number, prompt, Answer([7, 8], logprobs, cached, ttft_s))
 
 
-def run(*turns: Turn, l1: L1 | None = None) -> Run:
-    return Run(list(turns), block_nbytes=1 << 18, l1=l1 or L1())
+def run(*turns: ChatTurn, l1: L1 | None = None) -> EngineRun:
+    return EngineRun(list(turns), block_nbytes=1 << 18, l1=l1 or L1())
 
 
-def report(*, pinned: int = 0, kvcache: list[Turn] | None = None) -> Report:
+def report(*, pinned: int = 0, kvcache: list[ChatTurn] | None = None) -> DemoReport:
     """Turn 1 is cold everywhere, 2 to 4 are hits of kvcache, of which the short 4 is not timed."""
-    return Report(
+    return DemoReport(
         without=run(
             turn(1, cached=0, ttft_s=1.0),
             turn(2, cached=128, ttft_s=2.0),

@@ -123,7 +123,9 @@ def test_the_fix_of_l1_is_one(ask: Doctor, monkeypatch: pytest.MonkeyPatch) -> N
     code, found = ask(L1.format(capacity=2 * host_memory.limit().nbytes))
     assert (code, statuses(found, "l1")) == (1, ["FAIL"])
     variable, _, size = found["l1"][0]["fix"].split()[0].partition("=")
-    monkeypatch.setattr(host_memory, "available", lambda *_: host_memory.Memory(2**62, "enough"))
+    monkeypatch.setattr(
+        host_memory, "available", lambda *_: host_memory.HostMemory(2**62, "enough")
+    )
     monkeypatch.setenv(variable, size)
     code, found = ask(L1.format(capacity=2 * host_memory.limit().nbytes))
     assert (code, statuses(found, "l1")) == (0, ["OK"])
@@ -132,7 +134,9 @@ def test_the_fix_of_l1_is_one(ask: Doctor, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_l1_that_an_engine_has_is_no_failure(
     ask: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_memory, "available", lambda *_: host_memory.Memory(1 << 20, "a test"))
+    monkeypatch.setattr(
+        host_memory, "available", lambda *_: host_memory.HostMemory(1 << 20, "a test")
+    )
     pid = os.getpid()
     with closing(DramTier(block_nbytes=4096, capacity=Size(8 << 20))), monkeypatch.context() as it:
         it.setattr(os, "getpid", lambda: -1)  # so that it is another process's

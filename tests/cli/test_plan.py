@@ -171,7 +171,7 @@ def test_without_a_bandwidth_a_copy_is_measured(capsys: pytest.CaptureFixture[st
 def test_without_memory_it_is_this_containers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_memory, "limit", lambda: host_memory.Memory(8 << 30, "a test"))
+    monkeypatch.setattr(host_memory, "limit", lambda: host_memory.HostMemory(8 << 30, "a test"))
     shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128", "--bandwidth", "1GiB"]
     assert cli.main(["plan", *shape, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -20,7 +20,9 @@ EXTENDS = 'extends = "l1-disk"\n'
 
 @pytest.fixture(autouse=True)
 def some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "limit", lambda *_: host_memory.Memory(1 << 40, "the test"))
+    monkeypatch.setattr(
+        host_memory, "limit", lambda *_: host_memory.HostMemory(1 << 40, "the test")
+    )
 
 
 @pytest.fixture(scope="module")

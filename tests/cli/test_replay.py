@@ -19,7 +19,7 @@ from kvcache.cli.progress import Bar
 from kvcache.eviction import POLICIES, Lru
 from kvcache.replay import jobs
 from kvcache.replay.generators import GENERATORS, generate
-from kvcache.replay.jobs import Job, JobError
+from kvcache.replay.jobs import JobError, ReplayJob
 
 SVG = "{http://www.w3.org/2000/svg}"
 BROKEN = "tests.replay.test_simulate:Broken"
@@ -347,7 +347,7 @@ def test_matplotlib_that_is_not_there_is_named(
 
 def test_processes_find_what_one_does_and_tell_of_it() -> None:
     trace, told = generate("rag", 600), [0, 0]
-    work = [Job(policy, (size,)) for size in (50, 500) for policy in (None, *POLICIES)]
+    work = [ReplayJob(policy, (size,)) for size in (50, 500) for policy in (None, *POLICIES)]
 
     def count(at: int) -> Any:
         def tell(requests: int) -> None:
@@ -364,7 +364,9 @@ def test_processes_find_what_one_does_and_tell_of_it() -> None:
 def test_a_process_that_is_killed_is_an_error() -> None:
     dies = "tests.cli.test_replay:Dies"
     with pytest.raises(JobError, match="ended from outside"):
-        jobs.run(generate("rag", 10), [Job(dies, (5,)), Job("lru", (5,))], 2, lambda _: None)
+        jobs.run(
+            generate("rag", 10), [ReplayJob(dies, (5,)), ReplayJob("lru", (5,))], 2, lambda _: None
+        )
 
 
 class Dies(Lru):

@@ -17,10 +17,10 @@ from kvcache.connectors.transfer.autotune import (
     FEW,
     SIZES,
     Bytes,
+    CopyBatch,
+    Direction,
     Mechanisms,
     Pinned,
-    Runs,
-    Way,
     measure,
 )
 from kvcache.connectors.transfer.base import Integers
@@ -39,16 +39,16 @@ class Played:
 
     name: str
     clock: Clock
-    cost: Callable[[Way | None, int], float]
+    cost: Callable[[Direction | None, int], float]
     takes_only: int = 1  # runs that begin and end on so many bytes
-    wrong: Callable[[Runs], bool] = lambda runs: False
-    raises: Callable[[Runs], bool] = lambda runs: False
-    calls: list[Runs] = field(default_factory=list)
+    wrong: Callable[[CopyBatch], bool] = lambda runs: False
+    raises: Callable[[CopyBatch], bool] = lambda runs: False
+    calls: list[CopyBatch] = field(default_factory=list)
 
-    def takes(self, runs: Runs) -> bool:
+    def takes(self, runs: CopyBatch) -> bool:
         return runs.way is not None and not (runs.nbytes % self.takes_only).any()
 
-    def copy(self, runs: Runs) -> None:
+    def copy(self, runs: CopyBatch) -> None:
         self.calls.append(runs)
         if self.raises(runs):
             raise OSError("it does not work here")
@@ -102,20 +102,20 @@ class World:
         self.mechanisms = Mechanisms([self.engine, self.kernel])
         self.scratch = Scratch(self.clock)
 
-    def engine_costs(self, way: Way | None, nbytes: int) -> float:
+    def engine_costs(self, way: Direction | None, nbytes: int) -> float:
         return 2e-6 + nbytes / 50e9
 
-    def kernel_costs(self, way: Way | None, nbytes: int) -> float:
+    def kernel_costs(self, way: Direction | None, nbytes: int) -> float:
         return 0.1e-6 + nbytes / (30e9 if way == "load" else 5e9)
 
-    def runs(self, count: int, nbytes: int, way: Way | None = "load") -> Runs:
+    def runs(self, count: int, nbytes: int, way: Direction | None = "load") -> CopyBatch:
         """Of memory that is nobody's: what is copied does not matter."""
         memory = np.zeros((2, count, nbytes), dtype=np.uint8)
         self.memory = memory
         at = np.arange(count, dtype=np.int64) * nbytes + memory.ctypes.data
-        return Runs(at, at + count * nbytes, np.full(count, nbytes, dtype=np.int64), way)
+        return CopyBatch(at, at + count * nbytes, np.full(count, nbytes, dtype=np.int64), way)
 
-    def by(self, count: int, nbytes: int, way: Way | None = "load") -> str:
+    def by(self, count: int, nbytes: int, way: Direction | None = "load") -> str:
         """What copies so many runs of so many bytes."""
         before = {each: len(each.calls) for each in (self.engine, self.kernel)}
         self.mechanisms.copy(self.runs(count, nbytes, way))
@@ -182,7 +182,7 @@ def test_a_copy_of_mixed_sizes_goes_by_their_mean(world: World) -> None:
 @pytest.mark.parametrize("way", ["load", "store"])
 @pytest.mark.parametrize("size", [4 * KIB, 256 * KIB])
 def test_what_leaves_a_wrong_byte_anywhere_is_never_used(
-    world: World, way: Way, size: int, caplog: pytest.LogCaptureFixture
+    world: World, way: Direction, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.kernel.wrong = lambda runs: runs.way == way and int(runs.nbytes[0]) == size
     with caplog.at_level(logging.INFO):
@@ -202,12 +202,12 @@ def test_what_leaves_a_wrong_byte_anywhere_is_never_used(
 def test_what_writes_beside_its_runs_is_never_used(world: World) -> None:
     copy = world.kernel.copy
 
-    def beside(runs: Runs) -> None:
+    def beside(runs: CopyBatch) -> None:
         copy(runs)
         last = int(runs.targets.max() + runs.nbytes[0])
         ctypes.memset(last if last < end(runs) else int(runs.targets.min() - 1), 0x5A, 1)
 
-    def end(runs: Runs) -> int:
+    def end(runs: CopyBatch) -> int:
         side = world.scratch.device if runs.way == "load" else world.scratch.host
         return side.address + world.scratch.nbytes
 

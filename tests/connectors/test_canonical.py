@@ -24,7 +24,7 @@ from kvcache.connectors.layout.axes import Layout, LayoutError
 from kvcache.connectors.layout.canonical import canonical_runs, canonical_sizes
 from kvcache.connectors.layout.placement import MOST_RUNS, Placement, place
 from kvcache.connectors.transfer import cpu
-from kvcache.connectors.transfer.select import form, open_copier
+from kvcache.connectors.transfer.select import format_id, open_copier
 from kvcache.slab import Slab
 from tests.support.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
 from tests.support.reordering_device import Device
@@ -183,7 +183,7 @@ def test_on_a_device_there_may_not_be_too_many_runs() -> None:
     across = torch.zeros(4, 2, 8, 128, 16, dtype=torch.bfloat16, device="meta")
     placement = place([across], Layout("ours", ("blocks kv heads dim tokens",)))
     with pytest.raises(LayoutError, match="on meta: a block of it lies in 32768 runs of 2 bytes"):
-        form(placement, "canonical")
+        format_id(placement, "canonical")
 
 
 def test_too_many_runs_are_turned() -> None:

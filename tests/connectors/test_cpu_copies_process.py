@@ -27,15 +27,15 @@ other.start()
 there.wait()
 
 import numpy as np
-from kvcache.connectors import pages
-from kvcache.connectors.transfer.base import Sides
+from kvcache.connectors.transfer import cpu
+from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.layout.placement import Pages
 
-pages._ALONE_BELOW = 0
+cpu._ALONE_BELOW = 0
 memory = np.zeros(2, dtype=np.uint8)
 address = memory.ctypes.data
-sides = Sides([Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)
-copier = pages.CpuCopier(sides, threads=2)
+sides = CopyGeometry([Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)
+copier = cpu.CpuCopier(sides, threads=2)
 copier.gather([0], [0])
 (worker,) = [t for t in threading.enumerate() if t.name.startswith("kvcache-pages")]
 copier._pool.submit(int).result()  # it has run its initializer

@@ -12,8 +12,8 @@ pytest.importorskip("torch")
 import torch
 
 from kvcache.connectors.layout.placement import Pages
-from kvcache.connectors.transfer.autotune import SIZES, WAYS, Mechanism
-from kvcache.connectors.transfer.base import Sides
+from kvcache.connectors.transfer.autotune import DIRECTIONS, SIZES, Mechanism
+from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.cuda import Cuda, backends
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
@@ -67,7 +67,7 @@ def used(device: Cuda) -> None:
     if len(left) == 2:
         first, only = left
         device.mechanisms.learn(
-            {(way, size): {first: 1.0, only: 0.1} for way in WAYS for size in SIZES}
+            {(way, size): {first: 1.0, only: 0.1} for way in DIRECTIONS for size in SIZES}
         )
 
 
@@ -80,7 +80,7 @@ def pages(layers: list[int]) -> list[Any]:
 
 @pytest.fixture
 def copier(slab: Slab, device: Cuda, pages: list[Any]) -> Iterator[DeviceCopier]:
-    sides = Sides(
+    sides = CopyGeometry(
         [Pages(layer.data_ptr(), layer.shape[1], layer.shape[1], BLOCKS) for layer in pages],
         slab_address=slab.address,
         slots=SLOTS,

@@ -12,7 +12,7 @@ import torch
 
 from kvcache.connectors.layout.placement import Pages
 from kvcache.connectors.transfer import device as device_module
-from kvcache.connectors.transfer.base import Sides
+from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 
@@ -33,7 +33,7 @@ def copier(
 
     monkeypatch.setattr(device_module, "LEAST_NBYTES", request.param)
     slab = Slab.create(1, LAYERS * PAGE)
-    sides = Sides(
+    sides = CopyGeometry(
         [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS, at) for at, layer in enumerate(pages)],
         slab_address=slab.address,
         slots=1,
@@ -64,7 +64,7 @@ def test_a_layer_that_was_reached_is_there(copier: DeviceCopier, pages: torch.Te
         for layer in range(LAYERS):
             for stream in (torch.cuda.current_stream(), other):
                 with torch.cuda.stream(stream):
-                    copier.reach(layer)
+                    copier.wait_for_layer(layer)
                     seen.append(pages[layer, 1:].clone())
         torch.cuda.synchronize()
         assert all(bool((each == turn).all()) for each in seen)
@@ -78,7 +78,7 @@ def test_a_layer_that_was_never_reached_is_there_for_the_next_step(
         pages.fill_(turn)
         copier.gather([0], [0]).wait()
         copier.scatter(len(LOADED) * [0], LOADED, announced=range(LAYERS))
-        copier.reach(0)
+        copier.wait_for_layer(0)
         copier.fence(LOADED)
         pages[:, 1:].fill_(255)
         torch.cuda.synchronize()

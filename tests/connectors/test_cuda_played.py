@@ -25,8 +25,8 @@ import torch
 
 from kvcache.connectors.layout.placement import Pages
 from kvcache.connectors.transfer import autotune
-from kvcache.connectors.transfer.autotune import Runs
-from kvcache.connectors.transfer.base import Integers, Sides
+from kvcache.connectors.transfer.autotune import CopyBatch
+from kvcache.connectors.transfer.base import CopyGeometry, Integers
 from kvcache.connectors.transfer.cuda import Cuda, backends, device, runtime
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
@@ -178,7 +178,7 @@ class Engine:
     def __init__(self, cuda: Cuda) -> None:
         self.pages = torch.randint(0, 256, (LAYERS, BLOCKS, PAGE), dtype=torch.uint8)
         self.slab = Slab.create(SLOTS, LAYERS * PAGE)
-        sides = Sides(
+        sides = CopyGeometry(
             [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS) for layer in self.pages],
             slab_address=self.slab.address,
             slots=SLOTS,
@@ -305,7 +305,7 @@ def test_a_trial_that_breaks_is_told_and_copies_go_on(
     def broken(self: object, earlier: object) -> float:
         raise RuntimeError("invalid resource handle")
 
-    monkeypatch.setattr(device.Event, "since", broken)
+    monkeypatch.setattr(device.CudaEvent, "since", broken)
     engine.copier.ready(SLOTS)
     cuda.wait_tried()
     [warning] = [each for each in caplog.records if each.levelno == logging.WARNING]
@@ -376,7 +376,7 @@ def test_vllm_is_told_sources_first() -> None:
     told: list[list[int]] = []
     operator = backends.Batched(lambda *tensors: told.extend(tensor.tolist() for tensor in tensors))
     one, two, three = (np.array([number], dtype=np.int64) for number in (1, 2, 3))
-    operator.copy(Runs(targets=one, sources=two, nbytes=three, way=None))
+    operator.copy(CopyBatch(targets=one, sources=two, nbytes=three, way=None))
     assert told == [[2], [1], [3]]
 
 
@@ -386,4 +386,4 @@ def test_a_copy_that_cuda_refuses_is_said_in_its_words(
     monkeypatch.setattr(played, "cudaMemcpyAsync", lambda *_: 2)
     one = np.array([1], dtype=np.int64)
     with pytest.raises(RuntimeError, match=r"a copy of 1 bytes: out of memory \(error 2\)"):
-        backends.ByPage().copy(Runs(one, one, one, None))
+        backends.ByPage().copy(CopyBatch(one, one, one, None))

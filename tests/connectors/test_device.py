@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvcache.connectors.layout.placement import Pages
 from kvcache.connectors.transfer import device as device_module
-from kvcache.connectors.transfer.base import Copy, Sides
+from kvcache.connectors.transfer.base import Copy, CopyGeometry
 from kvcache.connectors.transfer.device import DeviceCopier
 from tests.support.reordering_device import Device
 
@@ -35,7 +35,7 @@ class World:
         self.pages = rng.integers(0, 256, (LAYERS, BLOCKS, PAGE), dtype=np.uint8)
         self.slab = rng.integers(0, 256, (SLOTS, LAYERS, PAGE), dtype=np.uint8)
         self.right_pages, self.right_slab = self.pages.copy(), self.slab.copy()
-        sides = Sides(
+        sides = CopyGeometry(
             [
                 Pages(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
                 for number, layer in enumerate(self.pages)
@@ -111,7 +111,7 @@ class World:
             halves[0].after(halves[-1].mark())
             for self.device.current in halves:
                 if layer in announced:
-                    self.copier.reach(layer)
+                    self.copier.wait_for_layer(layer)
                 self.read(layer)
             self.unreached.discard(layer)
         self.device.current = halves[0]
@@ -140,7 +140,7 @@ class World:
     def read(self, *layers: int) -> None:
         """The engine reads its blocks of these layers, or of all of which all is there."""
         if not layers and self.random.random() < 0.5:
-            self.copier.reach()
+            self.copier.wait_for_layer()
             self.unreached.clear()
         which = list(layers) or [n for n in range(LAYERS) if n not in self.unreached]
         where = np.ix_(which, self.blocks())
@@ -221,7 +221,7 @@ def test_a_load_that_nobody_awaits_holds_up_none_that_somebody_does() -> None:
 def test_what_a_step_never_came_to_is_there_before_the_next_one_writes(seed: int) -> None:
     world = World(seed)
     world.copier.scatter([0], [1], announced=range(LAYERS))
-    world.copier.reach(0)
+    world.copier.wait_for_layer(0)
     world.copier.fence([1])
     for layer in range(LAYERS):
         world.write_page(layer, 1)
@@ -259,7 +259,7 @@ def test_layers_are_copied_in_few_calls_that_are_worth_it(
 
     for how in ({"announced": announced}, {"announced": announced, "awaited": False}, {}):
         seen: list[float] = []
-        sides = Sides(
+        sides = CopyGeometry(
             [
                 Pages(number, int(mib * 2**20) // 2, 2**30, blocks, number)
                 for number, mib in enumerate(layers_mib)

@@ -47,7 +47,7 @@ def test_a_layout_is_told_from_shapes_and_sizes(name: str) -> None:
     assert placement.blocks == 12
     assert placement.device == "cpu"
     assert placement.element_nbytes == 2
-    assert placement.form == place(layers, kind.layout).form
+    assert placement.format_id == place(layers, kind.layout).format_id
 
 
 AMBIGUOUS: dict[str, tuple[Any, dict[str, int], list[str]]] = {
@@ -243,17 +243,17 @@ def test_a_block_is_copied_in_as_few_runs_as_it_lies_in(name: str) -> None:
 
 def test_the_form_is_what_bytes_mean_and_not_how_they_are_reached() -> None:
     g = Geometry(tokens=32)
-    form = {name: tuple(place(k.make(g), k.layout).form) for name, k in KINDS.items()}
-    assert form["kv-first"] == form["blocks-first"]  # K, then V, tokens by tokens
-    assert form["kv-first-hnd"] == form["blocks-first-hnd"]
-    assert form["kv-first-hnd"] == form["kv-first, heads first in memory"]
-    assert form["packed"] == form["packed, layers interleaved"]
-    assert form["packed"] == form["packed, heads outside blocks"]
-    assert len(set(form.values())) == 7
+    format_id = {name: tuple(place(k.make(g), k.layout).format_id) for name, k in KINDS.items()}
+    assert format_id["kv-first"] == format_id["blocks-first"]  # K, then V, tokens by tokens
+    assert format_id["kv-first-hnd"] == format_id["blocks-first-hnd"]
+    assert format_id["kv-first-hnd"] == format_id["kv-first, heads first in memory"]
+    assert format_id["packed"] == format_id["packed, layers interleaved"]
+    assert format_id["packed"] == format_id["packed, heads outside blocks"]
+    assert len(set(format_id.values())) == 7
     one = KINDS["kv-first"]
     others = [Geometry(tokens=64), Geometry(tokens=32, dim=64), Geometry(tokens=32, layers=3)]
     others += [Geometry(tokens=32, dtype=torch.float16)]
-    assert len({tuple(place(one.make(o), one.layout).form) for o in (g, *others)}) == 5
+    assert len({tuple(place(one.make(o), one.layout).format_id) for o in (g, *others)}) == 5
 
 
 @st.composite

@@ -93,7 +93,7 @@ def test_what_continues_a_block_goes_before_it() -> None:
     engine, keys = Engine("packed"), chain(2)
     with opened(BLOCK_NBYTES, blocks=2) as stack, engine.attach(stack) as kept:
         kept.save([0], keys[:1])
-        kept.save([1], keys[1:], after=keys[0])
+        kept.save([1], keys[1:], parent=keys[0])
         kept.save([2], chain(1, first=7))  # there is room for one of the two
         assert kept.load(keys, [3, 4]) == 1
 
@@ -102,7 +102,7 @@ def test_a_hole_ends_what_is_loaded() -> None:
     engine, keys = Engine("packed"), chain(4)
     with opened(BLOCK_NBYTES) as stack, engine.attach(stack) as kept:
         kept.save([0, 1], keys[:2])
-        kept.save([3], keys[3:], after=keys[2])
+        kept.save([3], keys[3:], parent=keys[2])
         assert kept.load(keys, [4, 5, 6, 7]) == 2
 
 

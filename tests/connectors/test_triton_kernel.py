@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvcache.connectors
-from kvcache.connectors.transfer.autotune import Runs, Way
+from kvcache.connectors.transfer.autotune import CopyBatch, Direction
 
 SOURCE = Path(kvcache.connectors.__file__).parent / "transfer" / "cuda" / "triton_kernel.py"
 KIB = 1024
@@ -72,7 +72,7 @@ class Sides:
             to, at = places["target"][run], places["source"][run]
             self.right[to : to + size] = self.source[at : at + size]
         each = range(len(sizes))
-        self.runs = Runs(
+        self.runs = CopyBatch(
             np.array([places["target"][run] for run in each]) + self.target.ctypes.data,
             np.array([places["source"][run] for run in each]) + self.source.ctypes.data,
             np.array(sizes, dtype=np.int64),
@@ -122,9 +122,9 @@ def test_one_odd_address_or_size_is_seen(interpreted: Any, column: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["load", "store", None])
-def test_what_may_not_be_pinned_is_left_to_others(interpreted: Any, way: Way | None) -> None:
+def test_what_may_not_be_pinned_is_left_to_others(interpreted: Any, way: Direction | None) -> None:
     of = Sides(0, [4 * KIB], unit=16).runs
-    runs = Runs(of.targets, of.sources, of.nbytes, way)
+    runs = CopyBatch(of.targets, of.sources, of.nbytes, way)
     assert interpreted.Kernel(torch.from_numpy).takes(runs) == (way is not None)
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from kvcache import Lease, Match, Stack, metrics
 from kvcache.eviction import Eviction
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
@@ -44,9 +44,9 @@ class Small(Faulty):
     """Forgets the oldest; keeps no record of what it was asked."""
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        stored = super().store(keys, blocks, after)
+        stored = super().store(keys, blocks, parent)
         for key in list(self.held)[:-ROOM]:
             self.held.pop(key, None)
         self.calls.clear()
@@ -61,16 +61,16 @@ class Traffic:
         capacity = Size(SLOTS * PAGE)
         self.front = DramTier(block_nbytes=NBYTES, capacity=capacity, eviction=Eviction(eviction))
         self.tier = Small()
-        self.lower = Lower(
+        self.lower = LowerTier(
             self.tier,
             name="l2",
             front=self.front,
-            space=b"n" * 32,
+            namespace=b"n" * 32,
             deadline_s=LONG,
             writes=writes,
             clock=itertools.count(0, 0.02).__next__,  # so that pauses end, however fast this runs
         )
-        self.lower.link.blocks_per_call = 4
+        self.lower.channel.blocks_per_call = 4
         self.stack = Stack(self.front, [self.lower], profile="test")
         self.chats = [(0, 1)] * 12  # which chat a user talks in, and its turns so far
         self.names = itertools.count(1)
@@ -118,7 +118,7 @@ class Traffic:
         if wait:
             lease = self.stack.fetch(self.stack.match(keys).result(LONG)).result(LONG)
         else:
-            lease = self.stack.fetch_here(keys)
+            lease = self.stack.fetch_local(keys)
         assert list(lease.keys) == keys[: len(lease)]
         for key, view in zip(lease.keys, lease.views, strict=True):
             assert view == block_of(key, NBYTES), "wrong bytes"
@@ -126,7 +126,7 @@ class Traffic:
 
     def tier_is_late(self, keys: list[bytes]) -> None:
         """Fetch until a call hangs and whoever waits has given up; then have the call end."""
-        self.lower.link.deadline_s = 0.01
+        self.lower.channel.deadline_s = 0.01
         self.tier.gate.clear()
         for _ in range(5000):  # it may be given up before it began, or not asked for a while
             self.stack.fetch(Match(keys, 0, 3, (1, 1, 1))).result(LONG).end()
@@ -135,14 +135,14 @@ class Traffic:
         else:
             pytest.fail("nobody asks the tier any more")
         self.tier.gate.set()
-        self.lower.link.deadline_s = LONG
-        through = threading.Barrier(1 + len(self.lower.link.calls._threads))
+        self.lower.channel.deadline_s = LONG
+        through = threading.Barrier(1 + len(self.lower.channel.calls._threads))
 
         def arrive() -> None:
             through.wait(LONG)
 
-        for _ in self.lower.link.calls._threads:
-            self.lower.link.calls.put(0, arrive)
+        for _ in self.lower.channel.calls._threads:
+            self.lower.channel.calls.put(0, arrive)
         arrive()  # every thread is through with what it was called for before
 
 
@@ -202,13 +202,13 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
     left = l1.evicted_blocks + l1.dropped_blocks + traffic.cleared_blocks
     assert l1.used_blocks == l1.stored_blocks - left
     ways = l2.stored_blocks + l2.known_blocks + l2.declined_blocks + l2.dropped_blocks
-    assert ways + l2.once_blocks == l1.stored_blocks - l2.loaded_blocks
-    assert (l2.once_blocks > 0) == (writes == "hot")
+    assert ways + l2.withheld_blocks == l1.stored_blocks - l2.loaded_blocks
+    assert (l2.withheld_blocks > 0) == (writes == "hot")
 
     sizes = dict(tables(stack, "stack", set()))
     under_way = (
         "stack._below._coming",
-        "stack._below.lower.0.link.calls._jobs",
+        "stack._below.lower.0.channel.calls._jobs",
         "stack._below._waiters._jobs",
         "stack.front._index._stretches.filling",
     )

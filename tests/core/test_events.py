@@ -5,16 +5,16 @@ from __future__ import annotations
 from random import Random
 
 from kvcache import Stack
-from kvcache.events import Change, Journal
+from kvcache.events import BlockEvent, BlockEventLog
 from kvcache.keys import join
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.scripted_tiers import LONG, SPACE, Below
+from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
 
 
-def replay(held: set[bytes], changes: list[Change]) -> None:
+def replay(held: set[bytes], changes: list[BlockEvent]) -> None:
     """Follow `changes`: what comes was not there, and what leaves was."""
     for came, keys in changes:
         if keys is None:
@@ -33,7 +33,7 @@ def test_l1_tells_of_all_that_comes_and_leaves() -> None:
     front = DramTier(block_nbytes=PAGE, capacity=Size(12 * PAGE))
     front.slab.wait_populated()
     with Stack(front, profile="test") as stack:
-        [(named, journal)] = stack.record()
+        [(named, journal)] = stack.subscribe_events()
         assert named.name == "l1"
         held: set[bytes] = set()
         for step in range(300):
@@ -43,7 +43,7 @@ def test_l1_tells_of_all_that_comes_and_leaves() -> None:
             if step % 50 == 49:
                 stack.clear()  # under a lease, which then publishes nothing
             lease.end(failed=lease.keys[-1:] if step % 5 == 0 else ())
-            read = stack.fetch_here(chain)
+            read = stack.fetch_local(chain)
             read.end(failed=read.keys[1:] if step % 7 == 0 else ())
             replay(held, journal.take())
             assert held == set(front._index.ready())
@@ -52,14 +52,14 @@ def test_l1_tells_of_all_that_comes_and_leaves() -> None:
 
 
 def test_a_lower_tier_tells_what_it_says_it_holds() -> None:
-    below = Below(pieces=8)
+    below = StackUnderTest(pieces=8)
     keys, more = keys_of("a", 4), keys_of("b", 2)
     with below.stack:
-        [_, (named, journal)] = below.stack.record()
+        [_, (named, journal)] = below.stack.subscribe_events()
         assert named.name == "l2"
         below.put(keys)
         assert below.stack.flush(LONG)
-        came = [each for each in journal.take() if each.came]
+        came = [each for each in journal.take() if each.stored]
         assert [list(each.keys or ()) for each in came] == [keys]
 
         below.front.clear()
@@ -71,18 +71,18 @@ def test_a_lower_tier_tells_what_it_says_it_holds() -> None:
         assert left == {keys[2]}
 
         assert below.got(more) == 2  # another engine's
-        assert more in [change.keys for change in journal.take() if change.came]
+        assert more in [change.keys for change in journal.take() if change.stored]
 
         below.stack.clear()
-        assert journal.take() == [Change(came=False, keys=None)]
+        assert journal.take() == [BlockEvent(stored=False, keys=None)]
 
 
 def test_what_a_lower_tier_does_not_answer_is_not_told() -> None:
-    below = Below()
+    below = StackUnderTest()
     keys = keys_of("a", 2)
     below.keep_below(keys)
     with below.stack:
-        [_, (_, journal)] = below.stack.record()
+        [_, (_, journal)] = below.stack.subscribe_events()
         for fault in ("raise", "count"):
             below.tiers[0].fault = fault
             assert below.got(keys) == 0
@@ -90,25 +90,25 @@ def test_what_a_lower_tier_does_not_answer_is_not_told() -> None:
 
 
 def test_an_answer_from_before_a_clear_is_not_told() -> None:
-    below = Below()
+    below = StackUnderTest()
     keys = keys_of("a", 2)
     below.keep_below(keys)
     tier = below.tiers[0]
     with below.stack:
-        [_, (_, journal)] = below.stack.record()
+        [_, (_, journal)] = below.stack.subscribe_events()
         tier.gate.clear()
         asked = below.stack.match(keys)
         assert tier.waiting.acquire(timeout=LONG)
         below.stack.clear()
         tier.gate.set()
         asked.result(LONG)
-        assert journal.take() == [Change(came=False, keys=None)]
+        assert journal.take() == [BlockEvent(stored=False, keys=None)]
 
 
 def test_a_journal_keeps_nothing_of_nothing() -> None:
-    journal = Journal()
-    journal.came([])
-    journal.left([])
-    journal.held([], [])
-    journal.held([b"k"], [True, True])  # no telling which is whose
+    journal = BlockEventLog()
+    journal.stored([])
+    journal.removed([])
+    journal.observed([], [])
+    journal.observed([b"k"], [True, True])  # no telling which is whose
     assert journal.take() == []

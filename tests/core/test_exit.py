@@ -16,7 +16,7 @@ OPEN = """
 import logging, os, sys, threading
 from pathlib import Path
 from kvcache import Match, Stack
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
@@ -35,7 +35,7 @@ def hang(*_):
 front = DramTier(block_nbytes=PAGE, capacity=Size(64 * PAGE))
 
 def lower(tier, name):
-    return Lower(tier, name=name, front=front, space=b"n" * 32, deadline_s=0.2)
+    return LowerTier(tier, name=name, front=front, namespace=b"n" * 32, deadline_s=0.2)
 
 def put(keys):
     with stack.reserve(keys) as lease:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvcache import Lease, Stack
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.replay.recorder import Recorder
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
@@ -18,8 +18,8 @@ from tests.support.odd_answers import RAISED, RETURNED, Unusable
 from tests.support.scripted_tiers import LONG
 
 RAISED_HERE = sorted(RAISED.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
-LENDING = ("reserve", "pin", "hold")
-VERBS = (*LENDING, "access", "contains", "stats", "clear", "done", "keep", "close")
+LENDING = ("reserve", "pin", "pin_any")
+VERBS = (*LENDING, "access", "contains", "stats", "clear", "mark_done", "protect", "close")
 
 
 class Others(DramTier):
@@ -33,7 +33,9 @@ class Opened:
         self.front = Others(block_nbytes=PAGE, capacity=Size(16 * PAGE))
         self.front.slab.wait_populated()
         self.tier = Faulty()
-        self.lower = Lower(self.tier, name="l2", front=self.front, space=b"n" * 32, deadline_s=LONG)
+        self.lower = LowerTier(
+            self.tier, name="l2", front=self.front, namespace=b"n" * 32, deadline_s=LONG
+        )
         self.stack = Stack(self.front, [self.lower], profile="test")
 
     def use(self) -> None:
@@ -62,7 +64,7 @@ class Opened:
         keys = keys_of("after", 4)
         with self.stack.reserve(keys) as lease:
             assert list(lease.keys) == keys
-        with self.stack.fetch_here(keys) as lease:
+        with self.stack.fetch_local(keys) as lease:
             assert list(lease.keys) == keys
         assert self.stack.flush(LONG)
         assert self.stack.stats().pinned_slots == 0

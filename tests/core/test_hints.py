@@ -26,9 +26,9 @@ class Engine:
         self.index.declines = False
         self.learns = policy == "gittins"
 
-    def put(self, keys: list[bytes], after: bytes | None = None) -> int:
+    def put(self, keys: list[bytes], parent: bytes | None = None) -> int:
         self.now += 1
-        positions, slots = self.index.reserve(keys, after)
+        positions, slots = self.index.reserve(keys, parent)
         self.index.publish(slots)
         self.index.check()
         return len(positions)
@@ -46,7 +46,7 @@ def test_what_is_done_goes_first_its_tail_before_its_head(engine: Engine) -> Non
     old, new = keys_of("old", 8), keys_of("new", 8)
     engine.put(old)
     engine.put(new)
-    engine.index.done(new)
+    engine.index.mark_done(new)
     for gone, key in enumerate(keys_of("more", 8), 1):
         assert engine.put([key]) == 1
         assert [key in engine.index for key in new] == [True] * (8 - gone) + [False] * gone
@@ -60,8 +60,8 @@ def test_what_others_continue_or_use_again_is_not_done(engine: Engine) -> None:
     engine.put(theirs, head[-1])
     again = keys_of("again", 4)
     engine.put(again)
-    engine.index.done([*head, *ours])
-    engine.index.done(again)
+    engine.index.mark_done([*head, *ours])
+    engine.index.mark_done(again)
     assert engine.index.access(again, 0) == 4
     engine.put(keys_of("more", 6))  # two were free
     assert engine.held(head) == 2
@@ -73,7 +73,7 @@ def test_done_while_a_lease_is_out_is_remembered(engine: Engine) -> None:
     keys = keys_of("a", 4)
     engine.put(keys_of("others", 12))
     _, slots = engine.index.reserve(keys, None)
-    engine.index.done(keys)
+    engine.index.mark_done(keys)
     engine.put(keys_of("meanwhile", 1))  # others go: these are being filled
     engine.index.publish(slots)
     assert engine.held(keys) == 4
@@ -84,7 +84,7 @@ def test_done_while_a_lease_is_out_is_remembered(engine: Engine) -> None:
 def test_what_is_kept_goes_last_and_no_longer_than_it_was_said(engine: Engine) -> None:
     keys = keys_of("keep", 4)
     engine.put(keys)
-    engine.index.keep(keys, 100.0)
+    engine.index.protect(keys, 100.0)
     for turn in range(10):
         engine.put(keys_of(f"others {turn}", 6))
         assert engine.held(keys) == 4
@@ -97,7 +97,7 @@ def test_what_is_kept_goes_last_and_no_longer_than_it_was_said(engine: Engine) -
 def test_under_pressure_what_is_kept_goes_too(engine: Engine) -> None:
     keys = keys_of("keep", 4)
     engine.put(keys)
-    engine.index.keep(keys, 1e9)
+    engine.index.protect(keys, 1e9)
     engine.put(pinned := keys_of("pinned", 12))
     slots = engine.index.pin(pinned)
     assert len(slots) == 12
@@ -108,7 +108,7 @@ def test_under_pressure_what_is_kept_goes_too(engine: Engine) -> None:
 def test_no_more_than_a_share_is_kept_and_the_rest_is_counted(engine: Engine) -> None:
     keys = keys_of("greedy", SLOTS)
     engine.put(keys)
-    engine.index.keep(keys, 1e9)
+    engine.index.protect(keys, 1e9)
     share = SLOTS // KEPT_SHARE
     assert engine.index.hints.refused_blocks == SLOTS - share
     engine.put(keys_of("others", SLOTS - share))
@@ -116,7 +116,7 @@ def test_no_more_than_a_share_is_kept_and_the_rest_is_counted(engine: Engine) ->
     engine.now += 2e9
     others = keys_of("later", SLOTS)
     engine.put(others)
-    engine.index.keep(others[:2], 5.0)  # what is over makes room
+    engine.index.protect(others[:2], 5.0)  # what is over makes room
     assert engine.index.hints.refused_blocks == SLOTS - share
 
 
@@ -138,11 +138,13 @@ def test_hints_leave_nothing_of_what_is_gone(policy: str, turns: list[tuple[str,
             case "put":
                 engine.put(keys)
             case "keep":
-                engine.index.keep(keys, 10.0)
+                engine.index.protect(keys, 10.0)
             case "access":
                 engine.index.access(keys, 0)
-            case "done" | "drop":
-                getattr(engine.index, verb)(keys)
+            case "done":
+                engine.index.mark_done(keys)
+            case "drop":
+                engine.index.drop(keys)
         engine.index.check()
         hints = engine.index.hints
         assert set(hints._done) | set(hints._kept) <= set(engine.index.ready())

@@ -59,12 +59,12 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def expect(machine: Machine, limit: int, source: str) -> None:
-    assert host_memory.limit(machine.root) == host_memory.Memory(limit, source)
+    assert host_memory.limit(machine.root) == host_memory.HostMemory(limit, source)
 
 
 def test_without_control_groups_the_host_says(machine: Machine) -> None:
     expect(machine, 64 * GIB, "MemTotal in /proc/meminfo")
-    assert host_memory.available(machine.root) == host_memory.Memory(
+    assert host_memory.available(machine.root) == host_memory.HostMemory(
         32 * GIB, "MemAvailable in /proc/meminfo"
     )
 

@@ -29,8 +29,8 @@ def keys(names: str) -> list[bytes]:
     return [name.encode() for name in names]
 
 
-def fill(index: Index, names: str, after: str | None = None) -> int:
-    _, slots = index.reserve(keys(names), after.encode() if after else None)
+def fill(index: Index, names: str, parent: str | None = None) -> int:
+    _, slots = index.reserve(keys(names), parent.encode() if parent else None)
     index.publish(slots)
     index.check()
     return len(slots)
@@ -229,13 +229,13 @@ class Told(Lru):
         self.told.append(("access", b"".join(chain), held))
         super().access(chain, held, now)
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
-        self.told.append(("admit", b"".join(keys), after))
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
+        self.told.append(("admit", b"".join(keys), parent))
         return self.worth
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        self.told.append(("add", b"".join(keys), after))
-        super().add(keys, after, now)
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        self.told.append(("add", b"".join(keys), parent))
+        super().add(keys, parent, now)
 
 
 def test_what_a_policy_is_told() -> None:
@@ -344,10 +344,10 @@ class Slots(RuleBasedStateMachine):
         return slots
 
     @rule(target=reading, chain=chains)
-    def hold(self, chain: str) -> list[int]:
+    def pin_any(self, chain: str) -> list[int]:
         names = self.keys(chain)
         held = self.index.ready() | self.index.filling()
-        positions, slots = self.index.hold(names)
+        positions, slots = self.index.pin_any(names)
         assert positions == [at for at, key in enumerate(names) if key in held]
         assert slots == [held[names[at]] for at in positions]
         for slot in slots:

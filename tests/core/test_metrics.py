@@ -19,7 +19,7 @@ from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.dram import DramTier
-from tests.support.scripted_tiers import LONG, SPACE, Below
+from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
 
 WHOSE = {"kvcache.profile.name", "kvcache.tier.name", "kvcache.tier.type"}
 
@@ -82,9 +82,9 @@ def test_what_l1_did(reader: Reader) -> None:
     with stack_of(4) as stack:
         stack.front.slab.wait_populated()
         stack.reserve(keys[:3]).end(failed=keys[2:3])
-        with stack.fetch_here(keys):
+        with stack.fetch_local(keys):
             assert reader.values()["kvcache.tier.pinned"] == {("l1",): 2}
-        stack.fetch_here(keys[:1]).end(failed=keys[:1])
+        stack.fetch_local(keys[:1]).end(failed=keys[:1])
         with stack.reserve(keys_of("b", 5)):
             pass
         found = reader.values()
@@ -102,7 +102,7 @@ def test_what_l1_did(reader: Reader) -> None:
 
 
 def test_what_a_lower_tier_did(reader: Reader) -> None:
-    below = Below(queue=Size(4 * PAGE), pieces=8)
+    below = StackUnderTest(queue=Size(4 * PAGE), pieces=8)
     below.tiers[0].usage = lambda: TierUsage(5, 7, 3, {"checksum": 2})  # type: ignore[method-assign]
     keys = keys_of("a", 8)
     with below.stack:
@@ -111,7 +111,9 @@ def test_what_a_lower_tier_did(reader: Reader) -> None:
         below.front.clear()
         del below.tiers[0].held[join(SPACE, keys[3])]
         assert below.got(keys) == 3
-        below.lower[0].link.calls.close(LONG)  # what was done is counted when its thread has ended
+        below.lower[0].channel.calls.close(
+            LONG
+        )  # what was done is counted when its thread has ended
         found = reader.values()
     lower = {
         name: {key[1:]: value for key, value in points.items() if key[0] == "l2"}
@@ -134,7 +136,7 @@ def test_what_a_lower_tier_did(reader: Reader) -> None:
 
 
 def test_a_tier_that_fails_to_say_is_left_out(reader: Reader) -> None:
-    below = Below()
+    below = StackUnderTest()
 
     def fails() -> TierUsage:
         raise OSError
@@ -147,11 +149,11 @@ def test_a_tier_that_fails_to_say_is_left_out(reader: Reader) -> None:
 
 
 def test_every_metric_is_made_and_none_but_those_of_the_table(reader: Reader) -> None:
-    below = Below()
+    below = StackUnderTest()
     below.tiers[0].usage = lambda: TierUsage(0, 0, 0, {"magic": 1})  # type: ignore[method-assign]
     with below.stack:
         below.put(keys_of("a", 1))
-        below.lower[0].link.calls.close(LONG)
+        below.lower[0].channel.calls.close(LONG)
         found = reader.collect()
     assert set(found) == {metric.name for metric in metrics.METRICS}
     for metric in metrics.METRICS:
@@ -199,7 +201,7 @@ def instrument(monkeypatch: pytest.MonkeyPatch) -> Instrument:
 def test_an_instrument_is_called_per_operation_and_never_per_block(
     instrument: Instrument, blocks: int
 ) -> None:
-    below = Below(slots=64, pieces=64)
+    below = StackUnderTest(slots=64, pieces=64)
     keys = keys_of("a", blocks)
     with below.stack:
         below.put(keys)
@@ -215,7 +217,7 @@ def test_an_instrument_is_called_per_operation_and_never_per_block(
 
 
 def test_durations_say_what_went_wrong(instrument: Instrument) -> None:
-    below = Below()
+    below = StackUnderTest()
     keys = keys_of("a", 2)
     with below.stack:
         below.tiers[0].fault = "raise"
@@ -231,7 +233,7 @@ def test_durations_say_what_went_wrong(instrument: Instrument) -> None:
 
 
 def test_a_late_call_is_a_timeout_of_the_time_it_took(instrument: Instrument) -> None:
-    below = Below()
+    below = StackUnderTest()
     keys = keys_of("a", 1)
     below.keep_below(keys)
     with below.stack:
@@ -249,13 +251,13 @@ def test_a_late_call_is_a_timeout_of_the_time_it_took(instrument: Instrument) ->
 def test_what_nobody_takes_is_bounded() -> None:
     with stack_of(1) as stack:
         for _ in range(1100):
-            stack.fetch_here(keys_of("a", 1)).end()
+            stack.fetch_local(keys_of("a", 1)).end()
         assert len(stack.take_durations()) == 1024
 
 
 def test_buckets_are_those_advised(reader: Reader) -> None:
     with stack_of(1) as stack:
-        stack.fetch_here(keys_of("a", 1)).end()
+        stack.fetch_local(keys_of("a", 1)).end()
     [point] = reader.collect()[metrics.DURATION.name].values()
     assert point.explicit_bounds == metrics.BUCKETS
     assert point.count == 1
@@ -273,7 +275,7 @@ def test_a_provider_that_comes_later_finds_all() -> None:
         from opentelemetry.sdk.metrics.export import InMemoryMetricReader
         reader = InMemoryMetricReader()
         metrics.set_meter_provider(MeterProvider([reader]))
-        stack.fetch_here([b"k"]).end()
+        stack.fetch_local([b"k"]).end()
         found = reader.get_metrics_data().resource_metrics[0].scope_metrics[0]
         print(found.scope.name, *sorted(metric.name for metric in found.metrics))
         stack.close()

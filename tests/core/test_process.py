@@ -25,14 +25,14 @@ from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.core.test_metrics import Reader
 from tests.support.forked_children import in_child, may_fork, unrefused
-from tests.support.scripted_tiers import LONG, Below
+from tests.support.scripted_tiers import LONG, StackUnderTest
 
 KEYS = keys_of("parent", 8)
 
 
 @pytest.fixture
-def below() -> Iterator[Below]:
-    below = Below()
+def below() -> Iterator[StackUnderTest]:
+    below = StackUnderTest()
     assert below.put(KEYS) == len(KEYS)
     assert below.stack.flush(LONG)
     yield below
@@ -68,11 +68,11 @@ def held(stack: Stack) -> list[bytes]:
 
 def test_stack_in_a_child_refuses_every_method_and_the_parent_goes_on(on_disk: Stack) -> None:
     [lower] = on_disk._below.lower
-    framed = lower.link.tier
+    framed = lower.channel.tier
     assert isinstance(framed, Framed)
     parts = (
         on_disk, on_disk.front, on_disk.front.slab, on_disk.recorder, on_disk._below, lower,
-        lower.link.calls, framed, framed.inner,
+        lower.channel.calls, framed, framed.inner,
     )  # fmt: skip
     assert unrefused(*parts) == []
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
@@ -130,7 +130,7 @@ def test_recorder_in_a_child_writes_nothing(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: Below) -> None:
+def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: StackUnderTest) -> None:
     filling, reading = below.stack.reserve(keys_of("more", 2)), below.fetch(KEYS)
 
     def child() -> None:
@@ -146,7 +146,7 @@ def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: Below) -> None
     reading.end()
 
 
-def test_view_that_a_child_inherited_cannot_be_written(below: Below) -> None:
+def test_view_that_a_child_inherited_cannot_be_written(below: StackUnderTest) -> None:
     lease = below.fetch(KEYS)
     view = lease.views[0]
     with may_fork():
@@ -160,12 +160,12 @@ def test_view_that_a_child_inherited_cannot_be_written(below: Below) -> None:
     lease.end()
 
 
-def test_child_attaches_the_memory_and_opens_a_stack_of_its_own(below: Below) -> None:
+def test_child_attaches_the_memory_and_opens_a_stack_of_its_own(below: StackUnderTest) -> None:
     slab, slot = below.front.slab, below.fetch(KEYS)
 
     def child() -> tuple[bytes, int]:
         theirs = Slab.attach(slab.descriptor)
-        own = Below()
+        own = StackUnderTest()
         own.put(KEYS[:3])
         found = own.got(KEYS)
         own.stack.close()
@@ -175,22 +175,22 @@ def test_child_attaches_the_memory_and_opens_a_stack_of_its_own(below: Below) ->
     slot.end()
 
 
-def test_grandchild_is_refused_what_its_parent_opened(below: Below) -> None:
+def test_grandchild_is_refused_what_its_parent_opened(below: StackUnderTest) -> None:
     def child() -> list[str]:
-        own = Below()
+        own = StackUnderTest()
         return unrefused(own.stack, below.stack)
 
     assert in_child(child) == []
 
 
-def test_parts_of_the_parent_are_not_collected_in_a_child(below: Below) -> None:
+def test_parts_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest) -> None:
     ended: list[int] = []
 
     class Connection:
         def __del__(self) -> None:
             ended.append(os.getpid())
 
-    holder = Below()
+    holder = StackUnderTest()
     holder.stack.farewell = Connection()  # type: ignore[attr-defined]
 
     def child() -> list[int]:
@@ -203,7 +203,7 @@ def test_parts_of_the_parent_are_not_collected_in_a_child(below: Below) -> None:
     holder.stack.close()
 
 
-def test_metrics_of_a_child_count_what_the_child_opened(below: Below) -> None:
+def test_metrics_of_a_child_count_what_the_child_opened(below: StackUnderTest) -> None:
     reader = Reader()
     metrics.observe(reader.provider.get_meter("kvcache"))
 
@@ -213,7 +213,7 @@ def test_metrics_of_a_child_count_what_the_child_opened(below: Below) -> None:
 
     def child() -> tuple[float, float]:
         alone = collected()
-        own = Below()
+        own = StackUnderTest()
         own.put(KEYS[:3])
         return alone, collected()
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvcache.eviction import Fifo, Gittins, Lru, Policy, Take
 from kvcache.index import Index
-from kvcache.segments import Stretches
+from kvcache.segments import Segments
 from tests.support.eviction_traffic import GENERATORS, Replay
 
 
@@ -40,9 +40,9 @@ def test_a_long_chain_is_one_of_many_stretches() -> None:
 class Told(Lru):
     adds: list[tuple[int, bytes | None]]
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        self.adds.append((len(keys), after))
-        super().add(keys, after, now)
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        self.adds.append((len(keys), parent))
+        super().add(keys, parent, now)
 
 
 def test_of_many_stretches_a_policy_is_told_as_of_one_chain() -> None:
@@ -122,7 +122,7 @@ def test_what_is_being_filled_cannot_be_taken() -> None:
 
 
 def test_a_stretch_that_ends_is_counted_no_more() -> None:
-    stretches = Stretches()
+    stretches = Segments()
     for name in (b"x", b"y"):
         stretches.put((name,), (int(name == b"y"),), b"parent")
     assert stretches.begun == {b"parent": 2}

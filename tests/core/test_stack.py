@@ -23,8 +23,8 @@ def stack() -> Iterator[Stack]:
         assert stack.stats().pinned_slots == 0
 
 
-def put(stack: Stack, keys: list[bytes], after: bytes | None = None) -> int:
-    with stack.reserve(keys, after) as lease:
+def put(stack: Stack, keys: list[bytes], parent: bytes | None = None) -> int:
+    with stack.reserve(keys, parent) as lease:
         for key, view in zip(lease.keys, lease.views, strict=True):
             view[:] = block_of(key, PAGE)
         return len(lease)

@@ -35,7 +35,7 @@ class DictTier(Tier):
         return len(block)
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         return [self.store_one(key, block) for key, block in zip(keys, blocks, strict=True)]
 
@@ -113,9 +113,9 @@ class DeclinesWhatItHolds(DictTier):
 
 class NeedsTheParent(DictTier):
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        if after is not None and after not in self.held:
+        if parent is not None and parent not in self.held:
             return [False] * len(keys)
         return super().store(keys, blocks)
 
@@ -128,9 +128,9 @@ class LosesTheRest(DictTier):
         self.parents: dict[bytes, bytes | None] = {}
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        self.parents.update(dict.fromkeys(keys, after))
+        self.parents.update(dict.fromkeys(keys, parent))
         return super().store(keys, blocks)
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -215,7 +215,7 @@ class SharesABuffer(DictTier):
 
 
 class ForgetsEveryNamespace(DictTier):
-    def forget(self, space: bytes) -> None:
+    def forget(self, namespace: bytes) -> None:
         self.held.clear()
 
 

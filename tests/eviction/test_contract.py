@@ -25,9 +25,9 @@ class GivesTwice(Lru):
 
 
 class ForgetsAnswers(Lru):
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        if after is None:
-            super().add(keys, after, now)
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        if parent is None:
+            super().add(keys, parent, now)
 
 
 class RefusesOldFriends(Lru):
@@ -35,9 +35,9 @@ class RefusesOldFriends(Lru):
         super().__init__(capacity)
         self.seen: set[bytes] = set()
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         if self.seen.isdisjoint(keys):
-            super().add(keys, after, now)
+            super().add(keys, parent, now)
         self.seen.update(keys)
 
 
@@ -83,7 +83,7 @@ class RemovesRuns(Lru):
 
 
 class AdmitsMore(Lru):
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys) + 1
 
 
@@ -111,10 +111,10 @@ class Draws(Fifo):
 
 
 class HoldsNothing(Lru):
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return 0
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         pass
 
 

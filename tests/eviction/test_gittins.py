@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.eviction import Gittins, Lru
-from kvcache.eviction.gittins.epochs import Run
+from kvcache.eviction.gittins.epochs import RankedRun
 from kvcache.eviction.gittins.hazards import (
     AGAIN,
     CLASSES,
@@ -20,17 +20,17 @@ from kvcache.eviction.gittins.hazards import (
     Hazards,
     octave_of,
 )
-from kvcache.eviction.gittins.ranking import AgedRuns
+from kvcache.eviction.gittins.ranking import RankedRuns
 from kvcache.index import Index
 from kvcache.testing import leaving
 from tests.support.eviction_traffic import Replay, Request
 
 
-def run_of(policy: AgedRuns, key: bytes) -> Run:
+def run_of(policy: RankedRuns, key: bytes) -> RankedRun:
     return policy._runs[policy._run_of[key]]
 
 
-def check(policy: AgedRuns, held: set[bytes]) -> None:
+def check(policy: RankedRuns, held: set[bytes]) -> None:
     """Raise ``AssertionError`` where what is always true is not."""
     aged = [(octave, epoch) for octave, line in enumerate(policy._lines) for epoch in line]
     assert all(epoch.blocks and epoch.octave == octave for octave, epoch in aged)

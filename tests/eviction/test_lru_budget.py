@@ -5,12 +5,12 @@ import pytest
 from kvcache.eviction import Gittins, Lru
 from kvcache.eviction.gittins.epochs import Cohort, Epoch
 from kvcache.eviction.gittins.hazards import AGAIN, ALWAYS, CLASSES, OCTAVES, OFTEN
-from kvcache.eviction.gittins.lru_budget import Trust
+from kvcache.eviction.gittins.lru_budget import LruBudget
 from kvcache.testing import leaving
 from tests.support.eviction_traffic import GENERATORS, Replay, Request, grown, traps
 
 
-def learned_of(replay: Replay) -> tuple[Gittins, Trust]:
+def learned_of(replay: Replay) -> tuple[Gittins, LruBudget]:
     assert isinstance(replay.policy, Gittins)
     return replay.policy, replay.policy._trust
 
@@ -109,7 +109,7 @@ def test_what_never_comes_back_is_not_worth_a_try() -> None:
     assert learned_of(replay)[1]._allowed == pytest.approx(3)
 
 
-def cohorts(trust: Trust, *blocks: int) -> list[Cohort]:
+def cohorts(trust: LruBudget, *blocks: int) -> list[Cohort]:
     """One of each epoch, the oldest first."""
     made = [Cohort(0, Epoch(float(at))) for at in range(len(blocks))]
     for cohort, count in zip(made, blocks, strict=True):
@@ -120,7 +120,7 @@ def cohorts(trust: Trust, *blocks: int) -> list[Cohort]:
 
 
 def test_of_the_edge_a_share_is_what_lru_would_hold() -> None:
-    trust = Trust(100)
+    trust = LruBudget(100)
     old, edge, *_ = cohorts(trust, 50, 40, 60, 30)
     assert [cohort.epoch.recent for cohort in (old, edge)] == [False, True]
     trust.used(edge, held=8, missing=0)  # LRU would have a quarter of them
@@ -134,7 +134,7 @@ def test_of_the_edge_a_share_is_what_lru_would_hold() -> None:
 
 
 def test_what_is_missing_is_paid_for() -> None:
-    trust = Trust(1000)
+    trust = LruBudget(1000)
     old, _, edge, new = cohorts(trust, 100, 200, 200, 900)
     assert trust.slack() == 10
     trust.count(new, 0, 7)
@@ -157,7 +157,7 @@ def test_what_is_missing_is_paid_for() -> None:
 def test_more_is_tried_where_more_comes_too_late_for_lru_than_it_finds(
     found: int, beyond: int, allowed: int
 ) -> None:
-    trust = Trust(1000)
+    trust = LruBudget(1000)
     old, new = cohorts(trust, 500, 1000)
     trust.used(new, held=found, missing=0)
     trust.used(old, held=0, missing=beyond)
@@ -170,7 +170,7 @@ def test_more_is_tried_where_more_comes_too_late_for_lru_than_it_finds(
 
 
 def test_a_loss_is_forgotten_in_time() -> None:
-    trust = Trust(100)
+    trust = LruBudget(100)
     (new,) = cohorts(trust, 100)
     trust.used(new, held=0, missing=50)
     for _ in range(160):
@@ -182,7 +182,7 @@ def test_a_loss_is_forgotten_in_time() -> None:
 
 
 def test_no_more_is_won_than_the_slots() -> None:
-    trust = Trust(100)
+    trust = LruBudget(100)
     old, _ = cohorts(trust, 100, 100)
     trust.used(old, held=100_000, missing=0)
     trust.passed(0)

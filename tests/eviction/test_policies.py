@@ -17,8 +17,8 @@ def keys(names: str) -> list[bytes]:
     return [name.encode() for name in names]
 
 
-def add(policy: Policy, names: str, after: str | None = None) -> None:
-    policy.add(keys(names), after.encode() if after else None, 0.0)
+def add(policy: Policy, names: str, parent: str | None = None) -> None:
+    policy.add(keys(names), parent.encode() if parent else None, 0.0)
 
 
 def order(policy: Policy, keep: Callable[[bytes], bool] = lambda _: False) -> str:
@@ -45,14 +45,14 @@ def test_lru_an_answer_that_grows_makes_its_chain_the_newest() -> None:
     policy = Lru(9)
     add(policy, "ab")
     add(policy, "x")
-    add(policy, "c", after="b")
+    add(policy, "c", parent="b")
     assert order(policy) == "xcba"
 
 
 def test_lru_two_chains_with_one_head() -> None:
     policy = Lru(9)
     add(policy, "hab")
-    add(policy, "xy", after="h")
+    add(policy, "xy", parent="h")
     policy.access(keys("hxy"), 3, 1.0)
     assert order(policy) == "bayxh"
 
@@ -180,7 +180,7 @@ def test_what_is_cut_off_still_knows_what_it_continues() -> None:
     policy = Lru(9)
     add(policy, "abc")
     policy.access(keys("ab"), 2, 1.0)
-    assert policy._owner[b"c"].after == b"b"
+    assert policy._owner[b"c"].parent == b"b"
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcache.lower.circuit_breaker import Breaker
+from kvcache.lower.circuit_breaker import CircuitBreaker
 
 
 class Clock:
@@ -17,12 +17,12 @@ def clock() -> Clock:
     return Clock()
 
 
-def fail(breaker: Breaker, times: int) -> list[bool]:
+def fail(breaker: CircuitBreaker, times: int) -> list[bool]:
     return [breaker.failed() for _ in range(times)]
 
 
 def test_it_opens_after_failures_in_a_row(clock: Clock) -> None:
-    breaker = Breaker(clock, failures=3)
+    breaker = CircuitBreaker(clock, failures=3)
     assert fail(breaker, 2) == [False, False]
     assert not breaker.succeeded()
     assert fail(breaker, 2) == [False, False]
@@ -34,7 +34,7 @@ def test_it_opens_after_failures_in_a_row(clock: Clock) -> None:
 
 
 def test_after_a_pause_one_asks(clock: Clock) -> None:
-    breaker = Breaker(clock, failures=1, pause_s=2.0)
+    breaker = CircuitBreaker(clock, failures=1, pause_s=2.0)
     breaker.failed()
     clock.now = 1.9
     assert not breaker.allows()
@@ -48,7 +48,7 @@ def test_after_a_pause_one_asks(clock: Clock) -> None:
 
 
 def test_each_probe_that_fails_doubles_the_pause_up_to_the_longest(clock: Clock) -> None:
-    breaker = Breaker(clock, failures=1, pause_s=1.0, longest_s=3.0)
+    breaker = CircuitBreaker(clock, failures=1, pause_s=1.0, longest_s=3.0)
     breaker.failed()
     pauses = []
     for _ in range(4):
@@ -67,7 +67,7 @@ def test_each_probe_that_fails_doubles_the_pause_up_to_the_longest(clock: Clock)
 
 
 def test_late_failures_of_before_do_not_hurry_it(clock: Clock) -> None:
-    breaker = Breaker(clock, failures=1, pause_s=2.0)
+    breaker = CircuitBreaker(clock, failures=1, pause_s=2.0)
     breaker.failed()
     clock.now = 1.5
     breaker.failed()
@@ -76,7 +76,7 @@ def test_late_failures_of_before_do_not_hurry_it(clock: Clock) -> None:
 
 
 def test_a_probe_that_nothing_is_told_of_gives_way_to_another(clock: Clock) -> None:
-    breaker = Breaker(clock, failures=1, pause_s=1.0, longest_s=8.0)
+    breaker = CircuitBreaker(clock, failures=1, pause_s=1.0, longest_s=8.0)
     breaker.failed()
     clock.now = 1.0
     assert breaker.allows()  # and its call hangs for ever

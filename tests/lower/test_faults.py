@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvcache import Lease
 from tests.support.failing_parts import FAULTS, goes_wrong
 from tests.support.odd_answers import RAISED
-from tests.support.scripted_tiers import LONG, Below
+from tests.support.scripted_tiers import LONG, StackUnderTest
 
 EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "120"))
 faults = st.just("") | st.sampled_from(FAULTS)
@@ -29,11 +29,11 @@ class Faults(RuleBasedStateMachine):
 
     @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10))
     def open(self, slots: int, pieces: int, queue: int) -> None:
-        self.below = Below(slots=slots, pieces=pieces)
+        self.below = StackUnderTest(slots=slots, pieces=pieces)
         self.below.lower[0].writes.queue_blocks = queue  # more than a stack so small would have
         self.out: list[Lease] = []
         self.asked = self.filled = 0  # blocks of L1
-        self.threads = [t for lower in self.below.lower for t in lower.link.calls._threads]
+        self.threads = [t for lower in self.below.lower for t in lower.channel.calls._threads]
         logging.getLogger("kvcache").setLevel("CRITICAL")  # or a breaker that opens is logged
 
     @staticmethod
@@ -100,7 +100,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def pause_ends(self) -> None:
-        self.below.lower[0].link.health.breaker._retry_at = 0.0
+        self.below.lower[0].channel.health.breaker._retry_at = 0.0
 
     @invariant()
     def l1_is_whole(self) -> None:

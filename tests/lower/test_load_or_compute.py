@@ -11,7 +11,7 @@ from kvcache.lower.tier import LOOK_AGAIN_S
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from tests.support.failing_parts import Faulty
-from tests.support.scripted_tiers import LONG, SPACE, Below
+from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
 
 
 class Clock:
@@ -44,7 +44,7 @@ class Slow(Faulty):
         return super().load(keys, into)
 
 
-class Engine(Below):
+class Engine(StackUnderTest):
     """A stack over slow tiers, one call at a time, and an engine that computes a block in 0.1 s."""
 
     def __init__(self, tiers: int = 1, slots: int = 64, **options: Any) -> None:
@@ -53,12 +53,12 @@ class Engine(Below):
         self.slow = [Slow(self.clock) for _ in range(tiers)]
         self.tiers = list(self.slow)
         for lower, tier in zip(self.lower, self.slow, strict=True):
-            lower.link.tier = tier
+            lower.channel.tier = tier
         self.turn = 0
 
     def computes(self) -> None:
-        self.stack.computed(1, 0.1)
-        self.stack.computed(100, 10.0)
+        self.stack.observe_compute(1, 0.1)
+        self.stack.observe_compute(100, 10.0)
 
     def ask(self, *where: int) -> list[bytes]:
         """New keys, of which tier ``where[i]`` has the ``i``-th block."""
@@ -118,9 +118,9 @@ def test_long_prompt_is_loaded_and_a_short_one_computed_where_depth_costs() -> N
     slow.loading = 0.05
     assert engine.comes(engine.ask(*[0] * 4)) == 4
     for first in range(0, 200, 20):  # a long prompt in chunks
-        engine.stack.computed(20, 0.01 * 20 + 0.001 * 20 * (first + 10), first + 10)
+        engine.stack.observe_compute(20, 0.01 * 20 + 0.001 * 20 * (first + 10), first + 10)
     for _ in range(10):  # and short ones
-        engine.stack.computed(8, 0.01 * 8 + 0.001 * 8 * 4)
+        engine.stack.observe_compute(8, 0.01 * 8 + 0.001 * 8 * 4)
     engine.lower[0]._seen_slow = engine.clock()
     assert engine.comes(engine.ask(*[0] * 10)) == 0  # 0.15 s and 0.5 s
     assert engine.comes(engine.ask(*[0] * 200)) == 200  # 22 s and 10 s
@@ -217,13 +217,13 @@ def test_nobody_waits_longer_than_computing_takes() -> None:
 
 def test_a_hung_tier_is_waited_for_no_longer_and_its_breaker_opens() -> None:
     engine = Engine(deadline_s=0.2)
-    engine.stack.computed(1, 0.001)
+    engine.stack.observe_compute(1, 0.001)
     [slow] = engine.slow
     keys = engine.ask(0, 0, 0)
     slow.gate.clear()
     match = engine.stack.match  # asked for the deadline at most
     for _ in range(3):
         assert match(keys).result(LONG).blocks == 0
-    assert engine.lower[0].link.health.breaker.open
+    assert engine.lower[0].channel.health.breaker.open
     slow.gate.set()
     engine.stack.close()

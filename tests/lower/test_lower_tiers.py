@@ -11,19 +11,19 @@ import pytest
 from kvcache import Match
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
-from tests.support.scripted_tiers import LONG, SPACE, Below
+from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
 
 
 @pytest.fixture
-def below() -> Iterator[Below]:
-    below = Below()
+def below() -> Iterator[StackUnderTest]:
+    below = StackUnderTest()
     yield below
     assert below.stack.flush(LONG)
     below.check()
     below.stack.close()
 
 
-def test_what_an_engine_stored_goes_down_and_comes_up_again(below: Below) -> None:
+def test_what_an_engine_stored_goes_down_and_comes_up_again(below: StackUnderTest) -> None:
     keys = keys_of("a", 4)
     below.put(keys)
     assert below.stack.flush(LONG)
@@ -34,7 +34,7 @@ def test_what_an_engine_stored_goes_down_and_comes_up_again(below: Below) -> Non
     assert (stats.stored_blocks, stats.hit_blocks, stats.loaded_blocks) == (4, 4, 4)
 
 
-def test_what_failed_does_not_go_down_and_the_rest_does(below: Below) -> None:
+def test_what_failed_does_not_go_down_and_the_rest_does(below: StackUnderTest) -> None:
     keys = keys_of("a", 3)
     below.stack.reserve(keys).end(failed=keys[1:2])
     assert below.stack.flush(LONG)
@@ -42,7 +42,7 @@ def test_what_failed_does_not_go_down_and_the_rest_does(below: Below) -> None:
     assert below.stack.stats().lower[0].dropped_blocks == 0
 
 
-def test_what_came_up_does_not_go_down_and_the_known_is_not_written(below: Below) -> None:
+def test_what_came_up_does_not_go_down_and_the_known_is_not_written(below: StackUnderTest) -> None:
     keys = keys_of("a", 4)
     below.keep_below(keys[:2])
     assert below.got(keys) == 2
@@ -55,7 +55,7 @@ def test_what_came_up_does_not_go_down_and_the_known_is_not_written(below: Below
     assert (stats.stored_blocks, stats.known_blocks) == (2, 2)
 
 
-def test_a_block_is_read_again_after_a_clear_while_it_is_on_its_way(below: Below) -> None:
+def test_a_block_is_read_again_after_a_clear_while_it_is_on_its_way(below: StackUnderTest) -> None:
     keys = keys_of("a", 2)
     below.keep_below(keys)
     below.tiers[0].gate.clear()
@@ -71,7 +71,7 @@ def test_a_block_is_read_again_after_a_clear_while_it_is_on_its_way(below: Below
     assert below.stack.stats().lower[0].errors == 0
 
 
-def test_nobody_below_is_asked_for_what_l1_has(below: Below) -> None:
+def test_nobody_below_is_asked_for_what_l1_has(below: StackUnderTest) -> None:
     keys = keys_of("a", 4)
     below.put(keys)
     assert below.stack.flush(LONG)
@@ -85,7 +85,7 @@ def test_nobody_below_is_asked_for_what_l1_has(below: Below) -> None:
     assert below.tiers[0].calls == []
 
 
-def test_parts_in_l1_and_below_make_one_prefix(below: Below) -> None:
+def test_parts_in_l1_and_below_make_one_prefix(below: StackUnderTest) -> None:
     keys = keys_of("a", 9)
     below.put(keys[:2])
     below.put(keys[4:6], keys[3])
@@ -96,7 +96,7 @@ def test_parts_in_l1_and_below_make_one_prefix(below: Below) -> None:
 
 
 def test_the_answer_is_cut_at_the_first_hole() -> None:
-    below = Below(tiers=2)
+    below = StackUnderTest(tiers=2)
     keys = keys_of("a", 9)
     below.keep_below(keys[:3], 0)
     below.keep_below([keys[3], *keys[5:]], 1)
@@ -113,7 +113,7 @@ def test_the_answer_is_cut_at_the_first_hole() -> None:
 @pytest.mark.parametrize(
     ("fault", "comes"), [("hole", 1), ("short", 0), ("raise", 0), ("count", 0)]
 )
-def test_faults_are_misses(below: Below, fault: str, comes: int) -> None:
+def test_faults_are_misses(below: StackUnderTest, fault: str, comes: int) -> None:
     keys = keys_of("a", 3)
     below.keep_below(keys)
     match = below.stack.match(keys).result(LONG)
@@ -127,7 +127,7 @@ def test_faults_are_misses(below: Below, fault: str, comes: int) -> None:
     assert below.got(keys) == 3
 
 
-def test_a_tier_that_lies_about_what_it_has(below: Below) -> None:
+def test_a_tier_that_lies_about_what_it_has(below: StackUnderTest) -> None:
     below.tiers[0].fault = "lie"
     keys = keys_of("a", 3)
     assert below.stack.match(keys).result(LONG).blocks == 3
@@ -135,7 +135,7 @@ def test_a_tier_that_lies_about_what_it_has(below: Below) -> None:
     assert below.stack.stats().lower[0].missed_blocks == 3
 
 
-def test_of_two_who_want_a_block_one_reads_it(below: Below) -> None:
+def test_of_two_who_want_a_block_one_reads_it(below: StackUnderTest) -> None:
     keys = keys_of("a", 3)
     below.keep_below(keys)
     matches = [below.stack.match(keys).result(LONG) for _ in range(4)]
@@ -150,7 +150,7 @@ def test_of_two_who_want_a_block_one_reads_it(below: Below) -> None:
 
 
 def test_room_is_not_made_of_what_was_matched() -> None:
-    below = Below(slots=4)
+    below = StackUnderTest(slots=4)
     keys = keys_of("a", 6)
     below.put(keys[:3])
     assert below.stack.flush(LONG)
@@ -161,7 +161,7 @@ def test_room_is_not_made_of_what_was_matched() -> None:
 
 
 def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
-    below = Below(slots=2)
+    below = StackUnderTest(slots=2)
     keys, others = keys_of("a", 2), keys_of("b", 2)
     below.keep_below(keys)
     match = below.stack.match(keys).result(LONG)
@@ -170,8 +170,8 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
     below.tiers[0].gate.set()
     [lower] = below.lower
     done = threading.Event()
-    lower.link.calls.put(0, done.set)  # behind the call that was late
-    lower.link.calls.put(0, done.set)
+    lower.channel.calls.put(0, done.set)  # behind the call that was late
+    lower.channel.calls.put(0, done.set)
     assert done.wait(LONG)
     while below.stack.stats().pinned_slots:
         pass
@@ -181,12 +181,12 @@ def test_a_call_that_comes_late_keeps_its_memory_until_it_ends() -> None:
 
 
 def test_a_call_that_never_began_keeps_nothing() -> None:
-    below = Below(slots=4, calls=1)
+    below = StackUnderTest(slots=4, calls=1)
     first, second = keys_of("a", 2), keys_of("b", 2)
     below.keep_below(first + second)
     matches = [below.stack.match(keys).result(LONG) for keys in (first, second)]
     below.hang(matches[0])
-    below.lower[0].link.deadline_s = 0.01
+    below.lower[0].channel.deadline_s = 0.01
     with below.stack.fetch(matches[1]).result(LONG) as lease:  # it waits behind the other
         assert not lease.keys
     assert below.stack.stats().pinned_slots == 2
@@ -195,8 +195,8 @@ def test_a_call_that_never_began_keeps_nothing() -> None:
 
 
 def test_a_tier_that_hangs_for_ever_stops_nobody() -> None:
-    below = Below(deadline_s=0.01)
-    below.lower[0].link.health.breaker._clock = lambda: 0.0
+    below = StackUnderTest(deadline_s=0.01)
+    below.lower[0].channel.health.breaker._clock = lambda: 0.0
     below.tiers[0].gate.clear()
     keys = keys_of("a", 4)
     for _ in range(5):
@@ -212,10 +212,10 @@ def test_a_tier_that_hangs_for_ever_stops_nobody() -> None:
 
 
 def test_a_tier_that_recovers_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
-    below = Below()
+    below = StackUnderTest()
     now = 0.0
     [lower] = below.lower
-    lower.link.health.breaker._clock = lambda: now
+    lower.channel.health.breaker._clock = lambda: now
     keys = keys_of("a", 2)
     below.keep_below(keys)
     below.tiers[0].fault = "raise"
@@ -232,17 +232,17 @@ def test_a_tier_that_recovers_is_asked_again(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_tier_may_take_only_what_is_used_again() -> None:
-    below = Below(writes="hot")
+    below = StackUnderTest(writes="hot")
     keys = keys_of("a", 5)
     below.put(keys)
-    assert below.stack.stats().lower[0].once_blocks == 5
+    assert below.stack.stats().lower[0].withheld_blocks == 5
     assert below.got(keys[:3]) == 3
     assert below.stack.flush(LONG)
     assert set(below.tiers[0].held) == {SPACE + key for key in keys[:3]}
     assert below.got(keys) == 5
     assert below.stack.flush(LONG)
     stats = below.stack.stats().lower[0]
-    assert (stats.stored_blocks, stats.known_blocks, stats.once_blocks) == (5, 0, 0)
+    assert (stats.stored_blocks, stats.known_blocks, stats.withheld_blocks) == (5, 0, 0)
     for name in range(10):
         below.put(keys_of(f"other {name}", 4))
     assert len(below.lower[0].writes._once) <= 16
@@ -251,7 +251,7 @@ def test_a_tier_may_take_only_what_is_used_again() -> None:
 
 
 def test_what_waits_to_be_written_is_bounded_and_the_tail_is_dropped() -> None:
-    below = Below(slots=16, pieces=1)  # a quarter of L1 may wait: 4 blocks
+    below = StackUnderTest(slots=16, pieces=1)  # a quarter of L1 may wait: 4 blocks
     below.tiers[0].gate.clear()
     keys = keys_of("a", 10)
     below.put(keys)
@@ -267,13 +267,13 @@ def test_what_waits_to_be_written_is_bounded_and_the_tail_is_dropped() -> None:
 
 
 def test_closing_writes_what_waits_and_counts_what_it_could_not() -> None:
-    below = Below()
+    below = StackUnderTest()
     below.put(keys_of("a", 4))
     below.stack.close()
     assert len(below.tiers[0].held) == 4
     assert below.tiers[0].closed
 
-    below = Below(deadline_s=0.01, pieces=1, calls=1)
+    below = StackUnderTest(deadline_s=0.01, pieces=1, calls=1)
     below.tiers[0].gate.clear()
     below.put(keys_of("a", 4))
     below.tiers[0].waiting.acquire(timeout=LONG)
@@ -282,7 +282,7 @@ def test_closing_writes_what_waits_and_counts_what_it_could_not() -> None:
     below.tiers[0].gate.set()
 
 
-def test_after_a_clear_nothing_of_before_is_found(below: Below) -> None:
+def test_after_a_clear_nothing_of_before_is_found(below: StackUnderTest) -> None:
     keys = keys_of("a", 3)
     below.put(keys)
     assert below.stack.flush(LONG)
@@ -295,7 +295,9 @@ def test_after_a_clear_nothing_of_before_is_found(below: Below) -> None:
     assert len(below.tiers[0].held) == 6
 
 
-def test_a_clear_between_reserve_and_end_keeps_the_old_out_of_the_new(below: Below) -> None:
+def test_a_clear_between_reserve_and_end_keeps_the_old_out_of_the_new(
+    below: StackUnderTest,
+) -> None:
     keys = keys_of("a", 2)
     lease = below.stack.reserve(keys)
     below.stack.clear()
@@ -304,19 +306,19 @@ def test_a_clear_between_reserve_and_end_keeps_the_old_out_of_the_new(below: Bel
     assert below.got(keys) == 0
 
 
-def test_prefetch_brings_up_and_promises_nothing(below: Below) -> None:
+def test_prefetch_brings_up_and_promises_nothing(below: StackUnderTest) -> None:
     keys = keys_of("a", 3)
     below.keep_below(keys)
     coming = below.stack.prefetch([*keys, b"unknown"])
     assert coming is not None
     coming.result(LONG)
     assert below.stack.stats().pinned_slots == 0
-    with below.stack.fetch_here(keys) as lease:
+    with below.stack.fetch_local(keys) as lease:
         assert list(lease.keys) == keys
 
 
 def test_many_threads_and_a_tier_with_faults() -> None:
-    below = Below(slots=12, pieces=2)
+    below = StackUnderTest(slots=12, pieces=2)
     heads = [keys_of(f"head {at}", 3) for at in range(3)]
     chains = [heads[at % 3] + keys_of(f"tail {at}", 5) for at in range(10)]
     begin = threading.Barrier(6)
@@ -348,15 +350,15 @@ def test_many_threads_and_a_tier_with_faults() -> None:
 
 
 def test_a_tier_is_told_what_a_stretch_continues() -> None:
-    below = Below(slots=64)
+    below = StackUnderTest(slots=64)
     told: list[tuple[list[bytes], bytes | None]] = []
     store = below.tiers[0].store
 
     def noted(
-        keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        told.append((list(keys), after))
-        return store(keys, blocks, after)
+        told.append((list(keys), parent))
+        return store(keys, blocks, parent)
 
     below.tiers[0].store = noted  # type: ignore[method-assign]
     keys = keys_of("a", 9)

@@ -11,7 +11,7 @@ import pytest
 from kvcache.lower.namespace import Namespace
 from kvcache.testing import keys_of
 from tests.support.failing_parts import Faulty
-from tests.support.scripted_tiers import SPACE, Below
+from tests.support.scripted_tiers import SPACE, StackUnderTest
 
 KEYS = keys_of("chain", 4)
 
@@ -30,39 +30,39 @@ class Forgetful(Faulty):
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def resolve(self, space: bytes, about: str) -> bytes:
+    def resolve(self, namespace: bytes, about: str) -> bytes:
         self.asked += 1
         return self.name
 
-    def forget(self, space: bytes) -> None:
+    def forget(self, namespace: bytes) -> None:
         if self.failing:
             self.failing -= 1
             raise OSError("no space left")
-        self.forgotten.append(space)
+        self.forgotten.append(namespace)
         self.name = b"r" * 32
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         self.before_store.set()
         assert self.go_on.wait(20)
         self.stored_names += keys
-        return super().store(keys, blocks, after)
+        return super().store(keys, blocks, parent)
 
 
 @pytest.fixture
-def below(monkeypatch: pytest.MonkeyPatch) -> Below:
+def below(monkeypatch: pytest.MonkeyPatch) -> StackUnderTest:
     monkeypatch.setattr("tests.support.scripted_tiers.Faulty", Forgetful)
-    return Below()
+    return StackUnderTest()
 
 
-def tier_of(below: Below) -> Forgetful:
+def tier_of(below: StackUnderTest) -> Forgetful:
     [tier] = below.tiers
     assert isinstance(tier, Forgetful)
     return tier
 
 
-def test_resolve_is_asked_once_and_names_the_blocks(below: Below) -> None:
+def test_resolve_is_asked_once_and_names_the_blocks(below: StackUnderTest) -> None:
     tier = tier_of(below)
     tier.name = b"k" * 32
     below.put(KEYS)
@@ -72,7 +72,7 @@ def test_resolve_is_asked_once_and_names_the_blocks(below: Below) -> None:
     below.stack.close()
 
 
-def test_clear_forgets_the_namespace_once(below: Below) -> None:
+def test_clear_forgets_the_namespace_once(below: StackUnderTest) -> None:
     tier = tier_of(below)
     assert below.stack.clear()
     assert below.stack.clear()  # the random one that was left is known to no other stack
@@ -83,7 +83,7 @@ def test_clear_forgets_the_namespace_once(below: Below) -> None:
 def test_clear_tier_that_cannot_forget_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    below = Below()  # of a tier with the contract's default
+    below = StackUnderTest()  # of a tier with the contract's default
     with caplog.at_level(logging.WARNING, "kvcache"):
         assert not below.stack.clear()
     assert "a reset was not written (not supported)" in caplog.text
@@ -92,7 +92,7 @@ def test_clear_tier_that_cannot_forget_is_logged(
 
 
 def test_clear_forget_that_fails_is_logged_and_done_before_the_next_write(
-    below: Below, caplog: pytest.LogCaptureFixture
+    below: StackUnderTest, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = tier_of(below)
     tier.failing = 2
@@ -112,7 +112,7 @@ def test_clear_blocks_that_wait_to_be_written_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tests.support.scripted_tiers.Faulty", Forgetful)
-    below = Below(calls=1)
+    below = StackUnderTest(calls=1)
     tier, [lower] = tier_of(below), below.lower
     tier.go_on.clear()
     below.put(KEYS[:1])
@@ -137,7 +137,7 @@ def test_names_namespace_left_before_it_was_resolved_fails() -> None:
     assert spaces.forget()
     with pytest.raises(Exception, match="reset"):
         spaces.names(SPACE, KEYS)
-    assert spaces.names(spaces.space, KEYS) == [spaces.space + key for key in KEYS]
+    assert spaces.names(spaces.namespace, KEYS) == [spaces.namespace + key for key in KEYS]
 
 
 @pytest.mark.parametrize("name", [None, b"short", "text"])

@@ -15,14 +15,14 @@ from kvcache import telemetry
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from tests.support.failing_parts import Faulty
-from tests.support.scripted_tiers import LONG, Below
+from tests.support.scripted_tiers import LONG, StackUnderTest
 
 WHOSE = {"kvcache.tier.name": "l2", "kvcache.tier.type": "Faulty"}
 
 
 @pytest.fixture
-def below() -> Iterator[Below]:
-    below = Below(pieces=2)
+def below() -> Iterator[StackUnderTest]:
+    below = StackUnderTest(pieces=2)
     yield below
     assert below.stack.flush(LONG)
     below.stack.close()
@@ -60,7 +60,7 @@ class Spans:
 
 
 def test_a_tier_that_is_touched_has_a_span_under_the_operation(
-    below: Below, exported: InMemorySpanExporter
+    below: StackUnderTest, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 6)
     below.put(keys[:1])
@@ -92,7 +92,7 @@ def test_a_tier_that_is_touched_has_a_span_under_the_operation(
 
 
 def test_a_prefetch_is_an_operation_of_its_own(
-    below: Below, exported: InMemorySpanExporter
+    below: StackUnderTest, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 3)
     below.keep_below(keys[:2])
@@ -107,7 +107,7 @@ def test_a_prefetch_is_an_operation_of_its_own(
 
 
 def test_what_comes_up_for_a_hint_is_linked_to_its_cause(
-    below: Below, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+    below: StackUnderTest, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(below.stack._below, "submit", lambda call: call())
     caller = TracerProvider().get_tracer("caller").start_span("request")
@@ -131,7 +131,7 @@ def test_what_comes_up_for_a_hint_is_linked_to_its_cause(
 
 
 def test_what_is_written_later_is_linked_to_its_cause(
-    below: Below, exported: InMemorySpanExporter
+    below: StackUnderTest, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 2)
     below.keep_below(keys[:1])
@@ -153,7 +153,9 @@ def test_what_is_written_later_is_linked_to_its_cause(
     }
 
 
-def test_a_tier_may_add_spans_of_its_own(below: Below, exported: InMemorySpanExporter) -> None:
+def test_a_tier_may_add_spans_of_its_own(
+    below: StackUnderTest, exported: InMemorySpanExporter
+) -> None:
     inner = Faulty()
 
     class Traced(Faulty):
@@ -161,13 +163,15 @@ def test_a_tier_may_add_spans_of_its_own(below: Below, exported: InMemorySpanExp
             telemetry.start("theirs", None).end()
             return inner.contains(keys)
 
-    below.lower[0].link.tier = Traced()
+    below.lower[0].channel.tier = Traced()
     below.stack.match(keys_of("a", 1)).result(LONG)
     spans = Spans(exported)
     assert spans.is_below("theirs", "kvcache.tier.contains")
 
 
-def test_failures_and_the_breaker_are_events(below: Below, exported: InMemorySpanExporter) -> None:
+def test_failures_and_the_breaker_are_events(
+    below: StackUnderTest, exported: InMemorySpanExporter
+) -> None:
     keys = keys_of("a", 2)
     below.tiers[0].fault = "raise"
     for turn in range(3):
@@ -184,14 +188,14 @@ def test_failures_and_the_breaker_are_events(below: Below, exported: InMemorySpa
     below.stack.match(keys).result(LONG)
     assert Spans(exported).of("kvcache.lookup")["kvcache.skip.reason"] == "breaker_open"
     below.tiers[0].fault = ""
-    below.lower[0].link.health.breaker._retry_at = 0.0
+    below.lower[0].channel.health.breaker._retry_at = 0.0
     below.stack.match(keys).result(LONG)
     assert Spans(exported).events("kvcache.tier.contains") == ["kvcache.breaker.closed"]
 
 
 def test_of_two_tiers_the_one_not_asked_says_why(exported: InMemorySpanExporter) -> None:
-    below = Below(tiers=2)
-    breaker = below.lower[0].link.health.breaker
+    below = StackUnderTest(tiers=2)
+    breaker = below.lower[0].channel.health.breaker
     for _ in range(3):
         breaker.failed()
     below.stack.match(keys_of("a", 2)).result(LONG)
@@ -205,11 +209,13 @@ def test_of_two_tiers_the_one_not_asked_says_why(exported: InMemorySpanExporter)
     below.stack.close()
 
 
-def test_what_is_computed_rather_says_so(below: Below, exported: InMemorySpanExporter) -> None:
+def test_what_is_computed_rather_says_so(
+    below: StackUnderTest, exported: InMemorySpanExporter
+) -> None:
     keys = keys_of("a", 3)
     below.keep_below(keys)
-    below.stack.computed(1, 0.1)
-    below.lower[0]._loading.told(1, 10.0)
+    below.stack.observe_compute(1, 0.1)
+    below.lower[0]._loading.observe(1, 10.0)
     below.lower[0]._seen_slow = 1e12
     assert below.stack.match(keys).result(LONG).blocks == 0
     spans = Spans(exported)
@@ -220,7 +226,7 @@ def test_what_is_computed_rather_says_so(below: Below, exported: InMemorySpanExp
 
 
 def test_what_is_dropped_is_an_event_on_the_store(exported: InMemorySpanExporter) -> None:
-    below = Below(slots=16, queue=PAGE)
+    below = StackUnderTest(slots=16, queue=PAGE)
     below.put(keys_of("a", 3))
     store = Spans(exported).one("kvcache.store")
     [event] = store.events
@@ -248,7 +254,7 @@ def test_spans_do_not_grow_in_number_with_the_blocks(
 
         monkeypatch.setattr(tracer, "start_span", counted)
         monkeypatch.setattr(telemetry, "_tracer", tracer)
-        below = Below(slots=64, pieces=2)
+        below = StackUnderTest(slots=64, pieces=2)
         keys, new = keys_of("a", blocks), keys_of("b", blocks)
         below.keep_below(keys)
         assert below.got(keys) == blocks

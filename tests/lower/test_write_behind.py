@@ -9,7 +9,7 @@ import pytest
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
-from tests.support.scripted_tiers import LONG, Below
+from tests.support.scripted_tiers import LONG, StackUnderTest
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -26,7 +26,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_queue_that_is_full_is_logged_once_with_the_count_and_the_option_to_raise(
     caplog: pytest.LogCaptureFixture, queue: Size, holds: int, option: str
 ) -> None:
-    below = Below(slots=16, queue=queue)
+    below = StackUnderTest(slots=16, queue=queue)
     below.tiers[0].gate.clear()
     below.put(keys_of("a", 10))
     [said] = warnings(caplog)
@@ -43,7 +43,7 @@ def test_queue_that_is_full_is_logged_once_with_the_count_and_the_option_to_rais
 
 
 def test_each_tier_with_a_full_queue_logs_its_own_drops(caplog: pytest.LogCaptureFixture) -> None:
-    below = Below(slots=16, tiers=2)
+    below = StackUnderTest(slots=16, tiers=2)
     for tier in below.tiers:
         tier.gate.clear()
     below.put(keys_of("a", 6))
@@ -56,7 +56,7 @@ def test_each_tier_with_a_full_queue_logs_its_own_drops(caplog: pytest.LogCaptur
 def test_blocks_that_an_open_breaker_drops_are_no_full_queue(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    below = Below(slots=16)
+    below = StackUnderTest(slots=16)
     below.tiers[0].fault = "raise"
     for name in range(3):
         below.put(keys_of(f"{name}", 1))
@@ -70,7 +70,7 @@ def test_blocks_that_an_open_breaker_drops_are_no_full_queue(
 def test_stores_that_fit_the_queue_and_wait_for_it_are_all_written(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    below = Below(slots=16)
+    below = StackUnderTest(slots=16)
     for name in range(4):
         below.put(keys_of(f"{name}", 4))
         assert below.stack.flush(LONG)

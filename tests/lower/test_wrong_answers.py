@@ -18,7 +18,7 @@ from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
 from tests.support.failing_parts import Faulty
 from tests.support.odd_answers import COUNTED, RAISED, RETURNED, UnreadableError
-from tests.support.scripted_tiers import LONG, SPACE, Below
+from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
 
 VERBS = ("contains", "load", "store")
 Wrong = Callable[..., Any]
@@ -45,17 +45,17 @@ CASES = [(verb, name) for verb in VERBS for name in wrongs(verb)]
 
 
 @pytest.fixture
-def below() -> Iterator[Below]:
-    below = Below()
+def below() -> Iterator[StackUnderTest]:
+    below = StackUnderTest()
     yield below
     below.stack.close()
 
 
-def threads_of(below: Below) -> list[threading.Thread]:
-    return [thread for lower in below.lower for thread in lower.link.calls._threads]
+def threads_of(below: StackUnderTest) -> list[threading.Thread]:
+    return [thread for lower in below.lower for thread in lower.channel.calls._threads]
 
 
-def adds_up(below: Below) -> LowerStats:
+def adds_up(below: StackUnderTest) -> LowerStats:
     """The counts of the tier, once they were seen to add up."""
     stats = below.stack.stats()
     down = stats.lower[0]
@@ -65,7 +65,9 @@ def adds_up(below: Below) -> LowerStats:
 
 
 @pytest.mark.parametrize(("verb", "name"), CASES)
-def test_a_call_that_goes_wrong_costs_its_own_answer(below: Below, verb: str, name: str) -> None:
+def test_a_call_that_goes_wrong_costs_its_own_answer(
+    below: StackUnderTest, verb: str, name: str
+) -> None:
     tier = below.tiers[0]
     kept, stored = keys_of("kept", 3), keys_of("stored", 2)
     below.keep_below(kept)
@@ -100,7 +102,7 @@ def test_a_call_that_goes_wrong_costs_its_own_answer(below: Below, verb: str, na
 @pytest.mark.parametrize("name", RAISED)
 def test_a_breaker_that_an_exception_opened_closes_again(verb: str, name: str) -> None:
     now = [0.0]
-    below = Below(clock=lambda: now[0])
+    below = StackUnderTest(clock=lambda: now[0])
     tier, kept = below.tiers[0], keys_of("kept", 2)
     below.keep_below(kept)
     right = getattr(tier, verb)
@@ -129,7 +131,7 @@ def answer_as(kind: Callable[[list[Any]], Any], right: list[Any], _: str) -> Any
     return kind(right)
 
 
-def test_answers_of_any_sequence_type_are_taken(below: Below) -> None:
+def test_answers_of_any_sequence_type_are_taken(below: StackUnderTest) -> None:
     keys = keys_of("a", 4)
     below.keep_below(keys[:3])
     kinds: list[Callable[[list[Any]], Any]] = [
@@ -143,13 +145,13 @@ def test_answers_of_any_sequence_type_are_taken(below: Below) -> None:
         tier = Faulty()
         tier.held = below.tiers[0].held
         tier._answer = partial(answer_as, kind)  # type: ignore[method-assign]
-        below.lower[0].link.tier = tier
+        below.lower[0].channel.tier = tier
         below.front.clear()
         assert below.got(keys) == 3
     below.check()
 
 
-def test_a_tier_that_changes_what_it_is_given_costs_its_own_answer(below: Below) -> None:
+def test_a_tier_that_changes_what_it_is_given_costs_its_own_answer(below: StackUnderTest) -> None:
     class Greedy(Faulty):
         def contains(self, keys: Sequence[bytes]) -> list[bool]:
             held = [True] * len(keys)
@@ -164,7 +166,7 @@ def test_a_tier_that_changes_what_it_is_given_costs_its_own_answer(below: Below)
             return [0, 0]
 
         def store(
-            self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+            self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
         ) -> list[bool]:
             taken = [True] * len(keys)
             for view in blocks:
@@ -173,18 +175,20 @@ def test_a_tier_that_changes_what_it_is_given_costs_its_own_answer(below: Below)
             blocks.clear()  # type: ignore[attr-defined]
             return taken
 
-    below.lower[0].link.tier = Greedy()
+    below.lower[0].channel.tier = Greedy()
     keys = keys_of("a", 2)
     assert below.got(keys) == 0
     below.put(keys)
     assert below.stack.flush(LONG)
-    with below.stack.fetch_here(keys) as lease:
+    with below.stack.fetch_local(keys) as lease:
         assert [bytes(view) for view in lease.views] == [block_of(key, PAGE) for key in keys]
     below.check()
     assert below.stack.stats().lower[0].known_blocks == 2
 
 
-def test_an_exception_is_not_kept_with_the_memory_that_its_traceback_holds(below: Below) -> None:
+def test_an_exception_is_not_kept_with_the_memory_that_its_traceback_holds(
+    below: StackUnderTest,
+) -> None:
     tier, keys = below.tiers[0], keys_of("a", 1)
     tier.load = wrongs("load")["raises panic"]  # type: ignore[method-assign]
     with below.front.reserve(keys) as lease:
@@ -209,7 +213,7 @@ def test_the_text_of_an_exception_is_short_and_printable() -> None:
 
 
 def test_a_close_that_raises_leaves_the_rest_closed(caplog: pytest.LogCaptureFixture) -> None:
-    below = Below(tiers=3)
+    below = StackUnderTest(tiers=3)
     below.tiers[1].close = wrongs("close")["raises SystemExit"]  # type: ignore[method-assign]
     below.stack.close()
     assert [tier.closed for tier in below.tiers] == [True, False, True]
@@ -217,7 +221,7 @@ def test_a_close_that_raises_leaves_the_rest_closed(caplog: pytest.LogCaptureFix
 
 
 def test_close_in_the_callback_of_a_future_closes_every_tier() -> None:
-    below, closed = Below(), threading.Event()
+    below, closed = StackUnderTest(), threading.Event()
     tier = below.tiers[0]
 
     def close(_: object) -> None:
@@ -236,14 +240,14 @@ def test_close_in_the_callback_of_a_future_closes_every_tier() -> None:
 
 
 @pytest.mark.parametrize("name", [*RAISED, *RETURNED])
-def test_usage_that_goes_wrong_is_unknown(below: Below, name: str) -> None:
+def test_usage_that_goes_wrong_is_unknown(below: StackUnderTest, name: str) -> None:
     wrong = wrongs("usage").get(f"raises {name}") or (lambda: RETURNED[name](1))
     below.tiers[0].usage = wrong  # type: ignore[method-assign]
     usage = below.stack.stats().lower[0].usage
     assert usage == Tier.usage(below.tiers[0])
 
 
-def test_usage_that_hangs_is_what_it_was(below: Below) -> None:
+def test_usage_that_hangs_is_what_it_was(below: StackUnderTest) -> None:
     tier, keys = below.tiers[0], keys_of("a", 2)
     tier.usage = lambda: TierUsage(7)  # type: ignore[method-assign]
     assert below.stack.stats().lower[0].usage == TierUsage(7)
@@ -268,7 +272,7 @@ def test_usage_that_hangs_is_what_it_was(below: Below) -> None:
     assert below.stack.stats().lower[0].usage == TierUsage(8)
 
 
-def test_usage_that_a_signal_interrupts_ends_the_process(below: Below) -> None:
+def test_usage_that_a_signal_interrupts_ends_the_process(below: StackUnderTest) -> None:
     def ends(*_: object) -> None:
         raise SystemExit
 
@@ -294,7 +298,7 @@ def test_a_namespace_that_goes_wrong_costs_the_calls_until_it_is_known(name: str
         error = RAISED[name]()
         raise error
 
-    below = Below()
+    below = StackUnderTest()
     kept = keys_of("kept", 2)
     below.keep_below(kept)
     below.tiers[0].resolve = wrong  # type: ignore[assignment,method-assign]
@@ -314,7 +318,7 @@ def test_a_reset_that_goes_wrong_is_a_reset_of_this_stack(name: str) -> None:
         error = RAISED[name]()
         raise error
 
-    below = Below()
+    below = StackUnderTest()
     below.tiers[0].forget = wrong  # type: ignore[assignment,method-assign]
     below.put(keys_of("a", 2))
     assert below.stack.flush(LONG)
@@ -326,7 +330,7 @@ def test_a_reset_that_goes_wrong_is_a_reset_of_this_stack(name: str) -> None:
 
 def test_a_write_that_hangs_as_the_probe_keeps_nobody_from_asking_later() -> None:
     now = 0.0
-    below = Below(pieces=1, calls=2, clock=lambda: now)
+    below = StackUnderTest(pieces=1, calls=2, clock=lambda: now)
     tier, keys = below.tiers[0], keys_of("a", 2)
     below.keep_below(keys)
     tier.fault = "raise"

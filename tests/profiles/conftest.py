@@ -16,4 +16,6 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def ten_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     """The container may use 10 GiB."""
-    monkeypatch.setattr(host_memory, "limit", lambda *_: host_memory.Memory(10 * GIB, "the test"))
+    monkeypatch.setattr(
+        host_memory, "limit", lambda *_: host_memory.HostMemory(10 * GIB, "the test")
+    )

@@ -22,7 +22,7 @@ SAMPLE = {  # AIBrix's own sample of an L1 alone, but for the size
 DISK = f'{GOOD}[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:Lower"\n'
 
 
-def theirs(profile: Profile) -> aibrix.Report:
+def theirs(profile: Profile) -> aibrix.MigrationReport:
     assert profile.theirs is not None
     return profile.theirs
 
@@ -46,7 +46,7 @@ def test_the_sample_works_as_it_is() -> None:
     profile = load_profile(None, SAMPLE)
     assert profile.name == "l1-only"
     assert profile.tiers[0].options == {"capacity": 8 * GIB, "eviction": "s3fifo"}
-    assert theirs(profile) == aibrix.Report(
+    assert theirs(profile) == aibrix.MigrationReport(
         taken=(
             f"{P}L1_CACHE_ENABLED = 1, as it is anyway",
             f'{P}L1_CACHE_EVICTION_POLICY as eviction of l1 = "s3fifo"',

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.lower.tier import Lower as LowerTier
+from kvcache.lower.tier import LowerTier
 from kvcache.profiles import ProfileError, load_profile, shipped, source
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed

@@ -24,11 +24,11 @@ ROOT = Path(kvcache.profiles.__file__).resolve().parent
 def forty_mib(monkeypatch: pytest.MonkeyPatch) -> None:
     """The container may use 40 MiB, of which 10 are free."""
 
-    def limit(root: Path = Path("/")) -> host_memory.Memory:
-        return host_memory.Memory(40 * MIB, "the limit's file")
+    def limit(root: Path = Path("/")) -> host_memory.HostMemory:
+        return host_memory.HostMemory(40 * MIB, "the limit's file")
 
-    def available(root: Path = Path("/")) -> host_memory.Memory:
-        return host_memory.Memory(10 * MIB, "the free memory's file")
+    def available(root: Path = Path("/")) -> host_memory.HostMemory:
+        return host_memory.HostMemory(10 * MIB, "the free memory's file")
 
     monkeypatch.setattr(host_memory, "limit", limit)
     monkeypatch.setattr(host_memory, "available", available)

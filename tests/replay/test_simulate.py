@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.eviction import POLICIES, Eviction, Lru, policy_class
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.replay.generators import generate
 from kvcache.replay.oracle import with_hints
 from kvcache.replay.simulate import TICK, Outcome, replay
@@ -41,7 +41,7 @@ class Recent(Lru):
 class Declining(Lru):
     """Takes nothing from the third second on."""
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys) if now < 3 else 0
 
 
@@ -65,7 +65,7 @@ def played(trace: Trace, stack: Stack, now: list[float]) -> Iterator[tuple[int, 
         coming = stack.prefetch(chain)
         if coming is not None:
             coming.result()
-        with stack.fetch_here(chain) as lease:
+        with stack.fetch_local(chain) as lease:
             found = len(lease)
         yield sum(held[: min(found, (*held, False).index(False))]), found
         stack.reserve(chain[found:], chain[found - 1] if found else None).end()
@@ -123,7 +123,7 @@ def test_a_disk_below_does_the_same_live(tmp_path: Path) -> None:
         )
         slots = disk._index.slots
         framed = Framed(disk, block_nbytes=BLOCK)
-        lower = Lower(framed, name="l2", front=front, space=b"", deadline_s=60.0)
+        lower = LowerTier(framed, name="l2", front=front, namespace=b"", deadline_s=60.0)
         stack = opened.enter_context(Stack(front, [lower], profile="test"))
         pairs = list(played(trace, stack, now))
         stats: StackStats = stack.stats()

@@ -28,7 +28,7 @@ class Kept(Tier):
         return written
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         self.asked.extend(keys)
         self.held.update(zip(keys, map(bytes, blocks), strict=True))
@@ -62,7 +62,7 @@ class Full(Kept):
     """Takes nothing."""
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         return [False for _ in keys]
 

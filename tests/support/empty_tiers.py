@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from kvcache.events import Changes
+from kvcache.events import BlockEvents
 from kvcache.sizes import Size
 from kvcache.tier import FrontTier, Lease, Tier, TierStats
 
@@ -23,7 +23,7 @@ class Lower(Tier):
         return [0 for _ in keys]
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         return [False for _ in keys]
 
@@ -64,25 +64,25 @@ class Front(FrontTier):
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
         return 0
 
-    def done(self, keys: Sequence[bytes]) -> None:
+    def mark_done(self, keys: Sequence[bytes]) -> None:
         pass
 
-    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+    def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         pass
 
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         raise NotImplementedError
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
         raise NotImplementedError
 
-    def hold(self, keys: Sequence[bytes]) -> Lease:
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
         raise NotImplementedError
 
     def clear(self) -> None:
         pass
 
-    def tell(self, changes: Changes) -> None:
+    def subscribe(self, changes: BlockEvents) -> None:
         pass
 
     def stats(self) -> TierStats:

@@ -85,7 +85,7 @@ class Faulty(Tier):
         return self._answer(written, fault)
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         fault = self.fault
         self._called("store")
@@ -118,11 +118,11 @@ class FaultyPolicy(Lru):
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         self._may("access", chain, held, now)
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
-        return self._may("admit", keys, after, now)  # type: ignore[no-any-return]
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
+        return self._may("admit", keys, parent, now)  # type: ignore[no-any-return]
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
-        self._may("add", keys, after, now)
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        self._may("add", keys, parent, now)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         self._may("remove", keys)
@@ -137,6 +137,6 @@ def goes_wrong(tier: DramTier, verb: str, fault: Callable[..., Any]) -> None:
     with tier._lock:
         for stretch in tier._index._stretches.at.values():
             if stretch.ready:
-                Lru.add(policy, stretch.keys, stretch.after, 0.0)
+                Lru.add(policy, stretch.keys, stretch.parent, 0.0)
         policy.verb, policy.fault = verb, fault
         tier._index._policy = policy

@@ -37,7 +37,7 @@ class Frames(Tier):
         return written
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         self.handed = max(self.handed, sum(map(len, blocks)))
         for key, block in zip(keys, blocks, strict=True):

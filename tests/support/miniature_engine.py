@@ -61,7 +61,7 @@ class Miniature:
         self.ahead = ahead
         self.reports: list[_Report] = []
         self.workers = Workers(random, reports_first=reports_first)
-        self.side._promised.beside = self.workers.late
+        self.side._promised.async_copies = self.workers.late
         self.side._promised.long_s = random.choice((-1.0, 1.0))  # all loads are long, or none is
         self.given: set[int] = set()  # blocks, since the last step
         self.waiting: list[Request] = []

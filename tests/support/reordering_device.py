@@ -13,7 +13,7 @@ from kvcache.connectors.transfer.base import Integers
 
 
 @dataclass(eq=False)
-class Mark:
+class ReorderedMark:
     device: Device
     at: float = float("nan")  # the device's time when it was passed
 
@@ -25,17 +25,19 @@ class Mark:
         while self.at != self.at:
             assert self.device.work(1), "it waits for ever"
 
-    def since(self, earlier: Mark) -> float:
+    def since(self, earlier: ReorderedMark) -> float:
         return self.at - earlier.at
 
 
 @dataclass(eq=False)
-class Stream:
+class ReorderedStream:
     device: Device
-    todo: deque[Callable[[], object] | Mark] = field(default_factory=deque)  # a Mark: wait for it
+    todo: deque[Callable[[], object] | ReorderedMark] = field(
+        default_factory=deque
+    )  # a Mark: wait for it
 
-    def mark(self) -> Mark:
-        mark = Mark(self.device)
+    def mark(self) -> ReorderedMark:
+        mark = ReorderedMark(self.device)
 
         def passed() -> None:
             mark.at = float(self.device.time)
@@ -43,7 +45,7 @@ class Stream:
         self.todo.append(passed)
         return mark
 
-    def after(self, mark: Mark) -> None:
+    def after(self, mark: ReorderedMark) -> None:
         self.todo.append(mark)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
@@ -57,7 +59,7 @@ class Stream:
             self.todo.append(partial(ctypes.memmove, target, source, count))
 
     def ready(self) -> bool:
-        while self.todo and isinstance(head := self.todo[0], Mark):
+        while self.todo and isinstance(head := self.todo[0], ReorderedMark):
             if head.at != head.at:
                 return False
             self.todo.popleft()
@@ -71,14 +73,14 @@ class Device:
         self.breaks = 0  # the copy of a page, counted from the next, that raises
         self.pinned: dict[int, int] = {}
         self.no_more = ""  # what is said to who wants more pinned
-        self.current = Stream(self)  # that the engine computes on
+        self.current = ReorderedStream(self)  # that the engine computes on
         self._streams = [self.current]
 
-    def engine(self) -> Stream:
+    def engine(self) -> ReorderedStream:
         return self.current
 
-    def stream(self) -> Stream:
-        self._streams.append(Stream(self))
+    def stream(self) -> ReorderedStream:
+        self._streams.append(ReorderedStream(self))
         return self._streams[-1]
 
     def pin(self, address: int, nbytes: int) -> str:
@@ -97,7 +99,7 @@ class Device:
                 return False
             self.time += 1
             step = self.random.choice(ready).todo.popleft()
-            assert not isinstance(step, Mark)
+            assert not isinstance(step, ReorderedMark)
             step()
         return True
 

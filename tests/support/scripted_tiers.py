@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvcache import Lease, Match, Stack
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of
@@ -16,7 +16,7 @@ SPACE = b"n" * 32
 LONG = 20.0  # what a test waits at most for what does come
 
 
-class Below:
+class StackUnderTest:
     """A stack of L1 and lower tiers that do what they are told."""
 
     def __init__(
@@ -32,11 +32,11 @@ class Below:
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
         self.tiers = [Faulty() for _ in range(tiers)]
         self.lower = [
-            Lower(
+            LowerTier(
                 tier,
                 name=f"l{at}",
                 front=self.front,
-                space=SPACE,
+                namespace=SPACE,
                 deadline_s=deadline_s,
                 calls=calls,
                 clock=clock,
@@ -45,11 +45,11 @@ class Below:
             for at, tier in enumerate(self.tiers, 2)
         ]
         for lower in self.lower:
-            lower.link.blocks_per_call = pieces
+            lower.channel.blocks_per_call = pieces
         self.stack = Stack(self.front, self.lower, profile="test", clock=clock)
 
-    def put(self, keys: list[bytes], after: bytes | None = None) -> int:
-        with self.stack.reserve(keys, after) as lease:
+    def put(self, keys: list[bytes], parent: bytes | None = None) -> int:
+        with self.stack.reserve(keys, parent) as lease:
             for key, view in zip(lease.keys, lease.views, strict=True):
                 view[:] = block_of(key, PAGE)
             return len(lease)
@@ -70,15 +70,15 @@ class Below:
     def hang(self, match: Match) -> None:
         """Fetch until a call hangs in the tier, and whoever waited for it has given up."""
         [lower] = self.lower
-        lower.link.health.breaker._limit = 1 << 30
-        before, lower.link.deadline_s = lower.link.deadline_s, 0.01
+        lower.channel.health.breaker._limit = 1 << 30
+        before, lower.channel.deadline_s = lower.channel.deadline_s, 0.01
         self.tiers[0].gate.clear()
         while True:
             with self.stack.fetch(match).result(LONG) as lease:
                 assert not lease.keys
             if self.tiers[0].waiting.acquire(blocking=False):
                 break  # else it was given up before it began
-        lower.link.deadline_s = before
+        lower.channel.deadline_s = before
 
     def got(self, keys: list[bytes], start: int = 0) -> int:
         with self.fetch(keys, start) as lease:

@@ -12,8 +12,8 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.transfer.base import Made
-from kvcache.connectors.vllm.messages import Memory, Step, Transfer
+from kvcache.connectors.transfer.base import CompletedCopy
+from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide
 from kvcache.slab import SlabDescriptor
 
@@ -28,7 +28,7 @@ class Copier:
         self.announced: list[int] = []  # by the last load
         self.reached: list[int | None] = []
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Made:
+    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> CompletedCopy:
         assert self.reached[-1] is None, "stored before all is there"
         return self._call("gather", blocks, slots)
 
@@ -39,12 +39,12 @@ class Copier:
         *,
         awaited: bool = True,
         announced: Collection[int] = (),
-    ) -> Made:
+    ) -> CompletedCopy:
         self.awaited.append(awaited)
         self.announced = sorted(announced)
         return self._call("scatter", slots, blocks)
 
-    def reach(self, layer: int | None = None) -> None:
+    def wait_for_layer(self, layer: int | None = None) -> None:
         self.reached.append(layer)
 
     def fence(self, blocks: Sequence[int]) -> None:
@@ -53,17 +53,17 @@ class Copier:
     def close(self) -> None:
         pass
 
-    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> Made:
+    def _call(self, name: str, sources: Sequence[int], targets: Sequence[int]) -> CompletedCopy:
         self.calls.append((name, list(sources), list(targets)))
         if len(self.calls) - 1 in self.failing:
             raise OSError("fails")
-        return Made(1.0)
+        return CompletedCopy(1.0)
 
 
-NOWHERE = Memory(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
+NOWHERE = SlabShards(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
 
 
-def step(memory: Memory = NOWHERE, number: int = 0) -> Step:
+def step(memory: SlabShards = NOWHERE, number: int = 0) -> Step:
     return Step(
         memory,
         loads=[Transfer(1, [10, 11], [0, 1]), Transfer(2, [12], [2])],

@@ -44,7 +44,7 @@ def everything(path: Path) -> dict[str, tuple[bytes, int, int]]:
 def test_all_is_read_beside_the_owner_and_nothing_changes(tier: DiskTier, tmp_path: Path) -> None:
     before = everything(tmp_path)
     with closing(Reader(tmp_path)) as reader:
-        assert [(record.key, record.after) for record in reader] == [
+        assert [(record.key, record.parent) for record in reader] == [
             (KEYS[0], b""), (KEYS[1], KEYS[0]), (KEYS[2], KEYS[1]),
         ]  # fmt: skip
         assert reader.geometry == (PAGE, 8)

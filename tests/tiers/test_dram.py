@@ -9,7 +9,7 @@ import pytest
 
 from kvcache import Stack
 from kvcache.eviction import POLICIES, Eviction, Lru
-from kvcache.lower.tier import Lower
+from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE, Slab
 from kvcache.testing import FrontTierTests, block_of, keys_of
@@ -121,7 +121,7 @@ def test_without_any_memory_all_is_declined(
 class Choosy(Lru):
     """Finds nothing worth a slot of a full tier."""
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return 0
 
 
@@ -132,7 +132,7 @@ def test_what_feeds_others_declines_nothing_there_is_room_for() -> None:
         tier.reserve(a).end()
         assert len(tier.reserve(b)) == 0
         assert tier.stats().declined_blocks == 3
-        tier.feeds()
+        tier.disable_admission()
         with tier.reserve(b) as lease:
             assert len(lease) == 3
             assert len(tier.reserve(c)) == 0
@@ -141,7 +141,7 @@ def test_what_feeds_others_declines_nothing_there_is_room_for() -> None:
 @pytest.mark.parametrize("below", [0, 1])
 def test_a_stack_says_so_when_it_has_tiers_below(below: int) -> None:
     front = dram(3, eviction=f"{__name__}:Choosy")
-    lower = [Lower(dram(3), name="l2", front=front, space=b"s") for _ in range(below)]
+    lower = [LowerTier(dram(3), name="l2", front=front, namespace=b"s") for _ in range(below)]
     with Stack(front, lower, profile="test") as stack:
         front.slab.wait_populated()
         stack.reserve(keys_of("a", 3)).end()

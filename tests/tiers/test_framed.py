@@ -154,10 +154,10 @@ def test_a_frame_starts_on_a_page_and_so_does_its_payload() -> None:
             return super().load(keys, into)
 
         def store(
-            self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+            self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
         ) -> list[bool]:
             check_aligned(blocks)
-            return super().store(keys, blocks, after)
+            return super().store(keys, blocks, parent)
 
     def check_aligned(buffers: Sequence[memoryview]) -> None:
         for buffer in buffers:

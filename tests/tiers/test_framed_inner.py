@@ -63,7 +63,7 @@ def test_an_error_of_the_inner_tier_passes_and_leaves_the_desk() -> None:
 def test_what_the_inner_tier_declines_is_declined() -> None:
     class Declines(Frames):
         def store(
-            self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+            self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
         ) -> list[bool]:
             taken = [key[0] % 2 == 0 for key in keys]
             kept = [at for at, take in enumerate(taken) if take]

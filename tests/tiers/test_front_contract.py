@@ -36,14 +36,14 @@ class HeldWhileFilling(WrongDram):
 
 
 class LendsWhatItHolds(WrongDram):
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         self.remove(keys)
-        return super().reserve(keys, after)
+        return super().reserve(keys, parent)
 
 
 class PositionsAreCounted(WrongDram):
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
-        lease = super().reserve(keys, after)
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        lease = super().reserve(keys, parent)
         lease.positions = range(len(lease))
         return lease
 
@@ -69,12 +69,12 @@ class KeepsWhatReadersDistrust(WrongDram):
 
 
 class DoneIsRemoved(WrongDram):
-    def done(self, keys: Sequence[bytes]) -> None:
+    def mark_done(self, keys: Sequence[bytes]) -> None:
         self.remove(keys)
 
 
 class KeepsForEver(WrongDram):
-    def keep(self, keys: Sequence[bytes], seconds: float) -> None:
+    def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         self.pin(keys)
 
 
@@ -93,22 +93,22 @@ class EndsOften(WrongDram):
 
 
 class LendsWhatIsBeingFilled(WrongDram):
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
-        lease = super().reserve(keys, after)
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        lease = super().reserve(keys, parent)
         if lease.keys or all(self.contains(keys)):
             return lease
         return Lease(keys, range(len(keys)), range(len(keys)), self._view, lambda lease, bad: None)
 
 
 class AllOrNothing(WrongDram):
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
-        return super().reserve(keys if len(keys) <= ROOM else keys[:0], after)
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        return super().reserve(keys if len(keys) <= ROOM else keys[:0], parent)
 
 
 class NeverForgets(WrongDram):
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         free = ROOM - self.stats().used_blocks
-        return super().reserve(keys[:free], after)
+        return super().reserve(keys[:free], parent)
 
 
 class ForgetsPins(WrongDram):
@@ -125,11 +125,11 @@ class ForgetsPins(WrongDram):
 class HeadFirst(WrongDram):
     """Gives up a whole chain where its tail would do, and the chain that goes on, too."""
 
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         held = list(self._index.ready())
         if len(held) == ROOM:
             self.remove(held[: len(keys)])
-        return super().reserve(keys, after)
+        return super().reserve(keys, parent)
 
 
 class DropFreesTheSlot(WrongDram):
@@ -156,25 +156,25 @@ class CountsAreLate(WrongDram):
 
 
 class RefusesAKeyTwice(WrongDram):
-    def reserve(self, keys: Sequence[bytes], after: bytes | None = None) -> Lease:
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         if len(set(keys)) < len(keys):
             raise KeyError(keys[0])
-        return super().reserve(keys, after)
+        return super().reserve(keys, parent)
 
 
 class HoldsUpToAHole(WrongDram):
-    def hold(self, keys: Sequence[bytes]) -> Lease:
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
         return self.pin(keys)
 
 
 class HoldsWhatIsReady(WrongDram):
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        return super().hold([key for key in keys if self.contains([key])[0]])
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        return super().pin_any([key for key in keys if self.contains([key])[0]])
 
 
 class HoldPublishes(WrongDram):
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        lease = super().hold(keys)
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().pin_any(keys)
         with self._lock:
             self._index.publish([s for s in lease.slots if self._is_filling(s)])
         return lease
@@ -184,32 +184,32 @@ class HoldPublishes(WrongDram):
 
 
 class ForgetsHolds(WrongDram):
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        lease = super().hold(keys)
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().pin_any(keys)
         with self._lock:
             self._index.unpin(lease.slots)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
 
 
 class HoldEndsOften(WrongDram):
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        lease = super().hold(keys)
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().pin_any(keys)
         return LeaseThatEndsOften(
             lease.keys, lease.slots, lease.positions, self._view, self._release
         )
 
 
 class HoldNeverEnds(WrongDram):
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        lease = super().hold(keys)
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        lease = super().pin_any(keys)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
 
 
 class HoldGivesUpWhatIsFilled(HoldPublishes):
     """The end of a hold takes the slot from who fills it."""
 
-    def hold(self, keys: Sequence[bytes]) -> Lease:
-        return WrongDram.hold(self, keys)
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        return WrongDram.pin_any(self, keys)
 
     def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
         filling = [slot for slot in lease.slots if self._is_filling(slot)]

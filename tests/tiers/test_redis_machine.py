@@ -94,7 +94,7 @@ def test_engines_that_write_the_same_blocks_at_once_leave_one_of_each(
 
     with ExitStack() as opened:
         stacks = [
-            opened.enter_context(open_stack("l1-redis", block_nbytes=PAGE, space=b"s" * 32))
+            opened.enter_context(open_stack("l1-redis", block_nbytes=PAGE, namespace=b"s" * 32))
             for _ in range(engines)
         ]
         threads = [threading.Thread(target=compute, args=(stack,)) for stack in stacks]

@@ -36,7 +36,7 @@ def opened(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     with ExitStack() as stacks:
 
         def opened(
-            profile: str, engine: str, space: bytes = SPACE, deadline_s: float = 30
+            profile: str, engine: str, namespace: bytes = SPACE, deadline_s: float = 30
         ) -> Stack:
             monkeypatch.setenv("KVCACHE__L1__CAPACITY", "4MiB")
             monkeypatch.setenv("KVCACHE__REDIS__URL", server.url)
@@ -45,7 +45,9 @@ def opened(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
             if "disk" in profile:
                 monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / engine))
                 monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "4MiB")
-            stack = stacks.enter_context(open_stack(profile, block_nbytes=NBYTES, space=space))
+            stack = stacks.enter_context(
+                open_stack(profile, block_nbytes=NBYTES, namespace=namespace)
+            )
             stack.front.slab.wait_populated()
             return stack
 

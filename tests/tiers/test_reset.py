@@ -67,10 +67,10 @@ def opened(profile: str) -> Iterator[Opened]:
     """Opens a stack, as the next engine on the same tier; the one before it is closed."""
     last: list[Stack] = []
 
-    def opened(space: bytes = SPACE) -> Stack:
+    def opened(namespace: bytes = SPACE) -> Stack:
         if last:
             last.pop().close()
-        last.append(open_stack(profile, block_nbytes=NBYTES, space=space))
+        last.append(open_stack(profile, block_nbytes=NBYTES, namespace=namespace))
         last[0].front.slab.wait_populated()
         return last[0]
 
@@ -133,7 +133,7 @@ KILLED = f"""
 import os, signal
 from kvcache.profiles import open_stack
 from tests.tiers.test_reset import KEYS, SPACE, put
-stack = open_stack(os.environ["PROFILE"], block_nbytes={NBYTES}, space=SPACE)
+stack = open_stack(os.environ["PROFILE"], block_nbytes={NBYTES}, namespace=SPACE)
 stack.front.slab.wait_populated()
 put(stack)
 assert stack.clear()
@@ -158,7 +158,7 @@ def test_clear_shared_server_engine_that_runs_keeps_its_own(
         pytest.skip("a directory has one engine")
     with ExitStack() as running:
         first, second = (
-            running.enter_context(open_stack(profile, block_nbytes=NBYTES, space=SPACE))
+            running.enter_context(open_stack(profile, block_nbytes=NBYTES, namespace=SPACE))
             for _ in range(2)
         )
         for stack in (first, second):
@@ -166,7 +166,7 @@ def test_clear_shared_server_engine_that_runs_keeps_its_own(
         put(second)
         first.clear()
         assert found(second) == len(KEYS)
-        with open_stack(profile, block_nbytes=NBYTES, space=SPACE) as third:
+        with open_stack(profile, block_nbytes=NBYTES, namespace=SPACE) as third:
             assert found(third) == 0
 
 
@@ -198,7 +198,7 @@ def test_open_stack_identity_is_shown_by_inspect(
     profile: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {"model": "chat", "weights": "digest 1234", "config": "x" * 1000}
-    with open_stack(profile, block_nbytes=NBYTES, space=SPACE, identity=fields) as stack:
+    with open_stack(profile, block_nbytes=NBYTES, namespace=SPACE, identity=fields) as stack:
         stack.front.slab.wait_populated()
         put(stack)
     assert cli.main(["inspect", "--profile", profile, "--json"]) == 0

@@ -14,8 +14,8 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.messages import Acks
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.keys import join
-from kvcache.lower.promotion import Below
-from kvcache.lower.tier import Lower
+from kvcache.lower.promotion import LowerTiers
+from kvcache.lower.tier import LowerTier
 from kvcache.slab import PAGE
 from tests.support.failing_parts import Faulty
 from tests.support.played_engine import (
@@ -45,10 +45,10 @@ class Waiting(Played):
         self.stack = side._stack
         self.tier = Faulty()
         space = b"n" * 32
-        self.lower = Lower(
-            self.tier, name="l2", front=self.stack.front, space=space, deadline_s=LONG
+        self.lower = LowerTier(
+            self.tier, name="l2", front=self.stack.front, namespace=space, deadline_s=LONG
         )
-        self.stack._below = Below(self.stack.front, [self.lower])
+        self.stack._below = LowerTiers(self.stack.front, [self.lower])
 
     @property
     def now(self) -> float:
@@ -61,7 +61,7 @@ class Waiting(Played):
 
     def keep_below(self, request: Request, blocks: int) -> None:
         for key in request.block_hashes[:blocks]:
-            self.tier.held[join(self.lower.space, key)] = bytes(SHARD * len(RANKS))
+            self.tier.held[join(self.lower.namespace, key)] = bytes(SHARD * len(RANKS))
 
     def arrived(self, request: Request) -> None:
         """The request arrives, and what is below is being read for it, held back."""

@@ -16,11 +16,11 @@ pytest.importorskip("vllm")
 from vllm.lora.request import LoRARequest
 
 from kvcache.connectors.vllm import events
-from kvcache.connectors.vllm.events import Events, Published, events_of
-from kvcache.events import Changes
+from kvcache.connectors.vllm.events import EventSource, Published, events_of
+from kvcache.events import BlockEvents
 from kvcache.testing import keys_of
 from tests.support.played_engine import BLOCK, cache_config, full_attention
-from tests.support.scripted_tiers import LONG, Below
+from tests.support.scripted_tiers import LONG, StackUnderTest
 
 pytestmark = pytest.mark.engine
 
@@ -56,13 +56,13 @@ def _whole_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def below() -> Iterator[Below]:
-    below = Below(slots=SLOTS, pieces=SLOTS)
+def below() -> Iterator[StackUnderTest]:
+    below = StackUnderTest(slots=SLOTS, pieces=SLOTS)
     with below.stack:
         yield below
 
 
-def test_blocks_that_continue_each_other_are_one_event(below: Below) -> None:
+def test_blocks_that_continue_each_other_are_one_event(below: StackUnderTest) -> None:
     published = Published(full_attention(), below.stack)
     keys = keys_of("a", 4)
     lora = LoRARequest("poet", 7, "adapters/poet")
@@ -81,7 +81,7 @@ def test_blocks_that_continue_each_other_are_one_event(below: Below) -> None:
     assert head.extra_keys == [("poet", "s")]
 
 
-def test_events_of_an_adapter_have_vllms_own_hashes(below: Below) -> None:
+def test_events_of_an_adapter_have_vllms_own_hashes(below: StackUnderTest) -> None:
     """Whatever the keys are that the tiers know its blocks by."""
 
     def other(_: Any, keys: list[bytes]) -> list[bytes]:
@@ -100,7 +100,7 @@ def test_events_of_an_adapter_have_vllms_own_hashes(below: Below) -> None:
 
 
 def test_what_nobody_described_is_announced_when_somebody_does(
-    below: Below, monkeypatch: pytest.MonkeyPatch
+    below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "AHEAD", 0)
     published = Published(full_attention(), below.stack)
@@ -121,7 +121,7 @@ def test_what_nobody_described_is_announced_when_somebody_does(
 
 
 def test_what_is_kept_announced_below_is_bounded(
-    below: Below, monkeypatch: pytest.MonkeyPatch
+    below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "SAID", 3)
     published = Published(full_attention(), below.stack)
@@ -139,25 +139,25 @@ def test_what_is_kept_announced_below_is_bounded(
     assert left == keys_of("c", 1)
 
 
-def test_with_events_off_nobody_is_told(below: Below) -> None:
+def test_with_events_off_nobody_is_told(below: StackUnderTest) -> None:
     for config in (
         SimpleNamespace(),
         SimpleNamespace(kv_events_config=None),
         SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=False)),
     ):
         off = events_of(config, cache_config(full_attention()), below.stack)
-        assert type(off) is Events
+        assert type(off) is EventSource
     off.describe(request_of(1), 0, keys_of("a", 1), None)
     below.put(keys_of("a", 1))
     assert not off.take()
-    assert type(below.front._index.changes) is Changes
-    assert type(below.lower[0].link.changes) is Changes
+    assert type(below.front._index.changes) is BlockEvents
+    assert type(below.lower[0].channel.changes) is BlockEvents
     on = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
     assert type(events_of(on, cache_config(full_attention()), below.stack)) is Published
 
 
 def test_fields_that_this_vllm_does_not_know_are_left_out(
-    below: Below, monkeypatch: pytest.MonkeyPatch
+    below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = Published(full_attention(), below.stack)
 

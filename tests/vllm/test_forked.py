@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.vllm.messages import Memory, Step, Transfer
+from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
 from kvcache.slab import PAGE, Slab
 from tests.support.forked_children import unrefused
 from tests.support.played_engine import BLOCK, Request, opened
@@ -35,7 +35,7 @@ def test_worker_side_in_a_child_is_refused_and_the_parent_goes_on_copying() -> N
     shard = worker.shard()
     assert shard is not None
     slab = Slab.create(2, -(-shard.nbytes // PAGE) * PAGE)
-    memory = Memory(slab.descriptor, {(0, 0): 0})
+    memory = SlabShards(slab.descriptor, {(0, 0): 0})
     worker.load(Step(memory))
     worker.store(Step(memory, stores=[Transfer(1, [3], [1])]))
     assert worker.copier is not None

@@ -58,7 +58,7 @@ def forward(worker: WorkerSide, kind: str | None, *asks: str) -> list[int]:
     """One step with loads, whose forward pass asks for these layers; those that were announced."""
     worker.load(step(), kind)
     for name in asks:
-        worker.reach(name)
+        worker.wait_for_layer(name)
     worker.store(step())
     copier: Any = worker.copier
     return list(copier.announced)
@@ -73,7 +73,7 @@ def test_layers_are_announced_once_a_pass_has_asked_for_them() -> None:
 def test_a_step_without_loads_teaches_as_well() -> None:
     worker = on_a_device(Copier())
     for name in ("one", "two"):
-        worker.reach(name)
+        worker.wait_for_layer(name)
     worker.load(Step(NOWHERE), "NONE")  # which vLLM begins after the forward pass then
     worker.store(Step(NOWHERE))
     assert forward(worker, "NONE") == [0, 1]
@@ -107,10 +107,10 @@ def test_what_one_kind_of_pass_asks_for_says_nothing_of_another() -> None:
 def test_layers_are_reached_by_name_and_a_strangers_name_reaches_all() -> None:
     copier = Copier()
     worker = on_a_device(copier)
-    side().reach("one")  # before there is a copier there is nothing to wait for
+    side().wait_for_layer("one")  # before there is a copier there is nothing to wait for
     worker.load(step(), "NONE")
     for name in ("two", "one", "two", "alias of any"):
-        worker.reach(name)
+        worker.wait_for_layer(name)
     assert copier.reached == [1, 0, 1, None]
     worker.store(Step(NOWHERE))
     assert copier.reached == [1, 0, 1, None, None]  # also in a step that stores nothing

@@ -29,7 +29,7 @@ from kvcache.connectors.vllm.metrics import (
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from tests.support.played_engine import BLOCK, Played, Request, opened
-from tests.support.scripted_tiers import LONG, Below
+from tests.support.scripted_tiers import LONG, StackUnderTest
 
 pytestmark = pytest.mark.engine
 
@@ -42,8 +42,8 @@ class Clock:
 
 
 @pytest.fixture
-def below() -> Iterator[Below]:
-    below = Below()
+def below() -> Iterator[StackUnderTest]:
+    below = StackUnderTest()
     with below.stack:
         yield below
 
@@ -56,7 +56,7 @@ def crossed(stats: Stats | None) -> dict[str, Any]:
     return KVCacheConnector.build_kv_connector_stats(decoded).data
 
 
-def test_reports_add_up_to_the_counts(below: Below) -> None:
+def test_reports_add_up_to_the_counts(below: StackUnderTest) -> None:
     clock = Clock()
     reports = Reports(below.stack, clock)
     whole = Stats()
@@ -66,7 +66,7 @@ def test_reports_add_up_to_the_counts(below: Below) -> None:
         below.got(keys_of(f"chain {n}", 4 + n))
         whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=False))))
     assert below.stack.flush(LONG)
-    below.lower[0].link.calls.close(LONG)
+    below.lower[0].channel.calls.close(LONG)
     whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=True))))
     for tier, numbers in metrics.numbers(below.stack.stats()):
         for metric, by_value in numbers.items():
@@ -83,7 +83,7 @@ def test_reports_add_up_to_the_counts(below: Below) -> None:
     assert {metrics.METRICS[0].name, metrics.DURATION.name}.isdisjoint(again.data)
 
 
-def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: Below) -> None:
+def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: StackUnderTest) -> None:
     clock = Clock()
     reports = Reports(below.stack, clock)
     assert reports.take(now=False) is not None
@@ -93,13 +93,13 @@ def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: Below) -> No
     assert reports.take(now=False) is not None
 
 
-def test_the_log_line(below: Below) -> None:
+def test_the_log_line(below: StackUnderTest) -> None:
     reports = Reports(below.stack)
     below.put(keys_of("a", 3))
     below.got(keys_of("a", 4))
     below.tiers[0].fault = "decline"
     below.put(keys_of("b", 1))
-    below.lower[0].link.calls.close(LONG)
+    below.lower[0].channel.calls.close(LONG)
     one, two = reports.take(now=True), reports.take(now=True)
     assert one is not None
     assert two is not None
@@ -120,7 +120,7 @@ def test_the_log_line(below: Below) -> None:
     assert one.reduce() == {}
 
 
-def test_two_loggers_do_not_share_what_they_add_up(below: Below) -> None:
+def test_two_loggers_do_not_share_what_they_add_up(below: StackUnderTest) -> None:
     reports = Reports(below.stack)
     below.put(keys_of("a", 3))
     data = crossed(reports.take(now=True))
@@ -157,7 +157,7 @@ def test_prometheus_has_every_metric_from_the_start(prometheus: PromMetrics) -> 
         assert f"# TYPE {prometheus_name(metric)}{total} {metric.kind}" in said
 
 
-def test_prometheus_shows_what_was_counted(below: Below, prometheus: PromMetrics) -> None:
+def test_prometheus_shows_what_was_counted(below: StackUnderTest, prometheus: PromMetrics) -> None:
     reports = Reports(below.stack)
     for _ in range(2):
         below.put(keys_of("a", 3))

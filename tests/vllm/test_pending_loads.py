@@ -19,7 +19,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     """Four blocks are kept, copies go on beside steps, and a load of a block takes 4 ms."""
     engine = opened(monkeypatch, 32)
     engine.keep(Request("kept", 4 * BLOCK + 1, name="known"), range(5))
-    engine.side._promised.beside = True
+    engine.side._promised.async_copies = True
     engine.side._promised.loaded(1, 0.004)
     yield engine
     engine.side.close()
@@ -60,7 +60,7 @@ def test_a_long_load_comes_later_where_others_run(played: Played) -> None:
 def test_other_loads_come_with_the_step(played: Played, why: str) -> None:
     if why != "alone":
         others(played)
-    played.side._promised.beside = why != "in the step"
+    played.side._promised.async_copies = why != "in the step"
     request = known(blocks=1 if why == "short" else 4)
     assert played.side.matched_tokens(request, 0)
     assert not played.side.comes_later(request)
@@ -100,7 +100,7 @@ def test_what_comes_later_may_be_the_whole_prompt(played: Played) -> None:
 def test_what_comes_with_the_step_leaves_a_token(played: Played, why: str) -> None:
     if why != "alone":
         others(played)
-    played.side._promised.beside = why != "in the step"
+    played.side._promised.async_copies = why != "in the step"
     request = whole(1 if why == "short" else 4)
     tokens = played.side.matched_tokens(request, 0)
     assert tokens == request.num_tokens - BLOCK

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.vllm.messages import Acks, Memory, Step, Transfer
+from kvcache.connectors.vllm.messages import Acks, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, place_caches
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
 from tests.support.worker_half import NOWHERE, Copier, side, step
@@ -111,18 +111,18 @@ def test_another_device_is_refused() -> None:
 
 
 def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
-    def form(*shape: int, swap: bool = False) -> str:
+    def format_id(*shape: int, swap: bool = False) -> str:
         worker, cache = side(), torch.zeros(16, *shape)
         cache = cache.transpose(1, 2) if swap else cache
         worker.register({"one": cache, "two": torch.zeros(16, 2, 8)})
         shard = worker.shard()
         assert shard is not None
-        return shard.form
+        return shard.format_id
 
-    assert form(2, 32, 8) == form(2, 32, 8)
-    others = [form(32, 2, 8), form(32, 2, 8, swap=True), form(2, 8, 32)]
-    assert len({form(2, 32, 8), *others}) == 4
-    assert platform.machine() in form(2, 32, 8)
+    assert format_id(2, 32, 8) == format_id(2, 32, 8)
+    others = [format_id(32, 2, 8), format_id(32, 2, 8, swap=True), format_id(2, 8, 32)]
+    assert len({format_id(2, 32, 8), *others}) == 4
+    assert platform.machine() in format_id(2, 32, 8)
 
 
 # Copies
@@ -261,13 +261,13 @@ def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:
     "memory",
     [
         NOWHERE,
-        Memory(SlabDescriptor("/proc/self/fd/0", "kvcache-other", 8, 4096), {(0, 0): 0}),
-        Memory(NOWHERE.slab, {(0, 1): 0}),
+        SlabShards(SlabDescriptor("/proc/self/fd/0", "kvcache-other", 8, 4096), {(0, 0): 0}),
+        SlabShards(NOWHERE.slab, {(0, 1): 0}),
     ],
     ids=["nothing there", "other memory", "not of this rank"],
 )
 def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
-    memory: Memory, caplog: pytest.LogCaptureFixture
+    memory: SlabShards, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker, _ = registered()
     assert play(worker, step(memory)) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
@@ -282,7 +282,7 @@ def test_pages_go_to_the_shard_of_their_rank_and_back() -> None:
     page = caches["one"][0].nbytes
     assert shard.nbytes == 2 * page  # an alias is no layer of its own
     slab = Slab.create(4, slot_nbytes_for(3 * shard.nbytes))
-    memory = Memory(slab.descriptor, {(0, 0): shard.nbytes})  # the second of three ranks
+    memory = SlabShards(slab.descriptor, {(0, 0): shard.nbytes})  # the second of three ranks
     computed = {name: cache.clone() for name, cache in caches.items()}
     stored = Step(memory, stores=[Transfer(1, [5, 9], [3, 0])])
     assert play(worker, stored) == (set(), {1: 1}, set())

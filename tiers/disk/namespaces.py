@@ -26,8 +26,8 @@ _RESET_NBYTES: Final = 16
 _MOST_NBYTES: Final = 16 << 20
 
 
-def resolve(folder: int, path: Path, space: bytes, about: str) -> bytes:
-    """What ``space`` is called in a directory; ``about`` is kept there under that name.
+def resolve(folder: int, path: Path, namespace: bytes, about: str) -> bytes:
+    """What ``namespace`` is called in a directory; ``about`` is kept there under that name.
 
     ``folder`` is the open directory, and ``path`` its path, for messages.
 
@@ -35,7 +35,7 @@ def resolve(folder: int, path: Path, space: bytes, about: str) -> bytes:
         OSError, ValueError: when it cannot be known whether the namespace was reset.
     """
     found = read(folder, path)
-    called = renamed(space, bytes.fromhex(found["reset"].get(space.hex(), "")))
+    called = renamed(namespace, bytes.fromhex(found["reset"].get(namespace.hex(), "")))
     described = found["about"]
     if about and described.get(called.hex()) != about:
         described.pop(called.hex(), None)
@@ -46,14 +46,14 @@ def resolve(folder: int, path: Path, space: bytes, about: str) -> bytes:
     return called
 
 
-def forget(folder: int, path: Path, space: bytes) -> None:
-    """Give ``space`` another name in a directory, from the next opening on.
+def forget(folder: int, path: Path, namespace: bytes) -> None:
+    """Give ``namespace`` another name in a directory, from the next opening on.
 
     Raises:
         OSError, ValueError: when that cannot be read or written.
     """
     found = read(folder, path)
-    found["reset"][space.hex()] = os.urandom(_RESET_NBYTES).hex()
+    found["reset"][namespace.hex()] = os.urandom(_RESET_NBYTES).hex()
     _write(folder, found)
 
 

@@ -111,7 +111,7 @@ class Reader(Tier):
         return read_record(self._record_file, self.geometry, record.slot) == record
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         return [False] * len(keys)
 

@@ -49,7 +49,7 @@ class Record(NamedTuple):
     slot: int
     nbytes: int  # of the block
     key: bytes
-    after: bytes  # the key that the block continues; empty if that is not known
+    parent: bytes  # the key that the block continues; empty if that is not known
 
 
 class Geometry(NamedTuple):
@@ -147,9 +147,9 @@ def read_record(file: int, geometry: Geometry, slot: int) -> Record | None:
 def _verified(fields: bytes, crc: int, at: int, slot_nbytes: int) -> Record | None:
     """The record that these bytes are, in slot ``at``."""
     if crc == zlib.crc32(fields):
-        slot, generation, nbytes, size, size_after, key, after = _FIELDS.unpack(fields)
+        slot, generation, nbytes, size, size_after, key, parent = _FIELDS.unpack(fields)
         if slot == at and max(size, size_after) <= KEY_NBYTES and nbytes <= slot_nbytes:
-            return Record(generation, slot, nbytes, key[:size], after[:size_after])
+            return Record(generation, slot, nbytes, key[:size], parent[:size_after])
     return None
 
 
@@ -189,9 +189,9 @@ class Records:
 
     def write(self, record: Record) -> None:
         """Name the block that is in a slot."""
-        sizes = len(record.key), len(record.after)
+        sizes = len(record.key), len(record.parent)
         fields = _FIELDS.pack(
-            record.slot, record.generation, record.nbytes, *sizes, record.key, record.after
+            record.slot, record.generation, record.nbytes, *sizes, record.key, record.parent
         )
         self._put(record.slot, _WHOLE.pack(fields, zlib.crc32(fields)))
 

@@ -32,7 +32,7 @@ from typing import TypeVar
 
 from kvcache.eviction import BELOW, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
-from kvcache.lower.worker_pool import Calls
+from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import own
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
@@ -126,7 +126,7 @@ class DiskTier(Tier):
                 self._bounces: SimpleQueue[mmap.mmap] = SimpleQueue()
                 for _ in range(threads):
                     self._bounces.put(mmap.mmap(-1, self._slot_nbytes))
-                self._pool = Calls("disk", threads)
+                self._pool = WorkerPool("disk", threads)
                 undo.pop_all()
         except (OSError, RuntimeError) as error:
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
@@ -164,7 +164,7 @@ class DiskTier(Tier):
             newest[record.key] = record
             self._nbytes[record.slot] = record.nbytes
             self._generation = record.generation + 1
-        self._index.restore([(r.slot, r.key, r.after or None) for r in newest.values()])
+        self._index.restore([(r.slot, r.key, r.parent or None) for r in newest.values()])
         files.take_blocks(nbytes)
 
     # The contract
@@ -201,7 +201,7 @@ class DiskTier(Tier):
             return [written.get(at, 0) for at in range(len(keys))]
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         fit = [
             at
@@ -217,11 +217,11 @@ class DiskTier(Tier):
                     fit = fit[: self._index.free_slots]
                 stored = [keys[at] for at in fit]
                 self._index.access(stored, 0)  # whoever stores them has just used them
-                positions, slots = self._index.reserve(stored, after)
+                positions, slots = self._index.reserve(stored, parent)
                 first = self._generation
                 self._generation += len(slots)
             where = [fit[position] for position in positions]
-            before = [after or b"", *keys]
+            before = [parent or b"", *keys]
             records = [
                 Record(first + n, slot, len(blocks[at]), keys[at], before[at])
                 for n, (slot, at) in enumerate(zip(slots, where, strict=True))
@@ -277,17 +277,17 @@ class DiskTier(Tier):
                 with self._lock:
                     self._index.unpin(pinned)
 
-    def resolve(self, space: bytes, about: str) -> bytes:
+    def resolve(self, namespace: bytes, about: str) -> bytes:
         with self._call() as may:
             if not may:
                 raise ValueError("the tier is closed")
-            return namespaces.resolve(self._files.folder, self._files.path, space, about)
+            return namespaces.resolve(self._files.folder, self._files.path, namespace, about)
 
-    def forget(self, space: bytes) -> None:
+    def forget(self, namespace: bytes) -> None:
         with self._call() as may:
             if not may:
                 raise ValueError("the tier is closed")
-            namespaces.forget(self._files.folder, self._files.path, space)
+            namespaces.forget(self._files.folder, self._files.path, namespace)
 
     def usage(self) -> TierUsage:
         with self._lock:

@@ -130,7 +130,7 @@ class Framed(Tier):
         return written
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         """As the contract says; an empty block is declined: it could not be told from a miss.
 
@@ -153,7 +153,7 @@ class Framed(Tier):
                 frames = [
                     workspace.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(piece)
                 ]
-                before = keys[piece[0] - 1] if piece[0] else after
+                before = keys[piece[0] - 1] if piece[0] else parent
                 taken = self.inner.store([keys[at] for at in piece], frames, before)
                 for at, frame, took in zip(piece, frames, taken, strict=True):
                     stored[at] = took
@@ -164,11 +164,11 @@ class Framed(Tier):
     def remove(self, keys: Sequence[bytes]) -> None:
         self.inner.remove(keys)
 
-    def resolve(self, space: bytes, about: str) -> bytes:
-        return self.inner.resolve(space, about)
+    def resolve(self, namespace: bytes, about: str) -> bytes:
+        return self.inner.resolve(namespace, about)
 
-    def forget(self, space: bytes) -> None:
-        self.inner.forget(space)
+    def forget(self, namespace: bytes) -> None:
+        self.inner.forget(namespace)
 
     def close(self) -> None:
         self.inner.close()

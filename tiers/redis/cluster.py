@@ -144,7 +144,7 @@ class Node:
             self._failed_at = None
 
 
-class Turn:
+class OncePerSecond:
     """Whose turn it is to ask what a failure makes every call want to know.
 
     One thread has it at a time, and once a second.
@@ -192,7 +192,7 @@ class Outage:
             self._lasts = False
 
 
-class Servers(Protocol):
+class ServerGroup(Protocol):
     """Who is asked for which key."""
 
     def nodes_of(self, names: Sequence[bytes], deadline: float) -> list[Node | Refused]:
@@ -238,7 +238,7 @@ class Cluster:
         self._slots: list[Node | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._old = True  # what is known of slots
         self._lock = threading.Lock()  # of the three above
-        self._turn = Turn()
+        self._turn = OncePerSecond()
         self._lost = False  # nobody answered when the map was asked for last
         self._unknown = Refused(NO_ANSWER, "")
         self._outage = Outage()

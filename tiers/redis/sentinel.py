@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast
 import redis
 from redis.sentinel import MasterNotFoundError, Sentinel
 
-from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Node, Outage, Turn
+from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Node, OncePerSecond, Outage
 from kvcache.tiers.redis.connect import Login, LoginError, error_of
 from kvcache.tiers.redis.resp import Refused, WireError
 from kvcache.tiers.redis.sockets import Address, halfway
@@ -58,7 +58,7 @@ class Watched:
         self._old = True  # what is known of the master
         self._closed = False
         self._lock = threading.Lock()  # of the three above
-        self._turn = Turn()
+        self._turn = OncePerSecond()
         self._outage = Outage()
         self._unknown = Refused(NO_ANSWER, "no Sentinel has answered yet")
 

@@ -30,10 +30,10 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.keys import DIGEST_NBYTES, renamed
-from kvcache.lower.worker_pool import Calls
+from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import own
 from kvcache.tier import Tier
-from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Cluster, Node, OneServer, Servers
+from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Cluster, Node, OneServer, ServerGroup
 from kvcache.tiers.redis.connect import Login, check_files, read_password, read_url
 from kvcache.tiers.redis.resp import (
     MAX_CLIENTS,
@@ -149,7 +149,7 @@ class RedisTier(Tier):
         )  # fmt: skip
         if place.tls:
             login.check_certificates()
-        self._servers: Servers
+        self._servers: ServerGroup
         if place.master:
             self._servers = Watched(place.addresses, place.master, asking, login, connections)
         elif cluster:
@@ -166,7 +166,7 @@ class RedisTier(Tier):
         self._timeout_s = timeout_s
         self._told: set[str] = set()
         self._closed = False
-        self._threads = Calls("redis", _NODES_AT_ONCE if cluster else 0)  # for its other nodes
+        self._threads = WorkerPool("redis", _NODES_AT_ONCE if cluster else 0)  # for its other nodes
         try:
             self._greet()
         except BaseException:
@@ -218,7 +218,7 @@ class RedisTier(Tier):
         return [reply if isinstance(reply, int) else 0 for reply in replies]
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         names = [name_of(key) for key in keys]
         commands = [
@@ -237,25 +237,25 @@ class RedisTier(Tier):
         names = [name_of(key) for key in keys]
         self._answers("UNLINK", names, [command(b"UNLINK", name) for name in names])
 
-    def resolve(self, space: bytes, about: str) -> bytes:
+    def resolve(self, namespace: bytes, about: str) -> bytes:
         found = bytearray(RESET_NBYTES)
-        name = reset_name_of(space)
+        name = reset_name_of(namespace)
         [reply] = self._answers("GET", [name], [command(b"GET", name, into=memoryview(found))])
         if reply is not None and reply != RESET_NBYTES:
             text = reply.text if isinstance(reply, Refused) else "it has another length"
             raise ConnectionError(f"whether the namespace was reset cannot be read: {text}")
         if reply:
             self._reset = name
-        called = renamed(space, bytes(found) if reply else b"")
+        called = renamed(namespace, bytes(found) if reply else b"")
         if about:
             name, ttl_s = about_name_of(called), max(_ABOUT_S, self._ttl_s)
             told = command(b"SET", name, about.encode(), b"EX", b"%d" % ttl_s)
             self._answers("SET", [name], [told])
         return called
 
-    def forget(self, space: bytes) -> None:
+    def forget(self, namespace: bytes) -> None:
         """As the contract says. Engines that run keep what they have until they open it again."""
-        name = reset_name_of(space)
+        name = reset_name_of(namespace)
         [reply] = self._answers("SET", [name], [command(b"SET", name, os.urandom(RESET_NBYTES))])
         if reply != 1:
             text = reply.text if isinstance(reply, Refused) else "no answer"
@@ -344,13 +344,13 @@ class RedisTier(Tier):
 
 def name_of(key: bytes) -> bytes:
     """What a block is called in the server: its namespace and its key, for people to read."""
-    space, own = key[:DIGEST_NBYTES].hex(), key[DIGEST_NBYTES:].hex()
-    return f"kvcache:1:{space}:{own}".encode()
+    namespace, own = key[:DIGEST_NBYTES].hex(), key[DIGEST_NBYTES:].hex()
+    return f"kvcache:1:{namespace}:{own}".encode()
 
 
-def reset_name_of(space: bytes) -> bytes:
+def reset_name_of(namespace: bytes) -> bytes:
     """Where the last reset of a namespace is."""
-    return f"kvcache:1:reset:{space.hex()}".encode()
+    return f"kvcache:1:reset:{namespace.hex()}".encode()
 
 
 def about_name_of(called: bytes) -> bytes:

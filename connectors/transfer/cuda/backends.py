@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvcache.connectors.transfer.autotune import Mechanism, Runs
+from kvcache.connectors.transfer.autotune import CopyBatch, Mechanism
 from kvcache.connectors.transfer.base import Integers
 from kvcache.connectors.transfer.cuda import runtime
 
@@ -33,10 +33,10 @@ class Batched:
     def __init__(self, operator: Any) -> None:
         self._operator = operator
 
-    def takes(self, runs: Runs) -> bool:
+    def takes(self, runs: CopyBatch) -> bool:
         return True
 
-    def copy(self, runs: Runs) -> None:
+    def copy(self, runs: CopyBatch) -> None:
         self._operator(*map(torch.from_numpy, (runs.sources, runs.targets, runs.nbytes)))
 
 
@@ -45,10 +45,10 @@ class ByPage:
 
     name = "a call for each page"
 
-    def takes(self, runs: Runs) -> bool:
+    def takes(self, runs: CopyBatch) -> bool:
         return True
 
-    def copy(self, runs: Runs) -> None:
+    def copy(self, runs: CopyBatch) -> None:
         stream = torch.cuda.current_stream().cuda_stream
         each = zip(runs.targets.tolist(), runs.sources.tolist(), runs.nbytes.tolist(), strict=True)
         for target, source, nbytes in each:

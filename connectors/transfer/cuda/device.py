@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _SCRATCH = 2 * FEW * SIZES[-1]
 
 
-class Event:
+class CudaEvent:
     """A point in a stream's order, with the time."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -46,7 +46,7 @@ class Event:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def since(self, earlier: Event) -> float:
+    def since(self, earlier: CudaEvent) -> float:
         return float(earlier._event.elapsed_time(self._event)) / 1e3
 
     def holds(self, stream: torch.cuda.Stream) -> None:
@@ -54,7 +54,7 @@ class Event:
         stream.wait_event(self._event)
 
 
-class Stream:
+class CudaStream:
     """A CUDA stream, and how pages are copied on it."""
 
     def __init__(self, stream: torch.cuda.Stream, mechanisms: Mechanisms, pinned: Pinned) -> None:
@@ -62,10 +62,10 @@ class Stream:
         self._mechanisms = mechanisms
         self._pinned = pinned
 
-    def mark(self) -> Event:
-        return Event(self._stream)
+    def mark(self) -> CudaEvent:
+        return CudaEvent(self._stream)
 
-    def after(self, mark: Event) -> None:
+    def after(self, mark: CudaEvent) -> None:
         mark.holds(self._stream)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
@@ -84,11 +84,11 @@ class Cuda:
         self._pinned = Pinned()
         self._trial: threading.Thread | None = None
 
-    def engine(self) -> Stream:
-        return Stream(torch.cuda.current_stream(self._device), self.mechanisms, self._pinned)
+    def engine(self) -> CudaStream:
+        return CudaStream(torch.cuda.current_stream(self._device), self.mechanisms, self._pinned)
 
-    def stream(self) -> Stream:
-        return Stream(self._own(), self.mechanisms, self._pinned)
+    def stream(self) -> CudaStream:
+        return CudaStream(self._own(), self.mechanisms, self._pinned)
 
     def pin(self, address: int, nbytes: int) -> str:
         with torch.cuda.device(self._device):
@@ -141,11 +141,11 @@ class _Scratch:
         self.runs = self._pinned.runs
 
     def seconds(self, work: Callable[[], None]) -> float:
-        begin = Event(torch.cuda.current_stream())
+        begin = CudaEvent(torch.cuda.current_stream())
         try:
             work()
         finally:
-            end = Event(torch.cuda.current_stream())
+            end = CudaEvent(torch.cuda.current_stream())
             end.wait()
         return end.since(begin)
 

@@ -17,7 +17,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from kvcache.connectors.transfer.autotune import Runs
+from kvcache.connectors.transfer.autotune import CopyBatch
 from kvcache.connectors.transfer.base import Integers
 
 _WORD = 8  # bytes; a thread moves two at a time, 16 bytes, if it is told that addresses allow it
@@ -56,12 +56,12 @@ class Kernel:
     def __init__(self, send: Callable[[Integers], Any]) -> None:
         self._send = send
 
-    def takes(self, runs: Runs) -> bool:
+    def takes(self, runs: CopyBatch) -> bool:
         if runs.way is None:
             return False
         return not int(np.bitwise_or.reduce(runs.targets | runs.sources | runs.nbytes)) % _ACCESS
 
-    def copy(self, runs: Runs) -> None:
+    def copy(self, runs: CopyBatch) -> None:
         table = self._send(np.stack((runs.targets, runs.sources, runs.nbytes)))
         count, chunks = len(runs), -(-int(runs.nbytes.max()) // (_CHUNK * _WORD))
         # What differs between calls is not specialized: nothing is compiled after the first.

@@ -21,8 +21,8 @@ from pathlib import Path
 from kvcache import host_memory
 from kvcache.cli.demo import checkpoint, engine
 from kvcache.cli.demo.chats import Chats
-from kvcache.cli.demo.engine import BLOCK_TOKENS, Run, Setup
-from kvcache.cli.demo.report import Report
+from kvcache.cli.demo.engine import BLOCK_TOKENS, EngineRun, Setup
+from kvcache.cli.demo.report import DemoReport
 from kvcache.cli.table import painter
 from kvcache.sizes import format_size
 from kvcache.slab import slot_nbytes_for
@@ -80,7 +80,7 @@ class TooLargeError(ValueError):
     """The conversation needs more memory than a demo may take."""
 
 
-def _compare(model: str, chats: Chats) -> Report:
+def _compare(model: str, chats: Chats) -> DemoReport:
     # One block of each cache is never used (vLLM's null block), one is to spare.
     small = Setup(model, chats.longest, blocks=_blocks(chats.longest) + 2)
     without = _play(1, "small engine cache, without kvcache", small, chats)
@@ -98,14 +98,14 @@ def _compare(model: str, chats: Chats) -> Report:
         2, "small engine cache, with kvcache", replace(small, l1_nbytes=l1_nbytes), chats
     )
     own = _play(3, "large engine cache, without kvcache", replace(small, blocks=blocks), chats)
-    return Report(without, kvcache, own)
+    return DemoReport(without, kvcache, own)
 
 
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
 
 
-def _play(number: int, what: str, setup: Setup, chats: Chats) -> Run:
+def _play(number: int, what: str, setup: Setup, chats: Chats) -> EngineRun:
     def say(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 

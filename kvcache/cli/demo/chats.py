@@ -29,7 +29,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ChatTurn:
     """One question and its answer; `user` and `turn` count from 1."""
 
     user: int
@@ -61,7 +61,7 @@ class Chats:
         """Tokens to keep so that none is computed twice; the system prompt counts once."""
         return self.system_tokens + self.users * (self.longest - self.system_tokens)
 
-    def play(self, vocabulary: int, ask: Callable[[list[int]], Answer]) -> Iterator[Turn]:
+    def play(self, vocabulary: int, ask: Callable[[list[int]], Answer]) -> Iterator[ChatTurn]:
         """Ask every question in order, in token ids below `vocabulary`; yield turns as they end."""
         random = Random(self.seed)
 
@@ -74,5 +74,5 @@ class Chats:
             for user, history in enumerate(histories, start=1):
                 history.extend(words(self.message_tokens))
                 answer = ask(list(history))
-                yield Turn(user, turn, len(history), answer)
+                yield ChatTurn(user, turn, len(history), answer)
                 history.extend(answer.tokens)

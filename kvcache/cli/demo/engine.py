@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from kvcache.cli.demo.chats import Answer, Chats, Turn
+from kvcache.cli.demo.chats import Answer, Chats, ChatTurn
 from kvcache.secrets import redact
 
 BLOCK_TOKENS = 32
@@ -56,15 +56,15 @@ class L1:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class EngineRun:
     """All turns of one engine. `block_nbytes` is one block of `BLOCK_TOKENS` in its KV cache."""
 
-    turns: list[Turn]
+    turns: list[ChatTurn]
     block_nbytes: int
     l1: L1
 
 
-def play(setup: Setup, chats: Chats, heard: Callable[[Turn], None]) -> Run:
+def play(setup: Setup, chats: Chats, heard: Callable[[ChatTurn], None]) -> EngineRun:
     """Start the engine, play `chats`, end it. `heard` is called with every turn as it ends.
 
     Raises `EngineError` when the engine does not get to the end; only then its log is kept.
@@ -77,9 +77,9 @@ def play(setup: Setup, chats: Chats, heard: Callable[[Turn], None]) -> Run:
     process = spawn.Process(target=_engine, args=(setup, chats, log, sender), name="vllm")
     process.start()
     sender.close()
-    turns: list[Turn] = []
+    turns: list[ChatTurn] = []
     try:
-        while isinstance(message := receiver.recv(), Turn):
+        while isinstance(message := receiver.recv(), ChatTurn):
             turns.append(message)
             heard(message)
     except EOFError:
@@ -96,11 +96,11 @@ def play(setup: Setup, chats: Chats, heard: Callable[[Turn], None]) -> Run:
         raise EngineError(f"the engine failed: {message}; all it said is in {log}")
     log.unlink()
     block_nbytes, l1 = message
-    return Run(turns, block_nbytes, l1)
+    return EngineRun(turns, block_nbytes, l1)
 
 
 def _engine(setup: Setup, chats: Chats, log: Path, sender: Connection) -> None:
-    """The engine's process: sends every `Turn`, then (block bytes, L1) or what went wrong."""
+    """The engine's process: sends every `ChatTurn`, then (block bytes, L1) or what went wrong."""
     with log.open("wb") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)

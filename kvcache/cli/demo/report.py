@@ -10,8 +10,8 @@ from itertools import zip_longest
 from statistics import median
 from typing import Any
 
-from kvcache.cli.demo.chats import Answer, Turn
-from kvcache.cli.demo.engine import Run
+from kvcache.cli.demo.chats import Answer, ChatTurn
+from kvcache.cli.demo.engine import EngineRun
 from kvcache.cli.table import GREEN, RED, Painter, render
 from kvcache.sizes import format_size
 
@@ -20,7 +20,7 @@ ALMOST_NONE = 0.1
 ALMOST_ALL = 0.9
 
 
-def first_difference(ours: list[Turn], reference: list[Turn]) -> str | None:
+def first_difference(ours: list[ChatTurn], reference: list[ChatTurn]) -> str | None:
     """Where two runs first disagree in a token or a logprob, in words; None if nowhere."""
     for mine, theirs in zip(ours, reference, strict=True):
         steps = zip_longest(_steps(mine.answer), _steps(theirs.answer))
@@ -38,16 +38,16 @@ def _steps(answer: Answer) -> list[tuple[int, list[tuple[int, float]]]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DemoReport:
     """Three runs of the same chats, turn by turn in the same order.
 
     `without`: a small engine cache; `kvcache`: the same, and kvcache; `own`: an engine cache that
     keeps everything.
     """
 
-    without: Run
-    kvcache: Run
-    own: Run
+    without: EngineRun
+    kvcache: EngineRun
+    own: EngineRun
 
     @property
     def difference(self) -> str | None:
@@ -64,7 +64,7 @@ class Report:
         """Of all turns of one run."""
         return sum(turn.prompt_tokens for turn in self.kvcache.turns)
 
-    def ttft_p50_s(self, run: Run) -> float | None:
+    def ttft_p50_s(self, run: EngineRun) -> float | None:
         """The median of `run` over the turns that compare; None when there are none."""
         times = [
             turn.answer.ttft_s
@@ -169,5 +169,5 @@ class Report:
         )
 
 
-def _cached(turn: Turn) -> float:
+def _cached(turn: ChatTurn) -> float:
     return turn.answer.cached_tokens / turn.prompt_tokens

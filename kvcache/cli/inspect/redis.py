@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from kvcache.cli.inspect.contents import Contents
 from kvcache.cli.inspect.frames import verify as verify_frames
-from kvcache.cli.redis_server import Servers, connected
+from kvcache.cli.redis_server import RedisServers, connected
 from kvcache.sizes import format_size
 from kvcache.tier import Tier
 
@@ -36,9 +36,9 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
             held = found.of(key)
             held.blocks += 1
             held.nbytes += nbytes
-        for space in found.namespaces:
-            if about := servers.beginning(about_name_of(bytes.fromhex(space)), _ABOUT_NBYTES):
-                found.describe(space, about)
+        for namespace in found.namespaces:
+            if about := servers.beginning(about_name_of(bytes.fromhex(namespace)), _ABOUT_NBYTES):
+                found.describe(namespace, about)
         found.facts["blocks"] = len(sizes)
         if memory := servers.memory():
             found.facts |= {
@@ -60,7 +60,7 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
 class _Values(Tier):
     """The server as a tier that gives and takes nothing away."""
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: RedisServers) -> None:
         self._servers = servers
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -74,7 +74,7 @@ class _Values(Tier):
         ]
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         return [False] * len(keys)
 

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"kvcache replay: {error}", file=sys.stderr)
         return 2
     every: list[str | None] = [None, *asked.policies]
-    work = [jobs.Job(policy, tiers) for tiers in asked.capacities for policy in every]
+    work = [jobs.ReplayJob(policy, tiers) for tiers in asked.capacities for policy in every]
     several = len(work) * len(trace.blocks) > WORTH_A_PROCESS
     processes = args.processes or (jobs.processors() if several else 1)
     try:

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from kvcache.cli.table import RED, Painter, painter, render
-from kvcache.cli.top.scrape import COUNTED, Tier, fetch, tiers_of
+from kvcache.cli.top.scrape import COUNTED, ScrapedTier, fetch, tiers_of
 from kvcache.secrets import redact
 from kvcache.sizes import format_size
 
@@ -66,7 +66,7 @@ class _View:
         self._shown = redact(url)
         self._as_json = as_json
         self._paint = painter(sys.stdout)
-        self._before: dict[str, Tier] = {}
+        self._before: dict[str, ScrapedTier] = {}
         self._when = 0.0
         self.failed = False
 
@@ -93,7 +93,7 @@ class _View:
         self._before, self._when = {tier.name: tier for tier in tiers}, now
         return not why
 
-    def _show(self, tiers: list[Tier], seconds: float | None) -> None:
+    def _show(self, tiers: list[ScrapedTier], seconds: float | None) -> None:
         if self._as_json:
             print(json.dumps(self._figures(tiers, seconds)), flush=True)
             return
@@ -109,10 +109,10 @@ class _View:
         what = "since the engine started" if seconds is None else f"in the last {seconds:.1f} s"
         print("\n".join([*lines, f"{self._shown}, {what}\n"]), flush=True)
 
-    def _lately(self, tier: Tier) -> Tier:
+    def _lately(self, tier: ScrapedTier) -> ScrapedTier:
         return tier.since(self._before[tier.name]) if tier.name in self._before else tier
 
-    def _figures(self, tiers: list[Tier], seconds: float | None) -> dict[str, Any]:
+    def _figures(self, tiers: list[ScrapedTier], seconds: float | None) -> dict[str, Any]:
         """Counts are since the engine started; rates only where there was a reading before."""
         shown = []
         for tier in tiers:
@@ -128,7 +128,7 @@ class _View:
         return {"url": self._shown, "seconds": seconds, "tiers": shown}
 
 
-def table(tiers: list[Tier], seconds: float | None, paint: Painter) -> str:
+def table(tiers: list[ScrapedTier], seconds: float | None, paint: Painter) -> str:
     """A row for each tier. With `seconds`, what was counted in them is shown per second."""
     per = "" if seconds is None else "/s"
     groups = [

@@ -48,7 +48,7 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(slots=True)
-class Tier:
+class ScrapedTier:
     """A tier's numbers, those of `NUMBERS` that are known."""
 
     name: str
@@ -62,18 +62,18 @@ class Tier:
         asked = hits + self.numbers.get("missed_blocks", 0)
         return hits / asked if asked else None
 
-    def since(self, before: Tier) -> Tier:
+    def since(self, before: ScrapedTier) -> ScrapedTier:
         """The same, with what was counted since `before`. Of an engine that began anew, all."""
         numbers = dict(self.numbers)
         for name in COUNTED & numbers.keys():
             more = numbers[name] - before.numbers.get(name, 0)
             numbers[name] = more if more >= 0 else numbers[name]
-        return Tier(self.name, self.kind, numbers)
+        return ScrapedTier(self.name, self.kind, numbers)
 
 
-def tiers_of(page: str) -> list[Tier]:
+def tiers_of(page: str) -> list[ScrapedTier]:
     """The tiers that a page has numbers of, L1 first: the one that has slots to pin."""
-    found: dict[str, Tier] = {}
+    found: dict[str, ScrapedTier] = {}
     for line in page.splitlines():
         if not (match := _LINE.fullmatch(line)):
             continue
@@ -81,7 +81,7 @@ def tiers_of(page: str) -> list[Tier]:
         if number is None:
             continue
         name, kind = (redact(labels.get(label, "")) for label in ("tier", "type"))
-        tier = found.setdefault(name, Tier(name, kind))
+        tier = found.setdefault(name, ScrapedTier(name, kind))
         for field_, (its, wanted) in NUMBERS.items():
             if its == metric and wanted.items() <= labels.items():
                 tier.numbers[field_] = tier.numbers.get(field_, 0) + number

@@ -63,11 +63,11 @@ class Cohort:
         self.kind = kind
         self.epoch = epoch
         self.blocks = 0
-        self.runs: dict[Run, None] = {}
-        self.parked: dict[Run, None] = {}
+        self.runs: dict[RankedRun, None] = {}
+        self.parked: dict[RankedRun, None] = {}
 
 
-class Run:
+class RankedRun:
     """Blocks of one chain that were last used at one time.
 
     Attributes:
@@ -81,15 +81,15 @@ class Run:
         ends: a request ended with it, or with one block more.
     """
 
-    __slots__ = ("after", "awaited", "cohort", "ends", "held", "keys", "number", "told", "uses")
+    __slots__ = ("awaited", "cohort", "ends", "held", "keys", "number", "parent", "told", "uses")
 
     def __init__(
-        self, number: int, keys: Keys, after: bytes | None, cohort: Cohort, uses: int
+        self, number: int, keys: Keys, parent: bytes | None, cohort: Cohort, uses: int
     ) -> None:
         self.number = number
         self.keys = keys
         self.held = 0
-        self.after = after
+        self.parent = parent
         self.cohort = cohort
         self.uses = uses
         self.awaited = True

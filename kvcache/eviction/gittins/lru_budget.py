@@ -33,7 +33,7 @@ _NOTHING = 0.001  # of the blocks asked for: found by LRU, these are none
 _MUCH = 0.01  # and so many that were used too long ago for it are worth a try
 
 
-class Trust:
+class LruBudget:
     """An account of what was won against LRU, and of what is missing.
 
     Args:

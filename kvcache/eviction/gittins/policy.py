@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from sys import maxsize
 
-from kvcache.eviction.gittins.epochs import Run
+from kvcache.eviction.gittins.epochs import RankedRun
 from kvcache.eviction.gittins.hazards import AGAIN, ALWAYS, LAST, MORE, NEW, OFTEN
-from kvcache.eviction.gittins.ranking import AgedRuns
+from kvcache.eviction.gittins.ranking import RankedRuns
 from kvcache.eviction.policy import Take
-from kvcache.keys import Keys, alike
+from kvcache.keys import Keys, common_prefix_len
 
 _LONG = 256  # blocks of a run to which an answer adds no more: adding takes longer with each
 _KIND_OF = [NEW, NEW, AGAIN, AGAIN, *[OFTEN] * 12, ALWAYS, ALWAYS]  # by uses
@@ -41,7 +41,7 @@ class _Ends:
         self._reached = 8.0  # requests whose last block but one was used again
         self._used = 0.0  # and whose last block was
 
-    def see(self, run: Run, left: int) -> None:
+    def see(self, run: RankedRun, left: int) -> None:
         """All blocks of ``run`` were used but for ``left``."""
         if run.cohort.kind == LAST:
             self._used += 1
@@ -56,7 +56,7 @@ class _Ends:
 _NOT_ASKED: tuple[list[tuple[int, float]], int, int] = ([], maxsize, 0)  # whatever is to go goes
 
 
-class Gittins(AgedRuns):
+class Gittins(RankedRuns):
     """Ranks runs by an index that it learns from how soon blocks like them were used again."""
 
     def __init__(self, capacity: int) -> None:
@@ -83,7 +83,7 @@ class Gittins(AgedRuns):
         if len(self._run_of) > self._limit:
             self._forget()
 
-    def admit(self, keys: Sequence[bytes], after: bytes | None, now: float) -> int:
+    def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         runs, run_of, tables = self._runs, self._run_of, self._hazards.tables
         keys = tuple(keys)
         worths: list[tuple[int, float]] = []
@@ -92,9 +92,9 @@ class Gittins(AgedRuns):
             run = runs.get(run_of.get(keys[at], 0))
             if run is None:
                 count = asked - at
-                worth = tables[self._kind_after(keys[at - 1] if at else after)][0]
+                worth = tables[self._kind_after(keys[at - 1] if at else parent)][0]
             else:
-                count = max(1, alike(run.keys, run.held, keys, at))
+                count = max(1, common_prefix_len(run.keys, run.held, keys, at))
                 worth = (
                     self._worth(run.cohort) if run.awaited else tables[_KIND_OF[run.uses + 1]][0]
                 )
@@ -114,19 +114,19 @@ class Gittins(AgedRuns):
         self._admitted = worths, owed, count
         return count
 
-    def add(self, keys: Sequence[bytes], after: bytes | None, now: float) -> None:
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         self._admitted = None
         runs, run_of, trust = self._runs, self._run_of, self._trust
         keys = tuple(keys)
-        back: Run | None = None
+        back: RankedRun | None = None
         at = 0
         while at < len(keys):
             run = runs.get(run_of.get(keys[at], 0))
-            before = keys[at - 1] if at else after
+            before = keys[at - 1] if at else parent
             if run is None:
                 count = _unknown(keys, at, run_of)
                 self._grow(keys[at : at + count], before, now)
-            elif run.awaited and (count := alike(run.keys, run.held, keys, at)):
+            elif run.awaited and (count := common_prefix_len(run.keys, run.held, keys, at)):
                 if count == len(run.keys):
                     run.keys = keys[at : at + count]  # which the index has: they are there once
                 self._hold(run, count)
@@ -199,7 +199,7 @@ class Gittins(AgedRuns):
     def _use(self, keys: Keys) -> None:
         """Cut ``keys`` off the runs they are in, and make runs of now of them."""
         runs, run_of = self._runs, self._run_of
-        new: Run | None = None  # that has what is before
+        new: RankedRun | None = None  # that has what is before
         before: bytes | None = None
         at, end, found = 0, len(keys), 0
         while at < end:
@@ -226,7 +226,7 @@ class Gittins(AgedRuns):
                     self._ends.see(run, 0)
                 found += run.held
                 run.uses = uses = self._used(run, count, run.held)
-                run.after = before
+                run.parent = before
                 run.awaited, run.told, run.ends = True, False, False
                 self._past[run] = None
                 self._past.move_to_end(run)
@@ -245,17 +245,17 @@ class Gittins(AgedRuns):
         self._room -= end
         self._trust.of_now(self._epoch, end, end - found)
 
-    def _grow(self, keys: Keys, after: bytes | None, now: float) -> None:
+    def _grow(self, keys: Keys, parent: bytes | None, now: float) -> None:
         """Blocks that nobody asked for are held: an answer's, or what a restart found."""
         self._tick(now)
-        run = self._find(after)
-        kind = self._kind_after(after)
+        run = self._find(parent)
+        kind = self._kind_after(parent)
         known = 0
         if (
             run is not None
             and run.cohort.kind == kind
             and run.held == len(run.keys)
-            and run.keys[-1] == after
+            and run.keys[-1] == parent
         ):  # it was in use until now: its age begins again
             cohort, known = run.cohort, run.held
             self._hazards.at_risk(kind, 0, cohort.epoch.octave, -known)  # it will come again
@@ -265,7 +265,7 @@ class Gittins(AgedRuns):
                 run = None
         else:
             run = None
-        run = self._join(run, keys, 0, after, kind, 1)
+        run = self._join(run, keys, 0, parent, kind, 1)
         self._hold(run, len(keys))
         self._room -= len(keys)
         self._trust.of_now(self._epoch, known + len(keys), 0)

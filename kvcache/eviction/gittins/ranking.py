@@ -26,11 +26,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from itertools import chain
 
-from kvcache.eviction.gittins.epochs import Cohort, Epoch, Line, Run
+from kvcache.eviction.gittins.epochs import Cohort, Epoch, Line, RankedRun
 from kvcache.eviction.gittins.hazards import CLASSES, OCTAVES, STARTS, Hazards, octave_of
-from kvcache.eviction.gittins.lru_budget import Trust
+from kvcache.eviction.gittins.lru_budget import LruBudget
 from kvcache.eviction.policy import Policy
-from kvcache.keys import Keys, alike
+from kvcache.keys import Keys, common_prefix_len
 
 _PARTS, _MOST = 32, 512  # an epoch is for as many blocks as there are slots; and blocks of one
 _SPAN_S = 4.0  # that an epoch takes
@@ -44,19 +44,21 @@ _First = tuple[float, Cohort, bool]
 go first then."""
 
 
-class AgedRuns(Policy):
+class RankedRuns(Policy):
     """What a policy knows that ranks blocks by their class and age."""
 
     def __init__(self, capacity: int) -> None:
         self._limit = capacity + max(2 * capacity, 24_000)
         self._hazards = Hazards(capacity)
-        self._trust = Trust(capacity)
+        self._trust = LruBudget(capacity)
         self._run_of: dict[bytes, int] = {}  # the number of the run that a known key is in
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, RankedRun] = {}
         self._made = 0  # runs, since the start: their numbers
         self._lines: list[OrderedDict[Epoch, None]] = [OrderedDict() for _ in range(OCTAVES)]
         self._queues = [[Line() for _ in range(OCTAVES)] for _ in range(CLASSES)]
-        self._past: OrderedDict[Run, None] = OrderedDict()  # all with keys not held, and others
+        self._past: OrderedDict[RankedRun, None] = (
+            OrderedDict()
+        )  # all with keys not held, and others
         self._epoch = Epoch(0.0)
         self._trust.recent[self._epoch] = None
         self._open: list[Cohort | None] = [None] * CLASSES
@@ -78,18 +80,18 @@ class AgedRuns(Policy):
 
     def _join(
         self,
-        run: Run | None,
+        run: RankedRun | None,
         keys: Keys,
         held: int,
-        after: bytes | None,
+        parent: bytes | None,
         kind: int,
         uses: int,
-    ) -> Run:
+    ) -> RankedRun:
         """Put ``keys``, the first ``held`` of them held, at the end of ``run`` or of a new one."""
         cohort = self._open[kind] or self._begin(kind)
         if run is None or run.cohort is not cohort or (held and run.held < len(run.keys)):
             self._made = number = self._made + 1
-            self._runs[number] = run = Run(number, keys, after, cohort, uses)
+            self._runs[number] = run = RankedRun(number, keys, parent, cohort, uses)
             self._past[run] = None
         else:
             run.keys += keys
@@ -103,7 +105,7 @@ class AgedRuns(Policy):
             self._hold(run, held)
         return run
 
-    def _cut(self, run: Run, keys: Keys, at: int) -> tuple[Keys, int, int]:
+    def _cut(self, run: RankedRun, keys: Keys, at: int) -> tuple[Keys, int, int]:
         """Take out of ``run`` what ``keys`` have from ``at`` on, since it is used now.
 
         Returns:
@@ -113,7 +115,7 @@ class AgedRuns(Policy):
         first = 0
         if ours[0] != keys[at]:  # it is asked for without what it continues
             first = len(ours) - 1 if ours[-1] == keys[at] else ours.index(keys[at])
-        count = alike(ours, first, keys, at)
+        count = common_prefix_len(ours, first, keys, at)
         taken = ours[first : first + count]
         held = max(0, min(run.held, first + count) - first)
         uses = self._used(run, count, held)
@@ -125,10 +127,10 @@ class AgedRuns(Policy):
         if not run.keys:
             self._end(run)
         elif not first:
-            run.after = taken[-1]
+            run.parent = taken[-1]
         return taken, held, uses
 
-    def _used(self, run: Run, count: int, held: int) -> int:
+    def _used(self, run: RankedRun, count: int, held: int) -> int:
         """So many blocks of ``run`` are used now, so many of them held; how often that makes it."""
         cohort = run.cohort
         octave = cohort.epoch.octave
@@ -138,7 +140,7 @@ class AgedRuns(Policy):
         self._hazards.used[cohort.kind][octave] += count
         return min(run.uses + 1, MANY)
 
-    def _restart(self, run: Run, kind: int) -> None:
+    def _restart(self, run: RankedRun, kind: int) -> None:
         """All of ``run``, which its cohort does not count any more, is of this class and of now."""
         old, new = run.cohort, self._open[kind] or self._begin(kind)
         count = len(run.keys)
@@ -158,19 +160,19 @@ class AgedRuns(Policy):
         if not old.epoch.blocks:
             self._bury(old.epoch)
 
-    def _hold(self, run: Run, count: int) -> None:
+    def _hold(self, run: RankedRun, count: int) -> None:
         """The next ``count`` blocks of ``run`` are in the index from now on."""
         if not run.held:
             self._enter(run)
         run.held += count
 
-    def _end(self, run: Run) -> None:
+    def _end(self, run: RankedRun) -> None:
         """``run`` has no keys any more."""
         del self._runs[run.number]
         self._past.pop(run, None)
         self._bury(run.cohort.epoch)
 
-    def _find(self, key: bytes | None) -> Run | None:
+    def _find(self, key: bytes | None) -> RankedRun | None:
         """The run that a key is in."""
         return None if key is None else self._runs.get(self._run_of.get(key, 0))
 
@@ -191,7 +193,7 @@ class AgedRuns(Policy):
 
     # Where it is found
 
-    def _enter(self, run: Run) -> None:
+    def _enter(self, run: RankedRun) -> None:
         cohort = run.cohort
         if not cohort.runs:
             self._queues[cohort.kind][cohort.epoch.octave][cohort] = None
@@ -199,7 +201,7 @@ class AgedRuns(Policy):
                 self._stirred = True
         cohort.runs[run] = None
 
-    def _off(self, run: Run) -> None:
+    def _off(self, run: RankedRun) -> None:
         """``run`` is not found where it is."""
         cohort = run.cohort
         if run in cohort.runs:
@@ -209,15 +211,15 @@ class AgedRuns(Policy):
         else:
             del cohort.parked[run]
 
-    def _leave(self, run: Run) -> None:
+    def _leave(self, run: RankedRun) -> None:
         """``run`` holds nothing any more: what it continued may be a tail now."""
         self._off(run)
-        before = self._find(run.after)
+        before = self._find(run.parent)
         if before is not None and before in before.cohort.parked:
             del before.cohort.parked[before]
             self._enter(before)
 
-    def _park(self, run: Run) -> None:
+    def _park(self, run: RankedRun) -> None:
         self._off(run)
         run.cohort.parked[run] = None
 

@@ -11,13 +11,13 @@ from tests.support.engine.one_engine import use_every_page
 from tests.support.engine.process import BLOCK, Engine, prompt
 
 
-class Present(reordering_device.Stream):
+class Present(reordering_device.ReorderedStream):
     """The stream of an engine on a processor: what it was given is done, and its waits are real."""
 
-    def mark(self) -> reordering_device.Mark:
-        return reordering_device.Mark(self.device, at=float(self.device.time))
+    def mark(self) -> reordering_device.ReorderedMark:
+        return reordering_device.ReorderedMark(self.device, at=float(self.device.time))
 
-    def after(self, mark: reordering_device.Mark) -> None:
+    def after(self, mark: reordering_device.ReorderedMark) -> None:
         mark.wait()
 
 
@@ -90,7 +90,7 @@ def by_layer(engine: Engine) -> list[list[list[int]]]:
     engine.ask(known, tokens=1)
     worker = engine.worker
     seen: list[list[list[int]]] = []
-    scatter, reach = worker.copier.scatter, worker.reach
+    scatter, reach = worker.copier.scatter, worker.wait_for_layer
 
     def scattered(*what: Any, **how: Any) -> Any:
         copies.append(scatter(*what, **how))
@@ -104,7 +104,7 @@ def by_layer(engine: Engine) -> list[list[list[int]]]:
     def there() -> int:
         return sum(end.at == end.at for copy in copies for end in copy.ends)
 
-    worker.copier.scatter, worker.reach = scattered, reached
+    worker.copier.scatter, worker.wait_for_layer = scattered, reached
     try:
         for _ in range(2):
             copies: list[Any] = []
@@ -112,7 +112,7 @@ def by_layer(engine: Engine) -> list[list[list[int]]]:
             engine.evict_own()
             engine.ask(known, tokens=1)
     finally:
-        del worker.copier.scatter, worker.reach
+        del worker.copier.scatter, worker.wait_for_layer
     return seen
 
 
@@ -125,14 +125,14 @@ def unasked(engine: Engine) -> dict[str, Any]:
     use_every_page(engine)
     engine.evict_own()
     worker = engine.worker
-    reach = worker.reach
-    worker.reach = lambda name: None if ".2." in name else reach(name)
+    reach = worker.wait_for_layer
+    worker.wait_for_layer = lambda name: None if ".2." in name else reach(name)
     try:
         answers = [engine.ask(known, tokens=4)]
         engine.evict_own()
         answers.append(engine.ask(known, tokens=4))
     finally:
-        del worker.reach
+        del worker.wait_for_layer
     return {
         "computed": right["logprobs"], "answered": answers[0]["logprobs"],
         "tokens": [answer["tokens"] for answer in (right, *answers)], "ends": engine.open_ends(),

@@ -20,10 +20,10 @@ class DeadlyDisk(DiskTier):
     """The disk tier, on a disk that is written to `LAST` times."""
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         os.pwritev = _write  # type: ignore[assignment]
-        return super().store(keys, blocks, after)
+        return super().store(keys, blocks, parent)
 
 
 def _write(fd: int, buffers: Any, offset: int) -> int:

@@ -120,8 +120,8 @@ def ready(engine: Engine) -> set[bytes]:
 def written(engine: Engine) -> set[bytes]:
     """What the disk holds of this engine's."""
     [lower] = engine.side._stack._below.lower
-    space = lower.space
-    held = list(lower.link.tier.inner._index.ready())
+    space = lower.namespace
+    held = list(lower.channel.tier.inner._index.ready())
     return {name[len(space) :] for name in held if name.startswith(space)}
 
 

@@ -30,7 +30,7 @@ class SlowTier(Tier):
         return list(map(len, blocks))
 
     def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], after: bytes | None = None
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         self._held.update((key, bytes(block)) for key, block in zip(keys, blocks, strict=True))
         return [True] * len(keys)
@@ -67,6 +67,6 @@ def ask_below(engine: Engine) -> dict[str, Any]:
         "cached": [answer["cached"] for answer in answers],
         "loaded": lower.loaded_blocks,
         "skipped": lower.skipped_blocks,
-        "computing": stack._below.computing.most(1),
+        "computing": stack._below.computing.pessimistic(1),
         "pinned": stack.stats().pinned_slots,
     }
