@@ -58,4 +58,4 @@ if __name__ == "__main__":
     check_modules_are_compiled(Path(sys.argv[1]))
     check_version()
     check_a_block_comes_back()
-    print("the wheel works")
+    print(metadata.version("kvcache"), "works")
