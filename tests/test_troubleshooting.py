@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has every message that the code has for people, and no other."""
+"""docs/troubleshooting.md lists every message of the source, once, and no other message."""
 
 import re
 from collections.abc import Iterator
@@ -10,31 +10,36 @@ from tests.support.source_messages import messages
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
-SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 
-def on_the_page() -> Iterator[str]:
-    """The messages in the first cells of the tables, as they are in the code."""
+def page_messages() -> Iterator[str]:
+    """Yield the messages in the first cells of the tables that begin with "| message"."""
+    in_table = False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("| ") and not line.startswith("| it "):
-            first = line.removeprefix("| ").partition(" | ")[0]
-            assert not SPAN.sub("", first).replace("<br>", ""), f"more than messages: {first}"
-            yield from (span[2].strip() for span in SPAN.finditer(first))
+        if not line.startswith("|"):
+            in_table = False
+        elif line.startswith("| message "):
+            in_table = True
+        elif in_table and line.startswith("| "):
+            cell = line.removeprefix("| ").partition(" | ")[0]
+            assert not CODE.sub("", cell).replace("<br>", ""), f"text beside messages: {cell}"
+            yield from (code[2].strip() for code in CODE.finditer(cell))
 
 
-def test_every_message_is_on_the_page() -> None:
-    there = set(on_the_page())
-    missing = [f"{where}: {text}" for text, where in messages(ROOT).items() if text not in there]
+def test_page_lists_every_message_of_the_source() -> None:
+    listed = set(page_messages())
+    missing = [f"{where}: {text}" for text, where in messages(ROOT).items() if text not in listed]
     assert missing == []
 
 
-def test_the_page_has_no_message_that_nobody_says() -> None:
-    assert set(on_the_page()) - messages(ROOT).keys() == set()
+def test_page_lists_no_message_that_the_source_lacks() -> None:
+    assert set(page_messages()) - messages(ROOT).keys() == set()
 
 
-def test_each_message_is_there_once() -> None:
-    there = list(on_the_page())
-    assert len(there) == len(set(there))
+def test_page_lists_each_message_once() -> None:
+    listed = list(page_messages())
+    assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,9 @@ def test_each_message_is_there_once() -> None:
         ('raise _Internal("reason")\nraise E(error)\nraise E(f"{a}: {b}")\nprint("fine")', set()),
     ],
 )
-def test_a_message_is_found_in_the_source(tmp_path: Path, source: str, texts: set[str]) -> None:
+def test_messages_of_a_module_are_its_texts_for_people(
+    tmp_path: Path, source: str, texts: set[str]
+) -> None:
     (tmp_path / "tiers").mkdir()
-    (tmp_path / "tiers" / "ours.py").write_text(source)
+    (tmp_path / "tiers" / "module.py").write_text(source)
     assert messages(tmp_path).keys() == texts
