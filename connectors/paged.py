@@ -27,7 +27,7 @@ from kvcache.connectors.layout.axes import Layer, Layout
 from kvcache.connectors.layout.placement import place
 from kvcache.connectors.transfer.select import Order, device_of, format_id, open_copier
 from kvcache.keys import DIGEST_NBYTES, namespace
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.stack import Stack
 
 SCHEMA = 1  # of what a block's bytes are; another number is another namespace
@@ -83,7 +83,7 @@ class PagedCache:
             {"schema": SCHEMA, "order": order, "form": format_id(self.placement, order)}
         )
         if self.device is not None:  # a device's memory and streams are lost in a fork
-            own(self)
+            bind_to_process(self)
 
     @property
     def block_nbytes(self) -> int:
@@ -125,7 +125,7 @@ class Attached:
         )
         if cache.device is not None:
             self._copier.ready(slab.wait_populated())
-        own(self)
+        bind_to_process(self)
 
     def save(
         self, block_ids: Sequence[int], keys: Sequence[bytes], parent: bytes | None = None

@@ -30,7 +30,7 @@ from typing import Any
 from kvcache.events import BlockEvents
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
-from kvcache.guards.calls import from_signal
+from kvcache.guards.calls import raised_by_signal
 from kvcache.hints import Hints
 from kvcache.keys import Keys
 from kvcache.segments import EvictionPass, Segments
@@ -52,7 +52,7 @@ class Index:
         clock: Callable[[], float],
         fallback: Fallback | None = None,
     ) -> None:
-        self.changes = BlockEvents()  # told of READY blocks
+        self.events = BlockEvents()  # told of READY blocks
         self._policy = policy
         self._fallback = fallback
         self._clock = clock
@@ -285,7 +285,7 @@ class Index:
             raise error
         held = [(each.keys, each.parent) for each in self._stretches.at.values() if each.ready]
         self._policy = self._fallback(self._policy, error, self.slots, held, self._clock())
-        if from_signal(error):
+        if raised_by_signal(error):
             raise error
 
     def _evict(self, need: int) -> None:
@@ -313,7 +313,7 @@ class Index:
                 hints.left(gone)
                 self._hinted = bool(hints)
             self.evicted_blocks += len(gone)
-            self.changes.removed(gone)
+            self.events.removed(gone)
 
     def mark_done(self, keys: Sequence[bytes]) -> None:
         """Have those of ``keys`` that are held go before all others."""
@@ -344,7 +344,7 @@ class Index:
         chains = self._stretches.publish(lent)
         for keys, _ in chains:
             self.stored_blocks += len(keys)
-            self.changes.stored(keys)
+            self.events.stored(keys)
         self._add(chains, self._clock())
 
     def drop(self, keys: Collection[bytes]) -> None:
@@ -352,7 +352,7 @@ class Index:
         present = [key for key in dict.fromkeys(keys) if key in self]
         self._forget(present)
         self.dropped_blocks += len(present)
-        self.changes.removed(present)
+        self.events.removed(present)
         self._remove(present)
 
     def clear(self) -> None:
@@ -364,7 +364,7 @@ class Index:
         for slot in (*ready.values(), *filling.values()):
             self._vacate(slot)
         self._stretches.clear()
-        self.changes.cleared()
+        self.events.cleared()
         self._remove(list(ready))
 
     def _forget(self, keys: Sequence[bytes]) -> list[int]:

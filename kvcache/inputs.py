@@ -119,7 +119,7 @@ def check_document(document: object) -> None:
     raise ValueError(f"it is nested deeper than {DEPTH} levels")
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
+def call_within(seconds: float, call: Callable[[], T]) -> T:
     """What ``call`` returns or raises, if it ends in time. Else it is left behind in its thread.
 
     Raises:

@@ -43,7 +43,7 @@ def namespace(fields: Mapping[str, object]) -> bytes:
     return blake2b(text.encode(), digest_size=DIGEST_NBYTES, person=b"kvcache.ns").digest()
 
 
-def described(fields: Mapping[str, object]) -> str:
+def describe_namespace(fields: Mapping[str, object]) -> str:
     """The fields of a namespace as a JSON object for people, ``""`` of none; long ones digested."""
     shown = {}
     for name, value in fields.items():
@@ -90,12 +90,12 @@ def block_keys(
     return keys
 
 
-def join(namespace: bytes, key: bytes) -> bytes:
+def namespaced_key(namespace: bytes, key: bytes) -> bytes:
     """What a block is called outside its stack: the namespace digest, then the key."""
     return namespace + key
 
 
-def renamed(namespace: bytes, reset: bytes) -> bytes:
+def namespace_after_reset(namespace: bytes, reset: bytes) -> bytes:
     """Return the name of ``namespace`` after a ``reset`` (random bytes); itself without a reset.
 
     As long as ``namespace``, or 32 bytes where that is empty.

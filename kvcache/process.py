@@ -21,7 +21,7 @@ from inspect import isfunction
 from typing import Any, Final, NoReturn
 from weakref import WeakSet
 
-_IN_CHILD: Final = "_in_child"
+_IN_CHILD: Final = "_release_in_child"
 """A method that is called first in a child. It takes no lock: another thread may have held it."""
 
 _parts: WeakSet[Any] = WeakSet()
@@ -34,11 +34,11 @@ class ForkedError(RuntimeError):
     """A part was used in a fork of the process that opened it."""
 
 
-def own(part: object) -> None:
+def bind_to_process(part: object) -> None:
     """Refuse ``part`` to every child that is forked from now on.
 
     In a child its public methods raise :class:`ForkedError`, ``close`` does nothing, and a method
-    ``_in_child``, if it has one, closes the child's copies of descriptors first.
+    ``_release_in_child``, if it has one, closes the child's copies of descriptors first.
     """
     _parts.add(part)
 

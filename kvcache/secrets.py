@@ -23,7 +23,7 @@ from itertools import takewhile
 from urllib.parse import quote, quote_plus, unquote_plus
 
 HIDDEN = "***"
-LIMIT = 500
+MAX_CHARS = 500
 """Characters that ``redact`` keeps of a text."""
 
 _START = 8
@@ -55,7 +55,7 @@ def may_be_secret(name: str) -> bool:
     return bool(_MAY_BE.search(name)) and not name.lower().endswith(_POINTERS)
 
 
-def hidden(name: str, value: object) -> bool:
+def must_hide(name: str, value: object) -> bool:
     """Whether ``value`` of an option or key of this name must not be repeated.
 
     A name that ends in ``_env`` takes the name of a variable. Its value is shown only if it looks
@@ -68,10 +68,10 @@ def hidden(name: str, value: object) -> bool:
 
 def hide(name: str, value: object) -> object:
     """``value`` of an option or key of this name, less the secrets in it."""
-    return HIDDEN if hidden(name, value) else without(value)
+    return HIDDEN if must_hide(name, value) else hide_nested(value)
 
 
-def without(value: object) -> object:
+def hide_nested(value: object) -> object:
     """``value``, less the secrets in it: in tables by their keys, in strings that are URLs.
 
     Tables and lists may be nested as deeply as a reader of profiles lets them be.
@@ -79,11 +79,11 @@ def without(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: hide(str(name), inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [without(inner) for inner in value]
-    return without_in_url(value) if isinstance(value, str) else value
+        return [hide_nested(inner) for inner in value]
+    return hide_in_url(value) if isinstance(value, str) else value
 
 
-def without_in_url(text: str) -> str:
+def hide_in_url(text: str) -> str:
     """``text`` that is a URL, less user and password and whatever follows a secret parameter.
 
     A string without ``://`` comes back as it is.
@@ -109,14 +109,14 @@ def redact(text: str, *known: str) -> str:
             they are quoted for a URL or for Python, or cut off after eight characters or more.
 
     Returns:
-        At most ``LIMIT`` characters. Control characters are written as escapes.
+        At most ``MAX_CHARS`` characters. Control characters are written as escapes.
     """
     for secret in sorted(filter(None, known), key=len, reverse=True):
         for form in (secret, repr(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)):
             text = _without_starts(text, form)
-    text = _URL_IN_TEXT.sub(lambda match: without_in_url(match[0]), text)
-    line = printable(_without_pairs(text))
-    return line if len(line) <= LIMIT else f"{line[: LIMIT - 3]}..."
+    text = _URL_IN_TEXT.sub(lambda match: hide_in_url(match[0]), text)
+    line = escape_unprintable(_without_pairs(text))
+    return line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 3]}..."
 
 
 def _without_starts(text: str, secret: str) -> str:
@@ -130,7 +130,7 @@ def _without_starts(text: str, secret: str) -> str:
     return HIDDEN.join(kept)
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """``text`` in one line: control characters, line breaks too, are written as escapes."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
@@ -142,10 +142,10 @@ def _without_pairs(text: str) -> str:
     kept, at = [], 0
     for name in _NAME_IN_TEXT.finditer(text):
         called = name[1] or name[2]
-        if name.start() < at or called.lower().endswith(_NO_VALUE) or not hidden(called, "a"):
+        if name.start() < at or called.lower().endswith(_NO_VALUE) or not must_hide(called, "a"):
             continue
         value = _VALUE_IN_TEXT.match(text, name.end())
-        if value is not None and hidden(called, value[0].strip("\"'")):
+        if value is not None and must_hide(called, value[0].strip("\"'")):
             kept += [text[at : name.end()], HIDDEN]
             at = value.end()
     return "".join([*kept, text[at:]])

@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcache.process import own
+from kvcache.process import bind_to_process
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ class Slab:
         self._ready: Callable[[int], None] = lambda _: None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        own(self)
+        bind_to_process(self)
 
-    def _in_child(self) -> None:
+    def _release_in_child(self) -> None:
         """Give up what a forked child has of the memory, and the memory's end to the parent."""
         _libc.mprotect(self.address, self._mapped, _PROT_NONE)
         self._close_fd()

@@ -27,10 +27,10 @@ from opentelemetry.trace import Span
 
 from kvcache import metrics, telemetry
 from kvcache.events import BlockEventLog
-from kvcache.guards.front_tier import checked
+from kvcache.guards.front_tier import guard_front_tier
 from kvcache.lower.promotion import LowerTiers, Match
 from kvcache.lower.tier import LowerTier
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.replay.recorder import SILENT, Recorder, careful
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
@@ -64,7 +64,7 @@ class Stack:
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder = SILENT,
     ) -> None:
-        self.front = checked(front)
+        self.front = guard_front_tier(front)
         if lower:
             self.front.disable_admission()
         self.recorder = careful(recorder)
@@ -77,7 +77,7 @@ class Stack:
         self._loaded_blocks = 0
         self._below = LowerTiers(self.front, lower, clock)
         metrics.watch(self)
-        own(self)
+        bind_to_process(self)
 
     @property
     def block_nbytes(self) -> int:
@@ -122,7 +122,7 @@ class Stack:
 
         def lent(lease: Lease) -> Lease:
             lease.span = span
-            lease.on_end(ended)
+            lease.add_end_callback(ended)
             return lease
 
         if not any(match.sources):
@@ -230,7 +230,7 @@ class Stack:
             self._ended(span, telemetry.STORED, len(keys), lease, failed)
 
         lease.span = span
-        lease.on_end(ended)
+        lease.add_end_callback(ended)
         return lease
 
     def hint(
@@ -313,7 +313,7 @@ class Stack:
         self.front.subscribe(journals[0][1])
         for lower in self._below.lower:
             journals.append((lower.channel.named, BlockEventLog()))
-            lower.channel.changes = journals[-1][1]
+            lower.channel.events = journals[-1][1]
         return journals
 
     def close(self, flush_s: float = 5.0) -> None:

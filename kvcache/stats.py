@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvcache.guards.calls import TierError, called, count
+from kvcache.guards.calls import TierError, as_count, result_of
 from kvcache.tier import Tier, TierStats, TierUsage
 
 
@@ -44,14 +44,16 @@ def usage_of(tier: Tier) -> TierUsage:
     def usage() -> TierUsage:
         given = tier.usage()
         used, limit, evicted = (
-            None if number is None else count(number)
+            None if number is None else as_count(number)
             for number in (given.used_nbytes, given.limit_nbytes, given.evicted_blocks)
         )
-        rejected = {str(reason): count(blocks) for reason, blocks in given.rejected_blocks.items()}
+        rejected = {
+            str(reason): as_count(blocks) for reason, blocks in given.rejected_blocks.items()
+        }
         return TierUsage(used, limit, evicted, rejected)
 
     with suppress(TierError):
-        return called(usage)
+        return result_of(usage)
     return TierUsage()
 
 

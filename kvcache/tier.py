@@ -113,7 +113,7 @@ class Tier(ABC):
         return TierUsage()
 
 
-Ended = Callable[["Lease", frozenset[bytes]], None]
+EndCallback = Callable[["Lease", frozenset[bytes]], None]
 
 
 class Lease:
@@ -139,7 +139,7 @@ class Lease:
         slots: Sequence[int],
         positions: Sequence[int],
         view: Callable[[int], memoryview],
-        end: Ended,
+        end: EndCallback,
     ) -> None:
         self.keys = keys
         self.slots = slots
@@ -147,7 +147,7 @@ class Lease:
         self.evicted = 0
         self.span: Span = INVALID_SPAN
         self._view = view
-        self._ends: list[list[Ended]] = [[end]]
+        self._ends: list[list[EndCallback]] = [[end]]
         self._born = process.generation
 
     def __len__(self) -> int:
@@ -158,7 +158,7 @@ class Lease:
         """The slots' memory, one writable view of a block's bytes per key."""
         return [self._view(slot) for slot in self.slots]
 
-    def on_end(self, ended: Ended) -> None:
+    def add_end_callback(self, ended: EndCallback) -> None:
         """Have ``ended(lease, failed)`` called after the lease has ended."""
         try:
             self._ends[0].append(ended)
@@ -190,7 +190,7 @@ class Lease:
             raise LeaseError("this lease has ended already") from None
         self._call(ends, bad)
 
-    def _call(self, ends: Sequence[Ended], bad: frozenset[bytes]) -> None:
+    def _call(self, ends: Sequence[EndCallback], bad: frozenset[bytes]) -> None:
         """Call all of ``ends``, also where one raises."""
         for at, ended in enumerate(ends, 1):
             try:
@@ -200,7 +200,7 @@ class Lease:
                 raise
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         return not self._ends
 
     def __enter__(self) -> Self:
@@ -212,7 +212,7 @@ class Lease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self.ended:
+        if not self.has_ended:
             self.end(failed=self.keys if kind is not None else ())
 
 
@@ -299,7 +299,7 @@ class FrontTier(Tier):
         """Forget every block. Slots under lease come back when their lease ends."""
 
     @abstractmethod
-    def subscribe(self, changes: BlockEvents) -> None:
+    def subscribe(self, events: BlockEvents) -> None:
         """Tell ``changes`` from now on which blocks come to be held, and which no longer are."""
 
     @abstractmethod

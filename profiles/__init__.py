@@ -17,7 +17,7 @@ from typing import Any
 
 from kvcache import host_memory
 from kvcache.guards import calls
-from kvcache.keys import described
+from kvcache.keys import describe_namespace
 from kvcache.lower.tier import LowerTier
 from kvcache.profiles.errors import ProfileError
 from kvcache.profiles.load import Profile, load_profile
@@ -95,7 +95,7 @@ def open_stack(
                         kind=row.kind,
                         front=front,
                         namespace=namespace,
-                        about=described(identity or {}),
+                        about=describe_namespace(identity or {}),
                         **row.options_for(LowerTier),
                     )
                 )
@@ -124,10 +124,10 @@ def _blamed(profile: Profile, row: Row) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if calls.from_signal(error):
+        if calls.raised_by_signal(error):
             raise
         # A third-party class may raise anything; ours raise ValueError for what is wrong.
-        kind, text = calls.described(error)
+        kind, text = calls.describe_error(error)
         text = text if isinstance(error, ValueError) else f"{kind}: {text}"
         raise ProfileError(profile.name, [row.blame(text)]) from error
 

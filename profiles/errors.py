@@ -19,7 +19,7 @@ class ProfileError(ValueError):
     def __init__(self, profile: str, problems: Sequence[str]) -> None:
         super().__init__(profile, problems)
         self.profile = profile
-        self.problems = tuple(map(secrets.printable, problems))
+        self.problems = tuple(map(secrets.escape_unprintable, problems))
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
@@ -30,13 +30,15 @@ class ProfileError(ValueError):
 
 def show(value: object) -> str:
     """``value`` as a profile would write it, without what may be a secret in it; not endless."""
-    text = secrets.printable(json.dumps(secrets.without(value), ensure_ascii=False, default=str))
+    text = secrets.escape_unprintable(
+        json.dumps(secrets.hide_nested(value), ensure_ascii=False, default=str)
+    )
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def show_option(name: str, value: object) -> str:
     """``name = value`` as a profile would write it, without the value if it may be a secret."""
-    return f"{name} = {secrets.HIDDEN if secrets.hidden(name, value) else show(value)}"
+    return f"{name} = {secrets.HIDDEN if secrets.must_hide(name, value) else show(value)}"
 
 
 def listed(values: Iterable[object]) -> str:

@@ -115,7 +115,9 @@ def read_file(path: Path, asked: str = "", chain: tuple[Path, ...] = ()) -> File
     except OSError as error:
         return File(path, problems=[f"{asked}cannot read {path}: {error.strerror}"])
     except ValueError as error:  # tomllib's own words have the line and the column
-        return File(path, problems=[f"{path} is not TOML: {secrets.printable(str(error))}"])
+        return File(
+            path, problems=[f"{path} is not TOML: {secrets.escape_unprintable(str(error))}"]
+        )
     return _Reading(path, Lines(path, text), document, chain).file
 
 

@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from kvcache.guards.calls import described, from_signal
+from kvcache.guards.calls import describe_error, raised_by_signal
 from kvcache.lower.tier import LowerTier
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest, show, show_option
@@ -302,11 +302,11 @@ def tier_class(kind: str) -> type[Tier]:
     try:
         found = getattr(import_module(module), name)
     except BaseException as error:  # a module of another package may raise anything
-        if from_signal(error):
+        if raised_by_signal(error):
             raise
         if extra and isinstance(error, ImportError):
             raise ValueError(f"needs more: pip install 'kvcache[{extra}]' ({error})") from error
-        raised, text = described(error)
+        raised, text = describe_error(error)
         raise ValueError(f"cannot import {path} ({raised}: {text})") from error
     if not (isinstance(found, type) and issubclass(found, Tier)):
         raise ValueError(f"{path} is no subclass of kvcache.tier.Tier")

@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 
 from kvcache.events import BlockEvents
 from kvcache.eviction import DEFAULT, Eviction, fallback, policy_option
-from kvcache.guards.front_tier import ours
+from kvcache.guards.front_tier import exempt_from_guard
 from kvcache.index import Index
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.sizes import Size
 from kvcache.slab import Slab, slot_nbytes_for
 from kvcache.tier import FrontTier, Lease, TierStats
 
 
-@ours
+@exempt_from_guard
 class DramTier(FrontTier):
     """A front tier in this host's memory.
 
@@ -59,7 +59,7 @@ class DramTier(FrontTier):
         self._index = Index(policy(slots), clock, fallback.lru)
         self.slab = Slab.create(slots, slot_nbytes)
         self.slab.populate(self._open)
-        own(self)
+        bind_to_process(self)
 
     def _open(self, slots: int) -> None:
         with self._lock:
@@ -164,9 +164,9 @@ class DramTier(FrontTier):
         with self._lock:
             self._index.clear()
 
-    def subscribe(self, changes: BlockEvents) -> None:
+    def subscribe(self, events: BlockEvents) -> None:
         with self._lock:
-            self._index.changes = changes
+            self._index.events = events
 
     def stats(self) -> TierStats:
         with self._lock:

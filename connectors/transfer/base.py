@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache.connectors.layout.placement import Pages
-from kvcache.process import own
+from kvcache.process import bind_to_process
 
 Integers = NDArray[np.int64]
 
@@ -73,7 +73,7 @@ class PageCopier(ABC):
         self._running = 0
         self._closed = False
         self._changed = threading.Condition()
-        own(self)
+        bind_to_process(self)
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Copy:
         """Copy the engine's pages of `blocks` into `slots`."""

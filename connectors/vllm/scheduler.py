@@ -40,7 +40,7 @@ from kvcache.connectors.vllm.suspects import Running, SuspectBlocks, recomputes
 from kvcache.connectors.vllm.tracing import Requests
 from kvcache.keys import namespace
 from kvcache.lower.promotion import Match
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.profiles import open_stack
 from kvcache.slab import Slab
 from kvcache.stack import Stack
@@ -97,7 +97,7 @@ class SchedulerSide:
         self._step = 0
         self._steps: dict[int, tuple[float, float, float]] = {}  # when built, blocks, mean depth
         self._ended = 0.0  # when the last one had
-        own(self)
+        bind_to_process(self)
 
     def _refuse(self, reason: str) -> None:
         """Keep nothing, and give nothing, for as long as this engine runs."""

@@ -31,7 +31,7 @@ from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.layer_sync import LayerSync
 from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step, Transfer
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.slab import Slab
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class WorkerSide:
         self._bad_blocks: set[int] = set()  # not reported yet
         self._doubtful = -1  # the last step of which a load failed
         self._received: set[str] = set()  # requests whose loads are over
-        own(self)
+        bind_to_process(self)
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn where the pages of every layer lie.

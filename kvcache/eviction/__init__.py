@@ -17,8 +17,8 @@ from kvcache.eviction.gittins.policy import Gittins
 from kvcache.eviction.lru import Lru
 from kvcache.eviction.policy import Policy, Take
 from kvcache.eviction.s3fifo import AibrixS3Fifo, S3Fifo
-from kvcache.guards.calls import described, from_signal
-from kvcache.secrets import without_in_url
+from kvcache.guards.calls import describe_error, raised_by_signal
+from kvcache.secrets import hide_in_url
 
 Eviction = NewType("Eviction", str)
 """Which policy. A tier whose option has this type takes a name or a class path in a profile."""
@@ -43,14 +43,14 @@ def policy_class(eviction: str) -> type[Policy]:
     module, colon, name = eviction.partition(":")
     if not colon or "://" in eviction:  # a URL may have a password, and is not imported
         known = ", ".join(f'"{policy}"' for policy in POLICIES)
-        given = without_in_url(eviction)
+        given = hide_in_url(eviction)
         raise ValueError(f'no policy is called "{given}"; there are {known}, or "pkg.mod:Class"')
     try:
         found = getattr(import_module(module), name)
     except BaseException as error:  # a module of another package may raise anything
-        if from_signal(error):
+        if raised_by_signal(error):
             raise
-        raised, text = described(error)
+        raised, text = describe_error(error)
         raise ValueError(f"cannot import {eviction} ({raised}: {text})") from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ValueError(f"{eviction} is no subclass of kvcache.eviction.Policy")
@@ -67,15 +67,15 @@ def policy_option(eviction: str) -> Callable[[int], Policy]:
     try:
         cls = policy_class(eviction)
     except ValueError as error:
-        raise ValueError(f"eviction is {without_in_url(eviction)!r}: {error}") from error
+        raise ValueError(f"eviction is {hide_in_url(eviction)!r}: {error}") from error
 
     def make(slots: int) -> Policy:
         try:
             return cls(slots)
         except BaseException as error:  # a class of another package may raise anything
-            if from_signal(error):
+            if raised_by_signal(error):
                 raise
-            raised, text = described(error)
+            raised, text = describe_error(error)
             raise ValueError(
                 f"eviction is {eviction!r}: cannot make it ({raised}: {text})"
             ) from error

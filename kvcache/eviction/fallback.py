@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvcache.eviction.lru import Lru
 from kvcache.eviction.policy import Policy
-from kvcache.guards.calls import described, from_signal
+from kvcache.guards.calls import describe_error, raised_by_signal
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +20,11 @@ Fallback = Callable[[Policy, BaseException, int, Chains, float], Policy]
 
 def lru(failed: Policy, error: BaseException, slots: int, held: Chains, now: float) -> Policy:
     """LRU over the blocks that are held. Logs why, unless a signal interrupted the policy."""
-    if not from_signal(error):
+    if not raised_by_signal(error):
         log.error(
             "kvcache: eviction policy %s: failed (%s: %s); blocks leave by LRU from now on",
             type(failed).__name__,
-            *described(error),
+            *describe_error(error),
             exc_info=error,
         )
     policy = Lru(max(1, slots))

@@ -43,18 +43,18 @@ class TierError(Exception):
         self.why = why
 
 
-def called(call: Callable[[], T]) -> T:
+def result_of(call: Callable[[], T]) -> T:
     """What ``call`` returns. Raises TierError for whatever it raises."""
     try:
         return call()
     except BaseException as error:
-        if from_signal(error):
+        if raised_by_signal(error):
             raise
-        failure = described(error)
+        failure = describe_error(error)
     raise TierError(*failure)
 
 
-def answers(
+def answers_per_key(
     call: Callable[[], Iterable[object]], keys: int, read: Callable[[object], T]
 ) -> list[T]:
     """The answers of ``call``, one for each of so many ``keys``, as ``read`` reads them.
@@ -70,10 +70,10 @@ def answers(
             raise ValueError(f"{some} answers to {keys} keys")
         return [read(each) for each in found]
 
-    return called(given)
+    return result_of(given)
 
 
-def count(given: object) -> int:
+def as_count(given: object) -> int:
     """``given`` as a count; NumPy's integers are taken too. Raises anything for what is none."""
     number = index(given)  # type: ignore[arg-type]
     if isinstance(given, bool) or number < 0:
@@ -81,18 +81,18 @@ def count(given: object) -> int:
     return int(number)
 
 
-def bytes_in(room: int) -> Callable[[object], int]:
+def byte_count_reader(room: int) -> Callable[[object], int]:
     """A reader of the number of bytes that a tier has written into a buffer of ``room`` bytes."""
 
     def read(given: object) -> int:
-        if (number := count(given)) > room:
+        if (number := as_count(given)) > room:
             raise ValueError(f"{number} bytes in a buffer of {room} bytes")
         return number
 
     return read
 
 
-def described(error: BaseException) -> tuple[str, str]:
+def describe_error(error: BaseException) -> tuple[str, str]:
     """The kind of an exception in a word, and its text: short, printable, and without secrets."""
     try:
         return type(error).__name__, redact(str(error)[:_READ])
@@ -100,7 +100,7 @@ def described(error: BaseException) -> tuple[str, str]:
         return "Exception", "its text cannot be read"
 
 
-def from_signal(error: BaseException) -> bool:
+def raised_by_signal(error: BaseException) -> bool:
     """Whether a signal raised ``error``, rather than the code that it interrupted.
 
     Signals raise in the main thread alone: Ctrl-C a ``KeyboardInterrupt``, and the application's

@@ -17,9 +17,9 @@ from concurrent.futures import wait
 from typing import Any, Final, TypeVar
 
 from kvcache.events import BlockEvents
-from kvcache.guards.calls import TierError, answers, called, count
+from kvcache.guards.calls import TierError, answers_per_key, as_count, result_of
 from kvcache.lower.worker_pool import WorkerPool
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.tier import FrontTier, Lease, TierStats
 
 log = logging.getLogger(__name__)
@@ -31,18 +31,22 @@ CLOSE_S: Final = 2.0  # for the tier's own ``close``
 _own: set[type[FrontTier]] = set()
 
 
-def ours(cls: type[Front]) -> type[Front]:
+def exempt_from_guard(cls: type[Front]) -> type[Front]:
     """Decorates a front tier of this package, which needs no checks."""
     _own.add(cls)
     return cls
 
 
-def checked(front: FrontTier) -> FrontTier:
+def guard_front_tier(front: FrontTier) -> FrontTier:
     """``front``, with checks around it where it is not of this package."""
-    return front if type(front) in _own or isinstance(front, Checked) else Checked(front)
+    return (
+        front
+        if type(front) in _own or isinstance(front, GuardedFrontTier)
+        else GuardedFrontTier(front)
+    )
 
 
-class Checked(FrontTier):
+class GuardedFrontTier(FrontTier):
     """Checks around ``inner``."""
 
     def __init__(self, inner: FrontTier) -> None:
@@ -52,14 +56,14 @@ class Checked(FrontTier):
         self._failed: set[str] = set()  # methods
         nothing = dict.fromkeys(TierStats.__slots__, 0)
         self._stats = TierStats(**nothing | {"block_nbytes": self.block_nbytes})
-        own(self)
+        bind_to_process(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)  # what only this class of tier has
 
     def _try(self, name: str, call: Callable[[], T], otherwise: T) -> T:
         try:
-            return called(call)
+            return result_of(call)
         except TierError as error:
             if name not in self._failed:
                 self._failed.add(name)
@@ -78,8 +82,8 @@ class Checked(FrontTier):
         def lent() -> Lease:
             theirs = call()
             try:
-                held, slots = list(theirs.keys), [count(slot) for slot in theirs.slots]
-                positions = [count(at) for at in theirs.positions]
+                held, slots = list(theirs.keys), [as_count(slot) for slot in theirs.slots]
+                positions = [as_count(at) for at in theirs.positions]
                 right = (
                     len(held) == len(slots) == len(set(slots))
                     and held == [keys[at] for at in positions]
@@ -93,7 +97,7 @@ class Checked(FrontTier):
                     held, slots, positions, self._view_of(theirs),
                     lambda _, failed: self._try("end", lambda: theirs.end(failed), None),
                 )  # fmt: skip
-                lease.evicted = count(theirs.evicted)
+                lease.evicted = as_count(theirs.evicted)
             except BaseException:
                 theirs.end(theirs.keys)
                 raise
@@ -110,7 +114,7 @@ class Checked(FrontTier):
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         def call() -> list[bool]:
-            return answers(lambda: self.inner.contains(keys), len(keys), bool)
+            return answers_per_key(lambda: self.inner.contains(keys), len(keys), bool)
 
         return self._try("contains", call, [False] * len(keys))
 
@@ -129,7 +133,7 @@ class Checked(FrontTier):
 
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
         most = max(0, len(chain) - start)
-        return min(most, self._try("access", lambda: count(self.inner.access(chain, start)), 0))
+        return min(most, self._try("access", lambda: as_count(self.inner.access(chain, start)), 0))
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         return self._lend("reserve", keys, lambda: self.inner.reserve(keys, parent))
@@ -152,13 +156,15 @@ class Checked(FrontTier):
     def clear(self) -> None:
         self._try("clear", self.inner.clear, None)
 
-    def subscribe(self, changes: BlockEvents) -> None:
-        self._try("subscribe", lambda: self.inner.subscribe(changes), None)
+    def subscribe(self, events: BlockEvents) -> None:
+        self._try("subscribe", lambda: self.inner.subscribe(events), None)
 
     def stats(self) -> TierStats:
         def call() -> TierStats:
             given = self.inner.stats()
-            return TierStats(**{name: count(getattr(given, name)) for name in TierStats.__slots__})
+            return TierStats(
+                **{name: as_count(getattr(given, name)) for name in TierStats.__slots__}
+            )
 
         self._stats = self._try("stats", call, self._stats)
         return self._stats

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from kvcache import telemetry
 from kvcache.events import BlockEvents
-from kvcache.guards.calls import answers, bytes_in, called
+from kvcache.guards.calls import answers_per_key, byte_count_reader, result_of
 from kvcache.lower.circuit_breaker import Health
 from kvcache.lower.namespace import Namespace
 from kvcache.lower.worker_pool import WorkerPool
@@ -54,7 +54,7 @@ class Channel:
         self.tier = tier
         self.named = TierName(name, kind)
         self.spaces = Namespace(tier, namespace, about)
-        self.changes = BlockEvents()  # told what the tier holds, as far as it says
+        self.events = BlockEvents()  # told what the tier holds, as far as it says
         self.whose = {telemetry.TIER: name, telemetry.KIND: kind}
         self.deadline_s = deadline_s
         self.blocks_per_call = blocks_per_call
@@ -107,7 +107,7 @@ class Channel:
     def contains(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
         """Whether the tier says that it holds each of ``keys``, of the namespace ``namespace``."""
         names = self.spaces.names(namespace, keys)
-        held = answers(lambda: self.tier.contains(names), len(keys), bool)
+        held = answers_per_key(lambda: self.tier.contains(names), len(keys), bool)
         self._said(namespace, keys, held)
         return held
 
@@ -117,7 +117,9 @@ class Channel:
         """Read each block into its buffer, all of one size; the bytes written per key."""
         names = self.spaces.names(namespace, keys)
         room = len(into[0]) if into else 0
-        written = answers(lambda: self.tier.load(names, into), len(keys), bytes_in(room))
+        written = answers_per_key(
+            lambda: self.tier.load(names, into), len(keys), byte_count_reader(room)
+        )
         self._said(namespace, keys, [nbytes > 0 for nbytes in written])
         return written
 
@@ -131,19 +133,19 @@ class Channel:
         """Offer blocks, the first of which continues ``parent``; whether each was taken."""
         names = self.spaces.names(namespace, keys)
         before = parent and self.spaces.names(namespace, [parent])[0]
-        taken = answers(lambda: self.tier.store(names, blocks, before), len(keys), bool)
+        taken = answers_per_key(lambda: self.tier.store(names, blocks, before), len(keys), bool)
         self._said(namespace, keys, taken)
         return taken
 
     def _said(self, namespace: bytes, keys: Sequence[bytes], held: Sequence[bool]) -> None:
         """The tier said of ``keys`` whether it holds them, when the namespace was ``namespace``."""
         if namespace == self.namespace:
-            self.changes.observed(keys, held)
+            self.events.observed(keys, held)
 
     def clear(self) -> None:
         """Take a namespace that no other stack has."""
         self.spaces.clear()
-        self.changes.cleared()
+        self.events.cleared()
 
     def close(self, timeout_s: float) -> None:
         """Call the tier no more, and close it.
@@ -155,7 +157,7 @@ class Channel:
         self.calls.drop_waiting()
         self.calls.close(min(self.deadline_s, timeout_s / 2))
         try:
-            called(self.tier.close)
+            result_of(self.tier.close)
         finally:
             self._usage = usage_of(self.tier)
 

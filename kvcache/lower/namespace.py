@@ -13,8 +13,8 @@ import os
 import threading
 from collections.abc import Sequence
 
-from kvcache.guards.calls import TierError, called
-from kvcache.keys import DIGEST_NBYTES, join
+from kvcache.guards.calls import TierError, result_of
+from kvcache.keys import DIGEST_NBYTES, namespaced_key
 from kvcache.tier import Tier
 
 
@@ -43,7 +43,7 @@ class Namespace:
             TierError: when the tier does not say, or ``namespace`` was left before it was asked.
         """
         name = self._called() if namespace == self._shared else namespace
-        return [join(name, key) for key in keys]
+        return [namespaced_key(name, key) for key in keys]
 
     def _called(self) -> bytes:
         if self._name is None:
@@ -52,7 +52,7 @@ class Namespace:
                     # The tier may have forgotten it by now, and would return its next name.
                     raise TierError("reset", "the namespace was reset")
                 if self._name is None:
-                    self._name = called(self._resolve)
+                    self._name = result_of(self._resolve)
         return self._name
 
     def _resolve(self) -> bytes:
@@ -76,7 +76,7 @@ class Namespace:
             return True
         with self._naming:
             try:
-                called(lambda: self._tier.forget(self._shared))
+                result_of(lambda: self._tier.forget(self._shared))
             except TierError as failure:
                 if failure.error != NotImplementedError.__name__:
                     raise

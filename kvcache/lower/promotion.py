@@ -29,7 +29,7 @@ from kvcache import telemetry
 from kvcache.lower.latency import ComputeModel
 from kvcache.lower.tier import LowerTier
 from kvcache.lower.worker_pool import PendingCall, WorkerPool
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.tier import FrontTier, Lease
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class LowerTiers:
         self._lock = threading.Lock()
         self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
         self.computing = ComputeModel()  # of the engine: what bringing up has to beat
-        own(self)
+        bind_to_process(self)
 
     @property
     def awake(self) -> bool:
@@ -287,7 +287,7 @@ class LowerTiers:
                         del self._coming[key]
             read.set_result(None)
 
-        lease.on_end(ended)
+        lease.add_end_callback(ended)
         answer = None
         if lease.keys and lower:
             answer = lower.load(lease, span)

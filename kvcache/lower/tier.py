@@ -23,12 +23,12 @@ from typing import Final, Literal, TypeVar
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.guards.front_tier import checked
+from kvcache.guards.front_tier import guard_front_tier
 from kvcache.lower.channel import Channel
 from kvcache.lower.latency import LatencyModel
 from kvcache.lower.worker_pool import LOAD, PendingCall
 from kvcache.lower.write_behind import WriteBehind
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.sizes import Size
 from kvcache.stats import LowerStats
 from kvcache.tier import FrontTier, Lease, Tier
@@ -87,7 +87,7 @@ class LowerTier:
             )
         if not 1 <= calls <= _CALLS:
             raise ValueError(f"calls is {calls}; it must be 1 to {_CALLS}")
-        front = checked(front)
+        front = guard_front_tier(front)
         self.name = name
         self.waits_if_slower = if_slower == "load"
         self.channel = Channel(
@@ -113,7 +113,7 @@ class LowerTier:
         self._asking, self._loading = LatencyModel(), LatencyModel()
         self._lock = threading.Lock()
         self._seen_slow = 0.0  # when it was last looked at for having been skipped
-        own(self)
+        bind_to_process(self)
 
     @property
     def namespace(self) -> bytes:

@@ -25,9 +25,9 @@ from typing import Generic, TypeVar
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
-from kvcache.guards.calls import TierError, described
+from kvcache.guards.calls import TierError, describe_error
 from kvcache.lower.circuit_breaker import Health
-from kvcache.process import own
+from kvcache.process import bind_to_process
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class WorkerPool:
         except BaseException:
             self.close(0.0)  # those that were started
             raise
-        own(self)
+        bind_to_process(self)
 
     def put(
         self, priority: int, job: Callable[[], None], drop: Callable[[], object] = _nothing
@@ -198,7 +198,7 @@ class PendingCall(Generic[T]):
         except TierError as error:
             failure = error.with_traceback(None)  # the frames hold the memory of the blocks
         except BaseException as error:  # noqa: BLE001 - the application's telemetry may raise
-            failure = TierError(*described(error))
+            failure = TierError(*describe_error(error))
         try:
             self._took(time.monotonic() - begun, failure.error if failure else "")
             self._tell(failure)

@@ -19,7 +19,7 @@ from functools import partial
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
-from kvcache.guards.calls import TierError, described
+from kvcache.guards.calls import TierError, describe_error
 from kvcache.lower.channel import Channel
 from kvcache.lower.worker_pool import STORE
 from kvcache.tier import FrontTier, Lease
@@ -166,7 +166,7 @@ class WriteBehind:
         except TierError as failure:
             error, why = failure.error, failure.why
         except BaseException as wrong:  # noqa: BLE001 - the application's telemetry may raise
-            error, why = described(wrong)
+            error, why = describe_error(wrong)
         finally:
             lease.end()
         took = self._channel.clock() - begun

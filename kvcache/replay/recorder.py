@@ -28,8 +28,8 @@ from queue import SimpleQueue
 from typing import Final
 
 from kvcache import inputs
-from kvcache.guards.calls import TierError, called
-from kvcache.process import own
+from kvcache.guards.calls import TierError, result_of
+from kvcache.process import bind_to_process
 from kvcache.sizes import format_size, parse_size
 
 VARIABLE: Final = "KVCACHE_RECORD"
@@ -77,7 +77,7 @@ class Careful(Recorder):
 
     def _try(self, call: Callable[[], None]) -> None:
         try:
-            called(call)
+            result_of(call)
         except TierError as error:
             self._failed, kind = True, type(self._inner).__name__
             log.warning("kvcache: recorder %s: failed (%s); it records no more", kind, error)
@@ -107,7 +107,7 @@ class FileRecorder(Recorder):
         self._over = False  # nothing more is written
         self._thread = threading.Thread(target=self._write_all, name="kvcache-record", daemon=True)
         self._thread.start()
-        own(self)
+        bind_to_process(self)
 
     def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
         if self._over:

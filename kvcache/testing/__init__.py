@@ -11,9 +11,9 @@ What an eviction policy promises, too: ``class TestMine(PolicyTests): policy = M
                 yield tier
 """
 
-from kvcache.testing.blocks import block_of, keys_of, together
+from kvcache.testing.blocks import block_of, keys_of, run_in_threads
 from kvcache.testing.front import FrontTierTests
-from kvcache.testing.policy import PolicyTests, leaving
+from kvcache.testing.policy import PolicyTests, evict_blocks
 from kvcache.testing.tier import TierTests
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "PolicyTests",
     "TierTests",
     "block_of",
+    "evict_blocks",
     "keys_of",
-    "leaving",
-    "together",
+    "run_in_threads",
 ]

@@ -22,7 +22,7 @@ def block_of(key: bytes, nbytes: int) -> bytes:
     return shake_128(key).digest(nbytes)
 
 
-def together(threads: int, work: Callable[[int], None]) -> None:
+def run_in_threads(threads: int, work: Callable[[int], None]) -> None:
     """Run ``work(0) ... work(threads - 1)`` in as many threads at once; raise what one raised."""
     start = threading.Barrier(threads)
 

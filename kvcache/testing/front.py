@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvcache.testing.blocks import block_of, keys_of, together
+from kvcache.testing.blocks import block_of, keys_of, run_in_threads
 from kvcache.testing.tier import TierTests
 from kvcache.tier import FrontTier, Lease, LeaseError
 
@@ -147,7 +147,7 @@ class FrontTierTests(TierTests):
     def test_of_several_threads_one_fills_a_block(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "shared", 8)
         leases: list[Lease] = []
-        together(4, lambda _: leases.append(tier.reserve(chain)))
+        run_in_threads(4, lambda _: leases.append(tier.reserve(chain)))
         assert sorted(key for lease in leases for key in lease.keys) == sorted(chain)
         for lease in leases:
             self.write(lease)

@@ -16,7 +16,7 @@ from kvcache.index import Index
 from kvcache.testing.blocks import keys_of
 
 
-def leaving(
+def evict_blocks(
     policy: Policy, count: int = 100, stays: Callable[[bytes], bool] = lambda _: False
 ) -> list[bytes]:
     """Have ``count`` blocks of a policy go, none that ``stays``, and give them in this order."""
@@ -63,8 +63,8 @@ class PolicyTests:
 
     def test_what_is_held_leaves_once(self) -> None:
         policy, chains = self.held("ab")
-        assert sorted(leaving(policy)) == sorted([*chains["a"], *chains["b"]])
-        assert leaving(policy) == []
+        assert sorted(evict_blocks(policy)) == sorted([*chains["a"], *chains["b"]])
+        assert evict_blocks(policy) == []
 
     def test_a_block_without_a_request_is_held_as_well(self) -> None:
         policy, chains = self.held("a")
@@ -72,46 +72,46 @@ class PolicyTests:
         policy.add(more[:1], chains["a"][-1], 1.0)
         policy.add(more[1:], more[0], 2.0)
         policy.add(keys_of("found", 1), None, 3.0)
-        assert set(leaving(policy)) == {*chains["a"], *more, *keys_of("found", 1)}
+        assert set(evict_blocks(policy)) == {*chains["a"], *more, *keys_of("found", 1)}
 
     def test_what_left_can_come_back(self) -> None:
         policy, chains = self.held("a")
         for now in range(1, 4):
-            assert sorted(leaving(policy)) == sorted(chains["a"])
+            assert sorted(evict_blocks(policy)) == sorted(chains["a"])
             policy.access(chains["a"], 0, float(now))
             policy.add(chains["a"], None, float(now))
-        assert sorted(leaving(policy)) == sorted(chains["a"])
+        assert sorted(evict_blocks(policy)) == sorted(chains["a"])
 
     def test_what_is_asked_for_in_vain_is_not_held(self) -> None:
         policy, chains = self.held("a")
         policy.access(keys_of("not there", 4), 0, 1.0)
         policy.access([*chains["a"], *keys_of("neither", 4)], 3, 2.0)
-        assert sorted(leaving(policy)) == sorted(chains["a"])
+        assert sorted(evict_blocks(policy)) == sorted(chains["a"])
 
     def test_what_is_kept_stays(self) -> None:
         policy, chains = self.held("abc")
         tail = chains["b"][-1]
-        left = leaving(policy, stays=lambda key: key == tail)
+        left = evict_blocks(policy, stays=lambda key: key == tail)
         assert tail not in left
         assert {*chains["a"], *chains["c"]} <= set(left)
-        assert tail in leaving(policy)
+        assert tail in evict_blocks(policy)
 
     def test_when_all_is_kept_there_is_an_end(self) -> None:
         policy, _ = self.held("abc")
-        assert leaving(policy, stays=lambda _: True) == []
-        assert len(leaving(policy)) == 9
+        assert evict_blocks(policy, stays=lambda _: True) == []
+        assert len(evict_blocks(policy)) == 9
 
     def test_an_answer_cut_short_forgets_what_was_given(self) -> None:
         policy, chains = self.held("abc")
-        some = leaving(policy, 4)
-        rest = leaving(policy)
+        some = evict_blocks(policy, 4)
+        rest = evict_blocks(policy)
         assert len(some) == 4
         assert sorted(some + rest) == sorted(key for chain in chains.values() for key in chain)
 
     def test_what_is_removed_does_not_leave_again(self) -> None:
         policy, chains = self.held("abc")
         policy.remove([chains["a"][1], *chains["b"]])
-        assert sorted(leaving(policy)) == sorted([*chains["a"][::2], *chains["c"]])
+        assert sorted(evict_blocks(policy)) == sorted([*chains["a"][::2], *chains["c"]])
 
     def test_an_answer_about_slots_is_a_number_of_blocks(self) -> None:
         policy, _ = self.held("abc", capacity=9)
@@ -139,7 +139,7 @@ class PolicyTests:
         assert index.hit_blocks > 0
         index.clear()
         index.unpin(pinned)
-        assert leaving(index._policy) == []
+        assert evict_blocks(index._policy) == []
 
     def test_the_same_traffic_has_the_same_answers(self) -> None:
         assert self.left(self.traffic(300)) == self.left(self.traffic(300))
@@ -156,7 +156,7 @@ class PolicyTests:
                 continue
             if (need := len(held) + len(absent) - 30) > 0:
                 policy.admit(absent, chain[found - 1] if found else None, now)
-                gone = leaving(policy, need, set(chain).__contains__)
+                gone = evict_blocks(policy, need, set(chain).__contains__)
                 left += gone
                 held.difference_update(gone)
             absent = absent[: 30 - len(held)]

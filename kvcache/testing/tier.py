@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from kvcache.testing.blocks import block_of, keys_of, together
+from kvcache.testing.blocks import block_of, keys_of, run_in_threads
 from kvcache.tier import Tier
 
 AFTER_BLOCK = 64  # bytes of a buffer behind the block's, which no tier may touch
@@ -160,4 +160,4 @@ class TierTests:
                 tier.remove(own)
                 assert tier.contains(own) == [False] * 2
 
-        together(threads, work)
+        run_in_threads(threads, work)

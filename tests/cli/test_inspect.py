@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvcache import cli
-from kvcache.keys import join, namespace
+from kvcache.keys import namespace, namespaced_key
 from kvcache.replica import Replica
 from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
@@ -31,7 +31,7 @@ def tier(tmp_path: Path) -> Iterator[Framed]:
         for space, count in zip(SPACES, (3, 1), strict=True):
             for number, key in enumerate(keys_of("inspected", count)):
                 block = memoryview(like_kv(BLOCK, number))
-                assert tier.store([join(space, key)], [block]) == [True]
+                assert tier.store([namespaced_key(space, key)], [block]) == [True]
         yield tier
 
 
@@ -83,7 +83,7 @@ def test_whole_blocks_verify(inspected: Callable[..., tuple[int, Any]]) -> None:
 def test_a_damaged_block_is_found_and_left_there(
     inspected: Callable[..., tuple[int, Any]], tier: Framed, tmp_path: Path
 ) -> None:
-    hurt = join(SPACES[0], keys_of("inspected", 3)[1])
+    hurt = namespaced_key(SPACES[0], keys_of("inspected", 3)[1])
     damage(tmp_path / "kv", hurt, tier)
     code, found = inspected("--verify")
     assert code == 1
@@ -106,7 +106,7 @@ def test_blocks_that_leave_meanwhile_are_no_damage(
     inspected: Callable[..., tuple[int, Any]], tier: Framed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Framed.load
-    keys = [join(SPACES[0], key) for key in keys_of("inspected", 3)]
+    keys = [namespaced_key(SPACES[0], key) for key in keys_of("inspected", 3)]
 
     def remove_then_load(self: Framed, *arguments: Any) -> list[int]:
         tier.remove(keys)
@@ -122,7 +122,7 @@ def test_blocks_that_leave_meanwhile_are_no_damage(
 def test_the_text_has_a_row_for_each_namespace(
     tier: Framed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(tmp_path / "kv", join(SPACES[1], keys_of("inspected", 1)[0]), tier)
+    damage(tmp_path / "kv", namespaced_key(SPACES[1], keys_of("inspected", 1)[0]), tier)
     assert cli.main(["inspect", str(tmp_path / "kv"), "--verify"]) == 1
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines()]
@@ -201,7 +201,7 @@ def test_inspect_namespace_that_was_reset_is_described_under_its_new_name(
     tier.forget(SPACES[0])
     called = tier.resolve(SPACES[0], json.dumps({"model": "chat"}))
     assert called != SPACES[0]
-    tier.store([join(called, b"one")], [memoryview(like_kv(BLOCK, 1))])
+    tier.store([namespaced_key(called, b"one")], [memoryview(like_kv(BLOCK, 1))])
     _, found = inspected()
     assert found["namespaces"][called.hex()]["identity"] == {"model": "chat"}
     assert found["namespaces"][SPACES[0].hex()]["blocks"] == 3

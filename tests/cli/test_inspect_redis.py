@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("redis")
 
 from kvcache import cli
-from kvcache.keys import join, namespace
+from kvcache.keys import namespace, namespaced_key
 from kvcache.testing import keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.redis import RedisTier, about_name_of, name_of
@@ -22,7 +22,9 @@ from tests.support.redis_servers import Server
 
 SPACES = [namespace({"model": model}) for model in ("a", "b")]
 FRAME = frame_nbytes(BLOCK)
-KEYS = [join(SPACES[0], key) for key in keys_of("inspected", 3)] + [join(SPACES[1], b"one")]
+KEYS = [namespaced_key(SPACES[0], key) for key in keys_of("inspected", 3)] + [
+    namespaced_key(SPACES[1], b"one")
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from random import Random
 
 from kvcache import Stack
 from kvcache.events import BlockEvent, BlockEventLog
-from kvcache.keys import join
+from kvcache.keys import namespaced_key
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
@@ -63,7 +63,7 @@ def test_a_lower_tier_tells_what_it_says_it_holds() -> None:
         assert [list(each.keys or ()) for each in came] == [keys]
 
         below.front.clear()
-        del below.tiers[0].held[join(SPACE, keys[2])]  # by itself: nobody is told
+        del below.tiers[0].held[namespaced_key(SPACE, keys[2])]  # by itself: nobody is told
         assert journal.take() == []
         below.keep_below(more)
         assert below.got(keys) == 2

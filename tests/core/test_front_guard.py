@@ -142,7 +142,7 @@ def test_a_lease_whose_end_raises_ends(opened: Opened, caplog: pytest.LogCapture
     opened.front._publish = fails  # type: ignore[assignment,method-assign]
     lease = opened.stack.reserve(keys_of("a", 2))
     ended: list[Lease] = []
-    lease.on_end(lambda lease, _: ended.append(lease))
+    lease.add_end_callback(lambda lease, _: ended.append(lease))
     lease.end()
     assert ended == [lease]
     assert "front tier Others: end failed (SystemExit)" in caplog.text

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from kvcache import inputs
-from kvcache.inputs import BoundedSocket, check_document, open_file, open_input, read_text, within
+from kvcache.inputs import (
+    BoundedSocket,
+    call_within,
+    check_document,
+    open_file,
+    open_input,
+    read_text,
+)
 
 
 @pytest.fixture
@@ -102,15 +109,15 @@ def nested(kind: type) -> object:
 
 
 def test_within_returns_and_raises_what_the_call_does() -> None:
-    assert within(60, lambda: 7) == 7
+    assert call_within(60, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        within(60, lambda: 1 // 0)
+        call_within(60, lambda: 1 // 0)
 
 
 def test_within_leaves_a_call_behind_that_does_not_end() -> None:
     ended = threading.Event()
     with pytest.raises(TimeoutError, match="no answer within"):
-        within(0.01, ended.wait)
+        call_within(0.01, ended.wait)
     ended.set()
 
 

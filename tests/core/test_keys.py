@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache.keys import DIGEST_NBYTES, block_keys, join, namespace
+from kvcache.keys import DIGEST_NBYTES, block_keys, namespace, namespaced_key
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
@@ -87,4 +87,4 @@ def test_a_value_without_a_fixed_text_is_refused() -> None:
 
 
 def test_a_name_outside_has_namespace_and_key() -> None:
-    assert join(b"space", b"key") == b"spacekey"
+    assert namespaced_key(b"space", b"key") == b"spacekey"

@@ -13,7 +13,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from kvcache import Stack, metrics
-from kvcache.keys import join
+from kvcache.keys import namespaced_key
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
@@ -109,7 +109,7 @@ def test_what_a_lower_tier_did(reader: Reader) -> None:
         below.put(keys[:6])  # four fit the queue
         assert below.stack.flush(LONG)
         below.front.clear()
-        del below.tiers[0].held[join(SPACE, keys[3])]
+        del below.tiers[0].held[namespaced_key(SPACE, keys[3])]
         assert below.got(keys) == 3
         below.lower[0].channel.calls.close(
             LONG

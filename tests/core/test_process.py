@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcache import metrics
-from kvcache.guards.front_tier import Checked
+from kvcache.guards.front_tier import GuardedFrontTier
 from kvcache.process import ForkedError
 from kvcache.profiles import open_stack
 from kvcache.replay.recorder import FileRecorder
@@ -85,7 +85,7 @@ def test_front_tier_of_a_third_party_in_a_child_refuses_every_method() -> None:
         pass
 
     stack = Stack(Theirs(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
-    assert isinstance(stack.front, Checked)
+    assert isinstance(stack.front, GuardedFrontTier)
     stack.front.slab.wait_populated()
     with stack.reserve(KEYS) as lease:
         for key, view in zip(lease.keys, lease.views, strict=True):

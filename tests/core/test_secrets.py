@@ -20,7 +20,7 @@ SECRET = "hunter2-correct-horse"
              "access_tokens", "block_tokens_password", "token_per_token"],
 )  # fmt: skip
 def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
-    assert secrets.without_in_url(f"s3://host/?a=1&{name}={SECRET}") == f"s3://host/?a=1&{name}=***"
+    assert secrets.hide_in_url(f"s3://host/?a=1&{name}={SECRET}") == f"s3://host/?a=1&{name}=***"
     if "%" not in name:
         assert secrets.may_be_secret(name)
 
@@ -48,7 +48,7 @@ def test_may_be_secret_lets_other_names_pass(name: str) -> None:
     ],
 )
 def test_without_in_url_hides_user_and_secret_parameters(url: str, shown: str) -> None:
-    assert secrets.without_in_url(url) == shown
+    assert secrets.hide_in_url(url) == shown
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_redact_writes_one_printable_line_of_a_limited_length() -> None:
     shown = secrets.redact("ERR \x1b[31mred\r\nkvcache: forged\u2028" + "x" * 10_000)
     assert shown.startswith("ERR \\x1b[31mred\\r\\nkvcache: forged\\u2028x")
     assert shown.isprintable()
-    assert len(shown) == secrets.LIMIT
+    assert len(shown) == secrets.MAX_CHARS
 
 
 @pytest.mark.parametrize("text", ["a" * 300_000, "a=" * 150_000, "a://" * 75_000, "-" * 300_000])
 def test_redact_of_a_long_text_takes_linear_time(text: str) -> None:
-    assert len(secrets.redact(text)) == secrets.LIMIT  # in quadratic time it would take minutes
+    assert len(secrets.redact(text)) == secrets.MAX_CHARS  # in quadratic time it would take minutes
 
 
 def test_redact_keeps_sentences_about_secrets() -> None:
@@ -117,7 +117,10 @@ def test_redact_keeps_sentences_about_secrets() -> None:
 
 def test_without_goes_into_tables_and_lists() -> None:
     given = {"a": [{"pw": SECRET, "url": f"x://{SECRET}@h"}], "use_auth": True}
-    assert secrets.without(given) == {"a": [{"pw": "***", "url": "x://***@h"}], "use_auth": True}
+    assert secrets.hide_nested(given) == {
+        "a": [{"pw": "***", "url": "x://***@h"}],
+        "use_auth": True,
+    }
 
 
 def test_health_of_a_tier_whose_error_has_a_secret_logs_and_traces_none(

@@ -104,7 +104,7 @@ def test_a_lease_ends_once_in_the_stack_too(stack: Stack) -> None:
     lease = stack.reserve(keys_of("b", 1))
     with pytest.raises(LeaseError, match="not in this lease"):
         lease.end(failed=[b"stranger"])
-    assert not lease.ended
+    assert not lease.has_ended
     lease.end()
 
 

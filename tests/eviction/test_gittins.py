@@ -22,7 +22,7 @@ from kvcache.eviction.gittins.hazards import (
 )
 from kvcache.eviction.gittins.ranking import RankedRuns
 from kvcache.index import Index
-from kvcache.testing import leaving
+from kvcache.testing import evict_blocks
 from tests.support.eviction_traffic import Replay, Request
 
 
@@ -198,7 +198,7 @@ def test_what_comes_back_before_it_is_asked_for_is_used_once() -> None:
     policy = Gittins(4)
     policy.access(keys("ab"), 0, 0.0)
     policy.add(keys("ab"), None, 1.0)
-    assert leaving(policy) == keys("ba")
+    assert evict_blocks(policy) == keys("ba")
     policy.add(keys("ab"), None, 100.0)  # a tier below had it
     policy.access(keys("ab"), 2, 101.0)
     assert {run.uses for run in policy._runs.values()} == {2}
@@ -280,7 +280,7 @@ def test_of_runs_of_one_age_the_last_that_was_used_goes_last() -> None:
     assert run_of(policy, b"a").cohort is run_of(policy, b"b").cohort
     policy.access(keys("a"), 1, 2.0)
     assert run_of(policy, b"a").cohort is run_of(policy, b"b").cohort
-    assert leaving(policy) == keys("ba")
+    assert evict_blocks(policy) == keys("ba")
 
 
 def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
@@ -298,7 +298,7 @@ def test_an_answer_makes_the_run_that_it_continues_the_newest() -> None:
     assert risk[0] == len(policy._run_of)
     assert sorted(risk, reverse=True) == risk, "a block came to an age twice"
     check(policy, set(policy._run_of) - set(keys("?!")))
-    assert leaving(policy, 3) == [b"y", b"x", b"49"]
+    assert evict_blocks(policy, 3) == [b"y", b"x", b"49"]
 
 
 def test_a_long_answer_is_several_runs() -> None:
@@ -396,4 +396,4 @@ def test_of_ages_that_are_not_told_apart_the_older_goes_first() -> None:
         policy.add(keys(name), None, float(at))
     policy._sort()
     assert policy._hazards.worth(NEW, 0.0) == policy._hazards.worth(NEW, 30.0)
-    assert leaving(policy) == keys("abc")
+    assert evict_blocks(policy) == keys("abc")

@@ -6,7 +6,7 @@ from kvcache.eviction import Gittins, Lru
 from kvcache.eviction.gittins.epochs import Cohort, Epoch
 from kvcache.eviction.gittins.hazards import AGAIN, ALWAYS, CLASSES, OCTAVES, OFTEN
 from kvcache.eviction.gittins.lru_budget import LruBudget
-from kvcache.testing import leaving
+from kvcache.testing import evict_blocks
 from tests.support.eviction_traffic import GENERATORS, Replay, Request, grown, traps
 
 
@@ -84,7 +84,7 @@ def test_no_more_goes_of_a_cohort_than_may_be_missing() -> None:
             policy.access(chain, 0, now)
             policy.add(chain, None, now)
     policy._trust._allowed = 10
-    gone = leaving(policy, 30)
+    gone = evict_blocks(policy, 30)
     young = [key for key in gone if key.startswith(b"100")]
     assert gone[: len(young)] == young  # what is worth least, until too much is missing,
     assert 10 <= len(young) <= 12  # and then what LRU would take

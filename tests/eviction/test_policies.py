@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvcache.eviction import POLICIES, AibrixS3Fifo, Fifo, Lru, Policy, S3Fifo
 from kvcache.eviction.runs import RunPolicy
 from kvcache.index import Index
-from kvcache.testing import leaving
+from kvcache.testing import evict_blocks
 
 
 def keys(names: str) -> list[bytes]:
@@ -22,7 +22,7 @@ def add(policy: Policy, names: str, parent: str | None = None) -> None:
 
 
 def order(policy: Policy, keep: Callable[[bytes], bool] = lambda _: False) -> str:
-    return b"".join(leaving(policy, stays=keep)).decode()
+    return b"".join(evict_blocks(policy, stays=keep)).decode()
 
 
 def test_fifo_takes_the_oldest_chain_its_tail_first() -> None:
@@ -101,7 +101,7 @@ def test_s3fifo_a_block_that_comes_back_soon_is_not_on_probation() -> None:
     assert order(policy) == "ba"
     add(policy, "ax")
     add(policy, "vw")
-    assert leaving(policy, 1) == [b"x"]  # unlike `a`, it was not known
+    assert evict_blocks(policy, 1) == [b"x"]  # unlike `a`, it was not known
     assert policy._owner[b"a"].queue is policy._main
 
 
@@ -109,7 +109,7 @@ def test_s3fifo_remembers_no_more_than_it_could_hold() -> None:
     policy = S3Fifo(5, small=0.5)
     for at in range(100):
         policy.add([b"%d" % at], None, 0.0)
-        leaving(policy, 1)
+        evict_blocks(policy, 1)
     assert len(policy._ghost) == 5
 
 
@@ -164,9 +164,9 @@ def test_s3fifo_main_gives_another_round_to_what_was_used() -> None:
 def test_s3fifo_main_gives_when_few_are_on_probation() -> None:
     policy = in_main("xyz", small=0.25)
     add(policy, "a")
-    assert leaving(policy, 1) == [b"x"]
+    assert evict_blocks(policy, 1) == [b"x"]
     add(policy, "b")
-    assert leaving(policy, 1) == [b"a"]
+    assert evict_blocks(policy, 1) == [b"a"]
 
 
 def test_s3fifo_main_gives_when_all_on_probation_is_in_use() -> None:
@@ -207,7 +207,7 @@ def test_an_answer_cut_short_forgets_only_what_was_given(policy: type[Policy]) -
     ours = policy(9)
     add(ours, "abc")
     add(ours, "xyz")
-    some = b"".join(leaving(ours, 2)).decode()
+    some = b"".join(evict_blocks(ours, 2)).decode()
     assert sorted(some + order(ours)) == list("abcxyz")
 
 
@@ -237,7 +237,7 @@ def test_growing_a_block_at_a_time_costs_no_more_per_block(name: str) -> None:
             return key in children
 
         for at in range(length):
-            [left] = leaving(policy, 1, keep)
+            [left] = evict_blocks(policy, 1, keep)
             assert left == names[length - 1 - at]
             if at + 1 < length:
                 children.remove(names[length - 2 - at])

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvcache import Match, Tier, TierUsage
-from kvcache.guards.calls import described
-from kvcache.secrets import LIMIT
+from kvcache.guards.calls import describe_error
+from kvcache.secrets import MAX_CHARS
 from kvcache.slab import PAGE
 from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
@@ -201,15 +201,15 @@ def test_an_exception_is_not_kept_with_the_memory_that_its_traceback_holds(
                 assert "into" not in trace.tb_frame.f_locals
                 trace = trace.tb_next
             error = error.__context__
-        assert lease.ended
+        assert lease.has_ended
 
 
 def test_the_text_of_an_exception_is_short_and_printable() -> None:
-    name, text = described(OSError("\x1b]0;owned\x07" * 1000 + "\n"))
+    name, text = describe_error(OSError("\x1b]0;owned\x07" * 1000 + "\n"))
     assert name == "OSError"
     assert text.isprintable()
-    assert len(text) <= LIMIT
-    assert described(UnreadableError())[1].isprintable()
+    assert len(text) <= MAX_CHARS
+    assert describe_error(UnreadableError())[1].isprintable()
 
 
 def test_a_close_that_raises_leaves_the_rest_closed(caplog: pytest.LogCaptureFixture) -> None:

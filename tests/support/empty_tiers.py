@@ -82,7 +82,7 @@ class Front(FrontTier):
     def clear(self) -> None:
         pass
 
-    def subscribe(self, changes: BlockEvents) -> None:
+    def subscribe(self, events: BlockEvents) -> None:
         pass
 
     def stats(self) -> TierStats:

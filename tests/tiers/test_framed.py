@@ -18,7 +18,7 @@ pytest.importorskip("zstandard")
 from kvcache import telemetry
 from kvcache.lower.tier import PIECE_NBYTES
 from kvcache.sizes import Size
-from kvcache.testing import TierTests, block_of, keys_of, together
+from kvcache.testing import TierTests, block_of, keys_of, run_in_threads
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import HEADER_NBYTES, PAGE, Framed, frame_nbytes
 from kvcache.tiers.framed import format as frame_format
@@ -313,7 +313,7 @@ def test_calls_at_once_are_bounded_and_do_not_mix(monkeypatch: pytest.MonkeyPatc
             assert tier.load(keys, views(into)) == [BLOCK] * 3
             assert into == blocks
 
-    together(2 * framed_tier._WORKSPACES, work)
+    run_in_threads(2 * framed_tier._WORKSPACES, work)
     assert most == len(desks) == framed_tier._WORKSPACES
     assert tier.stats().verified_blocks == 2 * framed_tier._WORKSPACES * 30
     assert tier.stats().rejected == {}

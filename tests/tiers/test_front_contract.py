@@ -80,7 +80,7 @@ class KeepsForEver(WrongDram):
 
 class LeaseThatEndsOften(Lease):
     def end(self, failed: Iterable[bytes] = ()) -> None:
-        if not self.ended:
+        if not self.has_ended:
             super().end(failed)
 
 

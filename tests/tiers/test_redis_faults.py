@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("redis")
 
-from kvcache.testing import block_of, keys_of, together
+from kvcache.testing import block_of, keys_of, run_in_threads
 from kvcache.tiers.redis import RedisTier, name_of
 from tests.support import redis_servers
 from tests.support.redis_servers import Server, eventually
@@ -262,7 +262,7 @@ def test_killed_and_started_again_under_load(server: Server) -> None:
                 for key, nbytes, buffer in zip(keys, written, into, strict=True):
                     assert not nbytes or buffer == block_of(key, NBYTES), "another's bytes"
 
-        together(5, work)
+        run_in_threads(5, work)
         keys = keys_of("afterwards", 4)
         assert tier.store(keys, blocks(keys)) == [True] * 4
         assert loaded(tier, keys) == [True] * 4
@@ -277,7 +277,7 @@ def test_no_more_connections_than_were_asked_for(server: Server) -> None:
                 tier.store(keys, blocks(keys))
                 assert loaded(tier, keys) == [True] * 4
 
-        together(6, work)
+        run_in_threads(6, work)
         clients = server.client().client_list()
         assert 1 <= sum(client["cmd"] in {"get", "set"} for client in clients) <= 2
         tier.close()

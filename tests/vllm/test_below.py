@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.messages import Acks
 from kvcache.connectors.vllm.scheduler import SchedulerSide
-from kvcache.keys import join
+from kvcache.keys import namespaced_key
 from kvcache.lower.promotion import LowerTiers
 from kvcache.lower.tier import LowerTier
 from kvcache.slab import PAGE
@@ -61,7 +61,7 @@ class Waiting(Played):
 
     def keep_below(self, request: Request, blocks: int) -> None:
         for key in request.block_hashes[:blocks]:
-            self.tier.held[join(self.lower.namespace, key)] = bytes(SHARD * len(RANKS))
+            self.tier.held[namespaced_key(self.lower.namespace, key)] = bytes(SHARD * len(RANKS))
 
     def arrived(self, request: Request) -> None:
         """The request arrives, and what is below is being read for it, held back."""

@@ -150,8 +150,8 @@ def test_with_events_off_nobody_is_told(below: StackUnderTest) -> None:
     off.describe(request_of(1), 0, keys_of("a", 1), None)
     below.put(keys_of("a", 1))
     assert not off.take()
-    assert type(below.front._index.changes) is BlockEvents
-    assert type(below.lower[0].channel.changes) is BlockEvents
+    assert type(below.front._index.events) is BlockEvents
+    assert type(below.lower[0].channel.events) is BlockEvents
     on = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
     assert type(events_of(on, cache_config(full_attention()), below.stack)) is Published
 

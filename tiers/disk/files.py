@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.replica import Replica
 from kvcache.sizes import format_size
 from kvcache.tiers.disk import locks
@@ -82,7 +82,7 @@ class Directory:
         except BaseException:
             self.close()
             raise
-        own(self)
+        bind_to_process(self)
 
     def _open_files(self, folder: int, share: Share) -> None:
         """Lock the directory and open its files; change nothing before all of them are ours."""
@@ -132,7 +132,7 @@ class Directory:
         while self._open:
             os.close(self._open.pop())
 
-    def _in_child(self) -> None:
+    def _release_in_child(self) -> None:
         """In a child: close its copies; the lock would else last as long as the child.
 
         A ``close`` that was bound before the fork runs here as it is, and must not unlock what has

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from kvcache.keys import renamed
+from kvcache.keys import namespace_after_reset
 from kvcache.tiers.disk.places import open_file
 
 NAME: Final = "spaces"
@@ -35,7 +35,9 @@ def resolve(folder: int, path: Path, namespace: bytes, about: str) -> bytes:
         OSError, ValueError: when it cannot be known whether the namespace was reset.
     """
     found = read(folder, path)
-    called = renamed(namespace, bytes.fromhex(found["reset"].get(namespace.hex(), "")))
+    called = namespace_after_reset(
+        namespace, bytes.fromhex(found["reset"].get(namespace.hex(), ""))
+    )
     described = found["about"]
     if about and described.get(called.hex()) != about:
         described.pop(called.hex(), None)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.tier import Tier
 from kvcache.tiers.disk import namespaces
 from kvcache.tiers.disk.places import open_directory, open_file
@@ -58,7 +58,7 @@ class Reader(Tier):
         except ValueError:
             self.close()
             raise
-        own(self)
+        bind_to_process(self)
 
     def _open(self, folder: int, name: str, path: Path, flags: int = 0) -> int:
         """Open to read; past the page cache, which the tier's own writes go past, where it can."""

@@ -33,7 +33,7 @@ from typing import TypeVar
 from kvcache.eviction import BELOW, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
 from kvcache.lower.worker_pool import WorkerPool
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
@@ -130,7 +130,7 @@ class DiskTier(Tier):
                 undo.pop_all()
         except (OSError, RuntimeError) as error:
             raise ValueError(f"path is {path!r}, which cannot be used: {error}") from error
-        own(self)
+        bind_to_process(self)
         if replica.count > 1:
             log.info(
                 "kvcache: disk tier at %s: replica %d of %d, with %s of a capacity of %s",

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Literal
 
 from kvcache import telemetry
-from kvcache.guards.calls import TierError, called
-from kvcache.process import own
+from kvcache.guards.calls import TierError, result_of
+from kvcache.process import bind_to_process
 from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
 
@@ -93,7 +93,7 @@ class Framed(Tier):
             self._workspaces.put(None)
         self._lock = threading.Lock()
         self._stats = FrameStats()
-        own(self)
+        bind_to_process(self)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         return self.inner.contains(keys)
@@ -126,7 +126,7 @@ class Framed(Tier):
                         self._count_verified(written[-1], length)
                 if rejected:
                     with suppress(TierError):  # the blocks that verified are right nonetheless
-                        called(partial(self.inner.remove, list(dict.fromkeys(rejected))))
+                        result_of(partial(self.inner.remove, list(dict.fromkeys(rejected))))
         return written
 
     def store(

@@ -29,9 +29,9 @@ from concurrent.futures import Future, wait
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.keys import DIGEST_NBYTES, renamed
+from kvcache.keys import DIGEST_NBYTES, namespace_after_reset
 from kvcache.lower.worker_pool import WorkerPool
-from kvcache.process import own
+from kvcache.process import bind_to_process
 from kvcache.tier import Tier
 from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Cluster, Node, OneServer, ServerGroup
 from kvcache.tiers.redis.connect import Login, check_files, read_password, read_url
@@ -172,7 +172,7 @@ class RedisTier(Tier):
         except BaseException:
             self.close()
             raise
-        own(self)
+        bind_to_process(self)
 
     def _greet(self) -> None:
         """See whether a server that can be reached lets us in and is what the profile says."""
@@ -246,7 +246,7 @@ class RedisTier(Tier):
             raise ConnectionError(f"whether the namespace was reset cannot be read: {text}")
         if reply:
             self._reset = name
-        called = renamed(namespace, bytes(found) if reply else b"")
+        called = namespace_after_reset(namespace, bytes(found) if reply else b"")
         if about:
             name, ttl_s = about_name_of(called), max(_ABOUT_S, self._ttl_s)
             told = command(b"SET", name, about.encode(), b"EX", b"%d" % ttl_s)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from kvcache.cli.doctor import disk, machine, otlp, probe, redis, versions
 from kvcache.cli.doctor.result import Result, fail, ok, warn
 from kvcache.cli.table import painter
-from kvcache.inputs import within
+from kvcache.inputs import call_within
 from kvcache.secrets import redact
 from kvcache.sizes import parse_size
 
@@ -124,7 +124,7 @@ def _lower(row: Row, block_nbytes: int | None) -> list[Result]:
             return [fail(row.name, f"cannot be looked at: {why}", f"see why: {row.where}")]
 
     try:
-        return within(WAIT_S, tried)
+        return call_within(WAIT_S, tried)
     except TimeoutError:
         return [
             fail(

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvcache.cli.doctor.result import Result, fail, ok, warn
-from kvcache.inputs import within
+from kvcache.inputs import call_within
 from kvcache.secrets import redact
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def _ask(environ: Mapping[str, str]) -> Result:
     with _heard() as reasons:
         exporter = exporters.OTLPSpanExporter(timeout=_WAIT_S)
         try:
-            taken = within(2 * _WAIT_S, lambda: exporter.export([span]).name == "SUCCESS")
+            taken = call_within(2 * _WAIT_S, lambda: exporter.export([span]).name == "SUCCESS")
         except Exception as error:  # noqa: BLE001 - whatever it is, the span did not arrive
             taken = False
             reasons.append(f"{type(error).__name__}: {error}")
         finally:
             with suppress(TimeoutError):
-                within(_WAIT_S, exporter.shutdown)
+                call_within(_WAIT_S, exporter.shutdown)
     if taken:
         return ok("otlp", f"{where} took a span")
     # The last one may only say that it was given up; the longest has the cause.

@@ -14,7 +14,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
 from kvcache.cli.doctor.result import Result, fail, ok, warn
-from kvcache.keys import DIGEST_NBYTES, join, namespace
+from kvcache.keys import DIGEST_NBYTES, namespace, namespaced_key
 from kvcache.secrets import redact
 
 if TYPE_CHECKING:
@@ -58,7 +58,11 @@ def check(row: Row, block_nbytes: int | None) -> Result:
 
 def _asked(row: Row, tier: Tier, size: int) -> Result:
     space = namespace({"kvcache": "doctor", "nonce": os.urandom(DIGEST_NBYTES).hex()})
-    key, block, read = join(space, os.urandom(DIGEST_NBYTES)), os.urandom(size), bytearray(size)
+    key, block, read = (
+        namespaced_key(space, os.urandom(DIGEST_NBYTES)),
+        os.urandom(size),
+        bytearray(size),
+    )
     try:
         _, connect = _timed(lambda: tier.contains([key]))
         latency = statistics.median(_timed(lambda: tier.contains([key]))[1] for _ in range(_ROUNDS))

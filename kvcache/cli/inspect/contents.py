@@ -10,7 +10,7 @@ from typing import Any
 from kvcache.cli.table import GREEN, RED, Painter, pairs, render
 from kvcache.inputs import check_document
 from kvcache.keys import DIGEST_NBYTES
-from kvcache.secrets import printable
+from kvcache.secrets import escape_unprintable
 from kvcache.sizes import format_size
 
 SHOWN = 16  # hex digits of a namespace in a table; `--json` has them all
@@ -120,7 +120,7 @@ def _said(field: tuple[str, Any]) -> tuple[str, str]:
     """A field of an identity for people; any program may have written it."""
     name, value = field
     text = value if isinstance(value, str) else json.dumps(value)
-    return printable(name)[:FIELD], printable(text)[:FIELD]
+    return escape_unprintable(name)[:FIELD], escape_unprintable(text)[:FIELD]
 
 
 def _words(name: str, fact: str | int) -> tuple[str, str]:

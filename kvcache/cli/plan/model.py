@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache import inputs
-from kvcache.secrets import printable
+from kvcache.secrets import escape_unprintable
 
 LIMIT = 16 << 20
 """Bytes of a configuration, at most."""
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 def shown(value: object) -> str:
     """A value of a configuration in a message: one line, not endless."""
-    text = printable(str(value))
+    text = escape_unprintable(str(value))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 

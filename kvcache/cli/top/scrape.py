@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote
 from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
 
-from kvcache.inputs import WAIT_S, BoundedSocket, within
+from kvcache.inputs import WAIT_S, BoundedSocket, call_within
 from kvcache.secrets import redact
 
 PREFIX = "vllm:kvcache_tier_"
@@ -147,7 +147,7 @@ def fetch(url: str, timeout: float) -> str:
             raise
 
     try:
-        return within(timeout, read)  # finding the host, and TLS, have no limit of their own
+        return call_within(timeout, read)  # finding the host, and TLS, have no limit of their own
     except (HTTPException, ValueError) as error:  # it answers, and not as a web server does
         raise OSError(f"{type(error).__name__}: {error}") from error
 
