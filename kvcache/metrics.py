@@ -1,12 +1,13 @@
-"""Every metric: its name, its unit, and where in the counts of a stack its numbers are.
+"""Every metric: its name and unit, and which counters of a stack give its values.
 
 Always true here:
 
-* The numbers are the plain integers of ``Stack.stats()``; nothing is counted a second time.
-  Observable instruments of the OpenTelemetry API read them when somebody collects.
-* An instrument is called once per call to a lower tier, look-up in L1, and copy out of it or into
-  it, with its duration, and never per block. Without a provider that costs 0.2 microseconds.
-* No attribute has a key, a hash or a request in it: there are as many series as tiers and words.
+* The values are the plain integers of ``Stack.stats()``; nothing is counted a second time.
+  Observable instruments of the OpenTelemetry API read them at each collection.
+* The duration histogram is recorded once per call to a lower tier, per look-up in L1 and per copy
+  out of L1 or into it, never per block. Without a provider that costs 0.2 microseconds.
+* No attribute contains a key, a hash or a request id: the number of series depends only on the
+  tiers and on fixed label values.
 """
 
 from __future__ import annotations
@@ -35,101 +36,132 @@ OPERATION: Final = "kvcache.operation.name"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A row of the table: a counter only grows, a gauge is as of now."""
+    """One metric. A counter only grows; a gauge is the current value."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
-    unit: str  # of UCUM
-    meaning: str
-    attributes: tuple[str, ...] = ()  # beside those that say which tier
+    unit: str  # in UCUM notation
+    description: str  # what is counted, and the values of ``attributes``
+    attributes: tuple[str, ...] = ()  # in addition to those that identify the tier
 
 
 LOOKUPS = Metric(
-    "kvcache.tier.lookups", "counter", "{block}", "asked for: `hit` or `miss`", (RESULT,)
+    "kvcache.tier.lookups",
+    "counter",
+    "{block}",
+    "Blocks looked up in the tier, by result: `hit` or `miss`",
+    (RESULT,),
 )
 LOADS = Metric(
     "kvcache.tier.loads",
     "counter",
     "{block}",
-    "`loaded`, of L1: lent to be read; below it also `missed`, though said to be held, and "
-    "`skipped`, since computing is faster",
+    "Blocks read from the tier, by result: `loaded`; for lower tiers also `missed` (reported as "
+    "held but not returned) and `skipped` (computing was faster)",
     (RESULT,),
 )
 STORES = Metric(
     "kvcache.tier.stores",
     "counter",
     "{block}",
-    "`stored`; `declined`, for want of room; in L1 `failed`; below it `known`, since held already, "
-    "and `dropped`, since the queue was full or the breaker open",
+    "Blocks to store in the tier, by result: `stored` or `declined` (no room); for L1 also "
+    "`failed` (the copy into L1 failed); for lower tiers also `known` (held already) and `dropped` "
+    "(the write queue was full or the circuit breaker open)",
     (RESULT,),
 )
-IO = Metric("kvcache.tier.io", "counter", "By", "bytes of blocks: `read` or `write`", (DIRECTION,))
-EVICTIONS = Metric("kvcache.tier.evictions", "counter", "{block}", "left to make room")
+IO = Metric(
+    "kvcache.tier.io",
+    "counter",
+    "By",
+    "Bytes of blocks transferred, by direction: `read` or `write`",
+    (DIRECTION,),
+)
+EVICTIONS = Metric("kvcache.tier.evictions", "counter", "{block}", "Blocks evicted to make room")
 INVALIDATIONS = Metric(
-    "kvcache.tier.invalidations", "counter", "{block}", "left L1 since a copy of them failed"
+    "kvcache.tier.invalidations",
+    "counter",
+    "{block}",
+    "Blocks dropped from L1 because a copy of them failed, or removed by key",
 )
 REJECTIONS = Metric(
     "kvcache.tier.rejections",
     "counter",
     "{block}",
-    "came from below and did not verify: a miss, and why",
+    "Blocks whose frame failed verification when read, each of which is a miss, by reason: "
+    "`magic`, `version`, `header`, `size`, `length`, `padding`, `checksum`, `codec` or "
+    "`decompression`",
     (REASON,),
 )
-ERRORS = Metric("kvcache.tier.errors", "counter", "{call}", "calls that failed or came late")
-USAGE = Metric("kvcache.tier.usage", "gauge", "By", "taken by blocks")
-LIMIT = Metric("kvcache.tier.limit", "gauge", "By", "that blocks can take")
-PINNED = Metric("kvcache.tier.pinned", "gauge", "{slot}", "of L1 under lease; 0 when idle")
-QUEUE = Metric("kvcache.tier.queue.usage", "gauge", "By", "wait to be written")
+ERRORS = Metric(
+    "kvcache.tier.errors",
+    "counter",
+    "{call}",
+    "Calls to the tier that failed or missed their deadline",
+)
+USAGE = Metric("kvcache.tier.usage", "gauge", "By", "Bytes that blocks take in the tier")
+LIMIT = Metric("kvcache.tier.limit", "gauge", "By", "Bytes that blocks can take in the tier")
+PINNED = Metric("kvcache.tier.pinned", "gauge", "{slot}", "Slots of L1 under lease; 0 when idle")
+QUEUE = Metric(
+    "kvcache.tier.queue.usage", "gauge", "By", "Bytes of blocks that wait in the write queue"
+)
 WITHHELD = Metric(
-    "kvcache.tier.withheld", "gauge", "{block}", "not offered: nobody used them a second time"
+    "kvcache.tier.withheld",
+    "gauge",
+    "{block}",
+    "Blocks not offered to the tier yet because they were not used a second time (`writes` is "
+    "`hot`)",
 )
 BREAKER = Metric(
-    "kvcache.tier.breaker.open", "gauge", "1", "1 while the tier is not asked, since calls failed"
+    "kvcache.tier.breaker.open",
+    "gauge",
+    "1",
+    "1 while the circuit breaker is open: the stack does not call the tier, because calls failed",
 )
 DURATION = Metric(
     "kvcache.tier.operation.duration",
     "histogram",
     "s",
-    "of one call: `contains`, `load`, `store`, `forget` (a reset); in L1 of a `lookup`, and of an "
-    "engine's copy out of it (`load`) and into it (`store`)",
+    "Duration of one call to a lower tier, by operation: `contains`, `load`, `store` or `forget` "
+    "(a reset); for L1 of a look-up (`lookup`), and of an engine's copy out of L1 (`load`) or into "
+    "it (`store`)",
     (OPERATION, telemetry.ERROR),
 )
 
-COUNTED: Final = (
+STATS_METRICS: Final = (
     LOOKUPS, LOADS, STORES, IO, EVICTIONS, INVALIDATIONS, REJECTIONS, ERRORS,
     USAGE, LIMIT, PINNED, QUEUE, WITHHELD, BREAKER,
 )  # fmt: skip
-METRICS: Final = (*COUNTED, DURATION)
+METRICS: Final = (*STATS_METRICS, DURATION)
 BUCKETS: Final = (
     50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0,
     2.5, 5.0, 10.0,
 )  # fmt: skip
 
 
-# From counts to numbers
+# From counters to metric values
 
-# By the value of the metric's attribute; by "" where it has none.
-Numbers = Mapping[Metric, Mapping[str, int]]
-
-
-def numbers(stats: StackStats) -> Iterator[tuple[TierName, Numbers]]:
-    """The numbers of every tier, L1 first. What a tier cannot say is left out."""
-    counted: list[Numbers] = [_front(tier, stats.loaded_blocks) for tier in stats.tiers]
-    counted += [_lower(tier) for tier in stats.lower]
-    return zip(stats.names, counted, strict=True)
+# For each metric, its value by the value of its attribute; the key is "" for a metric without one.
+TierValues = Mapping[Metric, Mapping[str, int]]
 
 
-def _front(tier: TierStats, loaded: int) -> Numbers:
+def values_by_tier(stats: StackStats) -> Iterator[tuple[TierName, TierValues]]:
+    """Return each tier's metric values, L1 first, without the metrics that it does not report."""
+    values: list[TierValues] = [_front_values(tier, stats.loaded_blocks) for tier in stats.tiers]
+    values += [_lower_values(tier) for tier in stats.lower]
+    return zip(stats.names, values, strict=True)
+
+
+def _front_values(tier: TierStats, loaded_blocks: int) -> TierValues:
     size = tier.block_nbytes
     return {
         LOOKUPS: {"hit": tier.hit_blocks, "miss": tier.lookup_blocks - tier.hit_blocks},
-        LOADS: {"loaded": loaded},
+        LOADS: {"loaded": loaded_blocks},
         STORES: {
             "stored": tier.stored_blocks,
             "declined": tier.declined_blocks,
             "failed": tier.failed_blocks,
         },
-        IO: {"read": loaded * size, "write": tier.stored_blocks * size},
+        IO: {"read": loaded_blocks * size, "write": tier.stored_blocks * size},
         EVICTIONS: {"": tier.evicted_blocks},
         INVALIDATIONS: {"": tier.dropped_blocks},
         USAGE: {"": tier.used_blocks * size},
@@ -138,9 +170,13 @@ def _front(tier: TierStats, loaded: int) -> Numbers:
     }
 
 
-def _lower(tier: LowerStats) -> Numbers:
+def _lower_values(tier: LowerStats) -> TierValues:
     usage = tier.usage
-    own = {EVICTIONS: usage.evicted_blocks, USAGE: usage.used_nbytes, LIMIT: usage.limit_nbytes}
+    reported = {
+        EVICTIONS: usage.evicted_blocks,
+        USAGE: usage.used_nbytes,
+        LIMIT: usage.limit_nbytes,
+    }
     return {
         LOOKUPS: {"hit": tier.hit_blocks, "miss": tier.lookup_blocks - tier.hit_blocks},
         LOADS: {
@@ -163,122 +199,122 @@ def _lower(tier: LowerStats) -> Numbers:
         QUEUE: {"": tier.queued_nbytes},
         WITHHELD: {"": tier.withheld_blocks},
         BREAKER: {"": int(tier.breaker_open)},
-        **{metric: {"": number} for metric, number in own.items() if number is not None},
+        **{metric: {"": value} for metric, value in reported.items() if value is not None},
     }
 
 
-# Through OpenTelemetry
+# Observable instruments
 
 
-class Counted(Protocol):
-    """What has counts: a stack."""
+class HasStats(Protocol):
+    """A stack, as far as its counters are concerned."""
 
     def stats(self) -> StackStats:
-        """Counts at this moment."""
+        """Return the counters now."""
 
 
-class _Collected:
-    """The numbers of all that is watched, as of one moment for all metrics of a collection.
+class _StatsCollector:
+    """The metric values of all registered stacks, read once per collection.
 
-    A collection asks for each metric once: one that is asked for again begins the next. Stacks that
-    bear the same names add up.
+    A collection asks for every metric once, so the collector reads the stacks again when it is
+    asked for a metric that it has already returned. Stacks with equal attributes are summed.
     """
 
     def __init__(self) -> None:
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
-        """Watch nothing: in a forked child, where the parent counts what it has opened."""
+    def reset(self) -> None:
+        """Forget every stack: in a forked child, the stacks are the parent's."""
         self._lock = threading.Lock()
-        self._watched: WeakSet[Counted] = WeakSet()
-        self._given: set[Metric] = set()
+        self._stacks: WeakSet[HasStats] = WeakSet()
+        self._returned: set[Metric] = set()  # in the current collection
         self._sums: dict[Metric, Counter[tuple[tuple[str, str], ...]]] = {}
 
-    def watch(self, stack: Counted) -> None:
+    def register(self, stack: HasStats) -> None:
         with self._lock:
-            self._watched.add(stack)
+            self._stacks.add(stack)
 
-    def leave(self, stack: Counted) -> None:
+    def unregister(self, stack: HasStats) -> None:
         with self._lock:
-            self._watched.discard(stack)
+            self._stacks.discard(stack)
 
-    def of(self, metric: Metric, _: CallbackOptions) -> Iterable[Observation]:
+    def observe(self, metric: Metric, _: CallbackOptions) -> Iterable[Observation]:
+        """Return the values of ``metric``: the callback of its instrument."""
         with self._lock:
-            if not self._given or metric in self._given:
-                self._given.clear()
-                self._collect()
-            self._given.add(metric)
+            if not self._returned or metric in self._returned:
+                self._returned.clear()
+                self._read_stats()
+            self._returned.add(metric)
             return [
-                Observation(number, dict(attributes))
-                for attributes, number in self._sums[metric].items()
+                Observation(value, dict(attributes))
+                for attributes, value in self._sums[metric].items()
             ]
 
-    def _collect(self) -> None:
-        self._sums = {metric: Counter() for metric in COUNTED}
-        for stats in [stack.stats() for stack in self._watched]:
-            for tier, counted in numbers(stats):
-                whose = (
+    def _read_stats(self) -> None:
+        self._sums = {metric: Counter() for metric in STATS_METRICS}
+        for stats in [stack.stats() for stack in self._stacks]:
+            for tier, values in values_by_tier(stats):
+                tier_attributes = (
                     (telemetry.PROFILE, stats.profile),
                     (telemetry.TIER, tier.name),
                     (telemetry.KIND, tier.kind),
                 )
-                for metric, by_value in counted.items():
-                    for value, number in by_value.items():
-                        what = tuple((name, value) for name in metric.attributes)
-                        self._sums[metric][*whose, *what] += number
+                for metric, by_label in values.items():
+                    for label, value in by_label.items():
+                        own_attributes = tuple((name, label) for name in metric.attributes)
+                        self._sums[metric][*tier_attributes, *own_attributes] += value
 
 
-_collected = _Collected()
-os.register_at_fork(after_in_child=_collected.begin)
-watch = _collected.watch
-leave = _collected.leave
+_collector = _StatsCollector()
+os.register_at_fork(after_in_child=_collector.reset)
+register_stack = _collector.register
+unregister_stack = _collector.unregister
 
 
-def observe(meter: Meter) -> None:
-    """Make the instruments of ``meter`` that read the counts of every open stack."""
-    makers: dict[str, Callable[..., object]] = {
+def create_instruments(meter: Meter) -> None:
+    """Create the instruments of ``meter`` that read the counters of every open stack."""
+    creators: dict[str, Callable[..., object]] = {
         "counter": meter.create_observable_counter,
         "gauge": meter.create_observable_up_down_counter,
     }
-    for metric in COUNTED:
-        makers[metric.kind](
+    for metric in STATS_METRICS:
+        creators[metric.kind](
             metric.name,
-            [partial(_collected.of, metric)],
+            [partial(_collector.observe, metric)],
             unit=metric.unit,
-            description=metric.meaning,
+            description=metric.description,
         )
 
 
-_meter = metrics.get_meter("kvcache")  # a proxy: it finds a provider that is installed later
-observe(_meter)
+_meter = metrics.get_meter("kvcache")  # a proxy: it also finds a provider installed later
+create_instruments(_meter)
 _duration = _meter.create_histogram(
     DURATION.name,
     unit=DURATION.unit,
-    description=DURATION.meaning,
+    description=DURATION.description,
     explicit_bucket_boundaries_advisory=BUCKETS,
 )
 
 
-# Durations, which are told as they happen
+# Durations, recorded as they happen
 
-Duration = tuple[TierName, str, str, float]  # whose, operation, error or "", seconds
+Duration = tuple[TierName, str, str, float]
+"""Of one call: the tier, the operation, the error ("" if none), and the seconds."""
 
-KEPT: Final = 1024  # durations that nobody has taken yet
+MAX_UNTAKEN: Final = 1024
+"""Durations that a ``Timer`` keeps for :meth:`Timer.take`; beyond that it forgets the oldest."""
 
 
 class Timer:
-    """How long the calls to one tier took: told to OpenTelemetry, and to who takes them from here.
-
-    The last thousand that nobody has taken are kept.
-    """
+    """Records how long the calls to one tier take, in OpenTelemetry and for :meth:`take`."""
 
     def __init__(self, tier: TierName) -> None:
         self._tier = tier
-        self._untaken: deque[Duration] = deque(maxlen=KEPT)
-        self._attributes: dict[tuple[str, str], dict[str, str]] = {}
+        self._untaken: deque[Duration] = deque(maxlen=MAX_UNTAKEN)
+        self._attributes: dict[tuple[str, str], dict[str, str]] = {}  # by operation and error
 
-    def took(self, operation: str, seconds: float, error: str = "") -> None:
-        """A call took so long; ``error`` in a word if it went wrong."""
+    def record(self, operation: str, seconds: float, error: str = "") -> None:
+        """Record one call; ``error`` is the kind of failure in one word, or ""."""
         attributes = self._attributes.get((operation, error))
         if attributes is None:
             attributes = {telemetry.TIER: self._tier.name, telemetry.KIND: self._tier.kind}
@@ -290,7 +326,7 @@ class Timer:
         self._untaken.append((self._tier, operation, error, seconds))
 
     def take(self) -> list[Duration]:
-        """Those that were told since this was called last."""
+        """Return the durations recorded since the last call of this method."""
         taken = []
         while self._untaken:
             taken.append(self._untaken.popleft())

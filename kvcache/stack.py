@@ -76,7 +76,7 @@ class Stack:
         self._lock = threading.Lock()
         self._loaded_blocks = 0
         self._below = LowerTiers(self.front, lower, clock)
-        metrics.watch(self)
+        metrics.register_stack(self)
         bind_to_process(self)
 
     @property
@@ -111,7 +111,7 @@ class Stack:
         """Bring the blocks of ``match`` into L1 and pin them until the lease ends."""
         if not match.blocks:
             return _done(self.front.pin(()))
-        span = telemetry.start(telemetry.LOAD, context)
+        span = telemetry.start_span(telemetry.LOAD, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             for lower in self._below.lower:
@@ -145,9 +145,9 @@ class Stack:
         self, keys: Sequence[bytes], start: int, context: Context | None
     ) -> tuple[Span, Match]:
         """Look in L1; the span of the look-up goes on."""
-        span, begun = telemetry.start(telemetry.LOOKUP, context), self._clock()
+        span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
         held = self.front.access(keys, start)
-        self._timer.took("lookup", self._clock() - begun)
+        self._timer.record("lookup", self._clock() - begun)
         return span, Match(keys, start, held)
 
     def prefetch(
@@ -159,7 +159,7 @@ class Stack:
             a future, done when what can be had is in L1, with the tier that each block came from;
             ``None`` when there is nothing to do.
         """
-        return self._prefetch(keys, lambda: telemetry.start(telemetry.PREFETCH, context))
+        return self._prefetch(keys, lambda: telemetry.start_span(telemetry.PREFETCH, context))
 
     def _prefetch(self, keys: Sequence[bytes], begin: Callable[[], Span]) -> Future[Match] | None:
         held = self.front.contains(keys) if self._below.awake else []
@@ -198,7 +198,7 @@ class Stack:
         self, operation: Literal["load", "store"], seconds: float, *, failed: bool = False
     ) -> None:
         """Tell that an engine's copy out of leased slots, or into them, took so long."""
-        self._timer.took(operation, seconds, "copy_failed" if failed else "")
+        self._timer.record(operation, seconds, "copy_failed" if failed else "")
 
     def reserve(
         self,
@@ -218,7 +218,7 @@ class Stack:
         lease = self.front.reserve(keys, parent)
         if not lease.keys:
             return lease
-        span = telemetry.start(telemetry.STORE, context)
+        span = telemetry.start_span(telemetry.STORE, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             if spaces:
@@ -266,7 +266,7 @@ class Stack:
             self.front.protect(keys, keep)
         if soon:
             self.front.access(keys)
-            self._prefetch(keys, lambda: telemetry.after(context, telemetry.PREFETCH))
+            self._prefetch(keys, lambda: telemetry.start_linked(context, telemetry.PREFETCH))
 
     def clear(self) -> bool:
         """Forget every block of every tier. Leases that are out end as usual, and publish none.
@@ -323,7 +323,7 @@ class Stack:
         then is left open, with the memory that was lent to it, and a warning is logged; its threads
         do not keep the process from exiting.
         """
-        metrics.leave(self)
+        metrics.unregister_stack(self)
         self._below.close(flush_s)
         self.front.close()
         self.recorder.close()
@@ -346,7 +346,7 @@ class Stack:
             return
         requested = len(match.keys) - match.start
         asleep = self._below.lower and match.blocks < requested and not self._below.awake
-        telemetry.end(
+        telemetry.end_span(
             span,
             {
                 telemetry.PROFILE: self.profile,
@@ -354,7 +354,7 @@ class Stack:
                 telemetry.HIT: match.blocks,
                 telemetry.L1_HIT: match.sources.count(0) if match.sources else match.blocks,
                 **self._tokens(match.blocks),
-                **({telemetry.SKIP: telemetry.BREAKER_OPEN} if asleep else {}),
+                **({telemetry.SKIP_REASON: telemetry.BREAKER_OPEN} if asleep else {}),
             },
         )
 
@@ -365,7 +365,7 @@ class Stack:
         self, span: Span, outcome: str, requested: int, lease: Lease, failed: frozenset[bytes]
     ) -> None:
         good = len(lease.keys) - len(failed)
-        telemetry.end(
+        telemetry.end_span(
             span,
             {
                 telemetry.PROFILE: self.profile,

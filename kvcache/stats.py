@@ -1,4 +1,4 @@
-"""What a stack and its tiers did, in plain integers: the one source of every metric."""
+"""The counters of a stack and its tiers, as plain integers: the only source of every metric."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvcache.tier import Tier, TierStats, TierUsage
 
 
 class TierName(NamedTuple):
-    """What a profile calls a tier."""
+    """A tier's name and kind in its profile."""
 
     name: str
     kind: str
@@ -19,55 +19,55 @@ class TierName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LowerStats:
-    """What a lower tier was asked and did since it was opened. Most counts are in blocks."""
+    """Counters of a lower tier since it was opened. Names end in the unit."""
 
     block_nbytes: int
-    lookup_blocks: int
-    hit_blocks: int  # of these held
+    lookup_blocks: int  # looked up in the tier
+    hit_blocks: int  # lookups that the tier answered with yes
     loaded_blocks: int
-    missed_blocks: int  # said to be held, and not loaded
-    skipped_blocks: int  # not asked for, or held and not loaded: computing them takes less time
-    stored_blocks: int
-    known_blocks: int  # not written, since the tier holds them
-    declined_blocks: int  # offered, and not taken
-    dropped_blocks: int  # never offered: the queue was full, or the breaker open
-    withheld_blocks: int  # not offered so far, since they were not used again
-    queued_nbytes: int
-    errors: int  # calls that failed or came late
-    breaker_open: bool  # not asked, since calls failed in a row
-    usage: TierUsage  # by its own account
+    missed_blocks: int  # reported as held, but not loaded
+    skipped_blocks: int  # not looked up, or held but not loaded: computing them is faster
+    stored_blocks: int  # written to the tier
+    known_blocks: int  # not written: the tier held them already
+    declined_blocks: int  # offered to the tier, which did not take them
+    dropped_blocks: int  # not offered: the write queue was full or the circuit breaker open
+    withheld_blocks: int  # not offered yet: ``writes = "hot"`` waits for a second use
+    queued_nbytes: int  # waiting to be written
+    errors: int  # calls that failed or missed the deadline
+    breaker_open: bool  # the circuit breaker refuses calls after failures in a row
+    usage: TierUsage  # as the tier reports it
 
 
 def usage_of(tier: Tier) -> TierUsage:
-    """What ``tier`` says of itself; nothing if that fails, or is not what it should be."""
+    """Return ``tier.usage()``, checked; an empty ``TierUsage`` if the call fails or is invalid."""
 
-    def usage() -> TierUsage:
-        given = tier.usage()
+    def checked_usage() -> TierUsage:
+        reported = tier.usage()
         used, limit, evicted = (
             None if number is None else as_count(number)
-            for number in (given.used_nbytes, given.limit_nbytes, given.evicted_blocks)
+            for number in (reported.used_nbytes, reported.limit_nbytes, reported.evicted_blocks)
         )
         rejected = {
-            str(reason): as_count(blocks) for reason, blocks in given.rejected_blocks.items()
+            str(reason): as_count(blocks) for reason, blocks in reported.rejected_blocks.items()
         }
         return TierUsage(used, limit, evicted, rejected)
 
     with suppress(TierError):
-        return result_of(usage)
+        return result_of(checked_usage)
     return TierUsage()
 
 
 @dataclass(frozen=True, slots=True)
 class StackStats:
-    """Counts of L1, and of every tier below it."""
+    """Counters of L1 and of every lower tier."""
 
     profile: str
     tiers: tuple[TierStats, ...]
     lower: tuple[LowerStats, ...] = ()
-    names: tuple[TierName, ...] = ()  # of all of them, L1 first
-    loaded_blocks: int = 0  # lent by L1 to be read, in leases that ended well
+    names: tuple[TierName, ...] = ()  # of all tiers, L1 first
+    loaded_blocks: int = 0  # read from L1 under leases that ended without failure
 
     @property
     def pinned_slots(self) -> int:
-        """Slots of L1 under leases that have not ended; 0 when nothing is in flight."""
+        """L1 slots under leases that have not ended; 0 when nothing is in flight."""
         return self.tiers[0].pinned_slots

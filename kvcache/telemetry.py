@@ -1,20 +1,20 @@
-"""Spans, through the OpenTelemetry API alone: the application, or ``OTEL_*``, brings the SDK.
+"""Spans through the OpenTelemetry API alone: the application, or ``OTEL_*``, installs the SDK.
 
 ::
 
-    request                                   an engine's, under its caller's span
-        lookup | load | prefetch | store      one per operation on its blocks
-            tier.contains | tier.load         one per tier that it touches
-            copy                              in every worker that copies under it
-    tier.store                                later, of its own trace: linked to its store
+    request                                   an engine's request, under the caller's span
+        lookup | load | prefetch | store      one per operation of the stack
+            tier.contains | tier.load         one per lower tier that the operation calls
+            copy                              one per worker that copies for the operation
+    tier.store                                write-behind: a trace of its own, linked to its store
 
 Always true here:
 
-* One span per operation and one per tier it touches, never one per block.
-* Without a recording tracer a span costs a microsecond: nothing is attached to the current context,
-  and attributes are put together only for a span that records.
-* What is below a span follows its decision: if it is not recorded, they cost nothing.
-* While a tier is called, its span is the current one: a tier may add spans and events of its own.
+* There is one span per operation and one per tier that it calls, never one per block.
+* Without a recording tracer a span costs about a microsecond: nothing is attached to the current
+  context, and attributes are built only for spans that record.
+* A child span is created only if its parent is recorded.
+* While a tier is called, its span is the current one, so a tier can add spans and events.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-_tracer = trace.get_tracer("kvcache")  # a proxy: it finds a provider that is installed later
+_tracer = trace.get_tracer("kvcache")  # a proxy: it also finds a provider installed later
 _propagator = TraceContextTextMapPropagator()
 
 REQUEST: Final = "kvcache.request"
@@ -56,17 +56,17 @@ DROPPED: Final = "kvcache.block.dropped"
 EVICTED: Final = "kvcache.block.evicted"
 PROMPT_TOKENS: Final = "kvcache.token.prompt"
 HIT_TOKENS: Final = "kvcache.token.hit"
-OWN_TOKENS: Final = "kvcache.token.engine_hit"
+ENGINE_HIT_TOKENS: Final = "kvcache.token.engine_hit"
 WAITED: Final = "kvcache.wait.duration"
 REQUEST_ID: Final = "kvcache.request.id"
-GEN_AI_REQUEST_ID: Final = "gen_ai.request.id"  # as vLLM's own spans have it
+GEN_AI_REQUEST_ID: Final = "gen_ai.request.id"  # the name in vLLM's own spans
 GEN_AI_MODEL: Final = "gen_ai.request.model"
 DIRECTION: Final = "kvcache.copy.direction"
 RANK: Final = "kvcache.rank"
 CODEC: Final = "kvcache.codec"
 PAYLOAD: Final = "kvcache.payload.size"
 QUEUED: Final = "kvcache.queue.duration"
-SKIP: Final = "kvcache.skip.reason"
+SKIP_REASON: Final = "kvcache.skip.reason"
 ERROR: Final = "error.type"
 MESSAGE: Final = "exception.message"
 
@@ -85,70 +85,83 @@ Attributes = Mapping[str, str | int | float]
 
 
 def tier_tokens(tier: str) -> str:
-    """The attribute that has how many tokens came from a tier of this name."""
+    """Return the name of the attribute that holds the number of tokens found in ``tier``."""
     return f"kvcache.token.tier.{tier}"
 
 
-def start(name: str, above: Context | None, begun_ns: int | None = None) -> Span:
-    """Begin a span under ``above``, ``None`` being the current one; :func:`end` ends it.
+def start_span(name: str, parent: Context | None, begun_ns: int | None = None) -> Span:
+    """Start a span under ``parent``; ``None`` is the current context. :func:`end_span` ends it.
 
-    ``begun_ns`` is when it began, in ns since 1970; ``None`` is now.
+    ``begun_ns`` is the start time in ns since 1970; ``None`` is now.
     """
-    return _tracer.start_span(name, above, start_time=begun_ns)
+    return _tracer.start_span(name, parent, start_time=begun_ns)
 
 
-def below(span: Span, name: str) -> Span:
-    """Begin a span under ``span``; it is none where that one is not recorded."""
-    if not span.is_recording():
+def start_child(parent: Span, name: str) -> Span:
+    """Start a span under ``parent``; return ``INVALID_SPAN`` if ``parent`` is not recorded."""
+    if not parent.is_recording():
         return INVALID_SPAN
-    return _tracer.start_span(name, trace.set_span_in_context(span))
+    return _tracer.start_span(name, trace.set_span_in_context(parent))
 
 
-def client(span: Span, name: str, attributes: Attributes) -> Span:
-    """As :func:`below`, of a call to a server: by the conventions of what it speaks."""
-    if not span.is_recording():
+def start_client_child(parent: Span, name: str, attributes: Attributes) -> Span:
+    """Start the span of a call to a server, as :func:`start_child` does.
+
+    ``name`` and ``attributes`` follow OpenTelemetry's conventions for the server's protocol.
+    """
+    if not parent.is_recording():
         return INVALID_SPAN
-    above = trace.set_span_in_context(span)
-    return _tracer.start_span(name, above, SpanKind.CLIENT, attributes)
+    parent_context = trace.set_span_in_context(parent)
+    return _tracer.start_span(name, parent_context, SpanKind.CLIENT, attributes)
 
 
-def after(cause: Span | Context | None, name: str) -> Span:
-    """Begin a span of a trace of its own, with a link to its cause, which may have ended.
+def start_linked(cause: Span | Context | None, name: str) -> Span:
+    """Start the root span of a new trace, with a link to the span that caused it.
 
-    Of a context the cause is the span, ``None`` being the current one; without any, no link.
+    Args:
+        cause: a span, which may have ended, or the context that has it; ``None`` is the current
+            context. A context without a span gives a span without a link.
+
+    Returns:
+        ``INVALID_SPAN`` if the cause is not sampled.
     """
     span = cause if isinstance(cause, Span) else trace.get_current_span(cause)
-    whose = span.get_span_context()
-    if not whose.trace_flags.sampled and (whose.is_valid or isinstance(cause, Span)):
+    linked = span.get_span_context()
+    if not linked.trace_flags.sampled and (linked.is_valid or isinstance(cause, Span)):
         return INVALID_SPAN
-    return _tracer.start_span(name, Context(), links=[Link(whose)] if whose.is_valid else ())
+    return _tracer.start_span(name, Context(), links=[Link(linked)] if linked.is_valid else ())
 
 
-def beyond(headers: Mapping[str, str], name: str, begun_ns: int | None = None) -> Span:
-    """As :func:`start`, under a span of another process, which :func:`carried` the headers."""
+def start_remote_child(headers: Mapping[str, str], name: str, begun_ns: int | None = None) -> Span:
+    """Start a span under the span of another process, which sent its :func:`trace_headers`.
+
+    Returns:
+        ``INVALID_SPAN`` if ``headers`` is empty.
+    """
     if not headers:
         return INVALID_SPAN
-    with _ids_of_our_own():
-        return start(name, caller(headers), begun_ns)
+    with _unseeded_ids():
+        return start_span(name, context_from_headers(headers), begun_ns)
 
 
-def request(headers: Mapping[str, str] | None) -> Span:
-    """Begin the span of a request, under its caller's if ``headers`` carry one."""
-    unheard = isinstance(_tracer, trace.ProxyTracer) and isinstance(
+def start_request(headers: Mapping[str, str] | None) -> Span:
+    """Start the span of a request, under its caller's span if ``headers`` name one."""
+    no_provider = isinstance(_tracer, trace.ProxyTracer) and isinstance(
         trace.get_tracer_provider(), trace.ProxyTracerProvider
     )
-    if headers or unheard:
-        return start(REQUEST, caller(headers))
-    with _ids_of_our_own():
-        return start(REQUEST, Context())
+    if headers or no_provider:
+        return start_span(REQUEST, context_from_headers(headers))
+    with _unseeded_ids():
+        return start_span(REQUEST, Context())
 
 
 @contextmanager
-def _ids_of_our_own() -> Iterator[None]:
-    """Have a trace or span that begins here an id that no other process gives.
+def _unseeded_ids() -> Iterator[None]:
+    """Reseed ``random`` from the system while a span gets its ids, and restore its state.
 
-    SDKs draw ids from ``random``, which an engine may seed alike in all its processes, as vLLM
-    does: two ranks' spans would be one, and two replicas' traces. What the engine draws stays.
+    SDKs draw ids from ``random``. An engine may seed it with one number in all its processes, as
+    vLLM does; without this, two ranks would create the same span id, and two replicas the same
+    trace id. The numbers that the engine draws do not change.
     """
     state = random.getstate()
     random.seed()
@@ -158,27 +171,27 @@ def _ids_of_our_own() -> Iterator[None]:
         random.setstate(state)
 
 
-def current() -> Span:
-    """The span of what this thread does now."""
+def current_span() -> Span:
+    """Return this thread's current span."""
     return trace.get_current_span()
 
 
-def carried(span: Span) -> dict[str, str]:
-    """``span`` as W3C Trace Context headers for another process; none where it is not recorded."""
+def trace_headers(span: Span) -> dict[str, str]:
+    """Return ``span`` as W3C Trace Context headers; empty if it is not recorded."""
     headers: dict[str, str] = {}
     if span.is_recording():
         _propagator.inject(headers, trace.set_span_in_context(span))
     return headers
 
 
-def caller(headers: Mapping[str, str] | None) -> Context:
-    """The context that ``headers`` carry; without any, that of a trace of its own."""
+def context_from_headers(headers: Mapping[str, str] | None) -> Context:
+    """Return the context that ``headers`` name; an empty one, for a new trace, without any."""
     return _propagator.extract(headers, Context()) if headers else Context()
 
 
 @contextmanager
-def within(span: Span) -> Iterator[None]:
-    """Make ``span`` the current one of this thread, if it is recorded; does not end it."""
+def use_span(span: Span) -> Iterator[None]:
+    """Make ``span`` this thread's current span if it is recorded. Does not end it."""
     if not span.is_recording():
         yield
         return
@@ -189,12 +202,14 @@ def within(span: Span) -> Iterator[None]:
         context.detach(token)
 
 
-def end(
+def end_span(
     span: Span, attributes: Attributes, *, error: str | None = None, ended_ns: int | None = None
 ) -> None:
-    """End ``span`` with its attributes; ``error`` is what went wrong, in a word.
+    """Set ``attributes`` on ``span`` and end it.
 
-    ``ended_ns`` is when it ended, in ns since 1970; ``None`` is now.
+    Args:
+        error: the kind of failure in one word; ``None`` if there was none.
+        ended_ns: the end time in ns since 1970; ``None`` is now.
     """
     if span.is_recording():
         span.set_attributes(attributes)

@@ -128,7 +128,7 @@ class Reports:
             return None
         self._due = self._clock() + EVERY_S
         stats = Stats()
-        for tier, numbers in metrics.numbers(self._stack.stats()):
+        for tier, numbers in metrics.values_by_tier(self._stack.stats()):
             for metric, by_value in numbers.items():
                 for value, number in by_value.items():
                     labels = (*tier, value) if metric.attributes else tuple(tier)
@@ -152,7 +152,7 @@ class PromMetrics(KVConnectorPromMetrics):
     def _family(self, metric: Metric) -> Any:
         settings = {
             "name": prometheus_name(metric),
-            "documentation": f"KV cache blocks kept by kvcache: {metric.meaning}",
+            "documentation": f"KV cache blocks kept by kvcache: {metric.description}",
             "labelnames": [*self._labelnames, *labels_of(metric)],
         }
         match metric.kind:

@@ -236,7 +236,7 @@ class SchedulerSide:
                 self._jobs.begin(Job(lease, running, start, "load")),
                 loaded,
                 list(lease.slots[:count]),
-                telemetry.carried(lease.span),
+                telemetry.trace_headers(lease.span),
                 request.request_id if promised.later else None,
             )
         )
@@ -327,7 +327,7 @@ class SchedulerSide:
             self._jobs.begin(Job(lease, running, first, "store")),
             [running.blocks[first + at] for at in lease.positions],
             list(lease.slots),
-            telemetry.carried(lease.span),
+            telemetry.trace_headers(lease.span),
         )
 
     def acked(self, acks: Acks) -> None:

@@ -71,11 +71,11 @@ class Requests:
             given = request.kv_transfer_params or {}
             names = ("traceparent", "tracestate")
             headers = {name: given[name] for name in names if isinstance(given.get(name), str)}
-        span = telemetry.request(headers)
+        span = telemetry.start_request(headers)
         self._spans[request.request_id] = _Traced(span, trace.set_span_in_context(span))
         if span.is_recording():
             if not request.trace_headers:  # else vLLM would begin a trace for its own span
-                request.trace_headers = telemetry.carried(span)
+                request.trace_headers = telemetry.trace_headers(span)
             span.set_attributes(
                 {
                     telemetry.REQUEST_ID: request.request_id,
@@ -94,7 +94,7 @@ class Requests:
     def asks(self, request: Request, own_tokens: int) -> Context:
         """The engine has so many tokens of it itself, and asks for more; gives its context."""
         context = self.context(request)
-        self._spans[request.request_id].span.set_attribute(telemetry.OWN_TOKENS, own_tokens)
+        self._spans[request.request_id].span.set_attribute(telemetry.ENGINE_HIT_TOKENS, own_tokens)
         return context
 
     def waits(self, request: Request) -> None:
@@ -147,13 +147,13 @@ class Requests:
         self.goes_on(request)
         traced = self._spans.pop(request.request_id, None)
         if traced is not None:
-            telemetry.end(traced.span, {telemetry.WAITED: traced.waited_s})
+            telemetry.end_span(traced.span, {telemetry.WAITED: traced.waited_s})
 
     def close(self) -> None:
         """End all: nothing will be done for them."""
         while self._spans:
             _, traced = self._spans.popitem()
-            telemetry.end(traced.span, {telemetry.WAITED: traced.waited_s})
+            telemetry.end_span(traced.span, {telemetry.WAITED: traced.waited_s})
 
 
 def _outer_id(request_id: str) -> str:

@@ -187,8 +187,8 @@ class WorkerSide:
         if transfer.awaited_by is not None:
             self._received.add(transfer.awaited_by)
         blocks = len(transfer.blocks)
-        telemetry.end(
-            telemetry.beyond(transfer.trace, telemetry.COPY, ended.begun_ns),
+        telemetry.end_span(
+            telemetry.start_remote_child(transfer.trace, telemetry.COPY, ended.begun_ns),
             {
                 telemetry.DIRECTION: "load" if ended.load else "store",
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),

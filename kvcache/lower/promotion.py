@@ -224,7 +224,7 @@ class LowerTiers:
         A piece is what a tier takes in one call. Their holds are added to ``holds``.
         """
         lower = self.lower[source - 1] if source else None
-        climb = telemetry.below(span, telemetry.TIER_LOAD) if lower else INVALID_SPAN
+        climb = telemetry.start_child(span, telemetry.TIER_LOAD) if lower else INVALID_SPAN
         size = lower.channel.blocks_per_call if lower else len(keys)
         patience_s = max(lower.channel.deadline_s for lower in self.lower)
         begun, well = self._clock(), True

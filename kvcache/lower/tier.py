@@ -128,7 +128,7 @@ class LowerTier:
         This and the other questions have a span below the ``span`` of what they are asked for.
         """
         namespace = self.namespace
-        asking, begun = telemetry.below(span, telemetry.TIER_CONTAINS), self.channel.clock()
+        asking, begun = telemetry.start_child(span, telemetry.TIER_CONTAINS), self.channel.clock()
         answer = self._begin(
             "contains",
             lambda: self.channel.contains(namespace, keys),
@@ -218,13 +218,13 @@ class LowerTier:
         errors = [answer.error for answer in answers if answer.error]
         if any(answer.future.cancelled() and not answer.error for answer in answers):
             skip = telemetry.BREAKER_OPEN
-        telemetry.end(
+        telemetry.end_span(
             span,
             {
                 **self.channel.whose,
                 **counts,
                 telemetry.QUEUED: max((answer.queued_s for answer in answers), default=0.0),
-                **({telemetry.SKIP: skip} if skip else {}),
+                **({telemetry.SKIP_REASON: skip} if skip else {}),
             },
             error=errors[0] if errors else None,
         )
@@ -245,10 +245,10 @@ class LowerTier:
         if span.is_recording():
             why: telemetry.Attributes = {
                 telemetry.SKIPPED: blocks,
-                telemetry.SKIP: telemetry.SLOWER,
+                telemetry.SKIP_REASON: telemetry.SLOWER,
             }
             span.set_attributes(why)
-            telemetry.end(telemetry.below(span, name), {**self.channel.whose, **why})
+            telemetry.end_span(telemetry.start_child(span, name), {**self.channel.whose, **why})
 
     def look_again(self) -> bool:
         """Whether it is time to see if the tier is still slow; ``True`` to one who asks."""

@@ -193,7 +193,7 @@ class PendingCall(Generic[T]):
         failure: TierError | None = None
         given: Sequence[T] = ()
         try:
-            with telemetry.within(self._span):
+            with telemetry.use_span(self._span):
                 given = call()
         except TierError as error:
             failure = error.with_traceback(None)  # the frames hold the memory of the blocks
@@ -210,7 +210,7 @@ class PendingCall(Generic[T]):
 
     def _took(self, seconds: float, error: str) -> None:
         late = self.queued_s + seconds > self._deadline_s
-        self._health.timer.took(self._verb, seconds, error or ("timeout" if late else ""))
+        self._health.timer.record(self._verb, seconds, error or ("timeout" if late else ""))
 
     def came(self, right: T) -> int:
         """How many answers are ``right``; none if there is no telling yet."""

@@ -148,11 +148,11 @@ class WriteBehind:
             self._written(len(lease))  # last: a waiter for that finds all counts
 
     def _offer(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
-        span, begun = telemetry.after(cause, telemetry.TIER_STORE), self._channel.clock()
+        span, begun = telemetry.start_linked(cause, telemetry.TIER_STORE), self._channel.clock()
         new, stored, error, why = len(lease), 0, "", ""
         try:
             views = dict(zip(lease.keys, lease.views, strict=True))
-            with telemetry.within(span):
+            with telemetry.use_span(span):
                 with suppress(TierError):  # said when it failed first; costs no block
                     self._channel.spaces.forget()
                 held = self._channel.contains(namespace, lease.keys)
@@ -172,7 +172,7 @@ class WriteBehind:
         took = self._channel.clock() - begun
         if not error and took > self._channel.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
-        self._channel.health.timer.took("store", took, error)
+        self._channel.health.timer.record("store", took, error)
         counts = {
             "known_blocks": len(lease) - new,
             "stored_blocks": stored,
@@ -183,7 +183,7 @@ class WriteBehind:
             self._channel.health.failed("store", error, why, span)
         else:
             self._channel.health.succeeded(span)
-        telemetry.end(
+        telemetry.end_span(
             span,
             {
                 **self._channel.whose,

@@ -64,7 +64,7 @@ class Reader:
 def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     reader = Reader()
     meter = reader.provider.get_meter("kvcache")
-    metrics.observe(meter)
+    metrics.create_instruments(meter)
     duration = meter.create_histogram(
         metrics.DURATION.name, explicit_bucket_boundaries_advisory=metrics.BUCKETS
     )

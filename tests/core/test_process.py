@@ -205,7 +205,7 @@ def test_parts_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest)
 
 def test_metrics_of_a_child_count_what_the_child_opened(below: StackUnderTest) -> None:
     reader = Reader()
-    metrics.observe(reader.provider.get_meter("kvcache"))
+    metrics.create_instruments(reader.provider.get_meter("kvcache"))
 
     def collected() -> float:
         used: float = reader.values().get(metrics.USAGE.name, {}).get(("l1",), 0)
@@ -217,7 +217,7 @@ def test_metrics_of_a_child_count_what_the_child_opened(below: StackUnderTest) -
         own.put(KEYS[:3])
         return alone, collected()
 
-    with metrics._collected._lock:
+    with metrics._collector._lock:
         assert in_child(child) == (0, 3 * PAGE)
     assert collected() == len(KEYS) * PAGE
     reader.provider.shutdown()

@@ -90,9 +90,9 @@ def test_nothing_is_told_of_nothing(stack: Stack, exported: InMemorySpanExporter
 
 
 def test_without_an_sdk_there_are_no_spans(stack: Stack) -> None:
-    span = telemetry.start(telemetry.LOOKUP, None)
+    span = telemetry.start_span(telemetry.LOOKUP, None)
     assert not span.is_recording()
-    telemetry.end(span, {}, error="none")
+    telemetry.end_span(span, {}, error="none")
     stack.reserve(keys_of("a", 1)).end()
 
 
@@ -111,7 +111,10 @@ def test_ids_are_our_own_where_an_engine_seeds_all_processes_alike(
     drawn: set[float] = set()
     for _ in range(3):
         random.seed(0)
-        spans = [telemetry.request(None), telemetry.beyond(headers, telemetry.COPY)]
+        spans = [
+            telemetry.start_request(None),
+            telemetry.start_remote_child(headers, telemetry.COPY),
+        ]
         ids.update((s.get_span_context().trace_id, s.get_span_context().span_id) for s in spans)
         drawn.add(random.random())
     assert len(ids) == 6

@@ -160,7 +160,7 @@ def test_a_tier_may_add_spans_of_its_own(
 
     class Traced(Faulty):
         def contains(self, keys: Sequence[bytes]) -> list[bool]:
-            telemetry.start("theirs", None).end()
+            telemetry.start_span("theirs", None).end()
             return inner.contains(keys)
 
     below.lower[0].channel.tier = Traced()

@@ -324,8 +324,8 @@ def test_a_span_knows_the_codec_and_what_was_rejected(exported: InMemorySpanExpo
     tier = Framed(inner, block_nbytes=64)
     tier.store([b"k"], [memoryview(bytes(64))])
     inner.held[b"k"] = inner.held[b"k"][:-1] + b"\1"
-    span = telemetry.start("above", None)
-    with telemetry.within(span):
+    span = telemetry.start_span("above", None)
+    with telemetry.use_span(span):
         assert tier.load([b"k"], [memoryview(bytearray(64))]) == [0]
     span.end()
     [seen] = exported.get_finished_spans()

@@ -37,8 +37,8 @@ def store(tier: RedisTier, keys: list[bytes]) -> None:
 def seen(exported: InMemorySpanExporter, call: Any) -> tuple[ReadableSpan, list[ReadableSpan]]:
     """The span around a call, and those of it."""
     exported.clear()
-    above = telemetry.start("kvcache.tier.load", None)
-    with telemetry.within(above):
+    above = telemetry.start_span("kvcache.tier.load", None)
+    with telemetry.use_span(above):
         call()
     above.end()
     *below, around = exported.get_finished_spans()

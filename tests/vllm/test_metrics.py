@@ -68,7 +68,7 @@ def test_reports_add_up_to_the_counts(below: StackUnderTest) -> None:
     assert below.stack.flush(LONG)
     below.lower[0].channel.calls.close(LONG)
     whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=True))))
-    for tier, numbers in metrics.numbers(below.stack.stats()):
+    for tier, numbers in metrics.values_by_tier(below.stack.stats()):
         for metric, by_value in numbers.items():
             for value, number in by_value.items():
                 labels = (*tier, value) if metric.attributes else tuple(tier)

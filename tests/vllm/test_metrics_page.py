@@ -25,7 +25,8 @@ OF_VLLM = {"model_name", "engine", "le"}
 
 def row(metric: Metric) -> str:
     attributes = ", ".join(f"`{name}`" for name in metric.attributes)
-    return f"| `{metric.name}` | {metric.kind} | {metric.unit} | {attributes} | {metric.meaning} |"
+    cells = (f"`{metric.name}`", metric.kind, metric.unit, attributes, metric.description)
+    return f"| {' | '.join(cells)} |"
 
 
 def series(metric: Metric) -> list[str]:

@@ -175,7 +175,9 @@ def test_request_without_headers_gives_vllms_own_span_its_trace(
     live(played, request, [1, 2], worker())
     root = Trace(exported).one("kvcache.request").context
     assert root is not None
-    theirs = trace.get_current_span(telemetry.caller(request.trace_headers)).get_span_context()
+    theirs = trace.get_current_span(
+        telemetry.context_from_headers(request.trace_headers)
+    ).get_span_context()
     assert (theirs.trace_id, theirs.span_id) == (root.trace_id, root.span_id)
 
 

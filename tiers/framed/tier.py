@@ -104,7 +104,7 @@ class Framed(Tier):
         A frame that needs ``zstandard`` where there is none is a miss too, but stays: nothing says
         that it is damaged, and others who share the inner tier can read it.
         """
-        telemetry.current().set_attribute(telemetry.CODEC, self.codec)
+        telemetry.current_span().set_attribute(telemetry.CODEC, self.codec)
         pairs = list(zip(keys, into, strict=True))
         written: list[int] = []
         with self._workspace() as workspace:
@@ -137,7 +137,7 @@ class Framed(Tier):
         Raises:
             ValueError: for a block of more than ``block_nbytes`` bytes.
         """
-        telemetry.current().set_attribute(telemetry.CODEC, self.codec)
+        telemetry.current_span().set_attribute(telemetry.CODEC, self.codec)
         full: list[int] = []
         for at, (_, block) in enumerate(zip(keys, blocks, strict=True)):
             if len(block) > self.block_nbytes:
@@ -203,7 +203,7 @@ class Framed(Tier):
             self._stats.loaded_frame_nbytes += nbytes
 
     def _count_rejected(self, reason: str) -> None:
-        span = telemetry.current()
+        span = telemetry.current_span()
         if span.is_recording():
             span.add_event(telemetry.FRAME_REJECTED, {telemetry.REASON: reason})
         with self._lock:

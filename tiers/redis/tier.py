@@ -290,14 +290,14 @@ class RedisTier(Tier):
             else:
                 replies[at] = node
 
-        above = telemetry.current()  # threads do not know it
+        above = telemetry.current_span()  # threads do not know it
 
         def ask(node: Node, share: Sequence[int]) -> None:
             span = self._call(above, verb, node, len(share))
             answers = node.ask([commands[at] for at in share], deadline)
             wrong = next((reply.code for reply in answers if isinstance(reply, Refused)), None)
             status = {"db.response.status_code": wrong} if wrong else {}
-            telemetry.end(span, status, error=wrong)
+            telemetry.end_span(span, status, error=wrong)
             for at, reply in zip(share, answers, strict=True):
                 replies[at] = reply
 
@@ -332,7 +332,7 @@ class RedisTier(Tier):
             attributes["server.port"] = address.port
         if count > 1:
             attributes["db.operation.batch.size"] = count
-        return telemetry.client(above, name, attributes)
+        return telemetry.start_client_child(above, name, attributes)
 
     def _heard(self, refused: Refused) -> None:
         self._servers.heard(refused)
