@@ -25,7 +25,7 @@ from typing import Literal, Self
 
 from kvcache.connectors.layout.axes import Layer, Layout
 from kvcache.connectors.layout.placement import place
-from kvcache.connectors.transfer.select import Order, device_of, format_id, open_copier
+from kvcache.connectors.transfer.factory import Order, device_of, format_id, open_copier
 from kvcache.keys import DIGEST_NBYTES, namespace
 from kvcache.process import bind_to_process
 from kvcache.stack import Stack
@@ -124,7 +124,7 @@ class Attached:
             cache.placement, slab, device=cache.device, order=cache.order, threads=threads
         )
         if cache.device is not None:
-            self._copier.ready(slab.wait_populated())
+            self._copier.pin_slots(slab.wait_populated())
         bind_to_process(self)
 
     def save(

@@ -14,7 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from kvcache.connectors.layout.axes import LayoutError, sizes_of
-from kvcache.connectors.layout.placement import MOST_RUNS, Pages, Part, Placement
+from kvcache.connectors.layout.placement import MOST_RUNS, BlockRun, Part, Placement
 
 LINE = 64
 """Bytes: shorter runs, and those that end within a line, are turned where they can be."""
@@ -96,7 +96,7 @@ class CanonicalRuns(NamedTuple):
         turns: how each of them is turned; none, where none is.
     """
 
-    pages: list[Pages]
+    pages: list[BlockRun]
     begins: list[int]
     turns: list[Transpose]
 
@@ -132,7 +132,7 @@ def canonical_runs(placement: Placement, *, turned: bool) -> CanonicalRuns:
         for steps in product(*(range(axis.size) for axis in axes)):
             at = list(zip(steps, axes, strict=True))
             address = part.tensor.data_ptr() + sum(step * axis.engine for step, axis in at)
-            runs.pages.append(Pages(address, cell, stride, part.blocks.size, part.layer))
+            runs.pages.append(BlockRun(address, cell, stride, part.blocks.size, part.layer))
             runs.begins.append(first + sum(step * axis.slot for step, axis in at))
     return runs
 

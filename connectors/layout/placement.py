@@ -32,7 +32,7 @@ MOST_RUNS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
+class BlockRun:
     """One run of bytes of every block: that of b is the `nbytes` at `address + b * stride`.
 
     0 <= b < `count`. `stride` is in bytes; it exceeds `nbytes` where something else lies between.
@@ -86,14 +86,14 @@ class Part:
             nbytes *= outer.pop().size
         return outer, nbytes
 
-    def pages(self) -> list[Pages]:
+    def pages(self) -> list[BlockRun]:
         """The runs of a block."""
         outer, nbytes = self.runs()
         steps = product(*(range(0, axis.size * axis.stride, axis.stride) for axis in outer))
         stride = self.blocks.stride if self.blocks.size > 1 else nbytes
         first = self.tensor.data_ptr()
         count = self.blocks.size
-        return [Pages(first + sum(step), nbytes, stride, count, self.layer) for step in steps]
+        return [BlockRun(first + sum(step), nbytes, stride, count, self.layer) for step in steps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Placement:
         """What the bytes of a block are, in their order; part of what sets blocks apart."""
         return [f"layer {part.layer}: {part.format_id}" for part in self.parts]
 
-    def pages(self) -> list[Pages]:
+    def pages(self) -> list[BlockRun]:
         """The runs of a block, in the order that its bytes have outside the engine."""
         return [page for part in self.parts for page in part.pages()]
 

@@ -1,6 +1,6 @@
 """The seam between who knows what to copy and who copies it: blocks of an engine, slots of a slab.
 
-A block lies in an engine's cache in one run of bytes per layer, or several (`placement.Pages`). A
+A block lies in an engine's cache in one run of bytes per layer, or several (`BlockRun`). A
 slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is those
 runs, one after another.
 
@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 from kvcache.process import bind_to_process
 
 Integers = NDArray[np.int64]
@@ -33,7 +33,7 @@ class Copy(Protocol):
     """A copy that was begun."""
 
     @property
-    def over(self) -> bool:
+    def done(self) -> bool:
         """Whether every byte is where it belongs; asking waits for nobody."""
 
     @property
@@ -49,7 +49,7 @@ class CompletedCopy:
     """A copy that was over when the call returned."""
 
     seconds: float
-    over: bool = True
+    done: bool = True
 
     def wait(self) -> None:
         return
@@ -111,7 +111,7 @@ class PageCopier(ABC):
         """The engine will write `blocks` from now on: it does when nobody reads them any more."""
         return  # nobody does where copies are over when calls return
 
-    def ready(self, slots: int) -> None:
+    def pin_slots(self, slots: int) -> None:
         """The memory of the first `slots` slots is there: it may be made ready for copies."""
         return
 
@@ -178,7 +178,7 @@ class CopyGeometry:
 
     def __init__(
         self,
-        pages: Sequence[Pages],
+        pages: Sequence[BlockRun],
         begins: Sequence[int] | None = None,
         /,
         *,

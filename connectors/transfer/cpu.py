@@ -107,7 +107,7 @@ def _in_order(
     return (*(column[order] for column in (*targets, *sources, nbytes)), turned)
 
 
-def prepare() -> None:
+def compile_kernels() -> None:
     """Have everything compiled that a copy needs, so that no request waits for it."""
     _compiled()
 

@@ -18,7 +18,7 @@ Always true here:
 * Slots are touched until the copy is over, and no longer; so they are even when a call raises.
 * One thread makes all copies, the engine's own: the streams are of its order. Other threads
   may call `wait_for_layer`.
-* The slab is pinned as far as it is `ready`, until `close`.
+* What `pin_slots` pinned of the slab stays pinned until `close`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import numpy as np
 
 from kvcache.connectors.transfer.base import CopyGeometry, Integers, PageCopier
 from kvcache.connectors.transfer.pinning import Pins
-from kvcache.connectors.transfer.streams import CopyStream, Device, StreamMark
+from kvcache.connectors.transfer.streams import CopyStream, Device, StreamEvent
 
-LEAST_NBYTES: Final = 8 << 20
+MIN_CALL_NBYTES: Final = 8 << 20
 """Of layers that are copied in a call of their own, to be awaited by themselves: over PCIe some
 0.2 to 0.3 ms, several times what it takes to begin the call."""
 
-MOST_CALLS: Final = 8
+MAX_CALLS: Final = 8
 """Of a load: of one that is large only the first eighth is awaited before anything is computed, and
 halving that would double the calls."""
 
@@ -48,22 +48,22 @@ Addresses = tuple[Integers, Integers, Integers]
 class _Copying:
     """A copy between two points of its stream; keeps what the driver may still read."""
 
-    begin: StreamMark
-    ends: tuple[StreamMark, ...]  # of its calls
+    begin: StreamEvent
+    ends: tuple[StreamEvent, ...]  # of its calls
     blocks: frozenset[int]
     addresses: tuple[Addresses, ...]
 
     @property
-    def end(self) -> StreamMark:
+    def end(self) -> StreamEvent:
         return self.ends[-1]
 
     @property
-    def over(self) -> bool:
-        return self.end.passed()
+    def done(self) -> bool:
+        return self.end.done()
 
     @property
     def seconds(self) -> float:
-        return self.end.since(self.begin)
+        return self.end.seconds_since(self.begin)
 
     def wait(self) -> None:
         self.end.wait()
@@ -78,9 +78,9 @@ class DeviceCopier(PageCopier):
         self._device = device
         self._layer_nbytes = np.bincount(sides.layers, sides.nbytes)
         self._pins = Pins(sides, device)
-        self._stores, self._loads, self._later = (device.stream() for _ in range(3))
+        self._stores, self._loads, self._later = (device.new_stream() for _ in range(3))
         self._storing: list[_Copying] = []  # under way when it was last looked
-        self._coming: dict[int, StreamMark] = {}  # by layer, of the last load: it has them all
+        self._coming: dict[int, StreamEvent] = {}  # by layer, of the last load: it has them all
 
     def _gather(self, blocks: Integers, slots: Integers) -> _Copying:
         self.wait_for_layer()
@@ -95,13 +95,13 @@ class DeviceCopier(PageCopier):
         written = frozenset(blocks.tolist())
         stream = self._loads if awaited else self._later
         for storing in self._reading(written):
-            stream.after(storing.end)
+            stream.wait_for(storing.end)
         calls = self._calls(len(blocks), announced if awaited else ())
         where = (blocks, *self._sides.engine, slots, *self._sides.slab)
         copying = self._copy(stream, where, written, calls)
         if awaited:
             if not set(calls[0]) <= set(announced):
-                self._device.engine().after(copying.ends[0])
+                self._device.engine_stream().wait_for(copying.ends[0])
             ends = zip(calls, copying.ends, strict=True)
             self._coming = {layer: end for layers, end in ends for layer in layers}
         return copying
@@ -110,21 +110,21 @@ class DeviceCopier(PageCopier):
         last = next(reversed(self._coming.values()), None)
         end = last if layer is None else self._coming.get(layer)
         if end is not None:
-            self._device.engine().after(end)
+            self._device.engine_stream().wait_for(end)
 
     def fence(self, blocks: Collection[int]) -> None:
         self.wait_for_layer()
         self._coming = {}
         for storing in self._reading(blocks):
-            self._device.engine().after(storing.end)
+            self._device.engine_stream().wait_for(storing.end)
 
-    def ready(self, slots: int) -> None:
-        self._pins.ready(slots)
+    def pin_slots(self, slots: int) -> None:
+        self._pins.pin_slots(slots)
 
     def close(self) -> None:
         super().close()
         for stream in (self._stores, self._loads, self._later):
-            stream.mark().wait()
+            stream.record().wait()
         self._pins.close()
 
     def _reading(self, blocks: Collection[int]) -> list[_Copying]:
@@ -133,7 +133,7 @@ class DeviceCopier(PageCopier):
         return [storing for storing in self._storing if not storing.blocks.isdisjoint(blocks)]
 
     def _under_way(self) -> list[_Copying]:
-        return [storing for storing in self._storing if not storing.over]
+        return [storing for storing in self._storing if not storing.done]
 
     def _calls(self, blocks: int, announced: Collection[int]) -> list[list[int]]:
         """Which layers a load of so many blocks copies in which call.
@@ -141,7 +141,7 @@ class DeviceCopier(PageCopier):
         Those that are not announced come in the first; all others after them, in their order.
         """
         nbytes = (blocks * self._layer_nbytes).tolist()
-        least = max(LEAST_NBYTES, sum(nbytes) / MOST_CALLS)
+        least = max(MIN_CALL_NBYTES, sum(nbytes) / MAX_CALLS)
         calls: list[list[int]] = [[]]
         size = 0
         for layer in sorted(range(len(nbytes)), key=lambda layer: layer in announced):
@@ -161,14 +161,14 @@ class DeviceCopier(PageCopier):
     ) -> _Copying:
         """Targets, their addresses and strides; sources, and theirs. In `calls` of these layers."""
         addresses = tuple(self._addresses(where, layers) for layers in calls)
-        stream.after(self._device.engine().mark())
-        begin, marks = stream.mark(), []
+        stream.wait_for(self._device.engine_stream().record())
+        begin, marks = stream.record(), []
         try:
             for call in addresses:
                 stream.copy(*call)
-                marks.append(stream.mark())
+                marks.append(stream.record())
         except BaseException:
-            stream.mark().wait()  # part of it may be under way, and the slots are another's next
+            stream.record().wait()  # part of it may be under way, and the slots are another's next
             raise
         return _Copying(begin, tuple(marks), blocks, addresses)
 

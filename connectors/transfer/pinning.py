@@ -28,7 +28,7 @@ class Pins:
         self._end = 0  # bytes from the slab's begin that are pinned
         self._refused = False
 
-    def ready(self, slots: int) -> None:
+    def pin_slots(self, slots: int) -> None:
         """The memory of the first `slots` slots is there."""
         of = self._sides
         whole = of.slots * of.slot_nbytes

@@ -11,26 +11,26 @@ from typing import Any, Protocol
 from kvcache.connectors.transfer.base import Integers
 
 
-class StreamMark(Protocol):
+class StreamEvent(Protocol):
     """A point in the order of a stream."""
 
-    def passed(self) -> bool:
+    def done(self) -> bool:
         """Whether the device is past it; asking waits for nobody."""
 
     def wait(self) -> None:
         """Wait until it is; the caller's thread does."""
 
-    def since(self, earlier: Any) -> float:
+    def seconds_since(self, earlier: Any) -> float:
         """Seconds between two points that the device is past."""
 
 
 class CopyStream(Protocol):
     """Work for a device, done in order."""
 
-    def mark(self) -> StreamMark:
+    def record(self) -> StreamEvent:
         """The point after all that was given to it until now."""
 
-    def after(self, mark: Any) -> None:
+    def wait_for(self, mark: Any) -> None:
         """What is given to it from now on is done when the device is past `mark`."""
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
@@ -40,10 +40,10 @@ class CopyStream(Protocol):
 class Device(Protocol):
     """What computes and copies."""
 
-    def engine(self) -> CopyStream:
+    def engine_stream(self) -> CopyStream:
         """The stream that the calling thread computes on."""
 
-    def stream(self) -> CopyStream:
+    def new_stream(self) -> CopyStream:
         """A stream of one's own."""
 
     def pin(self, address: int, nbytes: int) -> str:

@@ -25,8 +25,8 @@ from kvcache import telemetry
 from kvcache.connectors.layout.axes import LayoutError
 from kvcache.connectors.layout.placement import Placement, place
 from kvcache.connectors.transfer.base import CompletedCopy, Copy, PageCopier
-from kvcache.connectors.transfer.cpu import prepare
-from kvcache.connectors.transfer.select import device_of, format_id, open_copier
+from kvcache.connectors.transfer.cpu import compile_kernels
+from kvcache.connectors.transfer.factory import device_of, format_id, open_copier
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.layer_sync import LayerSync
@@ -100,7 +100,7 @@ class WorkerSide:
             async_copies=self.device is not None,
         )
         if self.device is None:
-            prepare()
+            compile_kernels()
 
     def shard(self) -> Shard | None:
         """What this rank keeps of a block; ``None`` when nothing was registered."""
@@ -210,7 +210,7 @@ class WorkerSide:
             offset=memory.offsets[self._rank],
             threads=self._threads,
         )
-        slab.populate(self.copier.ready)
+        slab.populate(self.copier.pin_slots)
         return self.copier
 
     def _ack(self, transfer: Transfer, *, failed: bool) -> None:
@@ -242,7 +242,7 @@ class WorkerSide:
         """End the copies that are over."""
         going = []
         for job in self._under_way:
-            if job.copy.over:
+            if job.copy.done:
                 self._end(job, error=None)
             else:
                 going.append(job)

@@ -70,7 +70,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
 
     import numpy as np
 
-    from kvcache.connectors.layout.placement import Pages
+    from kvcache.connectors.layout.placement import BlockRun
     from kvcache.connectors.transfer.base import CopyGeometry
     from kvcache.connectors.transfer.cpu import CpuCopier
     from kvcache.sizes import Size
@@ -84,7 +84,7 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     spare = np.ones(LAYERS * region + 64, dtype=np.uint8)
     engine = spare[-spare.ctypes.data % 64 :]
     layers = [
-        Pages(engine.ctypes.data + layer * region, PAGE, PAGE, blocks) for layer in range(LAYERS)
+        BlockRun(engine.ctypes.data + layer * region, PAGE, PAGE, blocks) for layer in range(LAYERS)
     ]
     target = Slab.create(blocks, BLOCK)
     target.populate()

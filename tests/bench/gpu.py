@@ -29,7 +29,7 @@ class Rig:
     """Pages on the GPU and as many slots, ours; and flat memory of the same size, for the floor."""
 
     def __init__(self, torch: Any, page: int) -> None:
-        from kvcache.connectors.layout.placement import Pages
+        from kvcache.connectors.layout.placement import BlockRun
         from kvcache.connectors.transfer.base import CopyGeometry
         from kvcache.connectors.transfer.cuda import Cuda
         from kvcache.connectors.transfer.device import DeviceCopier
@@ -41,14 +41,14 @@ class Rig:
         pages = torch.zeros((LAYERS, 4 * count, page), dtype=torch.uint8, device=device)
         self.slab = Slab.create(2 * count, LAYERS * page)
         sides = CopyGeometry(
-            [Pages(layer.data_ptr(), page, page, 4 * count) for layer in pages],
+            [BlockRun(layer.data_ptr(), page, page, 4 * count) for layer in pages],
             slab_address=self.slab.address,
             slots=2 * count,
             slot_nbytes=self.slab.slot_nbytes,
         )
         self.cuda = Cuda(device)
         self.copier = DeviceCopier(sides, self.cuda)
-        self.slab.populate(self.copier.ready)
+        self.slab.populate(self.copier.pin_slots)
         self.slab.wait_populated()
         self.cuda.wait_tried()
         blocks = random.Random(0).sample(range(4 * count), 2 * count)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kvcache.connectors.layout.placement import place
-from kvcache.connectors.transfer.select import Order, open_copier
+from kvcache.connectors.transfer.factory import Order, open_copier
 from kvcache.slab import Slab, slot_nbytes_for
 from tests.support.paged_caches import KINDS, LATENT, Geometry
 

@@ -24,10 +24,10 @@ from kvcache.connectors.layout.axes import Layout, LayoutError
 from kvcache.connectors.layout.canonical import canonical_runs, canonical_sizes
 from kvcache.connectors.layout.placement import MOST_RUNS, Placement, place
 from kvcache.connectors.transfer import cpu
-from kvcache.connectors.transfer.select import format_id, open_copier
+from kvcache.connectors.transfer.factory import format_id, open_copier
 from kvcache.slab import Slab
 from tests.support.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
-from tests.support.reordering_device import Device
+from tests.support.reordering_device import ReorderingDevice
 
 ALL = KINDS | LATENT
 GUARD = 64
@@ -101,7 +101,7 @@ def check(
     offset: int = 0,
     tail: int = 0,
     threads: int = 1,
-    device: Device | None = None,
+    device: ReorderingDevice | None = None,
 ) -> None:
     """Gather, change everything, scatter to other blocks: both memories are right after each."""
     shard = slice(offset, offset + placement.block_nbytes)
@@ -176,7 +176,8 @@ def test_beside_a_devices_work(name: str) -> None:
     """By the same runs, none of them turned."""
     g = Geometry(layers=2, blocks=4, tokens=16, heads=1 if name in LATENT else 2, dim=48)
     layers = ALL[name].make(g)
-    check(place(layers, ALL[name].layout), layers, offset=96, tail=32, device=Device(Random(1)))
+    device = ReorderingDevice(Random(1))
+    check(place(layers, ALL[name].layout), layers, offset=96, tail=32, device=device)
 
 
 def test_on_a_device_there_may_not_be_too_many_runs() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer import cpu
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.cpu import CpuCopier
@@ -63,7 +63,7 @@ class World:
     def copier(self) -> CpuCopier:
         sides = CopyGeometry(
             [
-                Pages(self.engine.ctypes.data + start, nbytes, stride, self.blocks)
+                BlockRun(self.engine.ctypes.data + start, nbytes, stride, self.blocks)
                 for (start, stride), nbytes in zip(self.at, self.layers, strict=True)
             ],
             slab_address=self.slab.ctypes.data + GUARD,
@@ -243,7 +243,7 @@ def test_refuses_two_copies_to_one_place_and_allows_two_from_one() -> None:
 def test_blocks_exist_that_every_layer_has() -> None:
     memory = np.zeros(64, dtype=np.uint8)
     address = memory.ctypes.data
-    pages = [Pages(address, 4, 4, 3), Pages(address + 12, 4, 4, 2)]
+    pages = [BlockRun(address, 4, 4, 3), BlockRun(address + 12, 4, 4, 2)]
     copier = CpuCopier(CopyGeometry(pages, slab_address=address + 32, slots=4, slot_nbytes=8))
     with pytest.raises(IndexError, match="block 2 does not exist: there are 2"):
         copier.gather([2], [0])
@@ -267,7 +267,7 @@ def test_refuses_a_shape_that_cannot_be(
     shape = {"slab_address": 0, "slots": 1, "slot_nbytes": 16} | options
     shape.pop("threads", None)
     with pytest.raises(ValueError, match=message):
-        CpuCopier(CopyGeometry([Pages(0, n, n, 1) for n in layers], **shape), threads=threads)
+        CpuCopier(CopyGeometry([BlockRun(0, n, n, 1) for n in layers], **shape), threads=threads)
 
 
 def test_gather_and_scatter_at_the_same_time() -> None:

@@ -29,12 +29,12 @@ there.wait()
 import numpy as np
 from kvcache.connectors.transfer import cpu
 from kvcache.connectors.transfer.base import CopyGeometry
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 
 cpu._ALONE_BELOW = 0
 memory = np.zeros(2, dtype=np.uint8)
 address = memory.ctypes.data
-sides = CopyGeometry([Pages(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)
+sides = CopyGeometry([BlockRun(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)
 copier = cpu.CpuCopier(sides, threads=2)
 copier.gather([0], [0])
 (worker,) = [t for t in threading.enumerate() if t.name.startswith("kvcache-pages")]

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer.autotune import DIRECTIONS, SIZES, Mechanism
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.cuda import Cuda, backends
@@ -81,13 +81,13 @@ def pages(layers: list[int]) -> list[Any]:
 @pytest.fixture
 def copier(slab: Slab, device: Cuda, pages: list[Any]) -> Iterator[DeviceCopier]:
     sides = CopyGeometry(
-        [Pages(layer.data_ptr(), layer.shape[1], layer.shape[1], BLOCKS) for layer in pages],
+        [BlockRun(layer.data_ptr(), layer.shape[1], layer.shape[1], BLOCKS) for layer in pages],
         slab_address=slab.address,
         slots=SLOTS,
         slot_nbytes=slab.slot_nbytes,
     )
     made = DeviceCopier(sides, device)
-    slab.populate(made.ready)
+    slab.populate(made.pin_slots)
     slab.wait_populated()
     used(device)
     yield made
@@ -95,7 +95,7 @@ def copier(slab: Slab, device: Cuda, pages: list[Any]) -> Iterator[DeviceCopier]
 
 
 def wait(copy: Any) -> None:
-    while not copy.over:
+    while not copy.done:
         pass
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer import device as device_module
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.device import DeviceCopier
@@ -31,16 +31,16 @@ def copier(
 ) -> Iterator[DeviceCopier]:
     from kvcache.connectors.transfer.cuda import Cuda
 
-    monkeypatch.setattr(device_module, "LEAST_NBYTES", request.param)
+    monkeypatch.setattr(device_module, "MIN_CALL_NBYTES", request.param)
     slab = Slab.create(1, LAYERS * PAGE)
     sides = CopyGeometry(
-        [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS, at) for at, layer in enumerate(pages)],
+        [BlockRun(layer.data_ptr(), PAGE, PAGE, BLOCKS, at) for at, layer in enumerate(pages)],
         slab_address=slab.address,
         slots=1,
         slot_nbytes=slab.slot_nbytes,
     )
     made = DeviceCopier(sides, Cuda(torch.device("cuda", 0)))
-    slab.populate(made.ready)
+    slab.populate(made.pin_slots)
     slab.wait_populated()
     yield made
     made.close()

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import numpy as np
 import torch
 
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer import autotune
 from kvcache.connectors.transfer.autotune import CopyBatch
 from kvcache.connectors.transfer.base import CopyGeometry, Integers
@@ -179,7 +179,7 @@ class Engine:
         self.pages = torch.randint(0, 256, (LAYERS, BLOCKS, PAGE), dtype=torch.uint8)
         self.slab = Slab.create(SLOTS, LAYERS * PAGE)
         sides = CopyGeometry(
-            [Pages(layer.data_ptr(), PAGE, PAGE, BLOCKS) for layer in self.pages],
+            [BlockRun(layer.data_ptr(), PAGE, PAGE, BLOCKS) for layer in self.pages],
             slab_address=self.slab.address,
             slots=SLOTS,
             slot_nbytes=self.slab.slot_nbytes,
@@ -215,7 +215,7 @@ def test_pages_go_by_the_kernel_when_it_was_tried_and_is_faster(
     engine.go_round()
     assert not kernel.sent  # nothing is pinned yet
     with caplog.at_level(logging.INFO):
-        engine.slab.populate(engine.copier.ready)
+        engine.slab.populate(engine.copier.pin_slots)
         cuda.wait_tried()
     assert [record.levelno for record in caplog.records] == [logging.INFO] * 2
     assert "by a kernel (" in caplog.text
@@ -228,7 +228,7 @@ def test_pages_go_by_the_kernel_when_it_was_tried_and_is_faster(
 def test_what_is_not_pinned_is_not_touched_by_the_kernel(
     cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime
 ) -> None:
-    engine.copier.ready(SLOTS)
+    engine.copier.pin_slots(SLOTS)
     cuda.wait_tried()
     tried = len(kernel.sent)
     cuda.unpin(engine.slab.address)
@@ -244,7 +244,7 @@ def test_a_device_with_addresses_of_its_own_has_no_copies_by_the_kernel(
     cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime, elsewhere: int, unreachable: int
 ) -> None:
     played.elsewhere, played.unreachable = elsewhere, unreachable
-    engine.copier.ready(SLOTS)
+    engine.copier.pin_slots(SLOTS)
     cuda.wait_tried()
     engine.go_round()
     assert not kernel.sent
@@ -252,7 +252,7 @@ def test_a_device_with_addresses_of_its_own_has_no_copies_by_the_kernel(
 
 
 def test_the_trial_leaves_nothing_pinned(cuda: Cuda, engine: Engine, played: Runtime) -> None:
-    engine.copier.ready(SLOTS)
+    engine.copier.pin_slots(SLOTS)
     cuda.wait_tried()
     assert played.registered == {engine.slab.address: engine.slab.nbytes}
     engine.copier.close()
@@ -260,7 +260,7 @@ def test_the_trial_leaves_nothing_pinned(cuda: Cuda, engine: Engine, played: Run
 
 
 def test_a_thread_touches_no_other_device(cuda: Cuda, engine: Engine, played: Runtime) -> None:
-    populating = threading.Thread(target=engine.copier.ready, args=(SLOTS,))
+    populating = threading.Thread(target=engine.copier.pin_slots, args=(SLOTS,))
     populating.start()
     populating.join()
     cuda.wait_tried()
@@ -272,7 +272,7 @@ def test_a_thread_touches_no_other_device(cuda: Cuda, engine: Engine, played: Ru
 def test_the_trial_is_over_when_memory_is_unpinned(
     cuda: Cuda, engine: Engine, played: Runtime
 ) -> None:
-    engine.copier.ready(SLOTS)
+    engine.copier.pin_slots(SLOTS)
     cuda.wait_tried()
     played.did.clear()
     cuda._trial = SimpleNamespace(join=lambda: played.did.append("wait"))  # type: ignore[assignment]
@@ -305,8 +305,8 @@ def test_a_trial_that_breaks_is_told_and_copies_go_on(
     def broken(self: object, earlier: object) -> float:
         raise RuntimeError("invalid resource handle")
 
-    monkeypatch.setattr(device.CudaEvent, "since", broken)
-    engine.copier.ready(SLOTS)
+    monkeypatch.setattr(device.CudaEvent, "seconds_since", broken)
+    engine.copier.pin_slots(SLOTS)
     cuda.wait_tried()
     [warning] = [each for each in caplog.records if each.levelno == logging.WARNING]
     assert warning.getMessage() == (
@@ -339,7 +339,7 @@ def test_a_kernel_that_copies_wrong_is_not_used(
         return sent(table)
 
     kernel.mechanism._send = shifted
-    engine.copier.ready(SLOTS)
+    engine.copier.pin_slots(SLOTS)
     cuda.wait_tried()
     assert "nothing is copied by a kernel any more" in caplog.text
     engine.go_round()

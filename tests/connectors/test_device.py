@@ -15,11 +15,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors.layout.placement import Pages
+from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer import device as device_module
 from kvcache.connectors.transfer.base import Copy, CopyGeometry
 from kvcache.connectors.transfer.device import DeviceCopier
-from tests.support.reordering_device import Device
+from tests.support.reordering_device import ReorderingDevice
 
 LAYERS, PAGE, BLOCKS, SLOTS = 4, 8, 5, 4
 ACTS = ["gather", "scatter", "later", "forward", "write", "read", "work"]
@@ -30,14 +30,14 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
-        self.device = Device(Random(seed))
+        self.device = ReorderingDevice(Random(seed))
         rng = np.random.default_rng(seed)
         self.pages = rng.integers(0, 256, (LAYERS, BLOCKS, PAGE), dtype=np.uint8)
         self.slab = rng.integers(0, 256, (SLOTS, LAYERS, PAGE), dtype=np.uint8)
         self.right_pages, self.right_slab = self.pages.copy(), self.slab.copy()
         sides = CopyGeometry(
             [
-                Pages(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
+                BlockRun(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
                 for number, layer in enumerate(self.pages)
             ],
             slab_address=self.slab.ctypes.data,
@@ -48,7 +48,7 @@ class World:
         self.busy: list[tuple[Copy, list[int]]] = []  # copies and the slots that they touch
         self.later_ones: list[tuple[Copy, list[int]]] = []  # loads and the blocks that they touch
         self.unreached: set[int] = set()  # layers of which it is not said that all is there
-        self.other = self.device.stream()  # on which the engine computes half of a forward pass
+        self.other = self.device.new_stream()  # on which the engine computes half of a forward pass
         self.wrong: list[str] = []
 
     def some(self, of: list[int]) -> list[int]:
@@ -56,13 +56,13 @@ class World:
 
     def free(self) -> list[int]:
         """Slots that nobody touches."""
-        self.busy = [(copy, slots) for copy, slots in self.busy if not copy.over]
+        self.busy = [(copy, slots) for copy, slots in self.busy if not copy.done]
         taken = {slot for _, slots in self.busy for slot in slots}
         return [slot for slot in range(SLOTS) if slot not in taken]
 
     def blocks(self) -> list[int]:
         """Blocks that the engine may touch."""
-        self.later_ones = [(copy, blocks) for copy, blocks in self.later_ones if not copy.over]
+        self.later_ones = [(copy, blocks) for copy, blocks in self.later_ones if not copy.done]
         taken = {block for _, blocks in self.later_ones for block in blocks}
         return [block for block in range(BLOCKS) if block not in taken]
 
@@ -104,18 +104,18 @@ class World:
             fresh.difference_update(self.scatter(announced))
         halves = self.random.choice([[self.device.current], [self.device.current, self.other]])
         self.device.current = halves[-1]
-        halves[-1].after(halves[0].mark())
+        halves[-1].wait_for(halves[0].record())
         for layer in self.some(list(range(LAYERS))):
             for block in fresh:
                 self.write_page(layer, block)
-            halves[0].after(halves[-1].mark())
+            halves[0].wait_for(halves[-1].record())
             for self.device.current in halves:
                 if layer in announced:
                     self.copier.wait_for_layer(layer)
                 self.read(layer)
             self.unreached.discard(layer)
         self.device.current = halves[0]
-        halves[0].after(halves[-1].mark())
+        halves[0].wait_for(halves[-1].record())
 
     def fence(self) -> list[int]:
         blocks = self.some(self.blocks())
@@ -135,7 +135,7 @@ class World:
         def step() -> None:
             self.pages[layer, block] = value
 
-        self.device.engine().todo.append(step)
+        self.device.engine_stream().todo.append(step)
 
     def read(self, *layers: int) -> None:
         """The engine reads its blocks of these layers, or of all of which all is there."""
@@ -150,7 +150,7 @@ class World:
             if not (self.pages[where] == right).all():
                 self.wrong.append("the engine has read other pages than it should have")
 
-        self.device.engine().todo.append(step)
+        self.device.engine_stream().todo.append(step)
 
     def work(self) -> None:
         self.device.work(self.random.randrange(20))
@@ -165,24 +165,24 @@ class World:
 def test_all_is_as_if_done_in_turn(seed: int, acts: list[str], least: int) -> None:
     world = World(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_module, "LEAST_NBYTES", least)
+        patch.setattr(device_module, "MIN_CALL_NBYTES", least)
         for act in acts:
             getattr(world, act)()
     world.read()
     if world.random.random() < 0.5:
         world.copier.close()
-        assert all(copy.over for copy, _ in world.busy)
+        assert all(copy.done for copy, _ in world.busy)
     world.device.drain()
     assert not world.wrong
     assert (world.pages == world.right_pages).all()
     assert (world.slab == world.right_slab).all()
-    assert all(copy.over and copy.seconds >= 0 for copy, _ in world.busy)
+    assert all(copy.done and copy.seconds >= 0 for copy, _ in world.busy)
 
 
 @pytest.fixture
 def by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is worth a call of its own."""
-    monkeypatch.setattr(device_module, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(device_module, "MIN_CALL_NBYTES", 1)
 
 
 COPIES: list[tuple[str, dict[str, Any]]] = [
@@ -199,7 +199,7 @@ COPIES: list[tuple[str, dict[str, Any]]] = [
 def test_a_copy_is_over_when_the_last_page_is_there(which: str, how: dict[str, Any]) -> None:
     world = World(0)
     copy = getattr(world.copier, which)([1, 2], [0, 3], **how)
-    while not copy.over:
+    while not copy.done:
         world.device.work(1)
     slots, blocks = ([0, 3], [1, 2]) if which == "gather" else ([1, 2], [0, 3])
     assert (world.slab[slots] == world.pages[:, blocks].transpose(1, 0, 2)).all()
@@ -212,7 +212,7 @@ def test_a_load_that_nobody_awaits_holds_up_none_that_somebody_does() -> None:
         world = World(seed)
         nobody = world.copier.scatter([0, 1, 2], [0, 1, 2], awaited=False)
         world.copier.scatter([3], [3]).wait()
-        before += not nobody.over
+        before += not nobody.done
     assert before > 10
 
 
@@ -248,11 +248,10 @@ def test_what_a_step_never_came_to_is_there_before_the_next_one_writes(seed: int
 def test_layers_are_copied_in_few_calls_that_are_worth_it(
     layers_mib: list[float], blocks: int, announced: range, calls: list[float]
 ) -> None:
-    class Counting(Device):
-        def stream(self) -> Any:
-            return SimpleNamespace(
-                mark=Device(Random(0)).stream().mark, after=lambda mark: None, copy=copied
-            )
+    class Counting(ReorderingDevice):
+        def new_stream(self) -> Any:
+            event = ReorderingDevice(Random(0)).new_stream().record
+            return SimpleNamespace(record=event, wait_for=lambda event: None, copy=copied)
 
     def copied(targets: Any, sources: Any, nbytes: Any) -> None:
         seen.append(nbytes.sum() / 2**20)
@@ -261,7 +260,7 @@ def test_layers_are_copied_in_few_calls_that_are_worth_it(
         seen: list[float] = []
         sides = CopyGeometry(
             [
-                Pages(number, int(mib * 2**20) // 2, 2**30, blocks, number)
+                BlockRun(number, int(mib * 2**20) // 2, 2**30, blocks, number)
                 for number, mib in enumerate(layers_mib)
                 for _ in range(2)
             ],
@@ -318,7 +317,7 @@ def test_anybodys_tensors_on_a_device_are_there_when_a_call_returns() -> None:
     from kvcache.connectors.paged import PagedCache
     from tests.support.paged_caches import opened
 
-    device = Device(Random(1))
+    device = ReorderingDevice(Random(1))
     layers = [torch.randint(0, 100, (2, 8, 16, 2, 16), dtype=torch.int16) for _ in range(2)]
     before = [layer.clone() for layer in layers]
     cache = PagedCache(layers, "kv-first")
@@ -341,10 +340,10 @@ def test_what_cannot_be_pinned_is_said_once_and_copied_nonetheless(
 ) -> None:
     world = World(0)
     world.device.no_more = "out of memory (error 2)"
-    world.copier.ready(2)  # too little to be worth a registration
+    world.copier.pin_slots(2)  # too little to be worth a registration
     assert not caplog.records
-    world.copier.ready(SLOTS)
-    world.copier.ready(SLOTS)
+    world.copier.pin_slots(SLOTS)
+    world.copier.pin_slots(SLOTS)
     [said] = caplog.records
     assert "no more can be: out of memory (error 2)" in said.getMessage()
     copy = world.copier.gather([0], [0])

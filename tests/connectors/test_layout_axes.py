@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kvcache.connectors.layout.axes import LAYOUTS, Layout, LayoutError
 from kvcache.connectors.layout.canonical import canonical_form
-from kvcache.connectors.layout.placement import MOST_RUNS, Pages, Placement, place
+from kvcache.connectors.layout.placement import MOST_RUNS, BlockRun, Placement, place
 from tests.support.paged_caches import KINDS, LATENT, Geometry, tensors
 
 ALL = KINDS | LATENT
@@ -293,7 +293,7 @@ def test_the_runs_of_any_strides(given: tuple[Any, int]) -> None:
 @pytest.mark.parametrize("shape", [(0, 8, 1), (8, 7, 1), (8, 8, 0)])
 def test_refuses_pages_that_cannot_be(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
-        Pages(0, *shape)
+        BlockRun(0, *shape)
 
 
 def test_layouts_need_neither_torch_nor_numba() -> None:

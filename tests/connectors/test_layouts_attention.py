@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache import block_keys
 from kvcache.connectors.paged import PagedCache, Saved
-from kvcache.connectors.transfer.select import Order
+from kvcache.connectors.transfer.factory import Order
 from tests.support.paged_caches import (
     KINDS,
     LATENT,

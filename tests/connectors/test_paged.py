@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvcache import block_keys
 from kvcache.connectors.layout.axes import LayoutError
 from kvcache.connectors.paged import Attached, PagedCache, Saved
-from kvcache.connectors.transfer.select import Order
+from kvcache.connectors.transfer.factory import Order
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from tests.support.paged_caches import (

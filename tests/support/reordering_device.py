@@ -13,11 +13,11 @@ from kvcache.connectors.transfer.base import Integers
 
 
 @dataclass(eq=False)
-class ReorderedMark:
-    device: Device
+class ReorderedEvent:
+    device: ReorderingDevice
     at: float = float("nan")  # the device's time when it was passed
 
-    def passed(self) -> bool:
+    def done(self) -> bool:
         self.device.work(self.device.random.randrange(4))
         return self.at == self.at
 
@@ -25,19 +25,19 @@ class ReorderedMark:
         while self.at != self.at:
             assert self.device.work(1), "it waits for ever"
 
-    def since(self, earlier: ReorderedMark) -> float:
+    def seconds_since(self, earlier: ReorderedEvent) -> float:
         return self.at - earlier.at
 
 
 @dataclass(eq=False)
 class ReorderedStream:
-    device: Device
-    todo: deque[Callable[[], object] | ReorderedMark] = field(
+    device: ReorderingDevice
+    todo: deque[Callable[[], object] | ReorderedEvent] = field(
         default_factory=deque
     )  # a Mark: wait for it
 
-    def mark(self) -> ReorderedMark:
-        mark = ReorderedMark(self.device)
+    def record(self) -> ReorderedEvent:
+        mark = ReorderedEvent(self.device)
 
         def passed() -> None:
             mark.at = float(self.device.time)
@@ -45,7 +45,7 @@ class ReorderedStream:
         self.todo.append(passed)
         return mark
 
-    def after(self, mark: ReorderedMark) -> None:
+    def wait_for(self, mark: ReorderedEvent) -> None:
         self.todo.append(mark)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
@@ -59,14 +59,14 @@ class ReorderedStream:
             self.todo.append(partial(ctypes.memmove, target, source, count))
 
     def ready(self) -> bool:
-        while self.todo and isinstance(head := self.todo[0], ReorderedMark):
+        while self.todo and isinstance(head := self.todo[0], ReorderedEvent):
             if head.at != head.at:
                 return False
             self.todo.popleft()
         return bool(self.todo)
 
 
-class Device:
+class ReorderingDevice:
     def __init__(self, random: Random) -> None:
         self.random = random
         self.time = 0
@@ -76,10 +76,10 @@ class Device:
         self.current = ReorderedStream(self)  # that the engine computes on
         self._streams = [self.current]
 
-    def engine(self) -> ReorderedStream:
+    def engine_stream(self) -> ReorderedStream:
         return self.current
 
-    def stream(self) -> ReorderedStream:
+    def new_stream(self) -> ReorderedStream:
         self._streams.append(ReorderedStream(self))
         return self._streams[-1]
 
@@ -99,7 +99,7 @@ class Device:
                 return False
             self.time += 1
             step = self.random.choice(ready).todo.popleft()
-            assert not isinstance(step, ReorderedMark)
+            assert not isinstance(step, ReorderedEvent)
             step()
         return True
 

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.layer_sync import kind_of
 from kvcache.connectors.vllm.messages import Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide
-from tests.support.reordering_device import Device
+from tests.support.reordering_device import ReorderingDevice
 from tests.support.worker_half import NOWHERE, Copier, side, step
 
 pytestmark = pytest.mark.engine
@@ -50,7 +50,7 @@ def test_a_context_that_says_nothing_asks_for_nothing() -> None:
 
 def on_a_device(copier: Copier) -> WorkerSide:
     worker = side(copier)
-    worker.device = Device(Random(0))
+    worker.device = ReorderingDevice(Random(0))
     return worker
 
 

@@ -222,7 +222,7 @@ def test_a_job_is_acked_in_the_step_that_tells_of_its_request(
         looks = iter([False, True])
 
         @property
-        def over(self) -> bool:
+        def done(self) -> bool:
             return next(self.looks)
 
     load = Load()

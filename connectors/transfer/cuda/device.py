@@ -40,13 +40,13 @@ class CudaEvent:
         self._event = torch.cuda.Event(enable_timing=True)
         self._event.record(stream)
 
-    def passed(self) -> bool:
+    def done(self) -> bool:
         return bool(self._event.query())
 
     def wait(self) -> None:
         self._event.synchronize()
 
-    def since(self, earlier: CudaEvent) -> float:
+    def seconds_since(self, earlier: CudaEvent) -> float:
         return float(earlier._event.elapsed_time(self._event)) / 1e3
 
     def holds(self, stream: torch.cuda.Stream) -> None:
@@ -62,10 +62,10 @@ class CudaStream:
         self._mechanisms = mechanisms
         self._pinned = pinned
 
-    def mark(self) -> CudaEvent:
+    def record(self) -> CudaEvent:
         return CudaEvent(self._stream)
 
-    def after(self, mark: CudaEvent) -> None:
+    def wait_for(self, mark: CudaEvent) -> None:
         mark.holds(self._stream)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
@@ -84,10 +84,10 @@ class Cuda:
         self._pinned = Pinned()
         self._trial: threading.Thread | None = None
 
-    def engine(self) -> CudaStream:
+    def engine_stream(self) -> CudaStream:
         return CudaStream(torch.cuda.current_stream(self._device), self.mechanisms, self._pinned)
 
-    def stream(self) -> CudaStream:
+    def new_stream(self) -> CudaStream:
         return CudaStream(self._own(), self.mechanisms, self._pinned)
 
     def pin(self, address: int, nbytes: int) -> str:
@@ -147,7 +147,7 @@ class _Scratch:
         finally:
             end = CudaEvent(torch.cuda.current_stream())
             end.wait()
-        return end.since(begin)
+        return end.seconds_since(begin)
 
     def close(self) -> None:
         _unpin(self.host.address, self._pinned)

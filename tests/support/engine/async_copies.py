@@ -14,24 +14,24 @@ from tests.support.engine.process import BLOCK, Engine, prompt
 class Present(reordering_device.ReorderedStream):
     """The stream of an engine on a processor: what it was given is done, and its waits are real."""
 
-    def mark(self) -> reordering_device.ReorderedMark:
-        return reordering_device.ReorderedMark(self.device, at=float(self.device.time))
+    def record(self) -> reordering_device.ReorderedEvent:
+        return reordering_device.ReorderedEvent(self.device, at=float(self.device.time))
 
-    def after(self, mark: reordering_device.ReorderedMark) -> None:
+    def wait_for(self, mark: reordering_device.ReorderedEvent) -> None:
         mark.wait()
 
 
-class Dawdling(reordering_device.Device):
+class Dawdling(reordering_device.ReorderingDevice):
     """Copies a page now and then when it is asked whether it is ready."""
 
-    def engine(self) -> Present:
+    def engine_stream(self) -> Present:
         return Present(self)
 
 
 def copy_beside(engine: Engine) -> None:
     """From the first step on; a layer is worth a call of its own."""
     assert engine.worker.copier is None
-    device.LEAST_NBYTES = 1  # type: ignore[misc]
+    device.MIN_CALL_NBYTES = 1  # type: ignore[misc]
     engine.worker.device = Dawdling(Random(0))
 
 
