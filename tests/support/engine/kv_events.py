@@ -67,8 +67,9 @@ class Subscriber:
         return self.held.setdefault((medium, tier), set())
 
     def stored(self, event: Any) -> None:
-        from vllm.v1.core.kv_cache_utils import hash_block_tokens
+        from vllm.v1.core import kv_cache_utils
 
+        tags = hasattr(kv_cache_utils, "to_event_extra_keys")  # before it, hashes had no tags
         assert event.block_size == BLOCK
         assert len(event.token_ids) == BLOCK * len(event.block_hashes)
         assert event.group_idx == 0
@@ -76,9 +77,11 @@ class Subscriber:
         parent = event.parent_block_hash
         for at, key in enumerate(event.block_hashes):
             extra = event.extra_keys[at] if event.extra_keys else None
-            tagged = tuple(("cache_salt", each) for each in extra) if extra else None
+            if extra and tags:
+                extra = [("cache_salt", each) for each in extra]
             tokens = event.token_ids[at * BLOCK : (at + 1) * BLOCK]
-            assert key == hash_block_tokens(self._digest, parent, tokens, tagged)
+            hashed = tuple(extra) if extra else None
+            assert key == kv_cache_utils.hash_block_tokens(self._digest, parent, tokens, hashed)
             parent = key
         held = self.at(event.medium, event.ownership)
         if event.medium != "GPU":
