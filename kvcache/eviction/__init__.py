@@ -1,7 +1,7 @@
-"""Policies: in which order blocks leave a full tier, and which there are.
+"""Eviction policies: the shipped ones by name, and how a tier's option finds a policy class.
 
-A tier takes an ``Eviction``: the name of a policy that is shipped, or the class path of one that is
-not, ``"package.module:Class"``, which is a ``Policy`` that is made with a capacity alone.
+A tier's option of type ``Eviction`` is the name of a shipped policy, or a class path
+``"package.module:Class"``. The class must be a ``Policy`` whose constructor needs a capacity only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvcache.guards.calls import describe_error, raised_by_signal
 from kvcache.secrets import hide_in_url
 
 Eviction = NewType("Eviction", str)
-"""Which policy. A tier whose option has this type takes a name or a class path in a profile."""
+"""A policy's name or class path, as a profile gives it in a tier's option of this type."""
 
 POLICIES: dict[str, type[Policy]] = {
     "gittins": Gittins,
@@ -33,11 +33,12 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 DEFAULT = Eviction("gittins")
-BELOW = Eviction("lru")  # the default of a lower tier, which is not asked for what L1 has
+# A lower tier is not asked for blocks that L1 has, so a learned policy there sees misleading ages.
+LOWER_TIER_DEFAULT = Eviction("lru")
 
 
 def policy_class(eviction: str) -> type[Policy]:
-    """The policy of this name or class path. Raises ValueError that says what is wrong."""
+    """Return the policy class for a name or class path; raises ValueError with the reason."""
     if eviction in POLICIES:
         return POLICIES[eviction]
     module, colon, name = eviction.partition(":")
@@ -60,9 +61,9 @@ def policy_class(eviction: str) -> type[Policy]:
 
 
 def policy_option(eviction: str) -> Callable[[int], Policy]:
-    """What makes the policy for a tier's option ``eviction``, given a number of slots.
+    """Return a function that creates the policy of a tier's option ``eviction`` for some slots.
 
-    This and what it returns raise ValueError that names the option.
+    Both raise ValueError with the option's value and the reason.
     """
     try:
         cls = policy_class(eviction)
@@ -84,8 +85,8 @@ def policy_option(eviction: str) -> Callable[[int], Policy]:
 
 
 __all__ = [
-    "BELOW",
     "DEFAULT",
+    "LOWER_TIER_DEFAULT",
     "POLICIES",
     "AibrixS3Fifo",
     "Arc",

@@ -1,9 +1,11 @@
-"""ARC: blocks used once, blocks used again, and a target for how many there are of each.
+"""ARC, adaptive replacement cache.
 
-Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003, as it is there:
-``_once`` is their T1 and ``_again`` T2, the ghosts are B1 and B2, the target is p. A request's
-blocks are taken one after another at look-up, which adapts the target; their REPLACE is done when
-room is made.
+Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003. Their names for
+the state here: ``once`` is T1, ``again`` is T2, ``ghosts_once`` is B1, ``ghosts_again`` is B2, and
+``target`` is p.
+
+Two adaptations: a look-up adapts the target for all missing blocks of the request, one after
+another; and the paper's REPLACE happens when the index asks for room.
 """
 
 from __future__ import annotations
@@ -11,73 +13,89 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kvcache.eviction.runs import BlockRun, Queue, RunPolicy
+from kvcache.eviction.runs import BlockRun, RunPolicy, RunQueue
 
 
 class Arc(RunPolicy):
-    """Adaptive replacement cache. It remembers as many blocks that left as it holds."""
+    """Balances blocks used once against blocks used again, with a target that adapts.
+
+    It remembers the keys of as many evicted blocks (ghosts) as it can hold blocks.
+
+    Attributes:
+        once: blocks that were used once since they were stored.
+        again: blocks that were used at least twice, counting uses as a ghost.
+        ghosts_once: keys evicted from ``once``, oldest first.
+        ghosts_again: keys evicted from ``again``, oldest first.
+        target: blocks that ``once`` should have, 0 to the capacity.
+    """
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._once = Queue(self._owner)
-        self._again = Queue(self._owner)
-        self._left_once: OrderedDict[bytes, None] = OrderedDict()
-        self._left_again: OrderedDict[bytes, None] = OrderedDict()
-        self._target = 0.0  # blocks of `_once`
-        self._back = False  # a block that left `_again` is to be held
+        self.once = RunQueue(self.run_of)
+        self.again = RunQueue(self.run_of)
+        self.ghosts_once: OrderedDict[bytes, None] = OrderedDict()
+        self.ghosts_again: OrderedDict[bytes, None] = OrderedDict()
+        self.target = 0.0
+        self._admits_ghost_again = False  # the incoming block is in `ghosts_again`
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        if keys := self._take(chain[:held]):
-            self._again.push(keys, None)
-        once, again = self._left_once, self._left_again
+        if keys := self._cut_out(chain[:held]):
+            self.again.push(keys, None)
+        once, again = self.ghosts_once, self.ghosts_again
         for key in chain[held:]:
             if key in once:
-                more = max(1.0, len(again) / len(once))
-                self._target = min(float(self._capacity), self._target + more)
+                increase = max(1.0, len(again) / len(once))
+                self.target = min(float(self._capacity), self.target + increase)
             elif key in again:
-                less = max(1.0, len(once) / len(again))
-                self._target = max(0.0, self._target - less)
+                decrease = max(1.0, len(once) / len(again))
+                self.target = max(0.0, self.target - decrease)
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
-        self._back = keys[0] in self._left_again
+        self._admits_ghost_again = keys[0] in self.ghosts_again
         return len(keys)
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        known: list[bytes] = []
-        for key in keys:  # whoever was used lately was used with its ancestors: the known ones lead
-            if key not in self._left_once and key not in self._left_again:
+        # A request uses a block together with its ancestors, so the ghosts among the keys lead.
+        ghosts: list[bytes] = []
+        for key in keys:
+            if key not in self.ghosts_once and key not in self.ghosts_again:
                 break
-            self._left_once.pop(key, None)
-            self._left_again.pop(key, None)
-            known.append(key)
-        if known:
-            self._again.push(known, parent)
-            parent = known[-1]
-        if len(known) < len(keys):
-            self._once.push(list(keys[len(known) :]), parent)
-        self._trim()
+            self.ghosts_once.pop(key, None)
+            self.ghosts_again.pop(key, None)
+            ghosts.append(key)
+        if ghosts:
+            self.again.push(ghosts, parent)
+            parent = ghosts[-1]
+        if len(ghosts) < len(keys):
+            self.once.push(list(keys[len(ghosts) :]), parent)
+        self._trim_ghosts()
 
-    def _order(self) -> Sequence[Queue]:
-        once, again = self._once, self._again
-        full = once.blocks > self._target or (self._back and once.blocks == int(self._target))
-        return (once, again) if full else (again, once)
+    def _queues_to_evict(self) -> Sequence[RunQueue]:
+        once, again = self.once, self.again
+        over_target = once.blocks > self.target or (
+            self._admits_ghost_again and once.blocks == int(self.target)
+        )
+        return (once, again) if over_target else (again, once)
 
-    def _offer(self, queue: Queue, run: BlockRun, count: int) -> int:
-        if queue is self._once:
-            count = min(count, max(1, queue.blocks - int(self._target)))
+    def _offer_size(self, queue: RunQueue, run: BlockRun, count: int) -> int:
+        if queue is self.once:
+            count = min(count, max(1, queue.blocks - int(self.target)))
         return min(len(run.keys), count)
 
-    def _left(self, queue: Queue, keys: list[bytes]) -> None:
-        ghosts = self._left_once if queue is self._once else self._left_again
+    def _evicted(self, queue: RunQueue, keys: list[bytes]) -> None:
+        ghosts = self.ghosts_once if queue is self.once else self.ghosts_again
         for key in reversed(keys):
             ghosts[key] = None
-        self._trim()
+        self._trim_ghosts()
 
-    def _trim(self) -> None:
-        """Forget ghosts: with what was used once there are no more than the capacity, with all no
-        more than twice that."""
-        once, again = self._left_once, self._left_again
-        while once and self._once.blocks + len(once) > self._capacity:
+    def _trim_ghosts(self) -> None:
+        """Forget the oldest ghosts.
+
+        As in the paper, T1 and B1 together have at most as many keys as the capacity, and all four
+        lists together at most twice as many.
+        """
+        once, again = self.ghosts_once, self.ghosts_again
+        while once and self.once.blocks + len(once) > self._capacity:
             once.popitem(last=False)
-        while again and len(self._owner) + len(once) + len(again) > 2 * self._capacity:
+        while again and len(self.run_of) + len(once) + len(again) > 2 * self._capacity:
             again.popitem(last=False)

@@ -1,4 +1,4 @@
-"""The policy that takes over where another one failed."""
+"""The policy that replaces one that raised an exception."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from kvcache.guards.calls import describe_error, raised_by_signal
 log = logging.getLogger(__name__)
 
 Chains = Iterable[tuple[Sequence[bytes], bytes | None]]
-"""Stretches of chains, the oldest first: their keys, and the key that each of them continues."""
+"""Segments of chains, oldest first: their keys, and the key that each segment continues."""
 
 Fallback = Callable[[Policy, BaseException, int, Chains, float], Policy]
-"""Given a policy that failed, its exception, slots, what is held and the time, makes another."""
+"""Returns the replacement, given the failed policy, its exception, the number of slots, the held
+segments and the time."""
 
 
 def lru(failed: Policy, error: BaseException, slots: int, held: Chains, now: float) -> Policy:
-    """LRU over the blocks that are held. Logs why, unless a signal interrupted the policy."""
+    """Return an LRU policy over the held blocks; logs the failure unless a signal caused it."""
     if not raised_by_signal(error):
         log.error(
-            "kvcache: eviction policy %s: failed (%s: %s); blocks leave by LRU from now on",
+            "kvcache: eviction policy %s: failed (%s: %s); using LRU until the tier is reopened",
             type(failed).__name__,
             *describe_error(error),
             exc_info=error,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcache.eviction.runs import Queue, RunPolicy
+from kvcache.eviction.runs import RunPolicy, RunQueue
 
 
 class Fifo(RunPolicy):
-    """First in, first out; a block stays while a later block of its chain does."""
+    """First in, first out; a block stays as long as a later block of its chain stays."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._queue = Queue(self._owner)
+        self._queue = RunQueue(self.run_of)
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         pass
@@ -20,5 +20,5 @@ class Fifo(RunPolicy):
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         self._queue.push(list(keys), parent)
 
-    def _order(self) -> Sequence[Queue]:
+    def _queues_to_evict(self) -> Sequence[RunQueue]:
         return (self._queue,)

@@ -8,15 +8,15 @@ from kvcache.eviction.fifo import Fifo
 
 
 class Lru(Fifo):
-    """Least recently used, by request: a chain that is used is the newest, its tail going first."""
+    """Least recently used, by request: a look-up makes its blocks the newest; tails go first."""
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        keys = self._take(chain[:held])
+        keys = self._cut_out(chain[:held])
         if keys:
             self._queue.push(keys, None)
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        run = self._owner.get(parent) if parent is not None else None
+        run = self.run_of.get(parent) if parent is not None else None
         if run is not None and run.keys[-1] == parent:
             self._queue.extend(run, list(keys))
         else:

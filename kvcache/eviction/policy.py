@@ -1,26 +1,28 @@
-"""The seam: what orders the blocks of an index.
+"""The eviction policy interface: a policy decides in which order blocks leave an index.
 
-A policy only orders keys. It is told of accesses a request at a time, because a request's blocks
-live and die together, and it offers stretches of chains to evict. It holds no bytes, takes no lock,
-starts no thread and reads no clock: the index calls it under its own lock and hands it the time.
+A policy only orders keys. It holds no bytes, takes no lock, starts no thread and reads no clock:
+the index calls it under the index's lock and passes the time. Calls cover a whole request or a
+segment of a chain, not a single block, because the blocks of a request are stored and evicted
+together.
 
-What a policy is told of a request, in this order::
+For each request the index calls, in this order::
 
-    access(chain, held)    its whole prompt, when it is looked up; again while it waits
-    admit(keys, after)     a stretch of it that there are no free slots for: asked before any copy
-    evict(count, take)     at once after, as many as there are to be slots
-    add(keys, after)       a stretch that is held from now on
+    access(chain, held)      at look-up, with the whole prompt; again if the request has to wait
+    admit(keys, parent)      before any copy, when a segment does not fit into the free slots
+    evict(count, take)       right after admit, to free as many slots as are still missing
+    add(keys, parent)        when a segment has been stored
 
-Always true of a policy:
+Invariants of a policy:
 
-* What was taken is held no more, and is not offered again; what was offered and not taken is held.
-* Its state is a bounded number of entries per block of capacity, whatever the traffic.
-* Its answers follow from what it was told: no randomness, no clock of its own.
+* A key that ``take`` took is no longer held, and is not offered again. A key that was offered and
+  not taken is still held.
+* The state is a bounded number of entries per block of capacity, whatever the traffic.
+* The same calls have the same results: no randomness, no clock of its own.
 
-A policy that raises, or whose ``admit`` returns no integer, is replaced by LRU for the rest of the
-process, and an error is logged. It must not wait: the index is locked.
+If a policy raises, or ``admit`` returns no integer, the index logs an error and uses LRU instead
+until its tier is reopened. A policy must not wait for anything, since the index is locked.
 
-``kvcache.testing.PolicyTests`` has this as tests.
+``kvcache.testing.PolicyTests`` tests these invariants.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 Take = Callable[[Sequence[bytes]], int]
-"""Given a stretch of a chain, takes as many of its last blocks as may go, says how many.
+"""Evicts blocks from the tail of the segment that it is given; returns how many.
 
-It takes no more than were asked for in all. When it takes less than it could, what is last now has
-to stay for the time being: it is in use, or another block continues it.
+It never takes more than the ``count`` of the ``evict`` call in total. If it takes fewer blocks than
+it could, the last remaining block has to stay for now: it is pinned, or another block continues it.
 """
 
 
@@ -48,25 +50,34 @@ class Policy(ABC):
 
     @abstractmethod
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        """A request asked for ``chain``, from its first block; ``chain[:held]`` were there."""
+        """Record that a request looked up ``chain``, whose first ``held`` blocks were found.
+
+        Args:
+            chain: keys of the prompt's blocks, from its first block.
+            held: length of the prefix that the index holds.
+            now: seconds on the index's clock; this holds for every ``now`` below.
+        """
 
     @abstractmethod
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
-        """Say how many leading ``keys`` are worth a slot of a full tier; asked before any copy."""
+        """Return how many leading ``keys`` are worth a slot of the full tier.
+
+        The index calls this before it copies anything. Blocks beyond the count are declined: they
+        are not stored.
+        """
 
     @abstractmethod
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        """``keys``, a stretch of a chain that continues ``parent``, are held from now on."""
+        """Record that ``keys``, a segment of a chain that continues ``parent``, are now held."""
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Forget keys that left for another reason than eviction."""
+        """Forget ``keys``, which left the index for a reason other than eviction."""
 
     @abstractmethod
     def evict(self, count: int, take: Take) -> None:
-        """Have ``count`` blocks go: offer stretches to ``take``, the first to go first.
+        """Evict ``count`` blocks: offer segments to ``take``, the best victims first.
 
-        Ends when so many were taken, or no more can be. May end where the next one is worth more
-        than the block that it would go for, one of those that ``admit`` was asked about just
-        before.
+        Stops after ``count`` blocks, or when nothing is evictable. May stop earlier if the next
+        victim is worth more than the incoming blocks, those of the ``admit`` call just before.
         """

@@ -1,41 +1,54 @@
-"""Runs, and queues of them: the unit in which most policies move blocks.
+"""Runs, and queues of runs: the unit in which the baseline policies order blocks.
 
 A *run* is consecutive blocks of one chain, head first::
 
     queue   oldest                         newest
             [a0 a1 a2]   [b0 b1]   [a3 a4 a5]
-                    ^                        a run gives up its tail first
+                    ^                        a run is evicted from its tail
 
-Always true: every key of a policy is in exactly one run, and a run is a stretch of one chain.
-A run whose tail is kept goes to the newest end, since it is in use.
+Invariants: every key of a policy is in exactly one run; a run is consecutive blocks of one chain; a
+run whose tail could not be evicted moves to the newest end, since it is in use.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 
 from kvcache.eviction.policy import Policy, Take
 
 
 class BlockRun:
-    """A stretch of one chain: ``keys`` head first, continuing the block ``parent``."""
+    """Consecutive blocks of one chain.
+
+    Attributes:
+        queue: the queue that this run is in.
+        keys: the blocks, head first.
+        parent: the key that the first block continues, if known.
+    """
 
     __slots__ = ("keys", "parent", "queue")
 
-    def __init__(self, queue: Queue, keys: list[bytes], parent: bytes | None) -> None:
+    def __init__(self, queue: RunQueue, keys: list[bytes], parent: bytes | None) -> None:
         self.queue = queue
         self.keys = keys
         self.parent = parent
 
 
-class Queue:
-    """Runs from oldest to newest, and how many blocks they hold together."""
+class RunQueue:
+    """Runs from oldest to newest.
 
-    def __init__(self, owner: dict[bytes, BlockRun]) -> None:
-        self._owner = owner  # key -> its run; shared by the queues of one policy
+    Args:
+        run_of: the run of each key, shared by all queues of a policy.
+
+    Attributes:
+        blocks: blocks in all runs of this queue.
+    """
+
+    def __init__(self, run_of: dict[bytes, BlockRun]) -> None:
+        self._run_of = run_of
         self._runs: OrderedDict[BlockRun, None] = OrderedDict()
         self.blocks = 0
 
@@ -49,36 +62,39 @@ class Queue:
         return next(reversed(self._runs))
 
     def push(self, keys: list[bytes], parent: bytes | None) -> None:
-        """Make ``keys`` the newest; they join the newest run when they continue it."""
+        """Make ``keys`` the newest; they are appended to the newest run if they continue it."""
         run = self.newest() if self._runs else None
         if run is not None and run.keys[-1] == parent:
             run.keys += keys
         else:
             run = BlockRun(self, keys, parent)
             self._runs[run] = None
-        owner = self._owner
+        run_of = self._run_of
         for key in keys:
-            owner[key] = run
+            run_of[key] = run
         self.blocks += len(keys)
 
     def extend(self, run: BlockRun, keys: list[bytes]) -> None:
-        """Append to ``run`` the blocks that continue it, and make all of it the newest."""
+        """Append ``keys``, which continue ``run``, to it, and make ``run`` the newest."""
         run.keys += keys
         self._runs.move_to_end(run)
-        owner = self._owner
+        run_of = self._run_of
         for key in keys:
-            owner[key] = run
+            run_of[key] = run
         self.blocks += len(keys)
 
     def drop(self, run: BlockRun) -> None:
-        """Take ``run`` out; its keys stay with the caller."""
+        """Take ``run`` out of the queue; the caller moves or forgets its keys."""
         del self._runs[run]
         self.blocks -= len(run.keys)
 
     def rotate(self, run: BlockRun) -> None:
-        """Make ``run`` the newest. It joins the run it continues, so that a chain built a block at
-        a time, in turns with others, is not gone through a block at a time again."""
-        head = self._owner.get(run.parent) if run.parent is not None else None
+        """Make ``run`` the newest, merged into the run that it continues if that is in the queue.
+
+        Without the merge, chains that grew one block at a time, in turns, would stay many runs of
+        one block, and each eviction would visit all of them.
+        """
+        head = self._run_of.get(run.parent) if run.parent is not None else None
         if head is not None and head.queue is self and head.keys[-1] == run.parent:
             self.drop(run)
             self.extend(head, run.keys)
@@ -86,18 +102,18 @@ class Queue:
             self._runs.move_to_end(run)
 
     def cut_tail(self, run: BlockRun, count: int) -> list[bytes]:
-        """Forget the last ``count`` keys of ``run``, and give them, head first."""
-        keys, owner = run.keys[-count:], self._owner
+        """Forget the last ``count`` keys of ``run``; returns them, head first."""
+        keys, run_of = run.keys[-count:], self._run_of
         del run.keys[-count:]
         for key in keys:
-            del owner[key]
+            del run_of[key]
         self.blocks -= count
         if not run.keys:
             del self._runs[run]
         return keys
 
     def cut_head(self, run: BlockRun, count: int) -> None:
-        """Take the first ``count`` keys out of ``run``; their owner is for the caller to set."""
+        """Take the first ``count`` keys out of ``run``; the caller updates ``run_of``."""
         self.blocks -= count
         if count == len(run.keys):
             del self._runs[run]
@@ -105,93 +121,118 @@ class Queue:
             run.parent = run.keys[count - 1]
             del run.keys[:count]
 
-    def take(self, run: BlockRun, keys: AbstractSet[bytes]) -> None:
-        """Take ``keys`` out of ``run``, wherever in it they are; the slow way."""
-        left = [key for key in run.keys if key not in keys]
-        self.blocks -= len(run.keys) - len(left)
-        run.keys = left
-        if not left:
+    def cut_out(self, run: BlockRun, keys: AbstractSet[bytes]) -> None:
+        """Take ``keys`` out of ``run``, wherever they are in it; takes time linear in the run."""
+        remaining = [key for key in run.keys if key not in keys]
+        self.blocks -= len(run.keys) - len(remaining)
+        run.keys = remaining
+        if not remaining:
             del self._runs[run]
+
+    def check(self) -> set[bytes]:
+        """Raise ``AssertionError`` if an invariant is broken; returns the keys of this queue."""
+        keys = [key for run in self._runs for key in run.keys]
+        assert self.blocks == len(keys), "blocks are miscounted"
+        assert all(run.queue is self and run.keys for run in self._runs)
+        assert all(self._run_of[key] is run for run in self._runs for key in run.keys)
+        return set(keys)
 
 
 class RunPolicy(Policy):
-    """What most policies share: an owner for every key, one or more queues of runs."""
+    """Base of the policies that keep their blocks in one or more queues of runs.
+
+    Attributes:
+        run_of: the run of each held key.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._owner: dict[bytes, BlockRun] = {}
+        self.run_of: dict[bytes, BlockRun] = {}
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        gone = set(keys)
-        for run in {self._owner.pop(key): None for key in keys}:
-            run.queue.take(run, gone)
+        removed = set(keys)
+        for run in {self.run_of.pop(key): None for key in keys}:
+            run.queue.cut_out(run, removed)
 
     def evict(self, count: int, take: Take) -> None:
-        spared = set[BlockRun]()
-        moved = False
+        kept_runs = set[BlockRun]()  # runs whose tail could not be evicted in this pass
+        progress = False
         while count:
-            for queue in self._order():
-                if len(queue) and (run := queue.oldest()) not in spared:
+            for queue in self._queues_to_evict():
+                if len(queue) and (run := queue.oldest()) not in kept_runs:
                     break
             else:
-                if not moved:
+                if not progress:
                     return
-                spared.clear()  # some may go by now, or have come to stand behind the spared
-                moved = False
+                # Evicting other runs may have freed a kept tail, or moved runs behind a kept one.
+                kept_runs.clear()
+                progress = False
                 continue
-            offer = self._offer(queue, run, count)
+            offer = self._offer_size(queue, run, count)
             if not offer:
-                moved = True
+                progress = True
                 continue
             offered = run.keys[-offer:]
-            if went := take(offered):
-                moved = True
-                count -= went
-                self._left(queue, queue.cut_tail(run, went))
-            if went < len(offered):
+            if taken := take(offered):
+                progress = True
+                count -= taken
+                self._evicted(queue, queue.cut_tail(run, taken))
+            if taken < len(offered):
                 tail = run.keys[-1]
                 queue.rotate(run)
-                spared.add(self._owner[tail])
+                kept_runs.add(self.run_of[tail])
+
+    def check(self, held: Collection[bytes]) -> None:
+        """Raise ``AssertionError`` if an invariant is broken, or the keys are not ``held``.
+
+        For tests: takes time linear in the blocks.
+        """
+        queues = self._queues_to_evict()
+        keys = [queue.check() for queue in queues]
+        assert sum(queue.blocks for queue in queues) == len(self.run_of)
+        assert set[bytes]().union(*keys) == set(self.run_of) == set(held)
 
     @abstractmethod
-    def _order(self) -> Sequence[Queue]:
-        """Of which queue the oldest run goes first; the next one is asked where all of it stays."""
+    def _queues_to_evict(self) -> Sequence[RunQueue]:
+        """All queues: the one to evict from, then those to use if all of its tails must stay."""
 
-    def _offer(self, queue: Queue, run: BlockRun, count: int) -> int:
-        """How many blocks of ``run`` may go now, ``count`` at most; none when it was put elsewhere
-        instead."""
+    def _offer_size(self, queue: RunQueue, run: BlockRun, count: int) -> int:
+        """Return how many blocks of ``run``, at most ``count``, may be evicted now.
+
+        0 means that this method moved the run elsewhere instead.
+        """
         return min(len(run.keys), count)
 
-    def _left(self, queue: Queue, keys: list[bytes]) -> None:
-        """``keys`` of a run of ``queue`` have left, the last of them first."""
+    def _evicted(self, queue: RunQueue, keys: list[bytes]) -> None:
+        """Record that ``keys``, head first, were evicted from a run of ``queue``."""
 
-    def _take(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Take ``keys`` out of their runs; give those that had one, in order.
+    def _cut_out(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Take ``keys`` out of their runs; returns those that were in one, in order.
 
-        Whoever uses a block uses its ancestors, so what is used of a run is its head: whole slices
-        are compared and cut, and no block is touched by itself.
+        A request that uses a block also uses its ancestors, so the used part of a run is normally
+        its head: this compares and cuts whole slices, and does no work for single blocks.
         """
-        owner = self._owner
-        taken: list[bytes] = []
+        run_of = self.run_of
+        found: list[bytes] = []
         at = 0
         while at < len(keys):
-            run = owner.get(keys[at])
+            run = run_of.get(keys[at])
             if run is None:
                 at += 1
                 continue
             count = min(len(run.keys), len(keys) - at)
             if run.keys[:count] != list(keys[at : at + count]):
                 pairs = zip(run.keys, keys[at : at + count], strict=False)
-                count = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
+                count = next(i for i, (in_run, asked) in enumerate(pairs) if in_run != asked)
             if count:
-                taken += run.keys[:count]
+                found += run.keys[:count]
                 run.queue.cut_head(run, count)
                 at += count
-            else:  # asked for without its ancestors
-                run.queue.take(run, {keys[at]})
-                taken.append(keys[at])
+            else:  # the block was looked up without the blocks before it in its run
+                run.queue.cut_out(run, {keys[at]})
+                found.append(keys[at])
                 at += 1
-        return taken
+        return found

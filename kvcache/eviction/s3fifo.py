@@ -1,70 +1,86 @@
-"""S3-FIFO."""
+"""S3-FIFO.
+
+Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Uses are counted per
+block; a run moves as a whole when its tail has enough uses, since a request that uses the tail also
+uses the blocks before it.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
-from kvcache.eviction.runs import BlockRun, Queue, RunPolicy
+from kvcache.eviction.runs import BlockRun, RunPolicy, RunQueue
+
+_MAX_USES = 3  # a larger count would only delay eviction; the paper's counter has two bits
 
 
 class S3Fifo(RunPolicy):
-    """S3-FIFO: a small queue on probation, a main queue, a ghost of keys that left the small one.
-
-    Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Counts are kept per
-    block; a run moves whole when its tail earned it, since whoever used the tail used the rest.
+    """A small queue for new blocks, a main queue for reused ones, and a ghost list.
 
     Args:
         capacity: blocks.
-        small: share of the capacity that is on probation.
-        promote: uses on probation from which on a block moves to the main queue.
+        small: share of the capacity that the small queue has.
+        promote: uses in the small queue after which a block moves to the main queue.
+
+    Attributes:
+        small: blocks that were stored lately.
+        main: blocks that were used often enough, or came back while they were a ghost.
+        uses: uses of a block since it was stored or moved, 1 to 3; no entry means none.
+        ghosts: keys evicted from the small queue, oldest first; at most as many as the capacity.
     """
 
     def __init__(self, capacity: int, small: float = 0.3, promote: int = 2) -> None:
         super().__init__(capacity)
-        self._small = Queue(self._owner)
-        self._main = Queue(self._owner)
-        self._small_share = max(1, int(capacity * small))
+        self.small = RunQueue(self.run_of)
+        self.main = RunQueue(self.run_of)
+        self.uses: dict[bytes, int] = {}
+        self.ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._small_capacity = max(1, int(capacity * small))  # blocks
         self._promote = promote
-        self._uses: dict[bytes, int] = {}  # of blocks used since they came or were last moved; 1..3
-        self._ghost: OrderedDict[bytes, None] = OrderedDict()
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        uses, owner = self._uses, self._owner
+        uses, run_of = self.uses, self.run_of
         for key in chain[:held]:
-            if key in owner:
-                uses[key] = min(3, uses.get(key, 0) + 1)
+            if key in run_of:
+                uses[key] = min(_MAX_USES, uses.get(key, 0) + 1)
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        ghost = self._ghost
-        known = 0  # whoever was used lately was used with its ancestors: the known ones lead
-        while known < len(keys) and keys[known] in ghost:
-            del ghost[keys[known]]
-            known += 1
-        if known:
-            self._main.push(list(keys[:known]), parent)
-            parent = keys[known - 1]
-        if known < len(keys):
-            self._small.push(list(keys[known:]), parent)
+        # A request uses a block together with its ancestors, so the ghosts among the keys lead.
+        ghosts = self.ghosts
+        count = 0
+        while count < len(keys) and keys[count] in ghosts:
+            del ghosts[keys[count]]
+            count += 1
+        if count:
+            self.main.push(list(keys[:count]), parent)
+            parent = keys[count - 1]
+        if count < len(keys):
+            self.small.push(list(keys[count:]), parent)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         super().remove(keys)
         for key in keys:
-            self._uses.pop(key, None)
+            self.uses.pop(key, None)
 
-    def _order(self) -> Sequence[Queue]:
-        small, main = self._small, self._main
-        return (small, main) if small.blocks >= self._small_share else (main, small)
+    def check(self, held: Collection[bytes]) -> None:
+        super().check(held)
+        assert set(self.uses) <= set(held)
+        assert all(1 <= uses <= _MAX_USES for uses in self.uses.values())
 
-    def _offer(self, queue: Queue, run: BlockRun, count: int) -> int:
-        small, main, uses = self._small, self._main, self._uses
-        enough = self._promote if queue is small else 1
+    def _queues_to_evict(self) -> Sequence[RunQueue]:
+        small, main = self.small, self.main
+        return (small, main) if small.blocks >= self._small_capacity else (main, small)
+
+    def _offer_size(self, queue: RunQueue, run: BlockRun, count: int) -> int:
+        small, main, uses = self.small, self.main, self.uses
+        uses_to_stay = self._promote if queue is small else 1
         if queue is small:
-            count = min(count, max(1, small.blocks - self._small_share + 1))
+            count = min(count, max(1, small.blocks - self._small_capacity + 1))
         offer = 0
         for key in islice(reversed(run.keys), count):
-            if uses.get(key, 0) >= enough:
+            if uses.get(key, 0) >= uses_to_stay:
                 break
             offer += 1
         if offer:
@@ -76,25 +92,25 @@ class S3Fifo(RunPolicy):
             main.push(run.keys, run.parent)
         else:
             for key in run.keys:
-                if (left := uses.pop(key, 0) - 1) > 0:
-                    uses[key] = left
+                if (remaining := uses.pop(key, 0) - 1) > 0:
+                    uses[key] = remaining
             main.rotate(run)
         return 0
 
-    def _left(self, queue: Queue, keys: list[bytes]) -> None:
+    def _evicted(self, queue: RunQueue, keys: list[bytes]) -> None:
         for key in reversed(keys):
-            self._uses.pop(key, None)
-            if queue is self._small:
-                self._remember(key)
+            self.uses.pop(key, None)
+            if queue is self.small:
+                self._add_ghost(key)
 
-    def _remember(self, key: bytes) -> None:
-        self._ghost[key] = None
-        if len(self._ghost) > self._capacity:
-            self._ghost.popitem(last=False)
+    def _add_ghost(self, key: bytes) -> None:
+        self.ghosts[key] = None
+        if len(self.ghosts) > self._capacity:
+            self.ghosts.popitem(last=False)
 
 
 class AibrixS3Fifo(S3Fifo):
-    """S3-FIFO with what AIBrix's KV cache has by default: one use is enough for the main queue."""
+    """S3-FIFO with the defaults of AIBrix's KV cache: one use moves a block to the main queue."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity, small=0.3, promote=1)

@@ -1,7 +1,7 @@
-"""What an eviction policy promises, as tests.
+"""The contract of an eviction policy, as tests.
 
-Always true: the policy is told what an index tells one, by an index or in its order, under a clock
-that the test moves; the traffic is the same each time.
+Invariants: the tests call the policy in the order in which an index does, or through a real index;
+the clock is moved by the test; the traffic is the same in each run.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from kvcache.testing.blocks import keys_of
 
 
 def evict_blocks(
-    policy: Policy, count: int = 100, stays: Callable[[bytes], bool] = lambda _: False
+    policy: Policy, count: int = 100, pinned: Callable[[bytes], bool] = lambda _: False
 ) -> list[bytes]:
-    """Have ``count`` blocks of a policy go, none that ``stays``, and give them in this order."""
-    gone: list[bytes] = []
+    """Evict up to ``count`` blocks that are not ``pinned``; returns their keys in order."""
+    evicted: list[bytes] = []
     offers = 0
 
     def take(keys: Sequence[bytes]) -> int:
         nonlocal offers
         offers += 1
-        assert offers < 10_000, "blocks that stay are offered without end"
-        before = len(gone)
+        assert offers < 10_000, "pinned blocks are offered without end"
+        before = len(evicted)
         for key in reversed(keys):
-            if len(gone) == count or stays(key):
+            if len(evicted) == count or pinned(key):
                 break
-            gone.append(key)
-        return len(gone) - before
+            evicted.append(key)
+        return len(evicted) - before
 
     policy.evict(count, take)
-    return gone
+    return evicted
 
 
 class PolicyTests:
-    """Set ``policy`` to the class under test."""
+    """Inherit from this class and set ``policy`` to the class under test."""
 
     policy: type[Policy]
 
-    def held(self, names: str, capacity: int = 8) -> tuple[Policy, dict[str, list[bytes]]]:
-        """A policy that knows a chain of three blocks for each letter, and their keys."""
+    def filled(self, names: str, capacity: int = 8) -> tuple[Policy, dict[str, list[bytes]]]:
+        """Return a policy that holds a chain of three blocks per letter, and the chains."""
         policy = self.policy(capacity)
         chains = {name: keys_of(name, 3) for name in names}
         for now, chain in enumerate(chains.values()):
@@ -53,7 +53,7 @@ class PolicyTests:
         return policy, chains
 
     def traffic(self, requests: int, seed: int = 0) -> Iterator[tuple[float, list[bytes]]]:
-        """Chains that share heads, some asked for again, and when."""
+        """Yield times and chains; the chains share heads, and some are requested again."""
         draw, now = Random(seed), 0.0
         for number in range(requests):
             now += draw.expovariate(1.0)
@@ -61,67 +61,68 @@ class PolicyTests:
             head = f"head {len(name) % 3}"
             yield now, [*keys_of(head, 2), *keys_of(name, draw.randint(1, 6))]
 
-    def test_what_is_held_leaves_once(self) -> None:
-        policy, chains = self.held("ab")
+    def test_evict_offers_each_held_block_once(self) -> None:
+        policy, chains = self.filled("ab")
         assert sorted(evict_blocks(policy)) == sorted([*chains["a"], *chains["b"]])
         assert evict_blocks(policy) == []
 
-    def test_a_block_without_a_request_is_held_as_well(self) -> None:
-        policy, chains = self.held("a")
-        more = keys_of("answer", 2)
-        policy.add(more[:1], chains["a"][-1], 1.0)
-        policy.add(more[1:], more[0], 2.0)
-        policy.add(keys_of("found", 1), None, 3.0)
-        assert set(evict_blocks(policy)) == {*chains["a"], *more, *keys_of("found", 1)}
+    def test_add_without_access_holds_the_blocks(self) -> None:
+        policy, chains = self.filled("a")
+        generated = keys_of("answer", 2)
+        policy.add(generated[:1], chains["a"][-1], 1.0)
+        policy.add(generated[1:], generated[0], 2.0)
+        policy.add(keys_of("restored", 1), None, 3.0)
+        assert set(evict_blocks(policy)) == {*chains["a"], *generated, *keys_of("restored", 1)}
 
-    def test_what_left_can_come_back(self) -> None:
-        policy, chains = self.held("a")
+    def test_add_after_eviction_holds_the_blocks_again(self) -> None:
+        policy, chains = self.filled("a")
         for now in range(1, 4):
             assert sorted(evict_blocks(policy)) == sorted(chains["a"])
             policy.access(chains["a"], 0, float(now))
             policy.add(chains["a"], None, float(now))
         assert sorted(evict_blocks(policy)) == sorted(chains["a"])
 
-    def test_what_is_asked_for_in_vain_is_not_held(self) -> None:
-        policy, chains = self.held("a")
-        policy.access(keys_of("not there", 4), 0, 1.0)
-        policy.access([*chains["a"], *keys_of("neither", 4)], 3, 2.0)
+    def test_access_of_missing_blocks_holds_nothing(self) -> None:
+        policy, chains = self.filled("a")
+        policy.access(keys_of("missing", 4), 0, 1.0)
+        policy.access([*chains["a"], *keys_of("continuation", 4)], 3, 2.0)
         assert sorted(evict_blocks(policy)) == sorted(chains["a"])
 
-    def test_what_is_kept_stays(self) -> None:
-        policy, chains = self.held("abc")
+    def test_evict_with_a_pinned_tail_keeps_that_block(self) -> None:
+        policy, chains = self.filled("abc")
         tail = chains["b"][-1]
-        left = evict_blocks(policy, stays=lambda key: key == tail)
-        assert tail not in left
-        assert {*chains["a"], *chains["c"]} <= set(left)
+        evicted = evict_blocks(policy, pinned=lambda key: key == tail)
+        assert tail not in evicted
+        assert {*chains["a"], *chains["c"]} <= set(evicted)
         assert tail in evict_blocks(policy)
 
-    def test_when_all_is_kept_there_is_an_end(self) -> None:
-        policy, _ = self.held("abc")
-        assert evict_blocks(policy, stays=lambda _: True) == []
+    def test_evict_with_all_blocks_pinned_returns(self) -> None:
+        policy, _ = self.filled("abc")
+        assert evict_blocks(policy, pinned=lambda _: True) == []
         assert len(evict_blocks(policy)) == 9
 
-    def test_an_answer_cut_short_forgets_what_was_given(self) -> None:
-        policy, chains = self.held("abc")
-        some = evict_blocks(policy, 4)
+    def test_evict_of_some_blocks_forgets_only_those(self) -> None:
+        policy, chains = self.filled("abc")
+        first = evict_blocks(policy, 4)
         rest = evict_blocks(policy)
-        assert len(some) == 4
-        assert sorted(some + rest) == sorted(key for chain in chains.values() for key in chain)
+        assert len(first) == 4
+        assert sorted(first + rest) == sorted(key for chain in chains.values() for key in chain)
 
-    def test_what_is_removed_does_not_leave_again(self) -> None:
-        policy, chains = self.held("abc")
+    def test_removed_blocks_are_not_offered(self) -> None:
+        policy, chains = self.filled("abc")
         policy.remove([chains["a"][1], *chains["b"]])
         assert sorted(evict_blocks(policy)) == sorted([*chains["a"][::2], *chains["c"]])
 
-    def test_an_answer_about_slots_is_a_number_of_blocks(self) -> None:
-        policy, _ = self.held("abc", capacity=9)
+    def test_admit_returns_at_most_the_number_of_keys(self) -> None:
+        policy, _ = self.filled("abc", capacity=9)
         for count in range(1, 20):
             assert 0 <= policy.admit(keys_of(f"new {count}", count), None, float(count)) <= count
 
-    def test_an_index_stays_sound(self) -> None:
-        """Under pins, engine steps of a few blocks, drops; and a chain loses its tail first."""
+    def test_index_stays_consistent_under_mixed_traffic(self) -> None:
+        """With pins, engine steps of two blocks, and drops; a chain loses its tail first."""
         now, draw = 0.0, Random(1)
-        index = Index(self.policy(40), lambda: now)
+        policy = self.policy(40)
+        index = Index(policy, lambda: now)
         index.open_slots(40)
         pinned: list[int] = []
         for now, chain in self.traffic(400):  # noqa: B007 - the clock reads it
@@ -131,23 +132,23 @@ class PolicyTests:
             for at in range(found, len(chain), 2):
                 parent = chain[at - 1] if at else None
                 index.publish(index.reserve(chain[at : at + 2], parent)[1])
-            there = [key in index for key in chain]
-            assert sorted(there, reverse=True) == there, "a block left before what continues it"
+            held = [key in index for key in chain]
+            assert sorted(held, reverse=True) == held, "a block left before its continuation"
             index.check()
             if draw.random() < 0.05:
                 index.drop(chain[-1:])
         assert index.hit_blocks > 0
         index.clear()
         index.unpin(pinned)
-        assert evict_blocks(index._policy) == []
+        assert evict_blocks(policy) == []
 
-    def test_the_same_traffic_has_the_same_answers(self) -> None:
-        assert self.left(self.traffic(300)) == self.left(self.traffic(300))
+    def test_same_calls_evict_the_same_blocks(self) -> None:
+        assert self.replay(self.traffic(300)) == self.replay(self.traffic(300))
 
-    def left(self, traffic: Iterator[tuple[float, Sequence[bytes]]]) -> list[bytes]:
-        """What left a tier of 30 blocks, in order."""
+    def replay(self, traffic: Iterator[tuple[float, Sequence[bytes]]]) -> list[bytes]:
+        """Return the keys that a tier of 30 blocks evicts for ``traffic``, in order."""
         policy = self.policy(30)
-        left, held = list[bytes](), set[bytes]()
+        evicted, held = list[bytes](), set[bytes]()
         for now, chain in traffic:
             found = next((at for at, key in enumerate(chain) if key not in held), len(chain))
             policy.access(chain, found, now)
@@ -156,18 +157,18 @@ class PolicyTests:
                 continue
             if (need := len(held) + len(absent) - 30) > 0:
                 policy.admit(absent, chain[found - 1] if found else None, now)
-                gone = evict_blocks(policy, need, set(chain).__contains__)
-                left += gone
-                held.difference_update(gone)
+                victims = evict_blocks(policy, need, set(chain).__contains__)
+                evicted += victims
+                held.difference_update(victims)
             absent = absent[: 30 - len(held)]
             if absent:
                 policy.add(absent, chain[found - 1] if found else None, now)
                 held.update(absent)
-        return left
+        return evicted
 
-    def test_the_state_is_bounded(self) -> None:
-        """A hundred thousand blocks pass through ten slots: the second half adds nothing."""
-        policy, used = self.policy(10), list[int]()
+    def test_state_is_bounded(self) -> None:
+        """A hundred thousand blocks pass through ten slots; the second half adds no memory."""
+        policy, allocated = self.policy(10), list[int]()
         index = Index(policy, iter(range(10**9)).__next__)
         index.open_slots(10)
         for number in range(10_000):
@@ -176,5 +177,5 @@ class PolicyTests:
             index.publish(index.reserve(chain, None)[1])
             if number in (5000, 9999):
                 gc.collect()
-                used.append(sys.getallocatedblocks())
-        assert used[1] < used[0] + 5000
+                allocated.append(sys.getallocatedblocks())
+        assert allocated[1] < allocated[0] + 5000

@@ -103,7 +103,7 @@ class HeadFirst(Fifo):
     """A policy of somebody who does not know about prefixes."""
 
     def evict(self, count: int, take: Take) -> None:
-        for key in list(self._owner):
+        for key in list(self.run_of):
             if count and take([key]):
                 self.remove([key])
                 count -= 1

@@ -1,6 +1,6 @@
-"""Every policy keeps the contract, and each test of it fails on some policy that is wrong.
+"""Every policy passes the contract, and each test of the contract fails for some wrong policy.
 
-A wrong policy is a right one with one thing changed.
+A wrong policy is a shipped one with one method changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,18 +19,18 @@ for name, policy in POLICIES.items():
     globals()[f"Test_{name}"] = type(f"Test_{name}", (PolicyTests,), {"policy": policy})
 
 
-class GivesTwice(Lru):
+class OffersTwice(Lru):
     def evict(self, count: int, take: Take) -> None:
         super().evict(count, lambda keys: take(keys) and take(keys))
 
 
-class ForgetsAnswers(Lru):
+class IgnoresContinuations(Lru):
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
         if parent is None:
             super().add(keys, parent, now)
 
 
-class RefusesOldFriends(Lru):
+class RefusesReturningBlocks(Lru):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self.seen: set[bytes] = set()
@@ -41,22 +41,22 @@ class RefusesOldFriends(Lru):
         self.seen.update(keys)
 
 
-class HoldsWhatIsAskedFor(Lru):
+class HoldsMissingBlocks(Lru):
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         super().access(chain, held, now)
-        super().add([key for key in chain if key not in self._owner], None, now)
+        super().add([key for key in chain if key not in self.run_of], None, now)
 
 
-class KeepsNothing(Lru):
+class ForgetsPinnedBlocks(Lru):
     def evict(self, count: int, take: Take) -> None:
-        for key in list(self._owner):
+        for key in list(self.run_of):
             if take([key]) == 0:
                 self.remove([key])
 
 
-class StopsAtWhatIsKept(Lru):
+class StopsAtPinnedTail(Lru):
     def evict(self, count: int, take: Take) -> None:
-        while count and self._owner:
+        while count and self.run_of:
             tail = self._queue.oldest().keys[-1]
             if not take([tail]):
                 return
@@ -64,46 +64,44 @@ class StopsAtWhatIsKept(Lru):
             count -= 1
 
 
-class GoesRoundAndRound(Lru):
+class EvictsWithoutEnd(Lru):
     def evict(self, count: int, take: Take) -> None:
-        while self._owner:
+        while self.run_of:
             super().evict(count, take)
 
 
-class ForgetsAllAtOnce(Lru):
+class ForgetsAllOnEvict(Lru):
     def evict(self, count: int, take: Take) -> None:
         super().evict(count, take)
-        self.remove(list(self._owner))
+        self.remove(list(self.run_of))
 
 
-class RemovesRuns(Lru):
+class RemovesWholeRuns(Lru):
     def remove(self, keys: Sequence[bytes]) -> None:
-        whole = (self._owner[key].keys for key in keys if key in self._owner)
+        whole = (self.run_of[key].keys for key in keys if key in self.run_of)
         super().remove(list(dict.fromkeys(chain.from_iterable(list(whole)))))
 
 
-class AdmitsMore(Lru):
+class AdmitsTooMany(Lru):
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys) + 1
 
 
-class Remembers(S3Fifo):
-    def _remember(self, key: bytes) -> None:
-        self._ghost[key] = None
+class KeepsAllS3FifoGhosts(S3Fifo):
+    def _add_ghost(self, key: bytes) -> None:
+        self.ghosts[key] = None
 
 
-def knows_no_limit(capacity: int) -> Policy:
-    policy = Gittins(capacity)  # which cannot be inherited from where it is compiled
-    policy._limit = maxsize
-    return policy
+def gittins_without_limit(capacity: int) -> Policy:
+    return Gittins(capacity, known_limit=maxsize)
 
 
-class KeepsGhosts(Arc):
-    def _trim(self) -> None:
+class KeepsAllArcGhosts(Arc):
+    def _trim_ghosts(self) -> None:
         pass
 
 
-class Draws(Fifo):
+class EvictsAtRandom(Fifo):
     draw = Random(0)
 
     def evict(self, count: int, take: Take) -> None:
@@ -119,33 +117,35 @@ class HoldsNothing(Lru):
 
 
 WRONG: dict[Callable[[int], Policy], str] = {
-    GivesTwice: "test_what_is_held_leaves_once",
-    ForgetsAnswers: "test_a_block_without_a_request_is_held_as_well",
-    RefusesOldFriends: "test_what_left_can_come_back",
-    HoldsWhatIsAskedFor: "test_what_is_asked_for_in_vain_is_not_held",
-    KeepsNothing: "test_what_is_kept_stays",
-    StopsAtWhatIsKept: "test_what_is_kept_stays",
-    GoesRoundAndRound: "test_when_all_is_kept_there_is_an_end",
-    ForgetsAllAtOnce: "test_an_answer_cut_short_forgets_what_was_given",
-    RemovesRuns: "test_what_is_removed_does_not_leave_again",
-    AdmitsMore: "test_an_answer_about_slots_is_a_number_of_blocks",
-    HoldsNothing: "test_an_index_stays_sound",
-    Draws: "test_the_same_traffic_has_the_same_answers",
-    Remembers: "test_the_state_is_bounded",
-    knows_no_limit: "test_the_state_is_bounded",
-    KeepsGhosts: "test_the_state_is_bounded",
+    OffersTwice: "test_evict_offers_each_held_block_once",
+    IgnoresContinuations: "test_add_without_access_holds_the_blocks",
+    RefusesReturningBlocks: "test_add_after_eviction_holds_the_blocks_again",
+    HoldsMissingBlocks: "test_access_of_missing_blocks_holds_nothing",
+    ForgetsPinnedBlocks: "test_evict_with_a_pinned_tail_keeps_that_block",
+    StopsAtPinnedTail: "test_evict_with_a_pinned_tail_keeps_that_block",
+    EvictsWithoutEnd: "test_evict_with_all_blocks_pinned_returns",
+    ForgetsAllOnEvict: "test_evict_of_some_blocks_forgets_only_those",
+    RemovesWholeRuns: "test_removed_blocks_are_not_offered",
+    AdmitsTooMany: "test_admit_returns_at_most_the_number_of_keys",
+    HoldsNothing: "test_index_stays_consistent_under_mixed_traffic",
+    EvictsAtRandom: "test_same_calls_evict_the_same_blocks",
+    KeepsAllS3FifoGhosts: "test_state_is_bounded",
+    gittins_without_limit: "test_state_is_bounded",
+    KeepsAllArcGhosts: "test_state_is_bounded",
 }
 
 
 @pytest.mark.parametrize(("wrong", "test"), WRONG.items())
-def test_a_wrong_policy_is_found(wrong: Callable[[int], Policy], test: str) -> None:
+def test_policy_tests_wrong_policy_fails_its_test(
+    wrong: Callable[[int], Policy], test: str
+) -> None:
     suite = type("Suite", (PolicyTests,), {"policy": staticmethod(wrong)})()
     try:
         getattr(suite, test)()
-    except Exception:  # noqa: BLE001 - what a wrong policy raises is its own
+    except Exception:  # noqa: BLE001 - a wrong policy may raise anything
         return
     pytest.fail(f"{wrong} passes {test}")
 
 
-def test_each_test_finds_some_policy() -> None:
+def test_policy_tests_each_test_fails_for_some_wrong_policy() -> None:
     assert set(WRONG.values()) == NAMES

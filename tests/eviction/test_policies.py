@@ -1,4 +1,4 @@
-"""In which order blocks leave, by policy; and that a policy knows what the index holds, no more."""
+"""The order in which each policy evicts, and that its keys are those that the index holds."""
 
 import itertools
 from collections.abc import Callable
@@ -21,11 +21,11 @@ def add(policy: Policy, names: str, parent: str | None = None) -> None:
     policy.add(keys(names), parent.encode() if parent else None, 0.0)
 
 
-def order(policy: Policy, keep: Callable[[bytes], bool] = lambda _: False) -> str:
-    return b"".join(evict_blocks(policy, stays=keep)).decode()
+def order(policy: Policy, pinned: Callable[[bytes], bool] = lambda _: False) -> str:
+    return b"".join(evict_blocks(policy, pinned=pinned)).decode()
 
 
-def test_fifo_takes_the_oldest_chain_its_tail_first() -> None:
+def test_fifo_evicts_the_oldest_chain_from_its_tail() -> None:
     policy = Fifo(9)
     add(policy, "abc")
     add(policy, "xy")
@@ -33,7 +33,7 @@ def test_fifo_takes_the_oldest_chain_its_tail_first() -> None:
     assert order(policy) == "cbayx"
 
 
-def test_lru_takes_the_chain_that_was_not_used_longest() -> None:
+def test_lru_evicts_the_least_recently_used_chain() -> None:
     policy = Lru(9)
     add(policy, "abc")
     add(policy, "xy")
@@ -41,7 +41,7 @@ def test_lru_takes_the_chain_that_was_not_used_longest() -> None:
     assert order(policy) == "cyxba"
 
 
-def test_lru_an_answer_that_grows_makes_its_chain_the_newest() -> None:
+def test_lru_added_continuation_makes_its_chain_the_newest() -> None:
     policy = Lru(9)
     add(policy, "ab")
     add(policy, "x")
@@ -49,7 +49,7 @@ def test_lru_an_answer_that_grows_makes_its_chain_the_newest() -> None:
     assert order(policy) == "xcba"
 
 
-def test_lru_two_chains_with_one_head() -> None:
+def test_lru_shared_head_is_evicted_last() -> None:
     policy = Lru(9)
     add(policy, "hab")
     add(policy, "xy", parent="h")
@@ -57,14 +57,14 @@ def test_lru_two_chains_with_one_head() -> None:
     assert order(policy) == "bayxh"
 
 
-def test_lru_a_block_used_without_its_ancestors() -> None:
+def test_lru_block_used_without_its_ancestors_is_the_newest() -> None:
     policy = Lru(9)
     add(policy, "abc")
     policy.access(keys("b"), 1, 1.0)
     assert order(policy) == "cab"
 
 
-def test_lru_only_what_was_found_is_used() -> None:
+def test_lru_access_touches_only_held_blocks() -> None:
     policy = Lru(9)
     add(policy, "abc")
     add(policy, "x")
@@ -72,7 +72,7 @@ def test_lru_only_what_was_found_is_used() -> None:
     assert order(policy) == "cbxa"
 
 
-def test_s3fifo_blocks_seen_once_leave_before_those_in_use() -> None:
+def test_s3fifo_blocks_used_once_are_evicted_before_reused_ones() -> None:
     policy = S3Fifo(10, small=0.3)
     add(policy, "ab")
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_s3fifo_blocks_seen_once_leave_before_those_in_use() -> None:
     assert order(policy).startswith("bast")
 
 
-def test_s3fifo_the_used_part_of_a_chain_stays() -> None:
+def test_s3fifo_reused_head_of_a_chain_is_evicted_last() -> None:
     policy = S3Fifo(4, small=0.5)
     add(policy, "abcd")
     for _ in range(2):
@@ -95,48 +95,48 @@ def test_s3fifo_the_used_part_of_a_chain_stays() -> None:
     assert order(policy)[:2] == "dc"
 
 
-def test_s3fifo_a_block_that_comes_back_soon_is_not_on_probation() -> None:
+def test_s3fifo_ghost_that_is_added_again_enters_the_main_queue() -> None:
     policy = S3Fifo(4, small=0.5)
     add(policy, "ab")
     assert order(policy) == "ba"
     add(policy, "ax")
     add(policy, "vw")
-    assert evict_blocks(policy, 1) == [b"x"]  # unlike `a`, it was not known
-    assert policy._owner[b"a"].queue is policy._main
+    assert evict_blocks(policy, 1) == [b"x"]  # unlike `a`, it was no ghost
+    assert policy.run_of[b"a"].queue is policy.main
 
 
-def test_s3fifo_remembers_no_more_than_it_could_hold() -> None:
+def test_s3fifo_ghosts_are_at_most_the_capacity() -> None:
     policy = S3Fifo(5, small=0.5)
     for at in range(100):
         policy.add([b"%d" % at], None, 0.0)
         evict_blocks(policy, 1)
-    assert len(policy._ghost) == 5
+    assert len(policy.ghosts) == 5
 
 
-def test_s3fifo_only_what_left_probation_is_remembered() -> None:
+def test_s3fifo_eviction_from_main_adds_no_ghost() -> None:
     policy = S3Fifo(4, small=0.25)
     add(policy, "a")
     add(policy, "b")
     for _ in range(2):
         policy.access(keys("a"), 1, 1.0)
     assert order(policy) == "ba"
-    assert set(policy._ghost) == {b"b"}
+    assert set(policy.ghosts) == {b"b"}
 
 
-def test_s3fifo_uses_are_forgotten_with_their_block() -> None:
+def test_s3fifo_removed_and_evicted_blocks_have_no_uses() -> None:
     policy = S3Fifo(4)
     add(policy, "ab")
-    policy.access(keys("abc"), 3, 1.0)  # the engine had `c` itself
-    assert set(policy._uses) == {b"a", b"b"}
+    policy.access(keys("abc"), 3, 1.0)  # the policy does not hold `c`
+    assert set(policy.uses) == {b"a", b"b"}
     policy.remove(keys("b"))
-    assert set(policy._uses) == {b"a"}
+    assert set(policy.uses) == {b"a"}
     assert order(policy) == "a"
-    assert policy._uses == {}
+    assert policy.uses == {}
 
 
-def test_s3fifo_of_aibrix_takes_one_use_for_enough() -> None:
-    for made, first in ((S3Fifo, "b"), (AibrixS3Fifo, "y")):
-        policy = made(4)
+def test_aibrix_s3fifo_one_use_promotes_to_main() -> None:
+    for cls, first in ((S3Fifo, "b"), (AibrixS3Fifo, "y")):
+        policy = cls(4)
         add(policy, "ab")
         policy.access(keys("ab"), 2, 1.0)
         add(policy, "xy")
@@ -144,24 +144,24 @@ def test_s3fifo_of_aibrix_takes_one_use_for_enough() -> None:
 
 
 def in_main(names: str, small: float = 0.5) -> S3Fifo:
-    """A policy with these blocks in its main queue, none used since."""
+    """Return a policy that has these blocks in its main queue, without uses."""
     policy = S3Fifo(8, small)
     for name in names:
         add(policy, name)
-    order(policy)  # all leave, and come back soon
+    order(policy)  # makes all of them ghosts
     for name in names:
         add(policy, name)
-    assert policy._main.blocks == len(names)
+    assert policy.main.blocks == len(names)
     return policy
 
 
-def test_s3fifo_main_gives_another_round_to_what_was_used() -> None:
+def test_s3fifo_main_keeps_used_blocks_for_another_round() -> None:
     policy = in_main("xyz")
     policy.access(keys("x"), 1, 2.0)
     assert order(policy) == "yzx"
 
 
-def test_s3fifo_main_gives_when_few_are_on_probation() -> None:
+def test_s3fifo_evicts_from_main_while_small_is_below_its_share() -> None:
     policy = in_main("xyz", small=0.25)
     add(policy, "a")
     assert evict_blocks(policy, 1) == [b"x"]
@@ -169,91 +169,91 @@ def test_s3fifo_main_gives_when_few_are_on_probation() -> None:
     assert evict_blocks(policy, 1) == [b"a"]
 
 
-def test_s3fifo_main_gives_when_all_on_probation_is_in_use() -> None:
+def test_s3fifo_evicts_from_main_when_small_is_pinned() -> None:
     policy = in_main("xyz", small=0.25)
     add(policy, "a")
     add(policy, "b")
-    assert order(policy, keep=lambda key: key in b"ab") == "xyz"
+    assert order(policy, pinned=lambda key: key in b"ab") == "xyz"
 
 
-def test_what_is_cut_off_still_knows_what_it_continues() -> None:
+def test_lru_rest_of_a_cut_run_has_the_right_parent() -> None:
     policy = Lru(9)
     add(policy, "abc")
     policy.access(keys("ab"), 2, 1.0)
-    assert policy._owner[b"c"].parent == b"b"
+    assert policy.run_of[b"c"].parent == b"b"
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_what_is_kept_is_passed_over_with_what_it_stands_on(policy: type[Policy]) -> None:
-    ours = policy(9)
-    add(ours, "abc")
-    add(ours, "xyz")
-    assert order(ours, keep=lambda key: key == b"b") == "czyx"
-    assert sorted(order(ours)) == ["a", "b"]
+def test_policy_pinned_block_protects_its_ancestors(policy: type[Policy]) -> None:
+    instance = policy(9)
+    add(instance, "abc")
+    add(instance, "xyz")
+    assert order(instance, pinned=lambda key: key == b"b") == "czyx"
+    assert sorted(order(instance)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_when_all_is_kept_there_is_an_end(policy: type[Policy]) -> None:
-    ours = policy(9)
-    add(ours, "abc")
-    add(ours, "xyz")
-    ours.access(keys("xyz"), 3, 1.0)
-    assert order(ours, keep=lambda _: True) == ""
-    assert sorted(order(ours)) == list("abcxyz")
+def test_policy_all_blocks_pinned_evicts_none(policy: type[Policy]) -> None:
+    instance = policy(9)
+    add(instance, "abc")
+    add(instance, "xyz")
+    instance.access(keys("xyz"), 3, 1.0)
+    assert order(instance, pinned=lambda _: True) == ""
+    assert sorted(order(instance)) == list("abcxyz")
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_an_answer_cut_short_forgets_only_what_was_given(policy: type[Policy]) -> None:
-    ours = policy(9)
-    add(ours, "abc")
-    add(ours, "xyz")
-    some = b"".join(evict_blocks(ours, 2)).decode()
-    assert sorted(some + order(ours)) == list("abcxyz")
+def test_policy_partial_eviction_forgets_only_evicted_blocks(policy: type[Policy]) -> None:
+    instance = policy(9)
+    add(instance, "abc")
+    add(instance, "xyz")
+    some = b"".join(evict_blocks(instance, 2)).decode()
+    assert sorted(some + order(instance)) == list("abcxyz")
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_removed_keys_are_forgotten(policy: type[Policy]) -> None:
-    ours = policy(9)
-    add(ours, "abc")
-    add(ours, "xy")
-    ours.remove(keys("bx"))
-    assert sorted(order(ours)) == ["a", "c", "y"]
+def test_policy_removed_keys_are_not_evicted(policy: type[Policy]) -> None:
+    instance = policy(9)
+    add(instance, "abc")
+    add(instance, "xy")
+    instance.remove(keys("bx"))
+    assert sorted(order(instance)) == ["a", "c", "y"]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_growing_a_block_at_a_time_costs_no_more_per_block(name: str) -> None:
-    """A chain built a block at a time, then pushed out: questions asked grow with its length."""
+def test_policy_chain_grown_block_by_block_is_evicted_in_linear_time(name: str) -> None:
+    """The number of offered blocks is linear in the length of the chain."""
 
-    def asked(length: int) -> int:
+    def pinned_calls(length: int) -> int:
         policy, count, children = POLICIES[name](2 * length), 0, set[bytes]()
         names = [b"%d" % at for at in range(length)]
         for at, key in enumerate(names):
             policy.add([key], names[at - 1] if at else None, 0.0)
         children.update(names[:-1])
 
-        def keep(key: bytes) -> bool:
+        def pinned(key: bytes) -> bool:
             nonlocal count
             count += 1
             return key in children
 
         for at in range(length):
-            [left] = evict_blocks(policy, 1, keep)
-            assert left == names[length - 1 - at]
+            [victim] = evict_blocks(policy, 1, pinned)
+            assert victim == names[length - 1 - at]
             if at + 1 < length:
                 children.remove(names[length - 2 - at])
         return count
 
-    assert asked(400) <= 2.2 * asked(200)
+    assert pinned_calls(400) <= 2.2 * pinned_calls(200)
 
 
 chains = st.text("01", min_size=1, max_size=8)
 
 
 @given(
-    st.sampled_from(sorted(name for name, made in POLICIES.items() if issubclass(made, RunPolicy))),
+    st.sampled_from(sorted(name for name, cls in POLICIES.items() if issubclass(cls, RunPolicy))),
     st.lists(st.tuples(chains, st.integers(0, 8)), max_size=60),
 )
-def test_a_policy_of_queues_knows_what_the_index_holds(
+def test_run_policy_under_random_requests_matches_the_index(
     name: str, requests: list[tuple[str, int]]
 ) -> None:
     policy = POLICIES[name](8)
@@ -268,12 +268,4 @@ def test_a_policy_of_queues_knows_what_the_index_holds(
         index.unpin(slots)
         if pinned == 8:
             index.drop(names[-1:])
-        assert set(policy._owner) == set(index.ready())
-        if isinstance(policy, S3Fifo):
-            assert set(policy._uses) <= set(index.ready())
-            assert all(1 <= uses <= 3 for uses in policy._uses.values())
-        queues = [queue for queue in vars(policy).values() if hasattr(queue, "blocks")]
-        runs = [run for queue in queues for run in queue._runs]
-        assert sum(queue.blocks for queue in queues) == len(index)
-        assert sorted(key for run in runs for key in run.keys) == sorted(index.ready())
-        assert all(policy._owner[key] is run for run in runs for key in run.keys)
+        policy.check(index.ready())

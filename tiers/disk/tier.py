@@ -30,7 +30,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
-from kvcache.eviction import BELOW, Eviction, Policy, fallback, policy_option
+from kvcache.eviction import LOWER_TIER_DEFAULT, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
 from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import bind_to_process
@@ -86,7 +86,7 @@ class DiskTier(Tier):
         block_nbytes: int,
         path: str,
         capacity: DiskSize,
-        eviction: Eviction = BELOW,
+        eviction: Eviction = LOWER_TIER_DEFAULT,
         threads: int = 4,
         replica: Replica = ALONE,
         clock: Callable[[], float] = time.monotonic,

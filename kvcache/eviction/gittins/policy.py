@@ -59,8 +59,8 @@ _NOT_ASKED: tuple[list[tuple[int, float]], int, int] = ([], maxsize, 0)  # whate
 class Gittins(RankedRuns):
     """Ranks runs by an index that it learns from how soon blocks like them were used again."""
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: int, known_limit: int | None = None) -> None:
+        super().__init__(capacity, known_limit)
         self._ends = _Ends()
         self._last: tuple[int, Keys] = (0, ())  # who asked last, and how much was held
         # What `admit` answered, if nothing was told since: what the keys it was asked about are

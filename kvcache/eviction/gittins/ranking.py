@@ -47,8 +47,8 @@ go first then."""
 class RankedRuns(Policy):
     """What a policy knows that ranks blocks by their class and age."""
 
-    def __init__(self, capacity: int) -> None:
-        self._limit = capacity + max(2 * capacity, 24_000)
+    def __init__(self, capacity: int, known_limit: int | None = None) -> None:
+        self._limit = known_limit or capacity + max(2 * capacity, 24_000)
         self._hazards = Hazards(capacity)
         self._trust = LruBudget(capacity)
         self._run_of: dict[bytes, int] = {}  # the number of the run that a known key is in
