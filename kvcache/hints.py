@@ -1,13 +1,12 @@
-"""What callers say of blocks beforehand: that they are done with them, or want them kept a while.
+"""Hints of callers about the future use of blocks: done with them, or protect them for a while.
 
 Always true here:
 
-* A hint orders evictions and nothing else: it is no promise, and of blocks that are not held it
-  says nothing.
-* Who is done with a block speaks for himself: if it is used after that, or another one continues
-  it, it is like any other.
-* At most a share of the slots is kept at a time; what is more is refused, and counted. Where there
-  is nothing else to evict, what is kept goes as well.
+* A hint changes the order of evictions and nothing else. It is no promise, and a hint on a block
+  that is not held has no effect.
+* ``mark_done`` speaks for one caller. When the block is used again or gets a child, the mark ends.
+* At most one slot in ``SLOTS_PER_PROTECTED_BLOCK`` is protected at a time. Further blocks are
+  refused and counted. When nothing else can be evicted, protected blocks are evicted too.
 """
 
 from __future__ import annotations
@@ -15,74 +14,89 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-KEPT_SHARE = 4  # one in so many slots may be kept
+SLOTS_PER_PROTECTED_BLOCK = 4
 
-_PASSED = 64  # keys in a row that have to stay: enough asked for this time
+_MAX_SKIPPED = 64  # after so many done blocks in a row that must stay, a search for victims ends
 
 
 class Hints:
-    """Hints on the blocks of one index, which tells what is used and what leaves."""
+    """The hints on the blocks of one index. The index reports which blocks are used or removed.
+
+    Attributes:
+        refused_blocks: how many blocks were not protected because the share was used up.
+    """
 
     def __init__(self) -> None:
-        self._done: OrderedDict[bytes, None] = OrderedDict()  # the first to go first
-        self._kept: dict[bytes, float] = {}  # until when
+        self._done: OrderedDict[bytes, None] = OrderedDict()  # in the order of eviction
+        self._protected: dict[bytes, float] = {}  # the time at which the protection ends
         self.refused_blocks = 0
 
     def __bool__(self) -> bool:
-        return bool(self._done or self._kept)
+        return bool(self._done or self._protected)
+
+    @property
+    def done_keys(self) -> frozenset[bytes]:
+        """The keys that are marked done."""
+        return frozenset(self._done)
+
+    @property
+    def protected_keys(self) -> frozenset[bytes]:
+        """The keys that are protected, expired protections included."""
+        return frozenset(self._protected)
 
     def mark_done(self, keys: Sequence[bytes]) -> None:
-        """``keys``, a stretch of a chain, will not be used again by who says so."""
+        """Mark ``keys``, a segment of a chain, as not needed any more by this caller."""
         for key in reversed(keys):
-            self._kept.pop(key, None)
+            self._protected.pop(key, None)
             self._done[key] = None
 
     def protect(self, keys: Sequence[bytes], until: float, now: float, slots: int) -> None:
-        """Rather have others go than ``keys``, of as many as there is room for among ``slots``."""
-        kept = self._kept
-        if len(kept) + len(keys) > slots // KEPT_SHARE:
-            for key in [key for key, end in kept.items() if end <= now]:
-                del kept[key]
+        """Protect ``keys`` until a time, as many as fit the share of ``slots``."""
+        protected, limit = self._protected, slots // SLOTS_PER_PROTECTED_BLOCK
+        if len(protected) + len(keys) > limit:
+            for key in [key for key, end in protected.items() if end <= now]:
+                del protected[key]
         for key in keys:
             self._done.pop(key, None)
-            if key in kept or len(kept) < slots // KEPT_SHARE:
-                kept[key] = max(until, kept.get(key, until))
+            if key in protected or len(protected) < limit:
+                protected[key] = max(until, protected.get(key, until))
             else:
                 self.refused_blocks += 1
 
-    def used(self, keys: Sequence[bytes]) -> None:
-        """``keys`` are asked for: nobody is done with them."""
+    def clear_done(self, keys: Sequence[bytes]) -> None:
+        """Take back the done mark of ``keys``, which are used again."""
         if self._done:
             for key in keys:
                 self._done.pop(key, None)
 
-    def left(self, keys: Iterable[bytes]) -> None:
-        """``keys`` are held no more."""
+    def discard(self, keys: Iterable[bytes]) -> None:
+        """Forget all hints on ``keys``, which are no longer held."""
         if self:
             for key in keys:
                 self._done.pop(key, None)
-                self._kept.pop(key, None)
+                self._protected.pop(key, None)
 
     @property
-    def any_kept(self) -> bool:
-        """Whether anything may have been asked to be kept."""
-        return bool(self._kept)
+    def any_protected(self) -> bool:
+        """Whether any block is protected, expired protections included."""
+        return bool(self._protected)
 
-    def is_kept(self, key: bytes, now: float) -> bool:
-        """Whether others should go before it."""
-        return self._kept.get(key, now) > now
+    def is_protected(self, key: bytes, now: float) -> bool:
+        """Whether other blocks are to be evicted before this one."""
+        return self._protected.get(key, now) > now
 
-    def victims(self, keep: Callable[[bytes], bool]) -> Iterator[bytes]:
-        """The keys that somebody is done with, none for which ``protect(key)``.
+    def victims(self, must_stay: Callable[[bytes], bool]) -> Iterator[bytes]:
+        """Yield the done keys for which ``must_stay`` returns ``False``, and forget each.
 
-        Such a key is another's too, or under a lease that will end: it is asked about again later.
+        A key that must stay has a child or is under a lease. It moves to the end of the order and
+        is asked about again by a later search.
         """
-        done, passed = self._done, 0
-        while passed < min(_PASSED, len(done)):
+        done, skipped = self._done, 0
+        while skipped < min(_MAX_SKIPPED, len(done)):
             key = next(iter(done))
-            if keep(key):
+            if must_stay(key):
                 done.move_to_end(key)
-                passed += 1
+                skipped += 1
             else:
                 del done[key]
                 yield key

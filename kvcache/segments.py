@@ -1,25 +1,22 @@
-"""The blocks of an index as they came: in stretches of chains.
+"""The blocks of an index, grouped into segments of chains, and the pass that evicts some of them.
 
 ::
 
-    chain      a b c d e f      a stretch is blocks that came together, each continuing the one
-    stretches  a b c | d e f    before it; it loses its tail, or is cut in two
-                     | x y      two that continue `c`
+    chain      a b c d e f      a segment is blocks that were reserved together, each continuing
+    segments   a b c | d e f    the one before it; eviction shortens it, a drop cuts it in two
+                     | x y      two segments have the parent `c`
 
 Always true here:
 
-* Every block is in one stretch, and a stretch has a block, and no more than ``_MOST``. A few blocks
-  that continue one become its end when they can be found.
-* A block that is not the last of its stretch is continued in the index; the last one is when a
-  stretch has begun after it.
-* Most of what is done is done for a stretch at a time: blocks come and go by dozens.
-* A table with an entry for each block has bytes and integers only, and those of a stretch are in
-  tuples: Python's garbage collector need not look at any of it.
-
-What leaves an index to make room.
-
-Always true here: of a chain the last block leaves first, and none that is pinned, that another
-block continues, or that is about to be continued; whatever a policy offers.
+* Every block is in exactly one segment. A segment has 1 to ``_MAX_BLOCKS`` blocks. A short segment
+  that continues another one is merged into it when it is published.
+* Inside a segment, every block but the last has a child. The last one has a child when a segment
+  has it as parent.
+* Eviction takes blocks from the tail of a chain. It never takes a block that is pinned, is being
+  filled, or has a child in the index or on its way there, whatever the policy offers.
+* Most operations cost one step per segment, not per block.
+* A table with an entry per block has bytes and integers only, and a segment keeps its keys and
+  slots in tuples, so Python's garbage collector has nothing to scan.
 """
 
 from __future__ import annotations
@@ -29,10 +26,10 @@ from itertools import chain
 
 from kvcache.keys import Keys, common_prefix_len
 
-_MOST = 256  # so that finding one of them is quick
-# So many blocks join the stretch that they continue: an answer comes a block at a time, and every
-# stretch is another thing for the garbage collector to look at.
-_FEW = 8
+_MAX_BLOCKS = 256  # bounds the time to find a key in a segment
+# Segments of up to this many blocks are merged into the segment that they continue: an engine
+# stores an answer block by block, and each segment is another object for the garbage collector.
+_MAX_MERGED_BLOCKS = 8
 
 Slots = tuple[int, ...]
 
@@ -41,10 +38,10 @@ class Segment:
     """Consecutive blocks of one chain.
 
     Attributes:
-        keys: of the blocks, head first.
-        slots: the same blocks'.
-        after: the key that the first of them continues.
-        ready: they can be found: they are not being filled.
+        keys: the blocks' keys, head first.
+        slots: the blocks' slots, in the same order.
+        parent: the key that the first block continues; ``None`` for the first block of a chain.
+        ready: whether the blocks can be found; ``False`` while they are being filled.
     """
 
     __slots__ = ("keys", "parent", "ready", "slots")
@@ -55,77 +52,92 @@ class Segment:
         self.parent = parent
         self.ready = False
 
-    def part(self, keys: Keys, at: int) -> Slots:
-        """The slots of the blocks that ``keys`` have from ``at`` on, of which the first is here."""
-        ours = self.keys
-        first = 0 if ours[0] == keys[at] else ours.index(keys[at])
-        return self.slots[first : first + common_prefix_len(ours, first, keys, at)]
+    def slots_for(self, keys: Keys, start: int) -> Slots:
+        """The slots of ``keys[start:]``, as far as this segment has them in this order.
+
+        ``keys[start]`` must be in this segment.
+        """
+        own_keys = self.keys
+        first = 0 if own_keys[0] == keys[start] else own_keys.index(keys[start])
+        return self.slots[first : first + common_prefix_len(own_keys, first, keys, start)]
 
 
-class Segments:
-    """In which stretch the block of each key is, and what continues it."""
+class SegmentTable:
+    """All segments of an index, found by key.
+
+    Attributes:
+        first_slots: for each key, the first slot of its segment.
+        by_first_slot: the segments, by their first slot.
+        child_counts: for each key that segments have as parent, how many do; the key itself need
+            not be in the index.
+        filling: the first slots of the segments that are not ready.
+    """
 
     def __init__(self) -> None:
-        self.of: dict[bytes, int] = {}  # the first slot of the stretch that a key is in
-        self.at: dict[int, Segment] = {}  # the stretch that begins in a slot
-        self.begun: dict[bytes, int] = {}  # stretches that begin after a key, be it here or not
-        self.filling: set[int] = set()  # where those begin that are not ready
+        self.first_slots: dict[bytes, int] = {}
+        self.by_first_slot: dict[int, Segment] = {}
+        self.child_counts: dict[bytes, int] = {}
+        self.filling: set[int] = set()
 
     def find(self, key: bytes) -> Segment | None:
-        """The stretch that a key is in."""
-        return self.at.get(self.of.get(key, -1))
+        """The segment that has this key."""
+        return self.by_first_slot.get(self.first_slots.get(key, -1))
 
-    def put(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
-        """Blocks come that continue ``parent``, and are being filled."""
-        of = self.of
-        for begin in range(0, len(keys), _MOST):
-            some, lent = keys[begin : begin + _MOST], slots[begin : begin + _MOST]
-            first = lent[0]
-            for key in some:
-                of[key] = first
-            self.at[first] = Segment(some, lent, parent)
+    def add(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
+        """Add blocks that are being filled and continue ``parent``."""
+        first_slots = self.first_slots
+        for begin in range(0, len(keys), _MAX_BLOCKS):
+            segment_keys = keys[begin : begin + _MAX_BLOCKS]
+            segment_slots = slots[begin : begin + _MAX_BLOCKS]
+            first = segment_slots[0]
+            for key in segment_keys:
+                first_slots[key] = first
+            self.by_first_slot[first] = Segment(segment_keys, segment_slots, parent)
             self.filling.add(first)
             if parent is not None:
-                self.begin(parent)
-            parent = some[-1]
+                self.add_child(parent)
+            parent = segment_keys[-1]
 
-    def begin(self, parent: bytes) -> None:
-        """One more stretch begins after this key."""
-        self.begun[parent] = self.begun.get(parent, 0) + 1
+    def add_child(self, parent: bytes) -> None:
+        """Count one more child of ``parent``."""
+        self.child_counts[parent] = self.child_counts.get(parent, 0) + 1
 
-    def end(self, parent: bytes) -> None:
-        """One less does."""
-        if (left := self.begun[parent] - 1) > 0:
-            self.begun[parent] = left
+    def remove_child(self, parent: bytes) -> None:
+        """Count one child of ``parent`` less."""
+        if (remaining := self.child_counts[parent] - 1) > 0:
+            self.child_counts[parent] = remaining
         else:
-            del self.begun[parent]
+            del self.child_counts[parent]
 
     def publish(self, slots: Slots) -> list[tuple[Keys, bytes | None]]:
-        """Make what is in ``slots`` ready, in this order.
+        """Make the blocks in ``slots`` ready, in this order.
 
         Returns:
-            the chains that it makes: their keys, and what they continue.
+            the chains that they form: the keys of each, and the parent of its first block.
         """
         filling = self.filling
         chains: list[tuple[list[Keys], bytes | None]] = []
         done = 0
         while done < len(slots):
             slot = slots[done]
-            stretch = self.at.get(slot)
-            if stretch is None:  # what was put is published in parts
-                whole = next(at for at in map(self.at.__getitem__, filling) if slot in at.slots)
-                stretch = self._cut(whole, whole.slots.index(slot))
-            end = done + len(stretch.slots)
-            if stretch.slots != slots[done:end]:
-                pairs = zip(stretch.slots, [*slots[done:end], None], strict=False)
-                self._cut(stretch, next(at for at, (a, b) in enumerate(pairs) if a != b))
-                end = done + len(stretch.slots)
+            segment = self.by_first_slot.get(slot)
+            if segment is None:  # a part of what was reserved is published: cut the segment
+                whole = next(
+                    each for each in map(self.by_first_slot.__getitem__, filling)
+                    if slot in each.slots
+                )  # fmt: skip
+                segment = self._cut(whole, whole.slots.index(slot))
+            end = done + len(segment.slots)
+            if segment.slots != slots[done:end]:
+                pairs = zip(segment.slots, [*slots[done:end], None], strict=False)
+                self._cut(segment, next(at for at, (a, b) in enumerate(pairs) if a != b))
+                end = done + len(segment.slots)
             done = end
-            stretch.ready = True
+            segment.ready = True
             filling.remove(slot)
-            keys, parent = stretch.keys, stretch.parent
-            if len(keys) <= _FEW:
-                self._join(stretch)
+            keys, parent = segment.keys, segment.parent
+            if len(keys) <= _MAX_MERGED_BLOCKS:
+                self._merge_into_parent(segment)
             if chains and chains[-1][0][-1][-1] == parent:
                 chains[-1][0].append(keys)
             else:
@@ -135,151 +147,157 @@ class Segments:
             for parts, parent in chains
         ]
 
-    def _join(self, stretch: Segment) -> None:
-        """Make a stretch the end of the one that it continues, if it does."""
-        parent, of = stretch.parent, self.of
+    def _merge_into_parent(self, segment: Segment) -> None:
+        """Append a segment to the ready segment that ends with its parent, if there is room."""
+        parent, first_slots = segment.parent, self.first_slots
         before = self.find(parent) if parent is not None else None
         if parent is None or before is None or not before.ready or before.keys[-1] != parent:
             return
-        if len(before.keys) + len(stretch.keys) <= _MOST:
-            del self.at[stretch.slots[0]]
-            before.keys += stretch.keys
-            before.slots += stretch.slots
+        if len(before.keys) + len(segment.keys) <= _MAX_BLOCKS:
+            del self.by_first_slot[segment.slots[0]]
+            before.keys += segment.keys
+            before.slots += segment.slots
             first = before.slots[0]
-            for key in stretch.keys:
-                of[key] = first
-            self.end(parent)
+            for key in segment.keys:
+                first_slots[key] = first
+            self.remove_child(parent)
 
-    def shorten(self, stretch: Segment, keys: Keys) -> None:
-        """``keys``, the last ones of a stretch, leave."""
-        of = self.of
+    def remove_tail(self, segment: Segment, keys: Keys) -> None:
+        """Remove ``keys``, the last ones of a segment."""
+        first_slots = self.first_slots
         for key in keys:
-            del of[key]
-        if left := len(stretch.keys) - len(keys):
-            stretch.keys, stretch.slots = stretch.keys[:left], stretch.slots[:left]
+            del first_slots[key]
+        if remaining := len(segment.keys) - len(keys):
+            segment.keys, segment.slots = segment.keys[:remaining], segment.slots[:remaining]
             return
-        first = stretch.slots[0]
-        del self.at[first]
+        first = segment.slots[0]
+        del self.by_first_slot[first]
         self.filling.discard(first)
-        if stretch.parent is not None:
-            self.end(stretch.parent)
+        if segment.parent is not None:
+            self.remove_child(segment.parent)
 
     def remove(self, key: bytes) -> int:
-        """A block leaves, whatever continues it; give its slot."""
-        stretch = self.at[self.of[key]]
-        if stretch.keys[-1] != key:
-            self._cut(stretch, stretch.keys.index(key) + 1)
-        slot = stretch.slots[-1]
-        self.shorten(stretch, (key,))
+        """Remove one block, whether or not it has children, and return its slot."""
+        segment = self.by_first_slot[self.first_slots[key]]
+        if segment.keys[-1] != key:
+            self._cut(segment, segment.keys.index(key) + 1)
+        slot = segment.slots[-1]
+        self.remove_tail(segment, (key,))
         return slot
 
-    def _cut(self, stretch: Segment, at: int) -> Segment:
-        """Make what is behind the first ``at`` blocks a stretch of its own, and give that."""
-        keys, slots = stretch.keys[at:], stretch.slots[at:]
-        stretch.keys, stretch.slots = stretch.keys[:at], stretch.slots[:at]
-        self.put(keys, slots, stretch.keys[-1])
-        new = self.at[slots[0]]
-        if stretch.ready:
+    def _cut(self, segment: Segment, at: int) -> Segment:
+        """Make the blocks from position ``at`` on a segment of their own, and return it."""
+        keys, slots = segment.keys[at:], segment.slots[at:]
+        segment.keys, segment.slots = segment.keys[:at], segment.slots[:at]
+        self.add(keys, slots, segment.keys[-1])
+        new = self.by_first_slot[slots[0]]
+        if segment.ready:
             self.filling.remove(slots[0])
             new.ready = True
         return new
 
     def clear(self) -> None:
-        """All blocks leave."""
-        self.of.clear()
-        self.at.clear()
-        self.begun.clear()
+        """Remove all blocks."""
+        self.first_slots.clear()
+        self.by_first_slot.clear()
+        self.child_counts.clear()
         self.filling.clear()
 
     def slots(self, *, ready: bool) -> dict[bytes, int]:
-        """The slot of each block that is ready, or is not."""
+        """The slot of each block that is ready, or of each that is being filled."""
+        by_first_slot = self.by_first_slot
         return {
             key: slot
-            for stretch in map(self.at.__getitem__, self.at if ready else self.filling)
-            if stretch.ready == ready
-            for key, slot in zip(stretch.keys, stretch.slots, strict=True)
+            for segment in map(by_first_slot.__getitem__, by_first_slot if ready else self.filling)
+            if segment.ready == ready
+            for key, slot in zip(segment.keys, segment.slots, strict=True)
         }
 
     def check(self) -> None:
-        """Raise ``AssertionError`` where what is always true is not; linear in blocks."""
-        begun: dict[bytes, int] = {}
-        stretches = self.at.values()
-        for first, stretch in self.at.items():
-            assert all(self.of[key] == first for key in stretch.keys), "a block is elsewhere"
-            assert first == stretch.slots[0], "a stretch is elsewhere"
-            assert 0 < len(stretch.keys) == len(stretch.slots) <= _MOST, "a stretch has no slots"
-            if stretch.parent is not None:
-                begun[stretch.parent] = begun.get(stretch.parent, 0) + 1
-        filling = {first for first, stretch in self.at.items() if not stretch.ready}
-        assert filling == self.filling, "what is being filled is miscounted"
-        assert sum(len(stretch.keys) for stretch in stretches) == len(self.of), "a block is twice"
-        assert begun == self.begun, "what has begun is miscounted"
+        """Raise ``AssertionError`` if an invariant is broken. Takes time linear in the blocks."""
+        child_counts: dict[bytes, int] = {}
+        segments = self.by_first_slot.values()
+        for first, segment in self.by_first_slot.items():
+            assert all(self.first_slots[key] == first for key in segment.keys), "a key is misplaced"
+            assert first == segment.slots[0], "a segment is misplaced"
+            assert 0 < len(segment.keys) == len(segment.slots) <= _MAX_BLOCKS, "a wrong size"
+            if segment.parent is not None:
+                child_counts[segment.parent] = child_counts.get(segment.parent, 0) + 1
+        filling = {first for first, segment in self.by_first_slot.items() if not segment.ready}
+        assert filling == self.filling, "filling segments are miscounted"
+        assert sum(len(each.keys) for each in segments) == len(self.first_slots), "a key is twice"
+        assert child_counts == self.child_counts, "children are miscounted"
 
 
 class EvictionPass:
-    """Blocks that leave, and how many more are to.
+    """Removes blocks that a policy offers, until enough are evicted.
 
     Args:
-        stretches: all there are; those that leave are taken out.
-        pins: by slot.
-        need: how many are to leave.
+        table: the segments; evicted blocks are removed from it.
+        pins: pin counts by slot; a slot without pins has no entry.
+        need: how many blocks to evict.
 
     Attributes:
-        keys: of those that have left.
-        slots: the same blocks'.
-        kept: for which keys others should go first.
+        need: how many blocks are still to be evicted.
+        keys: the evicted blocks' keys.
+        slots: the evicted blocks' slots, in the same order.
+        is_protected: returns ``True`` for a key that this pass must spare; ``None`` spares none.
     """
 
-    __slots__ = ("_pins", "_stretches", "kept", "keys", "need", "slots")
+    __slots__ = ("_pins", "_table", "is_protected", "keys", "need", "slots")
 
-    def __init__(self, stretches: Segments, pins: Mapping[int, int], need: int) -> None:
-        self._stretches = stretches
+    def __init__(self, table: SegmentTable, pins: Mapping[int, int], need: int) -> None:
+        self._table = table
         self._pins = pins
         self.need = need
         self.keys: list[bytes] = []
         self.slots: list[int] = []
-        self.kept: Callable[[bytes], bool] | None = None
+        self.is_protected: Callable[[bytes], bool] | None = None
 
     def take(self, offered: Sequence[bytes]) -> int:
-        """Have the last of these leave, as many as can and are to; give how many."""
-        stretches, pins, need = self._stretches, self._pins, self.need
+        """Evict the last of the offered blocks, as many as may go and are needed.
+
+        Returns:
+            how many were evicted.
+        """
+        table, pins, need = self._table, self._pins, self.need
         offered = tuple(offered)
         end = len(offered)
         while end and need:
-            stretch = stretches.at[stretches.of[offered[end - 1]]]
-            some = min(end, need, len(stretch.keys))
-            keys, slots = stretch.keys[-some:], stretch.slots[-some:]
+            segment = table.by_first_slot[table.first_slots[offered[end - 1]]]
+            count = min(end, need, len(segment.keys))
+            keys, slots = segment.keys[-count:], segment.slots[-count:]
             if (
-                keys != offered[end - some : end]
-                or self.kept is not None
-                or not stretch.ready
+                keys != offered[end - count : end]
+                or self.is_protected is not None
+                or not segment.ready
                 or (pins and not pins.keys().isdisjoint(slots))
-                or not stretches.begun.keys().isdisjoint(keys)
+                or not table.child_counts.keys().isdisjoint(keys)
             ):
-                some = self._loose(stretch, offered[end - some : end])
-                if not some:
+                count = self._count_evictable(segment, offered[end - count : end])
+                if not count:
                     break
-                keys, slots = keys[-some:], slots[-some:]
-            stretches.shorten(stretch, keys)
+                keys, slots = keys[-count:], slots[-count:]
+            table.remove_tail(segment, keys)
             self.slots += slots
             self.keys += keys
-            end -= some
-            need -= some
+            end -= count
+            need -= count
         self.need = need
         return len(offered) - end
 
-    def _loose(self, stretch: Segment, offered: Sequence[bytes]) -> int:
-        """How many of the last blocks of both, a block at a time."""
-        begun, count = self._stretches.begun, 0
-        if not stretch.ready:
+    def _count_evictable(self, segment: Segment, offered: Sequence[bytes]) -> int:
+        """How many of the last blocks of both may go, checked block by block."""
+        child_counts, count = self._table.child_counts, 0
+        if not segment.ready:
             return 0
-        pairs = zip(
-            reversed(stretch.keys), reversed(stretch.slots), reversed(offered), strict=False
+        blocks = zip(
+            reversed(segment.keys), reversed(segment.slots), reversed(offered), strict=False
         )
-        for key, slot, theirs in pairs:
-            if key != theirs or slot in self._pins or key in begun:
+        for key, slot, offered_key in blocks:
+            if key != offered_key or slot in self._pins or key in child_counts:
                 break
-            if self.kept is not None and self.kept(key):
+            if self.is_protected is not None and self.is_protected(key):
                 break
             count += 1
         return count

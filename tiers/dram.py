@@ -158,7 +158,7 @@ class DramTier(FrontTier):
 
     def disable_admission(self) -> None:
         with self._lock:
-            self._index.declines = False
+            self._index.admission = False
 
     def clear(self) -> None:
         with self._lock:

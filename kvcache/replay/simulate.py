@@ -111,7 +111,7 @@ class _Tiers:
         indexes = [Index(policy(capacity), lambda: self._now) for capacity in capacities]
         for index, capacity in zip(indexes, capacities, strict=True):
             index.open_slots(capacity)
-        indexes[0].declines = len(indexes) == 1  # what L1 declines would reach no tier
+        indexes[0].admission = len(indexes) == 1  # what L1 declines would reach no tier
         self.front, *self.lower = indexes
         self._hits = [0] * len(indexes)
         self._reads = [0] * len(indexes)

@@ -87,7 +87,7 @@ def test_state(name: str, slots: int) -> None:
     replay.play(requests)
     gc.collect()
     lru = tracemalloc.get_traced_memory()[0]
-    replay.index._policy = replay.policy = POLICIES["lru"](1)
+    replay.index.policy = replay.policy = POLICIES["lru"](1)
     gc.collect()
     index = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

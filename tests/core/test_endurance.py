@@ -210,7 +210,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
         "stack._below._coming",
         "stack._below.lower.0.channel.calls._jobs",
         "stack._below._waiters._jobs",
-        "stack.front._index._stretches.filling",
+        "stack.front._index._segments.filling",
     )
     assert [sizes[name] for name in under_way] == [0] * 4
     most = {name: metrics.MAX_UNTAKEN if name.endswith("._untaken") else SLOTS for name in sizes}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvcache import Stack
 from kvcache.eviction import POLICIES
-from kvcache.hints import KEPT_SHARE
+from kvcache.hints import SLOTS_PER_PROTECTED_BLOCK
 from kvcache.index import Index
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
@@ -23,7 +23,7 @@ class Engine:
         self.now = 0.0
         self.index = Index(POLICIES[policy](SLOTS), lambda: self.now)
         self.index.open_slots(SLOTS)
-        self.index.declines = False
+        self.index.admission = False
         self.learns = policy == "gittins"
 
     def put(self, keys: list[bytes], parent: bytes | None = None) -> int:
@@ -109,7 +109,7 @@ def test_no_more_than_a_share_is_kept_and_the_rest_is_counted(engine: Engine) ->
     keys = keys_of("greedy", SLOTS)
     engine.put(keys)
     engine.index.protect(keys, 1e9)
-    share = SLOTS // KEPT_SHARE
+    share = SLOTS // SLOTS_PER_PROTECTED_BLOCK
     assert engine.index.hints.refused_blocks == SLOTS - share
     engine.put(keys_of("others", SLOTS - share))
     assert engine.held(keys) == share
@@ -147,8 +147,8 @@ def test_hints_leave_nothing_of_what_is_gone(policy: str, turns: list[tuple[str,
                 engine.index.drop(keys)
         engine.index.check()
         hints = engine.index.hints
-        assert set(hints._done) | set(hints._kept) <= set(engine.index.ready())
-        assert len(hints._kept) <= SLOTS // KEPT_SHARE
+        assert hints.done_keys | hints.protected_keys <= set(engine.index.ready())
+        assert len(hints.protected_keys) <= SLOTS // SLOTS_PER_PROTECTED_BLOCK
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_stack_takes_hints(stack: Stack) -> None:
     stack.hint(new, done=True)
     stack.hint(old, keep=60.0)
     stack.hint(old, soon=True)
-    assert stack.stats().tiers[0].unkept_blocks == 8 - SLOTS // KEPT_SHARE
+    assert stack.stats().tiers[0].unkept_blocks == 8 - SLOTS // SLOTS_PER_PROTECTED_BLOCK
     stack.reserve(keys_of("more", 8)).end()
     assert stack.front.contains(old) == [True] * 8
     for wrong in ({"done": True, "keep": 1.0}, {"keep": -1.0}, {"keep": float("nan")}):

@@ -9,7 +9,7 @@ import pytest
 
 from kvcache.eviction import Fifo, Gittins, Lru, Policy, Take
 from kvcache.index import Index
-from kvcache.segments import Segments
+from kvcache.segments import SegmentTable
 from tests.support.eviction_traffic import GENERATORS, Replay
 
 
@@ -81,7 +81,7 @@ def test_what_comes_a_block_at_a_time_is_no_more_stretches() -> None:
     for at, key in enumerate(chain):
         index.publish(index.reserve([key], chain[at - 1] if at else None)[1])
     index.check()
-    assert len(index._stretches.at) == 4
+    assert len(index._segments.by_first_slot) == 4
     assert index.access(chain, 0) == 1000
     index.publish(index.reserve([b"x", b"y"], None)[1])
     index.check()
@@ -122,14 +122,14 @@ def test_what_is_being_filled_cannot_be_taken() -> None:
 
 
 def test_a_stretch_that_ends_is_counted_no_more() -> None:
-    stretches = Segments()
+    stretches = SegmentTable()
     for name in (b"x", b"y"):
-        stretches.put((name,), (int(name == b"y"),), b"parent")
-    assert stretches.begun == {b"parent": 2}
+        stretches.add((name,), (int(name == b"y"),), b"parent")
+    assert stretches.child_counts == {b"parent": 2}
     assert stretches.remove(b"x") == 0
-    assert stretches.begun == {b"parent": 1}
+    assert stretches.child_counts == {b"parent": 1}
     assert stretches.remove(b"y") == 1
-    assert stretches.begun == {}
+    assert stretches.child_counts == {}
     stretches.check()
 
 
@@ -152,8 +152,8 @@ def test_garbage_collections_do_not_look_at_every_block() -> None:
     replay.play(GENERATORS["chat"](1000))
     assert isinstance(replay.policy, Gittins)
     gc.collect()
-    assert not gc.is_tracked(replay.index._stretches.of)
+    assert not gc.is_tracked(replay.index._segments.first_slots)
     assert not gc.is_tracked(replay.policy._run_of)
-    stretches, runs = replay.index._stretches.at.values(), replay.policy._runs.values()
+    stretches, runs = replay.index._segments.by_first_slot.values(), replay.policy._runs.values()
     assert not any(gc.is_tracked(each.keys) or gc.is_tracked(each.slots) for each in stretches)
     assert not any(gc.is_tracked(run.keys) for run in runs)

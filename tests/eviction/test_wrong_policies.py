@@ -76,7 +76,7 @@ def test_a_policy_that_raises_is_replaced_and_no_block_is_lost(
     else:
         serve(tier, keys_of("new", 4))
     assert len(before.keys() - tier._index.ready().keys()) <= 4
-    assert type(tier._index._policy) is Lru
+    assert type(tier._index.policy) is Lru
     traffic(tier)
     [record] = [r for r in caplog.records if r.levelname == "ERROR"]
     assert "eviction policy FaultyPolicy: failed" in record.message
@@ -96,7 +96,7 @@ def test_an_admit_of_any_value_costs_no_slot(
     goes_wrong(tier, "admit", lambda *_: answer)
     serve(tier, keys_of("new", 4))
     tier._index.check()
-    assert (type(tier._index._policy) is Lru) == replaced
+    assert (type(tier._index.policy) is Lru) == replaced
     goes_wrong(tier, "", print)
     traffic(tier)
 

@@ -63,7 +63,7 @@ def test_what_is_not_understood_is_said_once_and_does_nothing(
     for turn in range(3):
         played.keep(asked(f"{turn}", given), [1, 2, 3, 4])
     assert [says in record.message for record in caplog.records] == [True]
-    assert not played.side._stack.front._index.hints._done  # type: ignore[union-attr]
+    assert not played.side._stack.front._index.hints.done_keys  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": True}, {"kvcache": {}}])
