@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import index
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
+from kvcache.closeable import Closeable
 from kvcache.connectors.layout.axes import Layer, Layout
 from kvcache.connectors.layout.placement import place
 from kvcache.connectors.transfer.factory import Order, device_of, format_id, open_copier
@@ -102,7 +102,7 @@ class PagedCache:
         return Attached(self, stack, threads)
 
 
-class Attached:
+class Attached(Closeable):
     """A registered cache and the stack it is kept in; safe to call from threads.
 
     Close it before the stack, and before the tensors change their place. It holds L1's memory: a
@@ -184,17 +184,6 @@ class Attached:
         self._closed = True
         self._copier.close()
         self._memory.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _copy(
         self, operation: Literal["store", "load"], blocks: Sequence[int], slots: Sequence[int]

@@ -42,16 +42,13 @@ class Index:
     Args:
         policy: chooses which blocks to evict when there is no free slot.
         clock: returns seconds for the policy; never goes back.
-        fallback: makes the policy that replaces one that fails; with ``None`` its exceptions reach
-            the caller.
+        fallback: makes the policy that replaces a failed one; without it, exceptions are raised.
 
     Attributes:
-        policy: the policy in use.
-        events: the subscriber, which is notified of READY blocks.
-        hints: the callers' hints on the blocks.
+        events: is notified when blocks become READY and when READY blocks are removed.
         admission: whether the policy may decline blocks that are not worth a slot.
         slots: how many slots are open.
-        lookup_blocks, hit_blocks, ...: the counts of ``kvcache.TierStats``.
+        lookup_blocks, hit_blocks, ...: counts, as in ``kvcache.TierStats``.
     """
 
     def __init__(
@@ -87,11 +84,7 @@ class Index:
         self.slots = max(count, self.slots)
 
     def restore(self, held: Sequence[tuple[int, bytes, bytes | None]]) -> None:
-        """Make free slots READY as they were before a restart.
-
-        Args:
-            held: slot, key and parent of each block, the oldest first.
-        """
+        """Make free slots READY after a restart: slot, key and parent of each, oldest first."""
         taken = {slot for slot, _, _ in held}
         self._free = [slot for slot in self._free if slot not in taken]
         now = self._clock()
@@ -124,11 +117,7 @@ class Index:
         return len(self._free)
 
     def access(self, chain: Sequence[bytes], start: int) -> int:
-        """Record that a request asks for ``chain[start:]``.
-
-        Returns:
-            how many leading blocks of ``chain[start:]`` are READY.
-        """
+        """Record a request for ``chain[start:]``; return how many leading blocks of it are READY."""
         find = self._segments.find
         chain = tuple(chain)
         end = start
@@ -163,8 +152,7 @@ class Index:
     def pin_any(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
         """Pin all blocks of ``keys`` that are READY or FILLING.
 
-        A FILLING block that is published becomes READY and pinned; one that fails becomes an
-        orphan.
+        A FILLING block becomes READY and pinned when published, and an orphan when it fails.
 
         Returns:
             their positions in ``keys``, and their slots.
@@ -291,9 +279,9 @@ class Index:
             self._replace_policy(error)
 
     def _replace_policy(self, error: BaseException) -> None:
-        """Replace the policy after it raised ``error``: its state cannot be trusted any more.
+        """Replace the policy, whose state is unreliable after it raised ``error``.
 
-        Raises ``error`` again if a signal raised it, or if there is no fallback.
+        Raises ``error`` if a signal caused it, or if there is no fallback.
         """
         if self._fallback is None:
             raise error
@@ -347,12 +335,9 @@ class Index:
         filled, orphans = tuple(slots), self._orphans
         if failed:
             remaining = set(filled)
-            # After a clear, another lease may fill the key in another slot: compare the slots.
+            # After a clear, another lease may fill the same key in another slot.
             found = ((key, self._segments.find(key)) for key in failed)
-            bad = [
-                key for key, segment in found
-                if segment is not None and segment.slots_for((key,), 0)[0] in remaining
-            ]  # fmt: skip
+            bad = [key for key, at in found if at and at.slots_for((key,), 0)[0] in remaining]
             remaining.difference_update(self._remove_blocks(bad))
             filled = tuple(slot for slot in filled if slot in remaining)
             self.failed_blocks += len(bad)

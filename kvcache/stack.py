@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, TypeVar
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from kvcache import metrics, telemetry
+from kvcache.closeable import Closeable
 from kvcache.events import BlockEventLog
 from kvcache.guards.front_tier import guard_front_tier
 from kvcache.lower.promotion import LowerTiers, Match
@@ -38,7 +38,7 @@ from kvcache.tier import FrontTier, Lease
 T = TypeVar("T")
 
 
-class Stack:
+class Stack(Closeable):
     """Tiers in order, the front tier first. Safe to call from several threads.
 
     Args:
@@ -327,17 +327,6 @@ class Stack:
         self._below.close(flush_s)
         self.front.close()
         self.recorder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # Spans
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
+
+from kvcache.closeable import Closeable
 
 WIDTH = 30
 EVERY_S = 0.1
 
 
-class Bar:
+class Bar(Closeable):
     """A context manager; what is done is told by :meth:`add`, and the bar goes when it ends."""
 
     def __init__(self, stream: TextIO, total: int) -> None:
@@ -32,15 +33,8 @@ class Bar:
             self._stream.write(f"\r{bar} {share:4.0%} {now - self._begun:4.0f} s")
             self._stream.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Erase the bar."""
         if self._drawn:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

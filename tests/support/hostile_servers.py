@@ -6,14 +6,14 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Self
 
+from kvcache.closeable import Closeable
 from tests.support.scripted_redis import read
 
 Act = Callable[[socket.socket, "Hostile"], None]
 
 
-class Hostile:
+class Hostile(Closeable):
     """Runs ``act(sock, self)`` in a thread for each connection, until the end of the block.
 
     Attributes:
@@ -53,10 +53,7 @@ class Hostile:
         with suppress(OSError):
             act(sock, self)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.over.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

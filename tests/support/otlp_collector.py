@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Condition, Thread
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics_service
@@ -23,6 +22,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_se
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Sent
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
+
+from kvcache.closeable import Closeable
 
 LONG = 60.0  # seconds that a test waits at most for what does come
 
@@ -60,7 +61,7 @@ class Metric:
     resource: Values
 
 
-class Receiver:
+class Receiver(Closeable):
     """Collects until it is closed; `with` closes it. Safe to ask while it receives."""
 
     def __init__(self) -> None:
@@ -131,17 +132,6 @@ class Receiver:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # The two ways in

@@ -6,14 +6,16 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import BinaryIO, Self
+from typing import BinaryIO
+
+from kvcache.closeable import Closeable
 
 
 class Hangup(Exception):  # noqa: N818 - no error
     """Raised by a script: send the bytes given, then close the connection."""
 
 
-class Scripted:
+class Scripted(Closeable):
     """Sends what ``script(words)`` gives for each command; the greeting is answered as usual.
 
     Attributes:
@@ -57,10 +59,7 @@ class Scripted:
             except Hangup as last:
                 sock.sendall(*last.args)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._listener.close()
         for sock in self._open:
             with suppress(OSError):
