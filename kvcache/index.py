@@ -117,7 +117,7 @@ class Index:
         return len(self._free)
 
     def access(self, chain: Sequence[bytes], start: int) -> int:
-        """Record a request for ``chain[start:]``; return how many leading blocks of it are READY."""
+        """Record a request for ``chain[start:]``; return how many leading blocks are READY."""
         find = self._segments.find
         chain = tuple(chain)
         end = start
