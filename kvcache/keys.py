@@ -53,7 +53,7 @@ def describe_namespace(fields: Mapping[str, object]) -> str:
 def block_keys(
     tokens: Iterable[int], block_tokens: int, *, root: bytes = b"", salt: bytes = b""
 ) -> list[bytes]:
-    """Keys of the full blocks of a prompt, for callers whose engine does not hash blocks.
+    """Keys of the full blocks of a prompt, for callers without an engine that hashes blocks.
 
     Args:
         tokens: token ids, 0 <= id < 2**32.
