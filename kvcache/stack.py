@@ -75,7 +75,7 @@ class Stack(Closeable):
         self._clock = clock
         self._lock = threading.Lock()
         self._loaded_blocks = 0
-        self._below = LowerTiers(self.front, lower, clock)
+        self.lower = LowerTiers(self.front, lower, clock)
         metrics.register_stack(self)
         bind_to_process(self)
 
@@ -96,16 +96,16 @@ class Stack(Closeable):
         """
         self.recorder.record(keys)
         span, match = self._find_local(keys, start, context)
-        if start + match.blocks == len(keys) or not self._below.awake:
+        if start + match.blocks == len(keys) or not self.lower.accepts_calls:
             self._looked(span, match)
             return _done(match)
 
         def find() -> Match:
-            found = self._below.find(match, span)
+            found = self.lower.find(match, span)
             self._looked(span, found)
             return found
 
-        return self._below.submit(find)
+        return self.lower.submit(find)
 
     def fetch(self, match: Match, *, context: Context | None = None) -> Future[Lease]:
         """Bring the blocks of ``match`` into L1 and pin them until the lease ends."""
@@ -114,8 +114,8 @@ class Stack(Closeable):
         span = telemetry.start_span(telemetry.LOAD, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
-            for lower in self._below.lower:
-                lower.writes.used(lease.keys, failed, span)
+            for lower in self.lower.tiers:
+                lower.write_behind.enqueue_reused(lease.keys, failed, span)
             with self._lock:
                 self._loaded_blocks += len(lease) - len(failed)
             self._ended(span, telemetry.HIT, match.blocks, lease, failed)
@@ -129,9 +129,9 @@ class Stack(Closeable):
             return _done(lent(self.front.pin(match.held)))
 
         def bring() -> Lease:
-            return lent(self._below.promote(match, span))
+            return lent(self.lower.promote(match, span))
 
-        return self._below.submit(bring)
+        return self.lower.submit(bring)
 
     def fetch_local(
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
@@ -162,22 +162,22 @@ class Stack(Closeable):
         return self._prefetch(keys, lambda: telemetry.start_span(telemetry.PREFETCH, context))
 
     def _prefetch(self, keys: Sequence[bytes], begin: Callable[[], Span]) -> Future[Match] | None:
-        held = self.front.contains(keys) if self._below.awake else []
+        held = self.front.contains(keys) if self.lower.accepts_calls else []
         if all(held):
             return None
         match = Match(keys, 0, held.index(False))
         span = begin()
 
         def bring() -> Match:
-            found = self._below.find(match, span)
+            found = self.lower.find(match, span)
             if any(found.sources):
-                lease = self._below.promote(found, span)
+                lease = self.lower.promote(found, span)
                 lease.end()
                 found = replace(found, blocks=len(lease))
             self._looked(span, found)
             return found
 
-        return self._below.submit(bring)
+        return self.lower.submit(bring)
 
     def observe_compute(self, blocks: float, seconds: float, depth: float | None = None) -> None:
         """Tell that an engine has computed the KV of ``blocks`` in one step that took so long.
@@ -192,7 +192,7 @@ class Stack(Closeable):
                 first block.
         """
         if blocks > 0:
-            self._below.computing.observe(blocks, seconds, depth)
+            self.lower.compute_model.observe(blocks, seconds, depth)
 
     def observe_copy(
         self, operation: Literal["load", "store"], seconds: float, *, failed: bool = False
@@ -214,7 +214,7 @@ class Stack(Closeable):
             after: the key of the block that ``keys[0]`` continues; ``None`` for a chain's first.
             context: the caller's trace; ``None`` is the current one.
         """
-        spaces = [lower.namespace for lower in self._below.lower]  # before a clear may come between
+        spaces = [lower.namespace for lower in self.lower.tiers]  # before a clear may come between
         lease = self.front.reserve(keys, parent)
         if not lease.keys:
             return lease
@@ -225,8 +225,8 @@ class Stack(Closeable):
                 before = [keys[at - 1] if at else parent for at in lease.positions]
                 pairs = zip(lease.keys, before, strict=True)
                 stored = {key: parent for key, parent in pairs if key not in failed}
-                for lower, namespace in zip(self._below.lower, spaces, strict=True):
-                    lower.writes.stored(stored, namespace, span)
+                for lower, namespace in zip(self.lower.tiers, spaces, strict=True):
+                    lower.write_behind.enqueue_stored(stored, namespace, span)
             self._ended(span, telemetry.STORED, len(keys), lease, failed)
 
         lease.span = span
@@ -278,29 +278,29 @@ class Stack(Closeable):
             ``True`` when they have. A stack that is opened later then finds nothing of before.
         """
         # Lower tiers first: what is asked for from here on is a miss.
-        answers = [(lower, lower.clear()) for lower in self._below.lower]
+        answers = [(lower, lower.start_clear()) for lower in self.lower.tiers]
         self.front.clear()
-        forgotten = [lower.cleared(answer) for lower, answer in answers]
+        forgotten = [lower.finish_clear(answer) for lower, answer in answers]
         return all(forgotten)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every lower tier was offered what was stored; whether that came about."""
-        return all(lower.writes.flush(timeout_s) for lower in self._below.lower)
+        return all(lower.write_behind.flush(timeout_s) for lower in self.lower.tiers)
 
     def stats(self) -> StackStats:
         """Counts at this moment."""
-        lower = self._below.lower
+        lower = self.lower.tiers
         return StackStats(
             self.profile,
             (self.front.stats(),),
             tuple(tier.stats() for tier in lower),
-            (self._named, *(tier.channel.named for tier in lower)),
+            (self._named, *(tier.channel.tier_name for tier in lower)),
             self._loaded_blocks,
         )
 
     def take_durations(self) -> list[metrics.Duration]:
         """How long calls to tiers took, those since this was called last: the last thousand."""
-        timers = [self._timer, *(lower.channel.health.timer for lower in self._below.lower)]
+        timers = [self._timer, *(lower.channel.health.timer for lower in self.lower.tiers)]
         return [duration for timer in timers for duration in timer.take()]
 
     def subscribe_events(self) -> list[tuple[TierName, BlockEventLog]]:
@@ -311,8 +311,8 @@ class Stack(Closeable):
         """
         journals = [(self._named, BlockEventLog())]
         self.front.subscribe(journals[0][1])
-        for lower in self._below.lower:
-            journals.append((lower.channel.named, BlockEventLog()))
+        for lower in self.lower.tiers:
+            journals.append((lower.channel.tier_name, BlockEventLog()))
             lower.channel.events = journals[-1][1]
         return journals
 
@@ -324,7 +324,7 @@ class Stack(Closeable):
         do not keep the process from exiting.
         """
         metrics.unregister_stack(self)
-        self._below.close(flush_s)
+        self.lower.close(flush_s)
         self.front.close()
         self.recorder.close()
 
@@ -334,7 +334,7 @@ class Stack(Closeable):
         if not span.is_recording():  # or the blocks of every look-up would be counted for nobody
             return
         requested = len(match.keys) - match.start
-        asleep = self._below.lower and match.blocks < requested and not self._below.awake
+        asleep = self.lower.tiers and match.blocks < requested and not self.lower.accepts_calls
         telemetry.end_span(
             span,
             {

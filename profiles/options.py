@@ -18,12 +18,14 @@ from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 GIVEN_BY_THE_STACK = (
     "about",
     "block_nbytes",
+    "breaker",
     "clock",
     "element_nbytes",
     "front",
     "kind",
     "name",
     "namespace",
+    "piece_nbytes",
     "replica",
 )
 """Keyword arguments that are not options, because a profile cannot know them."""

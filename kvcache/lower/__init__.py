@@ -1,1 +1,1 @@
-"""Lower tiers: those below L1, which are asked with a deadline and written to behind the engine."""
+"""Lower tiers: promotion of their blocks to L1, and write-behind of L1's blocks to them."""

@@ -1,7 +1,11 @@
-"""One lower tier, and on what terms it is called: what asking it and writing to it share.
+"""The only way to one lower tier: checked calls, and the state that reads and writes share.
 
-Always true here: after ``close`` nobody asks, what is counted is counted once, and no method of the
-tier is called but by the methods here.
+Always true here:
+
+* Only the methods of ``Channel`` call the tier's methods. Each checks what the tier returns, and
+  raises ``TierError`` for whatever the tier does wrong.
+* After ``close`` no call begins.
+* Each counter is increased in one place.
 """
 
 from __future__ import annotations
@@ -14,28 +18,29 @@ from typing import Any, Final
 from kvcache import telemetry
 from kvcache.events import BlockEvents
 from kvcache.guards.calls import answers_per_key, byte_count_reader, result_of
-from kvcache.lower.circuit_breaker import Health
-from kvcache.lower.namespace import Namespace
+from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
+from kvcache.lower.namespace import TierNamespace
 from kvcache.lower.worker_pool import WorkerPool
 from kvcache.stats import LowerStats, TierName, usage_of
 from kvcache.tier import Tier, TierUsage
 
-USAGE_S: Final = 0.5  # to wait for a tier's usage
+USAGE_TIMEOUT_S: Final = 0.5
 
 
 class Channel:
-    """The way to a tier.
+    """Calls one lower tier.
 
     Args:
-        tier: what holds the bytes.
+        tier: the tier.
         name: its name in the profile.
-        kind: what the profile calls its class.
-        space: the namespace of the blocks.
-        about: says for people what the namespace is, as JSON.
-        deadline_s: what is waited for one answer.
-        blocks_per_call: at most.
-        calls: under way at once.
-        clock: seconds.
+        kind: its kind in the profile.
+        namespace: the namespace of the blocks.
+        about: a JSON object that describes the namespace to people.
+        deadline_s: how long a caller waits for one answer.
+        blocks_per_call: the most blocks of one call.
+        calls: how many calls run at once.
+        clock: the current time in seconds.
+        breaker: the circuit breaker; ``None`` is one with the default settings.
     """
 
     def __init__(
@@ -50,77 +55,85 @@ class Channel:
         blocks_per_call: int,
         calls: int,
         clock: Callable[[], float],
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self.tier = tier
-        self.named = TierName(name, kind)
-        self.spaces = Namespace(tier, namespace, about)
-        self.events = BlockEvents()  # told what the tier holds, as far as it says
-        self.whose = {telemetry.TIER: name, telemetry.KIND: kind}
+        self.tier_name = TierName(name, kind)
+        self.tier_namespace = TierNamespace(tier, namespace, about)
+        self.events = BlockEvents()  # notified of what the tier reports to hold
+        self.tier_attributes = {telemetry.TIER: name, telemetry.KIND: kind}
         self.deadline_s = deadline_s
         self.blocks_per_call = blocks_per_call
         self.clock = clock
         self.closed = False
-        self.health = Health(self.named, self.whose, clock)
-        self.calls = WorkerPool(name, calls)
-        # For what may be asked, or has to be done, while all calls hang: its usage, and its close.
-        self.aside = WorkerPool(f"{name}-aside", 1)
-        self._usage = TierUsage()  # as of the last time that the tier answered
-        self._asked_usage: Future[TierUsage] | None = None
+        self.health = TierHealth(
+            self.tier_name, self.tier_attributes, breaker or CircuitBreaker(clock)
+        )
+        self.workers = WorkerPool(name, calls)
+        # For ``usage`` and ``close``, which must be possible while every worker hangs in a call.
+        self.control_worker = WorkerPool(f"{name}-control", 1)
+        self._usage = TierUsage()  # the tier's last answer
+        self._pending_usage: Future[TierUsage] | None = None
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(LowerStats.__slots__, 0)
 
     @property
     def namespace(self) -> bytes:
-        """The namespace of what is asked for and stored now."""
-        return self.spaces.namespace
+        """The namespace of blocks that are looked up and stored now."""
+        return self.tier_namespace.current
 
     @property
-    def asleep(self) -> bool:
-        """Whether asking would be answered with nothing at once, since the breaker is open."""
-        return self.health.breaker.idle
+    def accepts_calls(self) -> bool:
+        """Whether a call would be made: the channel is open, and the breaker does not refuse."""
+        return not (self.health.breaker.refusing or self.closed)
 
-    def count(self, **more: int) -> None:
-        """Add to counts of :class:`LowerStats`, by their names."""
+    def add_counts(self, **increments: int) -> None:
+        """Add to counters of :class:`LowerStats`, by name."""
         with self._lock:
-            for name, by in more.items():
-                self._counts[name] += by
+            for name, increment in increments.items():
+                self._counts[name] += increment
 
     def counts(self) -> dict[str, Any]:
-        """The counts at this moment."""
+        """Return the counters of :class:`LowerStats` now, by name."""
         health = self.health
-        now = {"errors": health.errors, "breaker_open": health.breaker.open, "usage": self.usage()}
+        current = {
+            "errors": health.errors,
+            "breaker_open": health.breaker.open,
+            "usage": self.usage(),
+        }
         with self._lock:
-            return self._counts | now
+            return self._counts | current
 
     def usage(self) -> TierUsage:
-        """What the tier says of itself; what it said last where it does not answer at once."""
-        asked = self._asked_usage
-        if asked is None or asked.done():
-            self._asked_usage = asked = self.aside.submit(usage_of, self.tier)
-            wait([asked], USAGE_S)
-        if asked.done() and not asked.cancelled():
-            self._usage = asked.result()
+        """Return the usage that the tier reports, or its last answer if it does not answer soon."""
+        pending = self._pending_usage
+        if pending is None or pending.done():
+            pending = self.control_worker.submit(usage_of, self.tier)
+            self._pending_usage = pending
+            wait([pending], USAGE_TIMEOUT_S)
+        if pending.done() and not pending.cancelled():
+            self._usage = pending.result()
         return self._usage
 
     # The tier's methods. Each raises TierError for whatever the tier does wrong, and nothing else.
 
     def contains(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
-        """Whether the tier says that it holds each of ``keys``, of the namespace ``namespace``."""
-        names = self.spaces.names(namespace, keys)
+        """Return, for each of ``keys`` in ``namespace``, whether the tier reports to hold it."""
+        names = self.tier_namespace.names(namespace, keys)
         held = answers_per_key(lambda: self.tier.contains(names), len(keys), bool)
-        self._said(namespace, keys, held)
+        self._notify_observed(namespace, keys, held)
         return held
 
     def load(
         self, namespace: bytes, keys: Sequence[bytes], into: Sequence[memoryview]
     ) -> list[int]:
-        """Read each block into its buffer, all of one size; the bytes written per key."""
-        names = self.spaces.names(namespace, keys)
-        room = len(into[0]) if into else 0
+        """Read each block into its buffer, all of one size; return the bytes written per key."""
+        names = self.tier_namespace.names(namespace, keys)
+        nbytes = len(into[0]) if into else 0
         written = answers_per_key(
-            lambda: self.tier.load(names, into), len(keys), byte_count_reader(room)
+            lambda: self.tier.load(names, into), len(keys), byte_count_reader(nbytes)
         )
-        self._said(namespace, keys, [nbytes > 0 for nbytes in written])
+        self._notify_observed(namespace, keys, [count > 0 for count in written])
         return written
 
     def store(
@@ -130,38 +143,45 @@ class Channel:
         blocks: Sequence[memoryview],
         parent: bytes | None,
     ) -> list[bool]:
-        """Offer blocks, the first of which continues ``parent``; whether each was taken."""
-        names = self.spaces.names(namespace, keys)
-        before = parent and self.spaces.names(namespace, [parent])[0]
-        taken = answers_per_key(lambda: self.tier.store(names, blocks, before), len(keys), bool)
-        self._said(namespace, keys, taken)
+        """Offer the blocks of a chain to the tier; return which of them it took.
+
+        ``parent`` is the key before ``keys[0]``.
+        """
+        names = self.tier_namespace.names(namespace, keys)
+        parent_name = parent and self.tier_namespace.names(namespace, [parent])[0]
+        taken = answers_per_key(
+            lambda: self.tier.store(names, blocks, parent_name), len(keys), bool
+        )
+        self._notify_observed(namespace, keys, taken)
         return taken
 
-    def _said(self, namespace: bytes, keys: Sequence[bytes], held: Sequence[bool]) -> None:
-        """The tier said of ``keys`` whether it holds them, when the namespace was ``namespace``."""
+    def _notify_observed(
+        self, namespace: bytes, keys: Sequence[bytes], held: Sequence[bool]
+    ) -> None:
+        """Notify the subscriber of which ``keys`` the tier holds, unless a reset came between."""
         if namespace == self.namespace:
             self.events.observed(keys, held)
 
-    def clear(self) -> None:
-        """Take a namespace that no other stack has."""
-        self.spaces.clear()
+    def reset(self) -> None:
+        """Use a random namespace from now on."""
+        self.tier_namespace.reset()
         self.events.cleared()
 
     def close(self, timeout_s: float) -> None:
-        """Call the tier no more, and close it.
+        """Make no more calls, and close the tier.
 
-        Calls under way have the tier's deadline to end, and no more than half of ``timeout_s``; the
-        tier's own ``close`` is called also when they have not ended, and may hang.
+        Running calls have the tier's deadline to end, and at most half of ``timeout_s``. The tier's
+        own ``close`` is called even if they have not ended, and may hang.
         """
         self.closed = True
-        self.calls.drop_waiting()
-        self.calls.close(min(self.deadline_s, timeout_s / 2))
+        self.workers.drop_queued()
+        self.workers.close(min(self.deadline_s, timeout_s / 2))
         try:
             result_of(self.tier.close)
         finally:
             self._usage = usage_of(self.tier)
 
     def stop(self) -> None:
-        """End the threads; the tier stays open."""
-        self.calls.close(0.0)
-        self.aside.close(0.0)
+        """End the threads without closing the tier."""
+        self.workers.close(0.0)
+        self.control_worker.close(0.0)

@@ -1,17 +1,17 @@
-"""When to stop asking somebody who keeps failing, and when to try again. Pure; time is injected.
+"""The circuit breaker of a lower tier: when the stack stops calling it, and when it tries again.
 
 ::
 
-    CLOSED --failures in a row--> OPEN --after a pause--> one PROBE --ok--> CLOSED
-                                   ^------- fails: pause doubles -------'
+    CLOSED --failures in a row--> OPEN --pause is over--> one PROBE --success--> CLOSED
+                                   ^----- failure: the pause doubles -----'
 
-Always true here: while OPEN nobody asks, and after a pause exactly one does. A probe without
-a report within the longest pause has failed: a call that hangs does not keep the breaker open.
+Always true here:
 
-How the calls to one lower tier go: a breaker that says in log and spans when it turns.
-
-Always true: of every call that was allowed, success or failure is told; a failure that opens the
-breaker, and the success that closes it, is one line in the log and an event on the call's span.
+* While the breaker is open, no call is allowed except one probe after each pause.
+* If a probe reports nothing within the longest pause, another probe is allowed. A call that hangs
+  does not keep the breaker open.
+* The outcome of every allowed call is recorded. The failure that opens the breaker and the success
+  that closes it are one log line each, and an event on the call's span.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from kvcache.metrics import Timer
 from kvcache.secrets import redact
 from kvcache.stats import TierName
 
+log = logging.getLogger(__name__)
+
 
 class CircuitBreaker:
-    """Counts failures in a row. Safe to call from several threads.
+    """The state of the breaker, without I/O. Safe to call from several threads.
 
     Args:
-        clock: seconds.
-        failures: in a row, after which nobody asks.
-        pause_s: until the first probe; doubled after each that fails.
-        longest_s: the pause never exceeds this.
+        clock: the current time in seconds.
+        failures: how many failures in a row open the breaker.
+        pause_s: from opening to the first probe. Each failed probe doubles it.
+        max_pause_s: the longest pause.
     """
 
     def __init__(
@@ -44,103 +46,114 @@ class CircuitBreaker:
         *,
         failures: int = 3,
         pause_s: float = 1.0,
-        longest_s: float = 60.0,
+        max_pause_s: float = 60.0,
     ) -> None:
         self._clock = clock
         self._limit = failures
-        self._first_pause = pause_s
-        self._longest = longest_s
+        self._first_pause_s = pause_s
+        self._max_pause_s = max_pause_s
         self._lock = threading.Lock()
-        self._failures = 0
-        self._pause = pause_s
-        self._retry_at = 0.0  # while open
+        self._failures = 0  # in a row
+        self._pause_s = pause_s
+        self._retry_at = 0.0  # when the pause ends; valid while open
         self._probing = False
-        self._probe_until = 0.0  # while probing
+        self._probe_until = 0.0  # when another probe is allowed; valid while probing
 
     @property
     def open(self) -> bool:
-        """Whether asking is stopped, a probe under way included."""
+        """Whether the breaker is open, also while a probe is under way."""
         return self._failures >= self._limit
 
     @property
-    def idle(self) -> bool:
-        """Whether a question would be refused now; asks nothing."""
-        return self.open and self._clock() < self._next_probe()
+    def refusing(self) -> bool:
+        """Whether :meth:`allow_call` would refuse now. Does not use up the probe."""
+        return self.open and self._clock() < self._next_probe_at()
 
-    def allows(self) -> bool:
-        """Whether to ask now. While open, ``True`` is the one probe: its outcome must be told."""
+    def allow_call(self) -> bool:
+        """Return whether to make a call now; the caller must then record its outcome.
+
+        While the breaker is open, ``True`` makes this call the probe.
+        """
         with self._lock:
             if not self.open:
                 return True
             now = self._clock()
-            if now < self._next_probe():
+            if now < self._next_probe_at():
                 return False
-            self._probing, self._probe_until = True, now + self._longest
+            self._probing, self._probe_until = True, now + self._max_pause_s
             return True
 
-    def _next_probe(self) -> float:
-        """When the next probe is allowed, while open and the last one has no report."""
+    def _next_probe_at(self) -> float:
         return self._probe_until if self._probing else self._retry_at
 
-    def succeeded(self) -> bool:
-        """The one asked has answered; give whether that closed the breaker."""
+    def record_success(self) -> bool:
+        """Record that a call succeeded; return whether that closed the breaker."""
         with self._lock:
             closed = self.open
-            self._failures, self._pause, self._probing = 0, self._first_pause, False
+            self._failures, self._pause_s, self._probing = 0, self._first_pause_s, False
             return closed
 
-    def failed(self) -> bool:
-        """The one asked has not answered; give whether that opened the breaker."""
+    def record_failure(self) -> bool:
+        """Record that a call failed; return whether that opened the breaker."""
         with self._lock:
             was_open, self._failures = self.open, self._failures + 1
             if not self.open:
                 return False
             if was_open and self._probing:
-                self._pause = min(2 * self._pause, self._longest)
-            self._retry_at = self._clock() + self._pause
+                self._pause_s = min(2 * self._pause_s, self._max_pause_s)
+            self._retry_at = self._clock() + self._pause_s
             self._probing = False
             return not was_open
 
 
-log = logging.getLogger(__name__)
+class TierHealth:
+    """Owns the circuit breaker, the timer and the error count of one lower tier.
 
-
-class Health:
-    """Whether to ask a tier, and what came of it. Safe to call from several threads.
+    It logs and traces the outcome of each call. Safe to call from several threads.
 
     Args:
-        named: the tier.
-        whose: the attributes that say which tier an event is about.
-        clock: seconds.
+        tier_name: the tier's name and kind in its profile.
+        tier_attributes: the span attributes that identify the tier.
+        breaker: the tier's circuit breaker.
     """
 
     def __init__(
-        self, named: TierName, whose: Mapping[str, str], clock: Callable[[], float]
+        self, tier_name: TierName, tier_attributes: Mapping[str, str], breaker: CircuitBreaker
     ) -> None:
-        self._name = named.name
-        self._whose = whose
+        self._name = tier_name.name
+        self._tier_attributes = tier_attributes
         self._lock = threading.Lock()
-        self.breaker = CircuitBreaker(clock)
-        self.timer = Timer(named)
-        self.errors = 0  # calls that failed or came late
+        self.breaker = breaker
+        self.timer = Timer(tier_name)
+        self.errors = 0  # calls that failed or missed their deadline
 
-    def succeeded(self, span: Span) -> None:
-        """A call to the tier ended well."""
-        if self.breaker.succeeded():
-            log.warning("kvcache: tier %s answers again", self._name)
-            span.add_event(telemetry.BREAKER_CLOSED, self._whose)
+    def record_success(self, span: Span) -> None:
+        """Record that a call to the tier succeeded; ``span`` is the call's span."""
+        if self.breaker.record_success():
+            log.warning("kvcache: tier %s: circuit breaker closed; it is called again", self._name)
+            span.add_event(telemetry.BREAKER_CLOSED, self._tier_attributes)
 
-    def failed(self, verb: str, error: str, why: str, span: Span) -> None:
-        """A call to the tier failed or came late: ``error`` in a word, and ``why``."""
-        why = redact(why)  # a tier may be a third-party class, and may repeat what a server said
+    def record_failure(self, operation: str, error: str, why: str, span: Span) -> None:
+        """Record that a call failed or missed its deadline.
+
+        Args:
+            operation: the tier's method.
+            error: the kind of failure in one word.
+            why: the text of the failure; secrets in it are redacted.
+            span: the call's span.
+        """
+        why = redact(why)  # a third-party tier may repeat what a server sent
         with self._lock:
             self.errors += 1
         if span.is_recording():
-            event = {**self._whose, telemetry.ERROR: error, telemetry.MESSAGE: why}
+            event = {**self._tier_attributes, telemetry.ERROR: error, telemetry.MESSAGE: why}
             span.add_event(telemetry.TIER_FAILED, event)
-        said = f"kvcache: tier {self._name}: {verb} failed ({error}: {why})"
-        if self.breaker.failed():
-            log.warning("%s; it is not asked for a while", said)
-            span.add_event(telemetry.BREAKER_OPENED, self._whose)
+        if self.breaker.record_failure():
+            log.warning(
+                "kvcache: tier %s: circuit breaker opened (%s failed: %s: %s); "
+                "it is not called for a while",
+                self._name, operation, error, why,
+            )  # fmt: skip
+            span.add_event(telemetry.BREAKER_OPENED, self._tier_attributes)
         else:
-            log.debug("%s", said)
+            log.debug("kvcache: tier %s: %s failed (%s: %s)", self._name, operation, error, why)

@@ -1,10 +1,10 @@
-"""The namespace of a stack's blocks in one tier: what it is called there, and what a reset does.
+"""The namespace of a stack's blocks in one lower tier: its name there, and what a reset changes.
 
-1. A tier is asked once what the namespace is called there; until it has answered, a call fails.
-2. After ``clear`` the stack has a random namespace. The one before it is left for good: what is
-   still on its way to the tier under that one is not stored, or stored where no stack looks.
-3. The stack asks the tier to forget the namespace that was left, and asks again before each write
-   until that succeeds.
+1. The stack asks the tier once for the name of the namespace; calls fail until the tier answers.
+2. A reset replaces the stack's namespace by a random one. Blocks of the old namespace that are
+   still on their way to the tier are not stored, or stored under a name that no stack asks for.
+3. After a reset the stack asks the tier to forget the old namespace, and asks again before each
+   write until that succeeds.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ from kvcache.keys import DIGEST_NBYTES, namespaced_key
 from kvcache.tier import Tier
 
 
-class Namespace:
+class TierNamespace:
     """The namespace of one stack in one tier.
 
     Args:
-        tier: whose namespace it is.
-        space: what another engine must have to find these blocks.
-        about: for people, as JSON.
+        tier: the tier.
+        namespace: the namespace that this stack shares with engines of the same identity.
+        about: a JSON object that describes the namespace to people.
     """
 
     def __init__(self, tier: Tier, namespace: bytes, about: str = "") -> None:
-        self.namespace = namespace  # of what is stored now
+        self.current = namespace  # of the blocks that are stored now
         self._tier = tier
         self._shared = namespace
         self._about = about
-        self._name: bytes | None = None  # of the shared one in the tier
-        self._naming = threading.Lock()  # held while the tier is asked for the name, or to forget
-        self.unforgotten = False  # the shared one was left, and the tier may not know
+        self._name: bytes | None = None  # the tier's name of the shared namespace, once resolved
+        self._tier_lock = threading.Lock()  # held while the tier resolves or forgets
+        self.forget_pending = False  # the shared namespace was reset, and the tier may not know it
 
     def names(self, namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
-        """What blocks with ``keys`` in the namespace ``namespace`` are called in the tier.
+        """Return the tier's names of the blocks ``keys`` of ``namespace``.
 
         Raises:
-            TierError: when the tier does not say, or ``namespace`` was left before it was asked.
+            TierError: when the tier fails to resolve ``namespace``, or ``namespace`` was reset
+                before it was resolved.
         """
-        name = self._called() if namespace == self._shared else namespace
+        name = self._resolved_name() if namespace == self._shared else namespace
         return [namespaced_key(name, key) for key in keys]
 
-    def _called(self) -> bytes:
+    def _resolved_name(self) -> bytes:
         if self._name is None:
-            with self._naming:
-                if self.namespace != self._shared:
-                    # The tier may have forgotten it by now, and would return its next name.
+            with self._tier_lock:
+                if self.current != self._shared:
+                    # The tier may have forgotten it already, and would return its next name.
                     raise TierError("reset", "the namespace was reset")
                 if self._name is None:
                     self._name = result_of(self._resolve)
@@ -61,25 +62,28 @@ class Namespace:
             raise TypeError("resolve returned no namespace")
         return name
 
-    def clear(self) -> None:
-        """Take a random namespace."""
-        self.unforgotten |= self.namespace == self._shared
-        self.namespace = os.urandom(len(self.namespace) or DIGEST_NBYTES)
+    def reset(self) -> None:
+        """Replace the current namespace by a random one."""
+        self.forget_pending |= self.current == self._shared
+        self.current = os.urandom(len(self.current) or DIGEST_NBYTES)
 
     def forget(self) -> bool:
-        """Have the tier forget the namespace that was left; whether it has, or none was left.
+        """Have the tier forget the shared namespace if a reset left it.
+
+        Returns:
+            ``False`` if the tier does not support that.
 
         Raises:
-            TierError: when the tier fails to.
+            TierError: when the tier fails.
         """
-        if not self.unforgotten:
+        if not self.forget_pending:
             return True
-        with self._naming:
+        with self._tier_lock:
             try:
                 result_of(lambda: self._tier.forget(self._shared))
             except TierError as failure:
                 if failure.error != NotImplementedError.__name__:
                     raise
                 return False
-            self.unforgotten = False
+            self.forget_pending = False
             return True

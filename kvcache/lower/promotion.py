@@ -1,13 +1,15 @@
-"""What is below L1: which tier has a block, whether it is worth waiting for, and bringing it up.
+"""Promotion: which lower tier holds a block, whether to wait for it, and copying it to L1.
 
-1. What comes up is pinned before it is there, read once however many ask for it, and cut at the
-   first hole: a block is never taken for its neighbour.
-2. Blocks are brought up where that is expected to take less time than computing them again, as both
-   were measured here; while either is unknown, they are brought up, since that measures it.
-3. Nobody waits longer for what comes up than computing it would have taken, where that is known,
-   and for one answer no longer than its tier's deadline.
-4. A tier that is too slow is read now and then with nobody waiting, so that it is known when it no
-   longer is.
+1. Single flight: of several requests that want a block, one reads it and the others wait for that
+   read. ``_reads_in_flight`` has the reads.
+2. A slot is pinned before its block is read. A promoted prefix ends at the first block that could
+   not be had, so no block is ever taken for its neighbour.
+3. Blocks are promoted where that is expected to take less time than computing them, by what was
+   measured of both. While either was not measured, they are promoted, which measures it.
+4. No request waits longer for a promotion than computing the blocks would take, where that is
+   known, nor longer for one answer than the tier's deadline.
+5. A tier that is slower than computing is read every few seconds without a request that waits for
+   it, to notice when it is fast again.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CLOSE_S: Final = 2.0  # to close all tiers, after what waits was written
-_WAITERS = 8
-_AHEAD = 2  # pieces of one fetch under way: one is read while the next is asked for
+CLOSE_TIMEOUT_S: Final = 2.0
+"""For closing all lower tiers, after their write queues were flushed."""
+
+_WAITING_THREADS = 8
+_PIECES_IN_FLIGHT = 2  # of one promotion: the tier reads one while the next is queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,167 +52,191 @@ class Match:
     keys: Sequence[bytes]
     start: int
     blocks: int
-    sources: tuple[int, ...] = ()  # tier of each block held, 0 being L1; empty: all are in L1
+    sources: tuple[int, ...] = ()  # the tier of each held block, 0 for L1; empty: all are in L1
 
     @property
     def held(self) -> Sequence[bytes]:
-        """The keys of the blocks that are held."""
+        """The keys of the held blocks."""
         return self.keys[self.start : self.start + self.blocks]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Blocks on their way up: pinned already, one read of ours, and reads of others to wait for."""
+    """Consecutive blocks that one call promotes; their slots are pinned.
 
-    hold: Lease
-    answer: PendingCall[int] | None
-    others: list[Future[None]]
-    whole: bool  # there is a slot for every block
-    ours: bool  # every block is read by us
+    Attributes:
+        pin: the lease on the blocks' slots, of those blocks that have one.
+        read: this promotion's read of the blocks that no other promotion reads.
+        other_reads: the reads of other promotions that bring the rest (single flight).
+        all_pinned: whether L1 had a slot for every block.
+        reads_all: whether ``read`` covers every block.
+    """
 
-    def over(self, timeout_s: float) -> bool:
-        """Wait for the reads, and judge nobody; whether they are over."""
-        reads: list[Future[Any]] = list(self.others)
-        if self.answer is not None:
-            reads.append(self.answer.future)
+    pin: Lease
+    read: PendingCall[int] | None
+    other_reads: list[Future[None]]
+    all_pinned: bool
+    reads_all: bool
+
+    def wait_done(self, timeout_s: float) -> bool:
+        """Wait for the reads to end, well or not; return whether they have.
+
+        Unlike :meth:`wait_read`, this records nothing in the tier's health.
+        """
+        reads: list[Future[Any]] = list(self.other_reads)
+        if self.read is not None:
+            reads.append(self.read.future)
         return not wait(reads, timeout_s).not_done
 
-    def arrived(self, timeout_s: float) -> bool:
-        """Wait for the reads; whether they went well enough to go on."""
-        well = self.answer is None or self.answer.wait() is not None
-        return well and not wait(self.others, timeout_s).not_done
+    def wait_read(self, timeout_s: float) -> bool:
+        """Wait for the reads, to their deadline; return whether promotion can go on after them."""
+        answered = self.read is None or self.read.wait() is not None
+        return answered and not wait(self.other_reads, timeout_s).not_done
 
 
 class LowerTiers:
-    """The tiers below ``front``, nearest first, and who is on the way up from them."""
+    """The lower tiers of a stack, nearest first.
+
+    Args:
+        front: L1.
+        tiers: the lower tiers.
+        clock: the current time in seconds.
+    """
 
     def __init__(
         self,
         front: FrontTier,
-        lower: Sequence[LowerTier],
+        tiers: Sequence[LowerTier],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lower = tuple(lower)
+        self.tiers = tuple(tiers)
         self._front = front
         self._clock = clock
-        # Threads that wait for tiers: none for L1 alone, else all of them now, since a process
-        # that exits can start none.
-        self._waiters = WorkerPool("stack", _WAITERS if lower else 0)
+        # Threads that wait for tiers: none for L1 alone; otherwise all are started now, because a
+        # process that is exiting cannot start any.
+        self._waiters = WorkerPool("stack", _WAITING_THREADS if tiers else 0)
         self._lock = threading.Lock()
-        self._coming: dict[bytes, Future[None]] = {}  # blocks on their way up, and their read
-        self.computing = ComputeModel()  # of the engine: what bringing up has to beat
+        self._reads_in_flight: dict[bytes, Future[None]] = {}  # by the key of each block being read
+        self.compute_model = ComputeModel()
         bind_to_process(self)
 
     @property
-    def awake(self) -> bool:
-        """Whether there is anybody to ask."""
-        return any(not (lower.channel.asleep or lower.channel.closed) for lower in self.lower)
+    def accepts_calls(self) -> bool:
+        """Whether any lower tier would be called now."""
+        return any(tier.channel.accepts_calls for tier in self.tiers)
 
     def submit(self, call: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have ``call`` made in a thread that may wait for tiers; cancelled after ``close``."""
+        """Run ``call`` in a thread that may wait for tiers; cancelled after ``close``."""
         return self._waiters.submit(call, *arguments)
 
     def close(self, flush_s: float) -> None:
-        """Close all tiers at once: what hangs is left, with the memory that was lent to it.
+        """Flush the write queues for ``flush_s`` at most, and close all tiers at the same time.
 
-        What waits is written for ``flush_s`` at most. All the rest of closing, of all tiers
-        together, has :data:`CLOSE_S` more.
+        Closing has :data:`CLOSE_TIMEOUT_S` more, for all tiers together. A tier that hangs then is
+        left open, with the memory that was lent to it.
         """
         flush_until = time.monotonic() + flush_s
-        until = flush_until + CLOSE_S
-        closing = [each.channel.aside.submit(each.close, flush_until, until) for each in self.lower]
-        wait(closing, until - time.monotonic())
-        for lower, closed in zip(self.lower, closing, strict=True):
+        close_until = flush_until + CLOSE_TIMEOUT_S
+        closing = [
+            tier.channel.control_worker.submit(tier.close, flush_until, close_until)
+            for tier in self.tiers
+        ]
+        wait(closing, close_until - time.monotonic())
+        for tier, closed in zip(self.tiers, closing, strict=True):
             if not closed.done():
-                log.warning("kvcache: tier %s: close hangs; it is left open", lower.name)
+                log.warning("kvcache: tier %s: close hangs; it is left open", tier.name)
             elif not closed.cancelled() and (error := closed.exception()):
-                log.warning("kvcache: tier %s: close failed (%s)", lower.name, error)
-        self._waiters.drop_waiting()
-        self._waiters.close(max(0.0, until - time.monotonic()))
-        for lower in self.lower:
-            lower.channel.aside.close(max(0.0, until - time.monotonic()))
+                log.warning("kvcache: tier %s: close failed (%s)", tier.name, error)
+        self._waiters.drop_queued()
+        self._waiters.close(max(0.0, close_until - time.monotonic()))
+        for tier in self.tiers:
+            tier.channel.control_worker.close(max(0.0, close_until - time.monotonic()))
 
-    # Looking
+    # Lookup
 
     def find(self, match: Match, span: Span) -> Match:
-        """Go on from what L1 has with what is worth bringing up, up to a block that none has."""
+        """Extend L1's ``match`` by the blocks of lower tiers that are worth promoting."""
         depth = match.start + match.blocks
         rest = match.keys[depth:]
         sources: list[int | None] = [0 if held else None for held in self._front.contains(rest)]
-        for number, lower in enumerate(self.lower, 1):
-            asked = [at for at, source in enumerate(sources) if source is None]
-            if not asked:
+        for number, tier in enumerate(self.tiers, 1):
+            missing = [at for at, source in enumerate(sources) if source is None]
+            if not missing:
                 break
-            keys = [rest[at] for at in asked]
-            computing = self.computing.pessimistic(len(keys), depth)
-            if computing is not None and lower.asking_takes(len(keys)) > computing:
-                self._skip(lower, telemetry.TIER_CONTAINS, keys, span)
+            keys = [rest[at] for at in missing]
+            compute_s = self.compute_model.pessimistic(len(keys), depth)
+            if compute_s is not None and tier.lookup_seconds(len(keys)) > compute_s:
+                self._skip(tier, telemetry.TIER_CONTAINS, keys, span)
                 continue
-            for at, held in zip(asked, lower.contains(keys, span), strict=True):
+            for at, held in zip(missing, tier.contains(keys, span), strict=True):
                 if held:
                     sources[at] = number
-        found = [source for source in sources[: _hole(sources)] if source is not None]
-        worth = self._worth(found, depth)
-        for source, at, end in _stretches(found, worth):
+        found = [source for source in sources[: _first_none(sources)] if source is not None]
+        worth = self._blocks_worth_promoting(found, depth)
+        for source, at, end in _runs_by_source(found, worth):
             if source:
-                self._skip(self.lower[source - 1], telemetry.TIER_LOAD, rest[at:end], span)
+                self._skip(self.tiers[source - 1], telemetry.TIER_LOAD, rest[at:end], span)
         blocks = match.blocks + worth
         return Match(match.keys, match.start, blocks, (*(0,) * match.blocks, *found[:worth]))
 
-    def _worth(self, sources: Sequence[int], depth: int) -> int:
-        """How many leading blocks to bring up, for the least time of loads and computing.
+    def _blocks_worth_promoting(self, sources: Sequence[int], depth: int) -> int:
+        """Return how many leading blocks to promote, so that loads and computing take least.
 
-        ``depth`` is how many blocks of the prompt are before them.
+        Args:
+            sources: the tier of each block.
+            depth: the number of blocks of the prompt before them.
         """
-        blocks, saved, most_saved = 0, 0.0, 0.0
-        for source, at, end in _stretches(sources):
-            saved += self.computing.pessimistic(end - at, depth + at) or 0.0
-            saved -= self.lower[source - 1].loading_takes(end - at) if source else 0.0
-            if saved >= most_saved or not self.computing.known:
-                blocks, most_saved = end, saved
+        blocks, saved_s, most_saved_s = 0, 0.0, 0.0
+        for source, at, end in _runs_by_source(sources):
+            saved_s += self.compute_model.pessimistic(end - at, depth + at) or 0.0
+            saved_s -= self.tiers[source - 1].load_seconds(end - at) if source else 0.0
+            if saved_s >= most_saved_s or not self.compute_model.known:
+                blocks, most_saved_s = end, saved_s
         return blocks
 
-    def _skip(self, lower: LowerTier, name: str, keys: Sequence[bytes], span: Span) -> None:
-        lower.skipped(name, len(keys), span)
-        if lower.look_again():
-            self.submit(self._try, lower, keys[: lower.channel.blocks_per_call])
+    def _skip(self, tier: LowerTier, span_name: str, keys: Sequence[bytes], span: Span) -> None:
+        """Have the engine compute ``keys``; remeasure the tier if that is due."""
+        tier.record_skip(span_name, len(keys), span)
+        if tier.claim_remeasure():
+            self.submit(self._remeasure, tier, keys[: tier.channel.blocks_per_call])
 
-    def _try(self, lower: LowerTier, keys: Sequence[bytes]) -> None:
-        """Read what ``lower`` has of ``keys``, to see how long it takes."""
-        blocks = _hole([held or None for held in lower.contains(keys, INVALID_SPAN)])
-        source = self.lower.index(lower) + 1
+    def _remeasure(self, tier: LowerTier, keys: Sequence[bytes]) -> None:
+        """Promote the leading ``keys`` that ``tier`` holds, to measure how long it takes."""
+        blocks = _first_none([held or None for held in tier.contains(keys, INVALID_SPAN)])
+        source = self.tiers.index(tier) + 1
         match = Match(keys, 0, blocks, (source,) * blocks)
         self.promote(match, INVALID_SPAN, patience_s=inf).end()
 
-    # Bringing up
+    # Promotion
 
     def promote(self, match: Match, span: Span, patience_s: float | None = None) -> Lease:
-        """Pin what L1 has of ``match``, fill what it lacks, and pin the prefix that came of it.
+        """Copy the blocks of ``match`` that L1 lacks into it, and pin the prefix that it then has.
 
         Args:
-            match: what :meth:`find` found.
-            span: under which the tiers' spans go.
+            match: a result of :meth:`find`.
+            span: the parent of the tiers' spans.
             patience_s: how long to wait; ``None`` is as long as computing would take.
         """
         keys = match.held
-        holds = [self._front.pin(keys)]  # before room is made for the rest
-        until = self._clock() + (self._patience(match) if patience_s is None else patience_s)
+        pins = [self._front.pin(keys)]  # before other blocks are evicted to make room
+        until = self._clock() + (self._patience_s(match) if patience_s is None else patience_s)
         try:
-            for source, at, end in _stretches(match.sources, len(holds[0])):
-                if not self._promote_from(source, keys[:end], at, until, holds, span):
+            for source, at, end in _runs_by_source(match.sources, len(pins[0])):
+                if not self._promote_from(source, keys[:end], at, until, pins, span):
                     break
             return self._front.pin(keys)
         finally:
-            for hold in holds:
-                hold.end()
+            for pin in pins:
+                pin.end()
 
-    def _patience(self, match: Match) -> float:
-        whose = {self.lower[source - 1] for source in match.sources if source}
+    def _patience_s(self, match: Match) -> float:
+        """Return how long computing the blocks of lower tiers would take; infinity if unknown."""
+        tiers = {self.tiers[source - 1] for source in match.sources if source}
         blocks = sum(map(bool, match.sources))
-        computing = self.computing.pessimistic(blocks, match.start + match.blocks - blocks)
-        if computing is None or any(lower.waits_if_slower for lower in whose):
+        compute_s = self.compute_model.pessimistic(blocks, match.start + match.blocks - blocks)
+        if compute_s is None or any(tier.loads_even_if_slower for tier in tiers):
             return inf
-        return computing
+        return compute_s
 
     def _promote_from(
         self,
@@ -216,94 +244,119 @@ class LowerTiers:
         keys: Sequence[bytes],
         start: int,
         until: float,
-        holds: list[Lease],
-        span: Span,
+        pins: list[Lease],
+        parent_span: Span,
     ) -> bool:
-        """Bring ``keys[start:]`` up from one tier; whether to go on with the next.
+        """Promote ``keys[start:]`` from one tier, in pieces of one call each.
 
-        A piece is what a tier takes in one call. Their holds are added to ``holds``.
+        Args:
+            source: the tier's number; 0 if L1 held the blocks when they were looked up.
+            keys: the prefix that ends with this tier's blocks.
+            start: the position of this tier's first block.
+            until: when to stop waiting, by the clock.
+            pins: gets the lease of each piece.
+            parent_span: the parent of the tier's span.
+
+        Returns:
+            whether to go on with the next tier's blocks.
         """
-        lower = self.lower[source - 1] if source else None
-        climb = telemetry.start_child(span, telemetry.TIER_LOAD) if lower else INVALID_SPAN
-        size = lower.channel.blocks_per_call if lower else len(keys)
-        patience_s = max(lower.channel.deadline_s for lower in self.lower)
-        begun, well = self._clock(), True
+        tier = self.tiers[source - 1] if source else None
+        span = telemetry.start_child(parent_span, telemetry.TIER_LOAD) if tier else INVALID_SPAN
+        size = tier.channel.blocks_per_call if tier else len(keys)
+        deadline_s = max(each.channel.deadline_s for each in self.tiers)
+        begun, complete = self._clock(), True
         pieces: list[_Piece] = []
-        coming: deque[_Piece] = deque()  # those of them that nobody has waited for
+        in_flight: deque[_Piece] = deque()
         for at in range(start, len(keys), size):
-            if len(coming) == _AHEAD:
-                if not self._in_time(coming[0], until, patience_s):
+            if len(in_flight) == _PIECES_IN_FLIGHT:
+                if not self._wait_until(in_flight[0], until, deadline_s):
                     break
-                well = coming.popleft().arrived(patience_s) and self._clock() < until
-                if not well:
+                complete = in_flight.popleft().wait_read(deadline_s) and self._clock() < until
+                if not complete:
                     break
             parent = keys[at - 1] if at else None
-            piece = self._ask_for(lower, keys[at : at + size], parent, climb)
-            holds.append(piece.hold)
+            piece = self._start_piece(tier, keys[at : at + size], parent, span)
+            pins.append(piece.pin)
             pieces.append(piece)
-            coming.append(piece)
-            if not piece.whole:
-                well = False
+            in_flight.append(piece)
+            if not piece.all_pinned:
+                complete = False
                 break
-        while coming and self._in_time(coming[0], until, patience_s):
-            well &= coming.popleft().arrived(patience_s)
-        if lower:
-            answers = [piece.answer for piece in pieces if piece.answer is not None]
-            lower.climbed(answers, len(keys) - start, climb, late=bool(coming))
+        while in_flight and self._wait_until(in_flight[0], until, deadline_s):
+            complete &= in_flight.popleft().wait_read(deadline_s)
+        calls = [piece.read for piece in pieces if piece.read is not None]
+        if tier:
+            tier.end_load_span(calls, len(keys) - start, span, gave_up=bool(in_flight))
 
-        def judge() -> None:  # a breaker has to be told, and how long it took
-            for piece in coming:
-                piece.arrived(patience_s)
-            if lower and all(piece.ours for piece in pieces):
-                lower.took(answers, self._clock() - begun)
+        def record_outcome() -> None:
+            """Record the remaining reads in the tier's health, and how long all of them took."""
+            for piece in in_flight:
+                piece.wait_read(deadline_s)
+            if tier and all(piece.reads_all for piece in pieces):
+                tier.observe_load(calls, self._clock() - begun)
 
-        if not coming:
-            judge()
-            return well
-        self.submit(judge)
+        if not in_flight:
+            record_outcome()
+            return complete
+        self.submit(record_outcome)
         return False
 
-    def _in_time(self, piece: _Piece, until: float, patience_s: float) -> bool:
-        """Wait for ``piece`` while there is time; ``False`` if there is none left for it."""
-        left = until - self._clock()
-        return left >= patience_s or piece.over(max(0.0, left))
+    def _wait_until(self, piece: _Piece, until: float, deadline_s: float) -> bool:
+        """Wait for ``piece``, not beyond ``until``; return whether ``wait_read`` may be called.
 
-    def _ask_for(
-        self, lower: LowerTier | None, keys: Sequence[bytes], parent: bytes | None, span: Span
+        It may if the reads have ended, or if ``until`` is so far that their deadline comes first.
+        """
+        remaining_s = until - self._clock()
+        return remaining_s >= deadline_s or piece.wait_done(max(0.0, remaining_s))
+
+    def _start_piece(
+        self, tier: LowerTier | None, keys: Sequence[bytes], parent: bytes | None, span: Span
     ) -> _Piece:
-        """Pin ``keys``, those that nobody has or reads in slots of their own, and begin to read."""
-        with self._lock:  # of two who want a block one reads it, and the other knows who
+        """Pin ``keys``, and start to read those that L1 neither has nor is being filled with."""
+        with self._lock:  # single flight: one of two promotions reserves, the other finds its read
             lease = self._front.reserve(keys, parent)
-            mine = set(lease.keys)
-            others = {self._coming[key] for key in keys if key in self._coming and key not in mine}
-            hold = self._front.pin_any(keys)
-            read: Future[None] = Future()
-            self._coming.update(dict.fromkeys(mine, read))
+            reserved = set(lease.keys)
+            other_reads = {
+                self._reads_in_flight[key]
+                for key in keys
+                if key in self._reads_in_flight and key not in reserved
+            }
+            pin = self._front.pin_any(keys)
+            ended: Future[None] = Future()
+            self._reads_in_flight.update(dict.fromkeys(reserved, ended))
 
-        def ended(lease: Lease, _: frozenset[bytes]) -> None:
+        def on_end(lease: Lease, _: frozenset[bytes]) -> None:
             with self._lock:
                 for key in lease.keys:
-                    if self._coming.get(key) is read:  # after a clear it may be another's
-                        del self._coming[key]
-            read.set_result(None)
+                    # After a clear() another promotion may be reading the same key.
+                    if self._reads_in_flight.get(key) is ended:
+                        del self._reads_in_flight[key]
+            ended.set_result(None)
 
-        lease.add_end_callback(ended)
-        answer = None
-        if lease.keys and lower:
-            answer = lower.load(lease, span)
+        lease.add_end_callback(on_end)
+        read = None
+        if lease.keys and tier:
+            read = tier.load(lease, span)
         else:
-            lease.end(failed=lease.keys)  # it has left L1 since it was looked up
-        count = len(keys)
-        return _Piece(hold, answer, list(others), whole=len(hold) == count, ours=len(mine) == count)
+            lease.end(
+                failed=lease.keys
+            )  # no tier to read from: L1 held them, and evicted them since
+        return _Piece(
+            pin,
+            read,
+            list(other_reads),
+            all_pinned=len(pin) == len(keys),
+            reads_all=len(reserved) == len(keys),
+        )
 
 
-def _hole(sources: Sequence[object]) -> int:
-    """Where the first ``None`` is."""
-    return next((at for at, source in enumerate(sources) if source is None), len(sources))
+def _first_none(values: Sequence[object]) -> int:
+    """Return the position of the first ``None``, or the length."""
+    return next((at for at, value in enumerate(values) if value is None), len(values))
 
 
-def _stretches(sources: Sequence[int], start: int = 0) -> Iterator[tuple[int, int, int]]:
-    """``sources[start:]`` in runs of one tier each: the tier, and where its run begins and ends."""
+def _runs_by_source(sources: Sequence[int], start: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Split ``sources[start:]`` into runs of one tier: the tier, the run's start and its end."""
     at = start
     for source, run in groupby(sources[start:]):
         end = at + sum(1 for _ in run)

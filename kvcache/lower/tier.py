@@ -1,15 +1,16 @@
-"""A lower tier as the stack meets it: asked with a deadline, and written to through a queue.
+"""A lower tier as the stack uses it: calls with a deadline, and write-behind.
 
-1. Two doors lead to a tier: ``_begin`` here, ``_offer`` of its writes. One deadline, one breaker,
-   one rule for failure: whatever the tier raises or answers, a failure is a miss or a decline,
-   counted, never an exception.
-2. A call that outlives its deadline goes on; the memory it was given stays under lease until then.
-3. Loads go before stores.
-4. How long it takes to ask and to load is measured, for those who would rather compute.
-5. A block is called by the namespace and its key, joined. ``clear`` takes a namespace that no other
-   stack has, so that this one finds nothing of before; and has the tier forget the namespace of
-   before, so that a stack opened later finds nothing either. That holds from when ``cleared``
-   returns ``True``, however the process ends.
+1. The stack calls a tier in two places: ``LowerTier._start_call`` and ``WriteBehind._write``. Both
+   have the same deadline, circuit breaker and failure rule: whatever the tier raises or returns, a
+   failure is a counted miss or decline, never an exception.
+2. A call that misses its deadline goes on. The memory that it was given stays under lease until it
+   ends.
+3. Loads run before stores.
+4. The durations of lookups and loads are measured, to compare them with computing.
+5. A block's name in the tier is its namespace and its key, joined. A reset gives the stack a
+   namespace that no other stack has, so that it finds no earlier block; and it has the tier forget
+   the earlier namespace, so that no later stack finds one either. The latter holds once
+   ``finish_clear`` has returned ``True``, however the process ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from kvcache import telemetry
 from kvcache.guards.front_tier import guard_front_tier
 from kvcache.lower.channel import Channel
+from kvcache.lower.circuit_breaker import CircuitBreaker
 from kvcache.lower.latency import LatencyModel
 from kvcache.lower.worker_pool import LOAD, PendingCall
 from kvcache.lower.write_behind import WriteBehind
@@ -37,32 +39,39 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PIECE_NBYTES: Final = 16 << 20  # of one call: what a deadline is for, and a load may wait for
-LOOK_AGAIN_S: Final = 5.0  # at a tier that was skipped
-_DEADLINE_S: Final = 3600
-_CALLS: Final = 1024
+PIECE_NBYTES: Final = 16 << 20
+"""The most bytes of one call. A call has one deadline, and a load may wait for a running store."""
+
+REMEASURE_S: Final = 5.0
+"""How often a skipped tier is read anyway, to measure whether it is still slower than computing."""
+
+_MAX_DEADLINE_S: Final = 3600
+_MAX_CALLS: Final = 1024
 
 
 class LowerTier:
     """One tier below L1.
 
     Args:
-        tier: what holds the bytes.
+        tier: the tier.
         name: its name in the profile.
-        front: the L1 whose slots are read and filled.
-        space: the namespace of the blocks.
-        about: says for people what the namespace is, as JSON.
-        deadline_s: what a caller waits for one answer.
-        queue: bytes of blocks that wait to be written; a quarter of L1 at most.
-        calls: under way at once.
-        writes: what is written: every block that is stored, or those that are used again.
-        if_slower: what a request does when loading would take longer than computing: it computes,
-            or it loads nonetheless.
-        kind: what the profile calls the tier's class.
-        clock: seconds.
+        front: L1; its slots are read and filled.
+        namespace: the namespace of the blocks.
+        about: a JSON object that describes the namespace to people.
+        deadline_s: how long a caller waits for one answer.
+        queue: bytes of blocks that may wait to be written; at most a quarter of L1.
+        calls: how many calls run at once.
+        writes: which blocks are written: all that an engine stores, or (``"hot"``) those that are
+            used a second time.
+        if_slower: what a request does when loading is expected to take longer than computing:
+            compute, or load all the same.
+        kind: the tier's kind in the profile; "" is the name of its class.
+        clock: the current time in seconds.
+        piece_nbytes: the most bytes of one call.
+        breaker: the circuit breaker; ``None`` is one with the default settings.
 
     Raises:
-        ValueError: for a deadline or a number of calls that cannot be.
+        ValueError: when ``deadline_s`` or ``calls`` is out of range.
     """
 
     def __init__(
@@ -80,16 +89,18 @@ class LowerTier:
         if_slower: Literal["compute", "load"] = "compute",
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
+        piece_nbytes: int = PIECE_NBYTES,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
-        if not 0 < deadline_s <= _DEADLINE_S:  # nan is not
+        if not 0 < deadline_s <= _MAX_DEADLINE_S:  # also refuses nan
             raise ValueError(
-                f"deadline_s is {deadline_s}; it takes seconds above 0, to {_DEADLINE_S}"
+                f"deadline_s is {deadline_s}; it takes seconds above 0, to {_MAX_DEADLINE_S}"
             )
-        if not 1 <= calls <= _CALLS:
-            raise ValueError(f"calls is {calls}; it must be 1 to {_CALLS}")
+        if not 1 <= calls <= _MAX_CALLS:
+            raise ValueError(f"calls is {calls}; it must be 1 to {_MAX_CALLS}")
         front = guard_front_tier(front)
         self.name = name
-        self.waits_if_slower = if_slower == "load"
+        self.loads_even_if_slower = if_slower == "load"
         self.channel = Channel(
             tier,
             name=name,
@@ -97,201 +108,247 @@ class LowerTier:
             namespace=namespace,
             about=about,
             deadline_s=deadline_s,
-            blocks_per_call=max(1, PIECE_NBYTES // front.block_nbytes),
+            blocks_per_call=max(1, piece_nbytes // front.block_nbytes),
             calls=calls,
             clock=clock,
+            breaker=breaker,
         )
-        wanted, most = queue // front.block_nbytes, front.slab.slots // 4
-        self.writes = WriteBehind(
+        wanted, limit = queue // front.block_nbytes, front.slab.slots // 4
+        self.write_behind = WriteBehind(
             self.channel,
             front,
-            min(wanted, most),
-            hot=writes == "hot",
-            enlarge="the tier's queue" if wanted < most else "L1's capacity (it holds 1/4 of L1)",
+            min(wanted, limit),
+            only_reused=writes == "hot",
+            queue_option=(
+                "the tier's queue" if wanted < limit else "L1's capacity (it holds 1/4 of L1)"
+            ),
         )
         self._front = front
-        self._asking, self._loading = LatencyModel(), LatencyModel()
+        self._lookup_latency, self._load_latency = LatencyModel(), LatencyModel()
         self._lock = threading.Lock()
-        self._seen_slow = 0.0  # when it was last looked at for having been skipped
+        self._remeasured_at = 0.0  # when ``claim_remeasure`` last returned True
         bind_to_process(self)
 
     @property
     def namespace(self) -> bytes:
-        """The namespace of the blocks that are asked for."""
+        """The namespace of blocks that are looked up and stored now."""
         return self.channel.namespace
 
-    # Questions, from threads of the stack
+    # Lookups and loads, called by threads of the stack
 
-    def contains(self, keys: Sequence[bytes], span: Span) -> list[bool]:
-        """Which of ``keys`` the tier holds, by its own account; nothing when it cannot say.
-
-        This and the other questions have a span below the ``span`` of what they are asked for.
-        """
+    def contains(self, keys: Sequence[bytes], parent_span: Span) -> list[bool]:
+        """Return which of ``keys`` the tier reports to hold; none if it does not answer."""
         namespace = self.namespace
-        asking, begun = telemetry.start_child(span, telemetry.TIER_CONTAINS), self.channel.clock()
-        answer = self._begin(
+        span = telemetry.start_child(parent_span, telemetry.TIER_CONTAINS)
+        begun = self.channel.clock()
+        call = self._start_call(
             "contains",
             lambda: self.channel.contains(namespace, keys),
             len(keys),
-            asking,
-            lambda: None,
+            span,
+            on_cancel=lambda: None,
         )
-        given = answer.wait()
+        answers = call.wait()
         held = [False] * len(keys)
-        if given is not None:
-            held = list(given)
-            self._asking.observe(len(keys), self.channel.clock() - begun)
-        self.channel.count(lookup_blocks=len(keys), hit_blocks=sum(held))
-        self._asked(asking, [answer], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
+        if answers is not None:
+            held = list(answers)
+            self._lookup_latency.observe(len(keys), self.channel.clock() - begun)
+        self.channel.add_counts(lookup_blocks=len(keys), hit_blocks=sum(held))
+        self._end_span(span, [call], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
         return held
 
     def load(self, lease: Lease, span: Span) -> PendingCall[int]:
-        """Begin to fill ``lease``, a lease to fill, with what the tier has of its keys.
+        """Start to fill ``lease`` with the blocks that the tier holds.
 
-        The lease ends with the call, however late that is, and at once if the call is not made.
-        ``span`` is that of the loads of this tier for one request; :meth:`climbed` ends it.
+        The lease ends when the call ends, however late, or at once if no call is made. ``span`` is
+        the one span of all loads from this tier for one request; :meth:`end_load_span` ends it.
         """
-        namespace, whole = self.namespace, self._front.block_nbytes
+        namespace, block_nbytes = self.namespace, self._front.block_nbytes
 
         def fill() -> Sequence[int]:
             missed = lease.keys
             try:
                 written = self.channel.load(namespace, lease.keys, lease.views)
-                missed = [k for k, n in zip(lease.keys, written, strict=True) if n != whole]
+                missed = [
+                    key
+                    for key, nbytes in zip(lease.keys, written, strict=True)
+                    if nbytes != block_nbytes
+                ]
                 return written
             finally:
-                self.channel.count(
+                self.channel.add_counts(
                     loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed)
                 )
                 lease.end(failed=missed)
 
-        return self._begin("load", fill, len(lease), span, lambda: lease.end(lease.keys))
+        return self._start_call(
+            "load", fill, len(lease), span, on_cancel=lambda: lease.end(lease.keys)
+        )
 
-    def climbed(
-        self, answers: Sequence[PendingCall[int]], wanted: int, span: Span, *, late: bool
+    def end_load_span(
+        self, calls: Sequence[PendingCall[int]], requested: int, span: Span, *, gave_up: bool
     ) -> None:
-        """The loads of ``wanted`` blocks for one request came, or were ``late`` and given up."""
-        loaded = sum(answer.came(self._front.block_nbytes) for answer in answers)
+        """End the span of one request's loads.
+
+        Args:
+            calls: the loads that were started.
+            requested: how many blocks the request wanted from this tier.
+            span: the span.
+            gave_up: whether the request stopped waiting, because computing is faster by now.
+        """
+        loaded = sum(call.count_equal(self._front.block_nbytes) for call in calls)
         counts = {
-            telemetry.REQUESTED: wanted,
+            telemetry.REQUESTED: requested,
             telemetry.HIT: loaded,
             telemetry.PAYLOAD: loaded * self._front.block_nbytes,
         }
-        self._asked(span, answers, counts, telemetry.SLOWER if late else "")
+        self._end_span(span, calls, counts, telemetry.SLOWER if gave_up else "")
 
-    def took(self, answers: Sequence[PendingCall[int]], seconds: float) -> None:
-        """The loads for one request took so long, from the first call to the last answer."""
-        asked = sum(answer.count for answer in answers)
-        came = sum(answer.came(self._front.block_nbytes) for answer in answers)
-        hangs = not all(answer.future.done() for answer in answers)
-        if asked and (came == asked or hangs):  # a miss is fast, and tells nothing
-            self._loading.observe(asked, seconds)
+    def observe_load(self, calls: Sequence[PendingCall[int]], seconds: float) -> None:
+        """Add a sample to the load latency: ``calls`` took ``seconds`` from first to last."""
+        requested = sum(call.answer_count for call in calls)
+        loaded = sum(call.count_equal(self._front.block_nbytes) for call in calls)
+        hanging = not all(call.future.done() for call in calls)
+        # A load with misses says nothing about the speed, because a miss returns early.
+        if requested and (loaded == requested or hanging):
+            self._load_latency.observe(requested, seconds)
 
-    def _begin(
+    def _start_call(
         self,
-        verb: str,
+        operation: str,
         call: Callable[[], Sequence[T]],
-        count: int,
+        answer_count: int,
         span: Span,
-        unasked: Callable[[], None],
+        *,
+        on_cancel: Callable[[], None],
     ) -> PendingCall[T]:
-        """Queue ``call`` for a thread of this tier; the arguments are ``PendingCall``'s."""
-        answer: PendingCall[T] = PendingCall(
-            self.channel.health, self.channel.deadline_s, verb, count, unasked, span
+        """Queue ``call`` for a worker, or cancel it if the tier may not be called."""
+        pending: PendingCall[T] = PendingCall(
+            self.channel.health, self.channel.deadline_s, operation, answer_count, on_cancel, span
         )
-        if self.channel.closed or not self.channel.health.breaker.allows():
-            answer.refuse()
+        if self.channel.closed or not self.channel.health.breaker.allow_call():
+            pending.cancel()
         else:
-            self.channel.calls.put(LOAD, lambda: answer.run(call), answer.refuse)
-        return answer
+            self.channel.workers.add_job(LOAD, lambda: pending.run(call), pending.cancel)
+        return pending
 
-    def _asked(
+    def _end_span(
         self,
         span: Span,
-        answers: Sequence[PendingCall[T]],
+        calls: Sequence[PendingCall[T]],
         counts: Mapping[str, int],
-        skip: str = "",
+        skip_reason: str = "",
     ) -> None:
-        """End the span of questions to the tier."""
+        """End the span of ``calls`` to the tier."""
         if not span.is_recording():
             return
-        errors = [answer.error for answer in answers if answer.error]
-        if any(answer.future.cancelled() and not answer.error for answer in answers):
-            skip = telemetry.BREAKER_OPEN
+        errors = [call.error for call in calls if call.error]
+        if any(call.future.cancelled() and not call.error for call in calls):
+            skip_reason = telemetry.BREAKER_OPEN
         telemetry.end_span(
             span,
             {
-                **self.channel.whose,
+                **self.channel.tier_attributes,
                 **counts,
-                telemetry.QUEUED: max((answer.queued_s for answer in answers), default=0.0),
-                **({telemetry.SKIP_REASON: skip} if skip else {}),
+                telemetry.QUEUED: max((call.queued_s for call in calls), default=0.0),
+                **({telemetry.SKIP_REASON: skip_reason} if skip_reason else {}),
             },
             error=errors[0] if errors else None,
         )
 
-    # Whether to ask it at all
+    # Whether the tier is worth a call
 
-    def asking_takes(self, blocks: int) -> float:
-        """Seconds it takes to ask for ``blocks``, at the least; 0 if unknown, or no matter."""
-        return 0.0 if self.waits_if_slower else self._asking.optimistic(blocks) or 0.0
+    def lookup_seconds(self, blocks: int) -> float:
+        """Predict, optimistically, how long a lookup of ``blocks`` takes.
 
-    def loading_takes(self, blocks: int) -> float:
-        """Seconds it takes to load ``blocks``, at the least; 0 if unknown, or no matter."""
-        return 0.0 if self.waits_if_slower else self._loading.optimistic(blocks) or 0.0
+        Returns 0 while nothing was measured, and always for ``if_slower = "load"``.
+        """
+        if self.loads_even_if_slower:
+            return 0.0
+        return self._lookup_latency.optimistic(blocks) or 0.0
 
-    def skipped(self, name: str, blocks: int, span: Span) -> None:
-        """``blocks`` are computed, since that takes less time than what span ``name`` is of."""
-        self.channel.count(skipped_blocks=blocks)
-        if span.is_recording():
-            why: telemetry.Attributes = {
+    def load_seconds(self, blocks: int) -> float:
+        """Predict how long a load of ``blocks`` takes, as :meth:`lookup_seconds` does."""
+        if self.loads_even_if_slower:
+            return 0.0
+        return self._load_latency.optimistic(blocks) or 0.0
+
+    def record_skip(self, span_name: str, blocks: int, parent_span: Span) -> None:
+        """Count and trace ``blocks`` for which computing is faster than a call to this tier.
+
+        ``span_name`` is that of the skipped call.
+        """
+        self.channel.add_counts(skipped_blocks=blocks)
+        if parent_span.is_recording():
+            attributes: telemetry.Attributes = {
                 telemetry.SKIPPED: blocks,
                 telemetry.SKIP_REASON: telemetry.SLOWER,
             }
-            span.set_attributes(why)
-            telemetry.end_span(telemetry.start_child(span, name), {**self.channel.whose, **why})
+            parent_span.set_attributes(attributes)
+            span = telemetry.start_child(parent_span, span_name)
+            telemetry.end_span(span, {**self.channel.tier_attributes, **attributes})
 
-    def look_again(self) -> bool:
-        """Whether it is time to see if the tier is still slow; ``True`` to one who asks."""
+    def claim_remeasure(self) -> bool:
+        """Return whether to read the skipped tier now, to measure it again.
+
+        Returns ``True`` to one caller every ``REMEASURE_S`` seconds.
+        """
         with self._lock:
             now = self.channel.clock()
-            due = now - self._seen_slow >= LOOK_AGAIN_S
+            due = now - self._remeasured_at >= REMEASURE_S
             if due:
-                self._seen_slow = now
+                self._remeasured_at = now
             return due
 
-    def clear(self) -> PendingCall[bool]:
-        """Find nothing again of what was stored until now, and begin to have the tier forget it."""
-        self.channel.clear()
-        return self._begin(
-            "forget", lambda: [self.channel.spaces.forget()], 1, INVALID_SPAN, lambda: None
+    # Reset, counters, close
+
+    def start_clear(self) -> PendingCall[bool]:
+        """Reset the namespace of this stack, and start to have the tier forget the earlier one.
+
+        :meth:`finish_clear` takes the result.
+        """
+        self.channel.reset()
+        return self._start_call(
+            "forget",
+            lambda: [self.channel.tier_namespace.forget()],
+            1,
+            INVALID_SPAN,
+            on_cancel=lambda: None,
         )
 
-    def cleared(self, answer: PendingCall[bool]) -> bool:
-        """Whether the tier has forgotten, within its deadline, what a stack opened later may find.
+    def finish_clear(self, call: PendingCall[bool]) -> bool:
+        """Wait for ``call`` of :meth:`start_clear`; return whether the tier forgot the blocks.
 
-        If not, a warning is logged, and the tier is asked again before each write.
+        If not, this logs a warning, and the tier is asked again before each write.
         """
-        if answer.wait() == [True] or not self.channel.spaces.unforgotten:
+        if call.wait() == [True] or not self.channel.tier_namespace.forget_pending:
             return True
         log.warning(
             "kvcache: tier %s: a reset was not written (%s); an engine that is started later may "
             "find blocks from before it",
             self.name,
-            answer.error or ("not asked" if answer.future.cancelled() else "not supported"),
+            call.error or ("not asked" if call.future.cancelled() else "not supported"),
         )
         return False
 
     def stats(self) -> LowerStats:
-        """Counts at this moment."""
-        size = self._front.block_nbytes
-        mine = {"block_nbytes": size, "queued_nbytes": self.writes.waiting_blocks * size}
-        return LowerStats(**(self.channel.counts() | mine))
+        """Return the counters now."""
+        block_nbytes = self._front.block_nbytes
+        own = {
+            "block_nbytes": block_nbytes,
+            "queued_nbytes": self.write_behind.waiting_blocks * block_nbytes,
+        }
+        return LowerStats(**(self.channel.counts() | own))
 
-    def close(self, flush_until: float, until: float) -> None:
-        """Write what waits and close the tier; both times are of ``time.monotonic``.
+    def close(self, flush_until: float, close_until: float) -> None:
+        """Write the queued blocks and close the tier.
 
-        What still waits at ``flush_until`` is dropped and counted. By ``until`` the tier's own
-        ``close`` has begun; it ends when the tier lets it. Raises TierError where it fails.
+        Args:
+            flush_until: when blocks that are still queued are dropped, by ``time.monotonic``.
+            close_until: when the tier's own ``close`` has begun at the latest. It may hang.
+
+        Raises:
+            TierError: when the tier's ``close`` fails.
         """
-        self.writes.flush(max(0.0, flush_until - time.monotonic()))
-        self.channel.close(max(0.0, until - time.monotonic()))
+        self.write_behind.flush(max(0.0, flush_until - time.monotonic()))
+        self.channel.close(max(0.0, close_until - time.monotonic()))

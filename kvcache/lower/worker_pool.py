@@ -1,13 +1,14 @@
-"""Calls to one lower tier, made in threads of their own: loads first, and a wait with an end.
+"""Threads that call one lower tier: loads before stores, and a deadline for each answer.
 
 Always true here:
 
-* A thread takes the first question that waits, a write only when none does.
-* Every question is answered, refused or failed exactly once. Who waits is told by the deadline; the
-  call itself goes on, since it cannot be ended from outside.
-* Every call is reported to the tier's health once: by the thread that made it, or by the deadline.
-* A thread outlives whatever it does, and the interpreter does not wait for it at exit: a call that
-  hangs keeps no process alive.
+* A thread takes the oldest queued load, and a store only when no load is queued.
+* Every pending call is answered, cancelled or failed exactly once. At the deadline its caller gives
+  up; the call itself goes on, because nothing can interrupt it.
+* The outcome of every call is recorded in the tier's health once: by the thread that made the call,
+  or at the deadline.
+* A thread survives whatever its job raises. Threads are daemons: a call that hangs does not keep
+  the process from exiting.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, describe_error
-from kvcache.lower.circuit_breaker import Health
+from kvcache.lower.circuit_breaker import TierHealth
 from kvcache.process import bind_to_process
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOAD, STORE, STOP = 0, 1, 2  # in the order in which they are taken
+LOAD, STORE, STOP = 0, 1, 2
+"""Priorities of jobs; threads take the lowest number first."""
 
 
-def _nothing() -> None:
-    """Do nothing."""
+def _do_nothing() -> None:
+    pass
 
 
 class WorkerPool:
-    """Daemon threads that make what calls are put to them.
+    """Daemon threads with one priority queue of jobs.
 
     Args:
-        name: of the threads.
-        threads: calls under way at once; with none, every call is dropped.
+        name: part of the threads' names.
+        threads: how many jobs run at once; with 0, every job is dropped.
 
     Raises:
         RuntimeError: when a thread cannot be started.
@@ -55,37 +57,42 @@ class WorkerPool:
         self._jobs: PriorityQueue[tuple[int, int, Callable[[], None], Callable[[], object]]] = (
             PriorityQueue()
         )
-        self._order = itertools.count()
+        self._sequence = itertools.count()  # the order of jobs of one priority
         self._lock = threading.Lock()
         self._closed = not threads
         self._threads: list[threading.Thread] = []
         try:
             for number in range(threads):
                 thread = threading.Thread(
-                    target=self._work, name=f"kvcache-{name}-{number}", daemon=True
+                    target=self._run_jobs, name=f"kvcache-{name}-{number}", daemon=True
                 )
                 thread.start()
                 self._threads.append(thread)
         except BaseException:
-            self.close(0.0)  # those that were started
+            self.close(0.0)  # end the threads that were started
             raise
         bind_to_process(self)
 
-    def put(
-        self, priority: int, job: Callable[[], None], drop: Callable[[], object] = _nothing
-    ) -> None:
-        """Have ``job`` done, after all that were put with a lower number before it is taken.
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """The threads of the pool."""
+        return tuple(self._threads)
 
-        ``drop`` is called in its place where the job will not be done.
-        """
+    def add_job(
+        self,
+        priority: int,
+        job: Callable[[], None],
+        on_drop: Callable[[], object] = _do_nothing,
+    ) -> None:
+        """Queue ``job``. If it will never run, ``on_drop`` is called instead."""
         with self._lock:
             if not self._closed:
-                self._jobs.put((priority, next(self._order), job, drop))
+                self._jobs.put((priority, next(self._sequence), job, on_drop))
                 return
-        drop()
+        on_drop()
 
     def submit(self, call: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have ``call(*arguments)`` made; the future is cancelled where it will not be made."""
+        """Queue ``call(*arguments)``; its future is cancelled if the call will never run."""
         future: Future[T] = Future()
 
         def job() -> None:
@@ -93,148 +100,149 @@ class WorkerPool:
                 return
             try:
                 result = call(*arguments)
-            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            except BaseException as error:  # noqa: BLE001 - raised by future.result()
                 future.set_exception(error)
             else:
                 future.set_result(result)
 
-        def drop() -> None:
+        def on_drop() -> None:
             future.cancel()
-            future.set_running_or_notify_cancel()  # wakes a waiter for several futures
+            future.set_running_or_notify_cancel()  # wakes threads in concurrent.futures.wait()
 
-        self.put(LOAD, job, drop)
+        self.add_job(LOAD, job, on_drop)
         return future
 
-    def drop_waiting(self) -> None:
+    def drop_queued(self) -> None:
         """Drop every job that no thread has taken."""
-        waiting = []
+        queued = []
         with suppress(Empty):
             while True:
-                waiting.append(self._jobs.get_nowait())
-        for priority, order, job, drop in waiting:
+                queued.append(self._jobs.get_nowait())
+        for priority, number, job, on_drop in queued:
             if priority == STOP:
-                self._jobs.put((priority, order, job, drop))
+                self._jobs.put((priority, number, job, on_drop))
             else:
-                drop()
+                on_drop()
 
     def close(self, timeout_s: float) -> None:
-        """Take no more jobs; have the threads end when none waits. Twice is allowed.
+        """Take no more jobs, and end the threads once the queue is empty. Idempotent.
 
-        Threads that have not ended after ``timeout_s`` are left, as is the caller's own thread.
+        Waits ``timeout_s`` for the threads, but never for the calling thread itself. A thread that
+        has not ended by then goes on until its job returns.
         """
         with self._lock:
             closed, self._closed = self._closed, True
             for _ in [] if closed else self._threads:
-                self._jobs.put((STOP, next(self._order), _nothing, _nothing))
-        until = time.monotonic() + timeout_s
+                self._jobs.put((STOP, next(self._sequence), _do_nothing, _do_nothing))
+        deadline = time.monotonic() + timeout_s
         current = threading.current_thread()
         for thread in [each for each in self._threads if each is not current]:
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
-            priority, _, job, drop = self._jobs.get()
+            priority, _, job, on_drop = self._jobs.get()
             if priority == STOP:
                 return
             try:
                 job()
             except BaseException:
-                log.exception("kvcache: a call failed in a way that was not foreseen")
-            del job, drop  # or what they hold is kept until the next call
+                log.exception("kvcache: worker pool: a job failed unexpectedly; its thread goes on")
+            del job, on_drop  # releases the blocks they refer to before the next get() waits
 
 
 class PendingCall(Generic[T]):
-    """What a lower tier will say to one question.
+    """A call of a lower tier's method that is queued, running or done.
 
     Args:
-        health: of the tier, which is told how it went.
-        deadline_s: what is waited for it.
-        verb: for messages.
-        count: how many answers there will be.
-        unasked: called when the call has not been made and will not be.
-        span: the current one of the thread that makes the call; has the events of its end.
+        health: records the outcome.
+        deadline_s: how long :meth:`wait` waits.
+        operation: the tier's method.
+        answer_count: how many answers the call returns, one per key.
+        on_cancel: called if the call is cancelled before it begins.
+        span: the current span of the thread that makes the call; gets the events of its outcome.
     """
 
     def __init__(
         self,
-        health: Health,
+        health: TierHealth,
         deadline_s: float,
-        verb: str,
-        count: int,
-        unasked: Callable[[], None],
+        operation: str,
+        answer_count: int,
+        on_cancel: Callable[[], None],
         span: Span,
     ) -> None:
         self._health = health
         self._deadline_s = deadline_s
-        self._verb = verb
-        self.count = count
-        self._unasked = unasked
+        self._operation = operation
+        self.answer_count = answer_count
+        self._on_cancel = on_cancel
         self._span = span
-        self._begun = time.monotonic()
-        self._decided = threading.Lock()  # taken to make the call, or to refuse it
-        self._told = threading.Lock()  # taken to tell the health
-        self.queued_s = 0.0  # until the call was made
-        self.error = ""  # what went wrong, in a word
+        self._created = time.monotonic()
+        self._begin_or_cancel = threading.Lock()  # acquired once, by run() or by cancel()
+        self._outcome_recorded = threading.Lock()  # acquired once, by the first to record
+        self.queued_s = 0.0  # from creation to the beginning of the call
+        self.error = ""  # the kind of failure in one word
         self.future: Future[Sequence[T]] = Future()
 
-    def refuse(self) -> None:
-        """Nobody will be asked."""
-        if self._decided.acquire(blocking=False):
+    def cancel(self) -> None:
+        """Cancel the call if it has not begun."""
+        if self._begin_or_cancel.acquire(blocking=False):
             self.future.cancel()
-            self.future.set_running_or_notify_cancel()  # wakes a waiter for several futures
-            self._unasked()
+            self.future.set_running_or_notify_cancel()  # wakes concurrent.futures.wait()
+            self._on_cancel()
 
     def run(self, call: Callable[[], Sequence[T]]) -> None:
-        """Make the call, unless it was refused."""
-        if not self._decided.acquire(blocking=False):
+        """Make the call in this thread, unless it was cancelled."""
+        if not self._begin_or_cancel.acquire(blocking=False):
             return
         begun = time.monotonic()
-        self.queued_s = begun - self._begun
+        self.queued_s = begun - self._created
         failure: TierError | None = None
-        given: Sequence[T] = ()
+        answers: Sequence[T] = ()
         try:
             with telemetry.use_span(self._span):
-                given = call()
+                answers = call()
         except TierError as error:
-            failure = error.with_traceback(None)  # the frames hold the memory of the blocks
+            failure = error.with_traceback(None)  # its frames refer to the blocks' memory
         except BaseException as error:  # noqa: BLE001 - the application's telemetry may raise
             failure = TierError(*describe_error(error))
         try:
-            self._took(time.monotonic() - begun, failure.error if failure else "")
-            self._tell(failure)
+            self._record_duration(time.monotonic() - begun, failure.error if failure else "")
+            self._record_outcome(failure)
         finally:
             if failure:
                 self.future.set_exception(failure)
             else:
-                self.future.set_result(given)
+                self.future.set_result(answers)
 
-    def _took(self, seconds: float, error: str) -> None:
-        late = self.queued_s + seconds > self._deadline_s
-        self._health.timer.record(self._verb, seconds, error or ("timeout" if late else ""))
-
-    def came(self, right: T) -> int:
-        """How many answers are ``right``; none if there is no telling yet."""
+    def count_equal(self, expected: T) -> int:
+        """Return how many answers equal ``expected``; 0 if there are no answers yet."""
         if not self.future.done() or self.future.cancelled() or self.future.exception():
             return 0
-        return sum(each == right for each in self.future.result())
+        return sum(answer == expected for answer in self.future.result())
 
     def wait(self) -> Sequence[T] | None:
-        """The answers, one per key; ``None`` when there are none by the deadline. Call it once."""
+        """Return the answers, one per key; ``None`` without any by the deadline. Call it once."""
         try:
             return self.future.result(timeout=self._deadline_s)
         except TimeoutError:
-            self.refuse()  # if it has not begun
-            self._tell(TierError("timeout", f"no answer in {self._deadline_s:.3g} s"))
+            self.cancel()
+            self._record_outcome(TierError("timeout", f"no answer in {self._deadline_s:.3g} s"))
         except (CancelledError, TierError):
-            pass  # refused, or told by the thread that made the call
+            pass  # cancelled, or recorded by the thread that made the call
         return None
 
-    def _tell(self, failure: TierError | None) -> None:
-        """Tell the tier's health how the call went, unless that was done."""
-        if not self._told.acquire(blocking=False):
+    def _record_duration(self, seconds: float, error: str) -> None:
+        late = self.queued_s + seconds > self._deadline_s
+        error = error or ("timeout" if late else "")
+        self._health.timer.record(self._operation, seconds, error)
+
+    def _record_outcome(self, failure: TierError | None) -> None:
+        if not self._outcome_recorded.acquire(blocking=False):
             return
         if failure is None:
-            self._health.succeeded(self._span)
+            self._health.record_success(self._span)
         else:
             self.error = failure.error
-            self._health.failed(self._verb, failure.error, failure.why, self._span)
+            self._health.record_failure(self._operation, failure.error, failure.why, self._span)

@@ -1,10 +1,11 @@
-"""What an engine stored, on its way to one lower tier, behind the engine's back.
+"""Write-behind: the queue of blocks that an engine stored in L1 and one lower tier lacks.
 
-1. What waits to be written is pinned in L1 and bounded in bytes: a slow tier may not take L1 from
-   those who use it. What does not fit is dropped, the tail of a chain first.
-2. Every block that was stored is written, known to be there, declined, dropped, or kept back until
-   it is used a second time; the counts of these add up to what was stored.
-3. Whatever a tier does wrong is a decline, never an exception.
+1. A queued block is pinned in L1. The queue is bounded, so that a slow tier cannot take over L1.
+   Back-pressure never reaches the engine: blocks that do not fit are dropped, the tail of a chain
+   first.
+2. Every stored block is written, known to be held already, declined, dropped, or withheld until its
+   second use. The counters of these add up to the stored blocks.
+3. A failure of the tier is a decline, never an exception.
 """
 
 from __future__ import annotations
@@ -27,166 +28,174 @@ from kvcache.tier import FrontTier, Lease
 log = logging.getLogger(__name__)
 
 Parents = Mapping[bytes, bytes | None]
-"""Blocks by key, in order, each with the key that it continues."""
+"""Keys of blocks, in order, each with the key of its parent."""
 
 
 class WriteBehind:
-    """The queue before one lower tier.
+    """Writes stored blocks to one lower tier, in threads of its channel.
 
     Args:
-        link: to the tier.
-        front: the L1 whose slots are read.
-        queue_blocks: how many may wait.
-        enlarge: the option that gives the queue more room, for the log.
-        hot: whether only what is used again is written.
+        channel: the channel to the tier.
+        front: L1, which holds the blocks to write.
+        queue_blocks: the capacity of the queue, in blocks.
+        only_reused: withhold each block until it is used a second time (``writes = "hot"``).
+        queue_option: the option that enlarges the queue, for the log.
     """
 
     def __init__(
         self,
-        link: Channel,
+        channel: Channel,
         front: FrontTier,
         queue_blocks: int,
         *,
-        hot: bool,
-        enlarge: str,
+        only_reused: bool,
+        queue_option: str,
     ) -> None:
         self.queue_blocks = queue_blocks
-        self._channel = link
+        self._channel = channel
         self._front = front
-        self._hot = hot
-        self._enlarge = enlarge
-        self._warned = False  # of a full queue
-        # Where only what is used again is written: the others, their namespace and parent. As many
-        # as L1 has slots: what has left L1 cannot be written any more.
-        self._once: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
+        self._only_reused = only_reused
+        self._queue_option = queue_option
+        self._full_queue_logged = False
+        # The withheld blocks: namespace and parent by key, oldest first. L1 has at most as many
+        # blocks as slots, and a block that has left L1 cannot be written any more.
+        self._withheld: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self.waiting_blocks = 0
+        self._queue_empty = threading.Condition(self._lock)
+        self.waiting_blocks = 0  # queued, or being written
 
-    def stored(self, parents: Parents, namespace: bytes, cause: Span) -> None:
-        """An engine stored blocks, whose slots were reserved when the namespace was ``namespace``.
+    def enqueue_stored(self, parents: Parents, namespace: bytes, cause: Span) -> None:
+        """Queue or withhold blocks that an engine has stored in L1.
 
-        This and the others below get the span that is the ``cause``, which has not ended.
+        Args:
+            parents: the blocks, READY in L1.
+            namespace: the namespace at the time their slots were reserved; a reset may have
+                replaced it since.
+            cause: the span of the operation that stored them, which has not ended.
         """
-        if not self._hot:
-            self.write(parents, namespace, cause)
+        if not self._only_reused:
+            self.enqueue(parents, namespace, cause)
             return
         with self._lock:
-            self._channel.count(withheld_blocks=len(parents))
-            self._once.update({key: (namespace, parent) for key, parent in parents.items()})
-            while len(self._once) > self._front.slab.slots:
-                self._once.popitem(last=False)
+            self._channel.add_counts(withheld_blocks=len(parents))
+            self._withheld.update({key: (namespace, parent) for key, parent in parents.items()})
+            while len(self._withheld) > self._front.slab.slots:
+                self._withheld.popitem(last=False)
 
-    def used(self, keys: Sequence[bytes], failed: Collection[bytes], cause: Span) -> None:
-        """``keys`` but for ``failed`` were used, READY in L1: what was kept back is written now."""
-        if not self._once:
+    def enqueue_reused(self, keys: Sequence[bytes], failed: Collection[bytes], cause: Span) -> None:
+        """Queue those of ``keys`` that were withheld, because a request has used them in L1.
+
+        ``failed`` are keys whose copy to the engine failed; ``cause`` is the span of the load.
+        """
+        if not self._withheld:
             return
         with self._lock:
-            good = [key for key in keys if key in self._once and key not in failed]
-            kept = {key: self._once.pop(key) for key in good}
-            self._channel.count(withheld_blocks=-len(kept))
-        for namespace in dict.fromkeys(namespace for namespace, _ in kept.values()):
-            its = {key: parent for key, (of, parent) in kept.items() if of == namespace}
-            self.write(its, namespace, cause)
+            reused = [key for key in keys if key in self._withheld and key not in failed]
+            blocks = {key: self._withheld.pop(key) for key in reused}
+            self._channel.add_counts(withheld_blocks=-len(blocks))
+        for namespace in dict.fromkeys(namespace for namespace, _ in blocks.values()):
+            parents = {key: parent for key, (of, parent) in blocks.items() if of == namespace}
+            self.enqueue(parents, namespace, cause)
 
-    def write(self, parents: Parents, namespace: bytes, cause: Span) -> None:
-        """Queue blocks, READY in L1, to be written: as many of the first as there is room for.
+    def enqueue(self, parents: Parents, namespace: bytes, cause: Span) -> None:
+        """Queue as many of the first blocks as the queue has room for, and drop the others.
 
-        ``namespace`` is the namespace when their slots were reserved: it may be another by now.
+        The arguments are those of :meth:`enqueue_stored`.
         """
         keys = list(parents)
         if not keys:
             return
         with self._lock:
-            skipped = self._channel.asleep or self._channel.closed
-            room = 0 if skipped else self.queue_blocks
-            taken = max(0, min(len(keys), room - self.waiting_blocks))
-            self.waiting_blocks += taken
-            warn = taken < len(keys) and not skipped and not self._warned
-            self._warned |= warn
+            accepts_calls = self._channel.accepts_calls
+            capacity = self.queue_blocks if accepts_calls else 0
+            queued = max(0, min(len(keys), capacity - self.waiting_blocks))
+            self.waiting_blocks += queued
+            full = queued < len(keys) and accepts_calls
+            warn = full and not self._full_queue_logged
+            self._full_queue_logged |= warn
         if warn:
             log.warning(
                 "kvcache: tier %s: write queue full (it holds %d blocks); %d of %d blocks stored "
                 "at once are not written to the tier. Raise %s, or store fewer blocks at once; "
                 "later drops are counted, not logged",
-                self._channel.named.name, self.queue_blocks, len(keys) - taken, len(keys),
-                self._enlarge,
+                self._channel.tier_name.name, self.queue_blocks, len(keys) - queued, len(keys),
+                self._queue_option,
             )  # fmt: skip
-        if dropped := len(keys) - taken:
-            self._channel.count(dropped_blocks=dropped)
+        if dropped := len(keys) - queued:
+            self._channel.add_counts(dropped_blocks=dropped)
             if cause.is_recording():
-                event: telemetry.Attributes = {**self._channel.whose, telemetry.DROPPED: dropped}
+                event: telemetry.Attributes = {
+                    **self._channel.tier_attributes,
+                    telemetry.DROPPED: dropped,
+                }
                 cause.add_event(telemetry.BLOCKS_DROPPED, event)
-        for at in range(0, taken, self._channel.blocks_per_call):
-            piece = keys[at : min(at + self._channel.blocks_per_call, taken)]
+        for at in range(0, queued, self._channel.blocks_per_call):
+            piece = keys[at : min(at + self._channel.blocks_per_call, queued)]
             lease = self._front.pin(piece)
-            gone = len(piece) - len(lease)  # dropped from L1 as not to be trusted
-            self._channel.count(dropped_blocks=gone)
-            self._written(gone)
-            self._channel.calls.put(
+            gone = len(piece) - len(lease)  # L1 dropped them before they could be pinned
+            self._channel.add_counts(dropped_blocks=gone)
+            self._leave_queue(gone)
+            self._channel.workers.add_job(
                 STORE,
-                partial(self._store, lease, parents, namespace, cause),
+                partial(self._write_or_drop, lease, parents, namespace, cause),
                 partial(self._drop, lease),
             )
 
     def _drop(self, lease: Lease) -> None:
-        """Do not offer the blocks under ``lease``, and end it."""
-        self._channel.count(dropped_blocks=len(lease))
+        """Count the blocks of ``lease`` as dropped, and end it."""
+        self._channel.add_counts(dropped_blocks=len(lease))
         lease.end()
-        self._written(len(lease))
+        self._leave_queue(len(lease))
 
-    def _store(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
-        """Offer what is new to the tier of the blocks under ``lease``, and end it."""
-        # Of another namespace: before a clear, and of no use to anyone.
-        stale = namespace != self._channel.namespace
-        if stale or self._channel.closed or not self._channel.health.breaker.allows():
+    def _write_or_drop(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
+        """Write the blocks of ``lease``, unless the tier may not be called; end the lease."""
+        reset = namespace != self._channel.namespace  # no stack would look for these blocks
+        if reset or self._channel.closed or not self._channel.health.breaker.allow_call():
             self._drop(lease)
             return
         try:
-            self._offer(lease, parents, namespace, cause)
+            self._write(lease, parents, namespace, cause)
         finally:
-            self._written(len(lease))  # last: a waiter for that finds all counts
+            self._leave_queue(len(lease))  # last, so that flush() returns after all counters
 
-    def _offer(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
-        span, begun = telemetry.start_linked(cause, telemetry.TIER_STORE), self._channel.clock()
+    def _write(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
+        """Offer the tier those blocks of ``lease`` that it lacks, and end the lease."""
+        span = telemetry.start_linked(cause, telemetry.TIER_STORE)
+        begun = self._channel.clock()
         new, stored, error, why = len(lease), 0, "", ""
         try:
             views = dict(zip(lease.keys, lease.views, strict=True))
             with telemetry.use_span(span):
-                with suppress(TierError):  # said when it failed first; costs no block
-                    self._channel.spaces.forget()
+                with suppress(TierError):  # finish_clear() has logged it; it costs no block
+                    self._channel.tier_namespace.forget()
                 held = self._channel.contains(namespace, lease.keys)
-                unknown = [key for key, known in zip(lease.keys, held, strict=True) if not known]
-                for stretch in _stretches(unknown, parents):
-                    blocks = [views[key] for key in stretch]
-                    stored += sum(
-                        self._channel.store(namespace, stretch, blocks, parents[stretch[0]])
-                    )
-            new = len(unknown)
+                lacking = [key for key, known in zip(lease.keys, held, strict=True) if not known]
+                for chain in _chains(lacking, parents):
+                    blocks = [views[key] for key in chain]
+                    taken = self._channel.store(namespace, chain, blocks, parents[chain[0]])
+                    stored += sum(taken)
+            new = len(lacking)
         except TierError as failure:
             error, why = failure.error, failure.why
-        except BaseException as wrong:  # noqa: BLE001 - the application's telemetry may raise
-            error, why = describe_error(wrong)
+        except BaseException as failure:  # noqa: BLE001 - the application's telemetry may raise
+            error, why = describe_error(failure)
         finally:
             lease.end()
-        took = self._channel.clock() - begun
-        if not error and took > self._channel.deadline_s:
+        seconds = self._channel.clock() - begun
+        if not error and seconds > self._channel.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
-        self._channel.health.timer.record("store", took, error)
-        counts = {
-            "known_blocks": len(lease) - new,
-            "stored_blocks": stored,
-            "declined_blocks": new - stored,
-        }
-        self._channel.count(**counts)
+        self._channel.health.timer.record("store", seconds, error)
+        self._channel.add_counts(
+            known_blocks=len(lease) - new, stored_blocks=stored, declined_blocks=new - stored
+        )
         if error:
-            self._channel.health.failed("store", error, why, span)
+            self._channel.health.record_failure("store", error, why, span)
         else:
-            self._channel.health.succeeded(span)
+            self._channel.health.record_success(span)
         telemetry.end_span(
             span,
             {
-                **self._channel.whose,
+                **self._channel.tier_attributes,
                 telemetry.REQUESTED: len(lease),
                 telemetry.STORED: stored,
                 telemetry.KNOWN: len(lease) - new,
@@ -197,24 +206,24 @@ class WriteBehind:
         )
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing waits to be written; whether that came about in time."""
-        with self._idle:
-            return self._idle.wait_for(lambda: not self.waiting_blocks, timeout_s)
+        """Wait until the queue is empty; return whether it was within ``timeout_s``."""
+        with self._queue_empty:
+            return self._queue_empty.wait_for(lambda: not self.waiting_blocks, timeout_s)
 
-    def _written(self, blocks: int) -> None:
-        with self._idle:
+    def _leave_queue(self, blocks: int) -> None:
+        with self._queue_empty:
             self.waiting_blocks -= blocks
             if not self.waiting_blocks:
-                self._idle.notify_all()
+                self._queue_empty.notify_all()
 
 
-def _stretches(keys: Sequence[bytes], parents: Parents) -> Iterator[list[bytes]]:
-    """``keys`` in runs, each of whose blocks continues the one before it."""
-    run: list[bytes] = []
+def _chains(keys: Sequence[bytes], parents: Parents) -> Iterator[list[bytes]]:
+    """Split ``keys`` into parts in which each block is the parent of the next."""
+    chain: list[bytes] = []
     for key in keys:
-        if run and parents[key] != run[-1]:
-            yield run
-            run = []
-        run.append(key)
-    if run:
-        yield run
+        if chain and parents[key] != chain[-1]:
+            yield chain
+            chain = []
+        chain.append(key)
+    if chain:
+        yield chain

@@ -136,13 +136,13 @@ class Traffic:
             pytest.fail("nobody asks the tier any more")
         self.tier.gate.set()
         self.lower.channel.deadline_s = LONG
-        through = threading.Barrier(1 + len(self.lower.channel.calls._threads))
+        through = threading.Barrier(1 + len(self.lower.channel.workers.threads))
 
         def arrive() -> None:
             through.wait(LONG)
 
-        for _ in self.lower.channel.calls._threads:
-            self.lower.channel.calls.put(0, arrive)
+        for _ in self.lower.channel.workers.threads:
+            self.lower.channel.workers.add_job(0, arrive)
         arrive()  # every thread is through with what it was called for before
 
 
@@ -207,9 +207,9 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
 
     sizes = dict(tables(stack, "stack", set()))
     under_way = (
-        "stack._below._coming",
-        "stack._below.lower.0.channel.calls._jobs",
-        "stack._below._waiters._jobs",
+        "stack.lower._reads_in_flight",
+        "stack.lower.tiers.0.channel.workers._jobs",
+        "stack.lower._waiters._jobs",
         "stack.front._index._segments.filling",
     )
     assert [sizes[name] for name in under_way] == [0] * 4

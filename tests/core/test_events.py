@@ -11,7 +11,7 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
+from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 
 
 def replay(held: set[bytes], changes: list[BlockEvent]) -> None:
@@ -52,7 +52,7 @@ def test_l1_tells_of_all_that_comes_and_leaves() -> None:
 
 
 def test_a_lower_tier_tells_what_it_says_it_holds() -> None:
-    below = StackUnderTest(pieces=8)
+    below = StackUnderTest(blocks_per_call=8)
     keys, more = keys_of("a", 4), keys_of("b", 2)
     with below.stack:
         [_, (named, journal)] = below.stack.subscribe_events()
@@ -63,14 +63,14 @@ def test_a_lower_tier_tells_what_it_says_it_holds() -> None:
         assert [list(each.keys or ()) for each in came] == [keys]
 
         below.front.clear()
-        del below.tiers[0].held[namespaced_key(SPACE, keys[2])]  # by itself: nobody is told
+        del below.tiers[0].held[namespaced_key(NAMESPACE, keys[2])]  # by itself: nobody is told
         assert journal.take() == []
-        below.keep_below(more)
-        assert below.got(keys) == 2
+        below.put_in_tier(more)
+        assert below.fetch_count(keys) == 2
         left = {key for came, gone in journal.take() if not came for key in gone or ()}
         assert left == {keys[2]}
 
-        assert below.got(more) == 2  # another engine's
+        assert below.fetch_count(more) == 2  # another engine's
         assert more in [change.keys for change in journal.take() if change.stored]
 
         below.stack.clear()
@@ -80,19 +80,19 @@ def test_a_lower_tier_tells_what_it_says_it_holds() -> None:
 def test_what_a_lower_tier_does_not_answer_is_not_told() -> None:
     below = StackUnderTest()
     keys = keys_of("a", 2)
-    below.keep_below(keys)
+    below.put_in_tier(keys)
     with below.stack:
         [_, (_, journal)] = below.stack.subscribe_events()
         for fault in ("raise", "count"):
             below.tiers[0].fault = fault
-            assert below.got(keys) == 0
+            assert below.fetch_count(keys) == 0
             assert journal.take() == []
 
 
 def test_an_answer_from_before_a_clear_is_not_told() -> None:
     below = StackUnderTest()
     keys = keys_of("a", 2)
-    below.keep_below(keys)
+    below.put_in_tier(keys)
     tier = below.tiers[0]
     with below.stack:
         [_, (_, journal)] = below.stack.subscribe_events()

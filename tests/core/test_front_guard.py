@@ -15,7 +15,7 @@ from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
 from tests.support.failing_parts import Faulty
 from tests.support.odd_answers import RAISED, RETURNED, Unusable
-from tests.support.scripted_tiers import LONG
+from tests.support.stack_under_test import LONG
 
 RAISED_HERE = sorted(RAISED.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
 LENDING = ("reserve", "pin", "pin_any")

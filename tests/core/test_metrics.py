@@ -19,7 +19,7 @@ from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.dram import DramTier
-from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
+from tests.support.stack_under_test import LONG, NAMESPACE, NEVER, StackUnderTest
 
 WHOSE = {"kvcache.profile.name", "kvcache.tier.name", "kvcache.tier.type"}
 
@@ -102,16 +102,16 @@ def test_what_l1_did(reader: Reader) -> None:
 
 
 def test_what_a_lower_tier_did(reader: Reader) -> None:
-    below = StackUnderTest(queue=Size(4 * PAGE), pieces=8)
+    below = StackUnderTest(queue=Size(4 * PAGE), blocks_per_call=8)
     below.tiers[0].usage = lambda: TierUsage(5, 7, 3, {"checksum": 2})  # type: ignore[method-assign]
     keys = keys_of("a", 8)
     with below.stack:
         below.put(keys[:6])  # four fit the queue
         assert below.stack.flush(LONG)
         below.front.clear()
-        del below.tiers[0].held[namespaced_key(SPACE, keys[3])]
-        assert below.got(keys) == 3
-        below.lower[0].channel.calls.close(
+        del below.tiers[0].held[namespaced_key(NAMESPACE, keys[3])]
+        assert below.fetch_count(keys) == 3
+        below.lower[0].channel.workers.close(
             LONG
         )  # what was done is counted when its thread has ended
         found = reader.values()
@@ -153,7 +153,7 @@ def test_every_metric_is_made_and_none_but_those_of_the_table(reader: Reader) ->
     below.tiers[0].usage = lambda: TierUsage(0, 0, 0, {"magic": 1})  # type: ignore[method-assign]
     with below.stack:
         below.put(keys_of("a", 1))
-        below.lower[0].channel.calls.close(LONG)
+        below.lower[0].channel.workers.close(LONG)
         found = reader.collect()
     assert set(found) == {metric.name for metric in metrics.METRICS}
     for metric in metrics.METRICS:
@@ -201,13 +201,13 @@ def instrument(monkeypatch: pytest.MonkeyPatch) -> Instrument:
 def test_an_instrument_is_called_per_operation_and_never_per_block(
     instrument: Instrument, blocks: int
 ) -> None:
-    below = StackUnderTest(slots=64, pieces=64)
+    below = StackUnderTest(slots=64, blocks_per_call=64)
     keys = keys_of("a", blocks)
     with below.stack:
         below.put(keys)
         assert below.stack.flush(LONG)
         below.front.clear()
-        assert below.got(keys) == blocks
+        assert below.fetch_count(keys) == blocks
     called = [
         (each["kvcache.tier.name"], each["kvcache.operation.name"]) for each in instrument.calls
     ]
@@ -221,7 +221,7 @@ def test_durations_say_what_went_wrong(instrument: Instrument) -> None:
     keys = keys_of("a", 2)
     with below.stack:
         below.tiers[0].fault = "raise"
-        assert below.got(keys) == 0
+        assert below.fetch_count(keys) == 0
         below.put(keys)
     taken = below.stack.take_durations()
     assert below.stack.take_durations() == []
@@ -233,11 +233,11 @@ def test_durations_say_what_went_wrong(instrument: Instrument) -> None:
 
 
 def test_a_late_call_is_a_timeout_of_the_time_it_took(instrument: Instrument) -> None:
-    below = StackUnderTest()
+    below = StackUnderTest(breaker_failures=NEVER)
     keys = keys_of("a", 1)
-    below.keep_below(keys)
+    below.put_in_tier(keys)
     with below.stack:
-        below.hang(below.stack.match(keys).result(LONG))
+        below.hang_load(below.stack.match(keys).result(LONG))
         below.tiers[0].gate.set()
         below.put(keys_of("b", 1))  # writes go last: the late load has ended
     late = [

@@ -25,7 +25,7 @@ from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.core.test_metrics import Reader
 from tests.support.forked_children import in_child, may_fork, unrefused
-from tests.support.scripted_tiers import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, StackUnderTest
 
 KEYS = keys_of("parent", 8)
 
@@ -36,9 +36,9 @@ def below() -> Iterator[StackUnderTest]:
     assert below.put(KEYS) == len(KEYS)
     assert below.stack.flush(LONG)
     yield below
-    assert below.got(KEYS) == len(KEYS)  # byte for byte
+    assert below.fetch_count(KEYS) == len(KEYS)  # byte for byte
     assert below.stack.flush(LONG)
-    below.check()
+    below.check_invariants()
     below.stack.close()
 
 
@@ -67,12 +67,12 @@ def held(stack: Stack) -> list[bytes]:
 
 
 def test_stack_in_a_child_refuses_every_method_and_the_parent_goes_on(on_disk: Stack) -> None:
-    [lower] = on_disk._below.lower
+    [lower] = on_disk.lower.tiers
     framed = lower.channel.tier
     assert isinstance(framed, Framed)
     parts = (
-        on_disk, on_disk.front, on_disk.front.slab, on_disk.recorder, on_disk._below, lower,
-        lower.channel.calls, framed, framed.inner,
+        on_disk, on_disk.front, on_disk.front.slab, on_disk.recorder, on_disk.lower, lower,
+        lower.channel.workers, framed, framed.inner,
     )  # fmt: skip
     assert unrefused(*parts) == []
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
@@ -167,7 +167,7 @@ def test_child_attaches_the_memory_and_opens_a_stack_of_its_own(below: StackUnde
         theirs = Slab.attach(slab.descriptor)
         own = StackUnderTest()
         own.put(KEYS[:3])
-        found = own.got(KEYS)
+        found = own.fetch_count(KEYS)
         own.stack.close()
         return bytes(theirs.view(slot.slots[0])), found
 

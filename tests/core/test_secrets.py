@@ -6,7 +6,7 @@ from urllib.parse import quote
 import pytest
 
 from kvcache import secrets
-from kvcache.lower.circuit_breaker import Health
+from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
 from kvcache.stats import TierName
 
 SECRET = "hunter2-correct-horse"
@@ -128,9 +128,9 @@ def test_health_of_a_tier_whose_error_has_a_secret_logs_and_traces_none(
 ) -> None:
     events: list[object] = []
     span = Mock(is_recording=lambda: True, add_event=lambda *event: events.append(event))
-    health = Health(TierName("redis", "redis"), {}, lambda: 0.0)
+    health = TierHealth(TierName("redis", "redis"), {}, CircuitBreaker(lambda: 0.0))
     for _ in range(3):
-        health.failed("load", "TierError", f"ERR redis://me:{SECRET}@host\x1b[31m", span)
+        health.record_failure("load", "TierError", f"ERR redis://me:{SECRET}@host\x1b[31m", span)
     assert "redis://***@host\\x1b[31m" in caplog.text
     assert SECRET not in caplog.text
     assert "***" in str(events)

@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvcache import Lease
 from tests.support.failing_parts import FAULTS, goes_wrong
 from tests.support.odd_answers import RAISED
-from tests.support.scripted_tiers import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, StackUnderTest
 
 EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "120"))
 faults = st.just("") | st.sampled_from(FAULTS)
@@ -29,11 +29,13 @@ class Faults(RuleBasedStateMachine):
 
     @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10))
     def open(self, slots: int, pieces: int, queue: int) -> None:
-        self.below = StackUnderTest(slots=slots, pieces=pieces)
-        self.below.lower[0].writes.queue_blocks = queue  # more than a stack so small would have
+        self.below = StackUnderTest(slots=slots, blocks_per_call=pieces)
+        self.below.lower[
+            0
+        ].write_behind.queue_blocks = queue  # more than a stack so small would have
         self.out: list[Lease] = []
         self.asked = self.filled = 0  # blocks of L1
-        self.threads = [t for lower in self.below.lower for t in lower.channel.calls._threads]
+        self.threads = [t for lower in self.below.lower for t in lower.channel.workers.threads]
         logging.getLogger("kvcache").setLevel("CRITICAL")  # or a breaker that opens is logged
 
     @staticmethod
@@ -117,7 +119,7 @@ class Faults(RuleBasedStateMachine):
         for lease in self.out:
             lease.end()
         assert self.below.stack.flush(LONG)
-        self.below.check()
+        self.below.check_invariants()
         stats = self.below.stack.stats()
         down = stats.lower[0]
         ways = down.stored_blocks + down.known_blocks + down.declined_blocks + down.dropped_blocks

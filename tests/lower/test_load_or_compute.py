@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from kvcache.lower.tier import LOOK_AGAIN_S
+from kvcache.lower.tier import REMEASURE_S
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from tests.support.failing_parts import Faulty
-from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
+from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 
 
 class Clock:
@@ -65,7 +65,7 @@ class Engine(StackUnderTest):
         self.turn += 1
         keys = keys_of(f"turn{self.turn}", len(where))
         for key, tier in zip(keys, where, strict=True):
-            self.slow[tier].held[SPACE + key] = block_of(key, PAGE)
+            self.slow[tier].held[NAMESPACE + key] = block_of(key, PAGE)
         return keys
 
     def comes(self, keys: list[bytes]) -> int:
@@ -82,9 +82,9 @@ class Engine(StackUnderTest):
 def engine() -> Iterator[Engine]:
     engine = Engine()
     yield engine
-    engine.stack._below.close(flush_s=0.0)
+    engine.stack.lower.close(flush_s=0.0)
     assert engine.stack.flush(LONG)
-    engine.check()
+    engine.check_invariants()
     engine.stack.close()
 
 
@@ -93,7 +93,7 @@ def test_a_tier_that_takes_longer_is_left_alone(engine: Engine) -> None:
     slow.loading = 0.2
     engine.computes()
     assert engine.comes(engine.ask(0, 0, 0, 0)) == 4  # nothing is known yet
-    engine.lower[0]._seen_slow = engine.clock()
+    engine.lower[0]._remeasured_at = engine.clock()
     slow.calls.clear()
     assert engine.comes(engine.ask(0, 0, 0, 0)) == 0
     assert "load" not in slow.calls
@@ -113,7 +113,7 @@ def test_a_tier_that_takes_less_is_used(engine: Engine) -> None:
 
 def test_long_prompt_is_loaded_and_a_short_one_computed_where_depth_costs() -> None:
     """A block takes 0.01 s, and 0.001 s more for each block before it; loading one 0.05 s."""
-    engine = Engine(slots=256, pieces=256)
+    engine = Engine(slots=256, blocks_per_call=256)
     [slow] = engine.slow
     slow.loading = 0.05
     assert engine.comes(engine.ask(*[0] * 4)) == 4
@@ -121,7 +121,7 @@ def test_long_prompt_is_loaded_and_a_short_one_computed_where_depth_costs() -> N
         engine.stack.observe_compute(20, 0.01 * 20 + 0.001 * 20 * (first + 10), first + 10)
     for _ in range(10):  # and short ones
         engine.stack.observe_compute(8, 0.01 * 8 + 0.001 * 8 * 4)
-    engine.lower[0]._seen_slow = engine.clock()
+    engine.lower[0]._remeasured_at = engine.clock()
     assert engine.comes(engine.ask(*[0] * 10)) == 0  # 0.15 s and 0.5 s
     assert engine.comes(engine.ask(*[0] * 200)) == 200  # 22 s and 10 s
     engine.front.clear()
@@ -156,15 +156,15 @@ def test_a_slow_tier_is_looked_at_again_and_used_when_it_is_fast(
     engine.comes(engine.ask(0, 0, 0, 0))
     slow.loading = 0.01
     skipped, begun = [], []
-    submit = engine.stack._below.submit
+    submit = engine.stack.lower.submit
 
     def submitted(*call: Any) -> Future[Any]:
         begun.append(submit(*call))
         return begun[-1]
 
-    monkeypatch.setattr(engine.stack._below, "submit", submitted)
+    monkeypatch.setattr(engine.stack.lower, "submit", submitted)
     for _ in range(12):
-        engine.clock.pass_by(LOOK_AGAIN_S)
+        engine.clock.pass_by(REMEASURE_S)
         engine.comes(engine.ask(0, 0, 0, 0))
         wait(begun, LONG)  # nobody waits for a try but this test
         skipped.append(engine.skipped()[0])
@@ -177,7 +177,7 @@ def test_asking_alone_may_take_too_long(engine: Engine) -> None:
     slow.asking = 5.0
     engine.computes()
     engine.comes(engine.ask(0, 0, 0, 0))
-    engine.lower[0]._seen_slow = engine.clock()
+    engine.lower[0]._remeasured_at = engine.clock()
     slow.calls.clear()
     assert engine.comes(engine.ask(0, 0, 0, 0)) == 0
     assert slow.calls == []
@@ -190,7 +190,7 @@ def test_the_near_part_is_loaded_and_the_far_computed() -> None:
     near.loading, far.loading = 0.01, 1.0
     engine.comes(engine.ask(0, 0, 1, 1))
     engine.computes()
-    engine.lower[1]._seen_slow = engine.clock()
+    engine.lower[1]._remeasured_at = engine.clock()
     assert engine.comes(engine.ask(0, 0, 0, 1, 1, 1)) == 3
     assert engine.skipped() == [0, 3]
     # A few far blocks are worth it where many near ones come after them.
@@ -200,7 +200,7 @@ def test_the_near_part_is_loaded_and_the_far_computed() -> None:
 
 def test_nobody_waits_longer_than_computing_takes() -> None:
     """It was fast, and is not any more: then what has come by then is what there is."""
-    engine = Engine(pieces=2)
+    engine = Engine(blocks_per_call=2)
     [slow] = engine.slow
     slow.loading = 0.01
     engine.computes()
@@ -209,7 +209,7 @@ def test_nobody_waits_longer_than_computing_takes() -> None:
     keys, begun = engine.ask(*[0] * 16), engine.clock()
     came = engine.comes(keys)
     assert 0 < came < 16
-    engine.stack._below.close(flush_s=0.0)  # what was under way ends
+    engine.stack.lower.close(flush_s=0.0)  # what was under way ends
     # Computing would take 1.6 s; the piece that comes then, and those under way, are what is more.
     assert engine.clock() - begun <= 1.6 + 3 * 2 * 0.3
     engine.stack.close()

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvcache.lower.namespace import Namespace
+from kvcache.lower.namespace import TierNamespace
 from kvcache.testing import keys_of
 from tests.support.failing_parts import Faulty
-from tests.support.scripted_tiers import SPACE, StackUnderTest
+from tests.support.stack_under_test import NAMESPACE, StackUnderTest
 
 KEYS = keys_of("chain", 4)
 
@@ -21,7 +21,7 @@ class Forgetful(Faulty):
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = SPACE
+        self.name = NAMESPACE
         self.failing = 0  # calls of forget that raise
         self.forgotten: list[bytes] = []
         self.asked = 0
@@ -52,7 +52,7 @@ class Forgetful(Faulty):
 
 @pytest.fixture
 def below(monkeypatch: pytest.MonkeyPatch) -> StackUnderTest:
-    monkeypatch.setattr("tests.support.scripted_tiers.Faulty", Forgetful)
+    monkeypatch.setattr("tests.support.stack_under_test.Faulty", Forgetful)
     return StackUnderTest()
 
 
@@ -76,7 +76,7 @@ def test_clear_forgets_the_namespace_once(below: StackUnderTest) -> None:
     tier = tier_of(below)
     assert below.stack.clear()
     assert below.stack.clear()  # the random one that was left is known to no other stack
-    assert tier.forgotten == [SPACE]
+    assert tier.forgotten == [NAMESPACE]
     below.stack.close()
 
 
@@ -104,40 +104,40 @@ def test_clear_forget_that_fails_is_logged_and_done_before_the_next_write(
         below.put(keys)
         assert below.stack.flush(20)
     assert len(tier.stored_names) == 4
-    assert tier.forgotten == [SPACE]
+    assert tier.forgotten == [NAMESPACE]
     below.stack.close()
 
 
 def test_clear_blocks_that_wait_to_be_written_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tests.support.scripted_tiers.Faulty", Forgetful)
+    monkeypatch.setattr("tests.support.stack_under_test.Faulty", Forgetful)
     below = StackUnderTest(calls=1)
     tier, [lower] = tier_of(below), below.lower
     tier.go_on.clear()
     below.put(KEYS[:1])
     assert tier.before_store.wait(20)  # one write is under way, the next one waits
     below.put(keys_of("second", 3))
-    answer = lower.clear()
+    answer = lower.start_clear()
     tier.go_on.set()
-    assert lower.cleared(answer)
+    assert lower.finish_clear(answer)
     assert below.stack.flush(20)
-    assert tier.stored_names == [SPACE + KEYS[0]]  # the name of before, which no stack asks for
+    assert tier.stored_names == [NAMESPACE + KEYS[0]]  # the name of before, which no stack asks for
     stats = below.stack.stats().lower[0]
     assert (stats.stored_blocks, stats.dropped_blocks) == (1, 3)
-    below.check()
+    below.check_invariants()
     below.stack.close()
 
 
 def test_names_namespace_left_before_it_was_resolved_fails() -> None:
     """Else what is late would be stored under the name that the next opening asks for."""
     tier = Forgetful()
-    spaces = Namespace(tier, SPACE)
-    spaces.clear()
+    spaces = TierNamespace(tier, NAMESPACE)
+    spaces.reset()
     assert spaces.forget()
     with pytest.raises(Exception, match="reset"):
-        spaces.names(SPACE, KEYS)
-    assert spaces.names(spaces.namespace, KEYS) == [spaces.namespace + key for key in KEYS]
+        spaces.names(NAMESPACE, KEYS)
+    assert spaces.names(spaces.current, KEYS) == [spaces.current + key for key in KEYS]
 
 
 @pytest.mark.parametrize("name", [None, b"short", "text"])
@@ -145,4 +145,4 @@ def test_names_tier_that_returns_no_namespace_fails(name: object) -> None:
     tier = Forgetful()
     tier.name = name  # type: ignore[assignment]
     with pytest.raises(Exception, match="namespace"):
-        Namespace(tier, SPACE).names(SPACE, KEYS)
+        TierNamespace(tier, NAMESPACE).names(NAMESPACE, KEYS)

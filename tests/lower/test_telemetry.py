@@ -15,14 +15,14 @@ from kvcache import telemetry
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from tests.support.failing_parts import Faulty
-from tests.support.scripted_tiers import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, StackUnderTest
 
 WHOSE = {"kvcache.tier.name": "l2", "kvcache.tier.type": "Faulty"}
 
 
 @pytest.fixture
 def below() -> Iterator[StackUnderTest]:
-    below = StackUnderTest(pieces=2)
+    below = StackUnderTest(blocks_per_call=2)
     yield below
     assert below.stack.flush(LONG)
     below.stack.close()
@@ -65,7 +65,7 @@ def test_a_tier_that_is_touched_has_a_span_under_the_operation(
     keys = keys_of("a", 6)
     below.put(keys[:1])
     assert below.stack.flush(LONG)
-    below.keep_below(keys[1:5])
+    below.put_in_tier(keys[1:5])
     Spans(exported)
     caller = TracerProvider().get_tracer("caller").start_span("request")
     context = trace.set_span_in_context(caller)
@@ -95,7 +95,7 @@ def test_a_prefetch_is_an_operation_of_its_own(
     below: StackUnderTest, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 3)
-    below.keep_below(keys[:2])
+    below.put_in_tier(keys[:2])
     coming = below.stack.prefetch(keys)
     assert coming is not None
     coming.result(LONG)
@@ -109,12 +109,12 @@ def test_a_prefetch_is_an_operation_of_its_own(
 def test_what_comes_up_for_a_hint_is_linked_to_its_cause(
     below: StackUnderTest, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(below.stack._below, "submit", lambda call: call())
+    monkeypatch.setattr(below.stack.lower, "submit", lambda call: call())
     caller = TracerProvider().get_tracer("caller").start_span("request")
     silent = TracerProvider(sampler=ALWAYS_OFF).get_tracer("caller").start_span("request")
     for name, cause in (("a", caller), ("b", silent), ("c", None)):
         keys = keys_of(name, 2)
-        below.keep_below(keys)
+        below.put_in_tier(keys)
         context = None if cause is None else trace.set_span_in_context(cause)
         below.stack.hint(keys, soon=True, context=context)
         assert all(below.front.contains(keys))
@@ -134,7 +134,7 @@ def test_what_is_written_later_is_linked_to_its_cause(
     below: StackUnderTest, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 2)
-    below.keep_below(keys[:1])
+    below.put_in_tier(keys[:1])
     below.put(keys)
     assert below.stack.flush(LONG)
     below.stack.close()  # the threads have ended, and their spans
@@ -197,7 +197,7 @@ def test_of_two_tiers_the_one_not_asked_says_why(exported: InMemorySpanExporter)
     below = StackUnderTest(tiers=2)
     breaker = below.lower[0].channel.health.breaker
     for _ in range(3):
-        breaker.failed()
+        breaker.record_failure()
     below.stack.match(keys_of("a", 2)).result(LONG)
     asked = {
         (span.attributes or {})["kvcache.tier.name"]: dict(span.attributes or {})
@@ -213,10 +213,10 @@ def test_what_is_computed_rather_says_so(
     below: StackUnderTest, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 3)
-    below.keep_below(keys)
+    below.put_in_tier(keys)
     below.stack.observe_compute(1, 0.1)
-    below.lower[0]._loading.observe(1, 10.0)
-    below.lower[0]._seen_slow = 1e12
+    below.lower[0]._load_latency.observe(1, 10.0)
+    below.lower[0]._remeasured_at = 1e12
     assert below.stack.match(keys).result(LONG).blocks == 0
     spans = Spans(exported)
     why = {"kvcache.block.skipped": 3, "kvcache.skip.reason": "slower_than_computing"}
@@ -254,10 +254,10 @@ def test_spans_do_not_grow_in_number_with_the_blocks(
 
         monkeypatch.setattr(tracer, "start_span", counted)
         monkeypatch.setattr(telemetry, "_tracer", tracer)
-        below = StackUnderTest(slots=64, pieces=2)
+        below = StackUnderTest(slots=64, blocks_per_call=2)
         keys, new = keys_of("a", blocks), keys_of("b", blocks)
-        below.keep_below(keys)
-        assert below.got(keys) == blocks
+        below.put_in_tier(keys)
+        assert below.fetch_count(keys) == blocks
         below.put(new)
         assert below.stack.flush(LONG)
         below.stack.close()

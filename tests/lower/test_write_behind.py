@@ -9,7 +9,7 @@ import pytest
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
-from tests.support.scripted_tiers import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, StackUnderTest
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -38,7 +38,7 @@ def test_queue_that_is_full_is_logged_once_with_the_count_and_the_option_to_rais
     assert below.stack.stats().lower[0].dropped_blocks == 10 - holds + 2
     below.tiers[0].gate.set()
     assert below.stack.flush(LONG)
-    below.check()
+    below.check_invariants()
     below.stack.close()
 
 

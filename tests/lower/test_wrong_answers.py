@@ -18,7 +18,7 @@ from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
 from tests.support.failing_parts import Faulty
 from tests.support.odd_answers import COUNTED, RAISED, RETURNED, UnreadableError
-from tests.support.scripted_tiers import LONG, SPACE, StackUnderTest
+from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 
 VERBS = ("contains", "load", "store")
 Wrong = Callable[..., Any]
@@ -52,7 +52,7 @@ def below() -> Iterator[StackUnderTest]:
 
 
 def threads_of(below: StackUnderTest) -> list[threading.Thread]:
-    return [thread for lower in below.lower for thread in lower.channel.calls._threads]
+    return [thread for lower in below.lower for thread in lower.channel.workers.threads]
 
 
 def adds_up(below: StackUnderTest) -> LowerStats:
@@ -70,7 +70,7 @@ def test_a_call_that_goes_wrong_costs_its_own_answer(
 ) -> None:
     tier = below.tiers[0]
     kept, stored = keys_of("kept", 3), keys_of("stored", 2)
-    below.keep_below(kept)
+    below.put_in_tier(kept)
     threads = threads_of(below)
     right = getattr(tier, verb)
     setattr(tier, verb, wrongs(verb)[name])
@@ -84,16 +84,16 @@ def test_a_call_that_goes_wrong_costs_its_own_answer(
         else:
             with below.stack.fetch(Match(kept, 0, 3, (1, 1, 1))).result(LONG) as lease:
                 assert len(lease) == 0
-        below.check()
+        below.check_invariants()
         adds_up(below)
         below.front.clear()
     assert below.stack.stats().lower[0].errors == 2
     setattr(tier, verb, right)
-    assert below.got(kept) == 3
+    assert below.fetch_count(kept) == 3
     below.put(stored)
     assert below.stack.flush(LONG)
-    assert SPACE + stored[0] in tier.held
-    below.check()
+    assert NAMESPACE + stored[0] in tier.held
+    below.check_invariants()
     adds_up(below)
     assert all(thread.is_alive() for thread in threads)
 
@@ -104,7 +104,7 @@ def test_a_breaker_that_an_exception_opened_closes_again(verb: str, name: str) -
     now = [0.0]
     below = StackUnderTest(clock=lambda: now[0])
     tier, kept = below.tiers[0], keys_of("kept", 2)
-    below.keep_below(kept)
+    below.put_in_tier(kept)
     right = getattr(tier, verb)
     setattr(tier, verb, wrongs(verb)[f"raises {name}"])
     match = Match(kept, 0, 2, (1, 1))
@@ -121,9 +121,9 @@ def test_a_breaker_that_an_exception_opened_closes_again(verb: str, name: str) -
     assert below.stack.stats().lower[0].errors == 4
     setattr(tier, verb, right)
     now[0] += 10.0
-    assert below.got(kept) == 2
+    assert below.fetch_count(kept) == 2
     assert not below.stack.stats().lower[0].breaker_open
-    below.check()
+    below.check_invariants()
     below.stack.close()
 
 
@@ -133,7 +133,7 @@ def answer_as(kind: Callable[[list[Any]], Any], right: list[Any], _: str) -> Any
 
 def test_answers_of_any_sequence_type_are_taken(below: StackUnderTest) -> None:
     keys = keys_of("a", 4)
-    below.keep_below(keys[:3])
+    below.put_in_tier(keys[:3])
     kinds: list[Callable[[list[Any]], Any]] = [
         tuple,
         iter,
@@ -147,8 +147,8 @@ def test_answers_of_any_sequence_type_are_taken(below: StackUnderTest) -> None:
         tier._answer = partial(answer_as, kind)  # type: ignore[method-assign]
         below.lower[0].channel.tier = tier
         below.front.clear()
-        assert below.got(keys) == 3
-    below.check()
+        assert below.fetch_count(keys) == 3
+    below.check_invariants()
 
 
 def test_a_tier_that_changes_what_it_is_given_costs_its_own_answer(below: StackUnderTest) -> None:
@@ -177,12 +177,12 @@ def test_a_tier_that_changes_what_it_is_given_costs_its_own_answer(below: StackU
 
     below.lower[0].channel.tier = Greedy()
     keys = keys_of("a", 2)
-    assert below.got(keys) == 0
+    assert below.fetch_count(keys) == 0
     below.put(keys)
     assert below.stack.flush(LONG)
     with below.stack.fetch_local(keys) as lease:
         assert [bytes(view) for view in lease.views] == [block_of(key, PAGE) for key in keys]
-    below.check()
+    below.check_invariants()
     assert below.stack.stats().lower[0].known_blocks == 2
 
 
@@ -266,7 +266,7 @@ def test_usage_that_hangs_is_what_it_was(below: StackUnderTest) -> None:
     below.put(keys)
     assert below.stack.flush(LONG)
     below.front.clear()
-    assert below.got(keys) == 2
+    assert below.fetch_count(keys) == 2
     go.set()
     below.stack.close()
     assert below.stack.stats().lower[0].usage == TierUsage(8)
@@ -300,15 +300,15 @@ def test_a_namespace_that_goes_wrong_costs_the_calls_until_it_is_known(name: str
 
     below = StackUnderTest()
     kept = keys_of("kept", 2)
-    below.keep_below(kept)
+    below.put_in_tier(kept)
     below.tiers[0].resolve = wrong  # type: ignore[assignment,method-assign]
-    assert below.got(kept) == 0
+    assert below.fetch_count(kept) == 0
     below.put(keys_of("stored", 1))
     assert below.stack.flush(LONG)
     assert adds_up(below).errors == 2
     del below.tiers[0].resolve
-    assert below.got(kept) == 2
-    below.check()
+    assert below.fetch_count(kept) == 2
+    below.check_invariants()
     below.stack.close()
 
 
@@ -323,19 +323,19 @@ def test_a_reset_that_goes_wrong_is_a_reset_of_this_stack(name: str) -> None:
     below.put(keys_of("a", 2))
     assert below.stack.flush(LONG)
     below.stack.clear()
-    assert below.got(keys_of("a", 2)) == 0
-    below.check()
+    assert below.fetch_count(keys_of("a", 2)) == 0
+    below.check_invariants()
     below.stack.close()
 
 
 def test_a_write_that_hangs_as_the_probe_keeps_nobody_from_asking_later() -> None:
     now = 0.0
-    below = StackUnderTest(pieces=1, calls=2, clock=lambda: now)
+    below = StackUnderTest(blocks_per_call=1, calls=2, clock=lambda: now)
     tier, keys = below.tiers[0], keys_of("a", 2)
-    below.keep_below(keys)
+    below.put_in_tier(keys)
     tier.fault = "raise"
     for _ in range(3):
-        assert below.got(keys) == 0
+        assert below.fetch_count(keys) == 0
     tier.fault = ""
     now = 1.0
     tier.gate.clear()
@@ -343,10 +343,10 @@ def test_a_write_that_hangs_as_the_probe_keeps_nobody_from_asking_later() -> Non
     assert tier.waiting.acquire(timeout=LONG)
     right, tier.gate = tier.gate, threading.Event()
     tier.gate.set()
-    assert below.got(keys) == 0
+    assert below.fetch_count(keys) == 0
     now = 61.0
-    assert below.got(keys) == 2
+    assert below.fetch_count(keys) == 2
     right.set()
     assert below.stack.flush(LONG)
-    below.check()
+    below.check_invariants()
     below.stack.close()

@@ -24,7 +24,7 @@ from kvcache.tiers.redis import RedisTier
 from tests.lower.test_faults import Faults
 from tests.support import redis_servers
 from tests.support.redis_servers import Server
-from tests.support.scripted_tiers import LONG
+from tests.support.stack_under_test import LONG
 
 
 @pytest.fixture(scope="module")

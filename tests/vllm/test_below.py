@@ -48,7 +48,7 @@ class Waiting(Played):
         self.lower = LowerTier(
             self.tier, name="l2", front=self.stack.front, namespace=space, deadline_s=LONG
         )
-        self.stack._below = LowerTiers(self.stack.front, [self.lower])
+        self.stack.lower = LowerTiers(self.stack.front, [self.lower])
 
     @property
     def now(self) -> float:

@@ -20,7 +20,7 @@ from kvcache.connectors.vllm.events import EventSource, Published, events_of
 from kvcache.events import BlockEvents
 from kvcache.testing import keys_of
 from tests.support.played_engine import BLOCK, cache_config, full_attention
-from tests.support.scripted_tiers import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, StackUnderTest
 
 pytestmark = pytest.mark.engine
 
@@ -57,7 +57,7 @@ def _whole_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def below() -> Iterator[StackUnderTest]:
-    below = StackUnderTest(slots=SLOTS, pieces=SLOTS)
+    below = StackUnderTest(slots=SLOTS, blocks_per_call=SLOTS)
     with below.stack:
         yield below
 
@@ -133,7 +133,7 @@ def test_what_is_kept_announced_below_is_bounded(
     assert came == [*keys_of("a", 2), *keys_of("b", 2), *keys_of("c", 2)]
     assert left == [*keys_of("a", 2), *keys_of("b", 1)]
     below.front.clear()
-    assert below.got(keys_of("b", 2)) == 2  # seen again: the oldest is another
+    assert below.fetch_count(keys_of("b", 2)) == 2  # seen again: the oldest is another
     came, left = told(published.take(), "STORAGE")
     assert came == keys_of("b", 1)
     assert left == keys_of("c", 1)

@@ -29,7 +29,7 @@ from kvcache.connectors.vllm.metrics import (
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from tests.support.played_engine import BLOCK, Played, Request, opened
-from tests.support.scripted_tiers import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, StackUnderTest
 
 pytestmark = pytest.mark.engine
 
@@ -63,10 +63,10 @@ def test_reports_add_up_to_the_counts(below: StackUnderTest) -> None:
     for n in range(3):
         clock.now += EVERY_S
         below.put(keys_of(f"chain {n}", 3))
-        below.got(keys_of(f"chain {n}", 4 + n))
+        below.fetch_count(keys_of(f"chain {n}", 4 + n))
         whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=False))))
     assert below.stack.flush(LONG)
-    below.lower[0].channel.calls.close(LONG)
+    below.lower[0].channel.workers.close(LONG)
     whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=True))))
     for tier, numbers in metrics.values_by_tier(below.stack.stats()):
         for metric, by_value in numbers.items():
@@ -96,10 +96,10 @@ def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: StackUnderTe
 def test_the_log_line(below: StackUnderTest) -> None:
     reports = Reports(below.stack)
     below.put(keys_of("a", 3))
-    below.got(keys_of("a", 4))
+    below.fetch_count(keys_of("a", 4))
     below.tiers[0].fault = "decline"
     below.put(keys_of("b", 1))
-    below.lower[0].channel.calls.close(LONG)
+    below.lower[0].channel.workers.close(LONG)
     one, two = reports.take(now=True), reports.take(now=True)
     assert one is not None
     assert two is not None
@@ -161,7 +161,7 @@ def test_prometheus_shows_what_was_counted(below: StackUnderTest, prometheus: Pr
     reports = Reports(below.stack)
     for _ in range(2):
         below.put(keys_of("a", 3))
-        below.got(keys_of("a", 4))
+        below.fetch_count(keys_of("a", 4))
         prometheus.observe(crossed(reports.take(now=True)), 1)
     named = {"engine": "1", "tier": "l1", "type": "DramTier"}
 

@@ -122,7 +122,7 @@ def ready(engine: Engine) -> set[bytes]:
 
 def written(engine: Engine) -> set[bytes]:
     """What the disk holds of this engine's."""
-    [lower] = engine.side._stack._below.lower
+    [lower] = engine.side._stack.lower.tiers
     space = lower.namespace
     held = list(lower.channel.tier.inner._index.ready())
     return {name[len(space) :] for name in held if name.startswith(space)}

@@ -47,13 +47,13 @@ def ask_below(engine: Engine) -> dict[str, Any]:
     """The same prompts three times; from the second on the tier below has them, and nobody else."""
     answers, stack = [], engine.side._stack
     begun: list[Future[Any]] = []
-    submit = stack._below.submit
+    submit = stack.lower.submit
 
     def submitted(*call: Any) -> Future[Any]:
         begun.append(submit(*call))
         return begun[-1]
 
-    stack._below.submit = submitted
+    stack.lower.submit = submitted
     for _ in range(3):
         for asked in PROMPTS:
             assert stack.flush(60)
@@ -67,6 +67,6 @@ def ask_below(engine: Engine) -> dict[str, Any]:
         "cached": [answer["cached"] for answer in answers],
         "loaded": lower.loaded_blocks,
         "skipped": lower.skipped_blocks,
-        "computing": stack._below.computing.pessimistic(1),
+        "computing": stack.lower.compute_model.pessimistic(1),
         "pinned": stack.stats().pinned_slots,
     }
