@@ -1,11 +1,13 @@
-"""The doctor on a healthy machine, and with things planted that are in its way."""
+"""The doctor on a healthy machine, and on machines with one fault each."""
 
+import itertools
 import json
 import os
 import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 
 from kvcache import cli, host_memory
 from kvcache.cli import doctor
-from kvcache.cli.doctor import machine, otlp
+from kvcache.cli.doctor.options import CheckOptions
+from kvcache.cli.plan.capacity import cores
 from kvcache.keys import DIGEST_NBYTES
 from kvcache.sizes import Size
 from kvcache.tiers.disk import DiskTier
@@ -24,89 +27,107 @@ from tests.support import doctor_tiers
 Found = dict[str, list[dict[str, Any]]]
 Doctor = Callable[..., tuple[int, Found]]
 
+MIB = 1 << 20
 L1 = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "{capacity}"\n'
-DISK = '[[tier]]\nname = "disk"\nkind = "disk"\npath = "{path}"\ncapacity = "{room}"\n'
+DISK = '[[tier]]\nname = "disk"\nkind = "disk"\npath = "{path}"\ncapacity = "{capacity}"\n'
 
 
 @pytest.fixture(autouse=True)
-def _no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_otel_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
-def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Doctor:
-    """Ask about a profile: its rows' text; gives the exit code, and the results by subject."""
+def options() -> CheckOptions:
+    """Small amounts, and a clock on which every measured call takes half a second."""
+    return CheckOptions(
+        clock=itertools.count(step=0.5).__next__, disk_nbytes=4 * MIB, copy_nbytes=MIB
+    )
 
-    def ask(profile: str, *arguments: str) -> tuple[int, Found]:
-        file = tmp_path / "asked.toml"
+
+@pytest.fixture
+def check(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: CheckOptions) -> Doctor:
+    """Run the doctor on a profile's text; return the exit code, and the results by subject."""
+
+    def check(profile: str, *arguments: str, options: CheckOptions = options) -> tuple[int, Found]:
+        file = tmp_path / "checked.toml"
         file.write_text(profile)
-        code = cli.main(["doctor", "--profile", str(file), "--json", *arguments])
+        command = ["doctor", "--profile", str(file), "--json", *arguments]
+        code = doctor.run(cli.parser().parse_args(command), options)
         found: Found = {}
         for result in json.loads(capsys.readouterr().out)["checks"]:
             found.setdefault(result["subject"], []).append(result)
         return code, found
 
-    return ask
+    return check
 
 
 def statuses(found: Found, subject: str) -> list[str]:
     return [result["status"] for result in found[subject]]
 
 
-def profile(path: Path, capacity: str = "8MiB", room: str = "16MiB") -> str:
-    return L1.format(capacity=capacity) + DISK.format(path=path, room=room)
+def disk_profile(path: Path, capacity: str = "16MiB") -> str:
+    return L1.format(capacity="8MiB") + DISK.format(path=path, capacity=capacity)
 
 
-def test_doctor_warns_of_variables_that_are_not_read(
-    ask: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def lower_tier_profile(class_name: str, options: str = "") -> str:
+    tier = f'[[tier]]\nname = "below"\nkind = "tests.support.doctor_tiers:{class_name}"\n{options}'
+    return L1.format(capacity="8MiB") + tier
+
+
+def test_doctor_unread_variable_is_a_warning(
+    check: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVCACHE_PROFIL", "l1-disk")
     monkeypatch.setenv("KVCACHE_REDIS_PORT", "tcp://10.0.0.2:6379")
-    _, found = ask(profile(tmp_path / "disk"))
+    _, found = check(disk_profile(tmp_path / "disk"))
     assert statuses(found, "profile") == ["OK", "WARN"]
     assert found["profile"][1]["what"].endswith("did you mean KVCACHE_PROFILE?")
 
 
-def lower(kind: str, more: str = "") -> str:
-    tier = f'[[tier]]\nname = "below"\nkind = "tests.support.doctor_tiers:{kind}"\n{more}'
-    return L1.format(capacity="8MiB") + tier
-
-
-def test_a_healthy_machine(ask: Doctor, tmp_path: Path) -> None:
-    place = tmp_path / "kv"
-    code, found = ask(profile(place))
+def test_doctor_healthy_machine_passes_and_is_measured(check: Doctor, tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    code, found = check(disk_profile(folder))
     assert code == 0
     assert statuses(found, "disk") == ["OK", "OK"]
     assert all(result["status"] != "FAIL" for results in found.values() for result in results)
     assert {"memory", "l1", "memlock", "huge pages", "profile"} <= set(found)
     assert "otlp" not in found
-    for number in ("read_nbytes_per_s", "write_nbytes_per_s", "latency_s"):
-        assert found["disk"][1]["measured"][number] > 0
-    assert not place.exists()
-    assert [file.name for file in tmp_path.iterdir()] == ["asked.toml"]
+    assert found["disk"][1]["measured"] == {
+        "write_nbytes_per_s": 8 * MIB, "read_nbytes_per_s": 8 * MIB, "latency_s": 0.5,
+    }  # fmt: skip
+    copied = MIB // cores() * cores()
+    assert found["l1"][0]["measured"] == {"copy_nbytes_per_s": 2 * copied}
+    assert not folder.exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["checked.toml"]
 
 
-def test_three_problems_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_doctor_three_faults_are_three_failures(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: CheckOptions,
 ) -> None:
-    """An L1 larger than the container, a path that cannot be, an endpoint where nobody is."""
+    """An L1 larger than the container, an impossible path, an endpoint without a server."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    monkeypatch.setattr(otlp, "_WAIT_S", 1.5)  # time for a second try, after which it says why
-    with socket.socket() as nobody:  # bound, and does not listen
-        nobody.bind(("127.0.0.1", 0))
+    # The exporter logs the cause with its second attempt.
+    options = replace(options, otlp_timeout_s=1.5)
+    with socket.socket() as unused_port:  # bound, but not listening
+        unused_port.bind(("127.0.0.1", 0))
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
         monkeypatch.setenv(
-            "OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}"
+            "OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{unused_port.getsockname()[1]}"
         )
         monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(2 * host_memory.limit().nbytes))
         (tmp_path / "file").write_text("no directory")
         monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "file" / "kv"))
-        assert cli.main(["doctor", "--profile", "l1-disk"]) == 1
-    said = capsys.readouterr().out.splitlines()
+        command = ["doctor", "--profile", "l1-disk"]
+        assert doctor.run(cli.parser().parse_args(command), options) == 1
+    lines = capsys.readouterr().out.splitlines()
     failed = {
-        line.split()[1]: (line, after.strip())
-        for line, after in zip(said, [*said[1:], ""], strict=True)
+        line.split()[1]: (line, next_line.strip())
+        for line, next_line in zip(lines, [*lines[1:], ""], strict=True)
         if line.startswith("FAIL")
     }
     assert set(failed) == {"l1", "disk", "otlp"}
@@ -116,60 +137,62 @@ def test_three_problems_are_found(
     assert "KVCACHE__DISK__PATH" in failed["disk"][1]
     assert "refused" in failed["otlp"][0]
     assert "start a collector there" in failed["otlp"][1]
-    assert said[-1].startswith("3 in the way")
+    assert lines[-1].startswith("3 failures, ")
 
 
-def test_the_fix_of_l1_is_one(ask: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, found = ask(L1.format(capacity=2 * host_memory.limit().nbytes))
+def test_doctor_suggested_l1_capacity_passes(
+    check: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = L1.format(capacity=2 * host_memory.limit().nbytes)
+    code, found = check(profile)
     assert (code, statuses(found, "l1")) == (1, ["FAIL"])
     variable, _, size = found["l1"][0]["fix"].split()[0].partition("=")
     monkeypatch.setattr(
-        host_memory, "available", lambda *_: host_memory.HostMemory(2**62, "enough")
+        host_memory, "available", lambda *_: host_memory.HostMemory(2**62, "a test")
     )
     monkeypatch.setenv(variable, size)
-    code, found = ask(L1.format(capacity=2 * host_memory.limit().nbytes))
+    code, found = check(profile)
     assert (code, statuses(found, "l1")) == (0, ["OK"])
 
 
-def test_an_l1_that_an_engine_has_is_no_failure(
-    ask: Doctor, monkeypatch: pytest.MonkeyPatch
+def test_doctor_memory_that_another_l1_holds_is_a_warning(
+    check: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: CheckOptions
 ) -> None:
-    monkeypatch.setattr(
-        host_memory, "available", lambda *_: host_memory.HostMemory(1 << 20, "a test")
-    )
-    pid = os.getpid()
-    with closing(DramTier(block_nbytes=4096, capacity=Size(8 << 20))), monkeypatch.context() as it:
-        it.setattr(os, "getpid", lambda: -1)  # so that it is another process's
-        code, found = ask(L1.format(capacity="8MiB"))
+    monkeypatch.setattr(host_memory, "available", lambda *_: host_memory.HostMemory(MIB, "a test"))
+    profile, pid = L1.format(capacity="8MiB"), os.getpid()
+    with (
+        closing(DramTier(block_nbytes=4096, capacity=Size(8 * MIB))),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(os, "getpid", lambda: -1)  # so that the slab is another process's
+        code, found = check(profile)
     assert (code, statuses(found, "l1")) == (0, ["WARN"])
     assert re.search(rf"is open here \(process .*\b{pid}\b", found["l1"][0]["what"])
-    monkeypatch.setattr(machine, "_other_slabs", dict)
-    code, found = ask(L1.format(capacity="8MiB"))
+    without_processes = replace(options, proc=tmp_path)
+    code, found = check(profile, options=without_processes)
     assert (code, statuses(found, "l1")) == (1, ["FAIL"])
 
 
-def test_everything_wrong_with_a_profile_is_a_line(ask: Doctor) -> None:
-    code, found = ask('[[tier]]\nname = "l1"\nkind = "dram"\ncapcity = "1GiB"\n')
+def test_doctor_invalid_profile_has_a_failure_for_each_problem(check: Doctor) -> None:
+    code, found = check('[[tier]]\nname = "l1"\nkind = "dram"\ncapcity = "1GiB"\n')
     assert code == 1
     assert statuses(found, "profile") == ["FAIL", "FAIL"]
     assert 'did you mean "capacity"?' in found["profile"][0]["what"]
-    assert statuses(found, "memory") == ["OK"]  # the machine is looked at all the same
+    assert statuses(found, "memory") == ["OK"]  # the machine is checked nevertheless
 
 
-def test_block_bytes_that_are_no_size(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_invalid_block_bytes_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--block-bytes", "much"]) == 2
     assert "--block-bytes is 'much'" in capsys.readouterr().err
 
 
 class TestDisk:
-    def test_a_tier_that_is_open_is_said_to_be_and_keeps_all(
-        self, ask: Doctor, tmp_path: Path
-    ) -> None:
-        path, size, key = tmp_path / "kv", 1 << 20, b"k" * 64
-        with closing(DiskTier(block_nbytes=4096, path=str(path), capacity=size)) as tier:  # type: ignore[arg-type]
+    def test_open_tier_is_reported_and_unchanged(self, check: Doctor, tmp_path: Path) -> None:
+        path, key = tmp_path / "kv", b"k" * 64
+        with closing(DiskTier(block_nbytes=4096, path=str(path), capacity=MIB)) as tier:  # type: ignore[arg-type]
             tier.store([key], [memoryview(b"b" * 4096)])
             before = {file.name: file.read_bytes() for file in path.iterdir()}
-            code, found = ask(profile(path, room="1MiB"))
+            code, found = check(disk_profile(path, capacity="1MiB"))
             assert {file.name: file.read_bytes() for file in path.iterdir()} == before
             buffer = bytearray(4096)
             assert tier.load([key], [memoryview(buffer)]) == [4096]
@@ -177,24 +200,22 @@ class TestDisk:
         assert statuses(found, "disk") == ["OK"] * 3
         assert f"open in process {os.getpid()}" in found["disk"][0]["what"]
 
-    def test_doctor_of_a_directory_with_a_foreign_file_names_it(
-        self, ask: Doctor, tmp_path: Path
-    ) -> None:
+    def test_foreign_file_in_the_directory_is_named(self, check: Doctor, tmp_path: Path) -> None:
         (tmp_path / "kv").mkdir(mode=0o700)
         (tmp_path / "kv" / "blocks").write_text("precious")
-        code, found = ask(profile(tmp_path / "kv", room="1MiB"))
+        code, found = check(disk_profile(tmp_path / "kv", capacity="1MiB"))
         assert (code, statuses(found, "disk")) == (1, ["FAIL"])
         assert "'blocks' was not written by kvcache" in found["disk"][0]["what"]
         assert "KVCACHE__DISK__PATH" in found["disk"][0]["fix"]
         assert [file.name for file in (tmp_path / "kv").iterdir()] == ["blocks"]
 
-    def test_no_room(self, ask: Doctor, tmp_path: Path) -> None:
-        code, found = ask(profile(tmp_path / "kv", room=f"{10**6}TiB"))
+    def test_capacity_above_free_space_is_a_failure(self, check: Doctor, tmp_path: Path) -> None:
+        code, found = check(disk_profile(tmp_path / "kv", capacity=f"{10**6}TiB"))
         assert (code, statuses(found, "disk")[0]) == (1, "FAIL")
         assert "a smaller KVCACHE__DISK__CAPACITY" in found["disk"][0]["fix"]
 
-    def test_a_place_that_is_not_ours_to_look_at(
-        self, ask: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_unreadable_path_is_a_failure(
+        self, check: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         exists = Path.exists
 
@@ -204,14 +225,14 @@ class TestDisk:
             return exists(path)
 
         monkeypatch.setattr(Path, "exists", refuse)
-        code, found = ask(profile(tmp_path / "kv"))
+        code, found = check(disk_profile(tmp_path / "kv"))
         assert (code, statuses(found, "disk")) == (1, ["FAIL"])
         assert "Permission denied" in found["disk"][0]["what"]
 
-    def test_without_direct_io(
-        self, ask: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_file_system_without_direct_io_is_a_warning(
+        self, check: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(os, "O_DIRECT", 1 << 30)  # no such flag
+        monkeypatch.setattr(os, "O_DIRECT", 1 << 30)  # a flag that does not exist
         opened = os.open
 
         def refuse(path: Any, flags: int, *more: Any, **named: Any) -> int:
@@ -220,15 +241,15 @@ class TestDisk:
             return opened(path, flags, *more, **named)
 
         monkeypatch.setattr(os, "open", refuse)
-        code, found = ask(profile(tmp_path))
+        code, found = check(disk_profile(tmp_path))
         assert (code, statuses(found, "disk")) == (0, ["OK", "WARN"])
         assert "no O_DIRECT" in found["disk"][1]["what"]
-        assert found["disk"][1]["measured"]["read_nbytes_per_s"] > 0
+        assert found["disk"][1]["measured"]["read_nbytes_per_s"] == 8 * MIB
 
-    def test_where_a_file_needs_a_name(
-        self, ask: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_file_system_without_unnamed_files_keeps_no_file(
+        self, check: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As on NFS: the name is gone at once."""
+        """As on NFS: the check deletes its file's name at once."""
         opened = os.open
 
         def refuse(path: Any, flags: int, *more: Any, **named: Any) -> int:
@@ -237,74 +258,76 @@ class TestDisk:
             return opened(path, flags, *more, **named)
 
         monkeypatch.setattr(os, "open", refuse)
-        code, found = ask(profile(tmp_path))
+        code, found = check(disk_profile(tmp_path))
         assert (code, statuses(found, "disk")) == (0, ["OK", "OK"])
-        assert [file.name for file in tmp_path.iterdir()] == ["asked.toml"]
+        assert [file.name for file in tmp_path.iterdir()] == ["checked.toml"]
 
 
-class TestOtherTiers:
+class TestLowerTier:
     @pytest.fixture(autouse=True)
-    def _empty(self) -> Iterator[None]:
-        doctor_tiers.Kept.asked.clear()
-        doctor_tiers.Sized.sizes.clear()
-        doctor_tiers.Kept.held.clear()
+    def _reset_tiers(self) -> Iterator[None]:
+        doctor_tiers.DictTier.stored_keys.clear()
+        doctor_tiers.FixedSizeTier.opened_with.clear()
+        doctor_tiers.DictTier.blocks.clear()
         yield
-        doctor_tiers.Hanging.let_go.set()
+        doctor_tiers.HangingTier.released.set()
 
-    def test_a_good_one_is_measured_and_keeps_what_it_had(self, ask: Doctor) -> None:
-        doctor_tiers.Kept.held.update({b"an engine's": b"block"})
-        closed = doctor_tiers.Kept.closed
-        code, found = ask(lower("Kept"))
+    def test_working_tier_is_measured_and_unchanged(self, check: Doctor) -> None:
+        doctor_tiers.DictTier.blocks.update({b"an engine's": b"block"})
+        closed = doctor_tiers.DictTier.closed
+        code, found = check(lower_tier_profile("DictTier"))
         assert (code, statuses(found, "below")) == (0, ["OK"])
-        assert set(found["below"][0]["measured"]) == {
-            "latency_s", "write_nbytes_per_s", "read_nbytes_per_s",
+        assert found["below"][0]["measured"] == {
+            "latency_s": 0.5, "write_nbytes_per_s": 2 * MIB, "read_nbytes_per_s": 2 * MIB,
         }  # fmt: skip
-        assert doctor_tiers.Kept.held == {b"an engine's": b"block"}
-        assert doctor_tiers.Kept.closed == closed + 1
-        ask(lower("Kept"))
-        first, second = doctor_tiers.Kept.asked
-        assert (
-            first[:DIGEST_NBYTES] != second[:DIGEST_NBYTES]
-        )  # nobody's namespace, not even its own
+        assert doctor_tiers.DictTier.blocks == {b"an engine's": b"block"}
+        assert doctor_tiers.DictTier.closed == closed + 1
+        check(lower_tier_profile("DictTier"))
+        first, second = doctor_tiers.DictTier.stored_keys
+        assert first[:DIGEST_NBYTES] != second[:DIGEST_NBYTES]  # a new namespace for each check
 
-    def test_one_that_is_made_for_a_size_is_not_opened_for_another(self, ask: Doctor) -> None:
-        code, found = ask(lower("Sized"))
+    def test_tier_for_one_block_size_needs_block_bytes(self, check: Doctor) -> None:
+        code, found = check(lower_tier_profile("FixedSizeTier"))
         assert (code, statuses(found, "below")) == (0, ["WARN"])
-        assert doctor_tiers.Sized.sizes == []
-        code, found = ask(lower("Sized"), "--block-bytes", "256KiB")
+        assert doctor_tiers.FixedSizeTier.opened_with == []
+        code, found = check(lower_tier_profile("FixedSizeTier"), "--block-bytes", "256KiB")
         assert statuses(found, "below") == ["OK"]
-        assert doctor_tiers.Sized.sizes == [frame_nbytes(256 << 10)]
+        assert doctor_tiers.FixedSizeTier.opened_with == [frame_nbytes(256 << 10)]
 
     @pytest.mark.parametrize(
-        ("kind", "status", "what"),
+        ("class_name", "status", "what"),
         [
-            ("Refusing", "FAIL", "cannot be used: ConnectionError: nobody there"),
-            ("Failing", "FAIL", "cannot be used: OSError: the line is cut"),
-            ("Wrong", "FAIL", "did not give the same one back"),
-            ("Full", "WARN", "did not take a block"),
-            ("Sticky", "WARN", "keeps what was removed"),
+            ("UnopenableTier", "FAIL", "cannot be used: ConnectionError: connection refused"),
+            ("UnreadableTier", "FAIL", "cannot be used: OSError: the line is cut"),
+            ("CorruptingTier", "FAIL", "did not return the same bytes"),
+            ("FullTier", "WARN", "declined a block"),
+            ("UndeletingTier", "WARN", "keeps removed blocks"),
         ],
     )
-    def test_what_is_wrong_with_it_is_said(
-        self, kind: str, status: str, what: str, ask: Doctor
+    def test_faulty_tier_is_reported(
+        self, class_name: str, status: str, what: str, check: Doctor
     ) -> None:
-        code, found = ask(lower(kind))
+        code, found = check(lower_tier_profile(class_name))
         assert (code, statuses(found, "below")) == (int(status == "FAIL"), [status])
         assert what in found["below"][0]["what"]
-        assert 'asked.toml, line 5: tier "below"' in found["below"][0]["fix"]
-        assert not doctor_tiers.Kept.held
+        assert 'checked.toml, line 5: tier "below"' in found["below"][0]["fix"]
+        assert not doctor_tiers.DictTier.blocks
 
-    def test_one_that_hangs_is_left_behind(
-        self, ask: Doctor, monkeypatch: pytest.MonkeyPatch
+    def test_hanging_tier_fails_after_the_timeout(
+        self, check: Doctor, options: CheckOptions
     ) -> None:
-        doctor_tiers.Hanging.let_go.clear()
-        monkeypatch.setattr(doctor, "WAIT_S", 0.05)
-        code, found = ask(lower("Hanging"))
+        doctor_tiers.HangingTier.released.clear()
+        code, found = check(
+            lower_tier_profile("HangingTier"), options=replace(options, tier_timeout_s=0.05)
+        )
         assert (code, statuses(found, "below")) == (1, ["FAIL"])
         assert "no answer in" in found["below"][0]["what"]
 
-    def test_no_secret_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_secret_in_a_profile_is_not_printed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: CheckOptions
+    ) -> None:
         file = tmp_path / "secret.toml"
-        file.write_text(lower("Refusing", 'password = "hunter2"\n'))
-        assert cli.main(["doctor", "--profile", str(file)]) == 1
+        file.write_text(lower_tier_profile("UnopenableTier", 'password = "hunter2"\n'))
+        command = ["doctor", "--profile", str(file)]
+        assert doctor.run(cli.parser().parse_args(command), options) == 1
         assert "hunter2" not in capsys.readouterr().out

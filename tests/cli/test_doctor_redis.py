@@ -1,4 +1,4 @@
-"""The doctor and a real Redis server: reached, measured, and what it will do when it is full."""
+"""The doctor with a real Redis server: it is measured, and its memory policy is reported."""
 
 import json
 import os
@@ -23,13 +23,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def ask(
-    url: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def check(
+    url: str, options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, list[dict[str, Any]]]:
     profile = tmp_path / "redis.toml"
     profile.write_text(
         '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
-        f'[[tier]]\nname = "far"\nkind = "redis"\nurl = "{url}"\n{more}'
+        f'[[tier]]\nname = "far"\nkind = "redis"\nurl = "{url}"\n{options}'
     )
     code = cli.main(["doctor", "--profile", str(profile), "--json"])
     checks = json.loads(capsys.readouterr().out)["checks"]
@@ -37,19 +37,19 @@ def ask(
 
 
 @pytest.mark.parametrize(
-    ("maxmemory", "policy", "more", "status", "what"),
+    ("maxmemory", "policy", "options", "status", "what"),
     [
         ("0", "noeviction", "", "WARN", "no maxmemory"),
         ("64mb", "noeviction", "", "WARN", "declines new blocks"),
-        ("64mb", "volatile-lru", "", "WARN", "nothing leave without ttl_s"),
+        ("64mb", "volatile-lru", "", "WARN", "evicts nothing without ttl_s"),
         ("64mb", "volatile-lru", "ttl_s = 60\n", "OK", "of 64MiB"),
         ("64mb", "allkeys-lru", "", "OK", "of 64MiB"),
     ],
 )
-def test_it_is_tried_and_asked_what_it_does_when_full(
+def test_server_is_measured_and_its_memory_policy_reported(
     maxmemory: str,
     policy: str,
-    more: str,
+    options: str,
     status: str,
     what: str,
     server: Server,
@@ -57,22 +57,22 @@ def test_it_is_tried_and_asked_what_it_does_when_full(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     server.client().flushall()
-    server.client().set("somebody's", "value")
+    server.client().set("another program's", "value")
     server.client().config_set("maxmemory", maxmemory)
     server.client().config_set("maxmemory-policy", policy)
-    code, (tried, full) = ask(server.url, more, tmp_path, capsys)
-    assert (code, tried["status"], full["status"]) == (0, "OK", status)
-    assert what in full["what"]
-    assert bool(full["fix"]) == (status == "WARN")
-    assert tried["measured"]["latency_s"] > 0
-    assert server.client().keys() == [b"somebody's"]
+    code, (probe, memory) = check(server.url, options, tmp_path, capsys)
+    assert (code, probe["status"], memory["status"]) == (0, "OK", status)
+    assert what in memory["what"]
+    assert bool(memory["fix"]) == (status == "WARN")
+    assert probe["measured"]["latency_s"] > 0
+    assert server.client().keys() == [b"another program's"]
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    """One line says so, and where to say otherwise; the tier's own warning would say it again."""
+def test_unreachable_server_is_one_failure_without_a_log() -> None:
+    """The result contains the cause, so the tier's own warning is not printed."""
     l1, url = {"KVCACHE__L1__CAPACITY": "1MiB"}, f"redis://localhost:{redis_servers.free_port()}"
-    code, found, log = alone("", l1 | {"KVCACHE__REDIS__URL": url})
-    [redis] = [check for check in found if check["status"] != "OK"]  # the extra is there
+    code, found, log = check_in_a_process("", l1 | {"KVCACHE__REDIS__URL": url})
+    [redis] = [check for check in found if check["status"] != "OK"]  # the extra is installed
     assert code == 1
     assert (redis["subject"], redis["status"]) == ("redis", "FAIL")
     assert "refused" in redis["what"]
@@ -80,20 +80,22 @@ def test_nobody_there(tmp_path: Path) -> None:
     assert not log
 
 
-def test_the_extra_is_not_there() -> None:
-    code, found, _ = alone("import sys; sys.modules['redis'] = None", {})
+def test_missing_extra_fails_with_the_pip_command() -> None:
+    code, found, _ = check_in_a_process("import sys; sys.modules['redis'] = None", {})
     [profile] = [check for check in found if check["subject"] == "profile"]
     assert code == 1
     assert profile["fix"] == "pip install 'kvcache[redis]'"
     assert not [check for check in found if "not needed by the profile" in check["what"]]
 
 
-def alone(before: str, environ: dict[str, str]) -> tuple[int, list[dict[str, Any]], str]:
-    """The doctor on `l1-redis` in a process of its own, in which `before` was run."""
+def check_in_a_process(
+    setup: str, environ: dict[str, str]
+) -> tuple[int, list[dict[str, Any]], str]:
+    """Run `setup`, then the doctor on `l1-redis`, in a process of its own."""
     run = "from kvcache import cli; raise SystemExit(cli.main(['doctor', '--json']))"
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", f"{before}\n{run}"],
+        [sys.executable, "-P", "-c", f"{setup}\n{run}"],
         env=os.environ | paths | {"KVCACHE_PROFILE": "l1-redis"} | environ,
         text=True, capture_output=True, check=False,
     )  # fmt: skip

@@ -23,13 +23,14 @@ ASKED_BY_DOCTOR = {"silent", "flood", "drip-of-headers", "flood-of-a-page", "sec
 # Runs the commands given on the standard input with short waits, and says how each ended.
 DRIVER = """
 import contextlib, io, json, sys, time
+from functools import partial
 from kvcache import cli, inputs
 from kvcache.cli import doctor, redis_server, top
-from kvcache.cli.doctor import otlp
+from kvcache.cli.doctor.options import CheckOptions
 from kvcache.replay import trace
 trace.LINES = 1_000_000
-inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = top._TIMEOUT_S = otlp._WAIT_S = 0.5
-doctor.WAIT_S = 10.0
+inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = top._TIMEOUT_S = 0.5
+doctor.run = partial(doctor.run, options=CheckOptions(tier_timeout_s=10.0, otlp_timeout_s=0.5))
 ended = []
 for argv in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()

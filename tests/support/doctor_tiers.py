@@ -1,4 +1,4 @@
-"""Tiers below L1 for the doctor to try: good ones, and each with one thing wrong."""
+"""Lower tiers for the tests of the doctor: two that work, and one for each fault."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import ClassVar
 from kvcache.tier import Tier
 
 
-class Kept(Tier):
-    """Keeps blocks for as long as the process lasts."""
+class DictTier(Tier):
+    """Keeps blocks in a dictionary of this process."""
 
-    held: ClassVar[dict[bytes, bytes]] = {}
-    asked: ClassVar[list[bytes]] = []  # every key that was ever stored
+    blocks: ClassVar[dict[bytes, bytes]] = {}
+    stored_keys: ClassVar[list[bytes]] = []
     closed: ClassVar[int] = 0
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [key in self.held for key in keys]
+        return [key in self.blocks for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         written = []
         for key, buffer in zip(keys, into, strict=True):
-            block = self.held.get(key, b"")
+            block = self.blocks.get(key, b"")
             buffer[: len(block)] = block
             written.append(len(block))
         return written
@@ -30,36 +30,36 @@ class Kept(Tier):
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        self.asked.extend(keys)
-        self.held.update(zip(keys, map(bytes, blocks), strict=True))
+        self.stored_keys.extend(keys)
+        self.blocks.update(zip(keys, map(bytes, blocks), strict=True))
         return [True for _ in keys]
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            self.held.pop(key, None)
+            self.blocks.pop(key, None)
 
     def close(self) -> None:
         type(self).closed += 1
 
 
-class Sized(Kept):
-    """Is made for blocks of one size."""
+class FixedSizeTier(DictTier):
+    """Is opened for blocks of one size."""
 
-    sizes: ClassVar[list[int]] = []
+    opened_with: ClassVar[list[int]] = []
 
     def __init__(self, *, block_nbytes: int) -> None:
-        self.sizes.append(block_nbytes)
+        self.opened_with.append(block_nbytes)
 
 
-class Refusing(Kept):
-    """Cannot be opened."""
+class UnopenableTier(DictTier):
+    """Raises when it is opened."""
 
     def __init__(self) -> None:
-        raise ConnectionError("nobody there")
+        raise ConnectionError("connection refused")
 
 
-class Full(Kept):
-    """Takes nothing."""
+class FullTier(DictTier):
+    """Declines every block."""
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
@@ -67,8 +67,8 @@ class Full(Kept):
         return [False for _ in keys]
 
 
-class Wrong(Kept):
-    """Changes a byte of what it is given."""
+class CorruptingTier(DictTier):
+    """Changes a byte of each block."""
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         written = super().load(keys, into)
@@ -76,27 +76,27 @@ class Wrong(Kept):
         return written
 
 
-class Sticky(Kept):
-    """Does not forget."""
+class UndeletingTier(DictTier):
+    """Ignores ``remove``."""
 
-    held: ClassVar[dict[bytes, bytes]] = {}
+    blocks: ClassVar[dict[bytes, bytes]] = {}
 
     def remove(self, keys: Sequence[bytes]) -> None:
         pass
 
 
-class Failing(Kept):
-    """Fails when it is read."""
+class UnreadableTier(DictTier):
+    """Raises when it is read."""
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         raise OSError("the line is cut")
 
 
-class Hanging(Kept):
-    """Answers only when it is let go."""
+class HangingTier(DictTier):
+    """Answers no lookup until ``released`` is set."""
 
-    let_go: ClassVar[threading.Event] = threading.Event()
+    released: ClassVar[threading.Event] = threading.Event()
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        self.let_go.wait()
+        self.released.wait()
         return super().contains(keys)

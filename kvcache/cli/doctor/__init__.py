@@ -1,8 +1,8 @@
-"""What is in the way here, and what to do about it: memory, tiers, versions, telemetry.
+"""Check this machine for a profile: memory, tiers, versions and telemetry.
 
-Each line is OK, WARN (works, and could be better) or FAIL (would not work), with the fix. The
-profile's tiers are tried and nothing in them is changed: L1 is not made, a disk tier is not opened,
-and any other tier below gets one block under a name of its own, which is removed again.
+Each line is OK, WARN (works, but could be better) or FAIL (an engine would not work), with the fix.
+No tier is changed: L1 is not allocated and a disk tier is not opened. Any other lower tier gets one
+block in a namespace of its own, which the check removes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvcache.cli.doctor import disk, machine, otlp, probe, redis, versions
-from kvcache.cli.doctor.result import Result, fail, ok, warn
+from kvcache.cli.doctor.options import DEFAULTS, CheckOptions
+from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 from kvcache.cli.table import painter
 from kvcache.inputs import call_within
 from kvcache.secrets import redact
@@ -26,77 +27,84 @@ if TYPE_CHECKING:
     from kvcache.profiles import Profile
     from kvcache.profiles.tiers import Row
 
-WAIT_S = 30.0  # for all there is to ask of one tier
 _PIP = re.compile(r"pip install '[^']+'")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `kvcache doctor` takes."""
+    """Add the arguments of `kvcache doctor`."""
     add = parser.add_argument
-    add("--profile", help="a shipped name or a file ($KVCACHE_PROFILE)")
-    add("--block-bytes", metavar="SIZE", help="of a block, for tiers that are made for one size")
+    add("--profile", help="a shipped name or a file (default: $KVCACHE_PROFILE)")
+    add("--block-bytes", metavar="SIZE", help="size of a block, to check tiers that need it")
     add("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the findings as they come; 1 if one is in the way."""
+def run(args: argparse.Namespace, options: CheckOptions = DEFAULTS) -> int:
+    """Print each result as soon as it is known; return 1 if a check failed."""
     try:
         block_nbytes = None if args.block_bytes is None else parse_size(args.block_bytes)
     except ValueError as error:
         print(f"doctor: --block-bytes is {args.block_bytes!r}: {error}", file=sys.stderr)
         return 2
-    # What a tier logs while it is tried, the line about it says.
+    # The result of a tier's check contains what the tier logs.
     logging.getLogger("kvcache").addHandler(logging.NullHandler())
-    paint, found = painter(sys.stdout), []
-    for result in checks(args.profile, block_nbytes):
-        found.append(result)
+    paint, results = painter(sys.stdout), []
+    for result in checks(args.profile, block_nbytes, options):
+        results.append(result)
         if not args.json:
             print(result.text(paint), flush=True)
-    count = {
-        status: sum(result.status == status for result in found) for status in ("FAIL", "WARN")
-    }
+    failures, warnings = (sum(one.status == status for one in results) for status in _COUNTED)
     if args.json:
-        print(json.dumps({"checks": [result.figures() for result in found]}))
+        print(json.dumps({"checks": [result.to_json() for result in results]}))
     else:
-        print(f"\n{count['FAIL']} in the way, {count['WARN']} to know of")
-    return int(count["FAIL"] > 0)
+        print(f"\n{_count(failures, 'failure')}, {_count(warnings, 'warning')}")
+    return int(failures > 0)
 
 
-def checks(profile: str | None, block_nbytes: int | None) -> Iterator[Result]:
-    """All of them, in the order in which they are shown."""
-    chosen, problems = _profile(profile)
-    yield from versions.check(_needed(chosen) if chosen is not None else None)
-    yield from problems
-    yield from machine.memory_checks(chosen)
-    yield machine.memlock(chosen)
-    yield machine.huge_pages(chosen)
-    for row in chosen.tiers[1:] if chosen is not None else ():
-        yield from _lower(row, block_nbytes)
-    yield from otlp.check()
+_COUNTED = ("FAIL", "WARN")
 
 
-def _profile(name: str | None) -> tuple[Profile | None, list[Result]]:
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def checks(
+    profile_name: str | None, block_nbytes: int | None, options: CheckOptions = DEFAULTS
+) -> Iterator[CheckResult]:
+    """Run all checks, and yield their results in the order in which they are printed."""
+    profile, results = _load(profile_name)
+    yield from versions.check(_needed_extras(profile) if profile is not None else None)
+    yield from results
+    yield from machine.memory_checks(profile, options)
+    yield machine.locked_memory(profile)
+    yield machine.huge_pages(profile)
+    for row in profile.tiers[1:] if profile is not None else ():
+        yield from _lower_tier(row, block_nbytes, options)
+    yield from otlp.check(timeout_s=options.otlp_timeout_s)
+
+
+def _load(name: str | None) -> tuple[Profile | None, list[CheckResult]]:
+    """Load the profile; return None for an invalid one, and the results of its check."""
     from kvcache.profiles import ProfileError, load_profile
 
     try:
-        chosen = load_profile(name)
+        profile = load_profile(name)
     except ProfileError as error:
         return None, [fail("profile", problem, _fix(problem)) for problem in error.problems]
-    tiers = " > ".join(f"{row.name} ({row.kind})" for row in chosen.tiers)
-    fix = "correct its name, or unset it; docs/profiles.md has all variables"
-    unknown = [warn("profile", one, fix) for one in chosen.unknown]
-    return chosen, [ok("profile", f"{chosen.name}: {tiers} ({chosen.path})"), *unknown]
+    tiers = " > ".join(f"{row.name} ({row.kind})" for row in profile.tiers)
+    fix = "correct its name, or unset it; docs/profiles.md lists all variables"
+    unknown = [warn("profile", one, fix) for one in profile.unknown]
+    return profile, [ok("profile", f"{profile.name}: {tiers} ({profile.path})"), *unknown]
 
 
 def _fix(problem: str) -> str:
-    """What to do about a problem of a profile: what it says itself, if it says how to install."""
+    """Return the pip command that a profile's problem contains, else general advice."""
     if pip := _PIP.search(problem):
         return pip[0]
-    return "correct that line or variable; docs/profiles.md has all options"
+    return "correct that line or variable; docs/profiles.md lists all options"
 
 
-def _needed(profile: Profile) -> set[str]:
-    """The extras that the profile cannot do without."""
+def _needed_extras(profile: Profile) -> set[str]:
+    """Return the extras that the tiers of ``profile`` need."""
     from kvcache.profiles.tiers import KINDS
 
     rows = profile.tiers
@@ -106,30 +114,27 @@ def _needed(profile: Profile) -> set[str]:
     return {extra for extra in extras if extra}
 
 
-def _lower(row: Row, block_nbytes: int | None) -> list[Result]:
-    """What there is to say of a tier below L1. Who does not answer is left behind."""
+def _lower_tier(row: Row, block_nbytes: int | None, options: CheckOptions) -> list[CheckResult]:
+    """Check a lower tier. A tier that exceeds the timeout is left in its thread."""
     from kvcache.tiers.disk import DiskTier
 
-    def check() -> list[Result]:
-        if issubclass(row.cls, DiskTier):
-            return list(disk.check(row))
-        tried = probe.check(row, block_nbytes)
-        return [tried, *(redis.check(row) if row.kind == "redis" else ())]
-
-    def tried() -> list[Result]:
+    def results() -> list[CheckResult]:
         try:
-            return check()
-        except BaseException as error:  # noqa: BLE001 - a tier may raise anything; Ctrl-C is not here
-            why = redact(f"{type(error).__name__}: {error}")
-            return [fail(row.name, f"cannot be looked at: {why}", f"see why: {row.where}")]
+            if issubclass(row.cls, DiskTier):
+                return list(disk.check(row, options))
+            found = [probe.check(row, block_nbytes, options)]
+            return [*found, *(redis.check(row) if row.kind == "redis" else ())]
+        except BaseException as error:  # noqa: BLE001 - a tier's class may raise anything
+            cause = redact(f"{type(error).__name__}: {error}")
+            return [fail(row.name, f"the check failed: {cause}", f"find the cause: {row.where}")]
 
     try:
-        return call_within(WAIT_S, tried)
+        return call_within(options.tier_timeout_s, results)
     except TimeoutError:
         return [
             fail(
                 row.name,
-                f"no answer in {WAIT_S:.0f} s",
-                f"look whether what it needs is up and can be reached: {row.where}",
+                f"no answer in {options.tier_timeout_s:g} s",
+                f"check that its disk or server runs and can be reached: {row.where}",
             )
         ]

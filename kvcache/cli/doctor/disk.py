@@ -1,7 +1,7 @@
-"""The directory of a disk tier: can it be had, is there room, how fast is it.
+"""Check the directory of a disk tier: its owner, room and speed.
 
-Always true: the tier is not opened. What is written is one file without a name, small beside what
-is free, and gone when it is closed, also by a crash.
+Always true: the tier is not opened. The check writes one file without a name, at most 1 % of the
+free space; the file system deletes it when it is closed, also after a crash.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ import mmap
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcache.cli.doctor.result import Result, fail, ok, warn
+from kvcache.cli.doctor.options import CheckOptions
+from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 from kvcache.sizes import format_size
 
 if TYPE_CHECKING:
     from kvcache.profiles.tiers import Row
 
-_PIECE = 2 << 20
-_PIECES = 32  # written and read at most
+PIECE_NBYTES = 2 << 20  # of one read or write
 _PAGE = 4096
-_SHARE = 100  # of what is free, the part that is written at most
+_SHARE = 100  # writes at most 1/100 of the free space
 
 
-def check(row: Row) -> Iterator[Result]:
-    """Whose it is, whether it can be written, its room, direct I/O, and its speed."""
+def check(row: Row, options: CheckOptions) -> Iterator[CheckResult]:
+    """Check the directory's owner, whether it is writable, its room, and its speed."""
     from kvcache.profiles.tiers import override_of
     from kvcache.tiers.disk.files import check as check_directory
     from kvcache.tiers.disk.files import shortage
@@ -41,89 +40,74 @@ def check(row: Row) -> Iterator[Result]:
     name = row.name
     try:
         path = location(str(row.options["path"]))
-        with suppress(OSError):  # said below
+        with suppress(OSError):  # the temporary file below raises it again
             check_directory(path)
     except ValueError as error:
         yield fail(name, str(error), f"correct {override_of(name, 'path')}")
         return
-    there = path
+    folder = path
     try:
-        there = next(place for place in (path, *path.absolute().parents) if place.exists())
-        with _file(there) as file:
+        folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             if pid := holder(path):
-                yield ok(name, f"{path} is open in process {pid}: an engine that runs")
+                yield ok(name, f"{path} is open in process {pid}, a running engine")
             capacity = int(str(row.options["capacity"]))
-            if why := shortage(there, capacity):
-                yield fail(
-                    name,
-                    why,
-                    f"a smaller {override_of(name, 'capacity')}, or free space at {there}",
-                )
+            if cause := shortage(folder, capacity):
+                capacity_option = override_of(name, "capacity")
+                yield fail(name, cause, f"a smaller {capacity_option}, or free space at {folder}")
             else:
                 yield ok(name, f"{path} has room for {format_size(capacity)}")
-            yield _speed(name, there, file, int(str(row.options.get("threads", 4))))
+            threads = int(str(row.options.get("threads", 4)))
+            yield _speed(name, folder, file.fileno(), threads, options)
     except OSError as error:
         yield fail(
             name,
-            f"{path} cannot be written: {error.strerror} ({there})",
+            f"{path} cannot be written: {error.strerror} ({folder})",
             f"make it a directory that user {os.geteuid()} may write, or set "
             f"{override_of(name, 'path')}",
         )
 
 
-@contextmanager
-def _file(folder: Path) -> Iterator[int]:
-    """A file in ``folder`` that has no name there."""
-    try:
-        file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-        file, named = tempfile.mkstemp(prefix=".kvcache-doctor-", dir=folder)
-        Path(named).unlink()
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def _speed(name: str, folder: Path, file: int, threads: int) -> Result:
-    """Write and read pieces as the tier does, and small ones for the latency."""
+def _speed(name: str, folder: Path, file: int, threads: int, options: CheckOptions) -> CheckResult:
+    """Measure reads and writes of the tier's size, and the latency of small reads."""
     space = os.statvfs(folder)
-    pieces = min(_PIECES, space.f_bavail * space.f_frsize // _SHARE // _PIECE)
+    free = space.f_bavail * space.f_frsize
+    pieces = min(options.disk_nbytes, free // _SHARE) // PIECE_NBYTES
     if not pieces:
-        return warn(name, "too little is free to try how fast it is", f"free space at {folder}")
-    with _direct(file) as (used, direct), ThreadPoolExecutor(threads) as pool:
+        return warn(name, "too little free space to measure the speed", f"free space at {folder}")
+    offsets = range(0, pieces * PIECE_NBYTES, PIECE_NBYTES)
+    buffer = memoryview(mmap.mmap(-1, PIECE_NBYTES))
+    buffer[:] = os.urandom(PIECE_NBYTES)
+    with _direct(file) as (target, is_direct), ThreadPoolExecutor(threads) as pool:
 
-        def rate(verb: Callable[[int, list[memoryview], int], int]) -> float:
-            begun = time.perf_counter()
-            list(pool.map(lambda at: verb(used, [memory], at * _PIECE), range(pieces)))
-            return pieces * _PIECE / (time.perf_counter() - begun)
+        def rate(operation: Callable[[int, list[memoryview], int], int]) -> float:
+            _, seconds = options.timed(
+                lambda: list(pool.map(lambda offset: operation(target, [buffer], offset), offsets))
+            )
+            return len(offsets) * PIECE_NBYTES / seconds
 
-        memory = memoryview(mmap.mmap(-1, _PIECE))
-        memory[:] = os.urandom(_PIECE)
-        writes = rate(os.pwritev)
-        if not direct:  # else it is the page cache that is measured
-            os.fdatasync(used)
-            os.posix_fadvise(used, 0, 0, os.POSIX_FADV_DONTNEED)
-        latencies = []
-        for at in range(0, pieces * _PIECE, _PIECE):
-            begun = time.perf_counter()
-            os.preadv(used, [memory[:_PAGE]], at)
-            latencies.append(time.perf_counter() - begun)
-        reads, latency = rate(os.preadv), statistics.median(latencies)
-    said = (
-        f"{writes / 2**30:.2g} GiB/s written, {reads / 2**30:.2g} GiB/s read, "
-        f"{latency * 1e3:.2g} ms for 4KiB ({format_size(pieces * _PIECE)}, {threads} threads)"
+        write_rate = rate(os.pwritev)
+        if not is_direct:  # drop the file from the page cache, so that reads come from the disk
+            os.fdatasync(target)
+            os.posix_fadvise(target, 0, 0, os.POSIX_FADV_DONTNEED)
+        latency_s = statistics.median(
+            options.timed(lambda: os.preadv(target, [buffer[:_PAGE]], offset))[1]  # noqa: B023
+            for offset in offsets
+        )
+        read_rate = rate(os.preadv)
+    figures = (
+        f"{write_rate / 2**30:.2g} GiB/s written, {read_rate / 2**30:.2g} GiB/s read, "
+        f"{latency_s * 1e3:.2g} ms for 4KiB "
+        f"({format_size(pieces * PIECE_NBYTES)}, {threads} threads)"
     )
     measured = {
-        "write_nbytes_per_s": writes, "read_nbytes_per_s": reads, "latency_s": latency,
+        "write_nbytes_per_s": write_rate, "read_nbytes_per_s": read_rate, "latency_s": latency_s,
     }  # fmt: skip
-    if direct:
-        return ok(name, f"O_DIRECT; {said}", **measured)
+    if is_direct:
+        return ok(name, f"O_DIRECT; {figures}", **measured)
     return warn(
         name,
-        f"no O_DIRECT at {folder}, so blocks take page cache too; {said}",
+        f"no O_DIRECT at {folder}, so blocks take page cache too; {figures}",
         "a path on ext4 or xfs",
         **measured,
     )
@@ -131,7 +115,7 @@ def _speed(name: str, folder: Path, file: int, threads: int) -> Result:
 
 @contextmanager
 def _direct(file: int) -> Iterator[tuple[int, bool]]:
-    """The file past the page cache, if its file system can, else as it is; and which it is."""
+    """Open the file again with O_DIRECT; yield the original where that is not supported."""
     opened = None
     try:
         opened = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)

@@ -1,11 +1,11 @@
-"""What a Redis server does when it is full: whether it will go on taking blocks."""
+"""Check what a Redis server does when its memory is full: evict, or decline new blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kvcache.cli.doctor.result import Result, ok, warn
+from kvcache.cli.doctor.result import CheckResult, ok, warn
 from kvcache.cli.redis_server import connected
 from kvcache.sizes import format_size
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 _FIX = "maxmemory SIZE and maxmemory-policy allkeys-lru in the server's configuration"
 
 
-def check(row: Row) -> Iterator[Result]:
-    """One result, where there is one server and it tells. What cannot be asked is the probe's."""
+def check(row: Row) -> Iterator[CheckResult]:
+    """Yield one result for a single server that reports its memory, else none.
+
+    The probe reports a server that cannot be reached.
+    """
     try:
         with connected(row.options) as servers:
             memory = servers.memory()
@@ -26,11 +29,11 @@ def check(row: Row) -> Iterator[Result]:
         return
     used, limit = format_size(memory.used_nbytes), format_size(memory.limit_nbytes)
     if not memory.limit_nbytes:
-        yield warn(row.name, f"has {used} and no maxmemory: it grows for as long as it can", _FIX)
+        yield warn(row.name, f"uses {used} and has no maxmemory, so it grows without limit", _FIX)
     elif memory.when_full == "noeviction":
-        yield warn(row.name, f"has {used} of {limit}; when full it declines new blocks", _FIX)
+        yield warn(row.name, f"uses {used} of {limit}; when full it declines new blocks", _FIX)
     elif memory.when_full.startswith("volatile") and not row.options.get("ttl_s"):
-        why = f"has {used} of {limit}; {memory.when_full} lets nothing leave without ttl_s"
-        yield warn(row.name, why, f"ttl_s in the profile, or {_FIX}")
+        what = f"uses {used} of {limit}; {memory.when_full} evicts nothing without ttl_s"
+        yield warn(row.name, what, f"ttl_s in the profile, or {_FIX}")
     else:
-        yield ok(row.name, f"has {used} of {limit}; {memory.when_full} makes room when it is full")
+        yield ok(row.name, f"uses {used} of {limit}; when full it evicts ({memory.when_full})")

@@ -1,4 +1,4 @@
-"""What a check found: fine, worth knowing, or in the way; and what to do about it."""
+"""The result of one check of the doctor: its status, the finding, and the fix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ _STATUS_WIDTH, _SUBJECT_WIDTH = 4, 12
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One line of the doctor's.
+class CheckResult:
+    """One check. The field names are the keys of ``--json``.
 
-    FAIL: with this an engine would not start, or not do what was asked for. WARN: it works, and
-    less well than it could; or it could not be tried. `fix` is what to do then; `measured` are
-    numbers, by name with their unit.
+    FAIL: an engine would not start, or would not do what its profile asks for. WARN: it works, but
+    not as well as it could, or the check could not run.
+
+    Attributes:
+        subject: what was checked, such as a tier's name or "memory".
+        what: the finding.
+        fix: what to do about a WARN or a FAIL.
+        measured: numbers, by a name that ends with the unit.
     """
 
     status: Status
@@ -28,12 +33,12 @@ class Result:
     fix: str = ""
     measured: dict[str, float] = field(default_factory=dict)
 
-    def figures(self) -> dict[str, Any]:
-        """For `--json`."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as a JSON object."""
         return asdict(self)
 
     def text(self, paint: Painter) -> str:
-        """For people; the fix is on a line of its own."""
+        """Return the result as text; the fix has a line of its own."""
         status = paint(self.status.ljust(_STATUS_WIDTH), COLOURS[self.status])
         lines = [f"{status}  {self.subject.ljust(_SUBJECT_WIDTH)}  {self.what}"]
         if self.fix:
@@ -41,16 +46,16 @@ class Result:
         return "\n".join(lines)
 
 
-def ok(subject: str, what: str, **measured: float) -> Result:
-    """Fine."""
-    return Result("OK", subject, what, measured=measured)
+def ok(subject: str, what: str, **measured: float) -> CheckResult:
+    """Return the result of a check that found no problem."""
+    return CheckResult("OK", subject, what, measured=measured)
 
 
-def warn(subject: str, what: str, fix: str, **measured: float) -> Result:
-    """Worth knowing."""
-    return Result("WARN", subject, what, fix, measured)
+def warn(subject: str, what: str, fix: str, **measured: float) -> CheckResult:
+    """Return the result of a check that found something to improve, or could not run."""
+    return CheckResult("WARN", subject, what, fix, measured)
 
 
-def fail(subject: str, what: str, fix: str) -> Result:
-    """In the way."""
-    return Result("FAIL", subject, what, fix)
+def fail(subject: str, what: str, fix: str) -> CheckResult:
+    """Return the result of a check that found a failure."""
+    return CheckResult("FAIL", subject, what, fix)

@@ -1,7 +1,7 @@
-"""What is installed, and whether it is what kvcache asks for.
+"""Check the installed packages against the requirements of kvcache.
 
-Always true: what is asked for is read from the installed package's own metadata, and nothing is
-imported, since importing an engine takes seconds.
+Always true: the requirements come from the metadata of the installed kvcache. No package is
+imported, because importing an engine takes seconds.
 """
 
 from __future__ import annotations
@@ -12,118 +12,109 @@ from importlib.util import find_spec
 from platform import python_version
 from typing import TYPE_CHECKING
 
-from kvcache.cli.doctor.result import Result, fail, ok, warn
+from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-_OURS = {"test", "docs"}  # extras for working on kvcache
-ENGINE = "engine"  # the extra that brings vLLM itself
+_DEVELOPMENT_EXTRAS = {"test", "docs"}
+ENGINE = "engine"  # the extra that installs vLLM itself
 
 
-def check(needed: Collection[str] | None) -> Iterator[Result]:
-    """One result for what is always needed, and one for every extra that is here or `needed`.
+def check(needed_extras: Collection[str] | None) -> Iterator[CheckResult]:
+    """Yield a result for kvcache itself, and one for each extra that is installed or needed.
 
-    None: what is needed is not known, since the profile cannot be read.
+    ``needed_extras`` is None if the profile cannot be read.
     """
     try:
-        ours, asked = metadata.version("kvcache"), metadata.requires("kvcache") or []
+        version, lines = metadata.version("kvcache"), metadata.requires("kvcache") or []
     except metadata.PackageNotFoundError:
         yield warn(
             "kvcache",
-            "not installed, so what it needs is not known here",
+            "not installed, so its requirements are not known",
             "pip install . in the checkout",
         )
         return
     extras = metadata.metadata("kvcache").get_all("Provides-Extra") or []
-    wanted = _by_extra(asked, set(extras) - _OURS)
+    by_extra = _by_extra(lines, set(extras) - _DEVELOPMENT_EXTRAS)
     index = find_spec("kvcache.index")
-    as_what = ", compiled" if index and (index.origin or "").endswith(".so") else ""
-    said = f"{ours}{as_what}, Python {python_version()}"
-    yield from _extra("", wanted.pop(""), said, True)
+    compiled = ", compiled" if index and (index.origin or "").endswith(".so") else ""
+    itself = f"{version}{compiled}, Python {python_version()}"
+    yield _check_extra("", by_extra.pop(""), is_needed=True, prefix=itself)
     absent = []
-    for extra, its in sorted(wanted.items()):
-        wants = needed is not None and extra in needed
-        if _installed(its[0].name) or wants:
-            yield from _extra(extra, its, "", wants)
+    for extra, requirements in sorted(by_extra.items()):
+        is_needed = needed_extras is not None and extra in needed_extras
+        if _installed_version(requirements[0].name) or is_needed:
+            yield _check_extra(extra, requirements, is_needed=is_needed)
         else:
             absent.append(extra)
     if absent:
-        known = ", and not needed by the profile" if needed is not None else ""
-        yield ok("extras", f"not installed{known}: {', '.join(absent)}")
+        unneeded = ", and not needed by the profile" if needed_extras is not None else ""
+        yield ok("extras", f"not installed{unneeded}: {', '.join(absent)}")
 
 
-def _extra(
-    extra: str, wanted: Sequence[Requirement], before: str, needed: bool
-) -> Iterator[Result]:
-    found = {one: _installed(one.name) for one in wanted}
-    have = [f"{one.name} {version}" for one, version in found.items() if version]
-    said, subject = ", ".join([*filter(None, [before]), *have]), extra or "kvcache"
+def _check_extra(
+    extra: str, requirements: Sequence[Requirement], *, is_needed: bool, prefix: str = ""
+) -> CheckResult:
+    """Check the packages of one extra; "" is kvcache itself."""
+    versions = {one: _installed_version(one.name) for one in requirements}
+    present = [f"{one.name} {version}" for one, version in versions.items() if version]
+    what, subject = ", ".join([*filter(None, [prefix]), *present]), extra or "kvcache"
     pip = f"pip install 'kvcache[{extra}]'" if extra else "pip install . in the checkout"
-    if old := [one for one, version in found.items() if version and _older(version, _oldest(one))]:
-        why = ", ".join(f"{one.name} must be {_oldest(one)} or newer" for one in old)
-        # An engine is upgraded in the way in which it was installed: pip by that extra might put
-        # a build for another device over it.
+    if old := [one for one, version in versions.items() if version and not _fits(version, one)]:
+        required = ", ".join(f"{one.name}{one.specifier} is required" for one in old)
+        # Upgrade an engine with the tool that installed it: pip could install a build for another
+        # device over it.
         fix = f"upgrade {old[0].name}" if extra == ENGINE else pip
-        yield fail(subject, f"{said}: {why}", fix)
-    elif missing := [one.name for one, version in found.items() if not version]:
-        how = fail if needed else warn
-        yield how(
-            subject, f"{', '.join(missing)} not installed" + (f"; {said}" if said else ""), pip
-        )
-    else:
-        yield ok(subject, said)
+        return fail(subject, f"{what}: {required}", fix)
+    if missing := ", ".join(one.name for one, version in versions.items() if not version):
+        status = fail if is_needed else warn
+        return status(subject, f"{missing} not installed" + (f"; {what}" if what else ""), pip)
+    return ok(subject, what)
 
 
-def _by_extra(asked: Sequence[str], extras: Collection[str]) -> dict[str, list[Requirement]]:
-    """Return the requirements that count on this machine, by extra; "" has those of every install.
+def _by_extra(lines: Sequence[str], extras: Collection[str]) -> dict[str, list[Requirement]]:
+    """Return the requirements for this machine, by extra; "" has those of every install.
 
-    An extra without any is left out.
+    An extra without requirements is left out.
     """
     from packaging.requirements import Requirement
 
-    wanted: dict[str, list[Requirement]] = {"": []}
-    for requirement in map(Requirement, asked):
+    by_extra: dict[str, list[Requirement]] = {"": []}
+    for requirement in map(Requirement, lines):
         marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
-            wanted[""].append(requirement)
+            by_extra[""].append(requirement)
             continue
         for extra in extras:
             if marker.evaluate({"extra": extra}):
-                wanted.setdefault(extra, []).append(requirement)
-    return wanted
+                by_extra.setdefault(extra, []).append(requirement)
+    return by_extra
 
 
-def _oldest(requirement: Requirement) -> str:
-    """The oldest version that a requirement takes; empty if it takes any."""
-    return next((one.version for one in requirement.specifier if one.operator == ">="), "")
-
-
-def _installed(package: str) -> str:
-    """The version of a package, also where another one brings its module; empty if none does."""
+def _installed_version(package: str) -> str:
+    """Return the version of a package, or of another package that provides its module, or ""."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         module = package.replace("-", "_")
+        if find_spec(module) is None:  # finding its package would take a second
+            return ""
         for other in metadata.packages_distributions().get(module, ()):
             return f"{metadata.version(other)}"
     return ""
 
 
-def _older(version: str, than: str) -> bool:
-    """Whether the release `version` is older than the release `than`.
+def _fits(version: str, requirement: Requirement) -> bool:
+    """Return whether the release that ``version`` leads to meets the requirement.
 
-    A build from source, and a version that is no valid one, count as new enough.
+    A build from source, and a version that is not valid, count as new enough.
     """
     from packaging.version import InvalidVersion, Version
 
     try:
         installed = Version(version)
     except InvalidVersion:
-        return False
-    # The base has no pre-release: 0.29.0rc1 has what kvcache needs of 0.29.
-    return (
-        bool(than)
-        and not installed.is_devrelease
-        and (Version(installed.base_version) < Version(than))
-    )
+        return True
+    # The base version has no pre-release: 0.29.0rc1 has what kvcache needs of 0.29.
+    return installed.is_devrelease or requirement.specifier.contains(installed.base_version)

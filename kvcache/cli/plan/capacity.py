@@ -10,7 +10,7 @@ import mmap
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -55,27 +55,33 @@ def blocks_of(model: Model, *, dtype_nbytes: int, ranks: int, block_tokens: int)
     return Blocks(rank, rank * ranks, block_tokens, block, slot_nbytes_for(block))
 
 
-def copy_rate(threads: int, nbytes: int = 128 << 20, rounds: int = 5) -> float:
-    """Bytes per second of one contiguous copy of memory on this machine, the median of rounds."""
+def copy_rate(
+    threads: int,
+    nbytes: int = 128 << 20,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Measure a contiguous memory copy on this machine: bytes per second, the median of rounds."""
     import ctypes
 
     source, target = mmap.mmap(-1, nbytes), mmap.mmap(-1, nbytes)
-    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(side)) for side in (target, source)]
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in (target, source)]
     share = nbytes // threads
 
     def copy(part: int) -> None:
         to, of = (address + part * share for address in addresses)
-        ctypes.memmove(to, of, share)  # lets the other threads run
+        ctypes.memmove(to, of, share)  # releases the GIL, so the threads copy at the same time
 
-    times: Sequence[float] = []
+    times: list[float] = []
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(rounds + 1):  # the first has the memory made
-            begun = time.perf_counter()
+        for _ in range(rounds + 1):
+            start = clock()
             list(pool.map(copy, range(threads)))
-            times = [*times, time.perf_counter() - begun]
-    return share * threads / statistics.median(times[1:])
+            times.append(clock() - start)
+    del times[0]  # in the first round the kernel allocates the pages
+    return share * threads / statistics.median(times)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
