@@ -6,7 +6,7 @@ import pytest
 
 from tests.e2e.conftest import Stage
 from tests.support.engine import async_copies, fork, one_engine, two_engines
-from tests.support.engine.process import BLOCK, Act, Play, starts
+from tests.support.engine.process import BLOCK, EAGER, Act, Play, starts
 
 pytestmark = pytest.mark.engine
 
@@ -47,7 +47,9 @@ def by_layer(stage: Stage, *more: Act, **options: object) -> Play:
         *more,
         one_engine.ends,
     )
-    return stage(acts_of_it, blocks=TINY, l1="64MiB", options=options)
+    eager = "1" if options.get("enforce_eager", True) else ""
+    environment = {EAGER: eager}
+    return stage(acts_of_it, blocks=TINY, l1="64MiB", options=options, environment=environment)
 
 
 @pytest.fixture(scope="module")

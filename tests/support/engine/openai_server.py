@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support import marks
 from tests.support.engine.process import BLOCK, TAIL, Setup, environment
 
 START_S = 300.0
@@ -110,6 +111,7 @@ def running(
     command: Sequence[str], env: Mapping[str, str], port: int, folder: Path
 ) -> Iterator[Server]:
     """The process of a server that will listen on `port`, until `with` ends."""
+    marks.require("engine", "viewer")
     log = folder / "log"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=sink, stderr=sink)

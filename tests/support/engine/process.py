@@ -1,30 +1,34 @@
 """One vLLM in a process of its own, and what is played on it.
 
 Two engines do not fit into one process: vLLM's parallel groups stay, and its memory is hard to
-free. So `play` starts a fresh interpreter, which runs this file: it starts the engine that a
-`Setup` describes and hands it to one act after another. An act is a function that takes an
-`Engine` and returns something that JSON can hold; what it returned, or the traceback of what it
-raised, comes back in a `Play`, together with every warning that kvcache gave while it ran.
+free. So `play` forks one for each engine, off a process that has imported vLLM and done nothing
+else (`preload.py`): it starts the engine that a `Setup` describes and hands it to one act after
+another. An act is a function that takes an `Engine` and returns something that JSON can hold; what
+it returned, or the traceback of what it raised, comes back in a `Play`, together with every warning
+that kvcache gave while it ran.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from tests.support import marks
 
 BLOCK = 32  # tokens
 VOCABULARY = 1000
@@ -36,6 +40,8 @@ CONNECTOR = {
 }
 # Of the engine's output, what a failing test shows.
 TAIL = 6000
+# Makes torch.compile do nothing. With `enforce_eager` vLLM still compiles functions of its sampler.
+EAGER = "TORCHDYNAMO_DISABLE"
 
 Act = Callable[["Engine"], Any]
 Answer = dict[str, Any]  # tokens, logprobs (per token, its best three), cached (prompt tokens)
@@ -84,7 +90,7 @@ def environment(setup: Setup) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",  # two threads that wait for each other crawl on a busy machine
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CI_ENV": "1",
+        EAGER: "1",
         "HF_HUB_OFFLINE": "1",
     }
     if setup.l1 is not None:
@@ -93,27 +99,52 @@ def environment(setup: Setup) -> dict[str, str]:
     return {name: value for name, value in base.items() if value}
 
 
-def play(setup: Setup, acts: Sequence[Act], folder: Path) -> Play:
-    """Start the engine in a fresh interpreter, play `acts` on it, end it. `folder` is for files."""
-    order, report = folder / "order.json", folder / "report.json"
-    order.write_text(
-        json.dumps(
-            {
-                "setup": dataclasses.asdict(setup),
-                "acts": [[act.__module__, act.__name__] for act in acts],
-                "report": str(report),
-            }
-        )
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.support.engine.preload"])
+
+
+@contextmanager
+def _replaced_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Replace all environment variables; processes that are started inherit these."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+_starting = threading.Lock()
+
+
+def _started(setup: Setup, acts: Sequence[Act], folder: Path) -> BaseProcess:
+    common = environment(Setup(setup.checkpoint, setup.blocks))
+    del common[EAGER]  # torch would read it when it is imported; some engines compile
+    wanted = environment(setup)
+    process = _processes.Process(
+        target=_run,
+        args=(setup, [(act.__module__, act.__name__) for act in acts], folder, wanted),
+        name="MainProcess",  # as vLLM's log lines name a process that was started by hand
     )
-    done = subprocess.run(
-        [sys.executable, "-P", __file__, str(order)],
-        cwd=folder, env=environment(setup), check=False,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    # A `-c` script, which the fork server is, would look for modules in the current folder first.
+    with _replaced_environment(common | {"PYTHONSAFEPATH": "1"}):
+        process.start()
+    return process
+
+
+def play(setup: Setup, acts: Sequence[Act], folder: Path) -> Play:
+    """Fork a process, start the engine in it, play `acts`, end it. `folder` is for files."""
+    marks.require("engine")
+    with _starting:  # threads share the environment
+        process = _started(setup, acts, folder)
+    process.join()
+    output, report = (folder / "output").read_text(), folder / "report.json"
     outcomes = json.loads(report.read_text()) if report.exists() else {}
-    if done.returncode:
-        raise AssertionError(f"the engine ended with {done.returncode}:\n{done.stdout[-TAIL:]}")
-    return Play(outcomes, done.stdout)
+    if process.exitcode:
+        raise AssertionError(f"the engine ended with {process.exitcode}:\n{output[-TAIL:]}")
+    return Play(outcomes, output)
 
 
 class Engine:
@@ -339,8 +370,23 @@ class _Heard(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def _main(order: Path) -> None:
-    wanted = json.loads(order.read_text())
+def _run(
+    setup: Setup, acts: list[tuple[str, str]], folder: Path, variables: dict[str, str]
+) -> None:
+    """Run in the forked process. Variables that vLLM set when it was imported stay."""
+    from tests.support.engine import preload
+
+    os.chdir(folder)
+    with Path("output").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    for name in preload.INHERITED - variables.keys():
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    if EAGER in variables:
+        import torch
+
+        torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("error", module=r"kvcache\b")
     heard = _Heard()
     logging.getLogger("kvcache").addHandler(heard)
@@ -353,12 +399,12 @@ def _main(order: Path) -> None:
             outcomes[name] = {"error": traceback.format_exc()}
         outcomes[name]["warnings"] = heard.messages[:]
         heard.messages.clear()
-        Path(wanted["report"]).write_text(json.dumps(outcomes))
+        Path("report.json").write_text(json.dumps(outcomes))
 
     engines: list[Engine] = []
-    outcome("starts", lambda: engines.append(Engine(Setup(**wanted["setup"]))))
+    outcome("starts", lambda: engines.append(Engine(setup)))
     for engine in engines:
-        for module, name in wanted["acts"]:
+        for module, name in acts:
             act = getattr(importlib.import_module(module), name)
             outcome(name, partial(act, engine))
         engine.core.engine_core.shutdown()
@@ -366,7 +412,3 @@ def _main(order: Path) -> None:
 
 def starts(engine: Engine) -> None:
     """Stands for the start: `Play.of` it is what went wrong or was warned of before any act."""
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
