@@ -8,20 +8,27 @@ VENV := .venv$(addprefix -vllm-,$(ENGINE_VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.DEFAULT_GOAL := help
-.PHONY: help run test vllm lint docs bench viewer clean
+# Two files at a time, in the order of tests/conftest.py. A file stays in one worker: its tests share
+# engines and servers.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-help:  ## say what there is
+.DEFAULT_GOAL := help
+.PHONY: help run check test vllm lint docs bench viewer clean
+
+help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
 run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and without
 	@$(BIN)/kvcache demo
 
-test: lint  ## lint, then every test: the engine's and the wheel's too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+check: lint  ## lint, then every test that needs no engine, GPU, server or wheel
+	$(PYTEST) -m "not engine and not gpu and not server and not wheel and not bench and not viewer"
 
-vllm: $(READY)  ## the connector's tests, and those that start an engine (ENGINE_VERSION: another vLLM)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/vllm tests/e2e
+test: lint  ## lint, then every test
+	$(PYTEST)
+
+vllm: $(READY)  ## tests of the connector, and those that start an engine (ENGINE_VERSION: another vLLM)
+	$(PYTEST) tests/vllm tests/e2e
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check

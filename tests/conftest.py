@@ -1,7 +1,8 @@
-"""What every test stands on: no setting of the user's shell, and no deadline on generated cases."""
+"""What applies to every test: environment, generated cases, marks, and order."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -10,18 +11,55 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from kvcache import telemetry
+from tests.support import marks
 
-# How long a case takes says more about the machine than the code. The cases are the same every
-# time, so that what fails is the change's doing; HYPOTHESIS_SEARCH=1 looks for new ones.
+# The duration of a case depends on the machine more than on the code, so cases have no deadline.
+# Cases are the same in every run, so a failure is due to a change; HYPOTHESIS_SEARCH=1 looks for
+# new ones.
 settings.register_profile(
     "kvcache", deadline=None, derandomize="HYPOTHESIS_SEARCH" not in os.environ
 )
 settings.load_profile("kvcache")
 
+VLLM_FOLDERS = {"vllm", "e2e"}
+"""Every test in these folders imports vLLM (7 s) or starts it, and is marked so."""
+
+SLOW_FIRST = ("wheel", "engine", "server")
+"""Workers of pytest-xdist take files in this order, so that short files fill the end of a run."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import vLLM when the tests that need it are deselected."""
+    deselected = "not engine" in config.option.markexpr
+    return True if deselected and collection_path.name in VLLM_FOLDERS else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the users of Redis servers, refuse unmarked users of vLLM, and put slow files first."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "redis_servers" in vars(item.module):
+            item.add_marker("server")
+        if item.path.parent.name in VLLM_FOLDERS:
+            marked = [*item.iter_markers("engine"), *item.iter_markers("viewer")]
+            assert marked, f"{item.nodeid}: mark it `engine`, as it needs vLLM"
+    ranks: dict[Path, int] = {}
+    for item in items:
+        names = {mark.name for mark in item.iter_markers()}
+        rank = min((SLOW_FIRST.index(name) for name in names.intersection(SLOW_FIRST)), default=99)
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Let `marks.require` see the marks of the test that runs."""
+    with marks.of(item):
+        return (yield)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_from_the_shell() -> Iterator[None]:
-    """Take away the variables, ours and AIBrix's, that whoever runs the tests has set."""
+    """Remove the variables of kvcache and AIBrix that the shell has set."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith(("KVCACHE", "AIBRIX_KV_CACHE_OL_", "VLLM_AIBRIX_")):
@@ -31,7 +69,7 @@ def _no_settings_from_the_shell() -> Iterator[None]:
 
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """An application's own SDK: the spans that have ended."""
+    """Install an SDK, as an application does; return the exporter that holds the ended spans."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("kvcache"))

@@ -23,6 +23,8 @@ from typing import Any, Self
 
 import pytest
 
+from tests.support import marks
+
 redis: Any = pytest.importorskip("redis")
 
 PATIENCE_S = 30.0  # for what must come about: a bound for broken code, not a measure
@@ -89,6 +91,7 @@ class Server:
 
     def start(self) -> Self:
         """Start it, or start it again, and wait until it answers."""
+        marks.require("server")
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen([self._binary, *self.arguments()], stdout=log, stderr=log)
         log.close()
