@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine.process import VOCABULARY, Act, Play, Setup, play
+from tests.support.engine.engine import VOCABULARY, Setup
+from tests.support.engine.process import Act, Play, play
 
 Stage = Callable[..., Play]
 

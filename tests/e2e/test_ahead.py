@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.messages import Acks, Shard, Step
-from tests.support.engine.process import BLOCK, CONNECTOR, prompt
+from tests.support.engine.engine import BLOCK, CONNECTOR, prompt
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Stage
-from tests.support.engine.process import Engine, prompt, starts
+from tests.support.engine.engine import Engine, prompt
+from tests.support.engine.process import starts
 
 pytestmark = pytest.mark.engine
 

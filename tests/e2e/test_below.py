@@ -10,8 +10,9 @@ import pytest
 from kvcache.profiles import load_profile
 from tests.e2e.conftest import Stage
 from tests.support.engine import lower_tier
+from tests.support.engine.engine import BLOCK
 from tests.support.engine.killing_disk import LAST
-from tests.support.engine.process import BLOCK, Play, starts
+from tests.support.engine.process import Play, starts
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,8 @@ import pytest
 
 from kvcache.sizes import parse_size
 from tests.e2e.test_below import on_disk
+from tests.support.engine.engine import BLOCK, Setup, prompt
 from tests.support.engine.openai_server import Server, serving
-from tests.support.engine.process import BLOCK, Setup, prompt
 
 pytestmark = pytest.mark.engine
 

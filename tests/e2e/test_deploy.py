@@ -27,8 +27,9 @@ pytest.importorskip("redis")
 from tests.support import deployment_files, redis_servers
 from tests.support.deployment_files import COMPOSE, MANIFESTS, Container
 from tests.support.engine import separate_processes
+from tests.support.engine.engine import VOCABULARY, Setup
 from tests.support.engine.openai_server import Server, free_port, running
-from tests.support.engine.process import VOCABULARY, Setup, environment
+from tests.support.engine.process import environment
 from tests.support.otlp_collector import Receiver
 
 pytestmark = pytest.mark.engine

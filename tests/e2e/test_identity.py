@@ -16,16 +16,8 @@ import pytest
 from tests.e2e.conftest import Stage
 from tests.e2e.test_below import on_disk
 from tests.support.engine import lower_tier
-from tests.support.engine.process import (
-    BLOCK,
-    VOCABULARY,
-    Act,
-    Answer,
-    Engine,
-    Play,
-    prompt,
-    starts,
-)
+from tests.support.engine.engine import BLOCK, VOCABULARY, Answer, Engine, prompt
+from tests.support.engine.process import Act, Play, starts
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.e2e.conftest import Stage
 from tests.support.engine import async_copies, fork, one_engine, two_engines
-from tests.support.engine.process import BLOCK, EAGER, Act, Play, starts
+from tests.support.engine.engine import BLOCK
+from tests.support.engine.process import EAGER, Act, Play, starts
 
 pytestmark = pytest.mark.engine
 

@@ -18,8 +18,9 @@ pytest.importorskip("redis")
 from tests.e2e.conftest import Stage
 from tests.support import redis_servers
 from tests.support.engine import lower_tier
+from tests.support.engine.engine import BLOCK, Answer, Engine
 from tests.support.engine.lower_tier import PROMPTS
-from tests.support.engine.process import BLOCK, Answer, Engine, Play, starts
+from tests.support.engine.process import Play, starts
 from tests.support.redis_servers import Server
 
 pytestmark = pytest.mark.engine

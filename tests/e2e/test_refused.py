@@ -10,7 +10,8 @@ import pytest
 
 from tests.e2e.conftest import Stage
 from tests.support.engine.checkpoints import DEEPSEEK_V2, GPT_OSS, write_model, write_tokenizer
-from tests.support.engine.process import CONNECTOR, VOCABULARY, Engine, prompt, starts
+from tests.support.engine.engine import CONNECTOR, VOCABULARY, Engine, prompt
+from tests.support.engine.process import starts
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.e2e.conftest import Stage
 from tests.support.engine import one_engine, scarce_memory
-from tests.support.engine.process import Answer, Play
+from tests.support.engine.engine import Answer
+from tests.support.engine.process import Play
 
 pytestmark = pytest.mark.engine
 

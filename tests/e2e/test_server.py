@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import separate_processes
+from tests.support.engine.engine import BLOCK, Setup, prompt
 from tests.support.engine.openai_server import Server, serving
-from tests.support.engine.process import BLOCK, Setup, prompt
 
 pytestmark = pytest.mark.engine
 

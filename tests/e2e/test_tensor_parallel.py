@@ -6,7 +6,8 @@ import pytest
 
 from tests.e2e.conftest import Stage
 from tests.support.engine import separate_processes
-from tests.support.engine.process import BLOCK, Play, starts
+from tests.support.engine.engine import BLOCK
+from tests.support.engine.process import Play, starts
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine.process import BLOCK
+from tests.support.engine.engine import BLOCK
 from tests.support.engine.traced_server import MODEL, SERVICE, Traced
 from tests.support.otlp_collector import Receiver, Span
 

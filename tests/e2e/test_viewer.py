@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import Tracer
 
 from tests.support.engine import browser
-from tests.support.engine.process import VOCABULARY
+from tests.support.engine.engine import VOCABULARY
 from tests.support.engine.trace_viewer import Viewer, listens_at, viewing
 from tests.support.engine.traced_server import Traced
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from kvcache.connectors.transfer import device
 from tests.support import reordering_device
+from tests.support.engine.engine import BLOCK, Engine, prompt
 from tests.support.engine.one_engine import use_every_page
-from tests.support.engine.process import BLOCK, Engine, prompt
 
 
 class Present(reordering_device.ReorderedStream):

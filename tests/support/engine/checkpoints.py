@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.cli.demo.checkpoint import SHARPNESS
-from tests.support.engine.process import VOCABULARY
+from tests.support.engine.engine import VOCABULARY
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 128, "num_attention_heads": 4,

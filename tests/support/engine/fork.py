@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from kvcache.process import ForkedError
-from tests.support.engine.process import BLOCK, Engine, prompt
+from tests.support.engine.engine import BLOCK, Engine, prompt
 from tests.support.forked_children import may_fork
 
 

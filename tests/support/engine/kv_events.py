@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from tests.support.engine.process import BLOCK, Act, Engine, prompt
+from tests.support.engine.engine import BLOCK, Engine, prompt
+from tests.support.engine.process import Act
 
 LONG_MS = 20_000
 BELOW = "disk"

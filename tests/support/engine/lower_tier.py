@@ -6,7 +6,7 @@ import os
 import select
 from typing import Any
 
-from tests.support.engine.process import BLOCK, Answer, Engine, prompt
+from tests.support.engine.engine import BLOCK, Answer, Engine, prompt
 from tests.support.engine.separate_processes import family, slabs_of
 
 END_S = 60.0

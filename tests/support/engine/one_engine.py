@@ -9,7 +9,8 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Any
 
-from tests.support.engine.process import BLOCK, Act, Engine, prompt
+from tests.support.engine.engine import BLOCK, Engine, prompt
+from tests.support.engine.process import Act
 
 
 def pages(engine: Engine) -> dict[str, Any]:

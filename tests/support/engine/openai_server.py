@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support import marks
-from tests.support.engine.process import BLOCK, TAIL, Setup, environment
+from tests.support.engine.engine import BLOCK, Setup
+from tests.support.engine.process import TAIL, environment
 
 START_S = 300.0
 

@@ -2,7 +2,7 @@
 
 `tests.support.engine.process` has multiprocessing's fork server import this module. It must stay
 free of threads and must run no operation of torch: neither survives a fork. It does not import
-kvcache, whose import is a part of what the tests are about; nor numba, whose presence breaks the
+kvcache, as its import is a part of what the tests are about; nor numba, since it breaks the
 replacement of Triton kernels in vLLM 0.32 (`vars()` of a module's attribute has no `get`).
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.engine.process import Engine, prompt
+from tests.support.engine.engine import Engine, prompt
 
 
 def preempted(engine: Engine) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine.process import BLOCK, Answer, Engine, prompt
+from tests.support.engine.engine import BLOCK, Answer, Engine, prompt
 
 
 def turns(engine: Engine) -> list[Answer]:

@@ -8,8 +8,8 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 from kvcache.tier import Tier
+from tests.support.engine.engine import Engine
 from tests.support.engine.lower_tier import PROMPTS
-from tests.support.engine.process import Engine
 
 
 class SlowTier(Tier):

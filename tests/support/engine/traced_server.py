@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.engine.engine import BLOCK, Setup, prompt
 from tests.support.engine.openai_server import Server, serving
-from tests.support.engine.process import BLOCK, Setup, prompt
 
 SERVICE, MODEL = "vllm", "tiny-llama"  # what a trace calls them
 Headers = Mapping[str, str]

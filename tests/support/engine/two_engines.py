@@ -7,7 +7,8 @@ the rest in the same shapes.
 
 from __future__ import annotations
 
-from tests.support.engine.process import BLOCK, Act, Answer, Engine, prompt
+from tests.support.engine.engine import BLOCK, Answer, Engine, prompt
+from tests.support.engine.process import Act
 
 
 def chats(engine: Engine) -> list[Answer]:
