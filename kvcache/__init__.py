@@ -1,7 +1,7 @@
-"""kvcache keeps the KV cache of an LLM engine in tiers: DRAM first, then what a profile lists.
+"""kvcache keeps the KV cache of an LLM engine in tiers: DRAM first, then those of a profile.
 
-The mechanics are here: keys, the tier contract, the index, eviction, the slab, the stack.
-``kvcache.profiles.open_stack`` opens one. Importing this takes no torch, numpy, engine or network.
+This package has the core: keys, the tier contract, the index, eviction, the slab and the stack.
+``kvcache.profiles.open_stack`` opens a stack. The import needs no torch, numpy, engine or network.
 """
 
 from kvcache.keys import block_keys, namespace
@@ -11,7 +11,7 @@ from kvcache.stats import StackStats
 from kvcache.tier import FrontTier, Lease, LeaseError, Tier, TierStats, TierUsage
 
 __version__ = "0.1.0"
-"""The version of kvcache, and its only source: pyproject.toml and `kvcache --version` read it."""
+"""The version of kvcache, written here alone: pyproject.toml and `kvcache --version` read it."""
 
 __all__ = [
     "FrontTier",

@@ -1,7 +1,7 @@
-"""`python -m kvcache`: the command line. Holds only the call; everything is in `kvcache.cli`."""
+"""`python -m kvcache`: runs the command line of `kvcache.cli`."""
 
 from kvcache.cli import main
 
-# The demo starts its engines with `spawn`, which imports this file again in every engine process.
+# The demo starts engines with `spawn`, which imports this module again in each engine process.
 if __name__ == "__main__":
     raise SystemExit(main())

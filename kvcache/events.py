@@ -1,7 +1,7 @@
-"""Which blocks a tier came to hold, and which it no longer does, for those who publish it.
+"""Events of a tier: which blocks it stored and removed, for a subscriber that publishes them.
 
-Always true here: a tier reports changes in their order. The base class ignores them, at the cost of
-a call, so that a tier without a subscriber needs no branch.
+Always true here: a tier reports events in the order in which they happened. The base class ignores
+them, so that a tier without a subscriber calls it without a check.
 """
 
 from __future__ import annotations
@@ -12,53 +12,53 @@ from typing import NamedTuple
 
 
 class BlockEvents:
-    """Hears what a tier holds, and forgets it."""
+    """Receives the events of a tier, and ignores them."""
 
     def stored(self, keys: Collection[bytes]) -> None:
-        """Blocks can be found from now on."""
+        """These blocks can be found from now on."""
 
     def removed(self, keys: Collection[bytes]) -> None:
-        """Blocks cannot be found any more."""
+        """These blocks cannot be found any more."""
 
     def observed(self, keys: Sequence[bytes], held: Sequence[object]) -> None:
-        """The tier said of each of ``keys`` whether it holds it: what is true in ``held``."""
+        """The tier answered, for each of ``keys``, whether it holds it: the truth of ``held``."""
 
     def cleared(self) -> None:
-        """Nothing that is held now can be found any more."""
+        """All blocks were removed."""
 
 
 class BlockEvent(NamedTuple):
-    """Blocks that came to a tier, or that left it; ``None``: all of them."""
+    """Blocks that a tier stored, or removed; ``keys`` is ``None`` for all of its blocks."""
 
     stored: bool
     keys: Collection[bytes] | None
 
 
 class BlockEventLog(BlockEvents):
-    """Keeps what happened until it is taken: it grows until then. Safe to tell from any thread."""
+    """Keeps events until they are taken, without a limit. Safe to use from any thread."""
 
     def __init__(self) -> None:
-        self._changes: deque[BlockEvent] = deque()
+        self._events: deque[BlockEvent] = deque()
 
     def stored(self, keys: Collection[bytes]) -> None:
         if keys:
-            self._changes.append(BlockEvent(stored=True, keys=keys))
+            self._events.append(BlockEvent(stored=True, keys=keys))
 
     def removed(self, keys: Collection[bytes]) -> None:
         if keys:
-            self._changes.append(BlockEvent(stored=False, keys=keys))
+            self._events.append(BlockEvent(stored=False, keys=keys))
 
     def observed(self, keys: Sequence[bytes], held: Sequence[object]) -> None:
-        if len(keys) == len(held):  # else there is no telling which is whose
-            self.stored([key for key, its in zip(keys, held, strict=True) if its])
-            self.removed([key for key, its in zip(keys, held, strict=True) if not its])
+        if len(keys) == len(held):  # otherwise the answers cannot be matched to keys
+            self.stored([key for key, is_held in zip(keys, held, strict=True) if is_held])
+            self.removed([key for key, is_held in zip(keys, held, strict=True) if not is_held])
 
     def cleared(self) -> None:
-        self._changes.append(BlockEvent(stored=False, keys=None))
+        self._events.append(BlockEvent(stored=False, keys=None))
 
     def take(self) -> list[BlockEvent]:
-        """What happened since this was called last, in order."""
+        """Return the events since the last call, in order, and forget them."""
         taken = []
-        while self._changes:
-            taken.append(self._changes.popleft())
+        while self._events:
+            taken.append(self._events.popleft())
         return taken

@@ -1,8 +1,8 @@
-"""How much memory this process may use, and how much of it is free, with where that is written.
+"""The memory that this process may use, the part of it that is free, and the files that say so.
 
-Always true: every answer is the smallest of what the host says and what each control group
-from the process's own up to the mounted root says (cgroup v2 and v1, also nested or in a
-namespace of its own); ``available()`` is never above ``limit()``. Nothing is cached: memory moves.
+Always true: every result is the smallest of the host's number and those of the control groups, from
+the process's own group up to the mounted root (cgroup v2 and v1, also nested or in a cgroup
+namespace). ``available()`` is never above ``limit()``. Nothing is cached, since memory use changes.
 """
 
 from collections.abc import Iterator
@@ -16,63 +16,63 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """A number of bytes and the file that says so."""
+    """A number of bytes and the file it was read from."""
 
     nbytes: int
     source: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
-    """Where one version of cgroup writes its limit, its use, and what of that can be reclaimed."""
+class _CgroupFiles:
+    """The files of a cgroup version: limit and usage, and the reclaimable field of memory.stat."""
 
     limit: str
     usage: str
     cache: str
 
 
-_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Files("memory.max", "memory.current", "inactive_file")
+_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
 
 
 def limit(root: Path = _ROOT) -> HostMemory:
-    """The memory this container may use. ``root`` is where /proc and the cgroup mounts are."""
+    """The memory that this container may use. ``root`` has /proc and the cgroup mounts."""
     return _smallest(
         [HostMemory(_host(root, "MemTotal:"), "MemTotal in /proc/meminfo")]
         + [
-            HostMemory(most, _name(root, group / files.limit))
-            for group, files, most in _limited_groups(root)
+            HostMemory(limit_nbytes, _name(root, group / files.limit))
+            for group, files, limit_nbytes in _limited_groups(root)
         ]
     )
 
 
 def available(root: Path = _ROOT) -> HostMemory:
-    """How much of ``limit()`` is free now, file cache that can be dropped included."""
+    """The part of ``limit()`` that is free now, including file cache that can be dropped."""
     free = [HostMemory(_host(root, "MemAvailable:"), "MemAvailable in /proc/meminfo")]
-    for group, files, most in _limited_groups(root):
+    for group, files, limit_nbytes in _limited_groups(root):
         used = int(_read(group / files.usage) or 0)
         used -= _field(_read(group / "memory.stat"), files.cache)
         source = f"{_name(root, group / files.limit)} less {files.usage} without {files.cache}"
-        free.append(HostMemory(min(max(0, most - used), most), source))
+        free.append(HostMemory(min(max(0, limit_nbytes - used), limit_nbytes), source))
     return _smallest(free)
 
 
 def shortage(nbytes: int, root: Path = _ROOT) -> str | None:
-    """Why ``nbytes`` cannot be had now and how much can, or None if there is room."""
-    whole, free = limit(root), available(root)
-    fits = min(whole.nbytes, free.nbytes)
+    """Why ``nbytes`` cannot be allocated now, and how many bytes can; ``None`` if they can."""
+    total, free = limit(root), available(root)
+    fits = min(total.nbytes, free.nbytes)
     if nbytes <= fits:
         return None
-    percent = 100 * fits // whole.nbytes
+    percent = 100 * fits // total.nbytes
     return (
-        f"asks for {format_size(nbytes)}, but of the {format_size(whole.nbytes)} this container "
-        f"may use ({whole.source}) only {format_size(free.nbytes)} are free now ({free.source}); "
+        f"asks for {format_size(nbytes)}, but of the {format_size(total.nbytes)} this container "
+        f"may use ({total.source}) only {format_size(free.nbytes)} are free now ({free.source}); "
         f'at most "{format_size(fits)}"' + (f' or "{percent}%"' if percent else "") + " fits"
     )
 
 
-def _limited_groups(root: Path) -> Iterator[tuple[Path, _Files, int]]:
-    """The process's control groups that have a memory limit, own group first."""
+def _limited_groups(root: Path) -> Iterator[tuple[Path, _CgroupFiles, int]]:
+    """Yield the process's control groups that have a memory limit, its own group first."""
     mounts = _mounts(root)
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -83,26 +83,26 @@ def _limited_groups(root: Path) -> Iterator[tuple[Path, _Files, int]]:
             continue
         mount, mounted = mounts[files]
         try:
-            own = mount / PurePosixPath(path).relative_to(mounted)
+            own_group = mount / PurePosixPath(path).relative_to(mounted)
         except ValueError:
-            own = mount
-        # A path that is the host's, under a mount that is the container's, leads nowhere; going up
-        # from it still ends at the mount, which then is the process's own group.
-        for group in (own, *own.parents):
-            most = _read(group / files.limit)
-            if most.isdigit():  # "max": no limit
-                yield group, files, int(most)
+            own_group = mount
+        # A host's path under a container's mount does not exist; its parents still lead up to the
+        # mount, which in that case is the process's own group.
+        for group in (own_group, *own_group.parents):
+            text = _read(group / files.limit)
+            if text.isdigit():  # "max": no limit
+                yield group, files, int(text)
             if group == mount:
                 break
 
 
-def _mounts(root: Path) -> dict[_Files, tuple[Path, str]]:
-    """Per cgroup version: where its memory files are mounted, and which group is mounted there."""
-    mounts: dict[_Files, tuple[Path, str]] = {}
+def _mounts(root: Path) -> dict[_CgroupFiles, tuple[Path, str]]:
+    """For each cgroup version: the mount point of its memory files, and the group mounted there."""
+    mounts: dict[_CgroupFiles, tuple[Path, str]] = {}
     for line in _read(root / "proc/self/mountinfo").splitlines():
-        place, _, what = line.partition(" - ")
-        mounted, point = place.split()[3:5]
-        kind, *_, options = what.split()
+        mount, _, filesystem = line.partition(" - ")
+        mounted, point = mount.split()[3:5]
+        kind, *_, options = filesystem.split()
         if kind == "cgroup2":
             mounts.setdefault(_V2, (root / point.lstrip("/"), mounted))
         elif kind == "cgroup" and "memory" in options.split(","):
@@ -124,15 +124,15 @@ def _field(text: str, name: str) -> int:
 
 
 def _read(path: Path) -> str:
-    """What the file says; nothing if it is not there or not ours to read."""
+    """The text of the file; empty if it does not exist or cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
         return ""
 
 
-def _smallest(answers: list[HostMemory]) -> HostMemory:
-    return min(answers, key=lambda answer: answer.nbytes)
+def _smallest(candidates: list[HostMemory]) -> HostMemory:
+    return min(candidates, key=lambda each: each.nbytes)
 
 
 def _name(root: Path, path: Path) -> str:

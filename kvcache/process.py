@@ -1,14 +1,14 @@
-"""The process that a part belongs to: the one that opened it, and no fork of it.
+"""Binds an object to the process that opened it, so that a forked child cannot use it.
 
 A forked child has a copy of every index and lease, and shares the memory, the files and the sockets
-behind them: two copies that choose slots by themselves overwrite each other's blocks.
+behind them. Two copies that choose slots independently overwrite each other's blocks.
 
 Always true here:
 
-* In a child that Python forked (``os.fork``, ``multiprocessing``), every public method of a part of
-  the parent raises :class:`ForkedError`, and ``close`` does nothing.
-* The child ends nothing of the parent: no part of the parent is collected in the child.
-* No call pays for this: parts of the parent change their class when the child begins.
+* In a child that Python forked (``os.fork``, ``multiprocessing``), every public method of a bound
+  object of the parent raises :class:`ForkedError`, and ``close`` does nothing.
+* The child releases nothing that belongs to the parent: it never collects a bound object.
+* Calls in the parent pay nothing: the class of bound objects is replaced when the child starts.
 """
 
 from __future__ import annotations
@@ -21,49 +21,50 @@ from inspect import isfunction
 from typing import Any, Final, NoReturn
 from weakref import WeakSet
 
-_IN_CHILD: Final = "_release_in_child"
-"""A method that is called first in a child. It takes no lock: another thread may have held it."""
+_RELEASE: Final = "_release_in_child"
+"""The method that closes the child's copies of descriptors. It must take no lock: another thread of
+the parent may have held it during the fork."""
 
-_parts: WeakSet[Any] = WeakSet()
+_bound: WeakSet[Any] = WeakSet()
 _pid = os.getpid()
 generation = 0
-"""How many forks lie between the first process and this one."""
+"""How many forks there are between the first process and this one."""
 
 
 class ForkedError(RuntimeError):
-    """A part was used in a fork of the process that opened it."""
+    """An object was used in a fork of the process that opened it."""
 
 
-def bind_to_process(part: object) -> None:
-    """Refuse ``part`` to every child that is forked from now on.
+def bind_to_process(opened: object) -> None:
+    """Make ``opened`` unusable in every child that is forked from now on.
 
-    In a child its public methods raise :class:`ForkedError`, ``close`` does nothing, and a method
-    ``_release_in_child``, if it has one, closes the child's copies of descriptors first.
+    In the child its public methods raise :class:`ForkedError` and ``close`` does nothing. If it has
+    a method ``_release_in_child``, the child calls that first.
     """
-    _parts.add(part)
+    _bound.add(opened)
 
 
 def _begin_child() -> None:
     global _pid, generation
     parent, _pid = _pid, os.getpid()
     generation += 1
-    parts = list(_parts)
-    _parts.clear()
-    for part in parts:
-        # Never collected: memory that a fork leaves out is not the child's to unmap, and what the
-        # part refers to must not say farewell to a server.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
-        kind: Any = type(part)
-        # A third-party subclass may allow neither. It must cost no other part.
+    inherited = list(_bound)
+    _bound.clear()
+    for each in inherited:
+        # This reference is never released, so that the object is never collected: its destructor
+        # would unmap memory that the child does not have, or log out of a server.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+        kind: Any = type(each)
+        # A third-party subclass may refuse either step; the other objects are handled all the same.
         with suppress(Exception):
-            getattr(kind, _IN_CHILD, bool)(part)
+            getattr(kind, _RELEASE, bool)(each)
         with suppress(Exception):
-            object.__setattr__(part, "__class__", _refused(kind, parent))
+            object.__setattr__(each, "__class__", _refusing(kind, parent))
 
 
 @cache
-def _refused(kind: type, parent: int) -> type:
-    """``kind`` as a child has it: the same memory layout, and methods that refuse."""
+def _refusing(kind: type, parent: int) -> type:
+    """A subclass of ``kind`` for the child: the same memory layout, but public methods raise."""
 
     def refuse(*_: object, **__: object) -> NoReturn:
         raise ForkedError(

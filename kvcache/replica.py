@@ -1,6 +1,7 @@
-"""Replicas: engines of one model that one command starts on one host, as data parallelism does.
+"""Replicas: engines of one model that one command starts on one host, for data parallelism.
 
-They have the same profile. A tier that must not be shared divides what its options give.
+All replicas open the same profile. A tier that replicas cannot share divides its options by their
+number.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One of the ``count`` replicas on this host: the one of number ``index``, from 0.
+    """One of the replicas on this host.
 
-    Raises ValueError when there is no such one.
+    Attributes:
+        index: the number of this replica, from 0.
+        count: how many replicas there are.
+
+    Raises:
+        ValueError: if ``index`` is not below ``count``.
     """
 
     index: int = 0
@@ -21,10 +27,10 @@ class Replica:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ValueError(
-                f"replica is ({self.index}, {self.count}); it takes which one this is, from 0, and "
-                "how many there are"
+                f"replica is ({self.index}, {self.count}); it takes the number of this replica, "
+                "from 0, and the number of replicas"
             )
 
 
 ALONE = Replica()
-"""The only one, as engines are without data parallelism."""
+"""The replica of an engine without data parallelism."""

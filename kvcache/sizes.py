@@ -1,7 +1,7 @@
 """Sizes in bytes as people write them: "10GiB", "512 MB", "80%".
 
-Always true: a ``Size`` is a whole number of bytes above zero, and what ``format_size`` writes,
-``parse_size`` reads back as no more than it was given.
+Always true: a ``Size`` is a whole number of bytes above zero. ``parse_size`` reads the output of
+``format_size`` as at most the formatted number.
 """
 
 import re
@@ -9,10 +9,10 @@ from decimal import Decimal
 from typing import NewType
 
 Size = NewType("Size", int)
-"""Bytes. A tier whose option has this type takes "10GiB" and "80%" in a profile."""
+"""Bytes of memory. In a profile, an option of this type takes "10GiB" and "80%"."""
 
 DiskSize = NewType("DiskSize", int)
-"""Bytes of something else than memory. It takes what a ``Size`` takes but for percentages."""
+"""Bytes of a disk. In a profile, an option of this type takes "10GiB", but no percentage."""
 
 FORMS = '"10GiB", "512MB", "80%" or a whole number of bytes'
 
@@ -22,14 +22,18 @@ _UNITS = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", start=1)
 }
 _FORM = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*([a-z]*|%)")
-_LARGEST = 2**63 - 1  # what a file offset can say
+_LARGEST = 2**63 - 1  # the largest file offset
 
 
 def parse_size(given: object, whole: int | None = None) -> Size:
-    """The bytes of ``given``: an int, or a number with a unit: B, KB to TB, KiB to TiB.
+    """Convert an int, or a number with a unit (B, KB to TB, KiB to TiB), to bytes.
 
-    No unit is B. A percentage is of ``whole`` bytes, an error without. Fractions of a byte go.
-    Raises ValueError that says what is allowed.
+    Args:
+        given: the size. Without a unit it is in bytes. A fraction of a byte is dropped.
+        whole: the bytes that a percentage refers to; ``None`` refuses percentages.
+
+    Raises:
+        ValueError: if it is not such a size.
     """
     if type(given) is int:
         number, unit = Decimal(given), ""
@@ -39,7 +43,7 @@ def parse_size(given: object, whole: int | None = None) -> Size:
         raise ValueError(f"not a size; write {FORMS}")
     if unit == "%":
         if whole is None:
-            raise ValueError("a percentage of nothing known; write a size such as 10GiB")
+            raise ValueError("a percentage of an unknown total; write a size such as 10GiB")
         if number > 100:
             raise ValueError("a percentage above 100%")
         nbytes = int(number * whole / 100)

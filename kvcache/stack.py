@@ -1,13 +1,13 @@
 """A stack of tiers, as an engine sees it: match, fetch, reserve.
 
-1. Only the stack knows the prefix rule, the write policy, the spans, and who holds what.
-2. ``match`` answers with a value that ``fetch`` takes; what ``fetch`` gives is pinned in L1, and
-   may be shorter than the match, never longer. Promise an engine only what has been fetched.
-3. What L1 alone can answer is answered in the caller's thread: the future is done when given.
-4. Blocks of lower tiers are promoted to L1 by ``kvcache.lower.promotion``, where that is worth the
-   wait.
-5. What an engine stored goes down to every lower tier when its lease has ended, or where a tier
-   asks for that when it is used again; what came up does not go down again.
+1. Only the stack knows the prefix rule, the write policy, the spans, and the holders of leases.
+2. ``match`` returns a value that ``fetch`` takes. The lease that ``fetch`` returns is pinned in L1
+   and may be shorter than the match, never longer. Report only fetched blocks to an engine.
+3. When L1 alone has the answer, it is computed in the caller's thread: the future is done at once.
+4. Blocks of lower tiers are promoted to L1 by ``kvcache.lower.promotion``, if loading them is
+   expected to be faster than computing them.
+5. When the lease of a store ends, its blocks are queued for write-behind to every lower tier; for a
+   tier with ``writes = "hot"`` when they are used again. Promoted blocks are not written down.
 6. A span of ``kvcache.load`` or ``kvcache.store`` lasts as long as its lease, so that it covers the
    copies made under it.
 """
@@ -42,14 +42,18 @@ class Stack(Closeable):
     """Tiers in order, the front tier first. Safe to call from several threads.
 
     Args:
-        front: the tier that lends its memory.
+        front: the tier that lends its memory (L1).
         lower: the tiers below it, nearest first.
-        profile: the name that spans and stats carry.
-        block_tokens: tokens of a block, for spans; 0 if that is not known.
-        name: of the front tier, in the profile.
-        kind: what the profile calls the front tier's class.
-        clock: seconds.
-        recorder: is told of every ``match``; who asks by ``fetch_local`` tells it itself.
+        profile: the profile's name, for spans and stats.
+        block_tokens: tokens of a block, for spans; 0 if unknown.
+        name: the front tier's name in the profile.
+        kind: the front tier's kind in the profile.
+        clock: returns seconds.
+        recorder: records the keys of every ``match``. A caller of ``fetch_local`` records them
+            itself.
+
+    Attributes:
+        lower: the lower tiers, and the promotions from them.
     """
 
     def __init__(
@@ -70,8 +74,8 @@ class Stack(Closeable):
         self.recorder = careful(recorder)
         self.profile = profile
         self._block_tokens = block_tokens
-        self._named = TierName(name, kind or type(front).__name__)
-        self._timer = metrics.Timer(self._named)
+        self._tier_name = TierName(name, kind or type(front).__name__)
+        self._timer = metrics.Timer(self._tier_name)
         self._clock = clock
         self._lock = threading.Lock()
         self._loaded_blocks = 0
@@ -87,30 +91,35 @@ class Stack(Closeable):
     def match(
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
     ) -> Future[Match]:
-        """Find the longest prefix of ``keys[start:]`` that is held anywhere.
+        """Find the longest prefix of ``keys[start:]`` that the tiers hold.
 
         Args:
             keys: a request's chain, from its first block.
-            start: blocks that the engine has itself.
-            context: the caller's trace; ``None`` is the current one.
+            start: how many leading blocks the engine has in its own cache.
+            context: the parent of the span; ``None`` for the current span.
         """
         self.recorder.record(keys)
         span, match = self._find_local(keys, start, context)
         if start + match.blocks == len(keys) or not self.lower.accepts_calls:
-            self._looked(span, match)
-            return _done(match)
+            self._end_lookup(span, match)
+            return _completed(match)
 
         def find() -> Match:
             found = self.lower.find(match, span)
-            self._looked(span, found)
+            self._end_lookup(span, found)
             return found
 
         return self.lower.submit(find)
 
     def fetch(self, match: Match, *, context: Context | None = None) -> Future[Lease]:
-        """Bring the blocks of ``match`` into L1 and pin them until the lease ends."""
+        """Promote the blocks of ``match`` to L1 and pin them until the lease ends.
+
+        Returns:
+            a future of a lease on the leading blocks of the match: on fewer of them, or none, if
+            blocks were evicted or a tier did not return them in time.
+        """
         if not match.blocks:
-            return _done(self.front.pin(()))
+            return _completed(self.front.pin(()))
         span = telemetry.start_span(telemetry.LOAD, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
@@ -118,33 +127,33 @@ class Stack(Closeable):
                 lower.write_behind.enqueue_reused(lease.keys, failed, span)
             with self._lock:
                 self._loaded_blocks += len(lease) - len(failed)
-            self._ended(span, telemetry.HIT, match.blocks, lease, failed)
+            self._end_lease_span(span, telemetry.HIT, match.blocks, lease, failed)
 
-        def lent(lease: Lease) -> Lease:
+        def attach_span(lease: Lease) -> Lease:
             lease.span = span
             lease.add_end_callback(ended)
             return lease
 
         if not any(match.sources):
-            return _done(lent(self.front.pin(match.held)))
+            return _completed(attach_span(self.front.pin(match.held)))
 
-        def bring() -> Lease:
-            return lent(self.lower.promote(match, span))
+        def promote() -> Lease:
+            return attach_span(self.lower.promote(match, span))
 
-        return self.lower.submit(bring)
+        return self.lower.submit(promote)
 
     def fetch_local(
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
     ) -> Lease:
-        """Match and fetch at once what L1 has by itself of ``keys[start:]``; waits for nobody."""
+        """Match and fetch the leading blocks of ``keys[start:]`` that L1 holds, without waiting."""
         span, match = self._find_local(keys, start, context)
-        self._looked(span, match)
+        self._end_lookup(span, match)
         return self.fetch(match, context=context).result()
 
     def _find_local(
         self, keys: Sequence[bytes], start: int, context: Context | None
     ) -> tuple[Span, Match]:
-        """Look in L1; the span of the look-up goes on."""
+        """Look up ``keys[start:]`` in L1; the caller ends the span."""
         span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
         held = self.front.access(keys, start)
         self._timer.record("lookup", self._clock() - begun)
@@ -153,11 +162,11 @@ class Stack(Closeable):
     def prefetch(
         self, keys: Sequence[bytes], *, context: Context | None = None
     ) -> Future[Match] | None:
-        """Bring the longest prefix of ``keys`` into L1, and promise nothing.
+        """Promote the longest prefix of ``keys`` that lower tiers hold, without pinning it.
 
         Returns:
-            a future, done when what can be had is in L1, with the tier that each block came from;
-            ``None`` when there is nothing to do.
+            a future of the match, done when its blocks are in L1; ``None`` if L1 has all of them
+            already or no lower tier can be asked.
         """
         return self._prefetch(keys, lambda: telemetry.start_span(telemetry.PREFETCH, context))
 
@@ -168,28 +177,28 @@ class Stack(Closeable):
         match = Match(keys, 0, held.index(False))
         span = begin()
 
-        def bring() -> Match:
+        def promote() -> Match:
             found = self.lower.find(match, span)
             if any(found.sources):
                 lease = self.lower.promote(found, span)
                 lease.end()
                 found = replace(found, blocks=len(lease))
-            self._looked(span, found)
+            self._end_lookup(span, found)
             return found
 
-        return self.lower.submit(bring)
+        return self.lower.submit(promote)
 
     def observe_compute(self, blocks: float, seconds: float, depth: float | None = None) -> None:
-        """Tell that an engine has computed the KV of ``blocks`` in one step that took so long.
+        """Record that the engine computed the KV cache of ``blocks`` in one step.
 
-        What would take longer to bring up from lower tiers than to compute is not brought up.
+        The stack promotes blocks only if loading them is faster than computing them.
 
         Args:
-            blocks: that the step computed, of all prompts together.
-            seconds: that the step took.
-            depth: blocks of its prompt before a computed block, the mean over them, since attention
-                takes longer the more there are; ``None`` where one prompt was computed from its
-                first block.
+            blocks: blocks that the step computed, over all prompts.
+            seconds: the duration of the step.
+            depth: how many blocks of its prompt precede a computed block, as the mean over them:
+                attention takes longer the more there are. ``None`` if one prompt was computed from
+                its first block.
         """
         if blocks > 0:
             self.lower.compute_model.observe(blocks, seconds, depth)
@@ -197,7 +206,7 @@ class Stack(Closeable):
     def observe_copy(
         self, operation: Literal["load", "store"], seconds: float, *, failed: bool = False
     ) -> None:
-        """Tell that an engine's copy out of leased slots, or into them, took so long."""
+        """Record the duration of a copy by the engine: out of leased slots, or into them."""
         self._timer.record(operation, seconds, "copy_failed" if failed else "")
 
     def reserve(
@@ -207,27 +216,28 @@ class Stack(Closeable):
         *,
         context: Context | None = None,
     ) -> Lease:
-        """Lend slots for those of ``keys`` that L1 lacks; ending the lease well publishes them.
+        """Lend slots for those of ``keys`` that L1 lacks; ending the lease publishes them.
 
         Args:
-            keys: a stretch of one chain, in order.
-            after: the key of the block that ``keys[0]`` continues; ``None`` for a chain's first.
-            context: the caller's trace; ``None`` is the current one.
+            keys: a segment of one chain, in order.
+            parent: the key that ``keys[0]`` continues; ``None`` for the first block of a chain.
+            context: the parent of the span; ``None`` for the current span.
         """
-        spaces = [lower.namespace for lower in self.lower.tiers]  # before a clear may come between
+        # Read before the reserve: a block of before a ``clear`` is not written under the new name.
+        namespaces = [lower.namespace for lower in self.lower.tiers]
         lease = self.front.reserve(keys, parent)
         if not lease.keys:
             return lease
         span = telemetry.start_span(telemetry.STORE, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
-            if spaces:
-                before = [keys[at - 1] if at else parent for at in lease.positions]
-                pairs = zip(lease.keys, before, strict=True)
+            if namespaces:
+                parents = [keys[at - 1] if at else parent for at in lease.positions]
+                pairs = zip(lease.keys, parents, strict=True)
                 stored = {key: parent for key, parent in pairs if key not in failed}
-                for lower, namespace in zip(self.lower.tiers, spaces, strict=True):
+                for lower, namespace in zip(self.lower.tiers, namespaces, strict=True):
                     lower.write_behind.enqueue_stored(stored, namespace, span)
-            self._ended(span, telemetry.STORED, len(keys), lease, failed)
+            self._end_lease_span(span, telemetry.STORED, len(keys), lease, failed)
 
         lease.span = span
         lease.add_end_callback(ended)
@@ -242,19 +252,20 @@ class Stack(Closeable):
         soon: bool = False,
         context: Context | None = None,
     ) -> None:
-        """Say of a chain what is known of its future. It orders evictions, and promises nothing.
+        """Give a hint on the future use of a chain. It orders evictions and promises nothing.
 
         Args:
-            keys: of the chain, in order; for ``done`` the stretch that is meant.
-            done: they will not be used again: they go before all others, but for those that others
-                use after this, or continue.
-            keep: seconds for which others had better go first; of a quarter of L1 at most.
-            soon: they will be used soon: what lower tiers have of them comes up, unawaited.
-            context: the caller's trace; ``None`` is the current one. Its span is the cause of what
-                comes up, which has a trace of its own.
+            keys: the chain, in order; with ``done``, the segment that is not needed any more.
+            done: the caller will not use these blocks again: they are evicted before all others,
+                except blocks that are used again after this or have a child.
+            keep: seconds during which other blocks are evicted first; for at most a quarter of L1.
+            soon: the caller will use the blocks soon: those in lower tiers are promoted, without
+                waiting.
+            context: the caller's trace; ``None`` for the current one. The promotion has a trace of
+                its own, with a link to this one.
 
         Raises:
-            ValueError: for hints that contradict each other, or a time that cannot be.
+            ValueError: for hints that contradict each other, or an impossible time.
         """
         if not 0 <= keep < float("inf"):
             raise ValueError(f"keep is {keep}; it takes seconds")
@@ -269,59 +280,58 @@ class Stack(Closeable):
             self._prefetch(keys, lambda: telemetry.start_linked(context, telemetry.PREFETCH))
 
     def clear(self) -> bool:
-        """Forget every block of every tier. Leases that are out end as usual, and publish none.
+        """Remove every block of every tier. Leases that are out end as usual, and publish nothing.
 
-        When it returns, this stack finds nothing of before. Lower tiers are asked to forget it for
-        good, all at the same time and for the longest of their deadlines.
+        When it returns, this stack finds no earlier block. The lower tiers forget them for good, in
+        parallel, within the longest of their deadlines.
 
         Returns:
-            ``True`` when they have. A stack that is opened later then finds nothing of before.
+            ``True`` if all lower tiers did: a stack that is opened later finds no earlier block.
         """
-        # Lower tiers first: what is asked for from here on is a miss.
-        answers = [(lower, lower.start_clear()) for lower in self.lower.tiers]
+        # Lower tiers first, so that no block is promoted after L1 was cleared.
+        pending = [(lower, lower.start_clear()) for lower in self.lower.tiers]
         self.front.clear()
-        forgotten = [lower.finish_clear(answer) for lower, answer in answers]
+        forgotten = [lower.finish_clear(call) for lower, call in pending]
         return all(forgotten)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every lower tier was offered what was stored; whether that came about."""
+        """Wait until all queued writes to lower tiers are done; ``False`` after the timeout."""
         return all(lower.write_behind.flush(timeout_s) for lower in self.lower.tiers)
 
     def stats(self) -> StackStats:
-        """Counts at this moment."""
+        """The counts at this moment."""
         lower = self.lower.tiers
         return StackStats(
             self.profile,
             (self.front.stats(),),
             tuple(tier.stats() for tier in lower),
-            (self._named, *(tier.channel.tier_name for tier in lower)),
+            (self._tier_name, *(tier.channel.tier_name for tier in lower)),
             self._loaded_blocks,
         )
 
     def take_durations(self) -> list[metrics.Duration]:
-        """How long calls to tiers took, those since this was called last: the last thousand."""
+        """Return the durations of tier calls since this was last called, at most 1024 per tier."""
         timers = [self._timer, *(lower.channel.health.timer for lower in self.lower.tiers)]
         return [duration for timer in timers for duration in timer.take()]
 
     def subscribe_events(self) -> list[tuple[TierName, BlockEventLog]]:
-        """Have it written down from now on what comes to every tier and leaves it, L1 first.
+        """Log the events of every tier from now on, L1 first. A log grows until it is taken.
 
-        What lower tiers do by themselves shows when they are asked the next time. A journal grows
-        until it is taken.
+        A block that a lower tier removes by itself is logged when the stack next asks for it.
         """
-        journals = [(self._named, BlockEventLog())]
-        self.front.subscribe(journals[0][1])
+        logs = [(self._tier_name, BlockEventLog())]
+        self.front.subscribe(logs[0][1])
         for lower in self.lower.tiers:
-            journals.append((lower.channel.tier_name, BlockEventLog()))
-            lower.channel.events = journals[-1][1]
-        return journals
+            logs.append((lower.channel.tier_name, BlockEventLog()))
+            lower.channel.events = logs[-1][1]
+        return logs
 
     def close(self, flush_s: float = 5.0) -> None:
-        """Write what waits for ``flush_s`` seconds at most, and close every tier. Twice is allowed.
+        """Finish queued writes for at most ``flush_s`` seconds, then close every tier.
 
-        All lower tiers together have one deadline, 2 seconds after ``flush_s``. A tier that hangs
-        then is left open, with the memory that was lent to it, and a warning is logged; its threads
-        do not keep the process from exiting.
+        All lower tiers together have 2 seconds more to close. A tier that hangs after that is left
+        open, with the memory that it was lent, and a warning is logged; its threads do not keep the
+        process from exiting. Closing twice is allowed.
         """
         metrics.unregister_stack(self)
         self.lower.close(flush_s)
@@ -330,11 +340,13 @@ class Stack(Closeable):
 
     # Spans
 
-    def _looked(self, span: Span, match: Match) -> None:
-        if not span.is_recording():  # or the blocks of every look-up would be counted for nobody
+    def _end_lookup(self, span: Span, match: Match) -> None:
+        if not span.is_recording():  # spares counting the blocks of every lookup
             return
         requested = len(match.keys) - match.start
-        asleep = self.lower.tiers and match.blocks < requested and not self.lower.accepts_calls
+        breaker_open = (
+            self.lower.tiers and match.blocks < requested and not self.lower.accepts_calls
+        )
         telemetry.end_span(
             span,
             {
@@ -343,24 +355,24 @@ class Stack(Closeable):
                 telemetry.HIT: match.blocks,
                 telemetry.L1_HIT: match.sources.count(0) if match.sources else match.blocks,
                 **self._tokens(match.blocks),
-                **({telemetry.SKIP_REASON: telemetry.BREAKER_OPEN} if asleep else {}),
+                **({telemetry.SKIP_REASON: telemetry.BREAKER_OPEN} if breaker_open else {}),
             },
         )
 
     def _tokens(self, blocks: int) -> dict[str, int]:
         return {telemetry.HIT_TOKENS: blocks * self._block_tokens} if self._block_tokens else {}
 
-    def _ended(
+    def _end_lease_span(
         self, span: Span, outcome: str, requested: int, lease: Lease, failed: frozenset[bytes]
     ) -> None:
-        good = len(lease.keys) - len(failed)
+        succeeded = len(lease.keys) - len(failed)
         telemetry.end_span(
             span,
             {
                 telemetry.PROFILE: self.profile,
                 telemetry.REQUESTED: requested,
-                outcome: good,
-                telemetry.PAYLOAD: good * self.block_nbytes,
+                outcome: succeeded,
+                telemetry.PAYLOAD: succeeded * self.block_nbytes,
                 **({telemetry.FAILED: len(failed)} if failed else {}),
                 **({telemetry.EVICTED: lease.evicted} if lease.evicted else {}),
             },
@@ -368,7 +380,7 @@ class Stack(Closeable):
         )
 
 
-def _done(value: T) -> Future[T]:
+def _completed(value: T) -> Future[T]:
     future: Future[T] = Future()
     future.set_result(value)
     return future

@@ -1,14 +1,14 @@
-"""The seam: what a tier is, what a lease is.
+"""The contracts of tiers: ``Tier``, ``FrontTier`` and the ``Lease`` of a front tier's slots.
 
 Always true here:
 
-* A tier keeps opaque blocks of bytes under opaque keys. It is blocking, batched, and answers per
-  key and in order. It knows nothing of models or threads, and of prefixes only what is of no use
-  without what.
-* Absence and refusal are values (0 bytes, ``False``); only breakage is an exception.
-* The stack takes any exception, ``BaseException`` too, and any answer that is not as the method
-  says for a failure of that call: its blocks are misses or declined, and nothing else is lost.
-* A lease ends exactly once. Until then the slots it names belong to its holder and to nobody else.
+* A tier keeps opaque blocks of bytes under opaque keys. Its methods block, take batches, and return
+  one result per key in order. It knows nothing of models or threads; of prefixes it only learns the
+  parent of each block.
+* Absence and refusal are values (0 bytes, ``False``); an exception means that a call failed.
+* To the stack, any exception (``BaseException`` too) and any result that breaks the contract is a
+  failure of that call: its blocks are misses or declined, and nothing else is lost.
+* A lease ends exactly once. Until then its slots belong to its holder alone.
 """
 
 from __future__ import annotations
@@ -27,111 +27,125 @@ from kvcache.slab import Slab
 
 
 class LeaseError(RuntimeError):
-    """A lease was ended a second time, or told of a key that it does not hold."""
+    """A lease was ended a second time, or was given a key that it does not hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierUsage:
-    """What a tier knows of itself; ``None`` where it cannot say."""
+    """What a tier reports of itself; ``None`` where it does not know."""
 
     used_nbytes: int | None = None
     limit_nbytes: int | None = None
-    evicted_blocks: int | None = None  # left to make room since it was opened
-    rejected_blocks: Mapping[str, int] = field(default_factory=dict)  # did not verify, by reason
+    evicted_blocks: int | None = None  # to make room, since the tier was opened
+    rejected_blocks: Mapping[str, int] = field(default_factory=dict)  # corrupt, by reason
 
 
 class Tier(ABC):
-    """Holds bytes under keys. Its constructor's keyword arguments are its options in a profile.
+    """Holds blocks under keys. The keyword arguments of its constructor are its profile options.
 
     Attributes:
-        call_nbytes: of blocks, with which one call is at its best; more and fewer are as right.
+        call_nbytes: preferred bytes of blocks per call; a hint, every size must work.
     """
 
     call_nbytes: int = 16 << 20
 
     @abstractmethod
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Say of each key whether its block is held now."""
+        """Return for each key whether its block is held now."""
 
     @abstractmethod
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        """Copy each block into its buffer; give the bytes written per key, 0 for a miss."""
+        """Copy each block into its buffer; return the bytes written per key, 0 for a miss."""
 
     @abstractmethod
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        """Keep a copy of each block; ``False`` where it declined. A held key stays as it is.
+        """Keep a copy of each block. A block that is already held stays unchanged.
 
         Args:
-            keys: each is of use only to who also has the one before it.
-            blocks: of as many bytes as they have.
-            after: the key that is before ``keys[0]``; ``None`` if there is none, or it is not
-                known. It matters to a tier that chooses what has to go when it is full.
+            keys: consecutive blocks of a chain; each is useful only with the one before it.
+            blocks: the bytes of each block; their number is the block's size.
+            parent: the key that ``keys[0]`` continues; ``None`` if there is none or it is unknown.
+                A tier can use it to choose what to evict when it is full.
+
+        Returns:
+            for each key, ``True`` if the block is held now, ``False`` if the tier declined it.
         """
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Forget these keys; keys that are not held are no error."""
+        """Remove these blocks. A key that is not held is no error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the tier holds of the machine. Closing twice is allowed."""
+        """Release the memory, files and connections of the tier. Closing twice is allowed."""
 
     def resolve(self, namespace: bytes, about: str) -> bytes:
-        """Return what ``namespace``, with which keys begin, is called in this tier.
+        """Return the bytes with which the keys of ``namespace`` begin in this tier.
 
-        A stack asks once, before the first key of a namespace. The default is ``namespace``.
-        After :meth:`forget` a later opening must return another name, always the same one, as long
-        as ``namespace``, or of 32 bytes where that is empty.
+        The stack calls this once, before the first key of a namespace. By default the result is
+        ``namespace``. After :meth:`forget`, each later opening of the tier must return another
+        name, the same one every time: as long as ``namespace``, or 32 bytes if that is empty.
 
         Args:
-            space: a namespace.
-            about: a JSON object that says for people what the namespace is, or nothing. A tier that
-                can keep it does, under the returned name; failing to do so is no error.
+            namespace: a namespace, as the stack was opened with it.
+            about: a JSON object that describes the namespace for people, or ``""``. A tier may
+                store it under the returned name; failing to do so is no error.
         """
         return namespace
 
     def forget(self, namespace: bytes) -> None:
-        """Have no later opening find what was stored under ``namespace``.
+        """Ensure that no later opening of the tier finds blocks stored under ``namespace``.
 
-        It holds when this returns, however the process ends, and also for blocks that this opening
-        stores late. What this opening finds does not matter: its stack no longer asks for
-        ``namespace``.
+        This holds once the method has returned, however the process ends, and also for blocks that
+        this opening stores afterwards. This opening may still find them: its stack no longer asks
+        for ``namespace``.
 
         Raises:
-            NotImplementedError: by default; blocks of before may then be found after a restart.
+            NotImplementedError: by default; a restarted process may then find the old blocks.
         """
         raise NotImplementedError
 
     def usage(self) -> TierUsage:
-        """What the tier knows of itself, for metrics; by default, nothing.
+        """Return what the tier knows of itself, for metrics; by default, nothing.
 
-        It may be called at any time, also while other calls are under way and after ``close``, and
-        must answer at once: the stack goes on with the last answer where it does not.
+        It may be called at any time, also during other calls and after ``close``, and must return
+        at once. If it does not, the stack reports the previous values.
         """
         return TierUsage()
 
 
 EndCallback = Callable[["Lease", frozenset[bytes]], None]
+"""Called with a lease that has ended, and its failed keys."""
 
 
 class Lease:
-    """Slots of a front tier, lent until :meth:`end`.
+    """Slots of a front tier that are lent until :meth:`end`.
 
-    Given by ``reserve`` (slots to fill: ending publishes them) and by ``pin`` (slots to read:
-    ending releases them). As a context manager, an exception inside the block fails every key.
+    ``reserve`` returns one with slots to fill: ending it publishes them. ``pin`` returns one with
+    slots to read: ending it releases them. As a context manager it ends with the block; an
+    exception inside the block fails every key.
 
     Attributes:
         keys: the blocks' keys.
         slots: slot numbers, one per key.
-        positions: the place of each key in the sequence that was asked for.
-        evicted: blocks that left to make room for these.
-        span: lasts as long as the lease, where a stack lent it; who copies under the lease may put
-            spans of its own below.
+        positions: the position of each key in the sequence that the caller passed.
+        evicted: how many blocks were evicted to make room for these.
+        span: a span that lasts as long as the lease, if a stack lent it; a copy made under the
+            lease may start child spans of it.
     """
 
-    __slots__ = ("_born", "_ends", "_view", "evicted", "keys", "positions", "slots", "span")
+    __slots__ = (
+        "_end_callbacks",
+        "_generation",
+        "_view",
+        "evicted",
+        "keys",
+        "positions",
+        "slots",
+        "span",
+    )
 
     def __init__(
         self,
@@ -147,8 +161,9 @@ class Lease:
         self.evicted = 0
         self.span: Span = INVALID_SPAN
         self._view = view
-        self._ends: list[list[EndCallback]] = [[end]]
-        self._born = process.generation
+        # The list of callbacks is popped when the lease ends, so that only one thread can end it.
+        self._end_callbacks: list[list[EndCallback]] = [[end]]
+        self._generation = process.generation
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -158,50 +173,53 @@ class Lease:
         """The slots' memory, one writable view of a block's bytes per key."""
         return [self._view(slot) for slot in self.slots]
 
-    def add_end_callback(self, ended: EndCallback) -> None:
-        """Have ``ended(lease, failed)`` called after the lease has ended."""
+    def add_end_callback(self, callback: EndCallback) -> None:
+        """Call ``callback(lease, failed)`` when the lease has ended.
+
+        Raises:
+            LeaseError: if the lease has ended already.
+        """
         try:
-            self._ends[0].append(ended)
+            self._end_callbacks[0].append(callback)
         except IndexError:
             raise LeaseError("this lease has ended already") from None
 
     def end(self, failed: Iterable[bytes] = ()) -> None:
         """End the lease: filled slots are published, read slots released.
 
-        In a forked child it does nothing: the lease is the parent's to end.
+        In a forked child it does nothing, since the lease belongs to the parent process.
 
         Args:
-            failed: keys whose bytes are not to be trusted. A slot being filled is given up; a block
+            failed: keys with bytes that must not be used. A slot being filled is freed; a block
                 being read is dropped from the tier.
 
         Raises:
             LeaseError: at the second call, or for a key that this lease does not hold.
         """
-        if self._born != process.generation:
+        if self._generation != process.generation:
             return
-        bad = frozenset(failed)
-        if bad and not bad.issubset(self.keys):
-            raise LeaseError(
-                f"{len(bad - set(self.keys))} of the failed keys are not in this lease"
-            )
+        failed_keys = frozenset(failed)
+        if failed_keys and not failed_keys.issubset(self.keys):
+            unknown = len(failed_keys - set(self.keys))
+            raise LeaseError(f"{unknown} of the failed keys are not in this lease")
         try:
-            ends = self._ends.pop()  # atomic: of two threads one gets it
+            callbacks = self._end_callbacks.pop()  # atomic: only one thread gets the list
         except IndexError:
             raise LeaseError("this lease has ended already") from None
-        self._call(ends, bad)
+        self._run(callbacks, failed_keys)
 
-    def _call(self, ends: Sequence[EndCallback], bad: frozenset[bytes]) -> None:
-        """Call all of ``ends``, also where one raises."""
-        for at, ended in enumerate(ends, 1):
+    def _run(self, callbacks: Sequence[EndCallback], failed: frozenset[bytes]) -> None:
+        """Call all callbacks, also after one raises."""
+        for done, callback in enumerate(callbacks, 1):
             try:
-                ended(self, bad)
+                callback(self, failed)
             except BaseException:
-                self._call(ends[at:], bad)
+                self._run(callbacks[done:], failed)
                 raise
 
     @property
     def has_ended(self) -> bool:
-        return not self._ends
+        return not self._end_callbacks
 
     def __enter__(self) -> Self:
         return self
@@ -218,35 +236,41 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """What a tier holds and what it did since it was opened. Counts are in blocks."""
+    """What a front tier holds, and what it did since it was opened. Counts are in blocks."""
 
     capacity_blocks: int  # slots
-    populated_blocks: int  # slots whose memory is there; grows to capacity after start
+    populated_blocks: int  # slots with allocated memory; grows to capacity after start
     used_blocks: int  # held, readable or being filled
     pinned_slots: int  # slots lent by leases that have not ended
     block_nbytes: int
-    lookup_blocks: int  # asked for
-    hit_blocks: int  # of these held in the asked prefix
+    lookup_blocks: int  # blocks that requests asked for
+    hit_blocks: int  # of these, held in the leading part of the request
     stored_blocks: int  # published
-    declined_blocks: int  # not reserved: no slot was free or could be freed
-    failed_blocks: int  # given up by a lease that failed while filling
-    evicted_blocks: int  # left to make room
-    dropped_blocks: int  # left because their bytes were not to be trusted, or removed by name
-    unkept_blocks: int = 0  # asked to be kept, and refused: too many were
+    declined_blocks: int  # not reserved: not admitted, or no slot could be freed
+    failed_blocks: int  # freed by a lease that failed while filling
+    evicted_blocks: int  # removed to make room
+    dropped_blocks: int  # removed because a read failed, or by ``remove``
+    unkept_blocks: int = 0  # refused protection: too many blocks were protected
 
 
 class FrontTier(Tier):
-    """The tier that lends its memory (L1): blocks are filled and read in place, under leases."""
+    """A tier that lends its memory (L1): blocks are filled and read in place, under leases.
+
+    Attributes:
+        block_nbytes: bytes of a block.
+        slab: the memory of the slots.
+    """
 
     block_nbytes: int
     slab: Slab
 
     @abstractmethod
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
-        """Tell the tier that a request asks for ``chain[start:]``.
+        """Record that a request asks for ``chain[start:]``.
 
-        ``chain`` is the request's whole chain from its first block: the eviction policy learns of
-        all of it, whatever part the engine still has in its own cache.
+        Args:
+            chain: the request's whole chain from its first block, for the eviction policy.
+            start: how many leading blocks the engine has in its own cache.
 
         Returns:
             how many leading blocks of ``chain[start:]`` are held.
@@ -257,51 +281,51 @@ class FrontTier(Tier):
         """Lend slots for those of ``keys`` that are neither held nor being filled.
 
         Args:
-            keys: a stretch of one chain, in order.
-            after: the key of the block that ``keys[0]`` continues; ``None`` for a chain's first.
+            keys: a segment of one chain, in order.
+            parent: the key that ``keys[0]`` continues; ``None`` for the first block of a chain.
 
         Returns:
-            a lease, empty when there is nothing to fill. When there is no room for all, the leading
-            blocks get it.
+            a lease, empty if there is nothing to fill. If there is not room for all blocks, the
+            leading ones get it.
         """
 
     @abstractmethod
     def pin(self, keys: Sequence[bytes]) -> Lease:
-        """Lend the leading blocks of ``keys`` that are held, for reading, up to the first hole."""
+        """Lend the leading blocks of ``keys``, up to the first that is not held, for reading."""
 
     @abstractmethod
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
-        """Pin those of ``keys`` that are held or being filled, wherever among ``keys`` they are.
+        """Pin all blocks of ``keys`` that are held or being filled, wherever they are in ``keys``.
 
-        What is being filled may be read when the lease that fills it has ended well.
+        A block that is being filled may be read after the lease that fills it has published it.
         """
 
     def disable_admission(self) -> None:
-        """Tell the tier that others below it get what it takes, and nothing else.
+        """Accept every block that there is room for from now on, whatever the eviction policy says.
 
-        From then on it declines no block that it can make room for, whatever it is worth here.
+        The stack calls this when there are lower tiers: they receive only what this tier accepts.
         """
 
     @abstractmethod
     def mark_done(self, keys: Sequence[bytes]) -> None:
-        """``keys``, a stretch of a chain, will not be used again: have them go first.
+        """Evict ``keys``, a segment of a chain, before other blocks: its caller is done with them.
 
-        What others use, or continue, stays. It orders evictions and promises nothing, as does
-        :meth:`protect`.
+        Blocks that are used again or get a child stay. This is a hint, as is :meth:`protect`: it
+        changes the order of evictions and promises nothing.
         """
 
     @abstractmethod
     def protect(self, keys: Sequence[bytes], seconds: float) -> None:
-        """Have others go before ``keys``, for so long; of as many as the tier allows."""
+        """Evict other blocks before ``keys`` for ``seconds``; a tier may limit how many."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget every block. Slots under lease come back when their lease ends."""
+        """Remove every block. A slot under lease is freed when its lease ends."""
 
     @abstractmethod
     def subscribe(self, events: BlockEvents) -> None:
-        """Tell ``changes`` from now on which blocks come to be held, and which no longer are."""
+        """Notify ``events`` from now on of blocks that are stored and removed."""
 
     @abstractmethod
     def stats(self) -> TierStats:
-        """Counts at this moment."""
+        """The counts at this moment."""

@@ -1,1 +1,1 @@
-"""Guards: calls of third-party tiers, checked, so that a faulty class costs hits and not blocks."""
+"""Guards around third-party tiers: a faulty class costs cache hits, never wrong blocks."""

@@ -1,12 +1,12 @@
-"""A third-party front tier, checked: what it does wrong costs the answer of that call.
+"""Guards a third-party front tier: a failure of it costs the result of that call.
 
 Always true here:
 
-* No method raises, but for what a signal raises. A failure is a miss or a decline, logged once for
-  each method.
-* A lease names keys that were asked for, in their order, each slot once. Any other lease ends as
-  failed.
-* What of L1 is ours is called directly: this costs it nothing.
+* No method raises, except for an exception that a signal raised. A failure counts as a miss or a
+  decline, and is logged once per method.
+* A lease has keys that were asked for, in their order, each in a slot of its own. Any other lease
+  is ended as failed.
+* A front tier of this package is called directly, without a guard.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Front = TypeVar("Front", bound=FrontTier)
 
-CLOSE_S: Final = 2.0  # for the tier's own ``close``
-_own: set[type[FrontTier]] = set()
+CLOSE_S: Final = 2.0  # a call of the tier's ``close`` may take so long
+_exempt: set[type[FrontTier]] = set()
 
 
 def exempt_from_guard(cls: type[Front]) -> type[Front]:
-    """Decorates a front tier of this package, which needs no checks."""
-    _own.add(cls)
+    """Class decorator for a front tier of this package, which needs no guard."""
+    _exempt.add(cls)
     return cls
 
 
 def guard_front_tier(front: FrontTier) -> FrontTier:
-    """``front``, with checks around it where it is not of this package."""
+    """Return ``front``, inside a guard unless its class is exempt."""
     return (
         front
-        if type(front) in _own or isinstance(front, GuardedFrontTier)
+        if type(front) in _exempt or isinstance(front, GuardedFrontTier)
         else GuardedFrontTier(front)
     )
 
 
 class GuardedFrontTier(FrontTier):
-    """Checks around ``inner``."""
+    """A front tier that calls ``inner`` and checks its results."""
 
     def __init__(self, inner: FrontTier) -> None:
         self.inner = inner
         self.block_nbytes = inner.block_nbytes
         self.slab = inner.slab
-        self._failed: set[str] = set()  # methods
-        nothing = dict.fromkeys(TierStats.__slots__, 0)
-        self._stats = TierStats(**nothing | {"block_nbytes": self.block_nbytes})
+        self._failed_methods: set[str] = set()  # so that each is logged once
+        zeros = dict.fromkeys(TierStats.__slots__, 0)
+        self._stats = TierStats(**zeros | {"block_nbytes": self.block_nbytes})
         bind_to_process(self)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)  # what only this class of tier has
+        return getattr(self.inner, name)  # attributes that only the third-party class has
 
     def _try(self, name: str, call: Callable[[], T], otherwise: T) -> T:
         try:
             return result_of(call)
         except TierError as error:
-            if name not in self._failed:
-                self._failed.add(name)
+            if name not in self._failed_methods:
+                self._failed_methods.add(name)
                 kind = type(self.inner).__name__
                 log.error(
                     "kvcache: front tier %s: %s failed (%s); its answers count as misses",
@@ -77,38 +77,41 @@ class GuardedFrontTier(FrontTier):
     def _lend(
         self, name: str, keys: Sequence[bytes], call: Callable[[], Lease], *, prefix: bool = False
     ) -> Lease:
-        """The lease that ``call`` returns; an empty one where it fails or is not right."""
+        """Return a copy of the lease that ``call`` returns; an empty one if it fails or is wrong.
 
-        def lent() -> Lease:
-            theirs = call()
+        With ``prefix``, the lease must be of the leading keys.
+        """
+
+        def checked_lease() -> Lease:
+            inner = call()
             try:
-                held, slots = list(theirs.keys), [as_count(slot) for slot in theirs.slots]
-                positions = [as_count(at) for at in theirs.positions]
-                right = (
+                held, slots = list(inner.keys), [as_count(slot) for slot in inner.slots]
+                positions = [as_count(at) for at in inner.positions]
+                is_valid = (
                     len(held) == len(slots) == len(set(slots))
                     and held == [keys[at] for at in positions]
                     and positions == sorted(set(positions))
                     and (not prefix or positions == list(range(len(held))))
                     and all(slot < self.slab.slots for slot in slots)
                 )
-                if not right:
-                    raise ValueError("its lease is not of the keys that were asked for")
+                if not is_valid:
+                    raise ValueError("the lease is not for the requested keys")
                 lease = Lease(
-                    held, slots, positions, self._view_of(theirs),
-                    lambda _, failed: self._try("end", lambda: theirs.end(failed), None),
+                    held, slots, positions, self._view_of(inner),
+                    lambda _, failed: self._try("end", lambda: inner.end(failed), None),
                 )  # fmt: skip
-                lease.evicted = as_count(theirs.evicted)
+                lease.evicted = as_count(inner.evicted)
             except BaseException:
-                theirs.end(theirs.keys)
+                inner.end(inner.keys)
                 raise
             return lease
 
-        nothing = Lease((), (), (), self.slab.view, lambda *_: None)
-        return self._try(name, lent, nothing)
+        empty = Lease((), (), (), self.slab.view, lambda *_: None)
+        return self._try(name, checked_lease, empty)
 
-    def _view_of(self, theirs: Lease) -> Callable[[int], memoryview]:
+    def _view_of(self, inner: Lease) -> Callable[[int], memoryview]:
         def view(slot: int) -> memoryview:
-            return theirs.views[list(theirs.slots).index(slot)]
+            return inner.views[list(inner.slots).index(slot)]
 
         return view
 
@@ -132,8 +135,8 @@ class GuardedFrontTier(FrontTier):
         self._try("remove", lambda: self.inner.remove(keys), None)
 
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
-        most = max(0, len(chain) - start)
-        return min(most, self._try("access", lambda: as_count(self.inner.access(chain, start)), 0))
+        limit = max(0, len(chain) - start)
+        return min(limit, self._try("access", lambda: as_count(self.inner.access(chain, start)), 0))
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         return self._lend("reserve", keys, lambda: self.inner.reserve(keys, parent))
@@ -161,9 +164,9 @@ class GuardedFrontTier(FrontTier):
 
     def stats(self) -> TierStats:
         def call() -> TierStats:
-            given = self.inner.stats()
+            stats = self.inner.stats()
             return TierStats(
-                **{name: as_count(getattr(given, name)) for name in TierStats.__slots__}
+                **{name: as_count(getattr(stats, name)) for name in TierStats.__slots__}
             )
 
         self._stats = self._try("stats", call, self._stats)

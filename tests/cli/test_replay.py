@@ -290,7 +290,7 @@ def test_what_does_not_go_together_ends_with_code_2(
         (["--policy", "lru,no.such:Policy"], "cannot import no.such:Policy"),
         (["--capacity", "0"], "'0': it must hold a block at least"),
         (["--capacity", "many"], "'many': not a size"),
-        (["--capacity", "50%"], "'50%': a percentage of nothing known"),
+        (["--capacity", "50%"], "'50%': a percentage of an unknown total"),
         (["--capacity", "1,,2"], "'': not a size"),
         (["--bytes-per-token", "0"], "'0': a size must be above zero"),
         (["--requests", "0"], "'0'; a whole number, at least 1"),

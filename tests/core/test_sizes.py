@@ -83,7 +83,7 @@ def test_a_refusal_says_what_is_allowed() -> None:
 
 
 def test_a_percentage_needs_a_whole() -> None:
-    with pytest.raises(ValueError, match="of nothing known"):
+    with pytest.raises(ValueError, match="of an unknown total"):
         parse_size("80%")
 
 
