@@ -29,7 +29,8 @@ from kvcache.cli import doctor, redis_server, top
 from kvcache.cli.doctor.options import CheckOptions
 from kvcache.replay import trace
 trace.LINES = 1_000_000
-inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = top._TIMEOUT_S = 0.5
+inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = 0.5
+top.run = partial(top.run, timeout_s=0.5)
 doctor.run = partial(doctor.run, options=CheckOptions(tier_timeout_s=10.0, otlp_timeout_s=0.5))
 ended = []
 for argv in json.load(sys.stdin):

@@ -1,4 +1,4 @@
-"""The page of a running engine, read and shown: amounts, rates, and readings that fail."""
+"""`kvcache top` with pages of an engine: amounts, rates, and readings that fail."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from kvcache import cli
 from kvcache.cli import top
 from kvcache.cli.top.scrape import NUMBERS, PREFIX, tiers_of
 
+Watch = Callable[..., tuple[list[dict[str, Any]], str]]
+
 
 def page(hits: int = 75, read: int = 1 << 30, *, limit: int = 2 << 30, engine: int = 0) -> str:
-    """What `vllm serve` says, the lines of others around ours."""
+    """A page as `vllm serve` prints it, with the metrics of two tiers and of vLLM."""
     common = f'engine="{engine}",model_name="a {{model}} \\"m\\""'
     l1, disk = (
         f'{common},tier="{name}",type="{kind}"' for name, kind in (("l1", "dram"), ("ssd", "disk"))
     )
     return f"""{PREFIX}lookups_total{{{disk},result="miss"}} 0.0
-# HELP vllm:kvcache_tier_lookups_total asked for
+# HELP vllm:kvcache_tier_lookups_total blocks looked up
 # TYPE vllm:kvcache_tier_lookups_total counter
 {PREFIX}lookups_total{{{l1},result="hit"}} {hits}.0
 {PREFIX}lookups_total{{{l1},result="miss"}} 25.0
@@ -42,28 +44,28 @@ vllm:num_requests_running{{{common}}} 7.0
 
 
 class Engine:
-    """Serves one page after another; the last one again and again."""
+    """An HTTP server that serves one page after another, and repeats the last one."""
 
     def __init__(self) -> None:
         self.pages: list[str | int] = [page()]
-        self.asked: list[str] = []
+        self.paths: list[str] = []
         self.logins: list[str] = []
         engine = self
 
-        class Get(BaseHTTPRequestHandler):
+        class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                engine.asked.append(self.path)
+                engine.paths.append(self.path)
                 engine.logins.append(self.headers.get("Authorization", ""))
-                now = engine.pages.pop(0) if len(engine.pages) > 1 else engine.pages[0]
-                self.send_response(now if isinstance(now, int) else 200)
+                body = engine.pages.pop(0) if len(engine.pages) > 1 else engine.pages[0]
+                self.send_response(body if isinstance(body, int) else 200)
                 self.end_headers()
-                if isinstance(now, str):
-                    self.wfile.write(now.encode())
+                if isinstance(body, str):
+                    self.wfile.write(body.encode())
 
             def log_message(self, *of: object) -> None:
                 pass
 
-        self.server = HTTPServer(("127.0.0.1", 0), Get)
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
 
@@ -81,31 +83,29 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def watch(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[list[dict[str, Any]], str]]:
-    """Read so many times, two seconds apart, until Ctrl-C; what was said, and to stderr."""
+def watch(engine: Engine, capsys: pytest.CaptureFixture[str]) -> Watch:
+    """Read `times` pages, two seconds apart, until Ctrl-C; return the JSON objects and stderr."""
 
     def watch(times: int, *pages: str | int) -> tuple[list[dict[str, Any]], str]:
         engine.pages = list(pages)
-        clock = {"now": 100.0, "left": float(times)}
+        now_s, remaining = 100.0, times
 
         def sleep(seconds: float) -> None:
-            clock["now"] += seconds
-            clock["left"] -= 1
-            if not clock["left"]:
+            nonlocal now_s, remaining
+            now_s += seconds
+            remaining -= 1
+            if not remaining:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(top, "_sleep", sleep)
-        monkeypatch.setattr("time.monotonic", lambda: clock["now"])
-        assert cli.main(["top", engine.url, "--json", "--interval", "2"]) == 0
-        said = capsys.readouterr()
-        return [json.loads(line) for line in said.out.splitlines()], said.err
+        args = cli.parser().parse_args(["top", engine.url, "--json", "--interval", "2"])
+        assert top.run(args, clock=lambda: now_s, sleep=sleep) == 0
+        printed = capsys.readouterr()
+        return [json.loads(line) for line in printed.out.splitlines()], printed.err
 
     return watch
 
 
-def test_a_page_is_read_by_tier() -> None:
+def test_page_is_read_by_tier() -> None:
     l1, disk = tiers_of(page())
     assert (l1.name, l1.kind, disk.name, disk.kind) == ("l1", "dram", "ssd", "disk")
     assert l1.numbers == {
@@ -117,27 +117,27 @@ def test_a_page_is_read_by_tier() -> None:
     assert disk.hit_rate is None
 
 
-def test_engines_on_one_page_add_up() -> None:
+def test_engines_of_one_page_are_added_up() -> None:
     l1, disk = tiers_of(page(engine=0) + page(engine=1))
     assert l1.numbers["limit_nbytes"] == 4 << 30
     assert disk.numbers["rejected_blocks"] == 6
 
 
-def test_once_gives_what_there_is(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_once_prints_counts_without_rates(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["top", engine.url, "--once", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"] is None
     assert found["tiers"][0]["hit_rate"] == 0.75
     assert found["tiers"][0]["limit_nbytes"] == 2 << 30
     assert not any(name.endswith("_per_s") for name in found["tiers"][0])
-    assert engine.asked == ["/metrics"]
+    assert engine.paths == ["/metrics"]
     assert cli.main(["top", f"{engine.url}/other", "--once", "--json"]) == 0
-    assert engine.asked[1:] == ["/other"]
+    assert engine.paths[1:] == ["/other"]
 
 
-def test_rates_are_of_the_time_between(
-    watch: Callable[..., tuple[list[dict[str, Any]], str]],
-) -> None:
+def test_rates_are_for_the_time_between_readings(watch: Watch) -> None:
     (first, second), _ = watch(2, page(), page(hits=175, read=3 << 30))
     assert first["seconds"] is None
     assert second["seconds"] == 2
@@ -148,87 +148,73 @@ def test_rates_are_of_the_time_between(
     assert "used_nbytes_per_s" not in l1
 
 
-def test_an_engine_that_began_anew_has_no_negative_rates(
-    watch: Callable[..., tuple[list[dict[str, Any]], str]],
-) -> None:
+def test_restarted_engine_has_no_negative_rates(watch: Watch) -> None:
     (_, second), _ = watch(2, page(hits=1000), page(hits=10))
     assert second["tiers"][0]["hit_blocks_per_s"] == 5
 
 
-def test_a_reading_that_fails_is_said_and_the_next_one_shown(
-    watch: Callable[..., tuple[list[dict[str, Any]], str]],
-) -> None:
-    (first, third), said = watch(3, page(), 503, page(hits=80))
-    assert "503" in said
+def test_failed_reading_is_reported_and_the_next_one_printed(watch: Watch) -> None:
+    (first, third), err = watch(3, page(), 503, page(hits=80))
+    assert "503" in err
     assert first["tiers"][0]["hit_blocks"] == 75
-    assert third["seconds"] is None  # of how long is not known
+    assert third["seconds"] is None  # the time since the last reading is unknown
 
 
-def test_the_table_has_a_row_for_each_tier(
-    engine: Engine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_has_a_row_for_each_tier(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["top", engine.url, "--once"]) == 0
-    said = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()}
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()}
     assert rows["l1"] == [
         "1GiB", "2GiB", "50%", "75%", "1GiB", "1MiB", "-", "3", "-", "-", "-", "-",
     ]  # fmt: skip
-    assert rows["ssd"] == [
-        "is",
-        "not",
-        "asked",
-        "for",
-        "a",
-        "while:",
-        "calls",
-        "to",
-        "it",
-        "failed",
-    ]
-    assert "since the engine started" in said
-    assert "\x1b" not in said
-    assert max(map(len, said.splitlines())) <= 110
+    assert rows["ssd"] == ["-", "-", "-", "-", "-", "-", "-", "-", "-", "-", "3", "-"]
+    assert "ssd: circuit breaker open (calls failed); its blocks count as misses\n" in out
+    assert "since the engine started" in out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 110
 
 
-def test_the_table_has_rates(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_of_a_later_reading_has_rates() -> None:
     before, now = tiers_of(page()), tiers_of(page(read=3 << 30))
-    lately = [tier.since(old) for tier, old in zip(now, before, strict=True)]
-    said = top.table(lately, 2.0, lambda text, _: text)
-    assert "read/s" in said
-    assert said.splitlines()[3].split()[5] == "1GiB"
+    recent = [tier.since(old) for tier, old in zip(now, before, strict=True)]
+    text = top.table(recent, 2.0, lambda text, _: text)
+    assert "read/s" in text
+    assert text.splitlines()[3].split()[5] == "1GiB"
 
 
-def test_a_terminal_is_drawn_on_again(
+def test_terminal_is_cleared_before_each_reading(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
         top, "painter", lambda _: lambda text, colour: f"\x1b[{colour}m{text}\x1b[0m"
     )
     assert cli.main(["top", engine.url, "--once"]) == 0
-    assert capsys.readouterr().out.startswith(top._REDRAW)
+    assert capsys.readouterr().out.startswith(top.REDRAW)
 
 
-def test_a_page_without_our_numbers(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_without_metrics_of_kvcache_ends_with_code_1(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine.pages = ["vllm:num_requests_running 3\n"]
     assert cli.main(["top", engine.url, "--once"]) == 1
     assert "no numbers of kvcache" in capsys.readouterr().err
 
 
-def test_user_and_password_are_sent_and_not_shown(
+def test_user_and_password_are_sent_but_not_printed(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = engine.url.replace("//", "//me:hunter%402@") + "/metrics?token=hunter2"
     assert cli.main(["top", url, "--once"]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert engine.logins == ["Basic " + b64encode(b"me:hunter@2").decode()]
-    assert engine.asked == ["/metrics?token=hunter2"]
-    assert "//***@127.0.0.1" in said.out
-    assert "hunter" not in said.out + said.err
+    assert engine.paths == ["/metrics?token=hunter2"]
+    assert "//***@127.0.0.1" in printed.out
+    assert "hunter" not in printed.out + printed.err
 
 
-def test_nobody_there(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_page_ends_with_code_1(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine.pages = [404]
     assert cli.main(["top", engine.url]) == 1
     assert "404" in capsys.readouterr().err
@@ -237,14 +223,14 @@ def test_nobody_there(engine: Engine, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["localhost:8000"], ["http://x", "--interval", "0"]])
-def test_what_cannot_be_read_ends_with_code_2(
+def test_invalid_argument_ends_with_code_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["top", *arguments]) == 2
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_the_names_are_those_of_the_metrics() -> None:
+def test_metric_names_and_labels_match_kvcache_metrics() -> None:
     metrics = pytest.importorskip("kvcache.metrics")
     ending = {"By": "_bytes", "s": "_seconds"}
     labels_of = {

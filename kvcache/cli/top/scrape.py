@@ -1,7 +1,7 @@
-"""The numbers of a running engine's tiers, from the Prometheus page that it serves.
+"""Read the metrics of tiers from the Prometheus page of a running engine.
 
-Always true: numbers of several engines on one page (data parallelism) are added up by tier, and
-what the page does not say is not there, rather than 0.
+Always true: the numbers of several engines on one page (data parallelism) are added up by tier. A
+metric that the page lacks is absent, not 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from urllib.error import HTTPError
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
 
 from kvcache.inputs import WAIT_S, BoundedSocket, call_within
@@ -21,10 +21,10 @@ from kvcache.secrets import redact
 
 PREFIX = "vllm:kvcache_tier_"
 NBYTES = 16 << 20
-"""Bytes of a page, at most."""
+"""The most bytes that are read of a page."""
 _LARGEST = 2.0**63
 
-# By our name: where it is on the page, the metric's name after the prefix and the labels it has.
+# By the name in `--json`: the metric's name after the prefix, and the labels that it must have.
 NUMBERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "used_nbytes": ("usage_bytes", {}),
     "limit_nbytes": ("limit_bytes", {}),
@@ -40,8 +40,8 @@ NUMBERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "rejected_blocks": ("rejections_total", {}),
     "errors": ("errors_total", {}),
 }
-COUNTED = frozenset(name for name, (metric, _) in NUMBERS.items() if metric.endswith("_total"))
-"""Those that only grow while an engine runs; the others are as of now."""
+COUNTERS = frozenset(name for name, (metric, _) in NUMBERS.items() if metric.endswith("_total"))
+"""Names of the numbers that only grow while an engine runs; the others are gauges."""
 
 _LINE = re.compile(rf"{PREFIX}(\w+)\{{(.*)\}} (\S+)(?: \d+)?")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -49,7 +49,7 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 @dataclass(slots=True)
 class ScrapedTier:
-    """A tier's numbers, those of `NUMBERS` that are known."""
+    """The numbers of one tier, by their names in ``NUMBERS``; unknown ones are absent."""
 
     name: str
     kind: str
@@ -57,40 +57,44 @@ class ScrapedTier:
 
     @property
     def hit_rate(self) -> float | None:
-        """Of the blocks that were asked for, the share that was there; None if none was asked."""
+        """The share of lookups that were hits; None without lookups."""
         hits = self.numbers.get("hit_blocks", 0)
-        asked = hits + self.numbers.get("missed_blocks", 0)
-        return hits / asked if asked else None
+        lookups = hits + self.numbers.get("missed_blocks", 0)
+        return hits / lookups if lookups else None
 
-    def since(self, before: ScrapedTier) -> ScrapedTier:
-        """The same, with what was counted since `before`. Of an engine that began anew, all."""
+    def since(self, previous: ScrapedTier) -> ScrapedTier:
+        """Return the tier with the growth of its counters since ``previous``.
+
+        A counter that shrank belongs to a restarted engine, and counts from 0.
+        """
         numbers = dict(self.numbers)
-        for name in COUNTED & numbers.keys():
-            more = numbers[name] - before.numbers.get(name, 0)
-            numbers[name] = more if more >= 0 else numbers[name]
+        for name in COUNTERS & numbers.keys():
+            growth = numbers[name] - previous.numbers.get(name, 0)
+            numbers[name] = growth if growth >= 0 else numbers[name]
         return ScrapedTier(self.name, self.kind, numbers)
 
 
 def tiers_of(page: str) -> list[ScrapedTier]:
-    """The tiers that a page has numbers of, L1 first: the one that has slots to pin."""
+    """Return the tiers of a page, L1 first: only L1 has slots to pin."""
     found: dict[str, ScrapedTier] = {}
     for line in page.splitlines():
         if not (match := _LINE.fullmatch(line)):
             continue
-        metric, labels, number = match[1], dict(_LABEL.findall(match[2])), _number(match[3])
+        metric, labels = match[1], dict(_LABEL.findall(match[2]))
+        number = _parse_number(match[3])
         if number is None:
             continue
         name, kind = (redact(labels.get(label, "")) for label in ("tier", "type"))
         tier = found.setdefault(name, ScrapedTier(name, kind))
-        for field_, (its, wanted) in NUMBERS.items():
-            if its == metric and wanted.items() <= labels.items():
-                tier.numbers[field_] = tier.numbers.get(field_, 0) + number
+        for key, (its_metric, its_labels) in NUMBERS.items():
+            if its_metric == metric and its_labels.items() <= labels.items():
+                tier.numbers[key] = tier.numbers.get(key, 0) + number
     known = [tier for tier in found.values() if tier.numbers]
     return sorted(known, key=lambda tier: "pinned_slots" not in tier.numbers)
 
 
-def _number(text: str) -> float | None:
-    """A number of the page; None if it is none that an engine writes."""
+def _parse_number(text: str) -> float | None:
+    """Parse a number of the page; return None for one that no engine writes."""
     try:
         number = float(text)
     except ValueError:
@@ -100,64 +104,67 @@ def _number(text: str) -> float | None:
     return int(number) if number.is_integer() else number
 
 
-def _bounded(connection: HTTPConnection) -> None:
+def _limit_answer(connection: HTTPConnection) -> None:
+    """Limit the seconds and bytes of the server's answer."""
     connection.sock = BoundedSocket(
         connection.sock, seconds=connection.timeout or WAIT_S, nbytes=NBYTES
     )
 
 
-class _Connection(HTTPConnection):
+class _LimitedConnection(HTTPConnection):
     def connect(self) -> None:
         super().connect()
-        _bounded(self)
+        _limit_answer(self)
 
 
-class _SecureConnection(HTTPSConnection):
+class _LimitedTlsConnection(HTTPSConnection):
     def connect(self) -> None:
         super().connect()
-        _bounded(self)
+        _limit_answer(self)
 
 
-class _Http(HTTPHandler):
+class _HttpHandler(HTTPHandler):
     def http_open(self, req: Request) -> HTTPResponse:
-        return self.do_open(_Connection, req)
+        return self.do_open(_LimitedConnection, req)
 
 
-class _Https(HTTPSHandler):
+class _HttpsHandler(HTTPSHandler):
     def https_open(self, req: Request) -> HTTPResponse:
-        return self.do_open(_SecureConnection, req)
+        return self.do_open(_LimitedTlsConnection, req)
 
 
-def fetch(url: str, timeout: float) -> str:
-    """The page at `url`, read within `timeout` seconds.
+def fetch(url: str, timeout_s: float) -> str:
+    """Return the page at ``url``, read within ``timeout_s`` seconds.
 
-    User and password in it are sent as HTTP's basic authentication. Raises OSError that says why
-    the page cannot be had, and repeats neither.
+    A user and password in the URL are sent as HTTP basic authentication.
+
+    Raises:
+        OSError: the page cannot be read. The message contains neither user nor password.
     """
-    address, headers = _without_login(url)
-    opener = build_opener(_Http(), _Https())
 
     def read() -> str:
+        address, headers = _split_login(url)
+        opener = build_opener(_HttpHandler(), _HttpsHandler())
         try:
-            with opener.open(Request(address, headers=headers), timeout=timeout) as answer:
-                page: bytes = answer.read()
+            with opener.open(Request(address, headers=headers), timeout=timeout_s) as response:
+                page: bytes = response.read()
                 return page.decode("utf-8", "replace")
-        except HTTPError as error:  # it is the answer too, and open
+        except HTTPError as error:  # the error is also the open response
             error.close()
             raise
 
     try:
-        return call_within(timeout, read)  # finding the host, and TLS, have no limit of their own
-    except (HTTPException, ValueError) as error:  # it answers, and not as a web server does
+        # The timeout of a connection does not cover name resolution and the TLS handshake.
+        return call_within(timeout_s, read)
+    except (HTTPException, ValueError) as error:  # a bad URL, or no HTTP server
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _without_login(url: str) -> tuple[str, dict[str, str]]:
-    """The URL less user and password, and the header that has them instead."""
-    head, mark, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    login, at, host = host.rpartition("@")
+def _split_login(url: str) -> tuple[str, dict[str, str]]:
+    """Return the URL without user and password, and the header that contains them."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
     if not at:
         return url, {}
     token = b64encode(unquote(login).encode()).decode()
-    return f"{head}{mark}{host}{slash}{path}", {"Authorization": f"Basic {token}"}
+    return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {token}"}
