@@ -87,7 +87,7 @@ REJECTIONS = Metric(
     "kvcache.tier.rejections",
     "counter",
     "{block}",
-    "Blocks whose frame failed verification when read, each of which is a miss, by reason: "
+    "Blocks read from the tier with a frame that failed verification (a miss), by reason: "
     "`magic`, `version`, `header`, `size`, `length`, `padding`, `checksum`, `codec` or "
     "`decompression`",
     (REASON,),
@@ -288,7 +288,7 @@ def create_instruments(meter: Meter) -> None:
 
 _meter = metrics.get_meter("kvcache")  # a proxy: it also finds a provider installed later
 create_instruments(_meter)
-_duration = _meter.create_histogram(
+duration_histogram = _meter.create_histogram(
     DURATION.name,
     unit=DURATION.unit,
     description=DURATION.description,
@@ -322,7 +322,7 @@ class Timer:
             if error:
                 attributes[telemetry.ERROR] = error
             self._attributes[operation, error] = attributes
-        _duration.record(seconds, attributes)
+        duration_histogram.record(seconds, attributes)
         self._untaken.append((self._tier, operation, error, seconds))
 
     def take(self) -> list[Duration]:

@@ -29,7 +29,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-_tracer = trace.get_tracer("kvcache")  # a proxy: it also finds a provider installed later
+tracer = trace.get_tracer("kvcache")  # a proxy: it also finds a provider installed later
 _propagator = TraceContextTextMapPropagator()
 
 REQUEST: Final = "kvcache.request"
@@ -94,14 +94,14 @@ def start_span(name: str, parent: Context | None, begun_ns: int | None = None) -
 
     ``begun_ns`` is the start time in ns since 1970; ``None`` is now.
     """
-    return _tracer.start_span(name, parent, start_time=begun_ns)
+    return tracer.start_span(name, parent, start_time=begun_ns)
 
 
 def start_child(parent: Span, name: str) -> Span:
     """Start a span under ``parent``; return ``INVALID_SPAN`` if ``parent`` is not recorded."""
     if not parent.is_recording():
         return INVALID_SPAN
-    return _tracer.start_span(name, trace.set_span_in_context(parent))
+    return tracer.start_span(name, trace.set_span_in_context(parent))
 
 
 def start_client_child(parent: Span, name: str, attributes: Attributes) -> Span:
@@ -112,7 +112,7 @@ def start_client_child(parent: Span, name: str, attributes: Attributes) -> Span:
     if not parent.is_recording():
         return INVALID_SPAN
     parent_context = trace.set_span_in_context(parent)
-    return _tracer.start_span(name, parent_context, SpanKind.CLIENT, attributes)
+    return tracer.start_span(name, parent_context, SpanKind.CLIENT, attributes)
 
 
 def start_linked(cause: Span | Context | None, name: str) -> Span:
@@ -129,7 +129,7 @@ def start_linked(cause: Span | Context | None, name: str) -> Span:
     linked = span.get_span_context()
     if not linked.trace_flags.sampled and (linked.is_valid or isinstance(cause, Span)):
         return INVALID_SPAN
-    return _tracer.start_span(name, Context(), links=[Link(linked)] if linked.is_valid else ())
+    return tracer.start_span(name, Context(), links=[Link(linked)] if linked.is_valid else ())
 
 
 def start_remote_child(headers: Mapping[str, str], name: str, begun_ns: int | None = None) -> Span:
@@ -146,7 +146,7 @@ def start_remote_child(headers: Mapping[str, str], name: str, begun_ns: int | No
 
 def start_request(headers: Mapping[str, str] | None) -> Span:
     """Start the span of a request, under its caller's span if ``headers`` name one."""
-    no_provider = isinstance(_tracer, trace.ProxyTracer) and isinstance(
+    no_provider = isinstance(tracer, trace.ProxyTracer) and isinstance(
         trace.get_tracer_provider(), trace.ProxyTracerProvider
     )
     if headers or no_provider:

@@ -72,5 +72,5 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     """Install an SDK, as an application does; return the exporter that holds the ended spans."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("kvcache"))
+    monkeypatch.setattr(telemetry, "tracer", provider.get_tracer("kvcache"))
     return exporter

@@ -85,7 +85,10 @@ class WriteBehind:
     def enqueue_reused(self, keys: Sequence[bytes], failed: Collection[bytes], cause: Span) -> None:
         """Queue those of ``keys`` that were withheld, because a request has used them in L1.
 
-        ``failed`` are keys whose copy to the engine failed; ``cause`` is the span of the load.
+        Args:
+            keys: the blocks of a load that has ended.
+            failed: those of them that could not be copied to the engine.
+            cause: the span of the load, which has not ended.
         """
         if not self._withheld:
             return

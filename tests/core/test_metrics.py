@@ -68,7 +68,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     duration = meter.create_histogram(
         metrics.DURATION.name, explicit_bucket_boundaries_advisory=metrics.BUCKETS
     )
-    monkeypatch.setattr(metrics, "_duration", duration)
+    monkeypatch.setattr(metrics, "duration_histogram", duration)
     yield reader
     reader.provider.shutdown()
 
@@ -193,7 +193,7 @@ class Instrument:
 @pytest.fixture
 def instrument(monkeypatch: pytest.MonkeyPatch) -> Instrument:
     instrument = Instrument()
-    monkeypatch.setattr(metrics, "_duration", instrument)
+    monkeypatch.setattr(metrics, "duration_histogram", instrument)
     return instrument
 
 

@@ -1,27 +1,21 @@
-"""When somebody who keeps failing is asked, by an injected clock."""
+"""The states of the circuit breaker, on a manual clock."""
 
 import pytest
 
 from kvcache.lower.circuit_breaker import CircuitBreaker
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.manual_clock import ManualClock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 def fail(breaker: CircuitBreaker, times: int) -> list[bool]:
     return [breaker.record_failure() for _ in range(times)]
 
 
-def test_it_opens_after_failures_in_a_row(clock: Clock) -> None:
+def test_breaker_opens_after_failures_in_a_row(clock: ManualClock) -> None:
     breaker = CircuitBreaker(clock, failures=3)
     assert fail(breaker, 2) == [False, False]
     assert not breaker.record_success()
@@ -33,7 +27,7 @@ def test_it_opens_after_failures_in_a_row(clock: Clock) -> None:
     assert not breaker.allow_call()
 
 
-def test_after_a_pause_one_asks(clock: Clock) -> None:
+def test_breaker_after_the_pause_allows_one_probe(clock: ManualClock) -> None:
     breaker = CircuitBreaker(clock, failures=1, pause_s=2.0)
     breaker.record_failure()
     clock.now = 1.9
@@ -47,7 +41,7 @@ def test_after_a_pause_one_asks(clock: Clock) -> None:
     assert [breaker.allow_call(), breaker.allow_call()] == [True, True]
 
 
-def test_each_probe_that_fails_doubles_the_pause_up_to_the_longest(clock: Clock) -> None:
+def test_breaker_failed_probes_double_the_pause_up_to_its_maximum(clock: ManualClock) -> None:
     breaker = CircuitBreaker(clock, failures=1, pause_s=1.0, max_pause_s=3.0)
     breaker.record_failure()
     pauses = []
@@ -63,10 +57,10 @@ def test_each_probe_that_fails_doubles_the_pause_up_to_the_longest(clock: Clock)
     breaker.record_success()
     assert breaker.record_failure()
     clock.now += 1.0
-    assert breaker.allow_call()  # what was is forgotten
+    assert breaker.allow_call()  # the pause is the first one again
 
 
-def test_late_failures_of_before_do_not_hurry_it(clock: Clock) -> None:
+def test_breaker_late_failures_while_open_do_not_shorten_the_pause(clock: ManualClock) -> None:
     breaker = CircuitBreaker(clock, failures=1, pause_s=2.0)
     breaker.record_failure()
     clock.now = 1.5
@@ -75,11 +69,11 @@ def test_late_failures_of_before_do_not_hurry_it(clock: Clock) -> None:
     assert not breaker.allow_call()
 
 
-def test_a_probe_that_nothing_is_told_of_gives_way_to_another(clock: Clock) -> None:
+def test_breaker_probe_without_an_outcome_is_replaced_by_another(clock: ManualClock) -> None:
     breaker = CircuitBreaker(clock, failures=1, pause_s=1.0, max_pause_s=8.0)
     breaker.record_failure()
     clock.now = 1.0
-    assert breaker.allow_call()  # and its call hangs for ever
+    assert breaker.allow_call()  # the probe hangs for ever
     clock.now = 8.9
     assert breaker.refusing
     assert not breaker.allow_call()

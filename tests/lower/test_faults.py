@@ -1,6 +1,6 @@
-"""A whole stack over a tier that goes wrong in every way, against what was really stored.
+"""A whole stack over a lower tier that fails in every way, against a model of what was stored.
 
-``KVCACHE_MACHINE_EXAMPLES`` has it go on for longer: 25,000 examples are a million operations.
+``KVCACHE_MACHINE_EXAMPLES`` sets the number of examples: 25,000 are a million operations.
 """
 
 import logging
@@ -13,125 +13,127 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from kvcache import Lease
 from tests.support.failing_parts import FAULTS, goes_wrong
+from tests.support.manual_clock import ManualClock
 from tests.support.odd_answers import RAISED
 from tests.support.stack_under_test import LONG, StackUnderTest
 
 EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "120"))
+LONGEST_PAUSE_S = 60.0  # of a circuit breaker
 faults = st.just("") | st.sampled_from(FAULTS)
 done: Counter[str] = Counter()  # in this process
 
 
 class Faults(RuleBasedStateMachine):
-    """The whole stack over a tier that goes wrong in every way, against what was really stored."""
+    """Stores, loads, resets and faults in any order. The counters must add up at the end."""
 
     reading: Bundle[Lease] = Bundle("reading")
     chains = st.sampled_from(["0", "00", "000", "00000", "001", "00111", "1", "11"])
 
-    @initialize(slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10))
-    def open(self, slots: int, pieces: int, queue: int) -> None:
-        self.below = StackUnderTest(slots=slots, blocks_per_call=pieces)
-        self.below.lower[
-            0
-        ].write_behind.queue_blocks = queue  # more than a stack so small would have
-        self.out: list[Lease] = []
+    @initialize(
+        slots=st.integers(1, 10), blocks_per_call=st.integers(1, 4), queue=st.integers(1, 10)
+    )
+    def open(self, slots: int, blocks_per_call: int, queue: int) -> None:
+        self.clock = ManualClock()
+        self.under_test = StackUnderTest(
+            slots=slots, blocks_per_call=blocks_per_call, breaker_clock=self.clock
+        )
+        [self.lower], [self.tier] = self.under_test.lower, self.under_test.tiers
+        self.lower.write_behind.queue_blocks = queue  # may exceed a quarter of this small L1
+        self.open_leases: list[Lease] = []
         self.asked = self.filled = 0  # blocks of L1
-        self.threads = [t for lower in self.below.lower for t in lower.channel.workers.threads]
-        logging.getLogger("kvcache").setLevel("CRITICAL")  # or a breaker that opens is logged
+        self.threads = self.lower.channel.workers.threads
+        logging.getLogger("kvcache").setLevel("CRITICAL")  # silences the circuit breaker
 
     @staticmethod
     def keys(chain: str) -> list[bytes]:
         return [chain[: at + 1].encode() for at in range(len(chain))]
 
     @rule(fault=faults)
-    def goes_wrong(self, fault: str) -> None:
-        self.below.tiers[0].fault = fault
+    def set_tier_fault(self, fault: str) -> None:
+        self.tier.fault = fault
 
     @rule(
         verb=st.sampled_from(["access", "admit", "add", "remove", "evict"]),
         name=st.sampled_from(sorted(RAISED.keys() - {"KeyboardInterrupt"})),
     )
-    def policy_goes_wrong(self, verb: str, name: str) -> None:
-        def wrong(*_: object) -> None:
+    def set_policy_fault(self, verb: str, name: str) -> None:
+        def fail(*_: object) -> None:
             done["policy faults"] += 1
             error = RAISED[name]()
             raise error
 
-        goes_wrong(self.below.front, verb, wrong)
+        goes_wrong(self.under_test.front, verb, fail)
 
     @rule(chain=chains, skip=st.integers(0, 5))
     def put(self, chain: str, skip: int) -> None:
         keys = self.keys(chain)
         at = min(skip, len(keys) - 1)
-        self.filled += self.below.put(keys[at:], keys[at - 1] if at else None)
+        self.filled += self.under_test.put(keys[at:], keys[at - 1] if at else None)
 
     @rule(target=reading, chain=chains, start=st.integers(0, 5))
     def fetch(self, chain: str, start: int) -> Lease:
         start = min(start, len(chain))
         self.asked += len(chain) - start
-        lease = self.below.fetch(self.keys(chain), start)
-        self.out.append(lease)
+        lease = self.under_test.fetch(self.keys(chain), start)
+        self.open_leases.append(lease)
         return lease
 
     @rule(lease=consumes(reading), failed=st.booleans())
     def end(self, lease: Lease, failed: bool) -> None:
-        self.out.remove(lease)
+        self.open_leases.remove(lease)
         lease.end(lease.keys[:1] if failed else ())
 
     @rule(chain=chains)
     def prefetch(self, chain: str) -> None:
-        if (coming := self.below.stack.prefetch(self.keys(chain))) is not None:
-            coming.result(LONG)
+        if (prefetched := self.under_test.stack.prefetch(self.keys(chain))) is not None:
+            prefetched.result(LONG)
 
     @rule(chain=chains, fault=faults)
-    def stored_and_lost_and_asked_for(self, chain: str, fault: str) -> None:
-        self.below.tiers[0].fault = ""
-        self.pause_ends()
-        self.filled += self.below.put(self.keys(chain))
-        assert self.below.stack.flush(LONG)
-        front = self.below.front
-        front.clear()
-        for slot in front._index._free:  # or what is not read would be there from before
-            front.slab.view(slot)[:] = b"\xee" * len(front.slab.view(slot))
-        self.below.tiers[0].fault = fault
+    def store_clear_l1_and_fetch(self, chain: str, fault: str) -> None:
+        self.tier.fault = ""
+        self.end_breaker_pause()
+        self.filled += self.under_test.put(self.keys(chain))
+        assert self.under_test.stack.flush(LONG)
+        self.under_test.front.clear()
+        self.under_test.overwrite_free_slots()
+        self.tier.fault = fault
         self.asked += len(chain)
-        self.below.fetch(self.keys(chain)).end()
+        self.under_test.fetch(self.keys(chain)).end()
 
     @rule()
     def clear(self) -> None:
-        self.below.stack.clear()
+        self.under_test.stack.clear()
 
     @rule()
-    def pause_ends(self) -> None:
-        self.below.lower[0].channel.health.breaker._retry_at = 0.0
+    def end_breaker_pause(self) -> None:
+        self.clock.advance(LONGEST_PAUSE_S)
 
     @invariant()
-    def l1_is_whole(self) -> None:
-        if hasattr(self, "below"):
+    def l1_is_consistent(self) -> None:
+        if hasattr(self, "under_test"):
             done["operations"] += 1
-            with self.below.front._lock:  # a thread may be writing
-                self.below.front._index.check()
+            self.under_test.check_index()
 
     def teardown(self) -> None:
         logging.getLogger("kvcache").setLevel("NOTSET")
-        if not hasattr(self, "below"):
+        if not hasattr(self, "under_test"):
             return
-        self.below.tiers[0].fault = ""
-        for lease in self.out:
+        self.tier.fault = ""
+        for lease in self.open_leases:
             lease.end()
-        assert self.below.stack.flush(LONG)
-        self.below.check_invariants()
-        stats = self.below.stack.stats()
-        down = stats.lower[0]
-        ways = down.stored_blocks + down.known_blocks + down.declined_blocks + down.dropped_blocks
-        assert ways == stats.tiers[0].stored_blocks - down.loaded_blocks
-        assert stats.tiers[0].stored_blocks == self.filled + down.loaded_blocks
-        assert stats.tiers[0].lookup_blocks == self.asked
-        tier = self.below.tiers[0]
-        assert down.errors == tier.failed
-        assert down.loaded_blocks + down.missed_blocks == tier.asked_blocks
+        assert self.under_test.stack.flush(LONG)
+        self.under_test.check_invariants()
+        stats = self.under_test.stack.stats()
+        [l1], [l2] = stats.tiers, stats.lower
+        accounted = l2.stored_blocks + l2.known_blocks + l2.declined_blocks + l2.dropped_blocks
+        assert accounted == l1.stored_blocks - l2.loaded_blocks
+        assert l1.stored_blocks == self.filled + l2.loaded_blocks
+        assert l1.lookup_blocks == self.asked
+        assert l2.errors == self.tier.failed
+        assert l2.loaded_blocks + l2.missed_blocks == self.tier.asked_blocks
         assert all(thread.is_alive() for thread in self.threads)
-        done["tier faults"] += tier.failed
-        self.below.stack.close()
+        done["tier faults"] += self.tier.failed
+        self.under_test.stack.close()
 
 
 Faults.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None)

@@ -1,6 +1,5 @@
-"""What a tier would take longer for than the engine is not loaded. Time is what the tiers say."""
+"""A request loads from a lower tier only if that is faster than computing, on a manual clock."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
@@ -11,67 +10,53 @@ from kvcache.lower.tier import REMEASURE_S
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from tests.support.failing_parts import Faulty
+from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-        self._lock = threading.Lock()
+class TimedTier(Faulty):
+    """A lookup takes ``lookup_s`` and a load ``load_s`` per block, on the test's clock."""
 
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_by(self, seconds: float) -> None:
-        with self._lock:
-            self.now += seconds
-
-
-class Slow(Faulty):
-    """Asking takes ``asking`` seconds and reading a block ``loading``, by the clock of the test."""
-
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: ManualClock) -> None:
         super().__init__()
         self._clock = clock
-        self.asking = self.loading = 0.0
+        self.lookup_s = self.load_s = 0.0
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        self._clock.pass_by(self.asking)
+        self._clock.advance(self.lookup_s)
         return super().contains(keys)
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        self._clock.pass_by(self.loading * len(keys))
+        self._clock.advance(self.load_s * len(keys))
         return super().load(keys, into)
 
 
-class Engine(StackUnderTest):
-    """A stack over slow tiers, one call at a time, and an engine that computes a block in 0.1 s."""
+class EngineUnderTest(StackUnderTest):
+    """A stack over timed tiers, one call at a time; the engine computes a block in 0.1 s."""
 
     def __init__(self, tiers: int = 1, slots: int = 64, **options: Any) -> None:
-        self.clock = Clock()
-        super().__init__(slots=slots, tiers=tiers, calls=1, clock=self.clock, **options)
-        self.slow = [Slow(self.clock) for _ in range(tiers)]
-        self.tiers = list(self.slow)
-        for lower, tier in zip(self.lower, self.slow, strict=True):
-            lower.channel.tier = tier
-        self.turn = 0
+        self.clock = ManualClock(100.0)
+        self.timed = [TimedTier(self.clock) for _ in range(tiers)]
+        super().__init__(slots=slots, tiers=self.timed, calls=1, clock=self.clock, **options)
+        self.requests = 0
 
-    def computes(self) -> None:
+    def observe_compute(self) -> None:
         self.stack.observe_compute(1, 0.1)
         self.stack.observe_compute(100, 10.0)
 
-    def ask(self, *where: int) -> list[bytes]:
-        """New keys, of which tier ``where[i]`` has the ``i``-th block."""
-        self.turn += 1
-        keys = keys_of(f"turn{self.turn}", len(where))
-        for key, tier in zip(keys, where, strict=True):
-            self.slow[tier].held[NAMESPACE + key] = block_of(key, PAGE)
+    def new_keys(self, *tiers: int) -> list[bytes]:
+        """New keys; tier ``tiers[i]`` holds the ``i``-th block."""
+        self.requests += 1
+        keys = keys_of(f"request {self.requests}", len(tiers))
+        for key, tier in zip(keys, tiers, strict=True):
+            self.timed[tier].held[NAMESPACE + key] = block_of(key, PAGE)
         return keys
 
-    def comes(self, keys: list[bytes]) -> int:
-        coming = self.stack.prefetch(keys)
-        assert coming is not None
-        coming.result(LONG)
+    def prefetch(self, keys: list[bytes]) -> int:
+        """Prefetch, and return how many of ``keys`` L1 then has."""
+        prefetched = self.stack.prefetch(keys)
+        assert prefetched is not None
+        prefetched.result(LONG)
         return sum(self.front.contains(keys))
 
     def skipped(self) -> list[int]:
@@ -79,8 +64,8 @@ class Engine(StackUnderTest):
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    engine = Engine()
+def engine() -> Iterator[EngineUnderTest]:
+    engine = EngineUnderTest()
     yield engine
     engine.stack.lower.close(flush_s=0.0)
     assert engine.stack.flush(LONG)
@@ -88,142 +73,141 @@ def engine() -> Iterator[Engine]:
     engine.stack.close()
 
 
-def test_a_tier_that_takes_longer_is_left_alone(engine: Engine) -> None:
-    [slow] = engine.slow
-    slow.loading = 0.2
-    engine.computes()
-    assert engine.comes(engine.ask(0, 0, 0, 0)) == 4  # nothing is known yet
-    engine.lower[0]._remeasured_at = engine.clock()
-    slow.calls.clear()
-    assert engine.comes(engine.ask(0, 0, 0, 0)) == 0
-    assert "load" not in slow.calls
+def test_tier_slower_than_computing_is_not_loaded_from(engine: EngineUnderTest) -> None:
+    [timed] = engine.timed
+    timed.load_s = 0.2
+    engine.observe_compute()
+    assert engine.prefetch(engine.new_keys(0, 0, 0, 0)) == 4  # nothing was measured yet
+    assert engine.lower[0].claim_remeasure()  # so that no remeasurement is due
+    timed.calls.clear()
+    assert engine.prefetch(engine.new_keys(0, 0, 0, 0)) == 0
+    assert "load" not in timed.calls
     assert engine.skipped() == [4]
-    match = engine.stack.match(engine.ask(0, 0, 0)).result(LONG)
+    match = engine.stack.match(engine.new_keys(0, 0, 0)).result(LONG)
     assert match.blocks == 0
     assert engine.skipped() == [7]
 
 
-def test_a_tier_that_takes_less_is_used(engine: Engine) -> None:
-    engine.slow[0].loading = 0.05
-    engine.computes()
+def test_tier_faster_than_computing_is_loaded_from(engine: EngineUnderTest) -> None:
+    engine.timed[0].load_s = 0.05
+    engine.observe_compute()
     for _ in range(4):
-        assert engine.comes(engine.ask(0, 0, 0, 0)) == 4
+        assert engine.prefetch(engine.new_keys(0, 0, 0, 0)) == 4
     assert engine.skipped() == [0]
 
 
-def test_long_prompt_is_loaded_and_a_short_one_computed_where_depth_costs() -> None:
-    """A block takes 0.01 s, and 0.001 s more for each block before it; loading one 0.05 s."""
-    engine = Engine(slots=256, blocks_per_call=256)
-    [slow] = engine.slow
-    slow.loading = 0.05
-    assert engine.comes(engine.ask(*[0] * 4)) == 4
+def test_cost_of_depth_long_prompt_is_loaded_and_short_one_computed() -> None:
+    """Computing a block takes 0.01 s, and 0.001 s per block before it; loading one takes 0.05 s."""
+    engine = EngineUnderTest(slots=256, blocks_per_call=256)
+    [timed] = engine.timed
+    timed.load_s = 0.05
+    assert engine.prefetch(engine.new_keys(*[0] * 4)) == 4
     for first in range(0, 200, 20):  # a long prompt in chunks
         engine.stack.observe_compute(20, 0.01 * 20 + 0.001 * 20 * (first + 10), first + 10)
     for _ in range(10):  # and short ones
         engine.stack.observe_compute(8, 0.01 * 8 + 0.001 * 8 * 4)
-    engine.lower[0]._remeasured_at = engine.clock()
-    assert engine.comes(engine.ask(*[0] * 10)) == 0  # 0.15 s and 0.5 s
-    assert engine.comes(engine.ask(*[0] * 200)) == 200  # 22 s and 10 s
+    assert engine.lower[0].claim_remeasure()  # so that no remeasurement is due
+    assert engine.prefetch(engine.new_keys(*[0] * 10)) == 0  # 0.15 s to compute, 0.5 s to load
+    assert engine.prefetch(engine.new_keys(*[0] * 200)) == 200  # 22 s to compute, 10 s to load
     engine.front.clear()
-    match = engine.stack.match(engine.ask(*[0] * 200), 190).result(LONG)
-    assert match.blocks == 10  # the end of a long prompt: 2 s and 0.5 s
+    match = engine.stack.match(engine.new_keys(*[0] * 200), 190).result(LONG)
+    assert match.blocks == 10  # the end of a long prompt: 2 s to compute, 0.5 s to load
     engine.stack.close()
 
 
-def test_while_either_is_unknown_it_is_used(engine: Engine) -> None:
-    engine.slow[0].loading = 50.0
+def test_tier_is_loaded_from_while_computing_is_not_measured(engine: EngineUnderTest) -> None:
+    engine.timed[0].load_s = 50.0
     for _ in range(3):
-        assert engine.comes(engine.ask(0, 0, 0, 0)) == 4
+        assert engine.prefetch(engine.new_keys(0, 0, 0, 0)) == 4
     assert engine.skipped() == [0]
 
 
-def test_it_can_be_turned_off() -> None:
-    engine = Engine(if_slower="load")
-    engine.slow[0].loading = engine.slow[0].asking = 50.0
-    engine.computes()
+def test_if_slower_load_always_loads() -> None:
+    engine = EngineUnderTest(if_slower="load")
+    engine.timed[0].load_s = engine.timed[0].lookup_s = 50.0
+    engine.observe_compute()
     for _ in range(3):
-        assert engine.comes(engine.ask(*[0] * 9)) == 9
+        assert engine.prefetch(engine.new_keys(*[0] * 9)) == 9
     assert engine.skipped() == [0]
     engine.stack.close()
 
 
-def test_a_slow_tier_is_looked_at_again_and_used_when_it_is_fast(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_skipped_tier_is_remeasured_and_used_once_it_is_fast(
+    engine: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [slow] = engine.slow
-    slow.loading = 0.2
-    engine.computes()
-    engine.comes(engine.ask(0, 0, 0, 0))
-    slow.loading = 0.01
-    skipped, begun = [], []
+    [timed] = engine.timed
+    timed.load_s = 0.2
+    engine.observe_compute()
+    engine.prefetch(engine.new_keys(0, 0, 0, 0))
+    timed.load_s = 0.01
+    skipped, submitted = [], []
     submit = engine.stack.lower.submit
 
-    def submitted(*call: Any) -> Future[Any]:
-        begun.append(submit(*call))
-        return begun[-1]
+    def recording_submit(*call: Any) -> Future[Any]:
+        submitted.append(submit(*call))
+        return submitted[-1]
 
-    monkeypatch.setattr(engine.stack.lower, "submit", submitted)
+    monkeypatch.setattr(engine.stack.lower, "submit", recording_submit)
     for _ in range(12):
-        engine.clock.pass_by(REMEASURE_S)
-        engine.comes(engine.ask(0, 0, 0, 0))
-        wait(begun, LONG)  # nobody waits for a try but this test
+        engine.clock.advance(REMEASURE_S)
+        engine.prefetch(engine.new_keys(0, 0, 0, 0))
+        wait(submitted, LONG)  # includes the remeasurement, which no request waits for
         skipped.append(engine.skipped()[0])
     assert skipped[0] == 4
-    assert skipped[-1] == skipped[-2]  # it is used by now
+    assert skipped[-1] == skipped[-2]  # the tier is used by now
 
 
-def test_asking_alone_may_take_too_long(engine: Engine) -> None:
-    [slow] = engine.slow
-    slow.asking = 5.0
-    engine.computes()
-    engine.comes(engine.ask(0, 0, 0, 0))
-    engine.lower[0]._remeasured_at = engine.clock()
-    slow.calls.clear()
-    assert engine.comes(engine.ask(0, 0, 0, 0)) == 0
-    assert slow.calls == []
+def test_tier_with_lookups_slower_than_computing_is_not_called(engine: EngineUnderTest) -> None:
+    [timed] = engine.timed
+    timed.lookup_s = 5.0
+    engine.observe_compute()
+    engine.prefetch(engine.new_keys(0, 0, 0, 0))
+    assert engine.lower[0].claim_remeasure()  # so that no remeasurement is due
+    timed.calls.clear()
+    assert engine.prefetch(engine.new_keys(0, 0, 0, 0)) == 0
+    assert timed.calls == []
     assert engine.skipped()[0] >= 4
 
 
-def test_the_near_part_is_loaded_and_the_far_computed() -> None:
-    engine = Engine(tiers=2)
-    near, far = engine.slow
-    near.loading, far.loading = 0.01, 1.0
-    engine.comes(engine.ask(0, 0, 1, 1))
-    engine.computes()
-    engine.lower[1]._remeasured_at = engine.clock()
-    assert engine.comes(engine.ask(0, 0, 0, 1, 1, 1)) == 3
+def test_blocks_of_a_fast_tier_are_loaded_and_those_of_a_slow_one_computed() -> None:
+    engine = EngineUnderTest(tiers=2)
+    near, far = engine.timed
+    near.load_s, far.load_s = 0.01, 1.0
+    engine.prefetch(engine.new_keys(0, 0, 1, 1))
+    engine.observe_compute()
+    assert engine.lower[1].claim_remeasure()  # so that no remeasurement is due
+    assert engine.prefetch(engine.new_keys(0, 0, 0, 1, 1, 1)) == 3
     assert engine.skipped() == [0, 3]
-    # A few far blocks are worth it where many near ones come after them.
-    assert engine.comes(engine.ask(1, *[0] * 40)) == 41
+    # One slow block is worth loading when many fast ones follow it.
+    assert engine.prefetch(engine.new_keys(1, *[0] * 40)) == 41
     engine.stack.close()
 
 
-def test_nobody_waits_longer_than_computing_takes() -> None:
-    """It was fast, and is not any more: then what has come by then is what there is."""
-    engine = Engine(blocks_per_call=2)
-    [slow] = engine.slow
-    slow.loading = 0.01
-    engine.computes()
-    assert engine.comes(engine.ask(*[0] * 8)) == 8
-    slow.loading = 0.3
-    keys, begun = engine.ask(*[0] * 16), engine.clock()
-    came = engine.comes(keys)
-    assert 0 < came < 16
-    engine.stack.lower.close(flush_s=0.0)  # what was under way ends
-    # Computing would take 1.6 s; the piece that comes then, and those under way, are what is more.
+def test_promotion_is_waited_for_no_longer_than_computing_takes() -> None:
+    """The tier was fast and becomes slow: the request gets what was promoted in time."""
+    engine = EngineUnderTest(blocks_per_call=2)
+    [timed] = engine.timed
+    timed.load_s = 0.01
+    engine.observe_compute()
+    assert engine.prefetch(engine.new_keys(*[0] * 8)) == 8
+    timed.load_s = 0.3
+    keys, begun = engine.new_keys(*[0] * 16), engine.clock()
+    promoted = engine.prefetch(keys)
+    assert 0 < promoted < 16
+    engine.stack.lower.close(flush_s=0.0)  # ends the calls that are running
+    # Computing would take 1.6 s. Up to three more pieces of two blocks were running then.
     assert engine.clock() - begun <= 1.6 + 3 * 2 * 0.3
     engine.stack.close()
 
 
-def test_a_hung_tier_is_waited_for_no_longer_and_its_breaker_opens() -> None:
-    engine = Engine(deadline_s=0.2)
+def test_hanging_tier_costs_its_deadline_and_opens_its_breaker() -> None:
+    engine = EngineUnderTest(deadline_s=0.2)
     engine.stack.observe_compute(1, 0.001)
-    [slow] = engine.slow
-    keys = engine.ask(0, 0, 0)
-    slow.gate.clear()
-    match = engine.stack.match  # asked for the deadline at most
+    [timed] = engine.timed
+    keys = engine.new_keys(0, 0, 0)
+    timed.gate.clear()
     for _ in range(3):
-        assert match(keys).result(LONG).blocks == 0
-    assert engine.lower[0].channel.health.breaker.open
-    slow.gate.set()
+        assert engine.stack.match(keys).result(LONG).blocks == 0
+    assert engine.stack.stats().lower[0].breaker_open
+    timed.gate.set()
     engine.stack.close()

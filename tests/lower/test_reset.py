@@ -1,4 +1,4 @@
-"""What a reset does to one tier: how it is told, and what is on its way to it then."""
+"""A reset in one lower tier: how the tier forgets, and what happens to queued blocks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tests.support.stack_under_test import NAMESPACE, StackUnderTest
 KEYS = keys_of("chain", 4)
 
 
-class Forgetful(Faulty):
-    """Forgets when it is told; renames the namespace, as the tiers of this project do."""
+class ForgettingTier(Faulty):
+    """Supports ``forget``, and then names the namespace anew, as the tiers of this project do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name = NAMESPACE
-        self.failing = 0  # calls of forget that raise
+        self.failing = 0  # how many of the next calls of forget() raise
         self.forgotten: list[bytes] = []
-        self.asked = 0
+        self.resolve_calls = 0
         self.stored_names: list[bytes] = []
-        self.before_store = threading.Event()
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.store_begun = threading.Event()
+        self.store_allowed = threading.Event()
+        self.store_allowed.set()
 
     def resolve(self, namespace: bytes, about: str) -> bytes:
-        self.asked += 1
+        self.resolve_calls += 1
         return self.name
 
     def forget(self, namespace: bytes) -> None:
@@ -44,105 +44,99 @@ class Forgetful(Faulty):
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        self.before_store.set()
-        assert self.go_on.wait(20)
+        self.store_begun.set()
+        assert self.store_allowed.wait(20)
         self.stored_names += keys
         return super().store(keys, blocks, parent)
 
 
 @pytest.fixture
-def below(monkeypatch: pytest.MonkeyPatch) -> StackUnderTest:
-    monkeypatch.setattr("tests.support.stack_under_test.Faulty", Forgetful)
-    return StackUnderTest()
+def tier() -> ForgettingTier:
+    return ForgettingTier()
 
 
-def tier_of(below: StackUnderTest) -> Forgetful:
-    [tier] = below.tiers
-    assert isinstance(tier, Forgetful)
-    return tier
+@pytest.fixture
+def under_test(tier: ForgettingTier) -> StackUnderTest:
+    return StackUnderTest(tiers=[tier])
 
 
-def test_resolve_is_asked_once_and_names_the_blocks(below: StackUnderTest) -> None:
-    tier = tier_of(below)
+def test_resolve_is_called_once_and_names_the_blocks(
+    under_test: StackUnderTest, tier: ForgettingTier
+) -> None:
     tier.name = b"k" * 32
-    below.put(KEYS)
-    assert below.stack.flush(20)
+    under_test.put(KEYS)
+    assert under_test.stack.flush(20)
     assert set(tier.stored_names) == {tier.name + key for key in KEYS}
-    assert tier.asked == 1
-    below.stack.close()
+    assert tier.resolve_calls == 1
+    under_test.stack.close()
 
 
-def test_clear_forgets_the_namespace_once(below: StackUnderTest) -> None:
-    tier = tier_of(below)
-    assert below.stack.clear()
-    assert below.stack.clear()  # the random one that was left is known to no other stack
+def test_clear_forgets_the_namespace_once(under_test: StackUnderTest, tier: ForgettingTier) -> None:
+    assert under_test.stack.clear()
+    assert under_test.stack.clear()  # no other stack has the random namespace that this one leaves
     assert tier.forgotten == [NAMESPACE]
-    below.stack.close()
+    under_test.stack.close()
 
 
-def test_clear_tier_that_cannot_forget_is_logged(
+def test_clear_tier_without_forget_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    below = StackUnderTest()  # of a tier with the contract's default
+    under_test = StackUnderTest()  # a tier with the default forget()
     with caplog.at_level(logging.WARNING, "kvcache"):
-        assert not below.stack.clear()
+        assert not under_test.stack.clear()
     assert "a reset was not written (not supported)" in caplog.text
-    assert below.stack.stats().lower[0].errors == 0
-    below.stack.close()
+    assert under_test.stack.stats().lower[0].errors == 0
+    under_test.stack.close()
 
 
-def test_clear_forget_that_fails_is_logged_and_done_before_the_next_write(
-    below: StackUnderTest, caplog: pytest.LogCaptureFixture
+def test_clear_failed_forget_is_logged_and_tried_before_the_next_write(
+    under_test: StackUnderTest, tier: ForgettingTier, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tier = tier_of(below)
     tier.failing = 2
     with caplog.at_level(logging.WARNING, "kvcache"):
-        assert not below.stack.clear()
+        assert not under_test.stack.clear()
     assert "a reset was not written (OSError)" in caplog.text
-    for _ in range(2):  # the first write costs no block, though forgetting fails again
+    for _ in range(2):  # forget() fails again in the first write, which loses no block
         keys = keys_of(f"after {len(tier.stored_names)}", 2)
-        below.put(keys)
-        assert below.stack.flush(20)
+        under_test.put(keys)
+        assert under_test.stack.flush(20)
     assert len(tier.stored_names) == 4
     assert tier.forgotten == [NAMESPACE]
-    below.stack.close()
+    under_test.stack.close()
 
 
-def test_clear_blocks_that_wait_to_be_written_are_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("tests.support.stack_under_test.Faulty", Forgetful)
-    below = StackUnderTest(calls=1)
-    tier, [lower] = tier_of(below), below.lower
-    tier.go_on.clear()
-    below.put(KEYS[:1])
-    assert tier.before_store.wait(20)  # one write is under way, the next one waits
-    below.put(keys_of("second", 3))
-    answer = lower.start_clear()
-    tier.go_on.set()
-    assert lower.finish_clear(answer)
-    assert below.stack.flush(20)
-    assert tier.stored_names == [NAMESPACE + KEYS[0]]  # the name of before, which no stack asks for
-    stats = below.stack.stats().lower[0]
+def test_clear_queued_blocks_are_dropped(tier: ForgettingTier) -> None:
+    under_test = StackUnderTest(tiers=[tier], calls=1)
+    [lower] = under_test.lower
+    tier.store_allowed.clear()
+    under_test.put(KEYS[:1])
+    assert tier.store_begun.wait(20)  # this write is running, and the next one waits
+    under_test.put(keys_of("second", 3))
+    call = lower.start_clear()
+    tier.store_allowed.set()
+    assert lower.finish_clear(call)
+    assert under_test.stack.flush(20)
+    assert tier.stored_names == [NAMESPACE + KEYS[0]]  # a name that no stack asks for any more
+    stats = under_test.stack.stats().lower[0]
     assert (stats.stored_blocks, stats.dropped_blocks) == (1, 3)
-    below.check_invariants()
-    below.stack.close()
+    under_test.check_invariants()
+    under_test.stack.close()
 
 
-def test_names_namespace_left_before_it_was_resolved_fails() -> None:
-    """Else what is late would be stored under the name that the next opening asks for."""
-    tier = Forgetful()
-    spaces = TierNamespace(tier, NAMESPACE)
-    spaces.reset()
-    assert spaces.forget()
+def test_names_of_a_namespace_reset_before_it_was_resolved_fail() -> None:
+    """Otherwise late blocks would be stored under the name that the next opening asks for."""
+    tier = ForgettingTier()
+    namespace = TierNamespace(tier, NAMESPACE)
+    namespace.reset()
+    assert namespace.forget()
     with pytest.raises(Exception, match="reset"):
-        spaces.names(NAMESPACE, KEYS)
-    assert spaces.names(spaces.current, KEYS) == [spaces.current + key for key in KEYS]
+        namespace.names(NAMESPACE, KEYS)
+    assert namespace.names(namespace.current, KEYS) == [namespace.current + key for key in KEYS]
 
 
 @pytest.mark.parametrize("name", [None, b"short", "text"])
-def test_names_tier_that_returns_no_namespace_fails(name: object) -> None:
-    tier = Forgetful()
+def test_names_of_a_tier_that_returns_no_namespace_fail(name: object) -> None:
+    tier = ForgettingTier()
     tier.name = name  # type: ignore[assignment]
     with pytest.raises(Exception, match="namespace"):
         TierNamespace(tier, NAMESPACE).names(NAMESPACE, KEYS)

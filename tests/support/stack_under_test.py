@@ -31,6 +31,7 @@ class StackUnderTest:
         blocks_per_call: the most blocks of one call to a lower tier.
         calls: how many calls to a lower tier run at once.
         clock: of the stack and of the lower tiers.
+        breaker_clock: of the circuit breakers; ``None`` is ``clock``.
         breaker_failures: how many failures in a row open the circuit breaker of a lower tier.
         options: of every lower tier.
     """
@@ -43,6 +44,7 @@ class StackUnderTest:
         blocks_per_call: int = 4,
         calls: int = 2,
         clock: Callable[[], float] = time.monotonic,
+        breaker_clock: Callable[[], float] | None = None,
         breaker_failures: int = 3,
         **options: Any,
     ):
@@ -58,7 +60,7 @@ class StackUnderTest:
                 calls=calls,
                 clock=clock,
                 piece_nbytes=blocks_per_call * PAGE,
-                breaker=CircuitBreaker(clock, failures=breaker_failures),
+                breaker=CircuitBreaker(breaker_clock or clock, failures=breaker_failures),
                 **options,
             )
             for number, tier in enumerate(self.tiers, 2)
@@ -107,7 +109,20 @@ class StackUnderTest:
                 break  # otherwise the deadline passed before the load began
         lower.channel.deadline_s = deadline_s
 
+    def overwrite_free_slots(self) -> None:
+        """Fill L1's free slots with bytes of no block, so that a slot that is not read shows."""
+        keys = [b"overwritten %d" % number for number in range(self.front.slab.slots)]
+        with self.front.reserve(keys) as lease:
+            for view in lease.views:
+                view[:] = b"\xee" * len(view)
+            lease.end(failed=lease.keys)
+
+    def check_index(self) -> None:
+        """Check that L1's index is consistent. Other threads may be using it."""
+        with self.front._lock:
+            self.front._index.check()
+
     def check_invariants(self) -> None:
         """Check that L1's index is consistent and that no slot is pinned."""
-        self.front._index.check()
+        self.check_index()
         assert self.stack.stats().pinned_slots == 0

@@ -57,16 +57,18 @@ class InServer(dict[bytes, bytes]):
 
 
 def test_the_stack_is_right_whatever_goes_wrong_on_the_way(server: Server) -> None:
-    with closing(RedisTier(url=server.url, timeout_s=30)) as tier:
+    with closing(RedisTier(url=server.url, timeout_s=30)) as redis_tier:
 
         class FaultsBeforeAServer(Faults):
             @initialize(
-                slots=st.integers(1, 10), pieces=st.integers(1, 4), queue=st.integers(1, 10)
+                slots=st.integers(1, 10),
+                blocks_per_call=st.integers(1, 4),
+                queue=st.integers(1, 10),
             )
-            def open(self, slots: int, pieces: int, queue: int) -> None:
-                super().open(slots, pieces, queue)
+            def open(self, slots: int, blocks_per_call: int, queue: int) -> None:
+                super().open(slots, blocks_per_call, queue)
                 server.client().flushall()
-                self.below.tiers[0].held = InServer(tier)
+                self.tier.held = InServer(redis_tier)
 
         run_state_machine_as_test(
             FaultsBeforeAServer,

@@ -1,7 +1,7 @@
-"""Room that can be made is made, and making it costs what it gives."""
+"""``Index.reserve`` evicts whatever may be evicted, at a bounded cost, under every policy."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -18,21 +18,24 @@ def chain_of(name: str) -> list[bytes]:
     return [name[: at + 1].encode() for at in range(len(name))]
 
 
-def room(index: Index, stays: set[bytes]) -> int:
-    """Slots that are free, or can be by taking leaves that are neither pinned nor in ``stays``."""
-    left = dict(index.ready())
-    stood_on = set(index.filling())
+def reservable(index: Index, protected: set[bytes], pinned: Collection[int]) -> int:
+    """Count the slots that are free, or become free by evicting leaves again and again.
+
+    ``protected`` keys and ``pinned`` slots are not evicted.
+    """
+    remaining = dict(index.ready())
+    filling = set(index.filling())
     while True:
-        parents = {key[:-1] for key in (*left, *stood_on)}
+        parents = {key[:-1] for key in (*remaining, *filling)}
         leaves = [
             key
-            for key, slot in left.items()
-            if key not in parents and key not in stays and slot not in index._pins
+            for key, slot in remaining.items()
+            if key not in parents and key not in protected and slot not in pinned
         ]
         if not leaves:
-            return len(index._free) + len(index.ready()) - len(left)
+            return index.free_slots + len(index.ready()) - len(remaining)
         for key in leaves:
-            del left[key]
+            del remaining[key]
 
 
 @settings(max_examples=300)
@@ -40,28 +43,28 @@ def room(index: Index, stays: set[bytes]) -> int:
     st.sampled_from(sorted(POLICIES)),
     st.lists(st.tuples(chains, st.booleans(), st.integers(0, 8)), max_size=40),
 )
-def test_room_that_can_be_made_is_made(name: str, requests: list[tuple[str, bool, int]]) -> None:
+def test_reserve_evicts_as_much_as_it_can(name: str, requests: list[tuple[str, bool, int]]) -> None:
     index = Index(POLICIES[name](SLOTS), map(float, itertools.count()).__next__)
     index.open_slots(SLOTS)
     pinned: list[int] = []
-    for chain, told, pins in requests:
-        names = chain_of(chain)
-        found = len(list(itertools.takewhile(index.__contains__, names)))
-        if told:
-            assert index.access(names, 0) == found
+    for chain, access, pins in requests:
+        keys = chain_of(chain)
+        found = len(list(itertools.takewhile(index.__contains__, keys)))
+        if access:
+            assert index.access(keys, 0) == found
         index.unpin(pinned)
-        pinned = index.pin(names[: min(pins, found)])
-        absent = names[found:]
+        pinned = index.pin(keys[: min(pins, found)])
+        absent = keys[found:]
         missing = [key for key in absent if key not in index]
-        stays = {*absent, *names[found - 1 : found]}
-        possible = min(room(index, stays), len(missing))
-        _, slots = index.reserve(absent, names[found - 1] if found else None)
+        protected = {*absent, *keys[found - 1 : found]}
+        possible = min(reservable(index, protected, pinned), len(missing))
+        _, slots = index.reserve(absent, keys[found - 1] if found else None)
         assert len(slots) == possible, (chain, sorted(index.ready()))
         index.publish(slots)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_was_kept_for_a_branch_goes_when_the_branch_has(name: str) -> None:
+def test_reserve_after_a_branch_was_evicted_evicts_its_stem(name: str) -> None:
     index = Index(POLICIES[name](4), map(float, itertools.count()).__next__)
     index.open_slots(4)
     index.publish(index.reserve([b"a", b"b", b"c"], None)[1])
@@ -69,14 +72,14 @@ def test_what_was_kept_for_a_branch_goes_when_the_branch_has(name: str) -> None:
     assert index.reserve([b"1", b"2", b"3", b"4"], None)[0] == [0, 1, 2, 3]
 
 
-def test_s3fifo_a_used_block_behind_a_pinned_one_can_go() -> None:
+def test_s3fifo_used_block_behind_a_pinned_one_is_evicted() -> None:
     index = Index(POLICIES["s3fifo"](4), map(float, itertools.count()).__next__)
     index.open_slots(4)
     for key in (b"x", b"y", b"s", b"t"):
         index.publish(index.reserve([key], None)[1])
     for key in (b"x", b"y") * 2:
         index.access([key], 0)
-    index.publish(index.reserve([b"u"], None)[1])  # x and y pass their probation; s goes
+    index.publish(index.reserve([b"u"], None)[1])  # x and y move to the main queue; s is evicted
     index.access([b"y"], 0)
     index.pin([b"x"])
     index.pin([b"t"])
@@ -85,30 +88,30 @@ def test_s3fifo_a_used_block_behind_a_pinned_one_can_go() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_two_answers_that_grow_in_turns_cost_no_more_per_block(name: str) -> None:
-    def asked(length: int) -> int:
+def test_evict_chains_that_grew_in_turns_costs_the_same_per_block(name: str) -> None:
+    def count_takes(length: int) -> int:
         policy = POLICIES[name](2 * length)
         index = Index(policy, map(float, itertools.count()).__next__)
         index.open_slots(2 * length)
         count = 0
-        a, b = ([b"%s%d" % (who, at) for at in range(length)] for who in (b"a", b"b"))
+        a, b = ([b"%s%d" % (chain, at) for at in range(length)] for chain in (b"a", b"b"))
         for at in range(length):
             for chain in (a, b):
                 index.publish(index.reserve([chain[at]], chain[at - 1] if at else None)[1])
         evict = policy.evict
 
-        def counted(some: int, take: Take) -> None:
-            def taken(keys: Sequence[bytes]) -> int:
+        def counting_evict(blocks: int, take: Take) -> None:
+            def counting_take(keys: Sequence[bytes]) -> int:
                 nonlocal count
                 count += 1
                 return take(keys)
 
-            evict(some, taken)
+            evict(blocks, counting_take)
 
-        policy.evict = counted  # type: ignore[method-assign, assignment]
+        policy.evict = counting_evict  # type: ignore[method-assign, assignment]
         for at in range(length):
             index.publish(index.reserve([b"z%d" % at], None)[1])
         return count
 
-    small, large = asked(200), asked(400)
+    small, large = count_takes(200), count_takes(400)
     assert large <= 2.2 * small
