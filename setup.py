@@ -17,6 +17,7 @@ MODULES = (
     "eviction/gittins/epochs",
     "eviction/gittins/lru_budget",
     "eviction/gittins/ranking",
+    "eviction/gittins/known_runs",
     "eviction/gittins/policy",
 )
 

@@ -1,7 +1,8 @@
 """Eviction policies: the shipped ones by name, and how a tier's option finds a policy class.
 
 A tier's option of type ``Eviction`` is the name of a shipped policy, or a class path
-``"package.module:Class"``. The class must be a ``Policy`` whose constructor needs a capacity only.
+``"package.module:Class"``. The class must be a ``Policy``, and its constructor must need nothing
+but a capacity.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 20
 the state here: ``once`` is T1, ``again`` is T2, ``ghosts_once`` is B1, ``ghosts_again`` is B2, and
 ``target`` is p.
 
-Two adaptations: a look-up adapts the target for all missing blocks of the request, one after
+Two adaptations: a lookup adapts the target for all missing blocks of the request, one after
 another; and the paper's REPLACE happens when the index asks for room.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kvcache.eviction.runs import BlockRun, RunPolicy, RunQueue
+from kvcache.eviction.runs import ChainRun, RunPolicy, RunQueue
 
 
 class Arc(RunPolicy):
@@ -77,7 +77,7 @@ class Arc(RunPolicy):
         )
         return (once, again) if over_target else (again, once)
 
-    def _offer_size(self, queue: RunQueue, run: BlockRun, count: int) -> int:
+    def _offer_size(self, queue: RunQueue, run: ChainRun, count: int) -> int:
         if queue is self.once:
             count = min(count, max(1, queue.blocks - int(self.target)))
         return min(len(run.keys), count)

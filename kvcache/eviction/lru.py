@@ -8,7 +8,7 @@ from kvcache.eviction.fifo import Fifo
 
 
 class Lru(Fifo):
-    """Least recently used, by request: a look-up makes its blocks the newest; tails go first."""
+    """Least recently used, by request: a lookup makes its blocks the newest; tails go first."""
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         keys = self._cut_out(chain[:held])

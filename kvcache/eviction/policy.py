@@ -7,7 +7,7 @@ together.
 
 For each request the index calls, in this order::
 
-    access(chain, held)      at look-up, with the whole prompt; again if the request has to wait
+    access(chain, held)      at lookup, with the whole prompt; again if the request has to wait
     admit(keys, parent)      before any copy, when a segment does not fit into the free slots
     evict(count, take)       right after admit, to free as many slots as are still missing
     add(keys, parent)        when a segment has been stored
@@ -50,7 +50,7 @@ class Policy(ABC):
 
     @abstractmethod
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        """Record that a request looked up ``chain``, whose first ``held`` blocks were found.
+        """Record that a request looked up ``chain`` and found its first ``held`` blocks.
 
         Args:
             chain: keys of the prompt's blocks, from its first block.

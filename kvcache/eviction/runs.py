@@ -6,8 +6,8 @@ A *run* is consecutive blocks of one chain, head first::
             [a0 a1 a2]   [b0 b1]   [a3 a4 a5]
                     ^                        a run is evicted from its tail
 
-Invariants: every key of a policy is in exactly one run; a run is consecutive blocks of one chain; a
-run whose tail could not be evicted moves to the newest end, since it is in use.
+Invariants: every key of a policy is in exactly one run; a run is consecutive blocks of one chain.
+If the tail of a run cannot be evicted, the run is in use and moves to the newest end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Set as AbstractSet
 from kvcache.eviction.policy import Policy, Take
 
 
-class BlockRun:
+class ChainRun:
     """Consecutive blocks of one chain.
 
     Attributes:
@@ -47,18 +47,18 @@ class RunQueue:
         blocks: blocks in all runs of this queue.
     """
 
-    def __init__(self, run_of: dict[bytes, BlockRun]) -> None:
+    def __init__(self, run_of: dict[bytes, ChainRun]) -> None:
         self._run_of = run_of
-        self._runs: OrderedDict[BlockRun, None] = OrderedDict()
+        self._runs: OrderedDict[ChainRun, None] = OrderedDict()
         self.blocks = 0
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def oldest(self) -> BlockRun:
+    def oldest(self) -> ChainRun:
         return next(iter(self._runs))
 
-    def newest(self) -> BlockRun:
+    def newest(self) -> ChainRun:
         return next(reversed(self._runs))
 
     def push(self, keys: list[bytes], parent: bytes | None) -> None:
@@ -67,14 +67,14 @@ class RunQueue:
         if run is not None and run.keys[-1] == parent:
             run.keys += keys
         else:
-            run = BlockRun(self, keys, parent)
+            run = ChainRun(self, keys, parent)
             self._runs[run] = None
         run_of = self._run_of
         for key in keys:
             run_of[key] = run
         self.blocks += len(keys)
 
-    def extend(self, run: BlockRun, keys: list[bytes]) -> None:
+    def extend(self, run: ChainRun, keys: list[bytes]) -> None:
         """Append ``keys``, which continue ``run``, to it, and make ``run`` the newest."""
         run.keys += keys
         self._runs.move_to_end(run)
@@ -83,12 +83,12 @@ class RunQueue:
             run_of[key] = run
         self.blocks += len(keys)
 
-    def drop(self, run: BlockRun) -> None:
+    def drop(self, run: ChainRun) -> None:
         """Take ``run`` out of the queue; the caller moves or forgets its keys."""
         del self._runs[run]
         self.blocks -= len(run.keys)
 
-    def rotate(self, run: BlockRun) -> None:
+    def rotate(self, run: ChainRun) -> None:
         """Make ``run`` the newest, merged into the run that it continues if that is in the queue.
 
         Without the merge, chains that grew one block at a time, in turns, would stay many runs of
@@ -101,7 +101,7 @@ class RunQueue:
         else:
             self._runs.move_to_end(run)
 
-    def cut_tail(self, run: BlockRun, count: int) -> list[bytes]:
+    def cut_tail(self, run: ChainRun, count: int) -> list[bytes]:
         """Forget the last ``count`` keys of ``run``; returns them, head first."""
         keys, run_of = run.keys[-count:], self._run_of
         del run.keys[-count:]
@@ -112,7 +112,7 @@ class RunQueue:
             del self._runs[run]
         return keys
 
-    def cut_head(self, run: BlockRun, count: int) -> None:
+    def cut_head(self, run: ChainRun, count: int) -> None:
         """Take the first ``count`` keys out of ``run``; the caller updates ``run_of``."""
         self.blocks -= count
         if count == len(run.keys):
@@ -121,7 +121,7 @@ class RunQueue:
             run.parent = run.keys[count - 1]
             del run.keys[:count]
 
-    def cut_out(self, run: BlockRun, keys: AbstractSet[bytes]) -> None:
+    def cut_out(self, run: ChainRun, keys: AbstractSet[bytes]) -> None:
         """Take ``keys`` out of ``run``, wherever they are in it; takes time linear in the run."""
         remaining = [key for key in run.keys if key not in keys]
         self.blocks -= len(run.keys) - len(remaining)
@@ -147,7 +147,7 @@ class RunPolicy(Policy):
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self.run_of: dict[bytes, BlockRun] = {}
+        self.run_of: dict[bytes, ChainRun] = {}
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys)
@@ -158,7 +158,7 @@ class RunPolicy(Policy):
             run.queue.cut_out(run, removed)
 
     def evict(self, count: int, take: Take) -> None:
-        kept_runs = set[BlockRun]()  # runs whose tail could not be evicted in this pass
+        kept_runs = set[ChainRun]()  # runs that kept their tail in this pass
         progress = False
         while count:
             for queue in self._queues_to_evict():
@@ -199,7 +199,7 @@ class RunPolicy(Policy):
     def _queues_to_evict(self) -> Sequence[RunQueue]:
         """All queues: the one to evict from, then those to use if all of its tails must stay."""
 
-    def _offer_size(self, queue: RunQueue, run: BlockRun, count: int) -> int:
+    def _offer_size(self, queue: RunQueue, run: ChainRun, count: int) -> int:
         """Return how many blocks of ``run``, at most ``count``, may be evicted now.
 
         0 means that this method moved the run elsewhere instead.

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from itertools import islice
 
-from kvcache.eviction.runs import BlockRun, RunPolicy, RunQueue
+from kvcache.eviction.runs import ChainRun, RunPolicy, RunQueue
 
 _MAX_USES = 3  # a larger count would only delay eviction; the paper's counter has two bits
 
@@ -73,7 +73,7 @@ class S3Fifo(RunPolicy):
         small, main = self.small, self.main
         return (small, main) if small.blocks >= self._small_capacity else (main, small)
 
-    def _offer_size(self, queue: RunQueue, run: BlockRun, count: int) -> int:
+    def _offer_size(self, queue: RunQueue, run: ChainRun, count: int) -> int:
         small, main, uses = self.small, self.main, self.uses
         uses_to_stay = self._promote if queue is small else 1
         if queue is small:

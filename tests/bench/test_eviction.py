@@ -79,7 +79,7 @@ def test_state(name: str, slots: int) -> None:
     replay.play(requests)
     gc.collect()
     most = tracemalloc.get_traced_memory()[0]
-    known_keys: dict[bytes, int] = getattr(replay.policy, "_run_of", replay.index.ready())
+    known_keys: dict[bytes, int] = getattr(replay.policy, "run_ids", replay.index.ready())
     known = len(known_keys)
     del known_keys, replay
     gc.collect()

@@ -1,49 +1,50 @@
-"""The learned policy's account of LRU: it is right, and nothing is risked that was not won."""
+"""The LRU budget: it knows what LRU would hold, and limits what the learned policy can lose."""
 
 import pytest
 
 from kvcache.eviction import Gittins, Lru
 from kvcache.eviction.gittins.epochs import Cohort, Epoch
-from kvcache.eviction.gittins.hazards import AGAIN, ALWAYS, CLASSES, OCTAVES, OFTEN
+from kvcache.eviction.gittins.hazards import (
+    CLASS_COUNT,
+    OCTAVE_COUNT,
+    REUSED_2,
+    REUSED_4,
+    REUSED_16,
+)
 from kvcache.eviction.gittins.lru_budget import LruBudget
 from kvcache.testing import evict_blocks
 from tests.support.eviction_traffic import GENERATORS, Replay, Request, grown, traps
+from tests.support.fixed_hazards import FixedHazards
+
+# Only blocks that were reused are worth anything, at any age.
+WRONG_TABLES = [
+    [float(cls in (REUSED_2, REUSED_4, REUSED_16))] * (OCTAVE_COUNT + 1)
+    for cls in range(CLASS_COUNT)
+]
 
 
-def learned_of(replay: Replay) -> tuple[Gittins, LruBudget]:
-    assert isinstance(replay.policy, Gittins)
-    return replay.policy, replay.policy._trust
-
-
-def misled(replay: Replay) -> None:
-    """Have the policy believe that only what was used again is worth anything, and for ever."""
-    policy, _ = learned_of(replay)
-    policy._hazards._next_learn = 1 << 60
-    policy._hazards.tables = [
-        [float(kind in (AGAIN, OFTEN, ALWAYS))] * (OCTAVES + 1) for kind in range(CLASSES)
-    ]
-    policy._sort()
+def replay_with_wrong_tables(slots: int, budget: LruBudget) -> Replay:
+    return Replay(lambda capacity: Gittins(capacity, FixedHazards(WRONG_TABLES), budget), slots)
 
 
 @pytest.mark.parametrize("slots", [300, 1000])
 @pytest.mark.parametrize("name", ["chat", "documents", "agents", "traps"])
-def test_it_knows_what_lru_would_find(name: str, slots: int) -> None:
-    """Where there are slots for some requests; LRU keeps more of one that is larger than all."""
+def test_budget_counts_the_hits_of_lru(name: str, slots: int) -> None:
+    """With slots for several requests: of a request larger than all slots, LRU keeps more."""
     requests = GENERATORS[name](1500)
-    learned, lru = Replay(Gittins, slots), Replay(Lru, slots)
+    budget = LruBudget(slots)
+    learned, lru = Replay(lambda slots: Gittins(slots, budget=budget), slots), Replay(Lru, slots)
     learned.play(requests)
     lru.play(requests)
-    _, trust = learned_of(learned)
-    asked = lru.index.lookup_blocks
-    halved = asked / trust._asked
-    assert trust._found * halved == pytest.approx(lru.index.hit_blocks, abs=0.02 * asked)
+    looked_up = lru.index.lookup_blocks
+    halved = looked_up / budget.looked_up
+    assert budget.lru_hits * halved == pytest.approx(lru.index.hit_blocks, abs=0.02 * looked_up)
 
 
 @pytest.mark.parametrize("slots", [100, 300])
-def test_who_believes_what_is_wrong_is_lru_but_for_what_it_may_try(slots: int) -> None:
-    requests = traps(9000)[:1500]  # who comes back does so soon: LRU is right
-    wrong, lru = Replay(Gittins, slots), Replay(Lru, slots)
-    misled(wrong)
+def test_wrong_tables_cost_at_most_the_budget(slots: int) -> None:
+    requests = traps(9000)[:1500]  # blocks come back soon: LRU is right
+    wrong, lru = replay_with_wrong_tables(slots, LruBudget(slots)), Replay(Lru, slots)
     wrong.play(requests)
     lru.play(requests)
     lost = lru.index.hit_blocks - wrong.index.hit_blocks
@@ -51,139 +52,138 @@ def test_who_believes_what_is_wrong_is_lru_but_for_what_it_may_try(slots: int) -
     assert 0 < lost <= 0.01 * slots * (2 + turnovers / 16) + 0.002 * lru.index.lookup_blocks
 
 
-def test_who_believes_what_is_wrong_and_may_try_all_loses_much() -> None:
-    """The account is what saves the one above."""
-    requests = traps(9000)[:1500]  # who comes back does so soon: LRU is right
-    wrong, lru = Replay(Gittins, 300), Replay(Lru, 300)
-    misled(wrong)
-    learned_of(wrong)[1]._first = 300.0
+def test_wrong_tables_without_a_budget_cost_much() -> None:
+    """The budget limits the loss in the test above, not the tables."""
+    requests = traps(9000)[:1500]
+    wrong, lru = replay_with_wrong_tables(300, LruBudget(300, stake=300.0)), Replay(Lru, 300)
     assert wrong.play(requests) < lru.play(requests) - 2
 
 
-def test_when_too_much_is_missing_no_more_goes_missing() -> None:
-    replay = Replay(Gittins, 300)
-    _, trust = learned_of(replay)
-    forced = 0
+def test_missing_blocks_beyond_the_budget_do_not_increase() -> None:
+    budget = LruBudget(300)
+    replay = Replay(lambda slots: Gittins(slots, budget=budget), 300)
+    overspent = 0
     for request in traps(2400):
-        missing, had = trust._allowed - trust.slack(), trust.slack()
+        missing, slack = budget.allowed_missing - budget.slack(), budget.slack()
         replay.play([request])
-        if had < 0:
-            forced += 1
-            assert trust._allowed - trust.slack() <= missing + 9
-    assert forced > 100
+        if slack < 0:
+            overspent += 1
+            assert budget.allowed_missing - budget.slack() <= missing + 9
+    assert overspent > 100
 
 
-def test_no_more_goes_of_a_cohort_than_may_be_missing() -> None:
-    policy = Gittins(3200)
-    policy._ends.apart = False
-    policy._hazards.tables = [[float(octave) for octave in range(OCTAVES + 1)]] * CLASSES
-    policy._sort()
+def test_eviction_from_a_recent_cohort_stops_at_the_budget() -> None:
+    rising = [[float(octave) for octave in range(OCTAVE_COUNT + 1)]] * CLASS_COUNT
+    policy = Gittins(3200, FixedHazards(rising), LruBudget(3200, stake=10.0))
+    policy.last_blocks.separate = False
     for now in (0.0, 100.0):
         for name in range(10):
             chain = [b"%d %d/%d" % (now, name, at) for at in range(3)]
             policy.access(chain, 0, now)
             policy.add(chain, None, now)
-    policy._trust._allowed = 10
-    gone = evict_blocks(policy, 30)
-    young = [key for key in gone if key.startswith(b"100")]
-    assert gone[: len(young)] == young  # what is worth least, until too much is missing,
-    assert 10 <= len(young) <= 12  # and then what LRU would take
+    evicted = evict_blocks(policy, 30)
+    young = [key for key in evicted if key.startswith(b"100")]
+    assert evicted[: len(young)] == young  # the lowest worth, until the budget is used up;
+    assert 10 <= len(young) <= 12  # the victims of LRU after that
 
 
-def test_where_lru_finds_nothing_there_is_nothing_to_lose() -> None:
-    replay = Replay(Gittins, 300)
-    _, trust = learned_of(replay)
+def test_budget_where_lru_has_no_hits_allows_all_blocks_to_be_missing() -> None:
+    budget = LruBudget(300)
+    replay = Replay(lambda slots: Gittins(slots, budget=budget), 300)
     rounds = [Request(float(at), grown(f"document {at % 100}", 9)) for at in range(400)]
     replay.play(rounds[:100])
-    assert trust._allowed == pytest.approx(3)
+    assert budget.allowed_missing == pytest.approx(3)
     replay.play(rounds[100:110])
-    assert trust._won < 30
-    assert trust._allowed == 300
+    assert budget.hits_won < 30
+    assert budget.allowed_missing == 300
     replay.play([Request(110.0 + at, rounds[110 + at % 2].keys) for at in range(6)])
-    assert trust._allowed < 300
+    assert budget.allowed_missing < 300
 
 
-def test_what_never_comes_back_is_not_worth_a_try() -> None:
-    replay = Replay(Gittins, 300)
+def test_budget_where_nothing_is_reused_stays_at_the_stake() -> None:
+    budget = LruBudget(300)
+    replay = Replay(lambda slots: Gittins(slots, budget=budget), 300)
     replay.play([Request(float(at), grown(f"once {at}", 9)) for at in range(1000)])
-    assert learned_of(replay)[1]._allowed == pytest.approx(3)
+    assert budget.allowed_missing == pytest.approx(3)
 
 
-def cohorts(trust: LruBudget, *blocks: int) -> list[Cohort]:
-    """One of each epoch, the oldest first."""
-    made = [Cohort(0, Epoch(float(at))) for at in range(len(blocks))]
-    for cohort, count in zip(made, blocks, strict=True):
-        trust.recent[cohort.epoch] = None
+def cohorts(budget: LruBudget, *blocks: int) -> list[Cohort]:
+    """Add a cohort of each size in an epoch of its own, oldest first."""
+    added = [Cohort(0, Epoch(float(at))) for at in range(len(blocks))]
+    for cohort, count in zip(added, blocks, strict=True):
+        budget.recent[cohort.epoch] = None
         cohort.blocks = count
-        trust.of_now(cohort.epoch, count, 0)
-    return made
+        budget.add_current(cohort.epoch, count, 0)
+    return added
 
 
-def test_of_the_edge_a_share_is_what_lru_would_hold() -> None:
-    trust = LruBudget(100)
-    old, edge, *_ = cohorts(trust, 50, 40, 60, 30)
+def test_uses_of_the_edge_count_as_lru_hits_by_share() -> None:
+    budget = LruBudget(100)
+    old, edge, *_ = cohorts(budget, 50, 40, 60, 30)
     assert [cohort.epoch.recent for cohort in (old, edge)] == [False, True]
-    trust.used(edge, held=8, missing=0)  # LRU would have a quarter of them
-    assert trust._won == 6
-    trust.used(edge, held=0, missing=8)
-    assert trust._won == 4
-    trust.used(old, held=3, missing=5)
-    assert trust._won == 7
-    assert (trust._found, trust._beyond) == (4, 20)
-    assert (old.blocks, edge.blocks, trust.known) == (42, 24, 114)
+    budget.take_used(edge, held=8, missing=0)  # LRU would hold a quarter of the edge
+    assert budget.hits_won == 6
+    budget.take_used(edge, held=0, missing=8)
+    assert budget.hits_won == 4
+    budget.take_used(old, held=3, missing=5)
+    assert budget.hits_won == 7
+    assert (budget.lru_hits, budget.late_reuses) == (4, 20)
+    assert (old.blocks, edge.blocks, budget.recent_blocks) == (42, 24, 114)
 
 
-def test_what_is_missing_is_paid_for() -> None:
-    trust = LruBudget(1000)
-    old, _, edge, new = cohorts(trust, 100, 200, 200, 900)
-    assert trust.slack() == 10
-    trust.count(new, 0, 7)
-    trust.count(edge, 0, 4)  # half of which LRU would hold
-    assert trust.slack() == 1
-    trust.count(old, 0, 50)
-    assert trust.slack() == 1
-    trust.used(old, held=5, missing=0)
-    trust.of_now(new.epoch, 5, 0)
-    assert trust.slack() == pytest.approx(1 + 5 * 5 + 0.1)  # a fortieth more of the edge is out
-    trust.count(new, 0, 25)
-    trust.used(new, held=0, missing=25)
-    trust.of_now(new.epoch, 25, 0)
-    assert trust.slack() == pytest.approx(10 - 20 - 9 + 0.1)
+def test_slack_falls_with_missing_blocks_and_rises_with_hits_won() -> None:
+    budget = LruBudget(1000)
+    old, _, edge, new = cohorts(budget, 100, 200, 200, 900)
+    assert budget.slack() == 10
+    budget.add_blocks(new, 0, 7)
+    budget.add_blocks(edge, 0, 4)  # LRU would hold half of the edge
+    assert budget.slack() == 1
+    budget.add_blocks(old, 0, 50)
+    assert budget.slack() == 1
+    budget.take_used(old, held=5, missing=0)
+    budget.add_current(new.epoch, 5, 0)
+    # Five blocks for each hit; and LRU would hold a fortieth less of the edge.
+    assert budget.slack() == pytest.approx(1 + 5 * 5 + 0.1)
+    budget.add_blocks(new, 0, 25)
+    budget.take_used(new, held=0, missing=25)
+    budget.add_current(new.epoch, 25, 0)
+    assert budget.slack() == pytest.approx(10 - 20 - 9 + 0.1)
 
 
 @pytest.mark.parametrize(
-    ("found", "beyond", "allowed"), [(100, 150, 10), (100, 350, 25), (100, 900, 40), (0, 100, 40)]
+    ("lru_hits", "late_reuses", "allowed"),
+    [(100, 150, 10), (100, 350, 25), (100, 900, 40), (0, 100, 40)],
 )
-def test_more_is_tried_where_more_comes_too_late_for_lru_than_it_finds(
-    found: int, beyond: int, allowed: int
+def test_stake_grows_with_the_odds_after_enough_lookups(
+    lru_hits: int, late_reuses: int, allowed: int
 ) -> None:
-    trust = LruBudget(1000)
-    old, new = cohorts(trust, 500, 1000)
-    trust.used(new, held=found, missing=0)
-    trust.used(old, held=0, missing=beyond)
-    trust.passed(16_000)
-    trust.of_now(new.epoch, 0, 0)
-    assert trust.slack() == 10  # it is too early to say
-    trust.passed(1)
-    trust.of_now(new.epoch, 0, 0)
-    assert trust.slack() == allowed
+    budget = LruBudget(1000)
+    old, new = cohorts(budget, 500, 1000)
+    budget.take_used(new, held=lru_hits, missing=0)
+    budget.take_used(old, held=0, missing=late_reuses)
+    budget.end_epoch(16_000)
+    budget.add_current(new.epoch, 0, 0)
+    assert budget.slack() == 10  # too few lookups
+    budget.end_epoch(1)
+    budget.add_current(new.epoch, 0, 0)
+    assert budget.slack() == allowed
 
 
-def test_a_loss_is_forgotten_in_time() -> None:
-    trust = LruBudget(100)
-    (new,) = cohorts(trust, 100)
-    trust.used(new, held=0, missing=50)
+def test_lost_hits_are_forgotten_with_lookups() -> None:
+    budget = LruBudget(100)
+    (new,) = cohorts(budget, 100)
+    budget.take_used(new, held=0, missing=50)
     for _ in range(160):
-        trust.passed(10)
-    assert -50 * 0.4 < trust._won < -50 * 0.3
+        budget.end_epoch(10)
+    assert -50 * 0.4 < budget.hits_won < -50 * 0.3
     for _ in range(2000):
-        trust.passed(10)
-    assert trust._won > -0.1
+        budget.end_epoch(10)
+    assert budget.hits_won > -0.1
 
 
-def test_no_more_is_won_than_the_slots() -> None:
-    trust = LruBudget(100)
-    old, _ = cohorts(trust, 100, 100)
-    trust.used(old, held=100_000, missing=0)
-    trust.passed(0)
-    assert trust._won == 100
+def test_hits_won_are_at_most_the_capacity() -> None:
+    budget = LruBudget(100)
+    old, _ = cohorts(budget, 100, 100)
+    budget.take_used(old, held=100_000, missing=0)
+    budget.end_epoch(0)
+    assert budget.hits_won == 100

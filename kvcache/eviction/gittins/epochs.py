@@ -1,19 +1,20 @@
-"""What the learned policy keeps of blocks: runs of them, cohorts of runs, and epochs of cohorts.
+"""What the learned policy knows about blocks: runs, cohorts of runs, and epochs of cohorts.
 
 ::
 
-    Epoch   from 17.2 s on
-      Cohort   NEW     run   a0 a1 a2 a3 | a4 a5
-                             held          known: evicted, declined, or not there yet
-                       run   b0 b1
-      Cohort   AGAIN   run   c0 c1 c2
+    Epoch   started at 17.2 s
+      Cohort   NEW        run   a0 a1 a2 a3 | a4 a5
+                                held          known: evicted, declined, or not stored yet
+                          run   b0 b1
+      Cohort   REUSED_2   run   c0 c1 c2
 
-A *run* is blocks of one chain, head first, that were used last at one time and are of one class. An
-*epoch* is some seconds, or some blocks, in which no time passes: all that is used in it is of one
-age. A *cohort* is the runs of one class and epoch. It is the epoch that grows older, not each run.
+A *run* is consecutive blocks of one chain, head first, that were last used at the same time and are
+of one class. An *epoch* is a few seconds, or a number of blocks, within which the policy's time
+stands still: all blocks used in it have the same age. A *cohort* is the runs of one class and one
+epoch. Epochs grow older, not single runs, so ageing costs little.
 
-Always true: ``run.keys[: run.held]`` are the blocks of the run that the index holds; a run that
-holds blocks is in ``runs`` of its cohort or in ``parked``, and no other is.
+Invariants: ``run.keys[: run.held]`` are the blocks of the run that the index holds. A run that
+holds blocks is either in ``runs`` or in ``parked`` of its cohort; any other run is in neither.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ class Epoch:
     """Cohorts of one age.
 
     Attributes:
-        time: when it began.
-        octave: of its age, as last seen.
-        cohorts: those that have begun in it.
-        blocks: known ones, in all cohorts.
-        recent: LRU would hold these blocks, or some of them.
-        missing: of a recent one, blocks that are not held.
+        start_s: when it started, on the index's clock.
+        octave: octave of its age, as of the last time it was moved.
+        cohorts: all cohorts of it, in the order in which they were opened.
+        blocks: known blocks in all cohorts.
+        recent: whether LRU would still hold some of its blocks (``LruBudget``).
+        missing: while it is recent, its known blocks that are not held.
     """
 
-    __slots__ = ("blocks", "cohorts", "missing", "octave", "recent", "time")
+    __slots__ = ("blocks", "cohorts", "missing", "octave", "recent", "start_s")
 
-    def __init__(self, time: float) -> None:
-        self.time = time
+    def __init__(self, start_s: float) -> None:
+        self.start_s = start_s
         self.octave = 0
         self.cohorts: list[Cohort] = []
         self.blocks = 0
@@ -50,17 +51,17 @@ class Cohort:
     """Runs of one class and epoch.
 
     Attributes:
-        kind: the class.
-        epoch: the one it is of.
-        blocks: known ones, in all runs.
-        runs: those that hold blocks, in the order of their use.
-        parked: those of which the tail was kept.
+        cls: the class of the blocks.
+        epoch: when they were last used.
+        blocks: known blocks in all runs.
+        runs: runs that hold blocks and may be evicted from, least recently used first.
+        parked: runs that hold blocks and had to keep their tail at the last try.
     """
 
-    __slots__ = ("blocks", "epoch", "kind", "parked", "runs")
+    __slots__ = ("blocks", "cls", "epoch", "parked", "runs")
 
-    def __init__(self, kind: int, epoch: Epoch) -> None:
-        self.kind = kind
+    def __init__(self, cls: int, epoch: Epoch) -> None:
+        self.cls = cls
         self.epoch = epoch
         self.blocks = 0
         self.runs: dict[RankedRun, None] = {}
@@ -68,33 +69,47 @@ class Cohort:
 
 
 class RankedRun:
-    """Blocks of one chain that were last used at one time.
+    """Consecutive blocks of one chain that were last used at the same time.
 
     Attributes:
-        number: no other's.
-        keys: those that are known, in order; the first ``held`` are in the index.
-        after: the key that the first of them continued.
-        cohort: the one it is of.
-        uses: how often, at least.
-        awaited: asked for, and none has left: who has more of it stored does not use it again.
-        told: it came back before the request asked: that does not use it again either.
-        ends: a request ended with it, or with one block more.
+        run_id: unique in a policy.
+        keys: known blocks, head first; the index holds the first ``held``.
+        held: number of blocks that the index holds.
+        parent: the key that the first block continued, if any.
+        cohort: the cohort of the run.
+        uses: uses of each block, at least; counted up to a limit.
+        storing: True from a lookup until a block is evicted. Storing more blocks then belongs to
+            the request of that lookup, and is not another use.
+        prefetched: True when the blocks were stored again before a lookup. The lookup that follows
+            soon is the reason for the prefetch, and is not another use.
+        ends_request: a request ended with this run, or with one block after it.
     """
 
-    __slots__ = ("awaited", "cohort", "ends", "held", "keys", "number", "parent", "told", "uses")
+    __slots__ = (
+        "cohort",
+        "ends_request",
+        "held",
+        "keys",
+        "parent",
+        "prefetched",
+        "run_id",
+        "storing",
+        "uses",
+    )
 
     def __init__(
-        self, number: int, keys: Keys, parent: bytes | None, cohort: Cohort, uses: int
+        self, run_id: int, keys: Keys, parent: bytes | None, cohort: Cohort, uses: int
     ) -> None:
-        self.number = number
+        self.run_id = run_id
         self.keys = keys
         self.held = 0
         self.parent = parent
         self.cohort = cohort
         self.uses = uses
-        self.awaited = True
-        self.told = False
-        self.ends = False
+        self.storing = True
+        self.prefetched = False
+        self.ends_request = False
 
 
-Line = OrderedDict[Cohort, None]
+CohortQueue = OrderedDict[Cohort, None]
+"""Cohorts of one class and octave, oldest first."""

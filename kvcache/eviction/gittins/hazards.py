@@ -1,23 +1,25 @@
-"""How soon blocks of a class are used again, learned, and what that makes a slot worth to them.
+"""Learns how soon blocks of each class are reused, and computes the Gittins index from that.
 
-Ages are seconds since a block was last used, in octaves::
+The age of a block is the time since its last use. Ages are counted in octaves, buckets that double
+in width::
 
     octave   0            1                   2                  ...   31
-             [0, 1/1024)  [1/1024, 1/512)     [1/512, 1/256)           12 days and more
+             [0, 1/1024)  [1/1024, 1/512)     [1/512, 1/256)           12 days and more   seconds
 
-Ages below the time that usually lies between two look-ups are not told apart: they are learned as
-one octave.
+Ages below the mean time between two lookups cannot be distinguished: the octaves up to there are
+learned as one.
 
-Of each class it is counted how many blocks came to an octave (were *at risk* there) and how many
-were used again in it; the quotient is the octave's hazard. Where little was seen it is drawn to
-that of the classes like it, then of all, then to one that is the same in every octave.
+For each class and octave, the policy counts the blocks that reached the octave (were *at risk*) and
+those that were reused in it. Their quotient is the *hazard* of the octave. Where few blocks were
+seen, the hazard is shrunk towards that of similar classes, then towards that of all classes, then
+towards a constant.
 
-``worth`` of a class at an age is the Gittins index of keeping a block: the best quotient, over all
-times to give up at, of the chance that it is used by then and the expected time its slot is taken.
-One hazard for all octaves makes it fall with age: nothing learned is LRU.
+``worth`` of a class at an age is the Gittins index of keeping a block: the maximum, over all times
+at which to give up, of P(reused by then) / E[time that the slot is taken until then]. With the same
+hazard in every octave it falls with age, so a policy that has learned nothing is LRU.
 
-Always true: the counts of a class are halved before they outgrow what the tier holds by far, so
-what was learned long ago is forgotten; to learn costs the same whatever was counted.
+Invariants: the counts of a class are halved before they exceed the tier's capacity by far, so old
+observations fade; the cost of learning does not depend on the counts.
 """
 
 from __future__ import annotations
@@ -26,159 +28,205 @@ from itertools import accumulate, pairwise
 from math import frexp
 from operator import add
 
-OCTAVES = 32
-FIRST_S = 1 / 1024
-STARTS = [0.0, *(FIRST_S * 2**octave for octave in range(OCTAVES))]  # and where the last one ends
-WIDTHS = [end - start for start, end in pairwise(STARTS)]
+OCTAVE_COUNT = 32
+FIRST_OCTAVE_S = 1 / 1024  # width of octave 0
+OCTAVE_STARTS_S = [0.0, *(FIRST_OCTAVE_S * 2**octave for octave in range(OCTAVE_COUNT))]
+"""The age at which each octave starts, and the age at which the last one ends."""
+_WIDTHS_S = [end - start for start, end in pairwise(OCTAVE_STARTS_S)]
 
-_PRIOR = 0.12  # of the blocks that come to an octave, how many are used in it
-_PRIOR_BLOCKS = 30.0  # the prior and the pool weigh as much as this many blocks at risk
-_SILENCE_S = 60.0  # a longer time without look-ups says nothing of how often there are some
-_FIRST_LEARN, _LAST_LEARN = 2000, 8000  # blocks asked for between two times of learning
-_POOL_BLOCKS = 100.0  # and the classes like it as this many
+# Hazard of an octave before anything is observed. It is the same for all octaves, which is LRU; any
+# value from 0.05 to 0.25 had the same hit ratios.
+_PRIOR_HAZARD = 0.12
+# Weight of the prior and of the hazard of all classes, as a number of blocks at risk. A small
+# weight lets observations prevail soon; 10 to 300 had the same hit ratios.
+_PRIOR_BLOCKS = 30.0
+# Weight of the hazard of similar classes, as a number of blocks at risk; the same range holds.
+_SIMILAR_BLOCKS = 100.0
+# Longest time per epoch that counts for the mean time between lookups. A night without traffic says
+# nothing about the rate of lookups by day.
+_MAX_EPOCH_S = 60.0
+# Blocks looked up between two times of learning. The interval grows from the first to the last: a
+# new policy learns from little, and a later one has its cost spread over more blocks.
+_FIRST_LEARN_BLOCKS, _LAST_LEARN_BLOCKS = 2000, 8000
 
-LAST, MORE, NEW, AGAIN, OFTEN, ALWAYS = range(6)
-"""Classes: the last block that a request asked for, blocks that continue a known chain, blocks of a
-new one, and blocks used 2-3, 4-15 and more times; only these three are alike. Of equals the first
-class goes first, which is how a chain has them from its end."""
+CLASS_COUNT = 6
+LAST, EXTENSION, NEW, REUSED_2, REUSED_4, REUSED_16 = range(CLASS_COUNT)
+"""Classes of blocks.
 
-CLASSES = 6
-_USED = (AGAIN, OFTEN, ALWAYS)
-_ALIKE = [_USED if kind in _USED else (kind,) for kind in range(CLASSES)]
+``LAST``: the last block of a request. ``EXTENSION``: blocks used once that continue a known chain.
+``NEW``: blocks used once of a new chain. ``REUSED_n``: blocks used at least n times.
 
-_Seen = list[tuple[list[float], list[float]]]  # by class: blocks used and at risk, by octave
+Of classes with the same worth, the first is evicted first. This is the order from the tail of a
+chain to its head.
+"""
+_REUSED = (REUSED_2, REUSED_4, REUSED_16)
+_SIMILAR = [_REUSED if cls in _REUSED else (cls,) for cls in range(CLASS_COUNT)]  # by class
+
+_Counts = list[tuple[list[float], list[float]]]
+"""For each of some classes: blocks reused and blocks at risk, by octave."""
 
 
-def octave_of(age: float) -> int:
-    """The octave that ``age`` lies in."""
-    if age < FIRST_S:
+def octave_of(age_s: float) -> int:
+    """Return the octave of an age; a negative age is in the first one."""
+    if age_s < FIRST_OCTAVE_S:
         return 0
-    return min(frexp(age / FIRST_S)[1], OCTAVES - 1)
+    return min(frexp(age_s / FIRST_OCTAVE_S)[1], OCTAVE_COUNT - 1)
 
 
 class Hazards:
-    """What was seen of each class, and the worth that was learned from it.
+    """Observed reuse of each class, and the worth learned from it.
 
     Args:
         capacity: blocks that the tier can hold.
+
+    Attributes:
+        reused: blocks reused, by class and octave; the policy adds to it.
+        at_risk: blocks that reached an octave, by class and octave, as of the last learning.
+        arrivals: blocks that reached an octave since the last learning, by class, as differences
+            from each octave to the next; the policy adds to it.
+        begun: blocks that were used since the last learning, by class: they reached octave 0. It is
+            apart from ``arrivals`` because it is incremented most often.
+        tables: worth at the start of each octave and at the end of the last one, by class.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._enough = 3.0 * capacity + 5000
-        self.used = [[0.0] * OCTAVES for _ in range(CLASSES)]  # blocks, in octaves they came to
-        self._risk = [[0.0] * OCTAVES for _ in range(CLASSES)]
-        # What came to octaves since then, as differences from each octave to the next.
-        self.came = [[0.0] * (OCTAVES + 1) for _ in range(CLASSES)]
-        self.begun = [0] * CLASSES  # blocks that came to the first octave, since then
-        self._seconds = 0.0  # in which there were so many look-ups, since something was learned
+        self.reused = [[0.0] * OCTAVE_COUNT for _ in range(CLASS_COUNT)]
+        self.at_risk = [[0.0] * OCTAVE_COUNT for _ in range(CLASS_COUNT)]
+        self.arrivals = [[0.0] * (OCTAVE_COUNT + 1) for _ in range(CLASS_COUNT)]
+        self.begun = [0] * CLASS_COUNT
+        self.tables = [_gittins_index([_PRIOR_HAZARD] * OCTAVE_COUNT, 0)] * CLASS_COUNT
+        # The counts of a class are halved when this many of its blocks were at risk in octave 0:
+        # some fillings of the tier, and enough for a hazard where the tier is small.
+        self._halve_blocks = 3.0 * capacity + 5000
+        # Since the last learning: time, lookups in that time, and the blocks that they asked for.
+        self._seconds = 0.0
         self._lookups = 0
-        self._asked = 0  # blocks, by these
-        self._next_learn = _FIRST_LEARN
-        self._first = 0  # octave that is told apart from those before it
-        self.tables = [_worth([_PRIOR] * OCTAVES, 0)] * CLASSES
+        self._blocks = 0
+        self._learn_blocks = _FIRST_LEARN_BLOCKS  # learn when `_blocks` reaches this
+        self._merged = 0  # octaves 0 to this one are learned as one
 
-    def at_risk(self, kind: int, first: int, last: int, blocks: int) -> None:
-        """``blocks`` of a class came to the octaves ``first`` to ``last``."""
-        came = self.came[kind]
-        came[first] += blocks
-        came[last + 1] -= blocks
+    def add_at_risk(self, cls: int, first: int, last: int, blocks: int) -> None:
+        """Count ``blocks`` of a class that reached the octaves ``first`` to ``last``."""
+        arrivals = self.arrivals[cls]
+        arrivals[first] += blocks
+        arrivals[last + 1] -= blocks
 
-    def worth(self, kind: int, age: float) -> float:
-        """What a slot is worth to a block of a class at an age, in uses per second."""
-        table = self.tables[kind]
-        if age < FIRST_S:
-            return table[0] + (table[1] - table[0]) * max(0.0, age / FIRST_S)
-        half, octave = frexp(age / FIRST_S)
-        if octave >= OCTAVES:
-            return table[OCTAVES]
+    def worth(self, cls: int, age_s: float) -> float:
+        """Return the worth of a slot to a block of a class at an age, in reuses per second."""
+        table = self.tables[cls]
+        if age_s < FIRST_OCTAVE_S:
+            return table[0] + (table[1] - table[0]) * max(0.0, age_s / FIRST_OCTAVE_S)
+        half, octave = frexp(age_s / FIRST_OCTAVE_S)
+        if octave >= OCTAVE_COUNT:
+            return table[OCTAVE_COUNT]
         return table[octave] + (table[octave + 1] - table[octave]) * (2 * half - 1)
 
-    def passed(self, seconds: float, lookups: int, asked: int) -> bool:
-        """So many look-ups asked for so many blocks within some time: learn, if it is time to.
+    def end_epoch(self, seconds: float, lookups: int, blocks: int) -> bool:
+        """Count an epoch, and learn if enough blocks were looked up since the last learning.
+
+        Args:
+            seconds: how long the epoch lasted.
+            lookups: lookups in it.
+            blocks: blocks that these asked for.
 
         Returns:
-            whether worths are other ones now.
+            whether ``tables`` changed.
         """
-        self._seconds += min(seconds, _SILENCE_S)
+        self._seconds += min(seconds, _MAX_EPOCH_S)
         self._lookups += lookups
-        self._asked += asked
-        if self._asked < self._next_learn:
+        self._blocks += blocks
+        if self._blocks < self._learn_blocks:
             return False
-        self._next_learn = min(self._next_learn * 5 // 4, _LAST_LEARN)
+        self._learn_blocks = min(self._learn_blocks * 5 // 4, _LAST_LEARN_BLOCKS)
         self.learn()
         return True
 
     def learn(self) -> None:
-        """Have ``worth`` say what was seen."""
-        self._first = octave_of(self._seconds / max(1, self._lookups))
-        self._seconds, self._lookups, self._asked = 0.0, 0, 0
-        self._count()
-        # The octaves up to the first that is told apart are one, which all come to.
-        first = self._first + 1
-        seen = [
-            ([sum(used[:first]), *used[first:]], [risk[0], *risk[first:]])
-            for used, risk in zip(self.used, self._risk, strict=True)
+        """Compute ``tables`` from what was observed."""
+        self._merged = octave_of(self._seconds / max(1, self._lookups))
+        self._seconds, self._lookups, self._blocks = 0.0, 0, 0
+        self._add_arrivals()
+        # All blocks reach octave 0, so the merged octaves have its blocks at risk.
+        first = self._merged + 1
+        counts = [
+            ([sum(reused[:first]), *reused[first:]], [at_risk[0], *at_risk[first:]])
+            for reused, at_risk in zip(self.reused, self.at_risk, strict=True)
         ]
-        every = _drawn(seen, [_PRIOR] * OCTAVES, _PRIOR_BLOCKS)
-        families = {
-            kinds: _drawn([seen[kind] for kind in kinds], every, _PRIOR_BLOCKS)
-            for kinds in set(_ALIKE)
+        of_all = _shrunk_hazards(counts, [_PRIOR_HAZARD] * OCTAVE_COUNT, _PRIOR_BLOCKS)
+        of_similar = {
+            classes: _shrunk_hazards([counts[cls] for cls in classes], of_all, _PRIOR_BLOCKS)
+            for classes in set(_SIMILAR)
         }
         self.tables = [
-            _worth(_drawn([seen[kind]], families[_ALIKE[kind]], _POOL_BLOCKS), self._first)
-            for kind in range(CLASSES)
+            _gittins_index(
+                _shrunk_hazards([counts[cls]], of_similar[_SIMILAR[cls]], _SIMILAR_BLOCKS),
+                self._merged,
+            )
+            for cls in range(CLASS_COUNT)
         ]
 
-    def _count(self) -> None:
-        """Take in what came to octaves."""
-        for kind, (used, risk, came) in enumerate(
-            zip(self.used, self._risk, self.came, strict=True)
+    def _add_arrivals(self) -> None:
+        """Move ``arrivals`` and ``begun`` to ``at_risk``; halve the counts that are large."""
+        for cls, (reused, at_risk, arrivals) in enumerate(
+            zip(self.reused, self.at_risk, self.arrivals, strict=True)
         ):
-            came[0] += self.begun[kind]
-            came[1] -= self.begun[kind]
-            risk[:] = map(add, risk, accumulate(came))
-            came[:] = [0.0] * len(came)
-            self.begun[kind] = 0
-            if risk[0] > self._enough:
-                used[:] = [blocks / 2 for blocks in used]
-                risk[:] = [blocks / 2 for blocks in risk]
+            arrivals[0] += self.begun[cls]
+            arrivals[1] -= self.begun[cls]
+            at_risk[:] = map(add, at_risk, accumulate(arrivals))
+            arrivals[:] = [0.0] * len(arrivals)
+            self.begun[cls] = 0
+            if at_risk[0] > self._halve_blocks:
+                reused[:] = [blocks / 2 for blocks in reused]
+                at_risk[:] = [blocks / 2 for blocks in at_risk]
 
 
-def _drawn(seen: _Seen, to: list[float], blocks: float) -> list[float]:
-    """The hazards of classes together, drawn ``to`` others that weigh as so many blocks."""
-    used, risk = (map(sum, zip(*rows, strict=True)) for rows in zip(*seen, strict=True))
+def _shrunk_hazards(counts: _Counts, towards: list[float], weight: float) -> list[float]:
+    """Return the hazards of some classes together, shrunk towards others.
+
+    Args:
+        counts: of the classes.
+        towards: hazards by octave.
+        weight: of ``towards``, as a number of blocks at risk.
+    """
+    reused, at_risk = (map(sum, zip(*rows, strict=True)) for rows in zip(*counts, strict=True))
     return [
-        min(1.0, (uses + other * blocks) / (came + blocks))
-        for uses, came, other in zip(used, risk, to, strict=False)
+        min(1.0, (reuses + hazard * weight) / (blocks + weight))
+        for reuses, blocks, hazard in zip(reused, at_risk, towards, strict=False)
     ]
 
 
-_Kept = tuple[float, float, float, float]  # worth, uses, seconds, and the share that is left then
+_Span = tuple[float, float, float, float]
+"""Keeping a block through some octaves: worth, expected reuses, expected seconds, P(not reused)."""
 
 
-def _worth(hazards: list[float], apart: int) -> list[float]:
-    """The index at the start of each octave, and at the end of the last.
+def _gittins_index(hazards: list[float], merged: int) -> list[float]:
+    """Return the index at the start of each octave, and at the end of the last.
 
-    Whatever comes after the last octave is not counted: a block that old would never leave.
+    Nothing counts beyond the last octave; the index at its end is half of that at its start.
+    Otherwise a class with a high hazard in the last octave would never be evicted.
 
-    From the last octave to the first: who keeps a block through an octave keeps it on through all
-    that is worth more than what came until then.
+    The loop goes from the last octave to the first. A block that is kept through an octave is
+    best kept through every later span that is worth more than what comes before that span,
+    so such spans are merged with the octave. This is exact, and linear in the number of octaves.
 
     Args:
-        hazards: of the octaves up to ``apart`` together, and of each one after it.
-        apart: octave.
+        hazards: of the octaves 0 to ``merged`` as one, then of each later octave.
+        merged: octave.
     """
     table: list[float] = []
-    later: list[_Kept] = []  # each worth less than the one before
-    steps = list(zip(hazards, [STARTS[apart + 1], *WIDTHS[apart + 1 :]], strict=True))
-    for hazard, width in reversed(steps):
-        uses, seconds, left = hazard, width * (1 - hazard / 2), 1 - hazard
-        worth = uses / seconds
+    later: list[_Span] = []  # the nearest span is the last entry; worth falls with age
+    widths = [OCTAVE_STARTS_S[merged + 1], *_WIDTHS_S[merged + 1 :]]
+    for hazard, width in reversed(list(zip(hazards, widths, strict=True))):
+        # A reused block is reused in the middle of the octave, on average.
+        reuses, seconds, survival = hazard, width * (1 - hazard / 2), 1 - hazard
+        worth = reuses / seconds
         while later and later[-1][0] > worth:
-            _, more, longer, rest = later.pop()
-            uses, seconds, left = uses + left * more, seconds + left * longer, left * rest
-            worth = uses / seconds
-        later.append((worth, uses, seconds, left))
+            _, more_reuses, more_seconds, later_survival = later.pop()
+            reuses += survival * more_reuses
+            seconds += survival * more_seconds
+            survival *= later_survival
+            worth = reuses / seconds
+        later.append((worth, reuses, seconds, survival))
         table.append(worth)
     table.reverse()
-    return [*[table[0]] * apart, *table, table[-1] / 2]
+    return [*[table[0]] * merged, *table, table[-1] / 2]

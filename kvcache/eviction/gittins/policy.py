@@ -1,18 +1,11 @@
-"""The learned policy: a slot goes to who is likely to use it soonest, per second of keeping it.
+"""The learned policy itself: the calls of the index. The package's docstring explains the method.
 
-What is learned is learned of classes of blocks, by ``hazards``: of new chains, of what continues a
-known one, of what was used twice, and so on. What was evicted or declined stays known for a while,
-so that it is seen when it would have been used; who watches only what he kept learns that what he
-kept was worth keeping.
+Invariants, beside those of ``known_runs`` and ``ranking``:
 
-After Aalto, Ayesta, Righter, "On the Gittins index in the M/G/1 queue", Queueing Systems 2009: what
-is best to serve next, of jobs of unknown length, is best to keep, of blocks of unknown next use.
-
-Always true here, beside what ``aged`` keeps:
-
-* Nothing learned is LRU, and LRU is what it comes back to where nothing can be learned.
-* It learns between two epochs, and that costs the same whatever was seen.
-* A block is declined when what would have to leave for it is worth more than it.
+* A policy that has learned nothing evicts as LRU, and it returns to LRU where nothing can be
+  learned.
+* It learns between two epochs, at a cost that does not depend on what was observed.
+* A block is declined if it is worth less than the block that would be evicted for it.
 """
 
 from __future__ import annotations
@@ -21,279 +14,320 @@ from collections.abc import Sequence
 from sys import maxsize
 
 from kvcache.eviction.gittins.epochs import RankedRun
-from kvcache.eviction.gittins.hazards import AGAIN, ALWAYS, LAST, MORE, NEW, OFTEN
-from kvcache.eviction.gittins.ranking import RankedRuns
+from kvcache.eviction.gittins.hazards import (
+    EXTENSION,
+    LAST,
+    NEW,
+    REUSED_2,
+    REUSED_4,
+    REUSED_16,
+    Hazards,
+)
+from kvcache.eviction.gittins.known_runs import KnownRuns
+from kvcache.eviction.gittins.lru_budget import LruBudget
 from kvcache.eviction.policy import Take
 from kvcache.keys import Keys, common_prefix_len
 
-_LONG = 256  # blocks of a run to which an answer adds no more: adding takes longer with each
-_KIND_OF = [NEW, NEW, AGAIN, AGAIN, *[OFTEN] * 12, ALWAYS, ALWAYS]  # by uses
+# Blocks of a run beyond which generated blocks start a new run: appending takes time linear in it.
+_MAX_APPEND_BLOCKS = 256
+_CLASS_BY_USES = [NEW, NEW, REUSED_2, REUSED_2, *[REUSED_4] * 12, REUSED_16, REUSED_16]
+
+_Admission = tuple[list[tuple[int, float]], int, int]
+"""What ``admit`` decided: runs of the incoming blocks as (blocks, worth), with worth that never
+rises; how many of the blocks must be admitted whatever they are worth; how many are admitted."""
+_ADMIT_ALL: _Admission = ([], maxsize, 0)  # of an eviction that `admit` was not called for
 
 
-class _Ends:
-    """Whether the last blocks of requests are used again when those before them are.
+class _LastBlocks:
+    """Learns whether the last block of a request is reused as often as the blocks before it.
 
-    Partial blocks are hardly ever; where these are not stored the last block is like any other.
+    A partial last block hardly ever is. Where only full blocks are stored, the last block is like
+    any other, and a class of its own would only split the observations.
+
+    Attributes:
+        separate: the last blocks of requests are in the class ``LAST``.
     """
 
     def __init__(self) -> None:
-        self.apart = True
-        self._reached = 8.0  # requests whose last block but one was used again
-        self._used = 0.0  # and whose last block was
+        self.separate = True
+        # Requests of which the last block but one was reused, and of which the last block was. A
+        # start of 8 keeps the class until some requests were observed.
+        self._reached = 8.0
+        self._reused = 0.0
 
-    def see(self, run: RankedRun, left: int) -> None:
-        """All blocks of ``run`` were used but for ``left``."""
-        if run.cohort.kind == LAST:
-            self._used += 1
-        elif run.ends:
-            self._reached += left <= (0 if self.apart else 1)
-            self._used += not left and not self.apart
-        self.apart = self._used < self._reached / 4
+    def observe(self, run: RankedRun, remaining: int) -> None:
+        """Count a use of all blocks of ``run`` but the last ``remaining`` ones."""
+        if run.cohort.cls == LAST:
+            self._reused += 1
+        elif run.ends_request:
+            self._reached += remaining <= (0 if self.separate else 1)
+            self._reused += not remaining and not self.separate
+        self.separate = self._reused < self._reached / 4
         if self._reached > 1000:
-            self._reached, self._used = self._reached / 2, self._used / 2
+            self._reached, self._reused = self._reached / 2, self._reused / 2
 
 
-_NOT_ASKED: tuple[list[tuple[int, float]], int, int] = ([], maxsize, 0)  # whatever is to go goes
+class Gittins(KnownRuns):
+    """Evicts the blocks with the lowest Gittins index, learned from how soon blocks are reused.
 
+    Args:
+        capacity: blocks that the index can hold.
+        hazards: what is learned about reuse; ``None`` starts with nothing.
+        budget: how far to deviate from LRU; ``None`` starts with a stake of 1 % of the capacity.
+        known_limit: keys to know at most; ``None`` is about three times the capacity.
+    """
 
-class Gittins(RankedRuns):
-    """Ranks runs by an index that it learns from how soon blocks like them were used again."""
+    def __init__(
+        self,
+        capacity: int,
+        hazards: Hazards | None = None,
+        budget: LruBudget | None = None,
+        known_limit: int | None = None,
+    ) -> None:
+        super().__init__(
+            capacity,
+            Hazards(capacity) if hazards is None else hazards,
+            LruBudget(capacity) if budget is None else budget,
+            known_limit,
+        )
+        self.last_blocks = _LastBlocks()
+        self._last_lookup: tuple[int, Keys] = (0, ())  # blocks held, and the chain
+        self._admission: _Admission | None = None  # of the `admit` call just before, if any
 
-    def __init__(self, capacity: int, known_limit: int | None = None) -> None:
-        super().__init__(capacity, known_limit)
-        self._ends = _Ends()
-        self._last: tuple[int, Keys] = (0, ())  # who asked last, and how much was held
-        # What `admit` answered, if nothing was told since: what the keys it was asked about are
-        # worth, how many of them LRU must not be without, and how many are to be held.
-        self._admitted: tuple[list[tuple[int, float]], int, int] | None = None
-
-    # What a policy is told
+    # The calls of the index
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        self._tick(now)
+        self.advance(now)
         self._lookups += 1
-        self._admitted = None
+        self._admission = None
         keys = tuple(chain)
         if len(set(keys)) < len(keys):
             keys = tuple(dict.fromkeys(keys))
-        if self._last == (held, keys):
-            return  # a request that could not be admitted asks again
-        self._last = held, keys
+        if self._last_lookup == (held, keys):
+            return  # the same request again, because the engine could not schedule it yet
+        self._last_lookup = held, keys
         self._use(keys)
-        if len(self._run_of) > self._limit:
-            self._forget()
+        if len(self.run_ids) > self.known_limit:
+            self._forget_evicted()
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
-        runs, run_of, tables = self._runs, self._run_of, self._hazards.tables
+        runs, run_ids, tables = self.runs, self.run_ids, self.hazards.tables
         keys = tuple(keys)
         worths: list[tuple[int, float]] = []
-        at, asked = 0, len(keys)
-        while at < asked:
-            run = runs.get(run_of.get(keys[at], 0))
+        at, total = 0, len(keys)
+        while at < total:
+            run = runs.get(run_ids.get(keys[at], 0))
             if run is None:
-                count = asked - at
-                worth = tables[self._kind_after(keys[at - 1] if at else parent)][0]
+                count = total - at
+                worth = tables[self._class_after(keys[at - 1] if at else parent)][0]
             else:
                 count = max(1, common_prefix_len(run.keys, run.held, keys, at))
                 worth = (
-                    self._worth(run.cohort) if run.awaited else tables[_KIND_OF[run.uses + 1]][0]
+                    self.worth(run.cohort)
+                    if run.storing
+                    else tables[_CLASS_BY_USES[run.uses + 1]][0]
                 )
             worths.append((count, worth))
             at += count
         best = 0.0
-        for at in range(len(worths) - 1, -1, -1):  # a prefix is worth what continues it at least
+        for at in range(len(worths) - 1, -1, -1):  # a block is worth at least its continuation
             count, worth = worths[at]
             if worth < best:
                 worths[at] = count, best
             else:
                 best = worth
-        slack = int(self._trust.slack())  # when all of these are missing
-        owed = 0 if slack >= 0 else min(asked, -slack)
-        first = self._first(spare=slack + asked < 1)
-        count = asked if first is None else max(owed, _at_least(worths, first[0]))
-        self._admitted = worths, owed, count
+        # All incoming blocks are recent, and missing as long as they are not stored. Those beyond
+        # the budget must be admitted.
+        slack = int(self.budget.slack())
+        must_admit = 0 if slack >= 0 else min(total, -slack)
+        victim = self.first_victim(protect_recent=slack + total < 1)
+        count = total if victim is None else max(must_admit, _worth_at_least(worths, victim[0]))
+        self._admission = worths, must_admit, count
         return count
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        self._admitted = None
-        runs, run_of, trust = self._runs, self._run_of, self._trust
+        self._admission = None
+        runs, run_ids, budget = self.runs, self.run_ids, self.budget
         keys = tuple(keys)
-        back: RankedRun | None = None
+        prefetched: RankedRun | None = None
         at = 0
         while at < len(keys):
-            run = runs.get(run_of.get(keys[at], 0))
+            run = runs.get(run_ids.get(keys[at], 0))
             before = keys[at - 1] if at else parent
             if run is None:
-                count = _unknown(keys, at, run_of)
-                self._grow(keys[at : at + count], before, now)
-            elif run.awaited and (count := common_prefix_len(run.keys, run.held, keys, at)):
+                count = _unknown_count(keys, at, run_ids)
+                self._add_unknown(keys[at : at + count], before, now)
+            elif run.storing and (count := common_prefix_len(run.keys, run.held, keys, at)):
                 if count == len(run.keys):
-                    run.keys = keys[at : at + count]  # which the index has: they are there once
-                self._hold(run, count)
-                trust.miss(run.cohort.epoch, -count)
-            else:  # it comes back before it is asked for, or out of its order
+                    run.keys = keys[at : at + count]  # share the key objects of the index
+                self._add_held(run, count)
+                budget.add_missing(run.cohort.epoch, -count)
+            else:  # stored before a lookup, or out of order
                 taken, _, uses = self._cut(run, keys, at)
                 count = len(taken)
-                back = self._join(back, taken, count, before, _KIND_OF[uses], uses)
-                back.told = True
-                trust.of_now(self._epoch, count, 0)
+                prefetched = self._append(
+                    prefetched, taken, count, before, _CLASS_BY_USES[uses], uses
+                )
+                prefetched.prefetched = True
+                budget.add_current(self.current_epoch, count, 0)
             at += count
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self._admitted = None
-        gone = set(keys)
-        numbers = dict.fromkeys(self._run_of.pop(key, 0) for key in keys)
-        for run in [self._runs[number] for number in numbers if number]:
+        self._admission = None
+        removed = set(keys)
+        run_ids = dict.fromkeys(self.run_ids.pop(key, 0) for key in keys)
+        for run in [self.runs[run_id] for run_id in run_ids if run_id]:
             known = len(run.keys)
-            held = tuple(key for key in run.keys[: run.held] if key not in gone)
-            run.keys = held + tuple(key for key in run.keys[run.held :] if key not in gone)
+            held = tuple(key for key in run.keys[: run.held] if key not in removed)
+            run.keys = held + tuple(key for key in run.keys[run.held :] if key not in removed)
             if run.held and not held:
-                self._leave(run)
-            less, away = known - len(run.keys), known - run.held
+                self._dequeue_empty(run)
+            fewer, missing = known - len(run.keys), known - run.held
             run.held = len(held)
-            self._trust.count(run.cohort, -less, len(run.keys) - run.held - away)
+            self.budget.add_blocks(run.cohort, -fewer, len(run.keys) - run.held - missing)
             if not run.keys:
-                self._end(run)
+                self._delete(run)
 
     def evict(self, count: int, take: Take) -> None:
-        worths, owed, coming = self._admitted or _NOT_ASKED
-        self._admitted = None
-        trust = self._trust
-        given = 0
-        gone = True  # somebody left since the parked were asked last
-        while given < count:
-            found = self._first(trust.slack() + coming < 1)
-            if found is None:
-                if not gone:
+        worths, must_admit, incoming = self._admission or _ADMIT_ALL
+        self._admission = None
+        budget = self.budget
+        evicted = 0
+        progress = True  # a block was evicted since the parked runs were tried
+        while evicted < count:
+            victim = self.first_victim(budget.slack() + incoming < 1)
+            if victim is None:
+                if not progress:
                     return
-                gone = False
+                progress = False
                 self._unpark_all()
                 continue
-            worth, cohort, rising = found
-            allowed = min(count, max(owed, _at_least(worths, worth)))
+            worth, cohort, newest_first = victim
+            allowed = min(count, max(must_admit, _worth_at_least(worths, worth)))
             epoch = cohort.epoch
             recent = epoch.recent
             while runs := cohort.runs:
-                if given >= allowed:
+                if evicted >= allowed:
                     return
-                run = next(reversed(runs)) if rising else next(iter(runs))
+                run = next(reversed(runs)) if newest_first else next(iter(runs))
                 held = run.held
-                offered = run.keys[max(0, held + given - allowed) : held]
-                if went := take(offered):
-                    given += went
-                    gone = True
-                    run.awaited = False
-                    self._past[run] = None
-                    run.held = held - went
+                offered = run.keys[max(0, held + evicted - allowed) : held]
+                if taken := take(offered):
+                    evicted += taken
+                    progress = True
+                    run.storing = False
+                    self._forget_order[run] = None
+                    run.held = held - taken
                     if recent:
-                        trust.miss(epoch, went)
-                    if went == held:
-                        self._leave(run)
-                if went < len(offered):
+                        budget.add_missing(epoch, taken)
+                    if taken == held:
+                        self._dequeue_empty(run)
+                if taken < len(offered):
                     self._park(run)
-                if self._stirred or (recent and trust.slack() + coming < 1):
+                if self._victims_stale or (recent and budget.slack() + incoming < 1):
                     break
 
-    # Runs
+    # Uses
 
     def _use(self, keys: Keys) -> None:
-        """Cut ``keys`` off the runs they are in, and make runs of now of them."""
-        runs, run_of = self._runs, self._run_of
-        new: RankedRun | None = None  # that has what is before
+        """Record a lookup of ``keys``: move them from their runs to runs of the current epoch."""
+        runs, run_ids = self.runs, self.run_ids
+        new: RankedRun | None = None  # the current epoch's run of the blocks before `at`
         before: bytes | None = None
-        at, end, found = 0, len(keys), 0
+        at, end, hits = 0, len(keys), 0
         while at < end:
-            run = runs.get(run_of.get(keys[at], 0))
+            run = runs.get(run_ids.get(keys[at], 0))
             if run is None:
-                count = _unknown(keys, at, run_of)
-                kind = NEW if new is None or new.cohort.kind in (NEW, ALWAYS) else MORE
+                count = _unknown_count(keys, at, run_ids)
+                cls = NEW if new is None or new.cohort.cls in (NEW, REUSED_16) else EXTENSION
                 last = at + count - 1
-                ends = last + 1 == end
-                if ends and self._ends.apart:
+                ends_request = last + 1 == end
+                if ends_request and self.last_blocks.separate:
                     if count > 1:
-                        new = self._join(new, keys[at:last], 0, before, kind, 1)
-                        new.ends = True
+                        new = self._append(new, keys[at:last], 0, before, cls, 1)
+                        new.ends_request = True
                         before = keys[last - 1]
-                    new = self._join(new, keys[last:], 0, before, LAST, 1)
+                    new = self._append(new, keys[last:], 0, before, LAST, 1)
                 else:
-                    new = self._join(new, keys[at : last + 1], 0, before, kind, 1)
-                    new.ends = ends
-            elif (ours := run.keys) == keys[at : at + len(ours)] and (
-                new is None or new.cohort.kind != _KIND_OF[run.uses + 1]
-            ):
-                count = len(ours)
-                if run.ends or run.cohort.kind == LAST:
-                    self._ends.see(run, 0)
-                found += run.held
-                run.uses = uses = self._used(run, count, run.held)
+                    new = self._append(new, keys[at : last + 1], 0, before, cls, 1)
+                    new.ends_request = ends_request
+            elif (run_keys := run.keys) == keys[at : at + len(run_keys)] and (
+                new is None or new.cohort.cls != _CLASS_BY_USES[run.uses + 1]
+            ):  # a whole run that cannot be appended to the one before it
+                count = len(run_keys)
+                if run.ends_request or run.cohort.cls == LAST:
+                    self.last_blocks.observe(run, 0)
+                hits += run.held
+                run.uses = uses = self._count_use(run, count, run.held)
                 run.parent = before
-                run.awaited, run.told, run.ends = True, False, False
-                self._past[run] = None
-                self._past.move_to_end(run)
-                self._restart(run, _KIND_OF[uses])
+                run.storing, run.prefetched, run.ends_request = True, False, False
+                self._forget_order[run] = None
+                self._forget_order.move_to_end(run)
+                self._renew(run, _CLASS_BY_USES[uses])
                 new = run
             else:
                 taken, held, uses = self._cut(run, keys, at)
                 count = len(taken)
-                found += held
-                if run.ends or run.cohort.kind == LAST:
-                    self._ends.see(run, len(run.keys))
-                new = self._join(new, taken, held, before, _KIND_OF[uses], uses)
+                hits += held
+                if run.ends_request or run.cohort.cls == LAST:
+                    self.last_blocks.observe(run, len(run.keys))
+                new = self._append(new, taken, held, before, _CLASS_BY_USES[uses], uses)
             at += count
             before = keys[at - 1]
-        self._asked += end
-        self._room -= end
-        self._trust.of_now(self._epoch, end, end - found)
+        self._looked_up += end
+        self._epoch_room -= end
+        self.budget.add_current(self.current_epoch, end, end - hits)
 
-    def _grow(self, keys: Keys, parent: bytes | None, now: float) -> None:
-        """Blocks that nobody asked for are held: an answer's, or what a restart found."""
-        self._tick(now)
-        run = self._find(parent)
-        kind = self._kind_after(parent)
+    def _add_unknown(self, keys: Keys, parent: bytes | None, now: float) -> None:
+        """Record stored blocks that no lookup asked for: generated, or restored after a restart."""
+        self.advance(now)
+        run = self._run_with(parent)
+        cls = self._class_after(parent)
         known = 0
         if (
             run is not None
-            and run.cohort.kind == kind
+            and run.cohort.cls == cls
             and run.held == len(run.keys)
             and run.keys[-1] == parent
-        ):  # it was in use until now: its age begins again
+        ):  # generated blocks: the run that they continue was in use until now
             cohort, known = run.cohort, run.held
-            self._hazards.at_risk(kind, 0, cohort.epoch.octave, -known)  # it will come again
-            self._trust.count(cohort, -known, 0)
-            self._restart(run, kind)
-            if known >= _LONG:
+            # Its blocks start again at age 0: they did not reach the octaves since their last use.
+            self.hazards.add_at_risk(cls, 0, cohort.epoch.octave, -known)
+            self.budget.add_blocks(cohort, -known, 0)
+            self._renew(run, cls)
+            if known >= _MAX_APPEND_BLOCKS:
                 run = None
         else:
             run = None
-        run = self._join(run, keys, 0, parent, kind, 1)
-        self._hold(run, len(keys))
-        self._room -= len(keys)
-        self._trust.of_now(self._epoch, known + len(keys), 0)
-        if len(self._run_of) > self._limit:
-            self._forget()
+        run = self._append(run, keys, 0, parent, cls, 1)
+        self._add_held(run, len(keys))
+        self._epoch_room -= len(keys)
+        self.budget.add_current(self.current_epoch, known + len(keys), 0)
+        if len(self.run_ids) > self.known_limit:
+            self._forget_evicted()
 
-    def _kind_after(self, key: bytes | None) -> int:
-        """The class of unknown blocks that continue ``key``."""
-        run = self._find(key)
-        return NEW if run is None or run.cohort.kind in (NEW, ALWAYS) else MORE
+    def _class_after(self, key: bytes | None) -> int:
+        """Return the class of unknown blocks that continue ``key``."""
+        run = self._run_with(key)
+        return NEW if run is None or run.cohort.cls in (NEW, REUSED_16) else EXTENSION
 
 
-def _at_least(worths: list[tuple[int, float]], least: float) -> int:
-    """How many are worth no less than ``least``; so many each are, which never rises."""
-    enough = 0
+def _worth_at_least(worths: list[tuple[int, float]], least: float) -> int:
+    """Return the number of leading blocks that are worth at least ``least``."""
+    blocks = 0
     for count, worth in worths:
         if worth < least:
             break
-        enough += count
-    return enough
+        blocks += count
+    return blocks
 
 
-def _unknown(keys: Keys, at: int, run_of: dict[bytes, int]) -> int:
-    """How many keys from ``at`` on, which is one of them, are in no run."""
+def _unknown_count(keys: Keys, at: int, run_ids: dict[bytes, int]) -> int:
+    """Return the number of keys from ``at`` on that are in no run; ``keys[at]`` is in none."""
     rest = keys[at:]
-    if run_of.keys().isdisjoint(rest):
+    if run_ids.keys().isdisjoint(rest):
         return len(rest)
     stop = at + 1
-    while stop < len(keys) and keys[stop] not in run_of:
+    while stop < len(keys) and keys[stop] not in run_ids:
         stop += 1
     return stop - at
