@@ -1,16 +1,16 @@
-"""One run of host memory in equal slots, shared between an owner and those who attach to it.
+"""Host memory in equal slots, shared between the process that owns it and those that attach to it.
 
-The memory is an anonymous file (``memfd``): no ``/dev/shm`` to size, nothing left by a crash.
-Others reach it through the owner's descriptor, ``/proc/<pid>/fd/<n>``.
+The memory is an anonymous file (``memfd``): there is no ``/dev/shm`` to size, and a crash leaves
+nothing behind. Other processes open it by the owner's descriptor, ``/proc/<pid>/fd/<n>``.
 
 Always true here:
 
-* Slots are equal, a whole number of pages, and start on a page.
-* No slot below ``populated`` costs a page fault's zeroing at its first use: a thread has the memory
-  made in the background, lowest slot first, and ``populated`` only grows.
-* A descriptor that names other memory (another host, a pid that was reused) is refused, not mapped.
-* The file keeps its size, whatever process of the user has it open: the kernel refuses to truncate
-  it, which would end the engine with SIGBUS.
+* Slots have one size, a whole number of pages, and start on a page.
+* The first use of a slot below ``populated`` costs no zeroing of pages: a background thread
+  allocates the memory from the lowest slot up, and ``populated`` only grows.
+* A descriptor that leads to other memory (another host, a reused pid) is refused, not mapped.
+* The file keeps its size: the kernel refuses to truncate it to every process that has it open.
+  Truncation would end the engine with SIGBUS.
 * A forked child has no access to the memory until it attaches.
 """
 
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
-_FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
+FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MFD_HUGE_2MB = 21 << 26
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_PIECE = 64 << 20  # populated at a time: some 20 ms, after which close() is heard
-_PROGRESS_EVERY_S = 5.0  # so that small slabs, which are there in less, say nothing
+PIECE_NBYTES = 64 << 20  # allocated at a time, in about 20 ms; ``close`` waits for one piece
+_PROGRESS_EVERY_S = 5.0  # small slabs are allocated faster, and log nothing
 
-_libc = ctypes.CDLL(None, use_errno=True)  # calls through it let other Python threads run
+_libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
 _libc.madvise.argtypes = _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _PROT_NONE = 0
 
 
 class SlabError(RuntimeError):
-    """The slab's memory cannot be made or reached here."""
+    """The memory of a slab cannot be allocated or mapped by this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlabDescriptor:
-    """What another process on this host needs to attach: picklable, and holds nothing open."""
+    """What another process on this host needs to attach. Picklable; it keeps no file open."""
 
     path: str
     name: str
@@ -63,17 +63,17 @@ class SlabDescriptor:
 
 
 def slot_nbytes_for(block_nbytes: int) -> int:
-    """A block's bytes rounded up to whole pages."""
+    """The size of a block, rounded up to whole pages."""
     return -(-block_nbytes // PAGE) * PAGE
 
 
 class Slab:
-    """``slots`` slots of ``slot_nbytes`` bytes. Use :meth:`create` or :meth:`attach`.
+    """``slots`` slots of ``slot_nbytes`` bytes. Made by :meth:`create` or :meth:`attach`.
 
     Attributes:
-        address: where slot 0 begins in this process.
-        descriptor: for :meth:`attach` in another process; good while the owner's slab is open.
-        populated: slots whose memory is there.
+        address: the address of slot 0 in this process.
+        descriptor: for :meth:`attach` in another process; valid while the owner's slab is open.
+        populated: how many slots have their memory allocated, from slot 0.
     """
 
     def __init__(self, fd: int, descriptor: SlabDescriptor, *, owner: bool) -> None:
@@ -92,27 +92,29 @@ class Slab:
             os.close(fd)
         self._view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        _libc.madvise(self.address, mapped, mmap.MADV_HUGEPAGE)  # where the kernel gives them
+        _libc.madvise(
+            self.address, mapped, mmap.MADV_HUGEPAGE
+        )  # a request; the kernel may ignore it
         self.populated = 0
-        self._made = 0  # bytes
-        self._mapped = mapped  # bytes of the mapping; 0 when there is none
-        self._ready: Callable[[int], None] = lambda _: None
+        self._allocated_nbytes = 0
+        self._mapped_nbytes = mapped  # 0 after unmapping
+        self._on_ready: Callable[[int], None] = lambda _: None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         bind_to_process(self)
 
     def _release_in_child(self) -> None:
-        """Give up what a forked child has of the memory, and the memory's end to the parent."""
-        _libc.mprotect(self.address, self._mapped, _PROT_NONE)
+        """Make the memory inaccessible in a forked child, and close the child's descriptor."""
+        _libc.mprotect(self.address, self._mapped_nbytes, _PROT_NONE)
         self._close_fd()
 
     @classmethod
     def create(cls, slots: int, slot_nbytes: int) -> Slab:
-        """Make a slab; its memory is not there yet, see :meth:`populate`.
+        """Create a slab. Its memory is allocated by :meth:`populate`.
 
         Raises:
-            ValueError: when the sizes are not positive, or slots are not whole pages.
-            SlabError: when the kernel refuses the memory.
+            ValueError: if a size is not positive, or slots are not whole pages.
+            SlabError: if the kernel refuses the memory.
         """
         if slots < 1 or slot_nbytes < 1 or slot_nbytes % PAGE:
             raise ValueError(
@@ -133,7 +135,7 @@ class Slab:
         """Map the slab that another process on this host owns.
 
         Raises:
-            SlabError: when the descriptor leads to nothing, or to other memory.
+            SlabError: if the descriptor leads to no memory, or to other memory.
         """
         where = f"the slab {descriptor.name} at {descriptor.path}"
         try:
@@ -152,66 +154,68 @@ class Slab:
         return cls(fd, descriptor, owner=False)
 
     def view(self, slot: int) -> memoryview:
-        """The slot's bytes, writable."""
+        """A writable view of the slot's bytes."""
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of a slab that has {self.slots}")
         at = slot * self.slot_nbytes
         return self._view[at : at + self.slot_nbytes]
 
-    def populate(self, ready: Callable[[int], None] = lambda _: None) -> None:
-        """Have the memory made: a first piece now, the rest in the background.
+    def populate(self, on_ready: Callable[[int], None] = lambda _: None) -> None:
+        """Allocate the memory: a first piece now, the rest in the background.
 
-        ``ready(slots)`` is called whenever more slots are there, with how many are.
+        ``on_ready(slots)`` is called after each piece, with the number of allocated slots.
         """
-        self._ready = ready
-        if self._make_piece():
+        self._on_ready = on_ready
+        if self._allocate_piece():
             self._thread = threading.Thread(
-                target=self._make_rest, name="kvcache-populate", daemon=True
+                target=self._allocate_rest, name="kvcache-populate", daemon=True
             )
             self._thread.start()
 
     def wait_populated(self) -> int:
-        """Wait for the background work to end; give the slots whose memory is there."""
+        """Wait until the background thread ends; return how many slots are allocated."""
         if self._thread is not None:
             self._thread.join()
         return self.populated
 
-    def _make_rest(self) -> None:
-        begun = told = time.monotonic()
-        while self._make_piece() and not self._stop.is_set():
+    def _allocate_rest(self) -> None:
+        begun = logged = time.monotonic()
+        while self._allocate_piece() and not self._stop.is_set():
             now = time.monotonic()
-            if now - told > _PROGRESS_EVERY_S:
-                told = now
+            if now - logged > _PROGRESS_EVERY_S:
+                logged = now
+                gib = self._allocated_nbytes / 2**30
                 log.info(
-                    "kvcache: %.1f of %.1f GiB of L1 are there (%.1f GiB/s)",
-                    self._made / 2**30, self.nbytes / 2**30, self._made / 2**30 / (now - begun),
+                    "kvcache: slab: %.1f of %.1f GiB of L1 allocated (%.1f GiB/s)",
+                    gib, self.nbytes / 2**30, gib / (now - begun),
                 )  # fmt: skip
-        if told > begun and self._made == self.nbytes:
-            log.info("kvcache: all %.1f GiB of L1 are there", self.nbytes / 2**30)
+        if logged > begun and self._allocated_nbytes == self.nbytes:
+            log.info("kvcache: slab: all %.1f GiB of L1 allocated", self.nbytes / 2**30)
 
-    def _make_piece(self) -> bool:
-        """Make the next piece's memory; say whether there is more to make."""
-        piece = min(max(_PIECE, self.slot_nbytes), self.nbytes - self._made)
-        if code := self._make(self._made, piece):
+    def _allocate_piece(self) -> bool:
+        """Allocate the next piece; return whether there is more to allocate."""
+        begin = self._allocated_nbytes
+        nbytes = min(max(PIECE_NBYTES, self.slot_nbytes), self.nbytes - begin)
+        if code := self.allocate(begin, nbytes):
             log.error(
-                "kvcache: no more memory for L1 than %.1f of %.1f GiB (%s); going on with that",
-                self._made / 2**30, self.nbytes / 2**30, os.strerror(code),
+                "kvcache: slab: allocation stopped at %.1f of %.1f GiB (%s); L1 stays at that size",
+                begin / 2**30, self.nbytes / 2**30, os.strerror(code),
             )  # fmt: skip
             return False
-        self._made += piece
-        self.populated = self._made // self.slot_nbytes
-        self._ready(self.populated)
-        return self._made < self.nbytes
+        self._allocated_nbytes += nbytes
+        self.populated = self._allocated_nbytes // self.slot_nbytes
+        self._on_ready(self.populated)
+        return self._allocated_nbytes < self.nbytes
 
-    def _make(self, at: int, nbytes: int) -> int:
-        """Have these bytes' pages made and mapped here; give 0 or an errno."""
-        while _libc.madvise(self.address + at, nbytes, _MADV_POPULATE_WRITE):
+    def allocate(self, begin: int, nbytes: int) -> int:
+        """Allocate the pages of these bytes and map them here. Returns 0 or an errno."""
+        while _libc.madvise(self.address + begin, nbytes, MADV_POPULATE_WRITE):
             code = ctypes.get_errno()
             if code == errno.EINVAL and self._fd is not None:
-                # A kernel older than MADV_POPULATE_WRITE: have the file's pages made, so that a
-                # first touch maps a page and need not zero it.
+                # The kernel is older than MADV_POPULATE_WRITE. Allocating the file's pages leaves
+                # only the mapping, not the zeroing, to the first access.
                 try:
-                    os.posix_fallocate(self._fd, at, nbytes)
+                    os.posix_fallocate(self._fd, begin, nbytes)
                 except OSError as error:
                     return error.errno or errno.ENOMEM
                 return 0
@@ -220,36 +224,42 @@ class Slab:
         return 0
 
     def close(self) -> None:
-        """Unmap, and end the owner's descriptor. Views still held keep the memory alive."""
+        """Unmap the memory and close the owner's descriptor. Views in use keep the memory alive."""
         self._stop.set()
         self.wait_populated()
         self._close_fd()
-        mapped, self._mapped = self._mapped, 0
+        mapped, self._mapped_nbytes = self._mapped_nbytes, 0
         try:
             self._view.release()
             self._map.close()
         except BufferError:
-            self._mapped = mapped
-            log.debug("kvcache: views of the slab outlive it; its memory goes with them")
+            self._mapped_nbytes = mapped
+            log.debug(
+                "kvcache: slab: closed while views are in use; the last view frees the memory"
+            )
 
     def _close_fd(self) -> None:
-        fd, self._fd = self._fd, None  # a fork in between must not close another file's number
+        fd, self._fd = (
+            self._fd,
+            None,
+        )  # cleared first: a fork in between must not close a reused number
         if fd is not None:
             os.close(fd)
 
 
 def _memfd(name: str, nbytes: int) -> int:
-    """An anonymous file of ``nbytes``: of huge pages when enough of them are reserved and free."""
+    """Create an anonymous file of ``nbytes``, of huge pages if enough are reserved and free."""
     pages = -(-nbytes // HUGE_PAGE)
-    if _FREE_HUGE_PAGES.exists() and int(_FREE_HUGE_PAGES.read_text()) >= pages:
-        # Another process may take the pages first; kernels before 4.16 do not seal huge pages.
+    if FREE_HUGE_PAGES.exists() and int(FREE_HUGE_PAGES.read_text()) >= pages:
+        # Fails if another process takes the pages first, and on kernels before 4.16, which cannot
+        # seal files of huge pages.
         with suppress(OSError):
             return _sealed(name, pages * HUGE_PAGE, os.MFD_HUGETLB | _MFD_HUGE_2MB)
     return _sealed(name, nbytes)
 
 
 def _sealed(name: str, nbytes: int, flags: int = 0) -> int:
-    """An anonymous file that keeps its size."""
+    """Create an anonymous file that cannot be resized."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         os.ftruncate(fd, nbytes)

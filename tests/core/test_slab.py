@@ -1,10 +1,11 @@
-"""Memory in equal slots, here and in another process, made in the background, gone at the end."""
+"""A slab: equal slots, shared with other processes, allocated in the background, freed at close."""
 
 import errno
 import fcntl
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,11 @@ ATTACH = """
 import sys
 from kvcache.slab import Slab, SlabDescriptor
 path, name, slots, nbytes = sys.argv[1:]
-theirs = Slab.attach(SlabDescriptor(path, name, int(slots), int(nbytes)))
-theirs.populate()
-assert bytes(theirs.view(1)[:5]) == b"hello"
-theirs.view(2)[:5] = b"world"
-theirs.close()
+attached = Slab.attach(SlabDescriptor(path, name, int(slots), int(nbytes)))
+attached.populate()
+assert bytes(attached.view(1)[:5]) == b"hello"
+attached.view(2)[:5] = b"world"
+attached.close()
 """
 
 
@@ -46,58 +47,58 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("block", "slot"), [(1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)])
-def test_a_slot_is_whole_pages(block: int, slot: int) -> None:
+def test_slot_nbytes_for_a_block_is_whole_pages(block: int, slot: int) -> None:
     assert slot_nbytes_for(block) == slot
 
 
-def test_another_process_sees_the_same_bytes() -> None:
-    ours = Slab.create(3, PAGE)
-    ours.view(1)[:5] = b"hello"
-    told = ours.descriptor
-    done = run(ATTACH, told.path, told.name, told.slots, told.slot_nbytes)
+def test_attach_in_another_process_shares_the_bytes() -> None:
+    owned = Slab.create(3, PAGE)
+    owned.view(1)[:5] = b"hello"
+    shared = owned.descriptor
+    done = run(ATTACH, shared.path, shared.name, shared.slots, shared.slot_nbytes)
     assert done.returncode == 0, done.stderr
-    assert bytes(ours.view(2)[:5]) == b"world"
-    assert bytes(ours.view(0)) == bytes(PAGE)
-    ours.close()
+    assert bytes(owned.view(2)[:5]) == b"world"
+    assert bytes(owned.view(0)) == bytes(PAGE)
+    owned.close()
 
 
-def test_slots_are_where_the_address_says() -> None:
-    ours = Slab.create(3, 2 * PAGE)
-    assert ours.address % PAGE == 0
-    assert (ours.nbytes, ours.slots, ours.slot_nbytes) == (6 * PAGE, 3, 2 * PAGE)
+def test_address_is_where_slot_0_begins() -> None:
+    owned = Slab.create(3, 2 * PAGE)
+    assert owned.address % PAGE == 0
+    assert (owned.nbytes, owned.slots, owned.slot_nbytes) == (6 * PAGE, 3, 2 * PAGE)
     for slot in range(3):
-        view = ours.view(slot)
+        view = owned.view(slot)
         view[:] = bytes([slot]) * len(view)
     memory = Path("/proc/self/mem").open("rb")  # noqa: SIM115
     with memory:
-        memory.seek(ours.address)
-        assert memory.read(ours.nbytes) == b"".join(bytes([slot]) * 2 * PAGE for slot in range(3))
+        memory.seek(owned.address)
+        assert memory.read(owned.nbytes) == b"".join(bytes([slot]) * 2 * PAGE for slot in range(3))
     del view
-    ours.close()
+    owned.close()
 
 
 @pytest.mark.parametrize("slot", [-1, 3])
-def test_a_slot_that_does_not_exist(slot: int) -> None:
-    ours = Slab.create(3, PAGE)
+def test_view_of_a_missing_slot_raises(slot: int) -> None:
+    owned = Slab.create(3, PAGE)
     with pytest.raises(IndexError, match=f"slot {slot} of a slab that has 3"):
-        ours.view(slot)
-    ours.close()
+        owned.view(slot)
+    owned.close()
 
 
-def test_slab_that_another_process_truncates_keeps_size_and_bytes() -> None:
-    ours = Slab.create(3, PAGE)
-    ours.view(2)[:5] = b"hello"
-    done = run(TRUNCATE, ours.descriptor.path)
+def test_truncate_by_another_process_is_refused() -> None:
+    owned = Slab.create(3, PAGE)
+    owned.view(2)[:5] = b"hello"
+    done = run(TRUNCATE, owned.descriptor.path)
     assert done.returncode == 0, done.stderr
-    assert ours._fd is not None
-    assert os.fstat(ours._fd).st_size == ours.nbytes
-    assert bytes(ours.view(2)[:5]) == b"hello"
-    with pytest.raises(PermissionError):  # nor can a seal be taken off, or another one be added
-        fcntl.fcntl(ours._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    ours.close()
+    with Path(owned.descriptor.path).open("r+b") as file:
+        assert os.fstat(file.fileno()).st_size == owned.nbytes
+        assert bytes(owned.view(2)[:5]) == b"hello"
+        with pytest.raises(PermissionError):  # the seals cannot be changed either
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    owned.close()
 
 
-def test_slab_on_a_kernel_that_seals_no_huge_pages_takes_small_ones(
+def test_create_without_sealed_huge_pages_uses_small_pages(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     make, refused = os.memfd_create, []
@@ -109,158 +110,169 @@ def test_slab_on_a_kernel_that_seals_no_huge_pages_takes_small_ones(
         return make(name, flags)
 
     (tmp_path / "free").write_text("1000\n")
-    monkeypatch.setattr(slab, "_FREE_HUGE_PAGES", tmp_path / "free")
+    monkeypatch.setattr(slab, "FREE_HUGE_PAGES", tmp_path / "free")
     monkeypatch.setattr(os, "memfd_create", memfd_create)
-    ours = Slab.create(3, PAGE)
+    owned = Slab.create(3, PAGE)
     assert refused
-    ours.view(2)[:5] = b"hello"
-    assert run(TRUNCATE, ours.descriptor.path).returncode == 0
-    ours.close()
+    owned.view(2)[:5] = b"hello"
+    assert run(TRUNCATE, owned.descriptor.path).returncode == 0
+    owned.close()
 
 
 @pytest.mark.parametrize(("slots", "nbytes"), [(0, PAGE), (1, 0), (1, PAGE + 1)])
-def test_sizes_that_make_no_slab(slots: int, nbytes: int) -> None:
+def test_create_with_wrong_sizes_raises(slots: int, nbytes: int) -> None:
     with pytest.raises(ValueError, match=f"a slab of {slots} slots of {nbytes} bytes"):
         Slab.create(slots, nbytes)
 
 
-def test_memory_that_the_kernel_refuses() -> None:
+def test_create_beyond_the_memory_raises() -> None:
     with pytest.raises(SlabError, match="cannot make a slab of"):
         Slab.create(1 << 40, 1 << 22)
 
 
-def test_a_descriptor_that_leads_nowhere() -> None:
-    ours = Slab.create(1, PAGE)
-    told = ours.descriptor
-    ours.close()
-    with pytest.raises(SlabError, match=f"cannot attach the slab {told.name} at {told.path}"):
-        Slab.attach(told)
+def test_attach_after_the_owner_closed_raises() -> None:
+    owned = Slab.create(1, PAGE)
+    closed = owned.descriptor
+    owned.close()
+    with pytest.raises(SlabError, match=f"cannot attach the slab {closed.name} at {closed.path}"):
+        Slab.attach(closed)
 
 
-def test_a_descriptor_that_leads_to_other_memory() -> None:
-    ours = Slab.create(1, PAGE)
+def test_attach_to_other_memory_raises() -> None:
+    owned = Slab.create(1, PAGE)
     with pytest.raises(SlabError, match="Its owner has ended, or is on another host") as refused:
-        Slab.attach(replace(ours.descriptor, name="kvcache-of-somebody-else"))
-    assert ours.descriptor.name in str(refused.value)
-    ours.close()
+        Slab.attach(replace(owned.descriptor, name="kvcache-other"))
+    assert owned.descriptor.name in str(refused.value)
+    owned.close()
 
 
-def test_memory_is_made_lowest_slot_first_and_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "_PIECE", 2 * PAGE)
-    ours, told = Slab.create(7, PAGE), list[int]()
-    ours.populate(told.append)
-    assert told[0] == 2  # the first piece is there before anything else happens
-    assert ours.wait_populated() == ours.populated == 7
-    assert told == [2, 4, 6, 7]
-    ours.close()
+def test_populate_allocates_all_slots_from_the_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "PIECE_NBYTES", 2 * PAGE)
+    owned, ready = Slab.create(7, PAGE), list[int]()
+    owned.populate(ready.append)
+    assert ready[0] == 2  # ``populate`` returns after the first piece
+    assert owned.wait_populated() == owned.populated == 7
+    assert ready == [2, 4, 6, 7]
+    owned.close()
 
 
-def test_a_slot_is_there_when_all_of_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "_PIECE", 3 * PAGE)
-    ours, told = Slab.create(4, 2 * PAGE), list[int]()
-    ours.populate(told.append)
-    assert ours.wait_populated() == 4
-    assert told == [1, 3, 4]
-    ours.close()
+def test_populate_reports_only_whole_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "PIECE_NBYTES", 3 * PAGE)
+    owned, ready = Slab.create(4, 2 * PAGE), list[int]()
+    owned.populate(ready.append)
+    assert owned.wait_populated() == 4
+    assert ready == [1, 3, 4]
+    owned.close()
 
 
 def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_no_descriptor_stays_open() -> None:
+def test_close_and_errors_leave_no_descriptor_open() -> None:
     before = open_files()
     with pytest.raises(SlabError):
         Slab.create(1 << 40, 1 << 22)
     assert open_files() == before
-    ours = Slab.create(1, PAGE)
-    owned = open_files()
-    theirs = Slab.attach(ours.descriptor)
-    theirs.close()
+    owned = Slab.create(1, PAGE)
+    while_open = open_files()
+    attached = Slab.attach(owned.descriptor)
+    attached.close()
     with pytest.raises(SlabError):
-        Slab.attach(replace(ours.descriptor, name="another"))
-    assert open_files() == owned
-    ours.close()
+        Slab.attach(replace(owned.descriptor, name="another"))
+    assert open_files() == while_open
+    owned.close()
     assert open_files() == before
 
 
-def test_slots_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "_PIECE", PAGE)
-    ours, told = Slab.create(3, 2 * PAGE), list[int]()
-    ours.populate(told.append)
-    assert ours.wait_populated() == 3
-    assert told == [1, 2, 3]
-    ours.close()
+def test_populate_with_slots_larger_than_a_piece_reports_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slab, "PIECE_NBYTES", PAGE)
+    owned, ready = Slab.create(3, 2 * PAGE), list[int]()
+    owned.populate(ready.append)
+    assert owned.wait_populated() == 3
+    assert ready == [1, 2, 3]
+    owned.close()
 
 
-def test_made_memory_costs_no_fault() -> None:
-    ours = Slab.create(64, PAGE)
-    ours.populate()
-    ours.wait_populated()
+def test_populated_memory_is_resident() -> None:
+    owned = Slab.create(64, PAGE)
+    owned.populate()
+    owned.wait_populated()
     code = Path("/proc/self/smaps").read_text()
-    at = code.index(f"{ours.address:x}-")
+    at = code.index(f"{owned.address:x}-")
     resident = next(line for line in code[at:].splitlines() if line.startswith("Rss:"))
-    assert int(resident.split()[1]) * 1024 >= ours.nbytes
-    ours.close()
+    assert int(resident.split()[1]) * 1024 >= owned.nbytes
+    owned.close()
 
 
-def test_closing_while_memory_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "_PIECE", PAGE)
-    ours = Slab.create(4096, PAGE)
-    seen: list[int] = []
+class WaitedForSlab(Slab):
+    """A slab that sets an event when ``close`` waits for the background thread."""
 
-    def stop_early(slots: int) -> None:
-        seen.append(slots)
+    waited_for = threading.Event()
+
+    def wait_populated(self) -> int:
+        self.waited_for.set()
+        return super().wait_populated()
+
+
+def test_close_during_populate_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "PIECE_NBYTES", PAGE)
+    owned = WaitedForSlab.create(4096, PAGE)
+    ready: list[int] = []
+
+    def wait_for_close(slots: int) -> None:
+        ready.append(slots)
         if slots == 3:
-            ours._stop.set()
+            assert WaitedForSlab.waited_for.wait(60)
 
-    ours.populate(stop_early)
-    ours.close()
-    assert seen[-1] < 4096
-    assert not ours._thread or not ours._thread.is_alive()
+    owned.populate(wait_for_close)
+    owned.close()
+    assert ready == [1, 2, 3]
+    assert "kvcache-populate" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_too_little_memory_is_said_and_lived_with(
+def test_populate_without_enough_memory_logs_an_error_and_stops(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slab, "_PIECE", PAGE)
-    monkeypatch.setattr(Slab, "_make", lambda self, at, nbytes: 0 if at < 2 * PAGE else 12)
-    ours = Slab.create(5, PAGE)
-    ours.populate()
-    assert ours.wait_populated() == 2
-    assert "no more memory for L1" in caplog.text
+    monkeypatch.setattr(slab, "PIECE_NBYTES", PAGE)
+    monkeypatch.setattr(Slab, "allocate", lambda self, at, nbytes: 0 if at < 2 * PAGE else 12)
+    owned = Slab.create(5, PAGE)
+    owned.populate()
+    assert owned.wait_populated() == 2
+    assert "slab: allocation stopped at" in caplog.text
     assert "Cannot allocate memory" in caplog.text
-    ours.close()
+    owned.close()
 
 
-def test_a_kernel_without_populate_has_the_pages_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "_MADV_POPULATE_WRITE", 9999)
-    ours = Slab.create(16, PAGE)
-    ours.populate()
-    assert ours.wait_populated() == 16
-    assert ours._fd is not None
-    assert os.fstat(ours._fd).st_blocks * 512 == ours.nbytes
-    ours.close()
+def test_populate_on_an_old_kernel_allocates_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "MADV_POPULATE_WRITE", 9999)
+    owned = Slab.create(16, PAGE)
+    owned.populate()
+    assert owned.wait_populated() == 16
+    assert Path(owned.descriptor.path).stat().st_blocks * 512 == owned.nbytes
+    owned.close()
 
 
-def test_a_view_outlives_its_slab() -> None:
-    ours = Slab.create(1, PAGE)
-    view = ours.view(0)
+def test_close_with_a_view_in_use_keeps_its_bytes() -> None:
+    owned = Slab.create(1, PAGE)
+    view = owned.view(0)
     view[:4] = b"kept"
-    ours.close()
-    ours.close()
+    owned.close()
+    owned.close()
     assert bytes(view[:4]) == b"kept"
 
 
-def test_nothing_stays_behind() -> None:
+def test_close_unmaps_and_leaves_no_file() -> None:
     before = set(Path("/dev/shm").iterdir())
-    ours = Slab.create(4, PAGE)
-    ours.populate()
+    owned = Slab.create(4, PAGE)
+    owned.populate()
     assert set(Path("/dev/shm").iterdir()) == before
-    ours.close()
-    assert ours.descriptor.name not in Path("/proc/self/maps").read_text()
+    owned.close()
+    assert owned.descriptor.name not in Path("/proc/self/maps").read_text()
     assert not any(
-        ours.descriptor.name in str(fd.readlink())
+        owned.descriptor.name in str(fd.readlink())
         for fd in Path("/proc/self/fd").iterdir()
         if fd.is_symlink() and fd.exists()
     )

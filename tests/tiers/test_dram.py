@@ -95,8 +95,8 @@ def test_slots_are_opened_when_their_memory_is_there(monkeypatch: pytest.MonkeyP
         made.append(nbytes)
         return 0 if len(made) == 1 else 12  # ENOMEM
 
-    monkeypatch.setattr(Slab, "_make", make)
-    monkeypatch.setattr("kvcache.slab._PIECE", 2 * PAGE)
+    monkeypatch.setattr(Slab, "allocate", make)
+    monkeypatch.setattr("kvcache.slab.PIECE_NBYTES", 2 * PAGE)
     with closing(dram(8)) as tier:
         tier.slab.wait_populated()
         with tier.reserve(keys_of("part", 8)) as lease:
@@ -110,7 +110,7 @@ def test_slots_are_opened_when_their_memory_is_there(monkeypatch: pytest.MonkeyP
 def test_without_any_memory_all_is_declined(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Slab, "_make", lambda slab, at, nbytes: 12)
+    monkeypatch.setattr(Slab, "allocate", lambda slab, at, nbytes: 12)
     with closing(dram(2)) as tier:
         keys = keys_of("none", 1)
         assert tier.store(keys, [memoryview(bytes(PAGE))]) == [False]

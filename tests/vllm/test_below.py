@@ -205,7 +205,7 @@ def test_how_fast_the_engine_computes_is_measured(monkeypatch: pytest.MonkeyPatc
     side.open(shards())
     assert side._stack is not None
     told: list[tuple[float, ...]] = []
-    monkeypatch.setattr(side._stack, "computed", lambda *what: told.append(what))
+    monkeypatch.setattr(side._stack, "observe_compute", lambda *what: told.append(what))
     engine = Played(side)
     request = Request("a", 8 * BLOCK, num_prompt_tokens=6 * BLOCK)
     engine.admit(request, list(range(8)))
@@ -241,7 +241,7 @@ def test_depth_of_a_step_is_the_mean_over_the_blocks_of_its_prompts(
     side.open(shards())
     assert side._stack is not None
     told: list[tuple[float, ...]] = []
-    monkeypatch.setattr(side._stack, "computed", lambda *what: told.append(what))
+    monkeypatch.setattr(side._stack, "observe_compute", lambda *what: told.append(what))
     engine = Played(side)
     long, short = Request("a", 12 * BLOCK), Request("b", 2 * BLOCK)
     engine.admit(long, list(range(12)))
