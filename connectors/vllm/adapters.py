@@ -1,15 +1,17 @@
-"""What LoRA adapters are: their files' digest goes into the keys of their requests' blocks.
+"""LoRA adapters: the digest of an adapter's files goes into the keys of its requests' blocks.
 
 vLLM's hashes have an adapter's name and path, and its files may be replaced under both. Workers
-read them when they first need the adapter, and again when they dropped it meanwhile: at times that
-the scheduler does not know.
+read the files when they first need the adapter, and again after they dropped it, at times that the
+scheduler does not know.
 
-1. Blocks of an adapter are kept where its files are older than this engine: whenever a worker read
-   them, it read what the digest is of.
-2. Where they, or a link on the way to them, are younger, or change, nothing of that adapter is
-   found or kept any more, until the engine is started again; a warning says so once. What a step
-   has stored is published after the files were looked at again.
-3. A snapshot of a Hugging Face cache is its commit, however young.
+Invariants:
+
+1. Blocks of an adapter are kept if its files are older than this engine: whenever a worker read
+   them, it read what the digest covers.
+2. If the files, or a link on the way to them, are younger, or change, nothing of that adapter is
+   found or kept until the engine is restarted. One warning is logged. What a step has stored is
+   published after the files were checked again.
+3. A snapshot of a Hugging Face cache is identified by its commit, however young it is.
 """
 
 from __future__ import annotations
@@ -22,27 +24,29 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from kvcache.connectors.vllm.identity import settings_of
 from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, trail, weight_files
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
 
 SETTINGS: Final = ("lora_dtype", "target_modules", "enable_tower_connector_lora")
-"""Of vLLM's config of LoRA: what an adapter does beside its weights."""
+"""The settings of vLLM's LoRA config that change what an adapter computes."""
 
-MOST: Final = 4096  # adapters that are remembered
+MOST_ADAPTERS: Final = 4096  # in each table
 
-_Name = tuple[str, str]  # and path
+_Name = tuple[str, str]  # name and path
 _Stamp = tuple[tuple[int, ...], ...]
 
 
 class _Adapter(NamedTuple):
     digest: bytes
     files: tuple[Path, ...]
-    links: tuple[Path, ...]  # on the way to them
+    links: tuple[Path, ...]  # on the way to the files
     stamp: _Stamp
 
 
@@ -50,9 +54,9 @@ class Adapters:
     """The adapters of one engine.
 
     Args:
-        settings: what else an adapter does than its weights say.
-        trusted: whether names and paths say what adapters are, as the user has promised.
-        started_ns: when the engine was started, in nanoseconds since 1970.
+        settings: of the engine, which change what an adapter computes.
+        trusted: whether equal names and paths mean equal adapters, as the user has promised.
+        started_ns: when the engine was started, in nanoseconds since 1970; ``None`` is now.
     """
 
     def __init__(
@@ -68,7 +72,13 @@ class Adapters:
         self._known: OrderedDict[_Name, _Adapter] = OrderedDict()
         self._refused: OrderedDict[_Name, None] = OrderedDict()
         self._ids: OrderedDict[int, _Name] = OrderedDict()
-        self._used: set[_Name] = set()  # by stores whose step may not have ended
+        self._used: set[_Name] = set()  # by stores of steps that may not have ended
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, *, trusted: bool) -> Adapters:
+        """Return the adapters of an engine that starts now."""
+        config = getattr(vllm_config, "lora_config", None)
+        return cls(settings_of(config, SETTINGS), trusted=trusted)
 
     def keeps(self, request: Request) -> bool:
         """Whether blocks of ``request`` may be found and kept."""
@@ -83,13 +93,13 @@ class Adapters:
         if getattr(lora, "load_inplace", False):
             self._refuse(name, "it was loaded in place")
         if name not in self._refused and name not in self._known:
-            self._look(name)
+            self._identify(name)
         return name not in self._refused
 
     def keys(self, request: Request, keys: list[bytes]) -> list[bytes]:
-        """``keys`` with the adapter of ``request`` in them; none where :meth:`keeps` refuses.
+        """Return ``keys`` combined with the adapter of ``request``; none where `keeps` is false.
 
-        Of such keys it returns those that they were made of.
+        The function is its own inverse: from combined keys it returns the original ones.
         """
         lora = request.lora_request
         if lora is None or not keys:
@@ -107,9 +117,10 @@ class Adapters:
         return [(int.from_bytes(key, "little") ^ mask).to_bytes(nbytes, "little") for key in keys]
 
     def changed(self, *, done: bool) -> bool:
-        """Whether an adapter in use is another one; ``done`` when no store is under way.
+        """Whether the files of an adapter in use have changed.
 
-        To be called when a step has ended, before what it stored is published.
+        Call it when a step has ended, before its stores are published. ``done`` is whether no store
+        is under way.
         """
         changed = False
         for name in self._used:
@@ -125,8 +136,8 @@ class Adapters:
             self._used.clear()
         return changed
 
-    def _look(self, name: _Name) -> None:
-        """Find out what an adapter is, if its files are as they were when the engine started."""
+    def _identify(self, name: _Name) -> None:
+        """Identify an adapter if its files have not changed since the engine started."""
         place = Path(name[1]).expanduser().absolute()
         try:
             if not place.is_dir():
@@ -153,10 +164,10 @@ class Adapters:
     def _refuse(self, name: _Name, reason: str) -> None:
         if name not in self._refused:
             log.warning(
-                "kvcache: blocks of LoRA adapter %r are neither found nor kept: %s (%r)",
-                name[0],
+                "kvcache: adapters: LoRA adapter %r of %r refused (%s); "
+                "its blocks are neither found nor kept",
+                *name,
                 reason,
-                name[1],
             )
         self._refused[name] = None
         self._known.pop(name, None)
@@ -168,7 +179,7 @@ def _name(lora: LoRARequest) -> _Name:
 
 
 def _stamp(files: Iterable[Path], links: Iterable[Path]) -> _Stamp:
-    """What is another when a file is another, or was written."""
+    """Return values of which one changes when a file is replaced or written."""
     found = [*(file.stat() for file in files), *(link.lstat() for link in links)]
     return tuple(
         (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)
@@ -177,6 +188,6 @@ def _stamp(files: Iterable[Path], links: Iterable[Path]) -> _Stamp:
 
 
 def _bound(table: OrderedDict[Any, Any]) -> None:
-    """Forget the oldest: it is looked at again, and refused again if it was."""
-    while len(table) > MOST:
+    """Forget the oldest entries. Their adapters are identified again when they are next used."""
+    while len(table) > MOST_ADAPTERS:
         table.popitem(last=False)

@@ -1,4 +1,4 @@
-"""What this connector can work with, said at start: the engine's version, its cache, its host."""
+"""What the connector depends on in vLLM and its host: version, logging, hosts, replicas, policy."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OLDEST_VLLM = (0, 29)
 
 
 def check_version(version: str) -> None:
-    """Refuse a vLLM whose KV cache layouts are not those of 0.29 and later.
+    """Refuse a vLLM older than 0.29: its KV cache layouts are different.
 
     Raises:
         ImportError: naming both versions.
     """
-    # A build from source may have no version number, or 0.1.dev; it is taken at its word.
+    # A build from source may have no version number, or 0.1.dev. It is not refused.
     numbers = re.match(r"(?!0\.1\.dev)(\d+)\.(\d+)", version)
     if numbers and (0, 0) < tuple(map(int, numbers.groups())) < OLDEST_VLLM:
         raise ImportError(
@@ -33,45 +33,56 @@ def check_version(version: str) -> None:
 
 
 def log_as_vllm_does() -> None:
-    """Have what kvcache logs said where vLLM's words go, unless somebody saw to it already.
+    """Send kvcache's log to the handlers of vLLM's, unless it has handlers already.
 
-    vLLM gives handlers to the logger ``vllm`` alone; without one, only warnings would be heard.
+    vLLM adds handlers to the logger ``vllm`` alone; without any, Python prints only warnings.
     """
-    ours, theirs = logging.getLogger("kvcache"), logging.getLogger("vllm")
-    if not ours.hasHandlers() and theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
+    ours, vllms = logging.getLogger("kvcache"), logging.getLogger("vllm")
+    if not ours.hasHandlers() and vllms.handlers:
+        ours.handlers = list(vllms.handlers)
+        ours.setLevel(vllms.level)
         ours.propagate = False
 
 
 def host_name() -> str:
-    """One running kernel and pid namespace: the reach of a slab's descriptor."""
+    """Return the name of this kernel and pid namespace, within which a slab can be attached."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{os.uname().nodename}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
 
 
 def replica_of(parallel: ParallelConfig) -> Replica:
-    """Which of the replicas that one command has started on this host an engine is.
+    """Return which of the replicas that one command started on this host an engine is.
 
-    vLLM turns the config of a dense model's replica into that of an engine alone, and leaves only
-    its rank on the host and the number of all replicas, which may be more than this host has.
+    vLLM replaces the parallel config of a dense model's replica by that of an engine alone. It
+    leaves the rank on the host and the number of all replicas, which may be on several hosts.
     """
     if getattr(parallel, "data_parallel_external_lb", False):
-        return ALONE  # a command of its own has started each, with an environment of its own
+        return ALONE  # each was started by a command of its own, with an environment of its own
     index = getattr(parallel, "data_parallel_rank_local", None) or 0
     count = parallel.data_parallel_size_local
     if count < 2 or getattr(parallel, "enable_elastic_ep", False):
-        most = getattr(parallel, "elastic_ep_max_dp_size", None) or 1
-        count = max(parallel.data_parallel_size, most)
+        largest = getattr(parallel, "elastic_ep_max_dp_size", None) or 1
+        count = max(parallel.data_parallel_size, largest)
     return Replica(index, max(count, index + 1))
 
 
-def warn_unless_recomputing(vllm_config: VllmConfig) -> None:
-    """Warn when a block that cannot be loaded ends its request, as vLLM's default policy has it.
+def recomputes_failed_loads(vllm_config: VllmConfig) -> bool:
+    """Whether this vLLM computes blocks correctly again that could not be loaded.
 
-    To be called in a worker while vLLM makes its connector. Under ``MultiConnector`` a connector
-    gets a config whose policy vLLM's scheduler does not read: it follows that of the outer config,
-    which is vLLM's current config at that time, and cannot be had in another way.
+    With async scheduling it keeps the placeholders of tokens that were computed from those blocks,
+    and its second model runner continues at the old position (vLLM 0.25 to 0.33 at least).
+    """
+    scheduling = getattr(vllm_config, "scheduler_config", None)
+    second_runner = getattr(vllm_config, "use_v2_model_runner", False)
+    return not (getattr(scheduling, "async_scheduling", False) or second_runner)
+
+
+def warn_unless_recomputing(vllm_config: VllmConfig) -> None:
+    """Warn if vLLM fails a request when a block cannot be loaded, as its default policy does.
+
+    Call it in a worker while vLLM constructs its connector. Under ``MultiConnector``, vLLM follows
+    the policy of the outer config, and passes another config to the connector. The outer one is
+    vLLM's current config at that time, and cannot be reached otherwise.
     """
     from vllm.config import get_current_vllm_config_or_none
 
@@ -80,7 +91,7 @@ def warn_unless_recomputing(vllm_config: VllmConfig) -> None:
     policy = transfer.kv_load_failure_policy
     if policy != "recompute":
         log.warning(
-            "kvcache: kv_load_failure_policy is %r: a block that cannot be copied back "
-            "ends its request; with 'recompute' it is computed again",
+            "kvcache: connector: kv_load_failure_policy is %r, not 'recompute'; "
+            "vLLM fails a request when one of its blocks cannot be loaded",
             policy,
         )

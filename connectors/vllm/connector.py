@@ -1,4 +1,4 @@
-"""The vLLM connector: ``KVCacheConnector`` takes vLLM's calls to one of two halves, no more.
+"""The vLLM connector: ``KVCacheConnector`` passes vLLM's calls to one of two halves.
 
 ::
 
@@ -6,8 +6,8 @@
                            "kv_connector_module_path": "kvcache.connectors.vllm",
                            "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
 
-vLLM makes one instance in the scheduler's process and one in every worker, and imports the class
-elsewhere too: importing this module starts nothing.
+vLLM constructs one instance in the scheduler's process and one in every worker, and imports the
+class in other processes too: importing this module starts nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     SupportsHMA,
 )
 
-from kvcache.connectors.vllm.layer_sync import kind_of  # noqa: E402
+from kvcache.connectors.vllm.layer_sync import pass_mode  # noqa: E402
 from kvcache.connectors.vllm.messages import Acks, Refusal, Shard, Step  # noqa: E402
 
 if TYPE_CHECKING:
@@ -60,7 +60,12 @@ except ImportError:  # before 0.32 hits had no source
 
 
 class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
-    """Keeps a vLLM engine's KV blocks in the tiers of a kvcache profile."""
+    """Keeps a vLLM engine's KV blocks in the tiers of a kvcache profile.
+
+    Attributes:
+        scheduler_side: in the scheduler's process; the instance there has no ``worker_side``.
+        worker_side: in a worker's process.
+    """
 
     _cache_hit_source = _HOST
 
@@ -68,16 +73,16 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._scheduler: SchedulerSide
-        self._worker: WorkerSide
-        self._block_pool: BlockPool | None = None  # bound when vLLM's scheduler is made
+        self.scheduler_side: SchedulerSide
+        self.worker_side: WorkerSide
+        self._block_pool: BlockPool | None = None  # bound after vLLM's scheduler is constructed
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
             from kvcache.connectors.vllm.identity import identity
             from kvcache.connectors.vllm.scheduler import SchedulerSide
 
             self._identity = identity(vllm_config, kv_cache_config)
-            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, self._identity)
+            self.scheduler_side = SchedulerSide(vllm_config, kv_cache_config, self._identity)
         else:
             import torch
             from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -91,11 +96,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
             if self._refusal is None and rank == (0, 0):
                 warn_unless_recomputing(vllm_config)
-            self._worker = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
+            self.worker_side = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache: what it loses is computed again, and no request waits for it."""
+        """False: this is a cache, so vLLM recomputes what it loses and holds no request for it."""
         return False
 
     # Scheduler
@@ -103,87 +108,87 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
         from kvcache.connectors.vllm.identity import log_sharing
 
-        self._scheduler.open(metadata)
-        if (stats := self._scheduler.stats()) is not None:
+        self.scheduler_side.open(metadata)
+        if (stats := self.scheduler_side.stats()) is not None:
             log_sharing(self._identity, lower=bool(stats.lower))
 
     def on_new_request(self, request: Request) -> None:
-        self._scheduler.arrived(request)
+        self.scheduler_side.add_request(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
-        return tokens, bool(tokens) and self._scheduler.comes_later(request)
+        tokens = self.scheduler_side.matched_tokens(request, num_computed_tokens)
+        return tokens, bool(tokens) and self.scheduler_side.is_async(request)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        self._scheduler.admitted(request, blocks.get_block_ids(), num_external_tokens)
+        self.scheduler_side.admit(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
-        step = self._scheduler.step(scheduler_output)
-        self._forget_doubtful()
+        step = self.scheduler_side.build_step(scheduler_output)
+        self._evict_suspects()
         return step or KVConnectorMetadata()
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         self._block_pool = gpu_block_pool
 
-    def _forget_doubtful(self) -> None:
-        # vLLM has a request compute them again, and until then gives them to others: to every
-        # later request, if this one is aborted or preempted before.
-        doubtful = self._scheduler.take_doubtful()
-        if doubtful and self._block_pool is not None:
-            self._block_pool.evict_blocks(doubtful)
+    def _evict_suspects(self) -> None:
+        # vLLM has a request recompute the blocks of a failed load. Until then other requests would
+        # find them in vLLM's prefix cache; later, too, if this one is aborted or preempted first.
+        suspects = self.scheduler_side.take_suspects()
+        if suspects and self._block_pool is not None:
+            self._block_pool.evict_blocks(suspects)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if connector_output.invalid_block_ids:
-            self._scheduler.failed(connector_output.invalid_block_ids)
-            self._forget_doubtful()
+            self.scheduler_side.fail_loads(connector_output.invalid_block_ids)
+            self._evict_suspects()
         acks = connector_output.kv_connector_worker_meta
         if isinstance(acks, Acks):
-            self._scheduler.acked(acks)
+            self.scheduler_side.end_step(acks)
 
     def has_pending_push_work(self) -> bool:
-        """Whether vLLM has to go on stepping, with no request if need be, to hear of copies."""
-        return self._scheduler.copying
+        """Whether vLLM has to step, even without requests, so that the workers report copies."""
+        return self.scheduler_side.copying
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._scheduler.finished(request)
+        self.scheduler_side.finish(request)
         return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._scheduler.finished(request)
+        self.scheduler_side.finish(request)
         return False, None
 
     def reset_cache(self) -> bool:
-        self._scheduler.reset()
+        self.scheduler_side.reset()
         if self._block_pool is not None:
-            # vLLM cannot reset its own cache while requests run, and would give later ones what
-            # was computed before.
+            # vLLM does not reset its own prefix cache while requests run. Later requests would find
+            # blocks in it that were computed before the reset.
             self._block_pool.evict_blocks(set(range(len(self._block_pool.blocks))))
-        self._forget_doubtful()
+        self._evict_suspects()
         return True
 
     def stats(self) -> StackStats | None:
-        """What the stack holds and did; ``None`` where nothing can be kept."""
-        return self._scheduler.stats()
+        """Return the counts of the stack; ``None`` if the engine is refused."""
+        return self.scheduler_side.stats()
 
     def take_events(self) -> Sequence[KVCacheEvent]:
-        return self._scheduler.events.take()
+        return self.scheduler_side.events.take()
 
     def get_kv_connector_stats(self) -> Stats | None:
-        return self._scheduler.report() if hasattr(self, "_scheduler") else None
+        return self.scheduler_side.report() if hasattr(self, "scheduler_side") else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
         from kvcache.connectors.vllm.metrics import Stats
 
-        return Stats().aggregate(Stats(data or {}))  # a copy: several loggers get the same data
+        return Stats().aggregate(Stats(data or {}))  # a copy: several loggers share the data
 
     @classmethod
     def build_prom_metrics(
@@ -201,27 +206,27 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._refusal is None:
-            self._worker.register(kv_caches)
+            self.worker_side.register(kv_caches)
 
     def get_handshake_metadata(self) -> Shard | Refusal | None:
         if self._refusal is not None:
             return Refusal(self._refusal)
         from kvcache.connectors.vllm.identity import kernels
 
-        shard = self._worker.shard()
+        shard = self.worker_side.shard()
         return shard and replace(shard, format_id=f"{shard.format_id} {kernels(self._vllm_config)}")
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if isinstance(kv_connector_metadata, Step):
-            self._worker.fence(kv_connector_metadata)
+            self.worker_side.fence(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if (step := self._step()) is not None:
-            # A drafter may replay a graph of its own, which asks for no layer that it reads.
-            self._worker.load(step, None if self._drafts else kind_of(forward_context))
+            # A drafter may replay a CUDA graph of its own, in which no layer waits for its load.
+            self.worker_side.load(step, None if self._drafts else pass_mode(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        self._worker.wait_for_layer(layer_name)
+        self.worker_side.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -230,16 +235,16 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         if (step := self._step()) is not None:
-            self._worker.store(step)
+            self.worker_side.store(step)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self._worker.take_received() or None
+        return None, self.worker_side.take_received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_bad_blocks()
+        return self.worker_side.take_failed_blocks()
 
     def build_connector_worker_meta(self) -> Acks | None:
-        return self._worker.take_acks()
+        return self.worker_side.take_acks()
 
     def _step(self) -> Step | None:
         step = self._get_connector_metadata()
@@ -248,6 +253,6 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Both
 
     def shutdown(self) -> None:
-        for half in ("_scheduler", "_worker"):
+        for half in ("scheduler_side", "worker_side"):
             if hasattr(self, half):
                 getattr(self, half).close()

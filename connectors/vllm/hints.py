@@ -1,11 +1,11 @@
-"""What a caller says of the future of a conversation, with a request::
+"""Hints: what a caller knows of the future of a conversation, sent with a request::
 
     "kv_transfer_params": {"kvcache": {"done": true}}
 
-``done``: it will not be continued. ``keep``: seconds for which its blocks should stay. ``soon``:
+``done``: the conversation ends. ``keep``: seconds for which its blocks should stay in L1. ``soon``:
 its next turn comes soon.
 
-Always true here: what is not understood is said once in the log, and is no error of the request.
+An invalid hint is logged once and ignored. It does not fail the request.
 """
 
 from __future__ import annotations
@@ -20,28 +20,37 @@ log = logging.getLogger(__name__)
 
 LONGEST_KEEP_S: Final = 3600.0
 
-_told: set[str] = set()
+MOST_LOGGED: Final = 100  # callers choose the words of a hint, and so of the reason
 
 
-def hints_of(request: Request) -> dict[str, Any]:
-    """The keyword arguments of ``Stack.hint`` that this request asks for; empty for none."""
-    given = (request.kv_transfer_params or {}).get("kvcache")
-    if given is None:
-        return {}
-    try:
-        return _read(given)
-    except ValueError as error:
-        if str(error) not in _told and len(_told) < 100:  # it is the callers who choose the words
-            _told.add(str(error))
-            log.warning("kvcache: kv_transfer_params.kvcache is not understood: %s", error)
-        return {}
+class HintReader:
+    """Reads the hints of an engine's requests, and logs each kind of invalid hint once."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def read(self, request: Request) -> dict[str, Any]:
+        """Return the keyword arguments of ``Stack.hint`` that a request asks for."""
+        hint = (request.kv_transfer_params or {}).get("kvcache")
+        if hint is None:
+            return {}
+        try:
+            return _parse(hint)
+        except ValueError as error:
+            self._log(str(error))
+            return {}
+
+    def _log(self, reason: str) -> None:
+        if reason not in self._logged and len(self._logged) < MOST_LOGGED:
+            self._logged.add(reason)
+            log.warning("kvcache: hints: invalid kv_transfer_params.kvcache (%s); ignored", reason)
 
 
-def _read(given: object) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise ValueError(f"it is a {type(given).__name__}; write an object")
+def _parse(hint: object) -> dict[str, Any]:
+    if not isinstance(hint, dict):
+        raise ValueError(f"it is a {type(hint).__name__}, not an object")
     hints: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in hint.items():
         match name:
             case "done" | "soon" if isinstance(value, bool):
                 hints[name] = value
@@ -52,7 +61,7 @@ def _read(given: object) -> dict[str, Any]:
             case "keep":
                 raise ValueError(f"keep takes seconds, {LONGEST_KEEP_S:.0f} at most")
             case _:
-                raise ValueError("there are done, keep and soon, and no others")
+                raise ValueError("the hints are done, keep and soon")
     if hints.get("done") and (hints.get("keep") or hints.get("soon")):
-        raise ValueError("done goes with neither keep nor soon")
+        raise ValueError("done excludes keep and soon")
     return hints

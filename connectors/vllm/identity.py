@@ -1,11 +1,12 @@
-"""What must agree before another engine's block can be this one's, beyond its hash.
+"""Identity: what must be equal in two engines before one finds the other's blocks.
 
-1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers
-   whatever else changes the bytes of a block: the weights that were loaded, the configuration, data
-   types, attention, layout, ranks. docs/vllm.md has the list, and what is left out with reasons.
-2. It depends on what was loaded and not on where it was found: the same files at another path, or
-   on another host, are the same model.
-3. What cannot be identified is shared with no other process: its namespace has a random part.
+1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers all
+   else that changes the bytes of a block: the weights that were loaded, the configuration, data
+   types, attention, layout, ranks. docs/vllm.md lists it, and what is left out with the reasons.
+2. It depends on what was loaded and not on where that was: the same files at another path, or on
+   another host, are the same model.
+3. Weights that cannot be identified are shared with no other process: the namespace then has a
+   random part.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VARIABLE: Final = "KVCACHE_IDENTITY"
-SCHEMA: Final = 2  # of what a block's bytes are; another number is another namespace
-UNSHARED: Final = "not shared"  # the field that has the reason
+SCHEMA: Final = 2  # version of a block's bytes; a new version is a new namespace
+UNSHARED: Final = "not shared"  # the field with the reason why the weights are not identified
 
 _STARTING_S = 0.1
-"""Of a process, before it can load anything. The kernel counts its age in hundredths of a second,
-and an engine may be started right after the files were written."""
+"""The least time from a process's start until it loads weights. The kernel counts a process's age
+in hundredths of a second, and an engine may start right after the files were written."""
 
 _LOADERS = "vllm.model_executor.model_loader."
 _READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", "gguf_loader"}
@@ -45,11 +46,11 @@ _MEDIA = (
     "video_pruning_method", "mm_encoder_attn_backend", "mm_encoder_attn_dtype",
     "mm_device_do_normalize", "mm_hasher_algorithm",
 )  # fmt: skip
-"""What becomes of images and sounds before the model sees them, beyond what vLLM hashes."""
+"""Settings that change images and sounds before the model, and that vLLM does not hash."""
 
 
 def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, object]:
-    """The fields of the namespace, by name."""
+    """Return the fields of the namespace, by name."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
     fields: dict[str, object] = {
@@ -64,7 +65,7 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "loader": str(vllm_config.load_config.model_loader_extra_config),  # which files it reads
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), str(getattr(model, "quantization_config", None))],
-        "media": chosen(getattr(model, "multimodal_config", None), _MEDIA),
+        "media": settings_of(getattr(model, "multimodal_config", None), _MEDIA),
         "cache dtype": cache.cache_dtype,
         "hash": cache.prefix_caching_hash_algo,
         "hash seed": os.environ.get("PYTHONHASHSEED"),
@@ -83,7 +84,7 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         named = getattr(model, "model_weights", "") or model.model
         return fields | {"explicit": [text, named, model.revision]}
     try:
-        _check(vllm_config)
+        _require_identifiable(vllm_config)
         fields["weights"] = weights_of(model, vllm_config.load_config)
         if draft is not None:
             own = getattr(vllm_config.speculative_config, "draft_load_config", None)
@@ -97,13 +98,13 @@ def log_sharing(fields: Mapping[str, object], *, lower: bool) -> None:
     """Log how the weights were identified. ``lower`` is whether there is a tier below L1."""
     if (reason := fields.get(UNSHARED)) and lower:
         log.warning(
-            "kvcache: identity: the weights cannot be identified (%s); no other process finds the "
-            "blocks of this one, nor does this engine after a restart. Where engines with the same "
-            "text load the same weights, KVCACHE_IDENTITY=TEXT lets them share",
+            "kvcache: identity: weights not identified (%s); blocks are shared with no other "
+            "process, nor with this engine after a restart. KVCACHE_IDENTITY=TEXT lets engines "
+            "with the same text share blocks, if they load the same weights",
             reason,
         )
     elif reason:
-        log.info("kvcache: identity: the weights cannot be identified (%s)", reason)
+        log.info("kvcache: identity: weights not identified (%s)", reason)
     elif explicit := fields.get("explicit"):
         log.info(
             "kvcache: identity: %s is %r (environment variable); the weight files are not read",
@@ -115,17 +116,17 @@ def log_sharing(fields: Mapping[str, object], *, lower: bool) -> None:
 
 
 def drafter(vllm_config: VllmConfig) -> ModelConfig | None:
-    """The model that drafts tokens, where it has weights of its own; its layers are in blocks."""
+    """Return the draft model, if it has weights of its own; a block has its layers' KV, too."""
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     return None if draft is vllm_config.model_config else draft
 
 
 def weights_of(model: ModelConfig, load: LoadConfig) -> str:
-    """What the weights of ``model`` are: a commit, or a digest of the files.
+    """Return the commit of the weights of ``model``, or a digest of their files.
 
     Raises:
-        UnknownWeightsError: when they are in no files here, or a loader of unknown kind read them.
+        UnknownWeightsError: if they are not in files here, or an unknown loader reads them.
     """
     from vllm.model_executor.model_loader import get_model_loader
 
@@ -159,13 +160,13 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
     found = identify(place, started_ns())
     configured = getattr(model.hf_config, "_commit_hash", None)
     if found.startswith("commit ") and configured and found != f"commit {configured}":
-        # The branch moved between the engine's start and now: which of the two was loaded?
+        # The branch moved after the engine's start, and either commit may have been loaded.
         raise UnknownWeightsError(f"{model.model!r} was at {configured} and is now at {found}")
     return found
 
 
 def started_ns() -> int:
-    """A time after this process began and before it loaded weights, or had them loaded.
+    """Return a time after this process started and before any weights were loaded for it.
 
     In nanoseconds since 1970.
     """
@@ -175,7 +176,7 @@ def started_ns() -> int:
 
 
 def kernels(vllm_config: VllmConfig) -> str:
-    """For a worker: the attention and the device that compute its blocks."""
+    """Return the attention backends and the device of a worker, which compute its blocks."""
     from vllm.platforms import current_platform
 
     layers = vllm_config.compilation_config.static_forward_context.values()
@@ -184,8 +185,8 @@ def kernels(vllm_config: VllmConfig) -> str:
     return f"{','.join(sorted(found))} {current_platform.get_device_capability()}"
 
 
-def _check(vllm_config: VllmConfig) -> None:
-    """Raise UnknownWeightsError where the files do not say what the engine computes with."""
+def _require_identifiable(vllm_config: VllmConfig) -> None:
+    """Raise UnknownWeightsError if the files do not determine what the engine computes with."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
         raise UnknownWeightsError("weight_transfer_config replaces them while the engine runs")
@@ -200,16 +201,18 @@ def _check(vllm_config: VllmConfig) -> None:
 
 
 def _config(model: ModelConfig) -> str:
-    """The model's configuration, after all overrides, without where it was found."""
-    return json.dumps(_placeless(json.loads(model.hf_config.to_json_string(use_diff=False))))
+    """Return the model's configuration after all overrides, without its path."""
+    return json.dumps(_without_path(json.loads(model.hf_config.to_json_string(use_diff=False))))
 
 
-def _placeless(value: Any) -> Any:
+def _without_path(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _placeless(each) for name, each in value.items() if name != "_name_or_path"}
-    return [_placeless(each) for each in value] if isinstance(value, list) else value
+        return {
+            name: _without_path(each) for name, each in value.items() if name != "_name_or_path"
+        }
+    return [_without_path(each) for each in value] if isinstance(value, list) else value
 
 
-def chosen(config: object, names: Sequence[str]) -> list[str]:
-    """Some settings of a config, by name; none where there is no config."""
+def settings_of(config: object, names: Sequence[str]) -> list[str]:
+    """Return some settings of a config, by name; none if there is no config."""
     return [] if config is None else [f"{name}={getattr(config, name, None)}" for name in names]

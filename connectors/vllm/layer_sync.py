@@ -1,19 +1,22 @@
-"""Which layers a forward pass asks for before it reads them: not all of them, and not always.
+"""Which layers a forward pass waits for before it reads their blocks (vLLM's layer-wise load).
 
-Always true here:
-* A layer is trusted to be asked for when the last pass of the same kind has asked for it.
-* A pass of no kind is trusted with no layer, and teaches nothing.
-* A pass that did not do what it was trusted to do is told of.
+vLLM calls `wait_for_layer_load` from a layer's attention, but not for all layers and not in every
+kind of pass: the replay of a FULL CUDA graph makes no calls.
+
+Invariants:
+
+1. A pass is expected to wait for the layers that the last pass of the same mode waited for.
+2. A pass without a mode is expected to wait for none, and changes no expectation.
+3. `end_pass` returns every layer that the pass was expected to wait for and did not.
 """
 
 from __future__ import annotations
 
 
-def kind_of(forward_context: object) -> str | None:
-    """How this forward pass runs, if it asks for layers before it reads them; else ``None``.
+def pass_mode(forward_context: object) -> str | None:
+    """Return the mode of a forward pass in which layers wait for their loads; else ``None``.
 
-    The replay of a FULL graph asks for nothing. Its context says so, or, in vLLM's second runner,
-    is made for the call alone and says nothing of a pass.
+    vLLM's second model runner passes a context without attention metadata for a FULL graph.
     """
     mode = getattr(getattr(forward_context, "cudagraph_runtime_mode", None), "name", None)
     computes = getattr(forward_context, "attn_metadata", None) is not None
@@ -21,31 +24,32 @@ def kind_of(forward_context: object) -> str | None:
 
 
 class LayerSync:
-    """The forward passes of one worker.
+    """The layers that the forward passes of one worker wait for.
 
     Attributes:
-        trusted: layers that this step's pass will ask for.
+        expected: layers that this step's pass is expected to wait for.
     """
 
     def __init__(self) -> None:
-        self.trusted: frozenset[int] = frozenset()
-        self._kind: str | None = None
-        self._asked: set[int] = set()
-        self._seen: dict[str, frozenset[int]] = {}  # by kind: what the last one has asked for
+        self.expected: frozenset[int] = frozenset()
+        self._mode: str | None = None
+        self._waited: set[int] = set()
+        self._by_mode: dict[str, frozenset[int]] = {}  # what the last pass of the mode waited for
 
-    def is_of(self, kind: str | None) -> None:
-        """This step's pass is. Where nothing is loaded before it, it may have been made already."""
-        self._kind = kind
-        self.trusted = self._seen.get(kind or "", frozenset())
+    def set_mode(self, mode: str | None) -> None:
+        """Set the mode of this step's pass. With no loads to wait for, it may already have run."""
+        self._mode = mode
+        self.expected = self._by_mode.get(mode or "", frozenset())
 
-    def asks(self, layer: int) -> None:
-        self._asked.add(layer)
+    def add_wait(self, layer: int) -> None:
+        """Note that the pass waits for a layer."""
+        self._waited.add(layer)
 
-    def ends(self) -> frozenset[int]:
-        """The pass has been made; the layers that it was trusted to ask for, and did not."""
-        asked, missed = frozenset(self._asked), self.trusted - self._asked
-        if self._kind is not None:
-            self._seen[self._kind] = asked
-        self._asked = set()
-        self.is_of(None)
+    def end_pass(self) -> frozenset[int]:
+        """End the pass, and return the layers it was expected to wait for and did not."""
+        waited, missed = frozenset(self._waited), self.expected - self._waited
+        if self._mode is not None:
+            self._by_mode[self._mode] = waited
+        self._waited = set()
+        self.set_mode(None)
         return missed

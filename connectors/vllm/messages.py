@@ -1,15 +1,16 @@
-"""What crosses between the scheduler's process and its workers.
+"""The messages between the scheduler's process and its workers.
 
-Always true here:
+Invariants:
 
-* No keys go to a worker, no tensors to the scheduler: block numbers, slot numbers and job numbers.
-* Everything is picklable and small: a few integers per block moved.
+1. No keys go to a worker and no tensors to the scheduler: block, slot and job numbers do.
+2. Every message is picklable and small: a few integers for each block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -17,6 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvcache import telemetry
+from kvcache.connectors.jobs import Job
 from kvcache.slab import SlabDescriptor
 
 Rank = tuple[int, int]  # (pipeline rank, tensor rank)
@@ -24,25 +27,33 @@ Rank = tuple[int, int]  # (pipeline rank, tensor rank)
 
 @dataclass(frozen=True, slots=True)
 class Shard(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, at start: what one rank keeps of a block, and on which host it is."""
+    """Worker to scheduler, in vLLM's handshake at start: one rank's part of a block.
+
+    Attributes:
+        nbytes: of the part.
+        host: which host the worker is on (`host_name`).
+        format_id: how this device's attention lays the bytes out.
+        element_nbytes: bytes of a number.
+        async_copies: whether copies go on beside the engine's steps.
+    """
 
     nbytes: int
     host: str
-    format_id: str  # of the bytes: how the attention of this device lays them out
-    element_nbytes: int = 2  # of the numbers they are
-    async_copies: bool = False  # whether copies go on beside the engine's steps
+    format_id: str
+    element_nbytes: int = 2
+    async_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, at start, in place of a `Shard`: why this rank keeps no blocks."""
+    """Worker to scheduler, in place of a `Shard`: the reason why this rank keeps no blocks."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class SlabShards:
-    """Scheduler to workers: the slab, and where in a slot the shard of each rank begins."""
+    """Scheduler to workers: the slab, and the offset of each rank's shard within a slot."""
 
     slab: SlabDescriptor
     offsets: Mapping[Rank, int]
@@ -50,24 +61,38 @@ class SlabShards:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One job: block ``blocks[i]`` of the engine and slot ``slots[i]`` of the slab, for every i.
+    """Scheduler to workers: one job, of engine block ``blocks[i]`` and slot ``slots[i]``.
 
-    ``awaited_by`` is the request that vLLM schedules when this load is over; without one the load
-    is for the step that it comes with.
+    Attributes:
+        job: its number.
+        blocks: the engine's block numbers.
+        slots: as many slots of the slab.
+        trace: context of the lease's span; empty if that is not recorded.
+        awaited_by: of an async load, the request that vLLM schedules when it has ended; ``None``
+            for a load that the forward pass of its own step waits for.
     """
 
     job: int
     blocks: list[int]
     slots: list[int]
-    trace: dict[str, str] = field(default_factory=dict)  # of its lease's span, where recorded
+    trace: dict[str, str] = field(default_factory=dict)
     awaited_by: str | None = None
+
+    @classmethod
+    def of(cls, job: Job[Any], awaited_by: str | None = None) -> Transfer:
+        """Return the transfer of a job."""
+        trace = telemetry.trace_headers(job.lease.span)
+        return cls(job.number, job.blocks, job.slots, trace, awaited_by)
 
 
 @dataclass(slots=True)
 class Step(KVConnectorMetadata):
-    """Scheduler to workers, every step. Loads come before the forward pass, stores after it.
+    """Scheduler to workers, in every scheduler step: vLLM's KV connector metadata.
 
-    ``fresh`` are the blocks that this step's requests are given, which the engine may write.
+    Loads come before the forward pass, stores after it.
+
+    Attributes:
+        fresh: blocks that vLLM gave to the requests of this step, and may write.
     """
 
     memory: SlabShards
@@ -79,10 +104,13 @@ class Step(KVConnectorMetadata):
 
 @dataclass(slots=True)
 class Acks(KVConnectorWorkerMetadata):
-    """Workers to scheduler: how many ranks are through with a job, and the jobs that failed.
+    """Workers to scheduler, in every step; vLLM aggregates those of all ranks.
 
-    ``step`` is the number of the step that has ended; 0 is none. Jobs may end later than the step
-    they were of. ``seconds`` is what the copies of a job took, of the slowest rank.
+    Attributes:
+        ranks: by job, how many ranks acknowledge it.
+        failed: jobs that failed on one of these ranks.
+        step: number of the step that has ended; 0 if none. A job may end in a later step.
+        seconds: by job, what the copies took on the slowest rank.
     """
 
     ranks: dict[int, int] = field(default_factory=dict)
@@ -95,7 +123,7 @@ class Acks(KVConnectorWorkerMetadata):
         self.step = max(self.step, other.step)
         for job, ranks in other.ranks.items():
             self.ranks[job] = self.ranks.get(job, 0) + ranks
-        for job, took in other.seconds.items():
-            self.seconds[job] = max(self.seconds.get(job, 0.0), took)
+        for job, seconds in other.seconds.items():
+            self.seconds[job] = max(self.seconds.get(job, 0.0), seconds)
         self.failed |= other.failed
         return self

@@ -1,4 +1,4 @@
-"""The numbers of ``Stack.stats()`` through vLLM: on its ``/metrics``, and in its log line.
+"""The counts of ``Stack.stats()`` in vLLM: on its ``/metrics``, and in its log line.
 
 ::
 
@@ -6,14 +6,14 @@
     Reports.take() -> Stats --- msgpack dict --> Stats.reduce()        "KV Transfer metrics: ..."
                                              --> PromMetrics.observe() vllm:kvcache_...
 
-Always true here:
+Invariants:
 
-* A report has what was counted since the one before: added up, reports are the counts. Gauges are
-  as of the report.
-* What crosses is ``{metric's name: {(tier, type, its own attribute): number, or seconds of each
-  call}}``, of plain types.
-* Names begin with ``vllm:`` as those of vLLM's own connectors do; vLLM unregisters by that prefix
-  when a process makes a second engine.
+1. A report has what was counted since the one before it: the sum of the reports is the count. A
+   gauge has its value at the time of the report.
+2. A report is ``{metric's name: {(tier, type, the metric's own attribute): number, or seconds of
+   each call}}``, of plain types.
+3. Names begin with ``vllm:``, as those of vLLM's own connectors do. vLLM unregisters metrics by
+   that prefix when a process constructs a second engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvcache.metrics import Metric
 from kvcache.sizes import format_size
 from kvcache.stack import Stack
 
-EVERY_S: Final = 1.0  # counts are read; more often would cost and tell nobody more
+REPORT_EVERY_S: Final = 1.0  # reading the counts more often costs time and shows nothing more
 
 LABELS: Final = {
     metrics.RESULT: "result",
@@ -41,7 +41,7 @@ LABELS: Final = {
     metrics.OPERATION: "operation",
     telemetry.ERROR: "error",
 }
-_WRONG: Final = (  # said when there is any
+_PROBLEMS: Final = (  # in the log line where they are not 0
     ("missed", metrics.LOADS, "missed"),
     ("declined", metrics.STORES, "declined"),
     ("dropped", metrics.STORES, "dropped"),
@@ -56,20 +56,20 @@ _SUFFIX = {"By": "_bytes", "s": "_seconds"}
 
 
 def prometheus_name(metric: Metric) -> str:
-    """What ``metric`` is called on ``/metrics``; that of a counter goes on with ``_total``."""
+    """Return the name of ``metric`` on ``/metrics``; Prometheus adds ``_total`` to a counter's."""
     return f"vllm:{metric.name.replace('.', '_')}{_SUFFIX.get(metric.unit, '')}"
 
 
 def labels_of(metric: Metric) -> list[str]:
-    """Its labels, beside those that vLLM puts on all of its metrics."""
+    """Return the labels of a metric, without those that vLLM adds to all metrics."""
     return ["tier", "type", *(LABELS[name] for name in metric.attributes)]
 
 
 class Stats(KVConnectorStats):
-    """What was counted in some time: ``data`` as above."""
+    """What was counted in some time; ``data`` is as in invariant 2."""
 
     def add(self, metric: Metric, labels: tuple[str, ...], value: Any) -> None:
-        """Count ``value`` in: a number, or a list of seconds for a histogram."""
+        """Add ``value``: a number, or a list of seconds for a histogram."""
         numbers = self.data.setdefault(metric.name, {})
         if metric.kind == "gauge" or labels not in numbers:
             numbers[labels] = value
@@ -89,21 +89,21 @@ class Stats(KVConnectorStats):
         self.data: dict[str, Any] = {}
 
     def reduce(self) -> dict[str, Any]:
-        """For people: what every tier was asked and moved, and what went wrong, if anything."""
-        said: dict[str, Any] = {}
+        """Return vLLM's log line: lookups and bytes of every tier, and its problems, if any."""
+        line: dict[str, Any] = {}
         gauges = (self.data.get(metric.name, {}) for metric in (metrics.USAGE, metrics.BREAKER))
         for tier in dict.fromkeys(labels[0] for gauge in gauges for labels in gauge):
             hits = self._of(metrics.LOOKUPS, tier, "hit")
-            said[f"{tier} hits"] = f"{hits}/{hits + self._of(metrics.LOOKUPS, tier, 'miss')}"
-            said[f"{tier} read"] = format_size(self._of(metrics.IO, tier, "read"))
-            said[f"{tier} written"] = format_size(self._of(metrics.IO, tier, "write"))
+            line[f"{tier} hits"] = f"{hits}/{hits + self._of(metrics.LOOKUPS, tier, 'miss')}"
+            line[f"{tier} read"] = format_size(self._of(metrics.IO, tier, "read"))
+            line[f"{tier} written"] = format_size(self._of(metrics.IO, tier, "write"))
             if limit := self._of(metrics.LIMIT, tier):
                 used = self._of(metrics.USAGE, tier)
-                said[f"{tier} used"] = f"{format_size(used)}/{format_size(limit)}"
-            for word, metric, value in _WRONG:
+                line[f"{tier} used"] = f"{format_size(used)}/{format_size(limit)}"
+            for word, metric, value in _PROBLEMS:
                 if number := self._of(metric, tier, value):
-                    said[f"{tier} {word}"] = number
-        return said
+                    line[f"{tier} {word}"] = number
+        return line
 
     def _of(self, metric: Metric, tier: str, value: str | None = None) -> int:
         return sum(
@@ -114,7 +114,7 @@ class Stats(KVConnectorStats):
 
 
 class Reports:
-    """What a stack counted since the last report."""
+    """The reports of a stack."""
 
     def __init__(self, stack: Stack, clock: Callable[[], float] = time.monotonic) -> None:
         self._stack = stack
@@ -123,10 +123,10 @@ class Reports:
         self._before: dict[tuple[str, tuple[str, ...]], int] = {}
 
     def take(self, *, now: bool) -> Stats | None:
-        """The report, if it is time for one or it has to be ``now``."""
+        """Return a report if one is due, or if it must be made ``now``."""
         if not now and self._clock() < self._due:
             return None
-        self._due = self._clock() + EVERY_S
+        self._due = self._clock() + REPORT_EVERY_S
         stats = Stats()
         for tier, numbers in metrics.values_by_tier(self._stack.stats()):
             for metric, by_value in numbers.items():
@@ -143,11 +143,11 @@ class Reports:
 
 
 class PromMetrics(KVConnectorPromMetrics):
-    """The same numbers as Prometheus metrics, in the process that answers ``/metrics``."""
+    """The reports as Prometheus metrics, in the process that serves ``/metrics``."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._families = {metric.name: self._family(metric) for metric in metrics.METRICS}
+        self.families = {metric.name: self._family(metric) for metric in metrics.METRICS}
 
     def _family(self, metric: Metric) -> Any:
         settings = {
@@ -167,7 +167,7 @@ class PromMetrics(KVConnectorPromMetrics):
         engine = self.per_engine_labelvalues[engine_idx]
         for name, numbers in transfer_stats_data.items():
             for labels, value in numbers.items():
-                child = self._families[name].labels(*engine, *labels)
+                child = self.families[name].labels(*engine, *labels)
                 match _BY_NAME[name].kind:
                     case "counter":
                         child.inc(value)

@@ -1,89 +1,102 @@
-"""What vLLM was told that it can have, and when it will: with its next step, or later.
+"""Pending loads: blocks that the connector has reported to vLLM as hits, and vLLM not yet taken.
 
-Always true here:
-* What is promised is pinned, until it is redeemed or withdrawn.
-* A load that would hold up the others' step is promised for later: vLLM schedules its request when
-  the load is over. Copies that are made in the step are never: they would hold it up as well.
+Invariants:
+
+1. The blocks of a pending load are pinned in L1 until vLLM takes it, or it is cancelled.
+2. A load that would delay the step of other requests is async: vLLM schedules its request when the
+   load has ended. Copies that are made within the step are never async: they would delay a later
+   step as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from kvcache.lower.latency import LatencyModel
 from kvcache.tier import Lease
 
-LONG_S: Final = 0.005  # of a load that others may wait for; a large model's step takes some 20 ms
+LONG_LOAD_S: Final = 0.005  # a step of a large model takes about 20 ms
 
 
 @dataclass(frozen=True, slots=True)
 class PendingLoad:
-    """Blocks from ``start`` on."""
+    """The blocks of ``lease``, of which the first is block ``start`` of the request."""
 
     start: int
     lease: Lease
-    later: bool
+    is_async: bool
 
 
 class PendingLoads:
-    """By request. Its length is how many have a promise that is neither redeemed nor withdrawn."""
+    """The pending loads, by request id, and the requests that wait for an async load.
 
-    def __init__(self) -> None:
-        self.async_copies = False  # whether the workers copy beside the engine's steps
-        self.long_s = LONG_S
-        self._loading = LatencyModel()
-        self._given: dict[str, PendingLoad] = {}
-        self._expected: set[str] = set()  # requests that wait for a load
+    Args:
+        async_copies: whether the workers copy beside the engine's steps.
+        long_load_s: a load that is expected to take longer is async, if other requests run.
+    """
+
+    def __init__(self, *, async_copies: bool = False, long_load_s: float = LONG_LOAD_S) -> None:
+        self._async_copies = async_copies
+        self._long_load_s = long_load_s
+        self._latency = LatencyModel()
+        self._loads: dict[str, PendingLoad] = {}
+        self._waiting: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self._loads)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
+        return iter(self._loads)
+
+    @property
+    def waiting(self) -> Collection[str]:
+        """Ids of the requests that wait for an async load which vLLM has taken."""
+        return self._waiting
 
     def blocks(self, request_id: str, start: int) -> int | None:
-        """How many blocks from ``start`` on the request was promised; ``None`` is no promise."""
-        given = self._given.get(request_id)
-        return len(given.lease) if given is not None and given.start == start else None
+        """Return the blocks of the pending load from ``start`` on; ``None`` if there is none."""
+        load = self._loads.get(request_id)
+        return len(load.lease) if load is not None and load.start == start else None
 
-    def give(self, request_id: str, start: int, lease: Lease, *, others: bool) -> None:
-        """Promise what ``lease`` has pinned; ``others`` would wait if the next step waited."""
-        self._given[request_id] = PendingLoad(start, lease, self.later(len(lease), others=others))
+    def add(self, request_id: str, start: int, lease: Lease, *, others: bool) -> None:
+        """Add what ``lease`` pinned; ``others`` is whether other requests run."""
+        is_async = self.prefers_async(len(lease), others=others)
+        self._loads[request_id] = PendingLoad(start, lease, is_async)
 
-    def later(self, blocks: int, *, others: bool) -> bool:
-        """Whether so many blocks would be promised for later."""
-        return (
-            self.async_copies and others and (self._loading.optimistic(blocks) or 0.0) > self.long_s
-        )
+    def prefers_async(self, blocks: int, *, others: bool) -> bool:
+        """Whether a load of so many blocks would be async."""
+        if not self._async_copies or not others:
+            return False
+        return (self._latency.optimistic(blocks) or 0.0) > self._long_load_s
 
-    def comes_later(self, request_id: str) -> bool:
-        """Whether its promise is for later than the next step."""
-        given = self._given.get(request_id)
-        return given is not None and given.later
+    def is_async(self, request_id: str) -> bool:
+        """Whether the request has a pending load that is async."""
+        load = self._loads.get(request_id)
+        return load is not None and load.is_async
 
-    def redeem(self, request_id: str) -> PendingLoad | None:
-        """The engine has taken the request: its promise, which is none any more."""
-        return self._given.pop(request_id, None)
+    def take(self, request_id: str) -> PendingLoad | None:
+        """Remove and return the pending load of a request that vLLM admits."""
+        return self._loads.pop(request_id, None)
 
-    def expect(self, request_id: str) -> None:
-        """The engine will take the request again when its load is over."""
-        self._expected.add(request_id)
+    def start_wait(self, request_id: str) -> None:
+        """Note that vLLM admits the request again when its async load has ended."""
+        self._waiting.add(request_id)
 
-    def arrives(self, request_id: str) -> bool:
-        """The engine takes the request; whether it waited for a load that is over now."""
-        expected = request_id in self._expected
-        self._expected.discard(request_id)
-        return expected
+    def end_wait(self, request_id: str) -> bool:
+        """End the wait of a request that vLLM admits, and return whether it waited."""
+        waited = request_id in self._waiting
+        self._waiting.discard(request_id)
+        return waited
 
-    def withdraw(self, request_id: str) -> None:
-        """It will not be redeemed; nothing is expected either."""
-        self._expected.discard(request_id)
-        given = self._given.pop(request_id, None)
-        if given is not None:
-            given.lease.end()
+    def cancel(self, request_id: str) -> None:
+        """End the lease of a pending load that vLLM does not take, and any wait."""
+        self._waiting.discard(request_id)
+        load = self._loads.pop(request_id, None)
+        if load is not None:
+            load.lease.end()
 
-    def loaded(self, blocks: int, seconds: float) -> None:
-        """A load took so long."""
-        self._loading.observe(blocks, seconds)
+    def observe(self, blocks: int, seconds: float) -> None:
+        """Learn that a load of so many blocks took so long."""
+        self._latency.observe(blocks, seconds)

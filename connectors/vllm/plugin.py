@@ -1,6 +1,6 @@
-"""Registers the connector under its name, through vLLM's ``vllm.general_plugins`` entry points.
+"""Registers the connector by its name, as one of vLLM's ``vllm.general_plugins`` entry points.
 
-vLLM calls this in every process, perhaps more than once. It imports nothing of the connector.
+vLLM calls `register` in every process, maybe more than once. It imports nothing of the connector.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ NAME = "KVCacheConnector"
 
 
 def register() -> None:
-    """Make ``kv_connector: KVCacheConnector`` known to vLLM."""
+    """Let vLLM find the connector by ``kv_connector: KVCacheConnector``."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if NAME not in KVConnectorFactory._registry:

@@ -1,19 +1,19 @@
-"""The scheduler's half of the vLLM connector: keys, leases and promises; no tensors, no bytes.
+"""The scheduler's half of the vLLM connector: keys, leases and jobs; no tensors and no bytes.
 
-1. Only blocks that are pinned in L1 are promised. The lease of a promise is kept until the request
-   is admitted (it becomes a load), asks again from elsewhere, or is finished.
-2. A hit that comes with the step leaves at least one token to compute. Of one that comes later vLLM
-   computes the last token anew, so that it may be all there is.
-3. Every full block of an admitted request is offered once its KV has been computed, prompt and
-   generated tokens alike, those that vLLM found in its own cache included.
-4. A job's lease ends when every rank has acked it. When one failed, a loaded block is dropped and a
-   stored one is not published, and the request offers it again. What depends on a block that was
-   not loaded is not published, however late the failure is reported (`doubt`).
-5. How long the engine takes to compute a block is measured over the steps that compute prompts:
-   from when a step was built, or the one before it has ended, until it has ended.
-6. A load that would hold up the others' step is not awaited by it: its request is scheduled when it
-   is over. Copies that are made in the step are always awaited.
-7. After ``reset`` nothing computed before it is promised or published.
+Invariants:
+
+1. The connector answers vLLM with blocks that are pinned in L1, and no others. Their lease is a
+   *pending load* until vLLM admits the request (then it is the lease of a job), asks for another
+   start, or finishes the request.
+2. A hit that is loaded within the step leaves at least one token to compute. An async load may
+   cover the whole prompt: vLLM then recomputes its last token.
+3. Every complete block of an admitted request is offered to the stack once its KV is computed:
+   blocks of prompt and answer, and those that vLLM found in its own prefix cache.
+4. What depends on a block that was not loaded is not published, however late vLLM reports the
+   failure (`connectors/jobs.py`, `connectors/suspects.py`).
+5. A load that would delay the step of other requests is async: vLLM schedules its request when the
+   load has ended. Copies that are made within the step are never async.
+6. After `reset`, nothing that was computed before it is found or published.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvcache import telemetry
-from kvcache.connectors.jobs import Job, Jobs
-from kvcache.connectors.vllm.adapters import SETTINGS, Adapters
-from kvcache.connectors.vllm.compat import host_name, replica_of
+from kvcache.connectors.jobs import AdmittedRequest, Jobs
+from kvcache.connectors.step_timer import StepTimer
+from kvcache.connectors.suspects import SuspectBlocks
+from kvcache.connectors.vllm.adapters import Adapters
+from kvcache.connectors.vllm.compat import recomputes_failed_loads
 from kvcache.connectors.vllm.events import EventSource, events_of
-from kvcache.connectors.vllm.hints import hints_of
-from kvcache.connectors.vllm.identity import chosen
+from kvcache.connectors.vllm.groups import NO_GROUP, kept_group
+from kvcache.connectors.vllm.handshake import open_sharded_stack
+from kvcache.connectors.vllm.hints import HintReader
 from kvcache.connectors.vllm.messages import Acks, Rank, Refusal, Shard, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.metrics import Reports, Stats
-from kvcache.connectors.vllm.pending_loads import PendingLoads
+from kvcache.connectors.vllm.pending_loads import LONG_LOAD_S, PendingLoads
 from kvcache.connectors.vllm.refusals import refusal
-from kvcache.connectors.vllm.suspects import Running, SuspectBlocks, recomputes
-from kvcache.connectors.vllm.tracing import Requests
-from kvcache.keys import namespace
+from kvcache.connectors.vllm.tracing import RequestSpans
 from kvcache.lower.promotion import Match
 from kvcache.process import bind_to_process
 from kvcache.profiles import open_stack
-from kvcache.slab import Slab
 from kvcache.stack import Stack
 from kvcache.stats import StackStats
 
@@ -56,9 +56,22 @@ log = logging.getLogger(__name__)
 
 
 class SchedulerSide:
-    """One per engine; owns the stack, which is opened when the workers said what a block is.
+    """One per engine. Owns the stack, which opens once the workers have described their shards.
 
-    ``identity`` is what another engine must agree with before they may share a block.
+    Args:
+        vllm_config: of the engine.
+        kv_cache_config: the scheduler's.
+        identity: fields that must be equal in another engine before the two share blocks.
+        clock: seconds.
+        long_load_s: a load that is expected to take longer may be async.
+        adapters: the LoRA adapters; by default those that `vllm_config` describes.
+        open_stack: opens the stack, as `kvcache.profiles.open_stack` does.
+
+    Attributes:
+        refusal: why this engine keeps and finds no blocks; ``None`` if it does.
+        stack: ``None`` until `open`, and where the engine is refused.
+        pending_loads: what vLLM knows as hits and has not loaded yet.
+        events: what vLLM publishes of the stack as KV events.
     """
 
     def __init__(
@@ -67,334 +80,317 @@ class SchedulerSide:
         kv_cache_config: KVCacheConfig,
         identity: Mapping[str, object],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        long_load_s: float = LONG_LOAD_S,
+        adapters: Adapters | None = None,
+        open_stack: Callable[..., Stack] = open_stack,
     ) -> None:
         self._parallel = vllm_config.parallel_config
-        self._refusal: str | None = None
-        if reason := refusal(vllm_config, kv_cache_config):
-            self._refuse(reason)
+        self.refusal = refusal(vllm_config, kv_cache_config)
+        if self.refusal:
+            self._refuse(self.refusal)
         self._identity = identity
         self._clock = clock
-        self._block_tokens = 0
-        self._hashes_per_block = 1
-        if not self._refusal:
-            self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            hashed = getattr(kv_cache_config, "hash_block_size", None) or self._block_tokens
-            self._hashes_per_block = self._block_tokens // hashed
-        settings = chosen(getattr(vllm_config, "lora_config", None), SETTINGS)
-        self._adapters = Adapters(settings, trusted="explicit" in identity)
-        self._requests = Requests(vllm_config.model_config.served_model_name, clock)
-        self._stack: Stack | None = None
-        self._memory: SlabShards | None = None
+        self._long_load_s = long_load_s
+        self._open_stack = open_stack
+        self._group = NO_GROUP if self.refusal else kept_group(kv_cache_config)
+        self._adapters = adapters or Adapters.of(vllm_config, trusted="explicit" in identity)
+        self._spans = RequestSpans(vllm_config.model_config.served_model_name, clock)
+        self.stack: Stack | None = None
+        self._slab_shards: SlabShards | None = None
         self._reports: Reports | None = None
+        self._hints = HintReader()
         self.events = EventSource()
-        self._events_of = partial(events_of, vllm_config, kv_cache_config)
-        self._coming: dict[str, Future[Match]] = {}  # by request: what lower tiers have of it
-        self._promised = PendingLoads()
-        self._running: dict[str, Running] = {}
-        self._doubt = SuspectBlocks(self._block_tokens, recomputes=recomputes(vllm_config))
-        self._jobs: Jobs[Running] = Jobs(self._parallel.world_size)
+        self._events_of = partial(events_of, vllm_config, self._group)
+        self._prefetches: dict[str, Future[Match]] = {}  # by request id
+        self.pending_loads = PendingLoads()
+        self._admitted: dict[str, AdmittedRequest[Request]] = {}  # by request id
+        self._suspects = SuspectBlocks(
+            self._group.block_tokens, recomputes=recomputes_failed_loads(vllm_config)
+        )
+        self._jobs: Jobs[Request] = Jobs(self._parallel.world_size)
         self._loads: list[Transfer] = []  # for the step being built
         self._step = 0
-        self._steps: dict[int, tuple[float, float, float]] = {}  # when built, blocks, mean depth
-        self._ended = 0.0  # when the last one had
+        self._timer = StepTimer(self._group.block_tokens, clock)
         bind_to_process(self)
 
     def _refuse(self, reason: str) -> None:
-        """Keep nothing, and give nothing, for as long as this engine runs."""
-        self._refusal = reason
-        log.warning("kvcache: nothing is kept or found: %s", reason)
+        """Keep and find nothing for as long as this engine runs."""
+        self.refusal = reason
+        log.warning("kvcache: connector: off (%s); no block is kept or found", reason)
 
-    def open(self, answers: Mapping[Rank, Shard | Refusal]) -> None:
+    def open(self, handshakes: Mapping[Rank, Shard | Refusal]) -> None:
         """Open the stack for blocks of these shards, one per rank. If a rank refused, keep nothing.
 
         Raises:
-            RuntimeError: when a rank is missing, or is on another host.
-            ProfileError: when the profile is not right.
+            RuntimeError: if a rank is missing, or is on another host.
+            ProfileError: if the profile is wrong.
         """
-        if self._refusal:
+        if self.refusal:
             return
-        for answer in answers.values():
-            if isinstance(answer, Refusal):
-                self._refuse(answer.reason)
+        for handshake in handshakes.values():
+            if isinstance(handshake, Refusal):
+                self._refuse(handshake.reason)
                 return
-        shards = {rank: shard for rank, shard in answers.items() if isinstance(shard, Shard)}
-        if len(shards) != (world := self._parallel.world_size):
-            raise RuntimeError(
-                f"kvcache: {len(shards)} of {world} workers said what their blocks are"
-            )
-        offsets, block_nbytes = dict[Rank, int](), 0
-        for rank, shard in sorted(shards.items()):
-            if shard.host != host_name():
-                raise RuntimeError(
-                    f"kvcache: the worker of pipeline rank {rank[0]}, tensor rank {rank[1]} is on "
-                    f"another host ({shard.host}) than the scheduler ({host_name()}); L1 is memory "
-                    "that one host shares, so all ranks of an engine must be on it"
-                )
-            offsets[rank] = block_nbytes
-            block_nbytes += shard.nbytes
-        self._promised.async_copies = all(shard.async_copies for shard in shards.values())
-        formats = {f"rank {rank}": each.format_id for rank, each in shards.items()}
-        self._stack = open_stack(
-            block_nbytes=block_nbytes,
-            namespace=namespace({**self._identity, **formats}),
-            identity={"model": self._requests.model, **self._identity, **formats},
-            element_nbytes=max(shard.element_nbytes for shard in shards.values()),
-            block_tokens=self._block_tokens,
-            ranks=world,
-            replica=replica_of(self._parallel),
+        shards = {rank: each for rank, each in handshakes.items() if isinstance(each, Shard)}
+        stack, self._slab_shards = open_sharded_stack(
+            self._open_stack,
+            shards,
+            self._parallel,
+            identity=self._identity,
+            model=self._spans.model,
+            block_tokens=self._group.block_tokens,
         )
-        descriptor = self._stack.front.slab.descriptor
-        Slab.attach(descriptor).close()  # what no worker could do either is said now
-        self._memory = SlabShards(descriptor, offsets)
-        self._reports = Reports(self._stack, self._clock)
-        self.events = self._events_of(self._stack)
-        self._requests.tiers = [named.name for named in self._stack.stats().names]
-        log.info(
-            "kvcache: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
-            self._stack.profile,
-            descriptor.slots * descriptor.slot_nbytes / 2**30,
-            descriptor.slots,
-            self._block_tokens,
-            block_nbytes,
-        )
+        async_copies = all(shard.async_copies for shard in shards.values())
+        self.pending_loads = PendingLoads(async_copies=async_copies, long_load_s=self._long_load_s)
+        self.stack = stack
+        self._reports = Reports(stack, self._clock)
+        self.events = self._events_of(stack)
+        self._spans.tiers = [named.name for named in stack.stats().names]
 
-    # Before a request is admitted
+    # Before vLLM admits a request
 
-    def arrived(self, request: Request) -> None:
-        """A request is waiting: what lower tiers have of it begins to come up."""
-        if self._stack is None or request.skip_reading_prefix_cache:
+    def add_request(self, request: Request) -> None:
+        """Start to promote what lower tiers have of a request that waits in vLLM's queue."""
+        if self.stack is None or request.skip_reading_prefix_cache:
             return
-        self._requests.arrived(request)
-        keys, context = self._prompt_keys(request), self._requests.context(request)
+        self._spans.start(request)
+        keys, context = self._prompt_keys(request), self._spans.context(request)
         self.events.describe(request, 0, keys, None, self._adapters.keys)
-        self._stack.recorder.record(keys, request.num_prompt_tokens)
-        coming = self._stack.prefetch(keys, context=context)
-        if coming is not None:
-            self._coming[request.request_id] = coming
+        self.stack.recorder.record(keys, request.num_prompt_tokens)
+        prefetch = self.stack.prefetch(keys, context=context)
+        if prefetch is not None:
+            self._prefetches[request.request_id] = prefetch
 
     def matched_tokens(self, request: Request, computed: int) -> int | None:
-        """Tokens beyond ``computed`` that are in L1, pinned for this request from now on.
+        """Return how many tokens after the first ``computed`` ones L1 has, and pin their blocks.
 
-        ``None`` while lower tiers are still being read for it: ask again.
+        Returns:
+            ``None`` while lower tiers are being read for the request: vLLM asks again.
         """
-        stack = self._stack
+        stack, request_id = self.stack, request.request_id
         if stack is None or request.skip_reading_prefix_cache or not self._adapters.keeps(request):
             return 0
-        if (coming := self._coming.get(request.request_id)) is not None:
-            if not coming.done():  # it has a deadline
-                self._requests.waits(request)
+        if (prefetch := self._prefetches.get(request_id)) is not None:
+            if not prefetch.done():  # it has a deadline
+                self._spans.start_wait(request)
                 return None
-            del self._coming[request.request_id]
-            self._requests.prefetched(request, coming)
-        start = computed // self._block_tokens
-        if (promised := self._promised.blocks(request.request_id, start)) is not None:
-            return promised * self._block_tokens
-        self._promised.withdraw(request.request_id)
-        context = self._requests.asks(request, computed)
-        others = bool(self._running)
-        keys = self._keys(request, 0, request.num_tokens // self._block_tokens)
-        if not self._promised.later(len(keys) - start, others=others):
+            del self._prefetches[request_id]
+            self._spans.end_prefetch(request, prefetch)
+        block_tokens = self._group.block_tokens
+        start = computed // block_tokens
+        if (blocks := self.pending_loads.blocks(request_id, start)) is not None:
+            return blocks * block_tokens
+        self.pending_loads.cancel(request_id)
+        context = self._spans.set_own_tokens(request, computed)
+        others = bool(self._admitted)
+        keys = self._keys(request, 0, request.num_tokens // block_tokens)
+        if not self.pending_loads.prefers_async(len(keys) - start, others=others):
             keys = self._prompt_keys(request)
         lease = stack.fetch_local(keys, start, context=context)
         if not lease.keys:
             lease.end()
             return 0
-        self._promised.give(request.request_id, start, lease, others=others)
-        return len(lease) * self._block_tokens
+        self.pending_loads.add(request_id, start, lease, others=others)
+        return len(lease) * block_tokens
 
-    def comes_later(self, request: Request) -> bool:
-        """Whether what is promised is there later than in the next step."""
-        return self._promised.comes_later(request.request_id)
+    def is_async(self, request: Request) -> bool:
+        """Whether the pending load of a request is async."""
+        return self.pending_loads.is_async(request.request_id)
 
-    def admitted(self, request: Request, blocks: Sequence[Sequence[int]], tokens: int) -> None:
-        """The engine took the request with ``tokens`` of its promise; ``blocks`` are all it has."""
-        if self._stack is None:
+    def admit(self, request: Request, block_ids: Sequence[Sequence[int]], tokens: int) -> None:
+        """Start the load of a request that vLLM admits.
+
+        Args:
+            request: the request.
+            block_ids: all that it has, by KV cache group.
+            tokens: those of its pending load that vLLM takes.
+        """
+        if self.stack is None:
             return
-        if self._promised.arrives(request.request_id):
-            self._requests.goes_on(request)
-            return  # it runs already, unless everything was reset while its load went on
-        self._gave_back(request)  # where it was preempted
-        running = self._running[request.request_id] = Running(request, [*blocks[0]])
-        promised = self._promised.redeem(request.request_id)
-        start = promised.start if promised is not None else 0
-        self._requests.admitted(request, tokens, start, self._block_tokens)
-        if promised is None:
+        request_id = request.request_id
+        if self.pending_loads.end_wait(request_id):
+            self._spans.end_wait(request)
+            return  # admitted before its async load, and it may have become suspect meanwhile
+        self._end_admission(request)  # vLLM preempted it
+        blocks = list(self._group.block_ids(block_ids))
+        admitted = self._admitted[request_id] = AdmittedRequest(request, blocks)
+        pending = self.pending_loads.take(request_id)
+        start = pending.start if pending is not None else 0
+        self._spans.admit(request, tokens, start, self._group.block_tokens)
+        if pending is None:
             return
-        lease = promised.lease
-        count = tokens // self._block_tokens
-        if not count:
-            lease.end()
+        lease, count = pending.lease, tokens // self._group.block_tokens
+        job = self._jobs.start_load(admitted, lease, start, count)
+        if job is None:
             return
-        if promised.later:
-            self._promised.expect(request.request_id)
-            self._requests.waits(request)
+        if pending.is_async:
+            self.pending_loads.start_wait(request_id)
+            self._spans.start_wait(request)
         lease.span.add_event(telemetry.ADMITTED)
-        loaded = list(blocks[0][start : start + count])
-        self._doubt.loads(loaded)
-        self._loads.append(
-            Transfer(
-                self._jobs.begin(Job(lease, running, start, "load")),
-                loaded,
-                list(lease.slots[:count]),
-                telemetry.trace_headers(lease.span),
-                request.request_id if promised.later else None,
-            )
-        )
+        self._suspects.load_started(job.blocks)
+        self._loads.append(Transfer.of(job, request_id if pending.is_async else None))
 
-    def finished(self, request: Request) -> None:
-        """The request is done or aborted, at whatever point. Jobs under way end with their acks."""
-        self._promised.withdraw(request.request_id)
-        self._coming.pop(request.request_id, None)
-        running = self._gave_back(request)
-        if self._stack is not None and running is not None and (hints := hints_of(request)):
-            context = self._requests.context(request)
-            self._stack.hint(self._keys(request, 0, running.offered), context=context, **hints)
-        self._requests.finished(request)
+    def finish(self, request: Request) -> None:
+        """Forget a request that ended or was aborted, at any time. Its jobs end with their acks."""
+        self.pending_loads.cancel(request.request_id)
+        self._prefetches.pop(request.request_id, None)
+        admitted = self._end_admission(request)
+        if self.stack is not None and admitted is not None and (hints := self._hints.read(request)):
+            context = self._spans.context(request)
+            self.stack.hint(self._keys(request, 0, admitted.offered), context=context, **hints)
+        self._spans.finish(request)
 
-    def _gave_back(self, request: Request) -> Running | None:
-        """A request has its blocks no more; steps under way may still compute in them."""
-        running = self._running.pop(request.request_id, None)
-        if running is not None:
-            self._doubt.ended(running, self._step)
-        return running
+    def _end_admission(self, request: Request) -> AdmittedRequest[Request] | None:
+        """Forget the blocks of a request. Steps under way may still compute them."""
+        admitted = self._admitted.pop(request.request_id, None)
+        if admitted is not None:
+            self._suspects.request_ended(admitted, self._step)
+        return admitted
 
-    # Every step
+    # Every scheduler step
 
-    def step(self, output: SchedulerOutput) -> Step | None:
-        """What the workers have to copy around the forward pass of ``output``."""
-        if self._refusal:
+    def build_step(self, output: SchedulerOutput) -> Step | None:
+        """Return the copies that the workers make around the forward pass of ``output``."""
+        if self.refusal:
             return None
-        if self._memory is None:
-            raise RuntimeError("kvcache: the workers never said what their blocks are")
+        if self._slab_shards is None:
+            raise RuntimeError("kvcache: vLLM scheduled a step before its workers' handshake")
         self._step += 1
-        step = Step(self._memory, loads=self._loads, number=self._step)
+        step = Step(self._slab_shards, loads=self._loads, number=self._step)
         self._loads = []
         for new in output.scheduled_new_reqs:
-            step.fresh += self._extend(new.req_id, new.block_ids, whole=True)
+            step.fresh += self._add_blocks(new.req_id, new.block_ids, replace=True)
         cached = output.scheduled_cached_reqs  # all blocks of a resumed one, the new ones of others
-        for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            step.fresh += self._extend(request_id, more, whole=request_id in cached.resumed_req_ids)
-        prefilled = context = 0.0  # tokens, and summed over them those before each
+        for request_id, added in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            resumed = request_id in cached.resumed_req_ids
+            step.fresh += self._add_blocks(request_id, added, replace=resumed)
+        prefills = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
-            running = self._running.get(request_id)
-            if running is None:
+            admitted = self._admitted.get(request_id)
+            if admitted is None:
                 continue
-            if running.request.num_computed_tokens < running.request.num_prompt_tokens:
-                prefilled += scheduled
-                context += scheduled * (running.request.num_computed_tokens + scheduled / 2)
-            self._doubt.computes(running, scheduled)
-            if store := self._offer(running, scheduled):
+            computed = admitted.request.num_computed_tokens  # before this step
+            if computed < admitted.request.num_prompt_tokens:
+                prefills.append((computed, scheduled))
+            self._suspects.compute(admitted, computed, scheduled)
+            if store := self._start_store(admitted, computed + scheduled):
                 step.stores.append(store)
-        blocks = 0.0 if step.loads else prefilled / self._block_tokens
-        depth = context / max(1.0, prefilled * self._block_tokens)
-        self._steps[step.number] = self._clock(), blocks, depth
+        self._timer.built(step.number, () if step.loads else prefills)
         return step
 
-    def _extend(
-        self, request_id: str, block_ids: Sequence[Sequence[int]] | None, *, whole: bool
+    def _add_blocks(
+        self, request_id: str, block_ids: Sequence[Sequence[int]] | None, *, replace: bool
     ) -> Sequence[int]:
-        """Note the blocks that a request was given, all it has or more; they are returned."""
+        """Note and return the blocks that vLLM gave to a request: all it has, or further ones."""
         if block_ids is None:
             return ()
-        running = self._running.get(request_id)
-        if running is not None:
-            running.blocks = [*([] if whole else running.blocks), *block_ids[0]]
-        return block_ids[0]
+        added = self._group.block_ids(block_ids)
+        admitted = self._admitted.get(request_id)
+        if admitted is not None:
+            admitted.blocks = [*([] if replace else admitted.blocks), *added]
+        return added
 
-    def _offer(self, running: Running, scheduled: int) -> Transfer | None:
-        """Reserve slots for the blocks of ``running`` that this step completes."""
-        request = running.request
-        # Drafted tokens may be rejected: only blocks of known tokens have a hash, and they count.
-        computed = request.num_computed_tokens + scheduled
-        first = running.offered
-        full = min(
-            computed // self._block_tokens, len(request.block_hashes) // self._hashes_per_block
-        )
-        if running.doubtful is not None:
-            full = min(full, running.doubtful)
-        if full <= first or not self._adapters.keeps(request):
+    def _start_store(self, admitted: AdmittedRequest[Request], computed: int) -> Transfer | None:
+        """Offer the blocks that this step completes, and start to store those that L1 lacks."""
+        request = admitted.request
+        # Drafted tokens may be rejected. Only blocks of known tokens have a hash.
+        complete = self._group.complete_blocks(computed, len(request.block_hashes))
+        offered = admitted.unoffered(complete)
+        if not offered or not self._adapters.keeps(request):
             return None
-        assert self._stack is not None
-        running.offered = full
-        after = self._keys(request, first - 1, first)[0] if first else None
-        keys, context = self._keys(request, first, full), self._requests.context(request)
-        self.events.describe(request, first, keys, after, self._adapters.keys)
-        lease = self._stack.reserve(keys, after, context=context)
-        if not lease.keys:
-            lease.end()
-            return None
-        return Transfer(
-            self._jobs.begin(Job(lease, running, first, "store")),
-            [running.blocks[first + at] for at in lease.positions],
-            list(lease.slots),
-            telemetry.trace_headers(lease.span),
-        )
+        assert self.stack is not None
+        first, end = offered.start, offered.stop
+        parent = self._keys(request, first - 1, first)[0] if first else None
+        keys, context = self._keys(request, first, end), self._spans.context(request)
+        self.events.describe(request, first, keys, parent, self._adapters.keys)
+        lease = self.stack.reserve(keys, parent, context=context)
+        job = self._jobs.start_store(admitted, lease, offered)
+        return Transfer.of(job) if job is not None else None
 
-    def acked(self, acks: Acks) -> None:
-        """End the step, and the jobs that every rank is through with."""
-        for number in [number for number in self._steps if number <= acks.step]:
-            built, blocks, depth = self._steps.pop(number)
-            if number == acks.step and self._stack is not None:
-                begun, self._ended = max(built, self._ended), self._clock()
-                self._stack.observe_compute(blocks, self._ended - begun, depth)
-        self._doubt.reported(acks.step)
+    def end_step(self, acks: Acks) -> None:
+        """End the step that the workers report, and the jobs that every rank has acknowledged."""
+        stack = self.stack
+        if (time_of := self._timer.ended(acks.step)) is not None and stack is not None:
+            stack.observe_compute(*time_of)
+        self._suspects.step_reported(acks.step)
         if self._adapters.changed(done=not self._jobs):
             self._jobs.fail_stores()
-        for job in self._jobs.acked(acks.ranks, acks.failed, acks.seconds):
-            if job.seconds and self._stack is not None:  # else no rank has begun to copy
-                self._stack.observe_copy(job.operation, job.seconds, failed=job.failed)
-                if job.operation == "load":
-                    failed = len(job.lease) if job.failed else 0
-                    self._requests.loaded(job.owner.request, job.seconds, failed)
-                    if not failed:
-                        self._promised.loaded(len(job.lease), job.seconds)
-            if job.failed:
-                job.owner.offered = min(job.owner.offered, job.at)
+        for job in self._jobs.acknowledge(acks.ranks, acks.failed, acks.seconds):
+            if not job.seconds or stack is None:  # no rank has begun to copy
+                continue
+            stack.observe_copy(job.operation, job.seconds, failed=job.failed)
+            if job.operation == "load":
+                failed_blocks = len(job.lease) if job.failed else 0
+                self._spans.add_load(job.request.request, job.seconds, failed_blocks)
+                if not job.failed:
+                    self.pending_loads.observe(len(job.lease), job.seconds)
 
     @property
     def copying(self) -> bool:
-        """Whether some job has not ended: the engine has to step until it has."""
+        """Whether a job is under way: vLLM has to step until it has ended."""
         return bool(self._jobs)
 
-    def failed(self, bad: Collection[int]) -> None:
-        """A report says that ``bad`` blocks of the engine were not loaded. Call before `acked`."""
+    def fail_loads(self, blocks: Collection[int]) -> None:
+        """Note that vLLM reports ``blocks`` as not loaded. Call it before `end_step`."""
         self._jobs.fail_stores()
-        self._doubt.failed(bad, self._running.values())
+        self._suspects.load_failed(blocks, self._admitted.values())
 
-    def take_doubtful(self) -> set[int]:
-        """Blocks that no request may find in vLLM's prefix cache, new since the last call."""
-        return self._doubt.take()
+    def take_suspects(self) -> set[int]:
+        """Return new suspect blocks, which no request may find in vLLM's prefix cache."""
+        return self._suspects.take()
 
-    # Whenever
+    # At any time
 
     def reset(self) -> None:
-        """Forget everything: the weights may have changed. What goes on running is kept no more."""
-        if self._stack is None:
+        """Forget all blocks: the weights may have changed. Running requests store nothing more."""
+        if self.stack is None:
             return
-        for request_id in list(self._promised):
-            self._promised.withdraw(request_id)
-        for running in self._running.values():
-            self._doubt.outdated(running)
-        self._stack.clear()
+        for request_id in list(self.pending_loads):
+            self.pending_loads.cancel(request_id)
+        for admitted in self._admitted.values():
+            self._suspects.reset(admitted)
+        self.stack.clear()
+
+    @property
+    def requests(self) -> set[str]:
+        """Ids of the requests that something is kept for, apart from spans and jobs."""
+        pending = self.pending_loads
+        return {*self._prefetches, *pending, *pending.waiting, *self._admitted}
+
+    def table_sizes(self) -> dict[str, int]:
+        """Return the number of entries of each table."""
+        return {
+            "prefetches": len(self._prefetches),
+            "pending_loads": len(self.pending_loads),
+            "waiting": len(self.pending_loads.waiting),
+            "admitted": len(self._admitted),
+            "jobs": len(self._jobs),
+            "unsent_loads": len(self._loads),
+            "suspect_blocks": len(self._suspects),
+            "ended_requests": self._suspects.unreported,
+            "steps": len(self._timer),
+            "spans": len(self._spans),
+        }
 
     def stats(self) -> StackStats | None:
-        return self._stack.stats() if self._stack is not None else None
+        """Return the counts of the stack; ``None`` if there is no stack."""
+        return self.stack.stats() if self.stack is not None else None
 
     def report(self) -> Stats | None:
-        """What was counted since the last report: once a second, and when no request is left."""
-        return self._reports.take(now=not self._running) if self._reports is not None else None
+        """Return what was counted since the last report, once a second and when no request runs."""
+        return self._reports.take(now=not self._admitted) if self._reports is not None else None
 
     def close(self) -> None:
-        self._requests.close()
-        if self._stack is not None:
-            self._stack.close()
+        """End the spans of all requests, and close the stack."""
+        self._spans.close()
+        if self.stack is not None:
+            self.stack.close()
 
     def _keys(self, request: Request, first: int, end: int) -> list[bytes]:
-        """The keys of blocks ``first`` to ``end``: vLLM's own chained hashes, and the adapter."""
-        per = self._hashes_per_block
-        hashes: list[bytes] = request.block_hashes[first * per + per - 1 : end * per : per]
-        return self._adapters.keys(request, hashes)
+        """Return the keys of blocks ``first`` to ``end``: vLLM's hashes, with the adapter."""
+        return self._adapters.keys(request, self._group.hashes(request.block_hashes, first, end))
 
     def _prompt_keys(self, request: Request) -> list[bytes]:
-        """The keys of all blocks of which one token at least is left to compute after them."""
-        return self._keys(request, 0, (request.num_tokens - 1) // self._block_tokens)
+        """Return the keys of the leading blocks that leave at least one token to compute."""
+        return self._keys(request, 0, (request.num_tokens - 1) // self._group.block_tokens)

@@ -1,12 +1,13 @@
-"""A span for each request, from its arrival to its end, under that of whoever sent it.
+"""A span for each request, from its arrival to its end, under the span of its caller.
 
-Always true here:
+Invariants:
 
-* A request has one span at most, and what is done for it goes below.
-* The span has how many tokens came from which tier, and the seconds that the request waited for
-  them: for lower tiers, for a load that its step did not await, and for the copy of one that did.
-* vLLM's own span of the request is in the same trace: under the same caller, or under this span.
-* Without a recording tracer a request costs a microsecond and carries nothing to the workers.
+1. A request has at most one span, and everything that is done for it has a span below.
+2. The span has how many tokens came from which tier, and the seconds for which the request waited:
+   for lower tiers, for an async load, and for the copy of a load within its step.
+3. vLLM's own span of the request is in the same trace: under the same caller, or under this span.
+4. Without a tracer that records, a request costs a microsecond and adds nothing to the messages to
+   the workers.
 """
 
 from __future__ import annotations
@@ -31,24 +32,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class _Traced:
-    """A request's span, and what it will have.
+class _RequestSpan:
+    """The span of a request, and what it will be ended with.
 
     Attributes:
-        sources: by block of the prompt, the tier that it came up from for this request; 0 is L1.
-        since: when the request began to wait, while it waits.
-        waited_s: before that.
+        sources: by block of the prompt, the number of the tier that it was promoted from for this
+            request; 0 is L1.
+        waiting_since: when the request began to wait; ``None`` while it does not.
+        waited_s: seconds of the waits that have ended.
     """
 
     span: Span
     context: Context
     sources: Sequence[int] = ()
-    since: float | None = None
+    waiting_since: float | None = None
     waited_s: float = 0.0
 
 
-class Requests:
-    """The spans of the requests that have arrived and not ended. ``model`` is its served name.
+class RequestSpans:
+    """The spans of the requests that have not ended. ``model`` is the served name.
 
     Attributes:
         tiers: their names in the profile, L1 first.
@@ -58,23 +60,26 @@ class Requests:
         self.tiers: Sequence[str] = ()
         self.model = model
         self._clock = clock
-        self._spans: dict[str, _Traced] = {}
+        self._spans: dict[str, _RequestSpan] = {}  # by request id
 
-    def arrived(self, request: Request) -> None:
-        """Begin its span. The caller is named by the request's headers.
+    def __len__(self) -> int:
+        return len(self._spans)
 
-        vLLM hands the headers of an HTTP request on where it traces itself
-        (``--otlp-traces-endpoint``); else ``kv_transfer_params`` may have a ``traceparent``.
+    def start(self, request: Request) -> None:
+        """Start the span of a request. Its headers name the caller's span.
+
+        vLLM passes on the headers of an HTTP request if it traces by itself
+        (``--otlp-traces-endpoint``). Otherwise ``kv_transfer_params`` may have a ``traceparent``.
         """
         headers = request.trace_headers
         if not headers:
-            given = request.kv_transfer_params or {}
+            params = request.kv_transfer_params or {}
             names = ("traceparent", "tracestate")
-            headers = {name: given[name] for name in names if isinstance(given.get(name), str)}
+            headers = {name: params[name] for name in names if isinstance(params.get(name), str)}
         span = telemetry.start_request(headers)
-        self._spans[request.request_id] = _Traced(span, trace.set_span_in_context(span))
+        self._spans[request.request_id] = _RequestSpan(span, trace.set_span_in_context(span))
         if span.is_recording():
-            if not request.trace_headers:  # else vLLM would begin a trace for its own span
+            if not request.trace_headers:  # otherwise vLLM starts another trace for its own span
                 request.trace_headers = telemetry.trace_headers(span)
             span.set_attributes(
                 {
@@ -86,78 +91,85 @@ class Requests:
             )
 
     def context(self, request: Request) -> Context:
-        """Under which everything goes that is done for it."""
+        """Return the context of a request's span, for the spans below it."""
         if request.request_id not in self._spans:
-            self.arrived(request)
+            self.start(request)
         return self._spans[request.request_id].context
 
-    def asks(self, request: Request, own_tokens: int) -> Context:
-        """The engine has so many tokens of it itself, and asks for more; gives its context."""
+    def set_own_tokens(self, request: Request, tokens: int) -> Context:
+        """Set how many tokens the engine has in its own cache, and return the span's context."""
         context = self.context(request)
-        self._spans[request.request_id].span.set_attribute(telemetry.ENGINE_HIT_TOKENS, own_tokens)
+        self._spans[request.request_id].span.set_attribute(telemetry.ENGINE_HIT_TOKENS, tokens)
         return context
 
-    def waits(self, request: Request) -> None:
-        """The request waits from now on, if it does not yet."""
+    def start_wait(self, request: Request) -> None:
+        """Note that the request waits from now on, unless it waits already."""
         traced = self._spans.get(request.request_id)
-        if traced is not None and traced.since is None:
-            traced.since = self._clock()
+        if traced is not None and traced.waiting_since is None:
+            traced.waiting_since = self._clock()
 
-    def goes_on(self, request: Request) -> None:
-        """The request waits no more."""
+    def end_wait(self, request: Request) -> None:
+        """Note that the request no longer waits."""
         traced = self._spans.get(request.request_id)
-        if traced is not None and traced.since is not None:
-            traced.waited_s += self._clock() - traced.since
-            traced.since = None
+        if traced is not None and traced.waiting_since is not None:
+            traced.waited_s += self._clock() - traced.waiting_since
+            traced.waiting_since = None
 
-    def prefetched(self, request: Request, coming: Future[Match]) -> None:
-        """What lower tiers have of the request has come up, or cannot."""
-        self.goes_on(request)
+    def end_prefetch(self, request: Request, prefetch: Future[Match]) -> None:
+        """End the wait for a prefetch, which is done, and note which tiers its blocks came from."""
+        self.end_wait(request)
         traced = self._spans.get(request.request_id)
-        if traced is not None and not coming.cancelled() and coming.exception() is None:
-            traced.sources = coming.result().sources
+        if traced is not None and not prefetch.cancelled() and prefetch.exception() is None:
+            traced.sources = prefetch.result().sources
 
-    def loaded(self, request: Request, seconds: float, failed_blocks: int) -> None:
-        """A copy for the request took so long. Its step waited, unless the request waits alone."""
+    def add_load(self, request: Request, seconds: float, failed_blocks: int) -> None:
+        """Add a load that has ended. Its step waited for it, unless the request waits by itself."""
         traced = self._spans.get(request.request_id)
         if traced is None:
             return
-        if traced.since is None:
+        if traced.waiting_since is None:
             traced.waited_s += seconds
         if failed_blocks:
             traced.span.set_attribute(telemetry.FAILED, failed_blocks)
 
-    def admitted(self, request: Request, hit_tokens: int, start: int, block_tokens: int) -> None:
-        """The engine took it, with so many tokens that come from kvcache, from block ``start``."""
+    def admit(self, request: Request, hit_tokens: int, start: int, block_tokens: int) -> None:
+        """Note that vLLM admitted the request, with ``hit_tokens`` from kvcache after ``start``.
+
+        Args:
+            request: the request.
+            hit_tokens: tokens that are loaded.
+            start: position of their first block in the prompt.
+            block_tokens: tokens of a block.
+        """
         traced = self._spans.get(request.request_id)
         if traced is None or not traced.span.is_recording():
             return
         traced.span.set_attribute(telemetry.HIT_TOKENS, hit_tokens)
         end = start + hit_tokens // block_tokens
-        below = traced.sources[start:end]
+        sources = traced.sources[start:end]
         for number, tier in enumerate(self.tiers):
-            tokens = below.count(number) * block_tokens
-            if not number:
-                tokens += hit_tokens - len(below) * block_tokens
+            tokens = sources.count(number) * block_tokens
+            if not number:  # blocks that no prefetch has seen were in L1
+                tokens += hit_tokens - len(sources) * block_tokens
             traced.span.set_attribute(telemetry.tier_tokens(tier), tokens)
         traced.span.add_event(telemetry.ADMITTED)
 
-    def finished(self, request: Request) -> None:
-        """End its span."""
-        self.goes_on(request)
+    def finish(self, request: Request) -> None:
+        """End the span of a request."""
+        self.end_wait(request)
         traced = self._spans.pop(request.request_id, None)
         if traced is not None:
             telemetry.end_span(traced.span, {telemetry.WAITED: traced.waited_s})
 
     def close(self) -> None:
-        """End all: nothing will be done for them."""
+        """End all spans: the engine shuts down."""
         while self._spans:
             _, traced = self._spans.popitem()
             telemetry.end_span(traced.span, {telemetry.WAITED: traced.waited_s})
 
 
 def _outer_id(request_id: str) -> str:
-    """The id that the sender knows: vLLM adds eight digits to it."""
+    """Return the request id as the caller knows it: vLLM appends eight hexadecimal digits."""
     if os.environ.get("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0") != "0":
         return request_id
     return re.sub(r"-[0-9a-f]{8}$", "", request_id)

@@ -1,14 +1,14 @@
 """The digest of weight files: equal where the files are, cheap at any size.
 
-1. It depends on names, sizes and bytes, and on nothing else: not on the path, the times of the
-   files or the host. Two hosts that mount the same files at different places get the same digest.
+1. It depends on names, sizes and bytes alone: not on the path, the times of the files or the host.
+   Two hosts that mount the same files at different places get the same digest.
 2. A file up to 64 KiB is read whole, settings and code up to 64 MiB. Of a safetensors file the
    whole header is read (every tensor's name, type, shape and offsets), and of every tensor the
    first page, the last one and two between them, or all of it up to 64 KiB. A ``torch.save``
    archive has a CRC-32 of each of its members in its directory, which is read whole. Of any other
    file a page of every 4 MiB is read.
-3. A change that leaves all of these bytes as they were is not found: a few numbers of a large
-   tensor, edited in place. A fine-tune changes nearly every number of the tensors that it trains.
+3. A change outside of these bytes is not found: a few numbers of a large tensor, edited in place.
+   A fine-tune changes nearly every number of the tensors that it trains.
 4. A snapshot of a Hugging Face cache is its commit, which is a hash of every file's content.
 """
 
@@ -29,7 +29,7 @@ from typing import Any, Final
 PAGE: Final = 4096
 WHOLE_NBYTES: Final = 64 << 10  # read whole, files and tensors
 SETTINGS_NBYTES: Final = 64 << 20  # read whole, settings and code: an edit may keep their size
-STRIDE_NBYTES: Final = 4 << 20  # between the pages of a file whose structure is not known
+STRIDE_NBYTES: Final = 4 << 20  # between the pages of a file of unknown structure
 HEADER_NBYTES: Final = 100 << 20  # the largest header that safetensors itself reads
 THREADS: Final = 8
 
@@ -40,8 +40,8 @@ _IRRELEVANT = re.compile(
     r"|chat_template.*|trainer_state\.json|training_args\.bin|optimizer\..*|scheduler\.(pt|bin)"
     r"|rng_state.*"
 )
-"""Files that change no block: prompts are token ids, and a checkpoint may hold what training needs
-to go on."""
+"""Files that change no block: prompts are token ids, and a checkpoint may have files that only
+training reads."""
 
 _LINKS: Final = 40  # on the way to a file, as many as Linux follows
 
@@ -53,15 +53,15 @@ class UnknownWeightsError(Exception):
 
 
 def identify(place: Path, since_ns: int | None = None) -> str:
-    """What the weights in ``place``, a folder or a single file, are: their commit or their digest.
+    """Return the commit or the digest of the weights in ``place``, a folder or a single file.
 
     Args:
         place: where they are.
         since_ns: a time before they were loaded, in nanoseconds since 1970.
 
     Raises:
-        UnknownWeightsError: when there are none, or they cannot be read, or others may have been
-            there at ``since_ns``.
+        UnknownWeightsError: if there are none, if they cannot be read, or if they may have been
+            other files at ``since_ns``.
     """
     try:
         files = weight_files(place)
@@ -69,7 +69,7 @@ def identify(place: Path, since_ns: int | None = None) -> str:
             raise UnknownWeightsError(f"there are no weight files in {str(place)!r}")
         revision = commit(place, files.values())
         found = revision or f"digest {digest(files)}"
-        # The blobs of a snapshot never change, and may come while the engine starts.
+        # The blobs of a snapshot never change, and may be downloaded while the engine starts.
         aged = () if revision else files.values()
         if since_ns is not None and changed_since(place, aged, since_ns):
             raise UnknownWeightsError(f"files in {str(place)!r} changed after the engine started")
@@ -79,16 +79,16 @@ def identify(place: Path, since_ns: int | None = None) -> str:
 
 
 def weight_files(place: Path) -> dict[str, Path]:
-    """By their names below ``place``: files with weights, settings or code, down to one subfolder.
+    """Return files with weights, settings or code, by name below ``place``, one subfolder deep.
 
-    Hidden files are left out, as are those of a tokenizer and of an optimizer.
+    Hidden files and those of a tokenizer or an optimizer are left out.
     """
     if place.is_file():
         return {place.name: place}
     found = {}
     for path in [*place.glob("*"), *place.glob("*/*")]:
         name = path.relative_to(place)
-        # The engine reads every safetensors file, whatever its name says.
+        # The engine reads every safetensors file, whatever its name.
         irrelevant = path.suffix != ".safetensors" and _IRRELEVANT.fullmatch(path.name)
         wanted = path.suffix in _WEIGHTS | _SETTINGS and not irrelevant
         if wanted and not any(part.startswith(".") for part in name.parts) and path.is_file():
@@ -97,7 +97,7 @@ def weight_files(place: Path) -> dict[str, Path]:
 
 
 def commit(place: Path, files: Iterable[Path]) -> str | None:
-    """The commit of a snapshot in a Hugging Face cache; ``None`` for any other folder.
+    """Return the commit of a snapshot in a Hugging Face cache; ``None`` for any other folder.
 
     A folder's name is not enough: every file must be the cache's own link into its blobs, which the
     cache names by content and never writes again.
@@ -113,10 +113,10 @@ def commit(place: Path, files: Iterable[Path]) -> str | None:
 
 
 def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
-    """Whether ``place`` may have had other ``files`` at a time, in nanoseconds since 1970.
+    """Whether ``place`` may have had other ``files`` at ``since_ns``, in nanoseconds since 1970.
 
-    By the time stamps that no program can set: of the files, of every link on the way to them, and
-    of folders that were moved to where they are.
+    Compares the time stamps that no program can set: of the files, of every link on the way to
+    them, and of folders that were moved to their place.
     """
     files = list(files)
     links = [file for file in files if file.is_symlink()]
@@ -127,11 +127,11 @@ def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
         if not stat.S_ISDIR(status.st_mode):
             if status.st_ctime_ns > since_ns:
                 return True
-        # What comes into a folder and leaves it changes both times, to move the folder but one.
+        # Adding or removing an entry changes both times of a folder. Moving it changes only one.
         elif status.st_ctime_ns > since_ns >= status.st_mtime_ns:
             return True
-    # A folder may have been moved and written to, as by a marker that the copy is complete. To move
-    # it changes the folder that it is in as well.
+    # A folder may be moved and then written to, for example a marker that a copy is complete.
+    # Moving it also changes its parent.
     moved = {folder.resolve() for folder in folders} | {link.resolve().parent for link in links}
     return any(
         min(folder.stat().st_ctime_ns, folder.parent.stat().st_ctime_ns) > since_ns
@@ -140,10 +140,10 @@ def changed_since(place: Path, files: Iterable[Path], since_ns: int) -> bool:
 
 
 def trail(path: Path) -> Iterator[Path]:
-    """Every folder and link that leads from the root to ``path``, and the file at its end.
+    """Yield every folder and link on the way from the root to ``path``, and the file at its end.
 
     Raises:
-        OSError: when it leads nowhere.
+        OSError: if there is no such file.
     """
     at, ahead, links = Path("/"), [*path.absolute().parts[:0:-1]], 0
     yield at
@@ -156,16 +156,16 @@ def trail(path: Path) -> Iterator[Path]:
             if links > _LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
             target = at.readlink()
-            ahead += target.parts[::-1]  # a root replaces what it is joined to
+            ahead += target.parts[::-1]  # joining an absolute path starts from the root
             at = at.parent
 
 
 def digest(files: Mapping[str, Path]) -> str:
-    """A digest, in hex, of ``files`` by name.
+    """Return a hexadecimal digest of ``files``, by name.
 
     Raises:
-        OSError: for a file that cannot be read.
-        ValueError: for a safetensors file that is none.
+        OSError: if a file cannot be read.
+        ValueError: if a safetensors file is invalid.
     """
     whole = blake2b(digest_size=32, person=b"kvcache.weights")
     with ThreadPoolExecutor(THREADS, "kvcache-weights") as threads:
@@ -177,7 +177,9 @@ def digest(files: Mapping[str, Path]) -> str:
 
 
 def _digest_of(path: Path, threads: ThreadPoolExecutor) -> Iterator[bytes]:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO it is no wait
+    file = os.open(
+        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    )  # does not wait for a FIFO's writer
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -192,8 +194,8 @@ def _digest_of(path: Path, threads: ThreadPoolExecutor) -> Iterator[bytes]:
         else:
             yield _archive(path)
             spans = [(0, status.st_size, max(2, status.st_size // STRIDE_NBYTES))]
-        pieces = [piece for span in spans for piece in _pieces(*span)]
-        # In parts: a task for every page would cost more than to read it.
+        pieces = [piece for span in spans for piece in sampled_pieces(*span)]
+        # In batches: a task for every page would cost more than reading the page.
         parts = [pieces[at : at + 64] for at in range(0, len(pieces), 64)]
         yield from threads.map(lambda part: _digest_pieces(file, part), parts)
     finally:
@@ -207,8 +209,11 @@ def _digest_pieces(file: int, pieces: list[tuple[int, int]]) -> bytes:
     return part.digest()
 
 
-def _pieces(begin: int, end: int, between: int = 2) -> Iterator[tuple[int, int]]:
-    """Of the bytes from ``begin`` to ``end`` what is read: offsets and lengths."""
+def sampled_pieces(begin: int, end: int, between: int = 2) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of what is read between ``begin`` and ``end``, in bytes.
+
+    ``between`` is the number of pages between the first page and the last one.
+    """
     if end - begin <= WHOLE_NBYTES:
         yield begin, end - begin
         return
@@ -218,7 +223,7 @@ def _pieces(begin: int, end: int, between: int = 2) -> Iterator[tuple[int, int]]
 
 
 def _safetensors(file: int, size: int) -> tuple[bytes, list[tuple[int, ...]]]:
-    """The header as it is, and where each tensor begins and ends."""
+    """Return the header's bytes, and the first and the end offset of each tensor."""
     nbytes = int.from_bytes(_read(file, 0, 8), "little")
     if nbytes > min(HEADER_NBYTES, size - 8):
         raise ValueError("a safetensors file has no valid header")
@@ -238,7 +243,7 @@ def _safetensors(file: int, size: int) -> tuple[bytes, list[tuple[int, ...]]]:
 
 
 def _archive(path: Path) -> bytes:
-    """Name, size and CRC-32 of each member of a ``torch.save`` archive; nothing of another file."""
+    """Return names, sizes and CRC-32s of a ``torch.save`` archive; nothing for any other file."""
     if not zipfile.is_zipfile(path):
         return b""
     with zipfile.ZipFile(path) as archive:
@@ -247,7 +252,7 @@ def _archive(path: Path) -> bytes:
 
 
 def _read(file: int, at: int, nbytes: int) -> bytes:
-    """Exactly so many bytes."""
+    """Read exactly ``nbytes`` at offset ``at``."""
     parts = []
     while nbytes:
         part = os.pread(file, nbytes, at)

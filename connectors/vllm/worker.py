@@ -1,15 +1,18 @@
-"""The worker's half of the vLLM connector: whole pages between the engine's cache and the slab.
+"""The worker's half of the vLLM connector: copies whole pages between vLLM's KV cache and the slab.
 
-1. No keys, no policy: a step says which block goes with which slot.
-2. Loads come before the forward pass, stores after it. On a CPU both have ended when the step ends.
-   On a GPU they go on beside what the engine does next: a job is acknowledged when its last page is
-   there, and a block that the engine hands out anew is written when no copy reads it any more.
-3. A copy that fails is an answer, not a crash: its blocks are reported to vLLM, its job as failed.
-   What a step computed may rest on blocks that it did not load: it publishes no store, also where
-   vLLM takes the report of the step before it has the step's stores begun.
-4. On a GPU a forward pass waits for a layer's pages when it asks for that layer, if it is trusted
-   to (`passes`); the others' are there before. One that did not ask what it was trusted to is not
-   believed: the blocks that it loaded are reported, and it publishes no store.
+Invariants:
+
+1. A worker has no keys and no policy: a step names the block and the slot of every copy.
+2. Loads come before the forward pass, stores after it. On a CPU they have ended when the step ends.
+   On a GPU they go on beside the next steps: a job is acknowledged when its last page is copied,
+   and before vLLM writes a block that it has reused, it waits until no copy reads that block.
+3. A copy that fails raises nothing: its blocks are reported to vLLM, its job as failed. A step of
+   which a load failed publishes no store, because what it computed may depend on blocks that were
+   not loaded. That also holds if vLLM asks for the report before the step's stores begin.
+4. On a GPU a forward pass waits for a layer's pages when it asks for that layer (layer-wise load).
+   It waits before it starts for the layers that it is not expected to ask for (`LayerSync`). If a
+   pass skips a wait that was expected, its loaded blocks are reported as failed and its stores are
+   not published.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvcache import telemetry
 from kvcache.connectors.layout.axes import LayoutError
@@ -29,6 +32,7 @@ from kvcache.connectors.transfer.cpu import compile_kernels
 from kvcache.connectors.transfer.factory import device_of, format_id, open_copier
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
+from kvcache.connectors.vllm.groups import kept_group
 from kvcache.connectors.vllm.layer_sync import LayerSync
 from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step, Transfer
 from kvcache.process import bind_to_process
@@ -42,14 +46,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _UnderWay:
-    """A transfer, and the copy that was begun for it and maybe others."""
+class _StartedTransfer:
+    """A transfer, and the copy that was started for it and maybe for others."""
 
     transfer: Transfer
-    load: bool
-    begun_ns: int  # since 1970
+    operation: Literal["load", "store"]
+    started_ns: int  # since 1970
     copy: Copy
-    share: float  # of the copy
+    share: float  # of the copy's blocks
 
     @property
     def seconds(self) -> float:
@@ -57,41 +61,61 @@ class _UnderWay:
 
 
 class WorkerSide:
-    """One per rank; attaches the slab at the first step, when it is told where it is."""
+    """One per rank. Attaches the slab at the first copy, when a step says where it is.
 
-    def __init__(self, kv_cache_config: KVCacheConfig, rank: Rank, threads: int) -> None:
+    Args:
+        kv_cache_config: the worker's.
+        rank: this worker's.
+        threads: that copy on a CPU.
+        device: a device to use in place of the one that the KV cache is on.
+        copier: a page copier to use in place of the one that fits the device.
+
+    Attributes:
+        device: that the engine computes on; ``None`` is the CPU.
+        copier: ``None`` until the first copy.
+    """
+
+    def __init__(
+        self,
+        kv_cache_config: KVCacheConfig,
+        rank: Rank,
+        threads: int,
+        *,
+        device: Device | None = None,
+        copier: PageCopier | None = None,
+    ) -> None:
         self._config = kv_cache_config
         self._rank = rank
         self._threads = threads
         self._placement: Placement | None = None
         self._shard: Shard | None = None
         self._slab: Slab | None = None
-        self.device: Device | None = None  # that the engine computes on; None: this processor
-        self.copier: PageCopier | None = None
-        self._layers: dict[str, int] = {}
-        self._passes = LayerSync()
-        self._under_way: list[_UnderWay] = []
+        self.device = device
+        self.copier = copier
+        self._layers: dict[str, int] = {}  # numbers by name
+        self._layer_sync = LayerSync()
+        self._started: list[_StartedTransfer] = []  # copies that have not ended
         self._acks = Acks()
-        self._bad_blocks: set[int] = set()  # not reported yet
-        self._doubtful = -1  # the last step of which a load failed
-        self._received: set[str] = set()  # requests whose loads are over
+        self._failed_blocks: set[int] = set()  # not reported to vLLM yet
+        self._failed_step = -1  # the last step of which a load failed
+        self._received: set[str] = set()  # requests that no longer wait for an async load
         bind_to_process(self)
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
-        """Learn where the pages of every layer lie.
+        """Find the pages of every layer, and make this rank's shard of a block.
 
         Raises:
-            RuntimeError: for a cache on a device that is not known, or not cut into blocks.
+            RuntimeError: if a cache is on an unknown device, or its first axis is not blocks.
         """
-        names = self._config.kv_cache_groups[0].layer_names
+        names = kept_group(self._config).layer_names
         try:
-            ours = {name: caches[name] for name in names}  # there may be aliases among the others
-            placement = self._placement = place_caches(ours, self._config.num_blocks)
-            self.device = device_of(placement)
+            kept = {name: caches[name] for name in names}  # vLLM may add aliases of these layers
+            placement = self._placement = place_caches(kept, self._config.num_blocks)
+            self.device = self.device or device_of(placement)
         except ValueError as error:
             raise RuntimeError(f"kvcache: {error}") from error
         self._layers = {name: number for number, name in enumerate(names)}
-        where = host_form() if self.device is None else placement.device.partition(":")[0]
+        where = host_format() if self.device is None else placement.device.partition(":")[0]
         self._shard = Shard(
             placement.block_nbytes,
             host_name(),
@@ -103,100 +127,103 @@ class WorkerSide:
             compile_kernels()
 
     def shard(self) -> Shard | None:
-        """What this rank keeps of a block; ``None`` when nothing was registered."""
+        """Return this rank's part of a block; ``None`` before `register`."""
         return self._shard
 
     def fence(self, step: Step) -> None:
-        """Before anything is done for ``step``: the engine may write the blocks it hands out."""
+        """Have vLLM's writes of this step to its fresh blocks wait for copies that read them."""
         if self.copier is not None:
             self.copier.fence(step.fresh)
 
-    def load(self, step: Step, kind: str | None = None) -> None:
-        """Begin the loads of ``step``, whose forward pass is of this ``kind`` (``kind_of``)."""
-        self._passes.is_of(kind if self.device is not None else None)
+    def load(self, step: Step, mode: str | None = None) -> None:
+        """Start the loads of ``step``. ``mode`` is that of its forward pass (`pass_mode`)."""
+        self._layer_sync.set_mode(mode if self.device is not None else None)
         self._acks.step = step.number
-        # What the pass awaits is one copy, so that its first layers are there for all requests.
-        awaited = [load for load in step.loads if load.awaited_by is None]
-        for loads in (awaited, *([load] for load in step.loads if load.awaited_by is not None)):
-            if not self._begin(step.memory, loads, load=True):
-                self._not_loaded(step, loads)
+        # One copy for all loads of the pass, so that its first layers are there for all requests.
+        together = [load for load in step.loads if load.awaited_by is None]
+        for loads in (together, *([load] for load in step.loads if load.awaited_by is not None)):
+            if not self._start(step.memory, loads, "load"):
+                self._fail_loads(step, loads)
 
     def wait_for_layer(self, name: str) -> None:
-        """The forward pass asks for a layer. One that is not ours may have the cache of any."""
+        """Wait until a layer's pages are there. An unknown name may be an alias of any layer."""
         layer = self._layers.get(name)
         if layer is not None:
-            self._passes.asks(layer)
+            self._layer_sync.add_wait(layer)
         if self.copier is not None:
             self.copier.wait_for_layer(layer)
 
     def store(self, step: Step) -> None:
+        """Wait for the loads of the step's forward pass, and start its stores."""
         if self.copier is not None:
             self.copier.wait_for_layer()
-        unasked = self._passes.ends()
+        skipped = self._layer_sync.end_pass()
         loaded = [load for load in step.loads if load.awaited_by is None]
-        if unasked and loaded:
+        if skipped and loaded:
             log.warning(
-                "kvcache: a forward pass read %d layers that it had not asked for, "
-                "maybe before they were loaded: it is made again",
-                len(unasked),
+                "kvcache: worker: forward pass read %d layers without waiting for them; "
+                "recomputing the blocks that it loaded",
+                len(skipped),
             )
-            self._not_loaded(step, loaded)
+            self._fail_loads(step, loaded)
         for transfer in step.stores:
-            if step.number == self._doubtful:
+            if step.number == self._failed_step:
                 self._ack(transfer, failed=True)
             else:
-                self._begin(step.memory, [transfer], load=False)
+                self._start(step.memory, [transfer], "store")
 
-    def _not_loaded(self, step: Step, loads: Sequence[Transfer]) -> None:
-        """What ``step`` computes may depend on blocks that these did not write."""
-        self._doubtful = step.number
-        self._bad_blocks.update(block for load in loads for block in load.blocks)
+    def _fail_loads(self, step: Step, loads: Sequence[Transfer]) -> None:
+        """Report the blocks of ``loads``, and publish no store of ``step``."""
+        self._failed_step = step.number
+        self._failed_blocks.update(block for load in loads for block in load.blocks)
 
-    def _begin(self, memory: SlabShards, transfers: Sequence[Transfer], *, load: bool) -> bool:
-        """Begin one copy for all of them, which are loads together or not at all."""
+    def _start(
+        self, memory: SlabShards, transfers: Sequence[Transfer], operation: Literal["load", "store"]
+    ) -> bool:
+        """Start one copy for ``transfers``; return whether it could be started."""
         blocks = [block for transfer in transfers for block in transfer.blocks]
         slots = [slot for transfer in transfers for slot in transfer.slots]
         if not blocks:
             return True
-        begun_ns = time.time_ns()
+        started_ns = time.time_ns()
         try:
             copier = self.copier or self._attach(memory)
-            begun_ns = time.time_ns()
-            if load:
+            started_ns = time.time_ns()
+            if operation == "load":
                 awaited = transfers[0].awaited_by is None
-                trusted = self._passes.trusted
-                copy = copier.scatter(slots, blocks, awaited=awaited, announced=trusted)
+                expected = self._layer_sync.expected
+                copy = copier.scatter(slots, blocks, awaited=awaited, announced=expected)
             else:
                 copy = copier.gather(blocks, slots)
-        except Exception as wrong:
-            what = "load" if load else "store"
-            log.exception("kvcache: %s of %d blocks failed", what, len(blocks))
-            over = CompletedCopy((time.time_ns() - begun_ns) / 1e9)
+        except Exception as error:
+            log.exception("kvcache: worker: %s of %d blocks failed", operation, len(blocks))
+            ended = CompletedCopy((time.time_ns() - started_ns) / 1e9)
             for transfer in transfers:
-                failed = _UnderWay(transfer, load, begun_ns, over, 1.0)
-                self._end(failed, error=type(wrong).__name__)
+                failed = _StartedTransfer(transfer, operation, started_ns, ended, 1.0)
+                self._end(failed, error=type(error).__name__)
             return False
         for transfer in transfers:
             share = len(transfer.blocks) / len(blocks)
-            self._under_way.append(_UnderWay(transfer, load, begun_ns, copy, share))
+            started = _StartedTransfer(transfer, operation, started_ns, copy, share)
+            self._started.append(started)
         return True
 
-    def _end(self, ended: _UnderWay, *, error: str | None) -> None:
-        transfer = ended.transfer
-        self._acks.seconds[transfer.job] = ended.seconds
+    def _end(self, started: _StartedTransfer, *, error: str | None) -> None:
+        transfer = started.transfer
+        self._acks.seconds[transfer.job] = started.seconds
         if transfer.awaited_by is not None:
             self._received.add(transfer.awaited_by)
         blocks = len(transfer.blocks)
         telemetry.end_span(
-            telemetry.start_remote_child(transfer.trace, telemetry.COPY, ended.begun_ns),
+            telemetry.start_remote_child(transfer.trace, telemetry.COPY, started.started_ns),
             {
-                telemetry.DIRECTION: "load" if ended.load else "store",
+                telemetry.DIRECTION: started.operation,
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
                 telemetry.REQUESTED: blocks,
                 telemetry.PAYLOAD: blocks * (self._shard.nbytes if self._shard else 0),
             },
             error=error,
-            ended_ns=ended.begun_ns + round(ended.copy.seconds * 1e9),
+            ended_ns=started.started_ns + round(started.copy.seconds * 1e9),
         )
         self._ack(transfer, failed=error is not None)
 
@@ -218,37 +245,40 @@ class WorkerSide:
         if failed:
             self._acks.failed.add(transfer.job)
 
-    def take_bad_blocks(self) -> set[int]:
-        """Blocks of the engine that were promised and could not be loaded this step."""
-        bad, self._bad_blocks = self._bad_blocks, set()
-        return bad
+    def take_failed_blocks(self) -> set[int]:
+        """Return the engine's blocks that loads did not write, since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
 
     def take_received(self) -> set[str]:
-        """Requests that waited for a load that is over, well or not. Looks at all copies."""
-        self._look()
+        """End the copies that are over, and return the requests that no longer wait for a load.
+
+        A load that failed has ended, too.
+        """
+        self._end_copies()
         received, self._received = self._received, set()
         return received
 
     def take_acks(self) -> Acks | None:
-        """The jobs that had ended when `take_received` looked, since this was asked last.
+        """Return the acks of the jobs that `take_received` ended, since the last call.
 
-        No later ones: the engine may make no step after it has heard of the last job, and it must
-        have heard of the request that waited for it.
+        No later ones: vLLM may stop stepping once it knows of the last job, and it has to know of
+        the request that waits for that job first.
         """
         acks, self._acks = self._acks, Acks()
         return acks if acks.ranks or acks.step else None
 
-    def _look(self) -> None:
-        """End the copies that are over."""
-        going = []
-        for job in self._under_way:
-            if job.copy.done:
-                self._end(job, error=None)
+    def _end_copies(self) -> None:
+        unended = []
+        for started in self._started:
+            if started.copy.done:
+                self._end(started, error=None)
             else:
-                going.append(job)
-        self._under_way = going
+                unended.append(started)
+        self._started = unended
 
     def close(self) -> None:
+        """Close the copier, and detach the slab. Closing twice is allowed."""
         if self.copier is not None:
             self.copier.close()
             self.copier = None
@@ -257,11 +287,10 @@ class WorkerSide:
             self._slab = None
 
 
-def host_form() -> str:
-    """What sets the bytes of a page apart on a CPU, beyond what its tensor shows.
+def host_format() -> str:
+    """Return what sets the bytes of a page apart on a CPU, beyond what its tensor shows.
 
-    The same model has other bytes on another instruction set: attention packs its keys and values
-    for the one it runs on.
+    Attention packs keys and values for the instruction set that it runs on.
     """
     import torch
 
@@ -270,15 +299,15 @@ def host_form() -> str:
 
 
 def place_caches(caches: dict[str, torch.Tensor], blocks: int) -> Placement:
-    """Where the blocks of these layers lie.
+    """Return where the blocks of these layers lie.
 
     Args:
         caches: by name, the views that vLLM registers: ``[blocks * n, ...]``, n kernel blocks to
-            a block. What the other axes mean is their attention's matter, so pages are opaque.
+            a block. Only their attention knows what the other axes mean, so pages are opaque.
         blocks: of the engine's cache.
 
     Raises:
-        LayoutError: when a cache is not so many blocks, or cannot be copied run by run.
+        LayoutError: if a cache does not have so many blocks, or cannot be copied run by run.
     """
     for name, cache in caches.items():
         if not cache.shape[0] or cache.shape[0] % blocks:

@@ -206,7 +206,7 @@ def dump(model: str, path: Path) -> None:
     for _ in range(3):
         engine._ask(llm.llm_engine, [random.randrange(8000) for _ in range(1024)], 2)
     connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
-    front = connector._scheduler._stack.front
+    front = connector.scheduler_side.stack.front
     with path.open("wb") as file:
         for slot in range(front.stats().used_blocks):
             file.write(front.slab.view(slot)[: front.block_nbytes])

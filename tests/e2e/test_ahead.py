@@ -62,8 +62,8 @@ class Ahead:
         self.connector.set_xfer_handshake_metadata_pp_aware(
             {(0, 0): Shard(NBYTES, host_name(), "form")}
         )
-        self.side = self.connector._scheduler
-        self.front = self.side._stack.front
+        self.side = self.connector.scheduler_side
+        self.front = self.side.stack.front
         self.front.slab.wait_populated()
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
@@ -181,7 +181,7 @@ def test_failed_load_of_a_long_prompt_publishes_no_block_after_it(ahead: Ahead) 
     ahead.drain()
     assert not ahead.fails
     ahead.published(request)
-    assert ahead.side._stack.stats().pinned_slots == 0
+    assert ahead.side.stack.stats().pinned_slots == 0
 
 
 def test_request_that_found_blocks_of_a_failed_load_publishes_none_after_them(

@@ -23,7 +23,7 @@ def asked_twice(engine: Engine) -> dict[str, Any]:
     second = engine.ask(asked)
     return {
         "cached": second["cached"], "same": second["tokens"] == first["tokens"],
-        "nbytes": engine.side._stack.front.slab.nbytes,
+        "nbytes": engine.side.stack.front.slab.nbytes,
     }  # fmt: skip
 
 

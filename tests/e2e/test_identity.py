@@ -28,7 +28,7 @@ def ask_adapter(engine: Engine) -> Answer:
     """A prompt for the LoRA adapter."""
     answer = engine.ask(ADAPTED, lora=os.environ["ADAPTER"])
     if engine.keeps:
-        assert engine.side._stack.flush(60)
+        assert engine.side.stack.flush(60)
     return answer
 
 

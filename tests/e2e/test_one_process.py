@@ -127,7 +127,7 @@ def test_what_a_pass_read_without_asking_is_computed_again(dawdling: Play) -> No
     assert facts["tokens"] == 3 * facts["tokens"][:1]
     assert facts["ends"] == NOTHING
     [said] = dawdling.warnings(async_copies.unasked)
-    assert "read 1 layers that it had not asked for" in said
+    assert "read 1 layers without waiting for them" in said
 
 
 def test_a_compiled_model_asks_for_its_layers(stage: Stage) -> None:

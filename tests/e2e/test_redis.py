@@ -36,10 +36,10 @@ def ask_as_strangers(engine: Engine) -> dict[str, list[int]]:
     cached: dict[str, list[int]] = {name: [] for name in askers}
     for _ in range(2):
         engine.evict_own()
-        engine.side._stack.front.clear()
+        engine.side.stack.front.clear()
         for name, asker in askers.items():
             cached[name].append(engine.ask(PROMPTS[0], tokens=2, **asker)["cached"])
-        assert engine.side._stack.flush(60)
+        assert engine.side.stack.flush(60)
     return cached
 
 
@@ -56,7 +56,7 @@ def ask_with_another(engine: Engine) -> dict[str, Any]:
         meet(place, "begin")
         first, counts = lower_tier.ask_first(engine), lower_tier.counts(engine)
         meet(place, "stored")
-    engine.side._stack.front.clear()
+    engine.side.stack.front.clear()
     return {"first": first, "again": lower_tier.ask_again(engine), **counts}
 
 
@@ -70,7 +70,7 @@ def meet(place: Any, name: str) -> None:
 def without_the_server(engine: Engine) -> dict[str, Any]:
     """The same prompts again when the server was killed and L1 is empty."""
     os.kill(int(os.environ["SERVER_PID"]), signal.SIGKILL)
-    engine.side._stack.front.clear()
+    engine.side.stack.front.clear()
     return {"answers": lower_tier.ask_again(engine), "ends": engine.open_ends()}
 
 

@@ -49,10 +49,17 @@ class Miniature:
         )
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         cache: Any = SimpleNamespace(kv_cache_groups=[group], num_blocks=BLOCKS)
-        self.side = SchedulerSide(engine_config(len(RANKS), ahead=ahead), cache, {})
-        self.side.open({(0, rank): Shard(4096, host_name(), "form") for rank in RANKS})
-        assert self.side._stack is not None
-        self.front = self.side._stack.front
+        self.workers = Workers(random, reports_first=reports_first)
+        self.side = SchedulerSide(
+            engine_config(len(RANKS), ahead=ahead),
+            cache,
+            {},
+            long_load_s=random.choice((-1.0, 1.0)),  # all loads are long, or none is
+        )
+        shard = Shard(4096, host_name(), "form", async_copies=self.workers.late)
+        self.side.open({(0, rank): shard for rank in RANKS})
+        assert self.side.stack is not None
+        self.front = self.side.stack.front
         self.front.slab.wait_populated()
         self.random = random
         self.free = list(range(BLOCKS))
@@ -60,9 +67,6 @@ class Miniature:
         self.users = [0] * BLOCKS
         self.ahead = ahead
         self.reports: list[_Report] = []
-        self.workers = Workers(random, reports_first=reports_first)
-        self.side._promised.async_copies = self.workers.late
-        self.side._promised.long_s = random.choice((-1.0, 1.0))  # all loads are long, or none is
         self.given: set[int] = set()  # blocks, since the last step
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -123,7 +127,7 @@ class Miniature:
             ),
             num_scheduled_tokens={r.request_id: tokens for r, tokens in scheduled.items()},
         )
-        step = self.side.step(output)
+        step = self.side.build_step(output)
         assert step is not None
         loaded = [block for load in step.loads if load.awaited_by for block in load.blocks]
         assert self.given <= {*step.fresh, *loaded}
@@ -154,14 +158,14 @@ class Miniature:
                 if request.num_tokens >= request.ends_at:
                     self._end(request)
         if told.bad:
-            self.side.failed(told.bad)
+            self.side.fail_loads(told.bad)
             self._evict()
-        self.side.acked(told.acks)
+        self.side.end_step(told.acks)
         self._receive(told.received)
 
     def _evict(self) -> None:
         """The engine's own cache forgets what the connector says."""
-        doubtful = self.side.take_doubtful()
+        doubtful = self.side.take_suspects()
         self.own = {key: block for key, block in self.own.items() if block not in doubtful}
 
     # The scheduler
@@ -197,7 +201,7 @@ class Miniature:
                 own = self._found(request)
                 promised_or_not = self.side.matched_tokens(request, len(own) * BLOCK)
                 assert promised_or_not is not None
-                promised, later = promised_or_not, self.side.comes_later(request)
+                promised, later = promised_or_not, self.side.is_async(request)
                 computed = len(own) * BLOCK + promised
             assert computed <= request.num_tokens - (not later)
             tokens = 0 if later else self._chunk(request, computed)
@@ -210,7 +214,7 @@ class Miniature:
                     if block in self.free:
                         self.free.remove(block)
             request.blocks = own + self._allocate(need)
-            self.side.admitted(request, (request.blocks,), promised)
+            self.side.admit(request, (request.blocks,), promised)
             request.num_computed_tokens = computed
             self.waiting.pop(0)
             if later:
@@ -279,7 +283,7 @@ class Miniature:
 
     def _finish(self, request: Request) -> None:
         self.preempted.discard(request)
-        self.side.finished(request)
+        self.side.finish(request)
         if request.request_id in self.remote:
             request.gone = True
             return
@@ -335,7 +339,7 @@ class Miniature:
         assert self.side.copying or not working
         assert working or self.reports or not self.side.copying
         there = [*self.running, *self.waiting, *self.remote.values()]
-        assert self.side._running.keys() <= {request.request_id for request in there}
+        assert self.side.requests <= {request.request_id for request in there}
 
     def end(self) -> None:
         """All are aborted."""
@@ -348,7 +352,8 @@ class Miniature:
             self._report()
         assert sorted(self.free) == list(range(BLOCKS))
         side = self.side
-        assert not any((side._promised, side._promised._expected, side._running))
-        assert not any((side._jobs, side._loads))
+        assert not side.requests
+        sizes = side.table_sizes()
+        assert sizes["jobs"] == sizes["unsent_loads"] == 0
         assert self.front.stats().pinned_slots == 0
         side.close()

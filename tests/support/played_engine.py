@@ -1,8 +1,8 @@
-"""An engine and its workers, played by hand: two ranks, blocks of 32 tokens, a real L1."""
+"""An engine whose steps a test writes out: two ranks, blocks of 32 tokens, a real L1."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +11,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvcache import Stack
 from kvcache.connectors.vllm.compat import host_name
+from kvcache.connectors.vllm.groups import CacheGroup, kept_group
 from kvcache.connectors.vllm.messages import Acks, Shard, Step, Transfer
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 
-BLOCK = 32
-SHARD = 4096
+BLOCK = 32  # tokens
+SHARD = 4096  # bytes
 RANKS = ((0, 0), (0, 1))
 
 
@@ -30,9 +32,9 @@ def full_attention() -> Any:
 def engine_config(
     world: int = 2, device: str = "cpu", *, ahead: bool | int = False, **parallel: int
 ) -> Any:
-    """What the connector reads of vLLM's config. This engine can resume a prompt.
+    """What the connector reads of vLLM's config, of an engine that can resume a prompt.
 
-    `ahead`: it builds a step before the one before it is reported.
+    `ahead`: the engine builds a step before the one before it is reported.
     """
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
@@ -45,29 +47,37 @@ def engine_config(
     )
 
 
-def cache_config(*specs: Any, hash_block_size: int | None = None) -> Any:
-    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"]) for spec in specs]
+def cache_config(
+    *specs: Any, hash_block_size: int | None = None, layers: Sequence[str] = ("layer",)
+) -> Any:
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[*layers]) for spec in specs]
     return SimpleNamespace(kv_cache_groups=groups, num_blocks=64, hash_block_size=hash_block_size)
 
 
-def shards(host: str | None = None) -> dict[tuple[int, int], Shard]:
-    return {rank: Shard(SHARD, host or host_name(), "form") for rank in RANKS}
+def full_attention_group() -> CacheGroup:
+    return kept_group(cache_config(full_attention()))
 
 
-def chain(name: str, tokens: int, granule: int = BLOCK) -> list[bytes]:
-    return [f"{name}/{n}".encode() for n in range(tokens // granule)]
+def shards(host: str | None = None, *, async_copies: bool = False) -> dict[tuple[int, int], Shard]:
+    return {
+        rank: Shard(SHARD, host or host_name(), "form", async_copies=async_copies) for rank in RANKS
+    }
+
+
+def chain(name: str, tokens: int, hash_tokens: int = BLOCK) -> list[bytes]:
+    return [f"{name}/{n}".encode() for n in range(tokens // hash_tokens)]
 
 
 @dataclass
 class Request:
-    """What the connector reads of a vLLM request. `tokens` of it are known."""
+    """What the connector reads of a vLLM request. The first `num_tokens` tokens are known."""
 
     request_id: str
     num_tokens: int
     name: str = ""  # of its chain of hashes: equal names are equal prompts
     num_computed_tokens: int = 0
     skip_reading_prefix_cache: bool = False
-    granule: int = BLOCK
+    hash_tokens: int = BLOCK
     blocks: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 1 << 30
     trace_headers: dict[str, str] | None = None
@@ -76,11 +86,11 @@ class Request:
 
     @property
     def block_hashes(self) -> list[bytes]:
-        return chain(self.name or self.request_id, self.num_tokens, self.granule)
+        return chain(self.name or self.request_id, self.num_tokens, self.hash_tokens)
 
 
-class Played:
-    """An engine whose every step is written out; block numbers are given by the test."""
+class PlayedEngine:
+    """An engine whose block numbers and steps a test chooses."""
 
     def __init__(self, side: SchedulerSide) -> None:
         self.side = side
@@ -88,21 +98,40 @@ class Played:
         self._resumed: list[Request] = []
 
     def admit(
-        self, request: Request, blocks: Sequence[int], *, own: int = 0, resumed: bool = False
+        self,
+        request: Request,
+        blocks: Sequence[int],
+        *,
+        own: int = 0,
+        resumed: bool = False,
+        scheduled: bool = True,
     ) -> int:
-        """Look up, admit with `own` tokens in the engine's cache; give the tokens promised."""
+        """Look up and admit a request that has `own` tokens in the engine's cache.
+
+        `scheduled` is false for one whose async load no step waits for. Returns the tokens found.
+        """
         tokens = self.side.matched_tokens(request, own)
         assert tokens is not None
         request.blocks = list(blocks)
-        self.side.admitted(request, (request.blocks,), tokens)
+        self.side.admit(request, (request.blocks,), tokens)
         request.num_computed_tokens = own + tokens
-        (self._resumed if resumed else self._new).append(request)
+        if scheduled:
+            self.schedule(request, resumed=resumed)
         return tokens
+
+    def schedule(self, request: Request, *, resumed: bool = False) -> None:
+        """Have the next step know the request as new, or as resumed after a preemption."""
+        (self._resumed if resumed else self._new).append(request)
+
+    def readmit(self, request: Request, tokens: int = 0) -> None:
+        """Admit and schedule a request that has its blocks; `tokens` are of its pending load."""
+        self.side.admit(request, (request.blocks,), tokens)
+        self.schedule(request)
 
     def step(
         self, *scheduled: tuple[Request, int], more: dict[str, list[int]] | None = None
     ) -> Step:
-        """Schedule these; `more` are blocks that running requests get."""
+        """Build a step that computes so many tokens; `more` are blocks for running requests."""
         more = more or {}
         running = [r for r, _ in scheduled if r not in self._new and r not in self._resumed]
         cached = [*running, *self._resumed]
@@ -122,42 +151,49 @@ class Played:
             ),
             num_scheduled_tokens={r.request_id: tokens for r, tokens in scheduled},
         )
-        step = self.side.step(output)
+        step = self.side.build_step(output)
         assert step is not None
         self._new, self._resumed = [], []
         for request, tokens in scheduled:
             request.num_computed_tokens += tokens
         return step
 
-    def ack(self, *transfers: Transfer, failed: bool = False, ranks: int = 2) -> None:
-        """`ranks` ranks are through with these."""
+    def ack(
+        self, *transfers: Transfer, failed: bool = False, ranks: int = 2, seconds: float = 0.0
+    ) -> None:
+        """Have `ranks` ranks acknowledge these, each after a copy of so many seconds."""
         jobs = {transfer.job for transfer in transfers}
-        self.side.acked(Acks(dict.fromkeys(jobs, ranks), jobs if failed else set()))
+        took = dict.fromkeys(jobs, seconds) if seconds else {}
+        acks = dict.fromkeys(jobs, ranks)
+        self.side.end_step(Acks(acks, jobs if failed else set(), seconds=took))
 
-    def keep(self, request: Request, blocks: Sequence[int]) -> Step:
-        """Compute all of `request` in one step that succeeds, and finish it."""
+    def keep(self, request: Request, blocks: Sequence[int], *, load_s: float = 0.0) -> Step:
+        """Compute all of `request` in one step that succeeds, and finish it.
+
+        `load_s`: seconds that its load takes.
+        """
         self.admit(request, blocks)
         step = self.step((request, request.num_tokens - request.num_computed_tokens))
-        self.ack(*step.loads, *step.stores)
-        self.side.finished(request)
+        self.ack(*step.loads, seconds=load_s)
+        self.ack(*step.stores)
+        self.side.finish(request)
         return step
 
     @property
+    def stack(self) -> Stack:
+        assert self.side.stack is not None
+        return self.side.stack
+
+    @property
     def l1(self) -> Any:
-        stats = self.side.stats()
-        assert stats is not None
-        return stats.tiers[0]
+        return self.stack.stats().tiers[0]
 
     def held(self, request: Request) -> list[bool]:
-        stack = self.side._stack
-        assert stack is not None
-        return stack.front.contains(request.block_hashes)
+        return self.stack.front.contains(request.block_hashes)
 
-    def nothing_is_open(self) -> bool:
-        side = self.side
-        return not (
-            side._promised or side._running or side._jobs or side._loads or self.l1.pinned_slots
-        )
+    def is_idle(self) -> bool:
+        """Whether nothing is kept for a request, no job is under way and nothing is pinned."""
+        return not (self.side.requests or self.side.copying or self.l1.pinned_slots)
 
 
 def opened(
@@ -166,11 +202,15 @@ def opened(
     hash_block_size: int | None = None,
     *,
     ahead: bool = False,
-) -> Played:
+    async_copies: bool = False,
+    identity: Mapping[str, object] | None = None,
+    **arguments: Any,
+) -> PlayedEngine:
+    """Return an engine with an L1 of so many slots; `arguments` are for its `SchedulerSide`."""
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(slots * SHARD * len(RANKS)))
     cache = cache_config(full_attention(), hash_block_size=hash_block_size)
-    side = SchedulerSide(engine_config(ahead=ahead), cache, {})
-    side.open(shards())
-    assert side._stack is not None
-    side._stack.front.slab.wait_populated()
-    return Played(side)
+    side = SchedulerSide(engine_config(ahead=ahead), cache, identity or {}, **arguments)
+    side.open(shards(async_copies=async_copies))
+    engine = PlayedEngine(side)
+    engine.stack.front.slab.wait_populated()
+    return engine

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -13,9 +11,11 @@ pytest.importorskip("vllm")
 import torch
 
 from kvcache.connectors.transfer.base import CompletedCopy
+from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide
 from kvcache.slab import SlabDescriptor
+from tests.support.played_engine import cache_config, full_attention
 
 
 class Copier:
@@ -72,11 +72,18 @@ def step(memory: SlabShards = NOWHERE, number: int = 0) -> Step:
     )
 
 
-def side(copier: Copier | None = None) -> WorkerSide:
-    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["one", "two"])])
+def side(
+    copier: Copier | None = None,
+    *,
+    layers: Sequence[str] = ("one", "two"),
+    rank: tuple[int, int] = (0, 0),
+    page_shape: tuple[int, ...] = (2, 32, 8),
+    device: Device | None = None,
+) -> WorkerSide:
+    """Return a worker's half of 16 blocks; with ``copier``, its float32 caches are registered."""
+    config = cache_config(full_attention(), layers=layers)
     config.num_blocks = 16
-    worker = WorkerSide(config, (0, 0), 1)
+    worker = WorkerSide(config, rank, 1, device=device, copier=copier)  # type: ignore[arg-type]
     if copier is not None:
-        worker.register({name: torch.zeros(16, 2, 32, 8) for name in ("one", "two")})
-        worker.copier = copier  # type: ignore[assignment]
+        worker.register({name: torch.zeros(16, *page_shape) for name in layers})
     return worker

@@ -22,7 +22,7 @@ from tests.support.played_engine import (
     BLOCK,
     RANKS,
     SHARD,
-    Played,
+    PlayedEngine,
     Request,
     cache_config,
     engine_config,
@@ -173,21 +173,20 @@ def test_keeps_trusted_names_read_no_file() -> None:
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> SchedulerSide:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
-    side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
-    side._adapters = later()
+    side = SchedulerSide(engine_config(), cache_config(full_attention()), {}, adapters=later())
     side.open(shards())
     return side
 
 
 def compute(side: SchedulerSide, request: Any, between: Any = None) -> None:
     """The engine computes the request; ``between`` happens before it is known to have stored."""
-    engine = Played(side)
+    engine = PlayedEngine(side)
     engine.admit(request, [0, 1, 2])
     step = engine.step((request, request.num_tokens))
     if between is not None:
         between()
-    side.acked(Acks({store.job: len(RANKS) for store in step.stores}, step=step.number))
-    side.finished(request)
+    side.end_step(Acks({store.job: len(RANKS) for store in step.stores}, step=step.number))
+    side.finish(request)
 
 
 def test_scheduler_blocks_of_an_adapter_are_found_again(side: SchedulerSide, path: str) -> None:
@@ -195,7 +194,7 @@ def test_scheduler_blocks_of_an_adapter_are_found_again(side: SchedulerSide, pat
     again = asks(path)
     again.num_tokens += 1
     assert side.matched_tokens(again, 0) == 3 * BLOCK
-    side.finished(again)
+    side.finish(again)
     assert side.matched_tokens(Request("b", 3 * BLOCK + 1), 0) == 0  # not without it
     side.close()
 

@@ -9,31 +9,31 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.messages import Acks
-from tests.support.played_engine import BLOCK, Played, Request, opened
+from tests.support.played_engine import BLOCK, PlayedEngine, Request, opened
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     engine = opened(monkeypatch, 32)
     yield engine
     engine.side.close()
 
 
-def test_finished_while_copies_are_under_way(played: Played) -> None:
+def test_finished_while_copies_are_under_way(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 4 * BLOCK, "same")
     played.admit(request, [4, 5, 6, 7])
     step = played.step((request, 2 * BLOCK))
-    played.side.finished(request)
+    played.side.finish(request)
     assert played.l1.pinned_slots == 4
     played.ack(*step.loads, *step.stores)
-    assert played.nothing_is_open()
+    assert played.is_idle()
     assert played.held(request) == [True] * 4
 
 
-def test_a_lease_ends_with_the_last_rank(played: Played) -> None:
+def test_a_lease_ends_with_the_last_rank(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     [store] = played.step((request, 2 * BLOCK)).stores
@@ -46,7 +46,9 @@ def test_a_lease_ends_with_the_last_rank(played: Played) -> None:
 
 
 @pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
-def test_one_rank_that_fails_a_store_fails_it(played: Played, failed: tuple[bool, bool]) -> None:
+def test_one_rank_that_fails_a_store_fails_it(
+    played: PlayedEngine, failed: tuple[bool, bool]
+) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     [store] = played.step((request, 2 * BLOCK)).stores
@@ -57,7 +59,9 @@ def test_one_rank_that_fails_a_store_fails_it(played: Played, failed: tuple[bool
 
 
 @pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
-def test_one_rank_that_fails_a_load_drops_it(played: Played, failed: tuple[bool, bool]) -> None:
+def test_one_rank_that_fails_a_load_drops_it(
+    played: PlayedEngine, failed: tuple[bool, bool]
+) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same")
     played.admit(request, [4, 5, 6])
@@ -69,7 +73,7 @@ def test_one_rank_that_fails_a_load_drops_it(played: Played, failed: tuple[bool,
     assert played.l1.dropped_blocks == 2
 
 
-def test_a_failed_store_is_offered_again_from_its_place(played: Played) -> None:
+def test_a_failed_store_is_offered_again_from_its_place(played: PlayedEngine) -> None:
     request = Request("a", 5 * BLOCK)
     played.admit(request, [1, 2, 3, 4, 5])
     played.ack(*played.step((request, 2 * BLOCK)).stores)
@@ -82,7 +86,7 @@ def test_a_failed_store_is_offered_again_from_its_place(played: Played) -> None:
     assert played.held(request) == [True] * 4 + [False]
 
 
-def test_a_failed_load_is_computed_and_offered_again(played: Played) -> None:
+def test_a_failed_load_is_computed_and_offered_again(played: PlayedEngine) -> None:
     played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
     request = Request("b", 3 * BLOCK + 1, "same")
     played.admit(request, [5, 6, 7, 8])
@@ -93,7 +97,7 @@ def test_a_failed_load_is_computed_and_offered_again(played: Played) -> None:
     assert again.blocks == [5, 6, 7]
 
 
-def test_a_resumed_request_has_other_blocks(played: Played) -> None:
+def test_a_resumed_request_has_other_blocks(played: PlayedEngine) -> None:
     request = Request("a", 3 * BLOCK)
     played.admit(request, [1, 2, 3])
     step = played.step((request, BLOCK))
@@ -104,7 +108,7 @@ def test_a_resumed_request_has_other_blocks(played: Played) -> None:
     assert store.blocks == [21, 22, 23]
 
 
-def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: Played) -> None:
+def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: PlayedEngine) -> None:
     request = Request("a", 3 * BLOCK)
     played.admit(request, [1, 2, 3])
     [late] = played.step((request, BLOCK)).stores
@@ -114,25 +118,25 @@ def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: Played) 
     assert store.blocks == [22]  # the first is still being copied, from where it was
     played.ack(late, failed=True)
     played.ack(store)
-    played.side.finished(request)
+    played.side.finish(request)
     assert played.held(request) == [False, True, False]
-    assert played.nothing_is_open()
+    assert played.is_idle()
 
 
 # Resets
 
 
-def test_reset_ends_promises(played: Played) -> None:
+def test_reset_ends_promises(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same")
     played.side.matched_tokens(request, 0)
     played.side.reset()
     assert played.l1.used_blocks == 0
-    assert played.nothing_is_open()
+    assert played.is_idle()
     assert played.admit(request, [4, 5, 6]) == 0
 
 
-def test_reset_while_a_store_is_under_way(played: Played) -> None:
+def test_reset_while_a_store_is_under_way(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     [store] = played.step((request, 2 * BLOCK)).stores
@@ -140,12 +144,12 @@ def test_reset_while_a_store_is_under_way(played: Played) -> None:
     played.side.reset()
     played.ack(store, ranks=1)
     assert played.held(request) == [False] * 2
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_reset_while_a_load_is_under_way(played: Played, failed: bool) -> None:
+def test_reset_while_a_load_is_under_way(played: PlayedEngine, failed: bool) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same")
     played.admit(request, [4, 5, 6])
@@ -154,11 +158,11 @@ def test_reset_while_a_load_is_under_way(played: Played, failed: bool) -> None:
     assert played.l1.pinned_slots == 2  # still read
     played.ack(load, failed=failed)
     assert played.held(request) == [False] * 2
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
 
 
-def test_what_runs_on_after_a_reset_is_not_kept(played: Played) -> None:
+def test_what_runs_on_after_a_reset_is_not_kept(played: PlayedEngine) -> None:
     request = Request("a", 4 * BLOCK)
     played.admit(request, [1, 2, 3, 4])
     played.ack(*played.step((request, BLOCK)).stores)
@@ -167,18 +171,18 @@ def test_what_runs_on_after_a_reset_is_not_kept(played: Played) -> None:
     assert played.l1.used_blocks == 0
 
 
-def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: Played) -> None:
+def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: PlayedEngine) -> None:
     request = Request("a", 4 * BLOCK)
     played.admit(request, [1, 2, 3, 4])
     [store] = played.step((request, BLOCK)).stores
     played.side.reset()
     played.ack(store, failed=True)
     assert played.step((request, 3 * BLOCK)).stores == []
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
 
 
-def test_what_starts_again_after_a_reset_is_kept(played: Played) -> None:
+def test_what_starts_again_after_a_reset_is_kept(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     played.ack(*played.step((request, BLOCK)).stores)

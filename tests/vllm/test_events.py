@@ -16,10 +16,10 @@ pytest.importorskip("vllm")
 from vllm.lora.request import LoRARequest
 
 from kvcache.connectors.vllm import events
-from kvcache.connectors.vllm.events import EventSource, Published, events_of
+from kvcache.connectors.vllm.events import EventSource, StackEvents, events_of
 from kvcache.events import BlockEvents
 from kvcache.testing import keys_of
-from tests.support.played_engine import BLOCK, cache_config, full_attention
+from tests.support.played_engine import BLOCK, full_attention_group
 from tests.support.stack_under_test import LONG, StackUnderTest
 
 pytestmark = pytest.mark.engine
@@ -63,7 +63,7 @@ def below() -> Iterator[StackUnderTest]:
 
 
 def test_blocks_that_continue_each_other_are_one_event(below: StackUnderTest) -> None:
-    published = Published(full_attention(), below.stack)
+    published = StackEvents(full_attention_group(), below.stack)
     keys = keys_of("a", 4)
     lora = LoRARequest("poet", 7, "adapters/poet")
     published.describe(request_of(4, lora_request=lora, cache_salt="s"), 0, keys, None)
@@ -87,7 +87,7 @@ def test_events_of_an_adapter_have_vllms_own_hashes(below: StackUnderTest) -> No
     def other(_: Any, keys: list[bytes]) -> list[bytes]:
         return [key[::-1] for key in keys]
 
-    published = Published(full_attention(), below.stack)
+    published = StackEvents(full_attention_group(), below.stack)
     keys = keys_of("a", 3)
     published.describe(request_of(3), 1, keys[1:], keys[0], other)
     below.put(keys[1:], keys[0])
@@ -102,12 +102,12 @@ def test_events_of_an_adapter_have_vllms_own_hashes(below: StackUnderTest) -> No
 def test_what_nobody_described_is_announced_when_somebody_does(
     below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "AHEAD", 0)
-    published = Published(full_attention(), below.stack)
+    monkeypatch.setattr(events, "MOST_AHEAD", 0)
+    published = StackEvents(full_attention_group(), below.stack)
     keys = keys_of("a", 2)
     published.describe(request_of(2), 0, keys, None)
     published.describe(request_of(2 * SLOTS), 0, keys_of("others", 2 * SLOTS), None)
-    assert len(published._described) == 2 * SLOTS
+    assert published.described_blocks == 2 * SLOTS
     below.put(keys)
     assert told(published.take()) == ([], [])
     published.describe(request_of(2), 0, keys, None)
@@ -117,14 +117,14 @@ def test_what_nobody_described_is_announced_when_somebody_does(
     below.put(keys_of("nobody's", 1))
     below.stack.clear()
     published.take()
-    assert not any(place.nameless or place.said for place in published._places)
+    assert published.tracked_blocks == 0
 
 
 def test_what_is_kept_announced_below_is_bounded(
     below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "SAID", 3)
-    published = Published(full_attention(), below.stack)
+    monkeypatch.setattr(events, "MOST_ANNOUNCED", 3)
+    published = StackEvents(full_attention_group(), below.stack)
     for name in "abc":
         published.describe(request_of(2), 0, keys_of(name, 2), None)
         below.put(keys_of(name, 2))
@@ -139,35 +139,37 @@ def test_what_is_kept_announced_below_is_bounded(
     assert left == keys_of("c", 1)
 
 
-def test_with_events_off_nobody_is_told(below: StackUnderTest) -> None:
+def test_with_events_off_nobody_is_told(
+    below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribed: list[object] = []
+    monkeypatch.setattr(below.front, "subscribe", subscribed.append)
     for config in (
         SimpleNamespace(),
         SimpleNamespace(kv_events_config=None),
         SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=False)),
     ):
-        off = events_of(config, cache_config(full_attention()), below.stack)
+        off = events_of(config, full_attention_group(), below.stack)
         assert type(off) is EventSource
     off.describe(request_of(1), 0, keys_of("a", 1), None)
     below.put(keys_of("a", 1))
     assert not off.take()
-    assert type(below.front._index.events) is BlockEvents
+    assert not subscribed
     assert type(below.lower[0].channel.events) is BlockEvents
     on = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
-    assert type(events_of(on, cache_config(full_attention()), below.stack)) is Published
+    assert type(events_of(on, full_attention_group(), below.stack)) is StackEvents
 
 
-def test_fields_that_this_vllm_does_not_know_are_left_out(
-    below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    published = Published(full_attention(), below.stack)
-
+def test_fields_that_this_vllm_does_not_know_are_left_out(below: StackUnderTest) -> None:
     class Older:
         __struct_fields__ = ("block_hashes", "medium")
 
         def __init__(self, block_hashes: list[bytes], medium: str) -> None:
             self.block_hashes, self.medium = block_hashes, medium
 
-    monkeypatch.setattr(published, "_made", SimpleNamespace(BlockStored=Older))
+    published = StackEvents(
+        full_attention_group(), below.stack, kv_events=SimpleNamespace(BlockStored=Older)
+    )
     published.describe(request_of(1), 0, keys_of("a", 1), None)
     below.put(keys_of("a", 1))
     made = published.take()

@@ -41,7 +41,7 @@ def test_worker_side_in_a_child_is_refused_and_the_parent_goes_on_copying() -> N
     assert worker.copier is not None
     assert unrefused(worker, worker.copier) == []
     worker.load(Step(memory, loads=[Transfer(2, [7], [1])]))
-    assert worker.take_bad_blocks() == set()
+    assert worker.take_failed_blocks() == set()
     assert torch.equal(pages["one"][7], before)
     worker.close()
     slab.close()

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.layer_sync import kind_of
+from kvcache.connectors.vllm.layer_sync import pass_mode
 from kvcache.connectors.vllm.messages import Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide
 from tests.support.reordering_device import ReorderingDevice
@@ -38,20 +38,18 @@ def test_which_forward_passes_ask_for_layers(mode: str, computes: bool, kind: st
         slot_mapping={},
         cudagraph_runtime_mode=CUDAGraphMode[mode],
     )
-    assert kind_of(context) == kind
+    assert pass_mode(context) == kind
 
 
 def test_a_context_that_says_nothing_asks_for_nothing() -> None:
     new = SimpleNamespace(name="NEW")
-    assert kind_of(None) is None
-    assert kind_of(SimpleNamespace(attn_metadata={})) is None
-    assert kind_of(SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=new)) is None
+    assert pass_mode(None) is None
+    assert pass_mode(SimpleNamespace(attn_metadata={})) is None
+    assert pass_mode(SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=new)) is None
 
 
 def on_a_device(copier: Copier) -> WorkerSide:
-    worker = side(copier)
-    worker.device = ReorderingDevice(Random(0))
-    return worker
+    return side(copier, device=ReorderingDevice(Random(0)))
 
 
 def forward(worker: WorkerSide, kind: str | None, *asks: str) -> list[int]:
@@ -121,19 +119,19 @@ def test_a_pass_that_did_not_ask_what_it_was_trusted_to_is_not_believed(
 ) -> None:
     worker = on_a_device(Copier())
     assert not forward(worker, "NONE", "one", "two")
-    assert not worker.take_bad_blocks()
+    assert not worker.take_failed_blocks()
     worker.take_received()
     worker.take_acks()
     forward(worker, "NONE", "one")
     [said] = caplog.records
-    assert "read 1 layers that it had not asked for" in said.getMessage()
-    assert worker.take_bad_blocks() == {10, 11, 12}
+    assert "read 1 layers without waiting for them" in said.getMessage()
+    assert worker.take_failed_blocks() == {10, 11, 12}
     worker.take_received()
     acks = worker.take_acks()
     assert acks is not None
     assert acks.failed == {3, 4}  # the stores: what L1 has is as good as it was
     assert forward(worker, "NONE", "one") == [0]
-    assert not worker.take_bad_blocks()
+    assert not worker.take_failed_blocks()
 
 
 def test_who_awaits_nothing_may_ask_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +140,7 @@ def test_who_awaits_nothing_may_ask_for_nothing(caplog: pytest.LogCaptureFixture
     later = Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")])
     worker.load(later, "NONE")
     worker.store(later)
-    assert not worker.take_bad_blocks()
+    assert not worker.take_failed_blocks()
     assert not caplog.records
 
 
@@ -151,5 +149,5 @@ def test_on_a_processor_all_is_there_before(caplog: pytest.LogCaptureFixture) ->
     assert forward(worker, "NONE", "one", "two") == []
     assert forward(worker, "NONE", "one", "two") == []
     forward(worker, "NONE")
-    assert not worker.take_bad_blocks()
+    assert not worker.take_failed_blocks()
     assert not caplog.records

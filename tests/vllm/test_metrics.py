@@ -19,7 +19,7 @@ from kvcache import metrics
 from kvcache.connectors.vllm import KVCacheConnector
 from kvcache.connectors.vllm.messages import Acks
 from kvcache.connectors.vllm.metrics import (
-    EVERY_S,
+    REPORT_EVERY_S,
     PromMetrics,
     Reports,
     Stats,
@@ -28,7 +28,7 @@ from kvcache.connectors.vllm.metrics import (
 )
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
-from tests.support.played_engine import BLOCK, Played, Request, opened
+from tests.support.played_engine import BLOCK, PlayedEngine, Request, opened
 from tests.support.stack_under_test import LONG, StackUnderTest
 
 pytestmark = pytest.mark.engine
@@ -61,7 +61,7 @@ def test_reports_add_up_to_the_counts(below: StackUnderTest) -> None:
     reports = Reports(below.stack, clock)
     whole = Stats()
     for n in range(3):
-        clock.now += EVERY_S
+        clock.now += REPORT_EVERY_S
         below.put(keys_of(f"chain {n}", 3))
         below.fetch_count(keys_of(f"chain {n}", 4 + n))
         whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=False))))
@@ -89,7 +89,7 @@ def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: StackUnderTe
     assert reports.take(now=False) is not None
     assert reports.take(now=False) is None
     assert reports.take(now=True) is not None
-    clock.now += EVERY_S
+    clock.now += REPORT_EVERY_S
     assert reports.take(now=False) is not None
 
 
@@ -146,7 +146,7 @@ def prometheus() -> Iterator[PromMetrics]:
         SimpleNamespace(kv_transfer_config=None), kinds, ["engine"], {0: ["0"], 1: ["1"]}
     )
     yield made
-    for family in made._families.values():
+    for family in made.families.values():
         REGISTRY.unregister(family)
 
 
@@ -178,23 +178,23 @@ def test_prometheus_shows_what_was_counted(below: StackUnderTest, prometheus: Pr
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     played = opened(monkeypatch, 32)
     yield played
     played.side.close()
 
 
-def test_copies_are_timed_by_the_slowest_rank(played: Played) -> None:
+def test_copies_are_timed_by_the_slowest_rank(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK + 1)
     played.admit(request, [1, 2, 3])
     [store] = played.step((request, request.num_tokens)).stores
-    played.side.acked(Acks({store.job: 1}, seconds={store.job: 0.25}))
-    played.side.acked(Acks({store.job: 1}, seconds={store.job: 0.5}))
-    played.side.finished(request)
+    played.side.end_step(Acks({store.job: 1}, seconds={store.job: 0.25}))
+    played.side.end_step(Acks({store.job: 1}, seconds={store.job: 0.5}))
+    played.side.finish(request)
     again = Request("again", 2 * BLOCK + 1, "a")
     played.admit(again, [4, 5, 6])
     [load] = played.step((again, 1)).loads
-    played.side.acked(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.125}))
+    played.side.end_step(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.125}))
     report = played.side.report()
     assert report is not None
     copies = {
@@ -205,12 +205,12 @@ def test_copies_are_timed_by_the_slowest_rank(played: Played) -> None:
     assert copies == {("store", ""): [0.5], ("load", "copy_failed"): [0.125]}
 
 
-def test_a_report_is_due_when_no_request_is_left(played: Played) -> None:
+def test_a_report_is_due_when_no_request_is_left(played: PlayedEngine) -> None:
     assert played.side._reports is not None
     played.side._reports._clock = Clock()
     assert played.side.report() is not None
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     assert played.side.report() is None  # no second has passed
-    played.side.finished(request)
+    played.side.finish(request)
     assert played.side.report() is not None

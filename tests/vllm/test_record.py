@@ -19,7 +19,7 @@ def test_a_request_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tokens = 3 * BLOCK + 5
     for name in ("a", "b"):
         request = Request(name, tokens, name="same", num_prompt_tokens=tokens)
-        played.side.arrived(request)
+        played.side.add_request(request)
         for own in (0, BLOCK, 0):  # it waits, and vLLM asks again
             played.side.matched_tokens(request, own)
         played.keep(request, [1, 2, 3, 4])

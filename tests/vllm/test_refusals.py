@@ -17,7 +17,7 @@ from kvcache.connectors.vllm.scheduler import SchedulerSide
 from tests.support.played_engine import (
     BLOCK,
     SHARD,
-    Played,
+    PlayedEngine,
     Request,
     cache_config,
     engine_config,
@@ -145,12 +145,12 @@ def test_a_cache_that_cannot_be_kept(
 ) -> None:
     side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]), {})
     side.open({})
-    played = Played(side)
+    played = PlayedEngine(side)
     request = Request("a", 3 * BLOCK)
     assert played.admit(request, [1, 2, 3]) == 0
     with pytest.raises(AssertionError):
         played.step((request, 3 * BLOCK))  # None: there is nothing to do
-    side.finished(request)
+    side.finish(request)
     side.reset()
     assert side.stats() is None
     side.close()
@@ -296,7 +296,7 @@ def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch
         block_size=BLOCK, kv_cache_specs={"a": full_attention(), "b": full_attention()}
     )
     side = SchedulerSide(engine_config(), cache_config(spec), {})
-    assert side._refusal is None
+    assert side.refusal is None
 
 
 def test_a_missing_rank_is_an_error() -> None:
@@ -313,8 +313,8 @@ def test_a_rank_on_another_host_is_an_error() -> None:
 
 
 def test_workers_that_said_nothing_are_an_error() -> None:
-    played = Played(SchedulerSide(engine_config(), cache_config(full_attention()), {}))
+    played = PlayedEngine(SchedulerSide(engine_config(), cache_config(full_attention()), {}))
     request = Request("a", BLOCK)
     played.admit(request, [1])
-    with pytest.raises(RuntimeError, match="never said"):
+    with pytest.raises(RuntimeError, match="before its workers' handshake"):
         played.step((request, BLOCK))

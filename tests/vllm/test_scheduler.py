@@ -17,7 +17,7 @@ from kvcache.connectors.vllm.scheduler import SchedulerSide
 from tests.support.played_engine import (  # fmt: skip
     BLOCK,
     SHARD,
-    Played,
+    PlayedEngine,
     Request,
     cache_config,
     engine_config,
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     engine = opened(monkeypatch, 32)
     yield engine
     engine.side.close()
@@ -39,7 +39,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
 # Stores
 
 
-def test_full_blocks_alone_are_offered(played: Played) -> None:
+def test_full_blocks_alone_are_offered(played: PlayedEngine) -> None:
     request = Request("a", 3 * BLOCK + 5)
     played.admit(request, [7, 3, 9, 4])
     step = played.step((request, request.num_tokens))
@@ -52,7 +52,7 @@ def test_full_blocks_alone_are_offered(played: Played) -> None:
     assert played.held(request) == [True] * 3
 
 
-def test_a_step_tells_each_rank_where_its_shard_is(played: Played) -> None:
+def test_a_step_tells_each_rank_where_its_shard_is(played: PlayedEngine) -> None:
     request = Request("a", BLOCK)
     played.admit(request, [0])
     memory = played.step((request, BLOCK)).memory
@@ -60,7 +60,7 @@ def test_a_step_tells_each_rank_where_its_shard_is(played: Played) -> None:
     assert memory.slab.slot_nbytes >= 2 * SHARD
 
 
-def test_a_chunk_offers_what_it_completes(played: Played) -> None:
+def test_a_chunk_offers_what_it_completes(played: PlayedEngine) -> None:
     request = Request("a", 5 * BLOCK)
     played.admit(request, [1, 2])
     blocks = []
@@ -72,7 +72,7 @@ def test_a_chunk_offers_what_it_completes(played: Played) -> None:
     assert played.held(request) == [True] * 5
 
 
-def test_generated_tokens_are_kept(played: Played) -> None:
+def test_generated_tokens_are_kept(played: PlayedEngine) -> None:
     request = Request("a", 60)
     played.admit(request, [1, 2])
     played.ack(*played.step((request, 60)).stores)
@@ -86,7 +86,7 @@ def test_generated_tokens_are_kept(played: Played) -> None:
     assert offered == [[], [], [], [[2]], [], []]
 
 
-def test_drafted_tokens_do_not_count(played: Played) -> None:
+def test_drafted_tokens_do_not_count(played: PlayedEngine) -> None:
     request = Request("a", 60)
     played.admit(request, [1, 2])
     played.ack(*played.step((request, 60)).stores)
@@ -99,26 +99,26 @@ def test_drafted_tokens_do_not_count(played: Played) -> None:
     assert store.blocks == [2]
 
 
-def test_a_block_without_a_hash_is_not_offered(played: Played) -> None:
+def test_a_block_without_a_hash_is_not_offered(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
-    request.granule = 64  # one hash where there are two blocks
+    request.hash_tokens = 64  # one hash where there are two blocks
     played.admit(request, [1, 2])
     [store] = played.step((request, 64)).stores
     assert store.blocks == [1]
     request.num_tokens += 1
-    request.granule = BLOCK  # now it has one
+    request.hash_tokens = BLOCK  # now it has one
     [store] = played.step((request, 1)).stores
     assert store.blocks == [2]
 
 
-def test_blocks_of_the_engines_own_cache_are_offered(played: Played) -> None:
+def test_blocks_of_the_engines_own_cache_are_offered(played: PlayedEngine) -> None:
     request = Request("a", 3 * BLOCK + 1)
     assert played.admit(request, [5, 6, 7, 8], own=2 * BLOCK) == 0
     [store] = played.step((request, BLOCK + 1)).stores
     assert store.blocks == [5, 6, 7]
 
 
-def test_of_two_that_compute_the_same_one_stores(played: Played) -> None:
+def test_of_two_that_compute_the_same_one_stores(played: PlayedEngine) -> None:
     first, second = Request("a", 70, "same"), Request("b", 70, "same")
     played.admit(first, [1, 2, 3])
     played.admit(second, [1, 2, 4], own=64)
@@ -126,7 +126,7 @@ def test_of_two_that_compute_the_same_one_stores(played: Played) -> None:
     assert store.blocks == [1, 2]
 
 
-def test_holes_are_filled_with_their_own_blocks(played: Played) -> None:
+def test_holes_are_filled_with_their_own_blocks(played: PlayedEngine) -> None:
     played.keep(Request("short", 2 * BLOCK, "same"), [1, 2])
     long = Request("long", 4 * BLOCK, "same")
     played.admit(long, [9, 8, 7, 6], own=0)
@@ -142,8 +142,8 @@ def test_what_has_no_room_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None
     [store] = played.step((request, 4 * BLOCK)).stores
     assert store.blocks == [1, 2]
     played.ack(store)
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
     played.side.close()
 
 
@@ -153,7 +153,7 @@ def test_a_chain_stored_in_pieces_loses_its_tail_first(monkeypatch: pytest.Monke
     played.admit(request, [1, 2])
     for _ in range(2):
         played.ack(*played.step((request, BLOCK)).stores)
-    played.side.finished(request)
+    played.side.finish(request)
     played.keep(Request("b", BLOCK), [3])
     assert played.held(request) == [True, False]
     played.side.close()
@@ -161,12 +161,12 @@ def test_a_chain_stored_in_pieces_loses_its_tail_first(monkeypatch: pytest.Monke
 
 def test_hashes_finer_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     played = opened(monkeypatch, 8, 16)
-    request = Request("a", 3 * BLOCK + 16, granule=16)
+    request = Request("a", 3 * BLOCK + 16, hash_tokens=16)
     step = played.keep(request, [1, 2, 3, 4])
     assert [store.blocks for store in step.stores] == [[1, 2, 3]]
     # A block's key is the hash of its last part, which stands for all before it.
     assert played.held(request) == [False, True, False, True, False, True, False]
-    again = Request("b", 3 * BLOCK + 16, "a", granule=16)
+    again = Request("b", 3 * BLOCK + 16, "a", hash_tokens=16)
     assert played.admit(again, [4, 5, 6, 7]) == 3 * BLOCK
     played.side.close()
 
@@ -174,7 +174,7 @@ def test_hashes_finer_than_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 # Promises
 
 
-def test_a_hit_is_pinned_loaded_and_released(played: Played) -> None:
+def test_a_hit_is_pinned_loaded_and_released(played: PlayedEngine) -> None:
     kept = played.keep(Request("a", 3 * BLOCK + 5, "same"), [1, 2, 3, 4])
     request = Request("b", 3 * BLOCK + 5, "same")
     assert played.admit(request, [11, 12, 13, 14]) == 3 * BLOCK
@@ -189,7 +189,7 @@ def test_a_hit_is_pinned_loaded_and_released(played: Played) -> None:
     assert played.l1.pinned_slots == 0
 
 
-def test_the_engines_own_blocks_are_not_loaded(played: Played) -> None:
+def test_the_engines_own_blocks_are_not_loaded(played: PlayedEngine) -> None:
     kept = played.keep(Request("a", 5 * BLOCK, "same"), [1, 2, 3, 4, 5])
     request = Request("b", 5 * BLOCK, "same")
     assert played.admit(request, [11, 12, 13, 14, 15], own=2 * BLOCK) == 2 * BLOCK
@@ -198,27 +198,27 @@ def test_the_engines_own_blocks_are_not_loaded(played: Played) -> None:
     assert load.slots == kept.stores[0].slots[2:4]
 
 
-def test_a_token_is_left_to_compute(played: Played) -> None:
+def test_a_token_is_left_to_compute(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK, "same"), [1, 2])
     for tokens, promised in [(2 * BLOCK, BLOCK), (2 * BLOCK + 1, 2 * BLOCK), (BLOCK, 0)]:
         request = Request("b", tokens, "same")
         assert played.side.matched_tokens(request, 0) == promised
-        played.side.finished(request)
-    assert played.nothing_is_open()
+        played.side.finish(request)
+    assert played.is_idle()
 
 
-def test_asking_again_pins_once(played: Played) -> None:
+def test_asking_again_pins_once(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same")
     for _ in range(3):
         assert played.side.matched_tokens(request, 0) == 2 * BLOCK
     assert played.l1.pinned_slots == 2
     assert played.l1.hit_blocks == 2  # and counts once
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
 
 
-def test_asking_from_elsewhere_ends_the_promise(played: Played) -> None:
+def test_asking_from_elsewhere_ends_the_promise(played: PlayedEngine) -> None:
     played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
     request = Request("b", 3 * BLOCK + 1, "same")
     assert played.side.matched_tokens(request, 0) == 3 * BLOCK
@@ -228,7 +228,7 @@ def test_asking_from_elsewhere_ends_the_promise(played: Played) -> None:
     assert played.l1.pinned_slots == 0
 
 
-def test_who_does_not_read_caches_is_promised_nothing(played: Played) -> None:
+def test_who_does_not_read_caches_is_promised_nothing(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same", skip_reading_prefix_cache=True)
     assert played.admit(request, [4, 5, 6]) == 0
@@ -237,19 +237,18 @@ def test_who_does_not_read_caches_is_promised_nothing(played: Played) -> None:
 
 
 @pytest.mark.parametrize("taken", [0, BLOCK, 3 * BLOCK])
-def test_the_engine_takes_less_than_was_promised(played: Played, taken: int) -> None:
+def test_the_engine_takes_less_than_was_promised(played: PlayedEngine, taken: int) -> None:
     played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
     request = Request("b", 3 * BLOCK + 1, "same", blocks=[11, 12, 13, 14])
     played.side.matched_tokens(request, 0)
-    played.side.admitted(request, (request.blocks,), taken)
-    played._new.append(request)
+    played.readmit(request, taken)
     request.num_computed_tokens = taken
     step = played.step((request, request.num_tokens - taken))
     loaded = [block for load in step.loads for block in load.blocks]
     assert loaded == [11, 12, 13][: taken // BLOCK]
     played.ack(*step.loads, *step.stores)
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
 
 
 def test_the_promised_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +270,6 @@ def test_memory_that_aibrix_counts_for_each_rank_is_for_all(
     monkeypatch.setenv("AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB", str(8 * SHARD / 2**30))
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     side.open(shards())
-    assert side._stack is not None
-    assert side._stack.front.slab.slots == 8
+    assert side.stack is not None
+    assert side.stack.front.slab.slots == 8
     side.close()

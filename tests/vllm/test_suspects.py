@@ -13,76 +13,76 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.messages import Acks, Step, Transfer
-from tests.support.played_engine import BLOCK, Played, Request, opened
+from tests.support.played_engine import BLOCK, PlayedEngine, Request, opened
 
 pytestmark = pytest.mark.engine
 
 LOADED = 3
 
 
-def engine(monkeypatch: pytest.MonkeyPatch, *, ahead: bool) -> Played:
+def engine(monkeypatch: pytest.MonkeyPatch, *, ahead: bool) -> PlayedEngine:
     played = opened(monkeypatch, 32, ahead=ahead)
     played.keep(Request("kept", LOADED * BLOCK + 1, "same"), [31, 32, 33, 34])
     return played
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     played = engine(monkeypatch, ahead=True)
     yield played
     played.side.close()
 
 
 @pytest.fixture
-def recomputing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def recomputing(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     played = engine(monkeypatch, ahead=False)
     yield played
     played.side.close()
 
 
-def loading(played: Played, more: int = 3) -> tuple[Request, Step]:
+def loading(played: PlayedEngine, more: int = 3) -> tuple[Request, Step]:
     """A request whose first blocks are loaded by the step that computes the one after them."""
     request = Request("a", (LOADED + more) * BLOCK, "same")
     assert played.admit(request, range(1, 1 + LOADED + more)) == LOADED * BLOCK
     return request, played.step((request, BLOCK))
 
 
-def report(played: Played, step: Step, *others: Transfer, failed: bool = True) -> None:
+def report(played: PlayedEngine, step: Step, *others: Transfer, failed: bool = True) -> None:
     """The step's load failed on one rank; `others` are acknowledged as good."""
     jobs = [*step.loads, *others]
     bad = [block for load in step.loads for block in load.blocks]
     if failed:
-        played.side.failed(bad)
+        played.side.fail_loads(bad)
     failures = {load.job for load in step.loads} if failed else set()
     acks = dict.fromkeys([job.job for job in jobs], 2)
-    played.side.acked(Acks(acks, failures, step.number))
+    played.side.end_step(Acks(acks, failures, step.number))
 
 
-def test_store_of_the_step_after_the_failed_load_is_not_published(played: Played) -> None:
+def test_store_of_the_step_after_the_failed_load_is_not_published(played: PlayedEngine) -> None:
     request, step = loading(played)
     ahead = played.step((request, BLOCK))
     report(played, step, *step.stores)
     played.ack(*ahead.stores)
     assert ahead.stores
     assert played.held(request) == [False] * 6
-    played.side.finished(request)
-    assert played.nothing_is_open()
+    played.side.finish(request)
+    assert played.is_idle()
 
 
 @pytest.mark.parametrize("load_first", [False, True])
 def test_store_acknowledged_together_with_the_failure_is_not_published(
-    played: Played, load_first: bool
+    played: PlayedEngine, load_first: bool
 ) -> None:
     request, step = loading(played)
     ahead = played.step((request, BLOCK))
     jobs = [*step.loads, *step.stores, *ahead.stores]
     order = jobs if load_first else jobs[::-1]
     failed = {load.job for load in step.loads}
-    played.side.acked(Acks({job.job: 2 for job in order}, failed, step.number))
+    played.side.end_step(Acks({job.job: 2 for job in order}, failed, step.number))
     assert played.held(request) == [False] * 6
 
 
-def test_store_of_another_request_of_those_steps_is_offered_again(played: Played) -> None:
+def test_store_of_another_request_of_those_steps_is_offered_again(played: PlayedEngine) -> None:
     other = Request("other", 3 * BLOCK)
     played.admit(other, [11, 12, 13])
     request, step = loading(played)
@@ -96,7 +96,7 @@ def test_store_of_another_request_of_those_steps_is_offered_again(played: Played
 
 
 def test_request_that_found_the_blocks_in_vllms_cache_publishes_nothing_after_them(
-    played: Played,
+    played: PlayedEngine,
 ) -> None:
     _, step = loading(played)
     sharing = Request("b", 6 * BLOCK, "same")
@@ -110,35 +110,35 @@ def test_request_that_found_the_blocks_in_vllms_cache_publishes_nothing_after_th
 
 
 def test_request_that_finds_what_a_doubtful_one_computed_publishes_nothing_after_it(
-    played: Played,
+    played: PlayedEngine,
 ) -> None:
     request, step = loading(played)
     report(played, step, *step.stores)
-    assert played.side.take_doubtful() == {1, 2, 3, 4, 5, 6}
+    assert played.side.take_suspects() == {1, 2, 3, 4, 5, 6}
     played.step((request, BLOCK))  # goes on where it was
-    assert {5, 6} <= played.side.take_doubtful()
+    assert {5, 6} <= played.side.take_suspects()
     finds = Request("b", 7 * BLOCK, "same")
     played.admit(finds, [21, 22, 23, 24, 5, 25, 26], own=5 * BLOCK)
     [store] = played.step((finds, BLOCK)).stores
     assert store.blocks == [21, 22, 23, 24]
 
 
-def test_request_that_ended_before_the_report_spreads_doubt(played: Played) -> None:
+def test_request_that_ended_before_the_report_spreads_doubt(played: PlayedEngine) -> None:
     request, step = loading(played)
     played.step((request, BLOCK))
-    played.side.finished(request)
+    played.side.finish(request)
     finds = Request("b", 6 * BLOCK, "same")
     report(played, step, *step.stores)
-    assert played.side.take_doubtful() == {1, 2, 3, 4, 5, 6}
+    assert played.side.take_suspects() == {1, 2, 3, 4, 5, 6}
     played.admit(finds, [21, 22, 23, 24, 5, 25], own=5 * BLOCK)
     [store] = played.step((finds, BLOCK)).stores
     assert store.blocks == [21, 22, 23, 24]
 
 
-def test_doubtful_block_that_another_request_computes_is_published(played: Played) -> None:
+def test_doubtful_block_that_another_request_computes_is_published(played: PlayedEngine) -> None:
     request, step = loading(played)
     report(played, step, *step.stores)
-    played.side.finished(request)
+    played.side.finish(request)
     fresh = Request("b", 6 * BLOCK, "same")
     assert played.admit(fresh, [6, 5, 4, 3, 2, 1]) == 0
     stores = []
@@ -147,10 +147,12 @@ def test_doubtful_block_that_another_request_computes_is_published(played: Playe
         stores += after.stores
         played.ack(*after.stores)
     assert played.held(fresh) == [True] * 6
-    assert played.side._doubt._blocks == set()
+    assert played.side.table_sizes()["suspect_blocks"] == 0
 
 
-def test_request_set_back_by_an_engine_that_runs_ahead_publishes_nothing(played: Played) -> None:
+def test_request_set_back_by_an_engine_that_runs_ahead_publishes_nothing(
+    played: PlayedEngine,
+) -> None:
     request, step = loading(played)
     report(played, step, *step.stores)
     request.num_computed_tokens = 0
@@ -163,7 +165,7 @@ def test_request_set_back_by_an_engine_that_runs_ahead_publishes_nothing(played:
 
 
 def test_request_set_back_by_an_engine_that_does_not_run_ahead_publishes_again(
-    recomputing: Played,
+    recomputing: PlayedEngine,
 ) -> None:
     played = recomputing
     request, step = loading(played)
@@ -176,22 +178,24 @@ def test_request_set_back_by_an_engine_that_does_not_run_ahead_publishes_again(
         played.ack(*after.stores)
     assert stores == [[1], [2, 3, 4, 5, 6]]
     assert played.held(request) == [True] * 6
-    assert played.side._doubt._blocks == set()
+    assert played.side.table_sizes()["suspect_blocks"] == 0
 
 
-def test_requests_that_ended_are_forgotten_when_their_steps_are_reported(played: Played) -> None:
+def test_requests_that_ended_are_forgotten_when_their_steps_are_reported(
+    played: PlayedEngine,
+) -> None:
     request, step = loading(played)
     ahead = played.step((request, BLOCK))
-    played.side.finished(request)
+    played.side.finish(request)
     report(played, step, *step.stores, failed=False)
-    assert len(played.side._doubt._ended) == 1
-    played.side.acked(Acks({job.job: 2 for job in ahead.stores}, step=ahead.number))
-    assert not played.side._doubt._ended
+    assert played.side.table_sizes()["ended_requests"] == 1
+    played.side.end_step(Acks({job.job: 2 for job in ahead.stores}, step=ahead.number))
+    assert played.side.table_sizes()["ended_requests"] == 0
     assert played.held(request) == [True] * 5 + [False]
 
 
 def test_request_that_waited_with_half_a_block_publishes_nothing_from_before_a_reset(
-    recomputing: Played,
+    recomputing: PlayedEngine,
 ) -> None:
     """As a session does between the parts of its prompt: vLLM admits it again with its blocks."""
     played = recomputing
@@ -200,6 +204,5 @@ def test_request_that_waited_with_half_a_block_publishes_nothing_from_before_a_r
     played.ack(*played.step((request, 20)).stores)
     played.side.reset()
     request.num_tokens = 2 * BLOCK
-    played.side.admitted(request, ([1, 2],), 0)
-    played._new.append(request)
+    played.readmit(request)
     assert played.step((request, 2 * BLOCK - 20)).stores == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 pytest.importorskip("vllm")
 
 from kvcache import telemetry
-from kvcache.connectors.vllm.messages import Acks, Shard, Step
+from kvcache.connectors.vllm.messages import Acks, Step
 from kvcache.connectors.vllm.worker import WorkerSide
-from tests.support.played_engine import BLOCK, SHARD, Played, Request, opened
+from tests.support.played_engine import BLOCK, SHARD, PlayedEngine, Request, opened
 from tests.support.worker_half import Copier
-from tests.vllm.test_below import Waiting, opened_below
+from tests.support.worker_half import side as worker_side
+from tests.vllm.test_below import WaitingEngine
 
 pytestmark = pytest.mark.engine
 
@@ -27,33 +27,28 @@ HEADERS = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "vendor=1"}
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     engine = opened(monkeypatch, 32)
     yield engine
     engine.side.close()
 
 
 @pytest.fixture
-def below(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+def below(monkeypatch: pytest.MonkeyPatch) -> Iterator[WaitingEngine]:
     """An engine over L1 and a slow tier, at a time that the test sets."""
-    engine = opened_below(monkeypatch)
-    engine.side._requests.tiers = ["l1", "l2"]
+    engine = WaitingEngine(monkeypatch)
     yield engine
     engine.tier.gate.set()
     engine.side.close()
 
 
 def worker(*failing: int) -> WorkerSide:
-    config: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=[])], num_blocks=16)
-    side = WorkerSide(config, (0, 1), 1)
-    side._shard = Shard(SHARD, "", "")
-    side.copier = Copier(*failing)  # type: ignore[assignment]
-    return side
+    return worker_side(Copier(*failing), rank=(0, 1), page_shape=(SHARD // 8,))
 
 
-def live(played: Played, request: Request, blocks: list[int], worker: WorkerSide) -> Step:
+def live(played: PlayedEngine, request: Request, blocks: list[int], worker: WorkerSide) -> Step:
     """A request's whole life, one step, with one worker that copies for both ranks."""
-    played.side.arrived(request)
+    played.side.add_request(request)
     played.admit(request, blocks)
     step = played.step((request, request.num_tokens - request.num_computed_tokens))
     worker.load(step)
@@ -61,7 +56,7 @@ def live(played: Played, request: Request, blocks: list[int], worker: WorkerSide
     worker.take_received()
     worker.take_acks()
     played.ack(*step.loads, *step.stores)
-    played.side.finished(request)
+    played.side.finish(request)
     return step
 
 
@@ -91,7 +86,7 @@ COPIED: dict[str, Any] = {"kvcache.copy": {}}
 
 
 def test_a_request_without_a_caller_is_a_trace_of_its_own(
-    played: Played, exported: InMemorySpanExporter
+    played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     live(played, Request("chat-1-0123abcd", 3 * BLOCK, "same"), [1, 2, 3], worker())
     first = Trace(exported)
@@ -121,7 +116,7 @@ def test_a_request_without_a_caller_is_a_trace_of_its_own(
 
 @pytest.mark.parametrize("how", ["trace_headers", "kv_transfer_params"])
 def test_a_callers_trace_goes_through_to_the_workers(
-    played: Played, exported: InMemorySpanExporter, how: str
+    played: PlayedEngine, exported: InMemorySpanExporter, how: str
 ) -> None:
     request = Request("a", 2 * BLOCK, **{how: HEADERS})  # type: ignore[arg-type]
     step = live(played, request, [1, 2], worker())
@@ -152,14 +147,14 @@ def test_a_callers_trace_goes_through_to_the_workers(
     [{"traceparent": "rubbish"}, {"traceparent": 7}, {"do_remote_decode": True}, {}, None],
 )
 def test_what_is_no_trace_is_no_error(
-    played: Played, exported: InMemorySpanExporter, params: dict[str, Any] | None
+    played: PlayedEngine, exported: InMemorySpanExporter, params: dict[str, Any] | None
 ) -> None:
     live(played, Request("a", 2 * BLOCK, kv_transfer_params=params), [1, 2], worker())
     assert Trace(exported).one("kvcache.request").parent is None
 
 
 def test_a_caller_who_does_not_record_gets_no_spans(
-    played: Played, exported: InMemorySpanExporter
+    played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
     step = live(played, Request("a", 2 * BLOCK, trace_headers=headers), [1, 2], worker())
@@ -169,7 +164,7 @@ def test_a_caller_who_does_not_record_gets_no_spans(
 
 @pytest.mark.parametrize("params", [None, {"traceparent": HEADERS["traceparent"]}])
 def test_request_without_headers_gives_vllms_own_span_its_trace(
-    played: Played, exported: InMemorySpanExporter, params: dict[str, Any] | None
+    played: PlayedEngine, exported: InMemorySpanExporter, params: dict[str, Any] | None
 ) -> None:
     request = Request("a", 2 * BLOCK, kv_transfer_params=params)
     live(played, request, [1, 2], worker())
@@ -182,7 +177,7 @@ def test_request_without_headers_gives_vllms_own_span_its_trace(
 
 
 def test_request_that_is_not_recorded_keeps_its_headers(
-    played: Played, exported: InMemorySpanExporter
+    played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
     request = Request("a", 2 * BLOCK, trace_headers=headers)
@@ -191,7 +186,7 @@ def test_request_that_is_not_recorded_keeps_its_headers(
 
 
 def test_copy_span_lasts_as_long_as_the_copy(
-    played: Played, exported: InMemorySpanExporter
+    played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     live(played, Request("a", 3 * BLOCK, "same"), [1, 2, 3], worker())
     live(played, Request("b", 4 * BLOCK, "same"), [4, 5, 6, 7], worker())
@@ -204,24 +199,24 @@ def test_copy_span_lasts_as_long_as_the_copy(
 
 
 def test_request_that_waited_for_a_lower_tier_says_what_came_from_where(
-    below: Waiting, exported: InMemorySpanExporter
+    below: WaitingEngine, exported: InMemorySpanExporter
 ) -> None:
     below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
     Trace(exported)
     request = Request("a", 5 * BLOCK, "same")
     below.keep_below(request, 4)
-    below.arrived(request)
+    below.add_request(request)
     for at in (5.0, 6.0, 7.0):
         below.now = at
         assert below.side.matched_tokens(request, BLOCK) is None
-    below.go_on(request)
+    below.end_prefetch()
     below.now = 8.0
     assert below.admit(request, [1, 2, 3, 4, 5], own=BLOCK) == 3 * BLOCK
     step = below.step((request, BLOCK))
     [load] = step.loads
-    below.side.acked(Acks({load.job: 2}, step=1, seconds={load.job: 0.25}))
+    below.side.end_step(Acks({load.job: 2}, step=1, seconds={load.job: 0.25}))
     below.ack(*step.stores)
-    below.side.finished(request)
+    below.side.finish(request)
     said = Trace(exported).of("kvcache.request")
     assert said["kvcache.token.engine_hit"] == BLOCK
     assert said["kvcache.token.hit"] == 3 * BLOCK
@@ -231,49 +226,48 @@ def test_request_that_waited_for_a_lower_tier_says_what_came_from_where(
 
 
 def test_request_that_waits_for_its_own_load_says_how_long(
-    below: Waiting, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+    below: WaitingEngine, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
     Trace(exported)
-    monkeypatch.setattr(below.side._promised, "later", lambda blocks, others: True)
+    monkeypatch.setattr(below.side.pending_loads, "prefers_async", lambda blocks, others: True)
     request = Request("a", 2 * BLOCK + 1, "same")
-    below.side.arrived(request)
+    below.side.add_request(request)
     below.now = 10.0
-    assert below.admit(request, [1, 2, 3]) == 2 * BLOCK
-    below._new.clear()  # vLLM schedules it when the load is over
+    assert below.admit(request, [1, 2, 3], scheduled=False) == 2 * BLOCK
     [load] = below.step().loads
-    below.side.acked(Acks({load.job: 2}, seconds={load.job: 0.25}))
+    below.side.end_step(Acks({load.job: 2}, seconds={load.job: 0.25}))
     below.now = 12.0
-    below.side.admitted(request, (request.blocks,), 0)
-    below.side.finished(request)
+    below.side.admit(request, (request.blocks,), 0)
+    below.side.finish(request)
     assert Trace(exported).of("kvcache.request")["kvcache.wait.duration"] == 2.0
 
 
-def test_a_copy_that_fails_is_seen(played: Played, exported: InMemorySpanExporter) -> None:
+def test_a_copy_that_fails_is_seen(played: PlayedEngine, exported: InMemorySpanExporter) -> None:
     live(played, Request("a", 2 * BLOCK), [1, 2], worker(0))
     trace = Trace(exported)
     assert trace.of("kvcache.copy")["error.type"] == "OSError"
 
 
 def test_request_whose_load_failed_says_how_many_blocks(
-    played: Played, exported: InMemorySpanExporter
+    played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     played.keep(Request("kept", 2 * BLOCK + 1, "same"), [1, 2, 3])
     Trace(exported)
     request = Request("a", 2 * BLOCK + 1, "same")
-    played.side.arrived(request)
+    played.side.add_request(request)
     played.admit(request, [4, 5, 6])
     [load] = played.step((request, 1)).loads
-    played.side.acked(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.5}))
-    played.side.finished(request)
+    played.side.end_step(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.5}))
+    played.side.finish(request)
     assert Trace(exported).of("kvcache.request")["kvcache.block.failed"] == 2
 
 
-def test_no_span_is_left_open(played: Played, exported: InMemorySpanExporter) -> None:
+def test_no_span_is_left_open(played: PlayedEngine, exported: InMemorySpanExporter) -> None:
     for name in ("waits", "runs"):
-        played.side.arrived(Request(name, 2 * BLOCK))
-    played.side.finished(Request("waits", 2 * BLOCK))
+        played.side.add_request(Request(name, 2 * BLOCK))
+    played.side.finish(Request("waits", 2 * BLOCK))
     assert [span.name for span in Trace(exported).spans] == ["kvcache.request"]
     played.side.close()
     assert [span.name for span in Trace(exported).spans] == ["kvcache.request"]
-    assert not played.side._requests._spans
+    assert played.side.table_sizes()["spans"] == 0

@@ -104,8 +104,7 @@ def test_elements_that_overlap_are_refused() -> None:
 
 
 def test_another_device_is_refused() -> None:
-    worker = side()
-    worker._config.kv_cache_groups[0].layer_names.remove("two")
+    worker = side(layers=["one"])
     with pytest.raises(RuntimeError, match=r"the KV cache is on meta; .* CPU and CUDA"):
         worker.register({"one": torch.zeros(16, 2, 8, device="meta")})
 
@@ -133,9 +132,9 @@ def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[
     worker.load(what)
     worker.store(what)
     worker.take_received()
-    bad, acks = worker.take_bad_blocks(), worker.take_acks()
+    bad, acks = worker.take_failed_blocks(), worker.take_acks()
     assert worker.take_acks() is None
-    assert worker.take_bad_blocks() == set()
+    assert worker.take_failed_blocks() == set()
     return (bad, acks.ranks, acks.failed) if acks else (bad, {}, set())
 
 
@@ -196,7 +195,7 @@ def test_worker_that_reports_a_failed_load_before_the_stores_begin_fails_them() 
     worker = side(copier)
     worker.load(step(number=5))
     worker.take_received()
-    assert worker.take_bad_blocks() == {10, 11, 12}
+    assert worker.take_failed_blocks() == {10, 11, 12}
     assert worker.take_acks() == Acks({1: 1, 2: 1}, {1, 2}, 5, {1: ANY, 2: ANY})
     worker.store(step(number=5))  # as vLLM finalizes a step that drafts tokens
     assert worker.take_acks() == Acks({3: 1, 4: 1}, {3, 4})

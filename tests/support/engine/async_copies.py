@@ -37,7 +37,7 @@ def copy_beside(engine: Engine) -> None:
 
 def load_later(engine: Engine) -> None:
     """From now on no load is awaited by the step that it comes with."""
-    engine.side._promised.later = lambda blocks, others: True
+    engine.side.pending_loads.prefers_async = lambda blocks, others: True
 
 
 def later(engine: Engine) -> dict[str, Any]:

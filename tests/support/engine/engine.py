@@ -81,14 +81,14 @@ class Engine:
         """The connector's half in the scheduler; the first one's of a MultiConnector."""
         connector = self.scheduler.connector
         [connector, *_] = getattr(connector, "sub_connectors", [connector])
-        return connector._scheduler
+        return connector.scheduler_side
 
     @property
     def worker(self) -> Any:
         """The connector's half in the worker, where that is this process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return get_kv_transfer_group()._worker
+        return get_kv_transfer_group().worker_side
 
     @property
     def l1(self) -> Any:
@@ -97,7 +97,7 @@ class Engine:
 
     def held(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of `keys` L1 holds."""
-        return list(self.side._stack.front.contains(keys))
+        return list(self.side.stack.front.contains(keys))
 
     def request(self, name: str) -> Any:
         """The scheduler's request of this name, while it is there."""
@@ -126,12 +126,12 @@ class Engine:
 
     def open_ends(self) -> dict[str, int]:
         """What must be nothing when no request is left."""
-        side = self.side
+        sizes = self.side.table_sizes()
         tables = {
-            "promised": len(side._promised),
-            "running": len(side._running),
-            "jobs": len(side._jobs),
-            "loads": len(side._loads),
+            "promised": sizes["pending_loads"],
+            "running": sizes["admitted"],
+            "jobs": sizes["jobs"],
+            "loads": sizes["unsent_loads"],
         }
         return tables | {"pinned": self.l1.pinned_slots}
 

@@ -22,7 +22,7 @@ def forked(engine: Engine) -> dict[str, Any]:
     if not child:
         refused = False
         try:
-            with engine.side._stack.reserve(keys) as lease:
+            with engine.side.stack.reserve(keys) as lease:
                 for view in lease.views:
                     view[:] = bytes(len(view))
         except ForkedError:

@@ -118,12 +118,12 @@ def subscriber(engine: Engine) -> Subscriber:
 
 def ready(engine: Engine) -> set[bytes]:
     """What L1 holds."""
-    return set(engine.side._stack.front._index.ready())
+    return set(engine.side.stack.front._index.ready())
 
 
 def written(engine: Engine) -> set[bytes]:
     """What the disk holds of this engine's."""
-    [lower] = engine.side._stack.lower.tiers
+    [lower] = engine.side.stack.lower.tiers
     space = lower.namespace
     held = list(lower.channel.tier.inner._index.ready())
     return {name[len(space) :] for name in held if name.startswith(space)}
@@ -131,7 +131,7 @@ def written(engine: Engine) -> set[bytes]:
 
 def step(engine: Engine) -> None:
     """Have what happened until now published: vLLM does so in its steps."""
-    assert engine.side._stack.flush(60)
+    assert engine.side.stack.flush(60)
     engine.ask(prompt("short", 3), tokens=1)
 
 
@@ -164,9 +164,9 @@ def the_disk_is_known(engine: Engine) -> dict[str, Any]:
     said = router.at("STORAGE", BELOW)
     lost, missing = len(said - written(engine)), len(written(engine) - said)
     wrong = []
-    engine.side._stack.front.clear()  # so that the disk is asked for all
+    engine.side.stack.front.clear()  # so that the disk is asked for all
     for number, chain in enumerate(chains):
-        engine.side._stack.match(chain).result(60)
+        engine.side.stack.match(chain).result(60)
         step(engine)
         router.sync()
         if said.intersection(chain) != written(engine).intersection(chain):

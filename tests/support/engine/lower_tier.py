@@ -27,7 +27,7 @@ def ask_again(engine: Engine) -> list[Answer]:
 
 def abort_while_it_waits(engine: Engine) -> dict[str, Any]:
     """A request is aborted while the tier below is read for it."""
-    engine.side._stack.front.clear()
+    engine.side.stack.front.clear()
     engine.evict_own()
     engine.add("gone", PROMPTS[0], tokens=4)
     engine.abort("gone")
@@ -50,7 +50,7 @@ def ask_until_it_dies(engine: Engine) -> list[bool]:
 
 def counts(engine: Engine) -> dict[str, int]:
     """What the tier below did."""
-    stack = engine.side._stack
+    stack = engine.side.stack
     assert stack.flush(60)
     lower = stack.stats().lower[0]
     return {

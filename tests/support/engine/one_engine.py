@@ -55,7 +55,7 @@ def corrupted(engine: Engine) -> dict[str, Any]:
     engine.evict_own()
     right = engine.ask(asked)
     engine.evict_own()
-    front = engine.side._stack.front
+    front = engine.side.stack.front
     with front.pin(keys[1:2]) as lease:
         [view] = lease.views
         for at in range(0, len(view), 4):

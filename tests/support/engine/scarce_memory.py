@@ -35,7 +35,7 @@ def preempted_and_aborted(engine: Engine) -> dict[str, Any]:
         engine.step()
     [name] = [f"grows{n}" for n in range(4) if engine.request(f"grows{n}").num_preemptions]
     engine.abort(name)
-    aborted = {*engine.side._promised, *engine.side._running}
+    aborted = engine.side.requests
     answers = engine.drain()
     return {
         "left": any(key.startswith(name) for key in aborted), "answers": len(answers),

@@ -73,7 +73,7 @@ def _fail_one_load(worker: Any) -> None:
 
     if get_tp_group().rank_in_group != 1:
         return
-    copier = get_kv_transfer_group()._worker.copier
+    copier = get_kv_transfer_group().worker_side.copier
 
     def fail(*arguments: Any, **options: Any) -> None:
         del copier.scatter  # the class's own again

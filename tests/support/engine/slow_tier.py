@@ -45,7 +45,7 @@ class SlowTier(Tier):
 
 def ask_below(engine: Engine) -> dict[str, Any]:
     """The same prompts three times; from the second on the tier below has them, and nobody else."""
-    answers, stack = [], engine.side._stack
+    answers, stack = [], engine.side.stack
     begun: list[Future[Any]] = []
     submit = stack.lower.submit
 

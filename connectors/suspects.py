@@ -1,0 +1,112 @@
+"""Suspect blocks: after a failed load or a reset they may not hold what their keys say.
+
+An engine that has a prefix cache of its own, or that builds a step before the one before it is
+reported, needs these books beside its jobs. It learns of a failed load with the report of that
+step. By then it may have run the next step on the blocks that the load did not write, and other
+requests may have found them in its prefix cache.
+
+Invariants:
+
+1. A block is suspect if a load did not write it, if it was computed before a reset, or if a request
+   computed it after a suspect block. It is sound again once it is loaded, or computed in full after
+   sound blocks alone.
+2. A request stores no block from its first suspect block on.
+3. A request that has ended counts until the report of the last step that may have computed it.
+4. Without a failed load or a reset, a step costs the check of an empty set.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from kvcache.connectors.jobs import AdmittedRequest
+
+
+class SuspectBlocks:
+    """The suspect blocks of an engine.
+
+    Args:
+        block_tokens: tokens of a block.
+        recomputes: whether the engine correctly recomputes the blocks that a load did not write,
+            and those after them. If not, a request that has a suspect block stores nothing more.
+    """
+
+    def __init__(self, block_tokens: int, *, recomputes: bool) -> None:
+        self._block_tokens = block_tokens
+        self._recomputes = recomputes
+        self._blocks: set[int] = set()
+        self._untaken: set[int] = set()
+        self._ended: deque[tuple[int, AdmittedRequest[Any]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def unreported(self) -> int:
+        """Requests that have ended before their last step was reported."""
+        return len(self._ended)
+
+    def request_ended(self, request: AdmittedRequest[Any], step: int) -> None:
+        """Note that a request ended or lost its blocks; ``step`` is the last one that was built."""
+        self._ended.append((step, request))
+
+    def step_reported(self, step: int) -> None:
+        """Note that all steps up to ``step`` were reported, and the failed loads of each."""
+        while self._ended and self._ended[0][0] <= step:
+            self._ended.popleft()
+
+    def take(self) -> set[int]:
+        """Return the blocks that became suspect since the last call: no request may find them."""
+        taken, self._untaken = self._untaken, set()
+        return taken
+
+    def load_failed(
+        self, blocks: Collection[int], requests: Iterable[AdmittedRequest[Any]]
+    ) -> None:
+        """Make ``blocks``, which a load did not write, and all that depends on them suspect."""
+        dependent = set(blocks)
+        affected = [*requests, *(ended for _, ended in self._ended)]
+        grew = True
+        while grew:  # a request may share blocks with one that computed them from failed ones
+            grew = False
+            for request in affected:
+                sound = request.blocks[: request.first_suspect]
+                first = next((at for at, block in enumerate(sound) if block in dependent), None)
+                if first is not None:
+                    request.first_suspect = first
+                    dependent.update(request.blocks[first:])
+                    grew = True
+        self._add(dependent)
+
+    def reset(self, request: AdmittedRequest[Any]) -> None:
+        """Make all blocks of a request suspect: they were computed before a reset."""
+        request.first_suspect, request.examined = 0, True
+        self._add(request.blocks)
+
+    def load_started(self, blocks: Collection[int]) -> None:
+        """Note that a load writes ``blocks``."""
+        self._blocks.difference_update(blocks)
+
+    def compute(self, request: AdmittedRequest[Any], computed: int, scheduled: int) -> None:
+        """Note that the step being built computes ``scheduled`` tokens after ``computed`` ones."""
+        starts, request.examined = not request.examined, True
+        if request.first_suspect is None and not self._blocks:
+            return
+        size = self._block_tokens
+        if starts:
+            # Rounded up: a request that waited may keep a block of which it computed a part.
+            found = enumerate(request.blocks[: -(-computed // size)])
+            request.first_suspect = next((at for at, b in found if b in self._blocks), None)
+        elif self._recomputes and computed <= (request.first_suspect or 0) * size:
+            request.first_suspect = None  # the engine recomputes from the first suspect block on
+        if request.first_suspect is None:
+            completed = request.blocks[computed // size : (computed + scheduled) // size]
+            self._blocks.difference_update(completed)
+        else:
+            self._add(request.blocks[request.first_suspect :])
+
+    def _add(self, blocks: Collection[int]) -> None:
+        self._blocks.update(blocks)
+        self._untaken.update(blocks)
