@@ -1,7 +1,7 @@
 """Promotion: which lower tier holds a block, whether to wait for it, and copying it to L1.
 
 1. Single flight: of several requests that want a block, one reads it and the others wait for that
-   read. ``_reads_in_flight`` has the reads.
+   read. ``reads_in_flight`` has the reads.
 2. A slot is pinned before its block is read. A promoted prefix ends at the first block that could
    not be had, so no block is ever taken for its neighbour.
 3. Blocks are promoted where that is expected to take less time than computing them, by what was
@@ -116,7 +116,7 @@ class LowerTiers:
         # process that is exiting cannot start any.
         self._waiters = WorkerPool("stack", _WAITING_THREADS if tiers else 0)
         self._lock = threading.Lock()
-        self._reads_in_flight: dict[bytes, Future[None]] = {}  # by the key of each block being read
+        self.reads_in_flight: dict[bytes, Future[None]] = {}  # by the key of each block being read
         self.compute_model = ComputeModel()
         bind_to_process(self)
 
@@ -317,20 +317,20 @@ class LowerTiers:
             lease = self._front.reserve(keys, parent)
             reserved = set(lease.keys)
             other_reads = {
-                self._reads_in_flight[key]
+                self.reads_in_flight[key]
                 for key in keys
-                if key in self._reads_in_flight and key not in reserved
+                if key in self.reads_in_flight and key not in reserved
             }
             pin = self._front.pin_any(keys)
             ended: Future[None] = Future()
-            self._reads_in_flight.update(dict.fromkeys(reserved, ended))
+            self.reads_in_flight.update(dict.fromkeys(reserved, ended))
 
         def on_end(lease: Lease, _: frozenset[bytes]) -> None:
             with self._lock:
                 for key in lease.keys:
                     # After a clear() another promotion may be reading the same key.
-                    if self._reads_in_flight.get(key) is ended:
-                        del self._reads_in_flight[key]
+                    if self.reads_in_flight.get(key) is ended:
+                        del self.reads_in_flight[key]
             ended.set_result(None)
 
         lease.add_end_callback(on_end)

@@ -59,7 +59,7 @@ class WriteBehind:
         self._full_queue_logged = False
         # The withheld blocks: namespace and parent by key, oldest first. L1 has at most as many
         # blocks as slots, and a block that has left L1 cannot be written any more.
-        self._withheld: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
+        self.withheld: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
         self._lock = threading.Lock()
         self._queue_empty = threading.Condition(self._lock)
         self.waiting_blocks = 0  # queued, or being written
@@ -78,9 +78,9 @@ class WriteBehind:
             return
         with self._lock:
             self._channel.add_counts(withheld_blocks=len(parents))
-            self._withheld.update({key: (namespace, parent) for key, parent in parents.items()})
-            while len(self._withheld) > self._front.slab.slots:
-                self._withheld.popitem(last=False)
+            self.withheld.update({key: (namespace, parent) for key, parent in parents.items()})
+            while len(self.withheld) > self._front.slab.slots:
+                self.withheld.popitem(last=False)
 
     def enqueue_reused(self, keys: Sequence[bytes], failed: Collection[bytes], cause: Span) -> None:
         """Queue those of ``keys`` that were withheld, because a request has used them in L1.
@@ -90,11 +90,11 @@ class WriteBehind:
             failed: those of them that could not be copied to the engine.
             cause: the span of the load, which has not ended.
         """
-        if not self._withheld:
+        if not self.withheld:
             return
         with self._lock:
-            reused = [key for key in keys if key in self._withheld and key not in failed]
-            blocks = {key: self._withheld.pop(key) for key in reused}
+            reused = [key for key in keys if key in self.withheld and key not in failed]
+            blocks = {key: self.withheld.pop(key) for key in reused}
             self._channel.add_counts(withheld_blocks=-len(blocks))
         for namespace in dict.fromkeys(namespace for namespace, _ in blocks.values()):
             parents = {key: parent for key, (of, parent) in blocks.items() if of == namespace}

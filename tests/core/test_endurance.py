@@ -207,7 +207,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
 
     sizes = dict(tables(stack, "stack", set()))
     under_way = (
-        "stack.lower._reads_in_flight",
+        "stack.lower.reads_in_flight",
         "stack.lower.tiers.0.channel.workers._jobs",
         "stack.lower._waiters._jobs",
         "stack.front._index._segments.filling",
