@@ -1,7 +1,7 @@
-"""Reads what people and other programs wrote, within limits: the kind of file, bytes, time, depth.
+"""Reads files, sockets and documents of people and other programs, with limits on size and time.
 
-Always true: every function here returns or raises within its limits, whatever a path leads to (a
-pipe without a writer, a device that never ends) and whatever a server does (silence, a flood).
+Always true: every function returns or raises within its limits, whatever a path leads to (a pipe
+without a writer, an endless device) and whatever a server does (silence, endless output).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kvcache.sizes import format_size
 T = TypeVar("T")
 
 WAIT_S: Final = 5.0
-"""Seconds that a pipe may be silent, or take for a text that is read as a whole."""
+"""Seconds that a pipe may send nothing, and that reading a whole text may take."""
 DEPTH: Final = 50
-"""Tables or lists within each other, at most, in a document that people write."""
+"""How deeply the tables and lists of a document may be nested."""
 
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -46,10 +46,10 @@ def check_regular(file: int, *, pipes: bool = False) -> None:
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
-    """Open a regular file, without waiting for whatever else the path may lead to.
+    """Open a regular file, and never block on a path to something else.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: if it cannot be opened, or is no regular file.
     """
     file = _open(path, flags, mode)
     try:
@@ -63,10 +63,10 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
 def open_input(path: Path) -> io.BufferedReader:
     """Open a regular file or a pipe to read.
 
-    Each read of a pipe raises TimeoutError when nothing was written to it for ``WAIT_S`` seconds.
+    A read from a pipe raises TimeoutError if nothing is written to it for ``WAIT_S`` seconds.
 
     Raises:
-        OSError: it cannot be opened, or is neither.
+        OSError: if it cannot be opened, or is neither.
     """
     file = _open(path, os.O_RDONLY, 0)
     try:
@@ -74,17 +74,21 @@ def open_input(path: Path) -> io.BufferedReader:
     except OSError:
         os.close(file)
         raise
-    return io.BufferedReader(_Patient(file))
+    return io.BufferedReader(_TimedFile(file))
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The text of a regular file or a pipe, of at most ``limit`` bytes, in UTF-8.
+    """Return the text of a regular file or a pipe, in UTF-8.
+
+    Args:
+        path: the file or pipe.
+        limit: the most bytes that it may have.
 
     Raises:
-        OSError: it cannot be read, has more bytes, or took more than ``WAIT_S`` seconds.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: if it cannot be read, has more bytes, or takes more than ``WAIT_S`` seconds.
+        UnicodeDecodeError: if it is not UTF-8.
     """
-    until = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + WAIT_S
     pieces, size = [], 0
     with open_input(path) as file:
         while piece := file.read1(1 << 16):
@@ -92,16 +96,15 @@ def read_text(path: Path, limit: int) -> str:
             size += len(piece)
             if size > limit:
                 raise OSError(errno.EFBIG, f"it has more than {format_size(limit)}")
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise TimeoutError(errno.ETIMEDOUT, f"it did not end within {WAIT_S:g} s")
     return b"".join(pieces).decode("utf-8")
 
 
 def check_document(document: object) -> None:
-    """Raise ValueError if what a TOML or JSON reader returned is beyond what people write.
+    """Raise ValueError if a TOML or JSON document is unreasonable.
 
-    That is more than ``DEPTH`` tables or lists within each other, or an integer of more than 64
-    bits.
+    That is: tables or lists nested deeper than ``DEPTH``, or an integer of more than 64 bits.
     """
     level = [document]
     for _ in range(DEPTH + 1):
@@ -120,22 +123,22 @@ def check_document(document: object) -> None:
 
 
 def call_within(seconds: float, call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises, if it ends in time. Else it is left behind in its thread.
+    """Run ``call`` in a thread, and return its result or raise its exception.
 
     Raises:
-        TimeoutError: it did not end within ``seconds``.
+        TimeoutError: if it did not end within ``seconds``. Its thread goes on in the background.
     """
-    answer: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
     def run() -> None:
         try:
-            answer.put((call(), None))
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-            answer.put((None, error))
+            outcome.put((call(), None))
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            outcome.put((None, error))
 
     threading.Thread(target=run, name="kvcache-within", daemon=True).start()
     try:
-        result, error = answer.get(timeout=seconds)
+        result, error = outcome.get(timeout=seconds)
     except Empty:
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s") from None
     if error is not None:
@@ -144,24 +147,25 @@ def call_within(seconds: float, call: Callable[[], T]) -> T:
 
 
 class BoundedSocket:
-    """A connected socket whose peer has so many bytes and seconds for each answer.
+    """A connected socket with limits on the size and time of each response.
 
-    An answer begins when something is sent. Everything but receiving is the socket's own.
+    A response begins when something is sent. All methods but those that receive are those of the
+    socket.
 
     Args:
         sock: a TCP, TLS or Unix socket.
-        seconds: from the request to the last byte of its answer.
-        nbytes: of an answer, at most.
+        seconds: the most time from the request to the last byte of its response.
+        nbytes: the most bytes of a response.
     """
 
     def __init__(self, sock: Any, *, seconds: float, nbytes: int) -> None:
         self._sock = sock
         self._seconds = seconds
         self.nbytes = nbytes
-        self._begin()
+        self._begin_response()
 
-    def _begin(self) -> None:
-        self._until = time.monotonic() + self._seconds
+    def _begin_response(self) -> None:
+        self._deadline = time.monotonic() + self._seconds
         self._received = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -169,45 +173,47 @@ class BoundedSocket:
 
     def sendall(self, data: bytes, *flags: int) -> None:
         """Send a request, or the next part of one."""
-        self._begin()
+        self._begin_response()
         self._sock.sendall(data, *flags)
 
     def recv(self, size: int) -> bytes:
-        """Receive, as a socket does. Raises OSError beyond a limit."""
-        self._wait()
+        """Receive like a socket. Raises OSError beyond a limit."""
+        self._limit_wait()
         data: bytes = self._sock.recv(size)
-        self._count(len(data))
+        self._count_received(len(data))
         return data
 
     def recv_into(self, buffer: memoryview, *size: int) -> int:
-        """Receive, as a socket does. Raises OSError beyond a limit."""
+        """Receive like a socket. Raises OSError beyond a limit."""
         return self.bounded(lambda: self._sock.recv_into(buffer, *size))
 
     def makefile(self, mode: str = "rb", *_: object) -> io.BufferedReader:
-        """What is received, as a file to read."""
-        # The socket stays open for this file, also when it is closed meanwhile.
-        return io.BufferedReader(_Received(self, self._sock.makefile("rb", buffering=0)))
+        """Return a file that reads what is received."""
+        # The inner file keeps the socket open, also if the socket object is closed meanwhile.
+        return io.BufferedReader(_BoundedFile(self, self._sock.makefile("rb", buffering=0)))
 
     def bounded(self, receive: Callable[[], int]) -> int:
-        """Do ``receive``, which returns the bytes it received. Raises OSError beyond a limit."""
-        self._wait()
+        """Call ``receive``, which returns how many bytes it got. Raises OSError beyond a limit."""
+        self._limit_wait()
         length = receive()
-        self._count(length)
+        self._count_received(length)
         return length
 
-    def _wait(self) -> None:
-        left = self._until - time.monotonic()
-        if left <= 0:
+    def _limit_wait(self) -> None:
+        remaining_s = self._deadline - time.monotonic()
+        if remaining_s <= 0:
             raise TimeoutError(errno.ETIMEDOUT, f"no whole answer within {self._seconds:g} s")
-        self._sock.settimeout(left)
+        self._sock.settimeout(remaining_s)
 
-    def _count(self, length: int) -> None:
+    def _count_received(self, length: int) -> None:
         self._received += length
         if self._received > self.nbytes:
             raise OSError(errno.EFBIG, f"an answer of more than {format_size(self.nbytes)}")
 
 
-class _Received(io.RawIOBase):
+class _BoundedFile(io.RawIOBase):
+    """The receiving side of a ``BoundedSocket`` as a raw file."""
+
     def __init__(self, sock: BoundedSocket, file: io.RawIOBase) -> None:
         self._sock = sock
         self._file = file
@@ -223,8 +229,8 @@ class _Received(io.RawIOBase):
         super().close()
 
 
-class _Patient(io.FileIO):
-    """A file whose every read ends within ``WAIT_S`` seconds."""
+class _TimedFile(io.FileIO):
+    """A file with a limit of ``WAIT_S`` seconds on each read."""
 
     def __init__(self, file: int) -> None:
         super().__init__(file, "rb")
@@ -232,7 +238,7 @@ class _Patient(io.FileIO):
         self._poll.register(file, select.POLLIN)
 
     def readinto(self, buffer: Any) -> int:
-        # poll() waits for a first writer of a pipe; without one, read() would report the end.
+        # poll() also waits for the first writer of a pipe; read() would report the end of the file.
         if not self._poll.poll(WAIT_S * 1000):
             raise TimeoutError(errno.ETIMEDOUT, f"nothing was written to it for {WAIT_S:g} s")
         return super().readinto(buffer) or 0

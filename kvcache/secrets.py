@@ -1,18 +1,19 @@
 """Removes secrets from text before a person reads it: in messages, listings, logs and spans.
 
-Two rules decide what is a secret. A value is one when its name says so (``password``, ``pw``,
-``token``, ``auth_key``, ...): an option, a key in a table, a variable, a parameter of a URL. In a
-URL, what stands before the ``@`` is one too.
+Two rules define a secret. A value is a secret if its name says so (``password``, ``pw``, ``token``,
+``auth_key``, ...): the name of an option, a key in a table, a variable, or a parameter of a URL. In
+a URL, everything before the ``@`` is a secret too.
 
-Always true: these rules hide more than secrets, and never less than the names promise.
+Always true: these rules hide every value with such a name; they may also hide values that are no
+secrets.
 
 How to use it:
 
 * ``hide(name, value)`` for a value that has a name.
-* ``redact(text, password)`` for text that something else wrote: a server's error, an exception of a
-  third-party class. It removes URLs' secrets, ``name=value`` pairs and each string given beside it,
-  and makes the text one line of printable characters, so a server cannot write to a terminal or
-  forge a log line::
+* ``redact(text, password)`` for text from outside: a server's error, an exception of a third-party
+  class. It removes secrets in URLs, ``name=value`` pairs and each string given as argument, and
+  makes the text one line of printable characters, so that a server can neither write to a terminal
+  nor forge a log line::
 
       raise LoginError(redact(str(error), self.password)) from None
 """
@@ -24,12 +25,12 @@ from urllib.parse import quote, quote_plus, unquote_plus
 
 HIDDEN = "***"
 MAX_CHARS = 500
-"""Characters that ``redact`` keeps of a text."""
+"""The most characters that ``redact`` returns."""
 
 _START = 8
-"""Characters of a longer secret that give it away."""
+"""A beginning of a secret with so many characters is hidden like the whole."""
 
-_POINTERS = ("_env", "_file")  # these names say where a secret is
+_POINTERS = ("_env", "_file")  # the value of such a name is the place of a secret, not a secret
 _PART = r"pas+w|pass|pwd|secret|token|credential|auth|jwt|signature"
 _WORD = r"(?:^|[^a-z])(?:pw|psw|sig|sas|pin)(?:$|[^a-z])|(?:pw|keys?)$"
 _MAY_BE = re.compile(f"{_PART}|{_WORD}", re.IGNORECASE)
@@ -37,7 +38,7 @@ _COUNTED = re.compile(
     r"(?:per|block|prefix|prefill|prompt|system|document|input|output|max|min)[-_]tokens?",
     re.IGNORECASE,
 )
-"""Names of the other kind of token, of which a model's input is made."""
+"""Names that count the tokens of a model's input."""
 _USUAL_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
 _PARAMETER = re.compile(r"[?&;#]([^=?&;#\s]+)=")
@@ -46,20 +47,20 @@ _NAME_IN_TEXT = re.compile(r"""(?<![\w.-])(?:([\w.-]+)["']?\s?[=:]\s?|(--?[\w-]+
 _VALUE_IN_TEXT = re.compile(
     r"""("[^"]*"|'[^']*'|(?:basic|bearer)\s+\S+|[^\s,;&"')\]}]+)""", re.IGNORECASE
 )
-_NO_VALUE = ("error", "exception", "warning")  # what follows such a name is a sentence
+_NO_VALUE = ("error", "exception", "warning")  # these names are followed by a sentence
 
 
 def may_be_secret(name: str) -> bool:
-    """Whether a value of this name is a secret, as far as a name can tell."""
+    """Whether a value of this name is a secret, judged by the name alone."""
     name = _COUNTED.sub("", name)
     return bool(_MAY_BE.search(name)) and not name.lower().endswith(_POINTERS)
 
 
 def must_hide(name: str, value: object) -> bool:
-    """Whether ``value`` of an option or key of this name must not be repeated.
+    """Whether the value of an option or key must not be shown.
 
-    A name that ends in ``_env`` takes the name of a variable. Its value is shown only if it looks
-    like one, because it may be the secret itself, in the wrong place.
+    An option that ends in ``_env`` takes the name of a variable. A value that does not look like
+    one is hidden: a user may have written the secret there by mistake.
     """
     if name.lower().endswith("_env"):
         return bool(value) and not _USUAL_VARIABLE.fullmatch(str(value))
@@ -67,14 +68,14 @@ def must_hide(name: str, value: object) -> bool:
 
 
 def hide(name: str, value: object) -> object:
-    """``value`` of an option or key of this name, less the secrets in it."""
+    """Return the value of an option or key without the secrets in it."""
     return HIDDEN if must_hide(name, value) else hide_nested(value)
 
 
 def hide_nested(value: object) -> object:
-    """``value``, less the secrets in it: in tables by their keys, in strings that are URLs.
+    """Return ``value`` without secrets: in tables, values are judged by their keys; URLs are cut.
 
-    Tables and lists may be nested as deeply as a reader of profiles lets them be.
+    The recursion is bounded by the depth that readers of profiles allow (``inputs.DEPTH``).
     """
     if isinstance(value, Mapping):
         return {name: hide(str(name), inner) for name, inner in value.items()}
@@ -84,9 +85,9 @@ def hide_nested(value: object) -> object:
 
 
 def hide_in_url(text: str) -> str:
-    """``text`` that is a URL, less user and password and whatever follows a secret parameter.
+    """Return a URL without user, password and everything after the name of a secret parameter.
 
-    A string without ``://`` comes back as it is.
+    A string without ``://`` is returned unchanged.
     """
     if "://" not in text:
         return text
@@ -95,57 +96,57 @@ def hide_in_url(text: str) -> str:
         text = f"{text[:begin]}{HIDDEN}{text[end:]}"
     for parameter in _PARAMETER.finditer(text):
         if may_be_secret(unquote_plus(parameter[1])):
-            # A secret may hold an "&", so all that follows goes too.
+            # A secret may contain an "&", so everything after it is hidden too.
             return f"{text[: parameter.end()]}{HIDDEN}"
     return text
 
 
 def redact(text: str, *known: str) -> str:
-    """``text`` from outside, fit to be shown: one printable line, less its secrets.
+    """Make text from outside fit to show: one printable line without secrets.
 
     Args:
-        text: what a server or a third-party class said.
-        known: secrets that it may repeat, such as the password it was given; also removed where
-            they are quoted for a URL or for Python, or cut off after eight characters or more.
+        text: the text of a server or a third-party class.
+        known: secrets that it may contain, such as the password that the server got. They are also
+            removed when quoted for a URL or Python, and when cut off after 8 or more characters.
 
     Returns:
-        At most ``MAX_CHARS`` characters. Control characters are written as escapes.
+        at most ``MAX_CHARS`` characters, with control characters as escapes.
     """
     for secret in sorted(filter(None, known), key=len, reverse=True):
-        for form in (secret, repr(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)):
-            text = _without_starts(text, form)
+        for quoted in (secret, repr(secret)[1:-1], quote(secret, safe=""), quote_plus(secret)):
+            text = _hide_beginnings(text, quoted)
     text = _URL_IN_TEXT.sub(lambda match: hide_in_url(match[0]), text)
-    line = escape_unprintable(_without_pairs(text))
+    line = escape_unprintable(_hide_pairs(text))
     return line if len(line) <= MAX_CHARS else f"{line[: MAX_CHARS - 3]}..."
 
 
-def _without_starts(text: str, secret: str) -> str:
-    """``text``, less ``secret`` and what begins as it does: a server may cut what it repeats."""
-    start, more = secret[:_START], secret[_START:]
-    first, *rest = text.split(start)
-    kept = [first]
-    for part in rest:
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(part, more, strict=False))
+def _hide_beginnings(text: str, secret: str) -> str:
+    """Return ``text`` without ``secret`` and beginnings of it, as a server may cut it off."""
+    start, rest_of_secret = secret[:_START], secret[_START:]
+    before, *parts = text.split(start)
+    kept = [before]
+    for part in parts:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(part, rest_of_secret, strict=False))
         kept.append(part[sum(1 for _ in same) :])
     return HIDDEN.join(kept)
 
 
 def escape_unprintable(text: str) -> str:
-    """``text`` in one line: control characters, line breaks too, are written as escapes."""
+    """Return ``text`` with control characters and line breaks as escapes."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
 
 
-def _without_pairs(text: str) -> str:
-    """``text``, less the value behind each ``name=`` and ``name:`` that is a secret's."""
-    kept, at = [], 0
+def _hide_pairs(text: str) -> str:
+    """Return ``text`` without the value after each ``name=`` and ``name:`` of a secret."""
+    kept, done = [], 0
     for name in _NAME_IN_TEXT.finditer(text):
-        called = name[1] or name[2]
-        if name.start() < at or called.lower().endswith(_NO_VALUE) or not must_hide(called, "a"):
+        label = name[1] or name[2]
+        if name.start() < done or label.lower().endswith(_NO_VALUE) or not must_hide(label, "a"):
             continue
         value = _VALUE_IN_TEXT.match(text, name.end())
-        if value is not None and must_hide(called, value[0].strip("\"'")):
-            kept += [text[at : name.end()], HIDDEN]
-            at = value.end()
-    return "".join([*kept, text[at:]])
+        if value is not None and must_hide(label, value[0].strip("\"'")):
+            kept += [text[done : name.end()], HIDDEN]
+            done = value.end()
+    return "".join([*kept, text[done:]])

@@ -40,7 +40,7 @@ from kvcache import cli, telemetry
 from kvcache.profiles import load_profile
 from kvcache.testing import TierTests
 from kvcache.tiers.framed import Framed
-from tests.support.contract_runs import failures
+from tests.support.contract_runs import failing_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -289,7 +289,9 @@ def test_the_printed_tier_keeps_the_contract_in_a_frame(
     printed = importlib.import_module("sqlite_tier").SqliteTier
     names = (str(tmp_path / f"{at}.db") for at in count())
     nbytes = TierTests.block_nbytes
-    assert not failures(TierTests, lambda: Framed(printed(path=next(names)), block_nbytes=nbytes))
+    assert not failing_tests(
+        TierTests, lambda: Framed(printed(path=next(names)), block_nbytes=nbytes)
+    )
     forget_modules(tmp_path)
 
 

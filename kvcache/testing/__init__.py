@@ -1,14 +1,15 @@
-"""What a tier promises, as tests: inherit a class, give it a ``tier`` fixture. Needs pytest.
+"""The contracts of tiers, front tiers and eviction policies, as tests to inherit. Needs pytest.
 
-What an eviction policy promises, too: ``class TestMine(PolicyTests): policy = Mine``.
-
-::
+Give the suite of a tier a fixture ``tier``, and the suite of a policy the class::
 
     class TestMyTier(TierTests):
         @pytest.fixture
         def tier(self):
             with closing(MyTier(block_nbytes=self.block_nbytes)) as tier:
                 yield tier
+
+    class TestMyPolicy(PolicyTests):
+        policy = MyPolicy
 """
 
 from kvcache.testing.blocks import block_of, keys_of, run_in_threads

@@ -1,7 +1,6 @@
-"""What the suites are made with: keys, the block that belongs to a key, threads at once.
+"""Keys, block contents and threads for the contract suites.
 
-Always true: a block's bytes are made from its key, so a block that comes back under another key is
-seen.
+Always true: the bytes of a block are derived from its key, so a block under a wrong key is noticed.
 """
 
 from __future__ import annotations
@@ -13,21 +12,23 @@ from hashlib import blake2b, shake_128
 
 
 def keys_of(name: str, count: int, nbytes: int = 32) -> list[bytes]:
-    """``count`` keys of ``nbytes`` bytes (at most 64) that no other name gives."""
-    return [blake2b(f"{name}/{at}".encode(), digest_size=nbytes).digest() for at in range(count)]
+    """Return ``count`` keys of ``nbytes`` bytes (at most 64), different for each name."""
+    return [
+        blake2b(f"{name}/{number}".encode(), digest_size=nbytes).digest() for number in range(count)
+    ]
 
 
 def block_of(key: bytes, nbytes: int) -> bytes:
-    """The ``nbytes`` bytes that the tests keep under ``key``."""
+    """Return the ``nbytes`` bytes that the tests store under ``key``."""
     return shake_128(key).digest(nbytes)
 
 
 def run_in_threads(threads: int, work: Callable[[int], None]) -> None:
-    """Run ``work(0) ... work(threads - 1)`` in as many threads at once; raise what one raised."""
-    start = threading.Barrier(threads)
+    """Run ``work(0)`` to ``work(threads - 1)`` in parallel threads, and raise their exceptions."""
+    all_started = threading.Barrier(threads)
 
     def begin(thread: int) -> None:
-        start.wait()
+        all_started.wait()
         work(thread)
 
     with ThreadPoolExecutor(threads) as pool:

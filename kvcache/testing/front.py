@@ -1,6 +1,6 @@
-"""What a front tier promises as well, as tests.
+"""The contract of every front tier, as tests.
 
-Always true: a front tier has no slot pinned when a test of it ends.
+Always true: after each test of a front tier, no slot is pinned.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from kvcache.tier import FrontTier, Lease, LeaseError
 
 
 class FrontTierTests(TierTests):
-    """A front tier as well: it lends its memory under leases, and makes room by forgetting.
+    """The contract of ``kvcache.FrontTier``: a tier that lends its memory and evicts blocks.
 
-    The fixture ``tier`` gives an empty one of ``room_blocks`` slots, or a few more.
+    The fixture ``tier`` yields an empty tier of ``room_blocks`` slots, or a few more.
     """
 
     def chain(self, tier: FrontTier, name: str, count: int | None = None) -> list[bytes]:
-        """Keys of a chain of ``count`` blocks, as many as the tier has slots when not said."""
+        """Return the keys of a chain of ``count`` blocks; by default, one for each slot."""
         tier.slab.wait_populated()
         return keys_of(name, tier.stats().capacity_blocks if count is None else count)
 
     def write(self, lease: Lease) -> None:
-        """Write into a lease's slots what belongs there."""
+        """Write the right blocks into the slots of a lease."""
         for key, view in zip(lease.keys, lease.views, strict=True):
             view[:] = block_of(key, self.block_nbytes)
 
     def check_views(self, lease: Lease) -> None:
-        """See in a lease's slots what belongs there."""
+        """Check that the slots of a lease have the right blocks."""
         for key, view in zip(lease.keys, lease.views, strict=True):
-            assert view == block_of(key, self.block_nbytes), "these bytes do not belong here"
+            assert view == block_of(key, self.block_nbytes), "a slot has a wrong block"
 
     def fill(self, tier: FrontTier, keys: Sequence[bytes], parent: bytes | None = None) -> int:
-        """Store a stretch of a chain in place; give how many blocks got a slot."""
+        """Store a segment of a chain in place; return how many blocks got a slot."""
         with tier.reserve(keys, parent) as lease:
             self.write(lease)
         return len(lease)
 
     def check_idle(self, tier: FrontTier) -> None:
-        """Nothing is in flight: no slot is pinned, and the counts add up."""
+        """Check that no slot is pinned and the counts add up."""
         stats = tier.stats()
         assert stats.pinned_slots == 0
-        left = stats.evicted_blocks + stats.dropped_blocks
-        assert stats.used_blocks == stats.stored_blocks - left
+        removed = stats.evicted_blocks + stats.dropped_blocks
+        assert stats.used_blocks == stats.stored_blocks - removed
         assert stats.used_blocks <= stats.populated_blocks <= stats.capacity_blocks
 
-    def test_access_says_how_much_of_a_prefix_is_held(self, tier: FrontTier) -> None:
+    def test_access_returns_the_length_of_the_held_prefix(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "access", 8)
         assert tier.access(chain) == 0
         self.fill(tier, chain[:6])
@@ -59,7 +59,7 @@ class FrontTierTests(TierTests):
         stats = tier.stats()
         assert (stats.lookup_blocks, stats.hit_blocks) == (8 + 8 + 4 + 2 + 8 + 5, 6 + 2 + 2 + 3)
 
-    def test_a_block_is_held_once_its_lease_ends_well(self, tier: FrontTier) -> None:
+    def test_block_is_held_after_its_lease_ends(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "publish", 4)
         lease = tier.reserve(chain)
         assert (list(lease.keys), list(lease.positions)) == (chain, [0, 1, 2, 3])
@@ -74,7 +74,7 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True] * 4)
         self.check_idle(tier)
 
-    def test_only_what_is_missing_is_lent(self, tier: FrontTier) -> None:
+    def test_reserve_lends_only_absent_blocks(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "missing", 6)
         self.put(tier, [chain[1]])
         first = tier.reserve(chain[:3])
@@ -89,13 +89,13 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True] * 6)
         self.check_idle(tier)
 
-    def test_a_key_twice_in_a_reserve(self, tier: FrontTier) -> None:
+    def test_reserve_of_a_key_twice_lends_one_slot(self, tier: FrontTier) -> None:
         a, b = self.chain(tier, "reserved twice", 2)
         assert self.fill(tier, [a, b, a]) == 2
         self.check_load(tier, [a, b], [True, True])
         self.check_idle(tier)
 
-    def test_pin_lends_up_to_the_first_hole(self, tier: FrontTier) -> None:
+    def test_pin_stops_at_the_first_absent_block(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "hole", 5)
         self.put(tier, [*chain[:2], *chain[3:]])
         with tier.pin(chain) as lease:
@@ -105,7 +105,7 @@ class FrontTierTests(TierTests):
         assert len(tier.pin(chain[2:])) == 0
         self.check_idle(tier)
 
-    def test_an_exception_is_a_failure(self, tier: FrontTier) -> None:
+    def test_lease_with_an_exception_fails_all_keys(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "exception", 3)
         with pytest.raises(ZeroDivisionError), tier.reserve(chain):
             raise ZeroDivisionError
@@ -117,7 +117,7 @@ class FrontTierTests(TierTests):
         assert (tier.stats().failed_blocks, tier.stats().dropped_blocks) == (3, 2)
         self.check_idle(tier)
 
-    def test_what_failed_is_given_up_alone(self, tier: FrontTier) -> None:
+    def test_lease_with_failed_keys_keeps_the_others(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "partly", 5)
         lease = tier.reserve(chain)
         self.write(lease)
@@ -128,12 +128,12 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [False, *held[1:]])
         self.check_idle(tier)
 
-    def test_a_lease_ends_exactly_once(self, tier: FrontTier) -> None:
+    def test_lease_end_twice_raises(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "once", 3)
         for lend in (tier.reserve, tier.pin, tier.pin_any):
             lease = lend(chain[:2])
             with pytest.raises(LeaseError):
-                lease.end(failed=[chain[2]])  # not one of its keys: it has not ended
+                lease.end(failed=[chain[2]])  # a key of another lease does not end it
             assert tier.stats().pinned_slots == 2
             self.write(lease)
             lease.end()
@@ -144,7 +144,7 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True, True, False])
         self.check_idle(tier)
 
-    def test_of_several_threads_one_fills_a_block(self, tier: FrontTier) -> None:
+    def test_reserve_in_threads_lends_each_block_once(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "shared", 8)
         leases: list[Lease] = []
         run_in_threads(4, lambda _: leases.append(tier.reserve(chain)))
@@ -155,7 +155,7 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True] * 8)
         self.check_idle(tier)
 
-    def test_a_lease_is_shorter_when_there_is_no_room(self, tier: FrontTier) -> None:
+    def test_reserve_without_room_lends_the_leading_blocks(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "short")
         with tier.reserve([*chain, *keys_of("too much", 5)]) as lease:
             assert list(lease.keys) == chain
@@ -166,7 +166,7 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True] * len(chain))
         self.check_idle(tier)
 
-    def test_what_is_pinned_stays(self, tier: FrontTier) -> None:
+    def test_pinned_block_is_not_evicted(self, tier: FrontTier) -> None:
         old, new = self.chain(tier, "old"), self.chain(tier, "new")
         half = len(old) // 2
         self.fill(tier, old)
@@ -181,18 +181,18 @@ class FrontTierTests(TierTests):
         self.check_load(tier, old[: half + 1], [True] * (half + 1))
         self.check_idle(tier)
 
-    def test_a_chain_loses_its_tail_first(self, tier: FrontTier) -> None:
+    def test_eviction_starts_at_the_tail_of_a_chain(self, tier: FrontTier) -> None:
         old, new = self.chain(tier, "old"), self.chain(tier, "new")
         self.fill(tier, old)
         for count in (1, 2, 3, len(old)):
             self.fill(tier, new[:count])
             held = tier.contains(old)
-            assert sorted(held, reverse=True) == held, "a block left before what continues it"
+            assert sorted(held, reverse=True) == held, "a block was evicted before its child"
         assert all(tier.contains(new))
-        assert self.fill(tier, keys_of("more", 3), new[-1]) == 0, "a chain made room for itself"
+        assert self.fill(tier, keys_of("more", 3), new[-1]) == 0, "a chain evicted its own blocks"
         self.check_idle(tier)
 
-    def test_hints_take_nothing_away_and_promise_nothing(self, tier: FrontTier) -> None:
+    def test_hints_neither_remove_nor_keep_blocks(self, tier: FrontTier) -> None:
         chain, new = self.chain(tier, "hint"), self.chain(tier, "new")
         self.fill(tier, chain)
         tier.mark_done(keys_of("never there", 2))
@@ -202,12 +202,14 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True] * len(chain))
         with tier.pin(chain[:4]) as lease:
             tier.mark_done(chain)
-            assert self.fill(tier, new) == len(chain) - 4, "kept for ever, or pinned and let go"
+            assert self.fill(tier, new) == len(chain) - 4, (
+                "a protected block stayed, or a pinned one was evicted"
+            )
             self.check_views(lease)
         self.check_load(tier, chain[:4], [True] * 4)
         self.check_idle(tier)
 
-    def test_a_dropped_block_is_read_to_the_end(self, tier: FrontTier) -> None:
+    def test_dropped_block_under_a_lease_keeps_its_bytes(self, tier: FrontTier) -> None:
         old, new = self.chain(tier, "old"), self.chain(tier, "new")
         self.fill(tier, old[:4])
         with tier.pin(old[:4]) as reader:
@@ -219,7 +221,7 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, keys_of("newer", len(new))) == len(new)
         self.check_idle(tier)
 
-    def test_clear_takes_nothing_from_a_lease(self, tier: FrontTier) -> None:
+    def test_clear_keeps_the_slots_of_leases(self, tier: FrontTier) -> None:
         held, filling, new = keys_of("held", 3), keys_of("filling", 3), self.chain(tier, "new")
         self.fill(tier, held)
         reader, writer = tier.pin(held), tier.reserve(filling)
@@ -234,7 +236,7 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, keys_of("newer", len(new))) == len(new)
         assert tier.stats().pinned_slots == 0
 
-    def test_hold_lends_what_there_is_wherever_it_is(self, tier: FrontTier) -> None:
+    def test_pin_any_lends_all_held_and_filling_blocks(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "hold", 7)
         self.put(tier, [*chain[:2], chain[3]])
         writer = tier.reserve(chain[5:6])
@@ -243,7 +245,7 @@ class FrontTierTests(TierTests):
         assert list(lease.positions) == [0, 1, 3, 5]
         assert list(lease.slots[3:]) == list(writer.slots)
         assert tier.stats().pinned_slots == 4
-        assert tier.contains(chain[5:6]) == [False], "a hold publishes nothing"
+        assert tier.contains(chain[5:6]) == [False], "pin_any published a block"
         self.write(writer)
         writer.end()
         self.check_views(lease)
@@ -253,7 +255,7 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True, True, False, True, False, True, False])
         self.check_idle(tier)
 
-    def test_what_is_held_on_to_stays(self, tier: FrontTier) -> None:
+    def test_block_under_pin_any_is_not_evicted(self, tier: FrontTier) -> None:
         old, new = self.chain(tier, "old"), self.chain(tier, "new")
         half = len(old) // 2
         self.fill(tier, old[:half])
@@ -270,7 +272,7 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, keys_of("newer", len(old))) == len(old)
         self.check_idle(tier)
 
-    def test_a_hold_that_ends_first_leaves_a_block_to_who_fills_it(self, tier: FrontTier) -> None:
+    def test_pin_any_that_ends_first_leaves_filling_blocks(self, tier: FrontTier) -> None:
         chain, new = self.chain(tier, "filled on", 3), self.chain(tier, "new")
         writer = tier.reserve(chain)
         tier.pin_any(chain).end()
@@ -281,7 +283,7 @@ class FrontTierTests(TierTests):
         self.check_load(tier, chain, [True] * 3)
         self.check_idle(tier)
 
-    def test_a_hold_of_what_could_not_be_filled(self, tier: FrontTier) -> None:
+    def test_pin_any_of_a_failed_block_frees_its_slot_at_the_end(self, tier: FrontTier) -> None:
         chain, new = self.chain(tier, "not filled", 4), self.chain(tier, "new")
         self.fill(tier, chain[:1])
         writer = tier.reserve(chain[1:], chain[0])
@@ -292,13 +294,13 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, new) == len(new) - 4, "a slot was given out that is held"
         self.check_views(lease)
         assert tier.stats().pinned_slots == 4
-        lease.end(failed=chain[1:3])  # one that is there, and the one that is not
+        lease.end(failed=chain[1:3])  # a held block, and the failed one
         self.check_load(tier, chain, [True, False, False, True])
         assert self.fill(tier, keys_of("newer", len(new))) == len(new)
         assert (tier.stats().failed_blocks, tier.stats().dropped_blocks) == (1, 1)
         self.check_idle(tier)
 
-    def test_clear_takes_nothing_from_a_hold(self, tier: FrontTier) -> None:
+    def test_clear_keeps_the_slots_under_pin_any(self, tier: FrontTier) -> None:
         held, filling, new = keys_of("held", 2), keys_of("filling", 2), self.chain(tier, "new")
         self.fill(tier, held)
         writer = tier.reserve(filling)
@@ -314,7 +316,7 @@ class FrontTierTests(TierTests):
         assert self.fill(tier, keys_of("newer", len(new))) == len(new)
         assert tier.stats().pinned_slots == 0
 
-    def test_stats_say_what_is_lent(self, tier: FrontTier) -> None:
+    def test_stats_count_lent_slots(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "stats")
         self.fill(tier, chain)
         tier.remove(chain[-3:])

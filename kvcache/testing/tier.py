@@ -1,4 +1,4 @@
-"""What every tier promises, as tests."""
+"""The contract of every tier, as tests."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import suppress
 from kvcache.testing.blocks import block_of, keys_of, run_in_threads
 from kvcache.tier import Tier
 
-AFTER_BLOCK = 64  # bytes of a buffer behind the block's, which no tier may touch
+GUARD_NBYTES = 64  # after the block in each buffer; no tier may write them
 
 
 class TierTests:
-    """Every tier: opaque blocks under opaque keys, answered per key and in order.
+    """The contract of ``kvcache.Tier``: opaque blocks under opaque keys, results per key in order.
 
-    The fixture ``tier`` gives an empty one with room for ``room_blocks`` blocks of ``block_nbytes``
-    bytes, and closes it.
+    The fixture ``tier`` yields an empty tier with room for ``room_blocks`` blocks of
+    ``block_nbytes`` bytes, and closes it.
     """
 
     block_nbytes: int = 4096
     room_blocks: int = 64
 
     def blocks(self, keys: Sequence[bytes]) -> list[memoryview]:
-        """The blocks that belong to ``keys``, read-only."""
+        """Return the blocks that belong to ``keys``, read-only."""
         return [memoryview(block_of(key, self.block_nbytes)) for key in keys]
 
     def put(self, tier: Tier, keys: Sequence[bytes]) -> None:
@@ -30,27 +30,29 @@ class TierTests:
         assert tier.store(keys, self.blocks(keys)) == [True] * len(keys)
 
     def check_load(self, tier: Tier, keys: Sequence[bytes], held: Sequence[bool]) -> None:
-        """Load ``keys``: exactly those ``held`` come, whole, and no other byte is written."""
-        clean = b"\xa5" * (self.block_nbytes + AFTER_BLOCK)
+        """Load ``keys``: exactly those ``held`` are loaded, and no other byte is written."""
+        clean = b"\xa5" * (self.block_nbytes + GUARD_NBYTES)
         into = [bytearray(clean) for _ in keys]
         assert tier.load(keys, [memoryview(buffer) for buffer in into]) == [
-            self.block_nbytes if there else 0 for there in held
+            self.block_nbytes if is_held else 0 for is_held in held
         ]
-        for key, there, buffer in zip(keys, held, into, strict=True):
-            block = block_of(key, self.block_nbytes) if there else clean[: self.block_nbytes]
-            assert buffer[: self.block_nbytes] == block, "these are not the bytes that belong here"
-            assert buffer[self.block_nbytes :] == clean[self.block_nbytes :], "written past a block"
+        for key, is_held, buffer in zip(keys, held, into, strict=True):
+            block = block_of(key, self.block_nbytes) if is_held else clean[: self.block_nbytes]
+            assert buffer[: self.block_nbytes] == block, "a wrong block was loaded"
+            assert buffer[self.block_nbytes :] == clean[self.block_nbytes :], (
+                "the tier wrote after the block"
+            )
 
-    def test_blocks_come_back_as_they_were(self, tier: Tier) -> None:
+    def test_load_after_store_returns_the_bytes(self, tier: Tier) -> None:
         keys = keys_of("back", 5)
         assert tier.contains(keys) == [False] * 5
         self.check_load(tier, keys, [False] * 5)
         self.put(tier, keys)
         assert tier.contains(keys) == [True] * 5
         self.check_load(tier, keys, [True] * 5)
-        self.check_load(tier, keys, [True] * 5)  # reading uses nothing up
+        self.check_load(tier, keys, [True] * 5)  # a load changes nothing
 
-    def test_answers_are_per_key_and_in_order(self, tier: Tier) -> None:
+    def test_results_are_per_key_and_in_order(self, tier: Tier) -> None:
         keys = keys_of("order", 6)
         self.put(tier, keys[1::2])
         held = [False, True] * 3
@@ -59,16 +61,16 @@ class TierTests:
         assert tier.contains(tuple(reversed(keys))) == held[::-1]
         self.check_load(tier, tuple(reversed(keys)), held[::-1])
 
-    def test_a_held_key_stays_as_it_is(self, tier: Tier) -> None:
+    def test_store_of_a_held_key_changes_nothing(self, tier: Tier) -> None:
         keys = keys_of("again", 3)
         self.put(tier, keys[:2])
         other = memoryview(bytes(self.block_nbytes))
         tier.store(keys[:2], [other, other])
         self.check_load(tier, keys, [True, True, False])
-        self.put(tier, keys)  # held ones and a new one in one batch
+        self.put(tier, keys)  # one batch with held keys and a new one
         self.check_load(tier, keys, [True] * 3)
 
-    def test_what_a_batch_continues_changes_no_answer(self, tier: Tier) -> None:
+    def test_parent_changes_no_result(self, tier: Tier) -> None:
         first, second, other = keys_of("chain", 2), keys_of("chain", 5)[2:], keys_of("other", 2)
         assert tier.store(first, self.blocks(first), None) == [True] * 2
         assert tier.store(second, self.blocks(second), first[-1]) == [True] * 3
@@ -76,22 +78,22 @@ class TierTests:
         tier.remove(first)
         self.check_load(tier, [*first, *second, *other], [False] * 2 + [True] * 5)
 
-    def test_empty_batches(self, tier: Tier) -> None:
+    def test_empty_batch_does_nothing(self, tier: Tier) -> None:
         assert tier.contains([]) == []
         assert tier.load([], []) == []
         assert tier.store([], []) == []
         tier.remove([])
 
-    def test_remove_forgets_these_and_no_others(self, tier: Tier) -> None:
+    def test_remove_removes_only_its_keys(self, tier: Tier) -> None:
         keys = keys_of("gone", 6)
         self.put(tier, keys[:4])
         tier.remove(keys[1:3])
         self.check_load(tier, keys, [True, False, False, True, False, False])
-        tier.remove(keys)  # some held, some gone, some never there
+        tier.remove(keys)  # one batch with held, removed and unknown keys
         assert tier.contains(keys) == [False] * 6
         self.put(tier, keys)
 
-    def test_bytes_are_copied_in_and_out(self, tier: Tier) -> None:
+    def test_store_and_load_copy_the_bytes(self, tier: Tier) -> None:
         keys = keys_of("copy", 1)
         buffer = bytearray(block_of(keys[0], self.block_nbytes))
         tier.store(keys, [memoryview(buffer)])
@@ -101,32 +103,32 @@ class TierTests:
         buffer[:] = bytes(len(buffer))
         self.check_load(tier, keys, [True])
 
-    def test_keys_of_any_length_and_any_bytes(self, tier: Tier) -> None:
+    def test_keys_of_any_length_and_bytes_are_distinct(self, tier: Tier) -> None:
         keys = [keys_of("length", 1, nbytes)[0] for nbytes in (16, 32, 64)]
-        keys += [keys[2][:16], keys[2][:32]]  # where one ends, the other goes on
+        keys += [keys[2][:16], keys[2][:32]]  # keys that are prefixes of other keys
         keys += [bytes(16), bytes(32), bytes(64), b"\xff" * 32, b"../" * 10 + b"\n\0"]
         for at, key in enumerate(keys):
-            assert tier.contains([key]) == [False], "two keys were taken for one"
+            assert tier.contains([key]) == [False], "two keys were confused"
             self.put(tier, [key])
             self.check_load(tier, keys[: at + 1], [True] * (at + 1))
 
-    def test_a_key_twice_in_a_batch(self, tier: Tier) -> None:
+    def test_key_twice_in_a_batch_is_one_block(self, tier: Tier) -> None:
         key, other = keys_of("twice", 2)
         twice = [key, other, key]
         zeros = memoryview(bytes(self.block_nbytes))
         assert tier.store(twice, [*self.blocks(twice[:2]), zeros]) == [True] * 3
         assert tier.contains(twice) == [True] * 3
-        self.check_load(tier, twice, [True] * 3)  # the first stayed
+        self.check_load(tier, twice, [True] * 3)  # the first block was kept
         tier.remove([key, key])
         assert tier.contains(twice) == [False, True, False]
 
-    def test_as_many_blocks_as_there_is_room_for(self, tier: Tier) -> None:
+    def test_room_blocks_fit(self, tier: Tier) -> None:
         keys = keys_of("many", self.room_blocks)
         self.put(tier, keys)
         assert tier.contains(keys) == [True] * len(keys)
         self.check_load(tier, keys, [True] * len(keys))
 
-    def test_resolving_and_forgetting_leave_other_namespaces(self, tier: Tier) -> None:
+    def test_resolve_and_forget_keep_other_namespaces(self, tier: Tier) -> None:
         namespace, other = keys_of("namespace", 2, 32)
         own = keys_of("own", 2, 32)
         name = tier.resolve(namespace, "{}")
@@ -138,12 +140,12 @@ class TierTests:
             tier.forget(namespace)
         self.check_load(tier, elsewhere, [True] * 2)
 
-    def test_closing_twice(self, tier: Tier) -> None:
+    def test_close_twice_is_allowed(self, tier: Tier) -> None:
         self.put(tier, keys_of("close", 1))
         tier.close()
         tier.close()
 
-    def test_several_threads(self, tier: Tier) -> None:
+    def test_threads_do_not_mix_up_blocks(self, tier: Tier) -> None:
         shared, threads = keys_of("threads", 6), 4
 
         def work(thread: int) -> None:
@@ -156,7 +158,9 @@ class TierTests:
                 for key in shared:
                     buffer = bytearray(self.block_nbytes)
                     if tier.load([key], [memoryview(buffer)])[0]:
-                        assert buffer == block_of(key, self.block_nbytes), "another key's bytes"
+                        assert buffer == block_of(key, self.block_nbytes), (
+                            "the tier returned another key's block"
+                        )
                 tier.remove(own)
                 assert tier.contains(own) == [False] * 2
 

@@ -1,4 +1,4 @@
-"""Runs a contract suite on a tier that may be wrong, to see which of its tests fail there."""
+"""Runs a contract suite on a tier, to see which of its tests fail."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -7,18 +7,18 @@ from kvcache.testing import TierTests
 from kvcache.tier import Tier
 
 
-def names_of_tests(suite: type[TierTests]) -> set[str]:
-    """The names of the suite's tests."""
+def suite_test_names(suite: type[TierTests]) -> set[str]:
+    """Return the names of the suite's tests."""
     return {name for name in dir(suite) if name.startswith("test_")}
 
 
-def failures(suite: type[TierTests], make: Callable[[], Tier]) -> set[str]:
-    """The suite's tests that do not pass on the tiers that ``make`` gives, each on a fresh one."""
+def failing_tests(suite: type[TierTests], open_tier: Callable[[], Tier]) -> set[str]:
+    """Return the names of the suite's tests that fail, each on a new tier."""
     failed = set()
-    for name in names_of_tests(suite):
+    for name in suite_test_names(suite):
         try:
-            with closing(make()) as tier:
+            with closing(open_tier()) as tier:
                 getattr(suite(), name)(tier)
-        except BaseException:  # noqa: BLE001  # pytest's own failures are no Exceptions
+        except BaseException:  # noqa: BLE001  # the failures of pytest are no Exceptions
             failed.add(name)
     return failed

@@ -12,7 +12,7 @@ from kvcache.sizes import Size
 from kvcache.testing import FrontTierTests, TierTests
 from kvcache.tier import Lease, TierStats
 from kvcache.tiers.dram import DramTier
-from tests.support.contract_runs import failures, names_of_tests
+from tests.support.contract_runs import failing_tests, suite_test_names
 
 NBYTES = FrontTierTests.block_nbytes
 ROOM = FrontTierTests.room_blocks
@@ -235,43 +235,55 @@ class ClearFreesEverySlot(WrongDram):
 
 
 WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
-    AccessIgnoresStart: {"test_access_says_how_much_of_a_prefix_is_held"},
-    HeldWhileFilling: {"test_a_block_is_held_once_its_lease_ends_well"},
-    LendsWhatItHolds: {"test_only_what_is_missing_is_lent"},
-    PositionsAreCounted: {"test_only_what_is_missing_is_lent"},
-    PinsPastAHole: {"test_pin_lends_up_to_the_first_hole"},
-    PublishesFailures: {"test_an_exception_is_a_failure", "test_what_failed_is_given_up_alone"},
-    FailsAll: {"test_what_failed_is_given_up_alone"},
-    KeepsWhatReadersDistrust: {"test_an_exception_is_a_failure"},
-    DoneIsRemoved: {"test_hints_take_nothing_away_and_promise_nothing"},
-    KeepsForEver: {"test_hints_take_nothing_away_and_promise_nothing"},
-    EndsOften: {"test_a_lease_ends_exactly_once"},
-    LendsWhatIsBeingFilled: {"test_of_several_threads_one_fills_a_block"},
-    AllOrNothing: {"test_a_lease_is_shorter_when_there_is_no_room"},
-    NeverForgets: {"test_what_is_pinned_stays", "test_a_chain_loses_its_tail_first"},
-    ForgetsPins: {"test_what_is_pinned_stays", "test_stats_say_what_is_lent"},
-    HeadFirst: {"test_a_chain_loses_its_tail_first"},
-    DropFreesTheSlot: {"test_a_dropped_block_is_read_to_the_end"},
-    ClearLeavesWhatIsFilling: {"test_clear_takes_nothing_from_a_lease"},
-    CountsAreLate: {"test_stats_say_what_is_lent"},
-    RefusesAKeyTwice: {"test_a_key_twice_in_a_reserve"},
-    HoldsUpToAHole: {"test_hold_lends_what_there_is_wherever_it_is"},
-    HoldsWhatIsReady: {"test_hold_lends_what_there_is_wherever_it_is"},
-    HoldPublishes: {"test_hold_lends_what_there_is_wherever_it_is"},
-    ForgetsHolds: {"test_what_is_held_on_to_stays", "test_clear_takes_nothing_from_a_hold"},
-    HoldEndsOften: {"test_a_lease_ends_exactly_once"},
-    HoldNeverEnds: {"test_what_is_held_on_to_stays", "test_clear_takes_nothing_from_a_hold"},
-    HoldGivesUpWhatIsFilled: {"test_a_hold_that_ends_first_leaves_a_block_to_who_fills_it"},
-    FailureFreesWhatIsHeld: {"test_a_hold_of_what_could_not_be_filled"},
-    ClearFreesEverySlot: {"test_clear_takes_nothing_from_a_hold"},
+    AccessIgnoresStart: {"test_access_returns_the_length_of_the_held_prefix"},
+    HeldWhileFilling: {"test_block_is_held_after_its_lease_ends"},
+    LendsWhatItHolds: {"test_reserve_lends_only_absent_blocks"},
+    PositionsAreCounted: {"test_reserve_lends_only_absent_blocks"},
+    PinsPastAHole: {"test_pin_stops_at_the_first_absent_block"},
+    PublishesFailures: {
+        "test_lease_with_an_exception_fails_all_keys",
+        "test_lease_with_failed_keys_keeps_the_others",
+    },
+    FailsAll: {"test_lease_with_failed_keys_keeps_the_others"},
+    KeepsWhatReadersDistrust: {"test_lease_with_an_exception_fails_all_keys"},
+    DoneIsRemoved: {"test_hints_neither_remove_nor_keep_blocks"},
+    KeepsForEver: {"test_hints_neither_remove_nor_keep_blocks"},
+    EndsOften: {"test_lease_end_twice_raises"},
+    LendsWhatIsBeingFilled: {"test_reserve_in_threads_lends_each_block_once"},
+    AllOrNothing: {"test_reserve_without_room_lends_the_leading_blocks"},
+    NeverForgets: {
+        "test_pinned_block_is_not_evicted",
+        "test_eviction_starts_at_the_tail_of_a_chain",
+    },
+    ForgetsPins: {"test_pinned_block_is_not_evicted", "test_stats_count_lent_slots"},
+    HeadFirst: {"test_eviction_starts_at_the_tail_of_a_chain"},
+    DropFreesTheSlot: {"test_dropped_block_under_a_lease_keeps_its_bytes"},
+    ClearLeavesWhatIsFilling: {"test_clear_keeps_the_slots_of_leases"},
+    CountsAreLate: {"test_stats_count_lent_slots"},
+    RefusesAKeyTwice: {"test_reserve_of_a_key_twice_lends_one_slot"},
+    HoldsUpToAHole: {"test_pin_any_lends_all_held_and_filling_blocks"},
+    HoldsWhatIsReady: {"test_pin_any_lends_all_held_and_filling_blocks"},
+    HoldPublishes: {"test_pin_any_lends_all_held_and_filling_blocks"},
+    ForgetsHolds: {
+        "test_block_under_pin_any_is_not_evicted",
+        "test_clear_keeps_the_slots_under_pin_any",
+    },
+    HoldEndsOften: {"test_lease_end_twice_raises"},
+    HoldNeverEnds: {
+        "test_block_under_pin_any_is_not_evicted",
+        "test_clear_keeps_the_slots_under_pin_any",
+    },
+    HoldGivesUpWhatIsFilled: {"test_pin_any_that_ends_first_leaves_filling_blocks"},
+    FailureFreesWhatIsHeld: {"test_pin_any_of_a_failed_block_frees_its_slot_at_the_end"},
+    ClearFreesEverySlot: {"test_clear_keeps_the_slots_under_pin_any"},
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_FRONTS, ids=lambda wrong: wrong.__name__)
 def test_a_wrong_front_tier_fails(wrong: type[WrongDram]) -> None:
-    assert failures(FrontTierTests, wrong) >= WRONG_FRONTS[wrong]
+    assert failing_tests(FrontTierTests, wrong) >= WRONG_FRONTS[wrong]
 
 
 def test_every_test_can_fail() -> None:
-    only_fronts = names_of_tests(FrontTierTests) - names_of_tests(TierTests)
+    only_fronts = suite_test_names(FrontTierTests) - suite_test_names(TierTests)
     assert set().union(*WRONG_FRONTS.values()) == only_fronts
