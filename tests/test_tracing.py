@@ -1,7 +1,8 @@
-"""What a collector gets of a bare program that has nothing but `OTEL_*` variables.
+"""The spans that a collector receives from a program that has only `OTEL_*` variables.
 
-The program (`bare.py`) knows no SDK and no collector; `opentelemetry-instrument` brings them, as it
-does for its users. It works on a request that another process began.
+The program (`tests/support/program_without_sdk.py`) imports no SDK and no exporter;
+`opentelemetry-instrument` adds them, as it does for its users. The program works on a request of
+another process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.otlp_collector import Metric, Receiver, Span
+from tests.support.otlp_collector import Metric, OtlpCollector, Span
 from tests.support.program_without_sdk import BLOCK_NBYTES, BLOCKS
 
 PROGRAM = Path(__file__).parent / "support" / "program_without_sdk.py"
@@ -27,19 +28,19 @@ NOT_SAMPLED = f"00-{CALLER_TRACE}-{CALLER_SPAN}-00"
 DISK = {"kvcache.tier.name": "disk", "kvcache.tier.type": "disk"}
 PROFILE = {"kvcache.profile.name": "l1-disk"}
 BYTES = BLOCKS * BLOCK_NBYTES
-SPANS = 9  # of a run of the program
+SPAN_COUNT = 9  # of one run of the program
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as receiver:
-        yield receiver
+def collector() -> Iterator[OtlpCollector]:
+    with OtlpCollector() as collector:
+        yield collector
 
 
 def run(*command: str | Path, folder: Path, **variables: str) -> str:
-    """Run a command to its end, with these variables and no other of OpenTelemetry's; its output.
+    """Run a command with these and no other `OTEL_*` variables, and return its output.
 
-    It must complain of nothing: an exporter that fails says so and ends well.
+    Its stderr must be empty: an exporter that fails logs that, and the command still exits with 0.
     """
     base = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL", "KVCACHE"))}
     base["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -50,50 +51,54 @@ def run(*command: str | Path, folder: Path, **variables: str) -> str:
     return done.stdout
 
 
-def run_bare(
+def run_program(
     *instrument: Path, folder: Path, traceparent: str = TRACEPARENT, **variables: str
 ) -> dict[str, Any]:
-    """Run the program over a directory; what it says of itself."""
+    """Run the program with a disk tier in `folder`, and return what it prints."""
     variables |= {
         "KVCACHE_PROFILE": "l1-disk",
         "KVCACHE__L1__CAPACITY": "1MiB",
         "KVCACHE__DISK__PATH": str(folder / "disk"),
         "KVCACHE__DISK__CAPACITY": "1MiB",
     }
-    said = run(*instrument, sys.executable, "-P", PROGRAM, traceparent, folder=folder, **variables)
-    return dict(json.loads(said))
+    output = run(
+        *instrument, sys.executable, "-P", PROGRAM, traceparent, folder=folder, **variables
+    )
+    return dict(json.loads(output))
 
 
-def exporting(receiver: Receiver, protocol: str) -> dict[str, str]:
+def export_variables(collector: OtlpCollector, protocol: str) -> dict[str, str]:
     return {
-        "OTEL_SERVICE_NAME": "bare",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint(protocol),
+        "OTEL_SERVICE_NAME": "program",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint(protocol),
         "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
         "OTEL_METRICS_EXPORTER": "none",
         "OTEL_LOGS_EXPORTER": "none",
     }
 
 
-def the(spans: list[Span], name: str, under: Span | None = None) -> Span:
-    """The one span of this name, under that one."""
+def only_span(spans: list[Span], name: str, parent: Span | None = None) -> Span:
+    """The only span of this name, or the only one under `parent`."""
     [found] = [
         span
         for span in spans
-        if span.name == name and (under is None or span.parent_id == under.span_id)
+        if span.name == name and (parent is None or span.parent_id == parent.span_id)
     ]
     return found
 
 
-def said(span: Span) -> dict[str, Any]:
-    """Its attributes, less the one that no two runs have the same of."""
+def fixed_attributes(span: Span) -> dict[str, Any]:
+    """The attributes of the span, without the one that differs in every run."""
     return {k: v for k, v in span.attributes.items() if k != "kvcache.queue.duration"}
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
-def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path: Path) -> None:
-    facts = run_bare(INSTRUMENT, folder=tmp_path, **exporting(receiver, protocol))
-    spans = receiver.wait_spans(SPANS)
-    assert facts["sdk"], "without an SDK this shows nothing"
+def test_instrumented_program_exports_every_span(
+    collector: OtlpCollector, protocol: str, tmp_path: Path
+) -> None:
+    facts = run_program(INSTRUMENT, folder=tmp_path, **export_variables(collector, protocol))
+    spans = collector.wait_spans(SPAN_COUNT)
+    assert facts["sdk"], "without an SDK this test shows nothing"
     assert sorted(span.name for span in spans) == [
         "kvcache.load",
         "kvcache.lookup",
@@ -108,24 +113,24 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
     for span in spans:
         assert span.kind == "INTERNAL"
         assert span.scope == "kvcache"
-        assert span.resource["service.name"] == "bare"
+        assert span.resource["service.name"] == "program"
         assert not span.error
         assert span.start_ns <= span.end_ns
 
-    asked = {"kvcache.block.requested": BLOCKS}
+    requested = {"kvcache.block.requested": BLOCKS}
     hit, bytes_ = {"kvcache.block.hit": BLOCKS}, {"kvcache.payload.size": BYTES}
     codec = {"kvcache.codec": "none"}
-    from_below = hit | {"kvcache.l1.block.hit": 0}
+    from_disk = hit | {"kvcache.l1.block.hit": 0}
     stored, known = {"kvcache.block.stored": BLOCKS}, {"kvcache.block.known": 0}
     for name, attributes in {
-        "kvcache.lookup": PROFILE | asked | from_below,
-        "kvcache.load": PROFILE | asked | hit | bytes_,
-        "kvcache.prefetch": PROFILE | asked | from_below,
-        "kvcache.store": PROFILE | asked | stored | bytes_,
+        "kvcache.lookup": PROFILE | requested | from_disk,
+        "kvcache.load": PROFILE | requested | hit | bytes_,
+        "kvcache.prefetch": PROFILE | requested | from_disk,
+        "kvcache.store": PROFILE | requested | stored | bytes_,
     }.items():
-        span = the(spans, name)
+        span = only_span(spans, name)
         assert (span.trace_id, span.parent_id) == (CALLER_TRACE, CALLER_SPAN), name
-        assert said(span) == attributes
+        assert fixed_attributes(span) == attributes
         assert not span.links
 
     for parent, children in {
@@ -133,20 +138,22 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
         "kvcache.load": ["load"],
         "kvcache.prefetch": ["contains", "load"],
     }.items():
-        above = the(spans, parent)
+        parent_span = only_span(spans, parent)
         for child in children:
-            span = the(spans, f"kvcache.tier.{child}", above)
+            span = only_span(spans, f"kvcache.tier.{child}", parent_span)
             assert span.trace_id == CALLER_TRACE
-            assert said(span) == DISK | asked | hit | (bytes_ | codec if child == "load" else {})
+            assert fixed_attributes(span) == DISK | requested | hit | (
+                bytes_ | codec if child == "load" else {}
+            )
             assert span.attributes["kvcache.queue.duration"] >= 0
-            assert above.start_ns <= span.start_ns
+            assert parent_span.start_ns <= span.start_ns
             assert not span.links
 
-    cause, written = the(spans, "kvcache.store"), the(spans, "kvcache.tier.store")
+    cause, written = only_span(spans, "kvcache.store"), only_span(spans, "kvcache.tier.store")
     assert written.parent_id == ""
     assert written.trace_id != CALLER_TRACE
     assert written.links == ((cause.trace_id, cause.span_id),)
-    assert said(written) == DISK | asked | stored | known | bytes_ | codec
+    assert fixed_attributes(written) == DISK | requested | stored | known | bytes_ | codec
 
 
 @pytest.mark.parametrize(
@@ -154,27 +161,29 @@ def test_every_span_arrives_as_it_is(receiver: Receiver, protocol: str, tmp_path
     [(NOT_SAMPLED, "parentbased_always_on"), (TRACEPARENT, "always_off")],
     ids=["the caller", "the variable"],
 )
-def test_what_is_not_sampled_is_not_sent(
-    receiver: Receiver, traceparent: str, sampler: str, tmp_path: Path
+def test_unsampled_spans_are_not_exported(
+    collector: OtlpCollector, traceparent: str, sampler: str, tmp_path: Path
 ) -> None:
-    exports = exporting(receiver, "grpc") | {"OTEL_TRACES_SAMPLER": sampler}
-    run_bare(INSTRUMENT, folder=tmp_path, traceparent=traceparent, **exports)
-    assert receiver.spans == []  # the program has ended, and flushed what it had
+    exports = export_variables(collector, "grpc") | {"OTEL_TRACES_SAMPLER": sampler}
+    run_program(INSTRUMENT, folder=tmp_path, traceparent=traceparent, **exports)
+    assert collector.spans == []  # the program has ended, and exported every span that it had
 
 
-def test_the_library_brings_no_sdk_of_its_own(receiver: Receiver, tmp_path: Path) -> None:
-    """The same variables and an SDK that is installed, but nobody who asked for it."""
-    facts = run_bare(folder=tmp_path, **exporting(receiver, "http/protobuf"))
+def test_program_without_instrumentation_has_no_sdk(
+    collector: OtlpCollector, tmp_path: Path
+) -> None:
+    """The variables are set and an SDK is installed, but nothing loads it."""
+    facts = run_program(folder=tmp_path, **export_variables(collector, "http/protobuf"))
     assert facts == {"provider": "ProxyTracerProvider", "threads": ["MainThread"], "sdk": False}
-    assert receiver.spans == []
+    assert collector.spans == []
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_the_receiver_keeps_what_an_sdk_sends(
-    receiver: Receiver, protocol: str, compressed: bool, tmp_path: Path
+def test_collector_keeps_every_field_that_an_sdk_exports(
+    collector: OtlpCollector, protocol: str, compressed: bool, tmp_path: Path
 ) -> None:
-    """The receiver against the SDK alone: a span and the instruments, from a process that ends."""
+    """The collector against the SDK alone: spans and instruments of a process that ends."""
     code = (
         "from opentelemetry import metrics, trace;"
         "from opentelemetry.trace import Link, SpanKind, Status, StatusCode;"
@@ -188,22 +197,22 @@ def test_the_receiver_keeps_what_an_sdk_sends(
         "meter.create_counter('c', 'By').add(3, {'k': 'v'});"
         "meter.create_histogram('h', 's').record(0.5)"
     )
-    exports = exporting(receiver, protocol) | {"OTEL_METRICS_EXPORTER": "otlp"}
+    exports = export_variables(collector, protocol) | {"OTEL_METRICS_EXPORTER": "otlp"}
     if compressed:
         exports["OTEL_EXPORTER_OTLP_COMPRESSION"] = "gzip"
     run(INSTRUMENT, sys.executable, "-P", "-c", code, folder=tmp_path, **exports)
-    two, one = sorted(receiver.wait_spans(2), key=lambda span: span.error, reverse=True)
+    two, one = sorted(collector.wait_spans(2), key=lambda span: span.error, reverse=True)
     assert (one.name, one.kind, one.parent_id, one.scope) == ("one", "SERVER", "", "t")
     assert one.events == (("happened", {"often": 2}),)
     assert (two.name, two.error) == ("two", True)
     assert two.links == ((one.trace_id, one.span_id),)
     assert two.attributes == {"s": "x", "f": 1.5, "b": True, "l": [1, 2]}
 
-    def both(metrics: list[Metric]) -> bool:
+    def has_both(metrics: list[Metric]) -> bool:
         return {"c", "h"} <= {metric.name for metric in metrics}
 
-    named = {metric.name: metric for metric in receiver.wait_metrics(both)}
+    named = {metric.name: metric for metric in collector.wait_metrics(has_both)}
     assert (named["c"].kind, named["c"].unit, named["c"].scope) == ("sum", "By", "m")
     assert named["c"].points == (({"k": "v"}, 3.0),)
     assert (named["h"].kind, named["h"].unit, named["h"].points) == ("histogram", "s", (({}, 0.5),))
-    assert named["c"].resource["service.name"] == "bare"
+    assert named["c"].resource["service.name"] == "program"

@@ -1,4 +1,4 @@
-"""The metrics of a stack, as an application's own SDK collects them."""
+"""The metrics of a stack, as the application's SDK collects them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kvcache.tier import TierUsage
 from kvcache.tiers.dram import DramTier
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER, StackUnderTest
 
-WHOSE = {"kvcache.profile.name", "kvcache.tier.name", "kvcache.tier.type"}
+TIER_ATTRIBUTES = {"kvcache.profile.name", "kvcache.tier.name", "kvcache.tier.type"}
 
 
 class Reader:
-    """What is collected, as plain values: of every metric, by tier and the attribute of its own."""
+    """Collects all metrics: for each, the points by tier name and the metric's own attribute."""
 
     def __init__(self) -> None:
         self._reader = InMemoryMetricReader()
@@ -45,7 +45,7 @@ class Reader:
                 tuple(
                     str(value)
                     for name, value in point.attributes.items()
-                    if name not in WHOSE or name == "kvcache.tier.name"
+                    if name not in TIER_ATTRIBUTES or name == "kvcache.tier.name"
                 ): point
                 for point in points
             }
@@ -77,7 +77,7 @@ def stack_of(slots: int, profile: str = "ours") -> Stack:
     return Stack(DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE)), profile=profile)
 
 
-def test_what_l1_did(reader: Reader) -> None:
+def test_metrics_of_l1_count_its_operations(reader: Reader) -> None:
     keys = keys_of("a", 6)
     with stack_of(4) as stack:
         stack.front.slab.wait_populated()
@@ -101,19 +101,17 @@ def test_what_l1_did(reader: Reader) -> None:
     }
 
 
-def test_what_a_lower_tier_did(reader: Reader) -> None:
-    below = StackUnderTest(queue=Size(4 * PAGE), blocks_per_call=8)
-    below.tiers[0].usage = lambda: TierUsage(5, 7, 3, {"checksum": 2})  # type: ignore[method-assign]
+def test_metrics_of_a_lower_tier_count_its_operations(reader: Reader) -> None:
+    under_test = StackUnderTest(queue=Size(4 * PAGE), blocks_per_call=8)
+    under_test.tiers[0].usage = lambda: TierUsage(5, 7, 3, {"checksum": 2})  # type: ignore[method-assign]
     keys = keys_of("a", 8)
-    with below.stack:
-        below.put(keys[:6])  # four fit the queue
-        assert below.stack.flush(LONG)
-        below.front.clear()
-        del below.tiers[0].held[namespaced_key(NAMESPACE, keys[3])]
-        assert below.fetch_count(keys) == 3
-        below.lower[0].channel.workers.close(
-            LONG
-        )  # what was done is counted when its thread has ended
+    with under_test.stack:
+        under_test.put(keys[:6])  # the queue takes four
+        assert under_test.stack.flush(LONG)
+        under_test.front.clear()
+        del under_test.tiers[0].held[namespaced_key(NAMESPACE, keys[3])]
+        assert under_test.fetch_count(keys) == 3
+        under_test.lower[0].channel.workers.close(LONG)  # the worker has counted its calls
         found = reader.values()
     lower = {
         name: {key[1:]: value for key, value in points.items() if key[0] == "l2"}
@@ -135,35 +133,37 @@ def test_what_a_lower_tier_did(reader: Reader) -> None:
     }
 
 
-def test_a_tier_that_fails_to_say_is_left_out(reader: Reader) -> None:
-    below = StackUnderTest()
+def test_usage_that_fails_is_not_reported(reader: Reader) -> None:
+    under_test = StackUnderTest()
 
-    def fails() -> TierUsage:
+    def fail() -> TierUsage:
         raise OSError
 
-    below.tiers[0].usage = fails  # type: ignore[method-assign]
-    with below.stack:
+    under_test.tiers[0].usage = fail  # type: ignore[method-assign]
+    with under_test.stack:
         found = reader.values()
     assert set(found["kvcache.tier.usage"]) == {("l1",)}
     assert set(found["kvcache.tier.errors"]) == {("l2",)}
 
 
-def test_every_metric_is_made_and_none_but_those_of_the_table(reader: Reader) -> None:
-    below = StackUnderTest()
-    below.tiers[0].usage = lambda: TierUsage(0, 0, 0, {"magic": 1})  # type: ignore[method-assign]
-    with below.stack:
-        below.put(keys_of("a", 1))
-        below.lower[0].channel.workers.close(LONG)
+def test_instruments_are_those_of_the_table(reader: Reader) -> None:
+    under_test = StackUnderTest()
+    under_test.tiers[0].usage = lambda: TierUsage(0, 0, 0, {"magic": 1})  # type: ignore[method-assign]
+    with under_test.stack:
+        under_test.put(keys_of("a", 1))
+        under_test.lower[0].channel.workers.close(LONG)
         found = reader.collect()
     assert set(found) == {metric.name for metric in metrics.METRICS}
     for metric in metrics.METRICS:
         for point in found[metric.name].values():
-            named = set(point.attributes or {})
-            assert named - WHOSE <= set(metric.attributes), metric.name
-            assert metric is metrics.DURATION or named >= WHOSE
+            names = set(point.attributes or {})
+            assert names - TIER_ATTRIBUTES <= set(metric.attributes), metric.name
+            assert metric is metrics.DURATION or names >= TIER_ATTRIBUTES
 
 
-def test_closed_stacks_are_gone_and_equal_ones_add_up(reader: Reader) -> None:
+def test_closed_stacks_are_not_reported_and_stacks_of_one_profile_are_summed(
+    reader: Reader,
+) -> None:
     assert reader.values() == {}
     with stack_of(4) as one, stack_of(2), stack_of(1, "other"):
         limits = reader.points()["kvcache.tier.limit"]
@@ -171,16 +171,16 @@ def test_closed_stacks_are_gone_and_equal_ones_add_up(reader: Reader) -> None:
         "ours": 6 * PAGE,
         "other": PAGE,
     }
-    assert one.profile == "ours"  # it is still there, and closed
+    assert one.profile == "ours"  # the object still exists, and is closed
     assert reader.values() == {}
-    forgotten = stack_of(1)
-    forgotten.front.close()
-    del forgotten
+    collected = stack_of(1)
+    collected.front.close()
+    del collected
     assert reader.values() == {}
 
 
 class Instrument:
-    """Counts its calls."""
+    """A histogram that keeps the attributes of each call."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, str]] = []
@@ -198,16 +198,16 @@ def instrument(monkeypatch: pytest.MonkeyPatch) -> Instrument:
 
 
 @pytest.mark.parametrize("blocks", [1, 12])
-def test_an_instrument_is_called_per_operation_and_never_per_block(
+def test_duration_is_recorded_per_operation_and_never_per_block(
     instrument: Instrument, blocks: int
 ) -> None:
-    below = StackUnderTest(slots=64, blocks_per_call=64)
+    under_test = StackUnderTest(slots=64, blocks_per_call=64)
     keys = keys_of("a", blocks)
-    with below.stack:
-        below.put(keys)
-        assert below.stack.flush(LONG)
-        below.front.clear()
-        assert below.fetch_count(keys) == blocks
+    with under_test.stack:
+        under_test.put(keys)
+        assert under_test.stack.flush(LONG)
+        under_test.front.clear()
+        assert under_test.fetch_count(keys) == blocks
     called = [
         (each["kvcache.tier.name"], each["kvcache.operation.name"]) for each in instrument.calls
     ]
@@ -216,30 +216,30 @@ def test_an_instrument_is_called_per_operation_and_never_per_block(
     ]  # fmt: skip
 
 
-def test_durations_say_what_went_wrong(instrument: Instrument) -> None:
-    below = StackUnderTest()
+def test_duration_of_a_failed_call_has_the_error(instrument: Instrument) -> None:
+    under_test = StackUnderTest()
     keys = keys_of("a", 2)
-    with below.stack:
-        below.tiers[0].fault = "raise"
-        assert below.fetch_count(keys) == 0
-        below.put(keys)
-    taken = below.stack.take_durations()
-    assert below.stack.take_durations() == []
-    said = {(tier.name, operation): error for tier, operation, error, _ in taken}
-    assert said == {
+    with under_test.stack:
+        under_test.tiers[0].fault = "raise"
+        assert under_test.fetch_count(keys) == 0
+        under_test.put(keys)
+    taken = under_test.stack.take_durations()
+    assert under_test.stack.take_durations() == []
+    errors = {(tier.name, operation): error for tier, operation, error, _ in taken}
+    assert errors == {
         ("l1", "lookup"): "", ("l2", "contains"): "OSError", ("l2", "store"): "OSError",
     }  # fmt: skip
     assert [each.get("error.type", "") for each in instrument.calls] == [e for _, _, e, _ in taken]
 
 
-def test_a_late_call_is_a_timeout_of_the_time_it_took(instrument: Instrument) -> None:
-    below = StackUnderTest(breaker_failures=NEVER)
+def test_duration_of_a_late_call_has_the_error_timeout(instrument: Instrument) -> None:
+    under_test = StackUnderTest(breaker_failures=NEVER)
     keys = keys_of("a", 1)
-    below.put_in_tier(keys)
-    with below.stack:
-        below.hang_load(below.stack.match(keys).result(LONG))
-        below.tiers[0].gate.set()
-        below.put(keys_of("b", 1))  # writes go last: the late load has ended
+    under_test.put_in_tier(keys)
+    with under_test.stack:
+        under_test.hang_load(under_test.stack.match(keys).result(LONG))
+        under_test.tiers[0].gate.set()
+        under_test.put(keys_of("b", 1))  # stores run after loads, so the late load has ended
     late = [
         each
         for each in instrument.calls
@@ -248,14 +248,14 @@ def test_a_late_call_is_a_timeout_of_the_time_it_took(instrument: Instrument) ->
     assert {each["error.type"] for each in late} == {"timeout"}
 
 
-def test_what_nobody_takes_is_bounded() -> None:
+def test_durations_that_are_not_taken_are_bounded() -> None:
     with stack_of(1) as stack:
         for _ in range(1100):
             stack.fetch_local(keys_of("a", 1)).end()
         assert len(stack.take_durations()) == 1024
 
 
-def test_buckets_are_those_advised(reader: Reader) -> None:
+def test_duration_has_the_advised_buckets(reader: Reader) -> None:
     with stack_of(1) as stack:
         stack.fetch_local(keys_of("a", 1)).end()
     [point] = reader.collect()[metrics.DURATION.name].values()
@@ -263,8 +263,8 @@ def test_buckets_are_those_advised(reader: Reader) -> None:
     assert point.count == 1
 
 
-def test_a_provider_that_comes_later_finds_all() -> None:
-    """In a process of its own: a provider can be set only once."""
+def test_provider_installed_later_finds_every_metric() -> None:
+    """Runs in another process, because a provider can be set only once."""
     code = """
         from kvcache import Stack
         from kvcache.sizes import Size
@@ -280,8 +280,8 @@ def test_a_provider_that_comes_later_finds_all() -> None:
         print(found.scope.name, *sorted(metric.name for metric in found.metrics))
         stack.close()
     """
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert said[0] == "kvcache"
-    assert {"kvcache.tier.lookups", "kvcache.tier.operation.duration"} < set(said)
+    assert output[0] == "kvcache"
+    assert {"kvcache.tier.lookups", "kvcache.tier.operation.duration"} < set(output)

@@ -1,4 +1,4 @@
-"""The spans of a stack, as an application's own SDK sees them."""
+"""The spans of a stack, as the application's SDK receives them."""
 
 import random
 from collections.abc import Iterator
@@ -23,18 +23,19 @@ def stack() -> Iterator[Stack]:
 
 
 def take(exported: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    """The spans by name since the last call; no two may have one name."""
     spans = exported.get_finished_spans()
     exported.clear()
     assert len({span.name for span in spans}) == len(spans)
     return {span.name: span for span in spans}
 
 
-def test_one_span_per_operation_and_none_per_block(
+def test_operation_has_one_span_for_all_its_blocks(
     stack: Stack, exported: InMemorySpanExporter
 ) -> None:
     keys = keys_of("a", 6)
     lease = stack.reserve(keys[:5])
-    assert take(exported) == {}  # it lasts as long as the lease
+    assert take(exported) == {}  # the span lasts as long as the lease
     lease.end(failed=keys[4:5])
     store = take(exported)["kvcache.store"]
     assert dict(store.attributes or {}) == {
@@ -66,7 +67,9 @@ def test_one_span_per_operation_and_none_per_block(
     assert load.status.status_code is StatusCode.UNSET
 
 
-def test_a_caller_is_the_parent(stack: Stack, exported: InMemorySpanExporter) -> None:
+def test_span_of_an_operation_is_a_child_of_the_callers(
+    stack: Stack, exported: InMemorySpanExporter
+) -> None:
     caller = TracerProvider().get_tracer("caller").start_span("request")
     context = trace.set_span_in_context(caller)
     keys = keys_of("a", 2)
@@ -81,29 +84,31 @@ def test_a_caller_is_the_parent(stack: Stack, exported: InMemorySpanExporter) ->
         assert span.context.trace_id == caller.get_span_context().trace_id
 
 
-def test_nothing_is_told_of_nothing(stack: Stack, exported: InMemorySpanExporter) -> None:
+def test_reserve_of_held_blocks_has_no_span(stack: Stack, exported: InMemorySpanExporter) -> None:
     keys = keys_of("a", 2)
     stack.reserve(keys).end()
     take(exported)
-    stack.reserve(keys).end()  # both are held
+    stack.reserve(keys).end()  # L1 holds both
     assert take(exported) == {}
 
 
-def test_without_an_sdk_there_are_no_spans(stack: Stack) -> None:
+def test_span_without_an_sdk_records_nothing(stack: Stack) -> None:
     span = telemetry.start_span(telemetry.LOOKUP, None)
     assert not span.is_recording()
     telemetry.end_span(span, {}, error="none")
     stack.reserve(keys_of("a", 1)).end()
 
 
-def test_a_store_says_how_many_had_to_leave(stack: Stack, exported: InMemorySpanExporter) -> None:
+def test_store_span_has_the_number_of_evicted_blocks(
+    stack: Stack, exported: InMemorySpanExporter
+) -> None:
     stack.reserve(keys_of("a", 8)).end()
     take(exported)
     stack.reserve(keys_of("b", 3)).end()
     assert (take(exported)["kvcache.store"].attributes or {})["kvcache.block.evicted"] == 3
 
 
-def test_ids_are_our_own_where_an_engine_seeds_all_processes_alike(
+def test_span_ids_differ_in_processes_with_the_same_random_seed(
     exported: InMemorySpanExporter,
 ) -> None:
     headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
@@ -118,4 +123,4 @@ def test_ids_are_our_own_where_an_engine_seeds_all_processes_alike(
         ids.update((s.get_span_context().trace_id, s.get_span_context().span_id) for s in spans)
         drawn.add(random.random())
     assert len(ids) == 6
-    assert len(drawn) == 1  # what the engine draws is what it would have been
+    assert len(drawn) == 1  # the engine draws the same numbers as without kvcache

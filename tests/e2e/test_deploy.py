@@ -30,7 +30,7 @@ from tests.support.engine import separate_processes
 from tests.support.engine.engine import VOCABULARY, Setup
 from tests.support.engine.openai_server import Server, free_port, running
 from tests.support.engine.process import environment
-from tests.support.otlp_collector import Receiver
+from tests.support.otlp_collector import OtlpCollector
 
 pytestmark = pytest.mark.engine
 
@@ -47,7 +47,7 @@ class Started:
     engine: Server
     container: Container
     redis: redis_servers.Server | None
-    collector: Receiver
+    collector: OtlpCollector
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def started(
     folder = tmp_path_factory.mktemp("deployed")
     engine, *others = deployment_files.containers(request.param, SECRET)
     with ExitStack() as stack:
-        collector = stack.enter_context(Receiver())
+        collector = stack.enter_context(OtlpCollector())
         redis = None
         for other in others:
             redis = stack.enter_context(redis_of(other, folder / "redis"))
@@ -110,7 +110,7 @@ def redis_of(container: Container, folder: Path) -> Iterator[redis_servers.Serve
 
 @contextmanager
 def engine_of(
-    container: Container, model: Path, folder: Path, redis_url: str, collector: Receiver
+    container: Container, model: Path, folder: Path, redis_url: str, collector: OtlpCollector
 ) -> Iterator[Server]:
     """vLLM, as a container starts it, when it is ready."""
     port = free_port()

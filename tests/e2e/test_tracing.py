@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.engine.engine import BLOCK
 from tests.support.engine.traced_server import MODEL, SERVICE, Traced
-from tests.support.otlp_collector import Receiver, Span
+from tests.support.otlp_collector import OtlpCollector, Span
 
 pytestmark = pytest.mark.engine
 
@@ -60,7 +60,7 @@ def traces(
     def all_there(spans: list[Span]) -> bool:
         return Counter(span.name for span in spans) >= ALL
 
-    with Receiver() as receiver:
+    with OtlpCollector() as receiver:
         endpoint = receiver.endpoint(protocol) + ("" if protocol == "grpc" else "/v1/traces")
         with model.serving(folder, endpoint, protocol) as server:
             model.keep(server, {"traceparent": f"00-{FIRST}-{CALLER}-01"})
@@ -157,7 +157,7 @@ def test_the_copies_of_two_ranks_are_told_apart(checkpoint: Path, tmp_path: Path
     def copies(spans: list[Span]) -> list[Span]:
         return [span for span in spans if (span.trace_id, span.name) == (FIRST, "kvcache.copy")]
 
-    with Receiver() as receiver:
+    with OtlpCollector() as receiver:
         with model.serving(tmp_path, receiver.grpc_endpoint, "grpc") as server:
             server.complete(model.asked, {"traceparent": f"00-{FIRST}-{CALLER}-01"})
             both = copies(receiver.wait(lambda spans: len(copies(spans)) == 2))

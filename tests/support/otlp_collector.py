@@ -1,8 +1,8 @@
-"""A collector in this process: receives OTLP over gRPC and over HTTP, and keeps what came.
+"""An OTLP collector in this process: it keeps the spans and metrics that other processes export.
 
-It is what a test points the `OTEL_*` variables of another process at. Both servers listen on
-loopback, on ports that the system chooses. What is kept are plain values: a `Span` or a `Metric`
-says all that OTLP carried of it and a test might ask, with its resource and its scope.
+A test points the `OTEL_*` variables of a process to it. One server speaks gRPC and one HTTP, on
+loopback, on ports that the system chooses. Spans and metrics are kept as plain values, each with
+its resource and its scope.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metr
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_service
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
-from opentelemetry.proto.trace.v1.trace_pb2 import Span as Sent
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from kvcache.closeable import Closeable
 
-LONG = 60.0  # seconds that a test waits at most for what does come
+LONG = 60.0  # the most seconds that a test waits for an export that happens
 
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A span that has ended. Ids are in hex, `parent_id` is empty for a root, times are in ns."""
+    """A span that has ended. Ids are in hex, `parent_id` is "" for a root span, times are in ns."""
 
     name: str
     kind: str  # "INTERNAL", "SERVER", ...
@@ -42,7 +42,7 @@ class Span:
     start_ns: int
     end_ns: int
     attributes: Values
-    links: tuple[tuple[str, str], ...]  # of trace and span
+    links: tuple[tuple[str, str], ...]  # trace id and span id
     events: tuple[tuple[str, Values], ...]
     error: bool
     scope: str
@@ -51,7 +51,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One instrument's points of one export: attributes, and a number or a histogram's sum."""
+    """One export of one instrument; each point has attributes and a value (a histogram's sum)."""
 
     name: str
     unit: str
@@ -61,8 +61,8 @@ class Metric:
     resource: Values
 
 
-class Receiver(Closeable):
-    """Collects until it is closed; `with` closes it. Safe to ask while it receives."""
+class OtlpCollector(Closeable):
+    """Collects until it is closed; `with` closes it. Safe to read while it receives."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -80,47 +80,47 @@ class Receiver(Closeable):
         self._thread.start()
 
     def endpoint(self, protocol: str) -> str:
-        """Where `OTEL_EXPORTER_OTLP_PROTOCOL` is "grpc" or "http/protobuf"."""
+        """The endpoint for a value of `OTEL_EXPORTER_OTLP_PROTOCOL`: "grpc" or "http/protobuf"."""
         return {"grpc": self.grpc_endpoint, "http/protobuf": self.http_endpoint}[protocol]
 
     @property
     def spans(self) -> list[Span]:
-        """What has come until now."""
+        """The spans received so far."""
         with self._changed:
             return self._spans[:]
 
     @property
     def metrics(self) -> list[Metric]:
-        """What has come until now."""
+        """The metrics received so far."""
         with self._changed:
             return self._metrics[:]
 
     def wait_spans(self, count: int, timeout: float = LONG) -> list[Span]:
-        """Wait until `count` spans have come, and return all that have."""
+        """Wait until `count` spans were received, and return all spans."""
         return self.wait(lambda spans: len(spans) >= count, timeout)
 
     def wait(self, enough: Callable[[list[Span]], bool], timeout: float = LONG) -> list[Span]:
-        """Wait until the spans that have come are `enough`, and return them.
+        """Wait until `enough` is true of the spans received, and return them.
 
         Raises:
-            AssertionError: when they are not after `timeout` seconds; says which have come.
+            AssertionError: after `timeout` seconds, with the names of the spans received.
         """
         with self._changed:
-            came = self._changed.wait_for(lambda: enough(self._spans), timeout)
-            assert came, f"after {timeout} s only {[span.name for span in self._spans]} have come"
+            received = self._changed.wait_for(lambda: enough(self._spans), timeout)
+            assert received, f"after {timeout} s only {[span.name for span in self._spans]}"
             return self._spans[:]
 
     def wait_metrics(
         self, enough: Callable[[list[Metric]], bool], timeout: float = LONG
     ) -> list[Metric]:
-        """As `wait`, of metrics."""
+        """Wait until `enough` is true of the metrics received, as `wait` does."""
         with self._changed:
-            came = self._changed.wait_for(lambda: enough(self._metrics), timeout)
-            assert came, f"after {timeout} s only {[one.name for one in self._metrics]} have come"
+            received = self._changed.wait_for(lambda: enough(self._metrics), timeout)
+            assert received, f"after {timeout} s only {[metric.name for metric in self._metrics]}"
             return self._metrics[:]
 
-    def received(self, spans: Iterable[Span] = (), metrics: Iterable[Metric] = ()) -> None:
-        """Keep what one request carried."""
+    def add(self, spans: Iterable[Span] = (), metrics: Iterable[Metric] = ()) -> None:
+        """Keep the spans and metrics of one export request."""
         with self._changed:
             self._spans += spans
             self._metrics += metrics
@@ -134,77 +134,77 @@ class Receiver(Closeable):
         self._thread.join()
 
 
-# The two ways in
+# The gRPC services and the HTTP server
 
 
 class _Traces(trace_grpc.TraceServiceServicer):
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
+    def __init__(self, collector: OtlpCollector) -> None:
+        self._collector = collector
 
     def Export(  # noqa: N802 - gRPC's name
         self, request: trace_service.ExportTraceServiceRequest, context: object
     ) -> trace_service.ExportTraceServiceResponse:
-        self._receiver.received(spans=_spans(request))
+        self._collector.add(spans=_spans(request))
         return trace_service.ExportTraceServiceResponse()
 
 
 class _Metrics(metrics_grpc.MetricsServiceServicer):
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
+    def __init__(self, collector: OtlpCollector) -> None:
+        self._collector = collector
 
     def Export(  # noqa: N802 - gRPC's name
         self, request: metrics_service.ExportMetricsServiceRequest, context: object
     ) -> metrics_service.ExportMetricsServiceResponse:
-        self._receiver.received(metrics=_metrics(request))
+        self._collector.add(metrics=_metrics(request))
         return metrics_service.ExportMetricsServiceResponse()
 
 
 class _Http(ThreadingHTTPServer):
-    def __init__(self, receiver: Receiver) -> None:
-        super().__init__(("127.0.0.1", 0), _Posted)
-        self.receiver = receiver
+    def __init__(self, collector: OtlpCollector) -> None:
+        super().__init__(("127.0.0.1", 0), _ExportHandler)
+        self.collector = collector
 
 
-class _Posted(BaseHTTPRequestHandler):
+class _ExportHandler(BaseHTTPRequestHandler):
     server: _Http
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        answer: bytes
+        response: bytes
         if self.headers.get("Content-Type") != "application/x-protobuf":
             self.send_error(415)
             return
         if self.path == "/v1/traces":
             traces = trace_service.ExportTraceServiceRequest.FromString(body)
-            self.server.receiver.received(spans=_spans(traces))
-            answer = trace_service.ExportTraceServiceResponse().SerializeToString()
+            self.server.collector.add(spans=_spans(traces))
+            response = trace_service.ExportTraceServiceResponse().SerializeToString()
         elif self.path == "/v1/metrics":
             metrics = metrics_service.ExportMetricsServiceRequest.FromString(body)
-            self.server.receiver.received(metrics=_metrics(metrics))
-            answer = metrics_service.ExportMetricsServiceResponse().SerializeToString()
+            self.server.collector.add(metrics=_metrics(metrics))
+            response = metrics_service.ExportMetricsServiceResponse().SerializeToString()
         else:
             self.send_error(404)
             return
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(response)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(response)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Say nothing of each request."""
+        """Log no requests."""
 
 
-# From OTLP to plain values
+# From OTLP messages to plain values
 
 
 def _spans(request: trace_service.ExportTraceServiceRequest) -> list[Span]:
     return [
         Span(
             name=sent.name,
-            kind=Sent.SpanKind.Name(sent.kind).removeprefix("SPAN_KIND_"),
+            kind=SpanMessage.SpanKind.Name(sent.kind).removeprefix("SPAN_KIND_"),
             trace_id=sent.trace_id.hex(),
             span_id=sent.span_id.hex(),
             parent_id=sent.parent_span_id.hex(),
@@ -241,7 +241,7 @@ def _metrics(request: metrics_service.ExportMetricsServiceRequest) -> list[Metri
 
 
 def _number(point: Any) -> float:
-    if hasattr(point, "sum"):  # of a histogram
+    if hasattr(point, "sum"):  # a histogram's point
         return float(point.sum)
     return float(getattr(point, point.WhichOneof("value")))
 
@@ -253,5 +253,5 @@ def _values(attributes: Sequence[Any]) -> Values:
 def _value(value: Any) -> Any:
     kind = value.WhichOneof("value")
     if kind == "array_value":
-        return [_value(one) for one in value.array_value.values]
+        return [_value(item) for item in value.array_value.values]
     return getattr(value, kind) if kind else None

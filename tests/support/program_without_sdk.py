@@ -1,8 +1,8 @@
-"""A program that knows the OpenTelemetry API and no SDK, for `test_tracing.py` to start.
+"""A program that imports the OpenTelemetry API and no SDK; `test_tracing.py` starts it.
 
-It keeps blocks and finds them below L1, as part of a trace that another process began: the first
-argument is its `traceparent`. What it prints is the kind of provider it found and the ids of its
-own.
+It stores blocks, and finds them in a lower tier, as part of a trace that another process started:
+the first argument is the `traceparent`. It prints, as JSON, the class of the tracer provider, the
+names of its threads, and whether an SDK is loaded.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def main(traceparent: str) -> None:
         with stack.fetch(match, context=caller).result(LONG) as lease:
             assert bytes(lease.views[-1]) == b"\x01" * BLOCK_NBYTES
         stack.front.clear()
-        context.attach(caller)  # from here on it is the current context
-        coming = stack.prefetch(keys)
-        assert coming is not None
-        coming.result(LONG)
+        context.attach(caller)  # the prefetch below uses the current context
+        prefetched = stack.prefetch(keys)
+        assert prefetched is not None
+        prefetched.result(LONG)
     print(
         json.dumps(
             {
