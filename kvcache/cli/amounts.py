@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvcache.sizes import format_size, parse_size
@@ -63,3 +64,14 @@ class BlockSize:
     def shown(self, blocks: int) -> str:
         """``blocks`` for people: in bytes, if known."""
         return f"{blocks:,}" if self.nbytes is None else format_size(blocks * self.nbytes)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type for argparse: a whole number of ``least`` or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; a whole number, at least {least}")
+        return int(text)
+
+    return parse

@@ -31,7 +31,7 @@ def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path, profile: str) -> None
     """
     model = str(checkpoint.write(tmp_path / "model"))
     blocks = 2 * (PROMPT + ANSWER) // engine.BLOCK_TOKENS
-    setup = engine.Setup(model, PROMPT + ANSWER, blocks, l1_nbytes=512 << 20)
+    setup = engine.EngineSetup(model, PROMPT + ANSWER, blocks, l1_nbytes=512 << 20)
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     environment = {"KVCACHE_PROFILE": profile}
@@ -48,12 +48,12 @@ def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path, profile: str) -> None
     assert statistics.median(ratios) <= 1.01
 
 
-def pairs(setup: engine.Setup, environment: dict[str, str], pipe: Connection) -> None:
+def pairs(setup: engine.EngineSetup, environment: dict[str, str], pipe: Connection) -> None:
     """Send the seconds of requests without the connector and with it, pair by pair."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    engine._set_environment(setup)
+    engine.set_environment(setup)
     os.environ.update(environment)
-    llm = engine._start(setup)
+    llm = engine.start(setup)
     from vllm.distributed.kv_transfer import kv_transfer_state
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -64,7 +64,7 @@ def pairs(setup: engine.Setup, environment: dict[str, str], pipe: Connection) ->
         scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT = connected
         prompt = [random.randrange(8000) for _ in range(PROMPT)]
         begun = time.perf_counter()
-        answer = engine._ask(llm.llm_engine, prompt, ANSWER)
+        answer = engine.ask(llm.llm_engine, prompt, ANSWER)
         spent = time.perf_counter() - begun
         assert answer.cached_tokens == 0
         return spent

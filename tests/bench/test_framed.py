@@ -199,12 +199,12 @@ def engine_blocks(tmp_path: Path) -> tuple[bytes, int]:
 def dump(model: str, path: Path) -> None:
     """In a process of its own: prompt, then write out what lies in L1."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    setup = engine.Setup(model, 1100, 80, l1_nbytes=256 << 20)
-    engine._set_environment(setup)
-    llm = engine._start(setup)
+    setup = engine.EngineSetup(model, 1100, 80, l1_nbytes=256 << 20)
+    engine.set_environment(setup)
+    llm = engine.start(setup)
     random = Random(0)
     for _ in range(3):
-        engine._ask(llm.llm_engine, [random.randrange(8000) for _ in range(1024)], 2)
+        engine.ask(llm.llm_engine, [random.randrange(8000) for _ in range(1024)], 2)
     connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
     front = connector.scheduler_side.stack.front
     with path.open("wb") as file:

@@ -73,9 +73,9 @@ def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
 ) -> None:
     played = []
 
-    def play(setup: engine.Setup, chats: Chats, *_: object) -> engine.EngineRun:
+    def play(setup: engine.EngineSetup, chats: Chats) -> engine.EngineRun:
         played.append(setup)
-        return engine.EngineRun([], block_nbytes=1 << 20, l1=engine.L1())
+        return engine.EngineRun([], block_nbytes=1 << 20, l1=engine.L1Usage())
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(engine, "play", play)

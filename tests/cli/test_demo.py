@@ -1,4 +1,4 @@
-"""The demo itself, small: three real engines, and what `--json` says about them."""
+"""A small demo with three real engines, and an engine that cannot start."""
 
 import json
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 
 from kvcache.cli.demo import checkpoint
 from kvcache.cli.demo.chats import Chats
-from kvcache.cli.demo.engine import EngineError, Setup, cpu_dtype, play
+from kvcache.cli.demo.engine import EngineError, EngineSetup, cpu_dtype, play
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype"), [("AVX512", "auto"), ("AVX2", "float32"), ("DEFAULT", "float32")]
 )
-def test_a_cpu_without_bfloat16_computes_in_float32(
+def test_cpu_dtype_without_bfloat16_instructions_is_float32(
     capability: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -24,7 +24,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32(
 
 
 @pytest.mark.engine
-def test_a_small_demo_finds_equal_answers_and_nothing_pinned(tmp_path: Path) -> None:
+def test_demo_has_equal_answers_and_no_pinned_slot(tmp_path: Path) -> None:
     model = checkpoint.write(tmp_path, layers=2, hidden=256, heads=4, kv_heads=2, intermediate=512)
     done = subprocess.run(
         [sys.executable, "-m", "kvcache", "demo", "--json", "--model", str(model),
@@ -37,7 +37,7 @@ def test_a_small_demo_finds_equal_answers_and_nothing_pinned(tmp_path: Path) -> 
     assert figures["first_difference"] is None
     assert figures["pinned_slots_after"] == 0
     assert figures["prompt_tokens"] == 3 * (2112 + 2176)
-    # Second turns: all but the shared system prompt comes from DRAM, up to the last full block.
+    # In second turns all but the system prompt comes from DRAM, up to the last full block.
     assert figures["l1_hit_tokens"] == 3 * (2112 - 64)
     assert 0 < figures["dram_used_bytes"] <= figures["dram_capacity_bytes"]
     for name in ("cold", "hit", "own_cache"):
@@ -52,13 +52,13 @@ def test_a_small_demo_finds_equal_answers_and_nothing_pinned(tmp_path: Path) -> 
 
 
 @pytest.mark.engine
-def test_an_engine_that_cannot_start_says_why_and_keeps_its_log(
+def test_engine_that_cannot_start_raises_the_cause_and_keeps_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = str(tmp_path / "no-such-model")
     with pytest.raises(EngineError, match="no-such-model") as failure:
-        play(Setup(model, context_tokens=512, blocks=20), Chats(2, 2, 1, 1), lambda turn: None)
+        play(EngineSetup(model, context_tokens=512, blocks=20), Chats(2, 2, 1, 1))
     [log] = tmp_path.glob("kvcache-demo-*.log")
     assert str(log) in str(failure.value)
     assert "Traceback" in log.read_text()

@@ -1,4 +1,4 @@
-"""The traffic: who speaks when, what a prompt is made of, and how much of it is distinct."""
+"""The demo's traffic: the order of users, the parts of a prompt, and its distinct tokens."""
 
 from kvcache.cli.demo.chats import Answer, Chats, ChatTurn
 
@@ -17,12 +17,12 @@ def play(chats: Chats, answer: list[int]) -> tuple[list[ChatTurn], list[list[int
     return list(chats.play(1000, ask)), prompts
 
 
-def test_users_take_turns_round_robin() -> None:
+def test_chats_users_take_turns_round_robin() -> None:
     turns, _ = play(CHATS, [1, 2])
     assert [(t.turn, t.user) for t in turns] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
 
 
-def test_a_prompt_is_the_last_one_with_its_answer_and_a_new_message() -> None:
+def test_chats_prompt_continues_the_previous_prompt_and_answer() -> None:
     turns, prompts = play(CHATS, [1, 2])
     for first, second in zip(prompts[:3], prompts[3:], strict=True):
         assert second[: len(first) + 2] == [*first, 1, 2]
@@ -30,18 +30,18 @@ def test_a_prompt_is_the_last_one_with_its_answer_and_a_new_message() -> None:
     assert [t.prompt_tokens for t in turns] == [15, 15, 15, 20, 20, 20]
 
 
-def test_users_share_the_system_prompt_and_nothing_else() -> None:
+def test_chats_users_share_only_the_system_prompt() -> None:
     _, prompts = play(CHATS, [1, 2])
     assert len({tuple(prompt[:5]) for prompt in prompts}) == 1
     assert len({prompt[5] for prompt in prompts}) == 3
 
 
-def test_equal_answers_make_equal_traffic() -> None:
+def test_chats_equal_answers_make_equal_prompts() -> None:
     assert play(CHATS, [1, 2])[1] == play(CHATS, [1, 2])[1]
     assert play(CHATS, [1, 2])[1][3:] != play(CHATS, [1, 3])[1][3:]
 
 
-def test_sizes_are_those_of_what_is_played() -> None:
+def test_chats_sizes_equal_those_of_the_prompts() -> None:
     _, prompts = play(CHATS, [1, 2])
     assert CHATS.longest == max(map(len, prompts)) + 2
     whole = [[*prompt, 1, 2] for prompt in prompts]

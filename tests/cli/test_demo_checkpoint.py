@@ -1,4 +1,4 @@
-"""The small checkpoint is what its arguments say, byte for byte the same each time."""
+"""The demo's checkpoint has the shape of its arguments, and the same bytes each time."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ TINY = {
 }  # fmt: skip
 
 
-def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
+def test_checkpoint_same_arguments_write_the_same_files(tmp_path: Path) -> None:
     one = checkpoint.write(tmp_path / "one", **TINY)
     two = checkpoint.write(tmp_path / "two", **TINY)
     other = checkpoint.write(tmp_path / "other", **TINY, seed=1)
@@ -25,7 +25,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path: Path) -> None:
     assert (one / weights).read_bytes() != (other / weights).read_bytes()
 
 
-def test_weights_fit_the_config_and_are_of_normal_scale(tmp_path: Path) -> None:
+def test_checkpoint_weights_fit_the_config_and_have_normal_scale(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 

@@ -1,9 +1,9 @@
-"""The demo's traffic: several users, each talking about a document of their own.
+"""The demo's traffic: several users, each with a document of their own.
 
-Users take turns round robin, so that everyone else has spoken before a user comes back. A user's
-prompt starts with the system prompt (the same for all) and the user's document, and then grows by
-one message and one answer a turn. Tokens are random ids from a seed: the same `Chats` asks every
-engine the same questions for as long as the engines answer the same.
+Users take turns round robin. A user's prompt starts with the system prompt, which all share, and
+the user's document; it grows by one message and one answer each turn. Tokens are random ids from a
+seed: equal `Chats` send every engine the same prompts, as long as the engines return the same
+answers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from random import Random
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an engine gave back for one prompt.
+    """An engine's answer to one prompt.
 
-    `logprobs` has, per token of `tokens`, the (token id, logprob) pairs the engine reported, by id.
-    `ttft_s` is the time to the first token in seconds, `cached_tokens` how many leading tokens of
-    the prompt the engine did not have to compute.
+    Attributes:
+        tokens: the ids of the answer's tokens.
+        logprobs: for each token, the (token id, logprob) pairs that the engine returned, by id.
+        cached_tokens: how many tokens at the start of the prompt the engine did not compute.
+        ttft_s: the time to the first token, in seconds.
     """
 
     tokens: list[int]
@@ -30,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
-    """One question and its answer; `user` and `turn` count from 1."""
+    """One prompt and its answer; `user` and `turn` count from 1."""
 
     user: int
     turn: int
@@ -40,7 +42,7 @@ class ChatTurn:
 
 @dataclass(frozen=True, slots=True)
 class Chats:
-    """Who talks how much, in tokens. `message_tokens` and `answer_tokens` are those of one turn."""
+    """The size of the traffic. `message_tokens` and `answer_tokens` are for one turn."""
 
     users: int
     turns: int
@@ -52,27 +54,27 @@ class Chats:
 
     @property
     def longest(self) -> int:
-        """Tokens of one user's whole conversation, the last answer included."""
+        """Tokens of one user's whole conversation, with the last answer."""
         growth = self.turns * (self.message_tokens + self.answer_tokens)
         return self.system_tokens + self.document_tokens + growth
 
     @property
     def distinct(self) -> int:
-        """Tokens to keep so that none is computed twice; the system prompt counts once."""
+        """Tokens of all conversations, with the shared system prompt counted once."""
         return self.system_tokens + self.users * (self.longest - self.system_tokens)
 
     def play(self, vocabulary: int, ask: Callable[[list[int]], Answer]) -> Iterator[ChatTurn]:
-        """Ask every question in order, in token ids below `vocabulary`; yield turns as they end."""
+        """Send every prompt in order, with token ids below `vocabulary`; yield each turn."""
         random = Random(self.seed)
 
-        def words(count: int) -> list[int]:
+        def tokens(count: int) -> list[int]:
             return [random.randrange(vocabulary) for _ in range(count)]
 
-        system = words(self.system_tokens)
-        histories = [system + words(self.document_tokens) for _ in range(self.users)]
+        system = tokens(self.system_tokens)
+        histories = [system + tokens(self.document_tokens) for _ in range(self.users)]
         for turn in range(1, self.turns + 1):
             for user, history in enumerate(histories, start=1):
-                history.extend(words(self.message_tokens))
+                history.extend(tokens(self.message_tokens))
                 answer = ask(list(history))
                 yield ChatTurn(user, turn, len(history), answer)
                 history.extend(answer.tokens)

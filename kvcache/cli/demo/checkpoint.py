@@ -1,9 +1,9 @@
 """A small Llama checkpoint with random weights, for the demo and for tests.
 
-The weights say nothing, but they are of normal scale: activations neither vanish nor grow from
-layer to layer, and attention is sharp enough that the KV cache decides which token comes next.
-(With vLLM's own dummy weights it does not, and a corrupted KV cache would go unnoticed.)
-The same arguments give the same files, byte for byte.
+The weights are random but of normal scale: activations neither vanish nor grow from layer to layer,
+and attention is sharp enough that the KV cache decides the next token. (With vLLM's own dummy
+weights it does not, and a corrupted KV cache would go unnoticed.) The same arguments write the same
+files, byte for byte.
 """
 
 from __future__ import annotations
@@ -35,11 +35,20 @@ def write(
 ) -> Path:
     """Write `config.json` and `model.safetensors` (bfloat16) into the folder `path`; return it.
 
-    `hidden` is the width of the residual stream, `intermediate` that of the MLP; `head_dim` must be
-    one the engine's attention knows (32, 64, 128, ... on CPU), `kv_heads` must divide `heads`.
-    `positions` is the longest context in tokens. A token takes
-    `layers * kv_heads * head_dim * 4` bytes of KV cache: 8 KiB with the defaults.
-    There is no tokenizer: start the engine with `skip_tokenizer_init=True` and prompt in token ids.
+    A token takes `layers * kv_heads * head_dim * 4` bytes of KV cache: 8 KiB with the defaults.
+    There is no tokenizer: start the engine with `skip_tokenizer_init=True`, and send token ids.
+
+    Args:
+        path: made if it does not exist.
+        layers: of the model.
+        hidden: width of the residual stream.
+        heads: query heads.
+        kv_heads: must divide `heads`.
+        head_dim: a size that the engine's attention supports (32, 64, 128, ... on CPU).
+        intermediate: width of the MLP.
+        vocabulary: number of token ids.
+        positions: the longest context, in tokens.
+        seed: of the random weights.
     """
     import torch
     from safetensors.torch import save_file

@@ -1,11 +1,11 @@
-"""One vLLM in a process of its own, playing the demo's chats.
+"""Run one vLLM in a process of its own, and play the demo's chats on it.
 
-Every engine gets a fresh process: clean memory, its own environment, nothing warm from the engine
-before it. Turns come back through a pipe as they end; whatever vLLM prints goes to a log file.
+Every engine gets a new process, so that it has clean memory and its own environment. The process
+sends one message through a pipe: the run, or the cause of its failure. vLLM prints to a log file.
 
-The time to the first token is taken around vLLM's own steps: from before `add_request` to the end
-of the `step` that returned the first token, on a monotonic clock, in the engine's process. Nothing
-runs between the two but the engine, and the connector's copies of that step are inside.
+The time to the first token is measured around vLLM's own steps: from before `add_request` to the
+end of the `step` that returned the first token, on a monotonic clock, in the engine's process. It
+includes the connector's copies of that step, and nothing outside the engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,14 +28,18 @@ BLOCK_TOKENS = 32
 
 
 class EngineError(RuntimeError):
-    """The engine did not start, or died on the way. The message names the log."""
+    """The engine did not start, or failed later. The message names its log."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """How to start an engine: `blocks` is the size of its own KV cache.
+class EngineSetup:
+    """How to start an engine.
 
-    `l1_nbytes` is the DRAM given to kvcache, or None for an engine without it.
+    Attributes:
+        model: a folder, or a name in the local Hugging Face cache.
+        context_tokens: the longest context.
+        blocks: the size of the engine's own KV cache.
+        l1_nbytes: the capacity of L1; None for an engine without kvcache.
     """
 
     model: str
@@ -46,8 +49,8 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class L1:
-    """What the DRAM tier had to say after the chats; all zero for an engine without kvcache."""
+class L1Usage:
+    """The state of L1 after the chats; all zero for an engine without kvcache."""
 
     hit_tokens: int = 0
     used_nbytes: int = 0
@@ -61,30 +64,28 @@ class EngineRun:
 
     turns: list[ChatTurn]
     block_nbytes: int
-    l1: L1
+    l1: L1Usage
 
 
-def play(setup: Setup, chats: Chats, heard: Callable[[ChatTurn], None]) -> EngineRun:
-    """Start the engine, play `chats`, end it. `heard` is called with every turn as it ends.
+def play(setup: EngineSetup, chats: Chats) -> EngineRun:
+    """Start an engine, play `chats` on it, and end it; it prints a dot on stderr for each turn.
 
-    Raises `EngineError` when the engine does not get to the end; only then its log is kept.
+    Raises:
+        EngineError: the engine failed. Its log is kept only in this case.
     """
     handle, name = tempfile.mkstemp(prefix="kvcache-demo-", suffix=".log")
     os.close(handle)
     log = Path(name)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_engine, args=(setup, chats, log, sender), name="vllm")
+    process = spawn.Process(target=_run_process, args=(setup, chats, log, sender), name="vllm")
     process.start()
     sender.close()
-    turns: list[ChatTurn] = []
     try:
-        while isinstance(message := receiver.recv(), ChatTurn):
-            turns.append(message)
-            heard(message)
+        result = receiver.recv()
     except EOFError:
         process.join()
-        message = f"its process ended with code {process.exitcode}"
+        result = f"its process ended with code {process.exitcode}"
     except BaseException:
         process.terminate()
         log.unlink()
@@ -92,28 +93,28 @@ def play(setup: Setup, chats: Chats, heard: Callable[[ChatTurn], None]) -> Engin
     finally:
         process.join()
         receiver.close()
-    if isinstance(message, str):
-        raise EngineError(f"the engine failed: {message}; all it said is in {log}")
-    log.unlink()
-    block_nbytes, l1 = message
-    return EngineRun(turns, block_nbytes, l1)
+    if isinstance(result, EngineRun):
+        log.unlink()
+        return result
+    raise EngineError(f"the engine failed: {result}; its log is {log}")
 
 
-def _engine(setup: Setup, chats: Chats, log: Path, sender: Connection) -> None:
-    """The engine's process: sends every `ChatTurn`, then (block bytes, L1) or what went wrong."""
-    with log.open("wb") as sink:
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)
+def _run_process(setup: EngineSetup, chats: Chats, log: Path, sender: Connection) -> None:
+    """The engine's process: send the `EngineRun`, or the cause of a failure as text."""
+    terminal = os.dup(2)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     try:
-        _set_environment(setup)
-        _converse(setup, chats, sender)
-    except Exception as error:  # noqa: BLE001 - the other process says it
+        set_environment(setup)
+        sender.send(_play_here(setup, chats, terminal))
+    except Exception as error:  # noqa: BLE001 - the other process raises it
         traceback.print_exc()
         sender.send(redact(f"{type(error).__name__}: {error}"))
 
 
-def _set_environment(setup: Setup) -> None:
-    """Settings that vLLM and kvcache read at import: one process, no network, our profile."""
+def set_environment(setup: EngineSetup) -> None:
+    """Set what vLLM and kvcache read at import: one process, no network, the profile."""
     for name in [name for name in os.environ if name.startswith("KVCACHE")]:
         del os.environ[name]
     os.environ |= {
@@ -127,33 +128,36 @@ def _set_environment(setup: Setup) -> None:
         os.environ["KVCACHE__L1__CAPACITY"] = str(setup.l1_nbytes)
 
 
-def _converse(setup: Setup, chats: Chats, sender: Connection) -> None:
-    llm = _start(setup)
+def _play_here(setup: EngineSetup, chats: Chats, terminal: int) -> EngineRun:
+    """Start an engine in this process and play `chats`; write a dot to `terminal` for each turn."""
+    llm = start(setup)
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     vocabulary = engine.model_config.get_vocab_size()
 
-    # The first request pays for what every process pays once; none of its tokens are the chats'.
+    # The first request of a process is slow. It shares no tokens with the chats.
     random = Random(f"warm-up {chats.seed}")
     warm_up = [random.randrange(vocabulary) for _ in range(chats.longest - chats.answer_tokens)]
-    _ask(engine, warm_up, chats.answer_tokens)
+    ask(engine, warm_up, chats.answer_tokens)
 
-    before = _l1(scheduler)
-    for turn in chats.play(vocabulary, lambda prompt: _ask(engine, prompt, chats.answer_tokens)):
-        sender.send(turn)
-    after = _l1(scheduler)
+    before, turns = _l1_usage(scheduler), []
+    for turn in chats.play(vocabulary, lambda prompt: ask(engine, prompt, chats.answer_tokens)):
+        turns.append(turn)
+        os.write(terminal, b".")
+    after = _l1_usage(scheduler)
 
     config = scheduler.kv_cache_config
     block_nbytes = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
-    sender.send((block_nbytes, replace(after, hit_tokens=after.hit_tokens - before.hit_tokens)))
+    l1 = replace(after, hit_tokens=after.hit_tokens - before.hit_tokens)
+    return EngineRun(turns, block_nbytes, l1)
 
 
-def _l1(scheduler: Any) -> L1:
+def _l1_usage(scheduler: Any) -> L1Usage:
     stats = scheduler.connector.stats() if scheduler.connector else None
-    if stats is None:  # no connector, or one that can keep nothing of this model
-        return L1()
+    if stats is None:  # no connector, or one that cannot keep blocks of this model
+        return L1Usage()
     tier = stats.tiers[0]
-    return L1(
+    return L1Usage(
         hit_tokens=tier.hit_blocks * BLOCK_TOKENS,
         used_nbytes=tier.used_blocks * tier.block_nbytes,
         capacity_nbytes=tier.capacity_blocks * tier.block_nbytes,
@@ -161,7 +165,8 @@ def _l1(scheduler: Any) -> L1:
     )
 
 
-def _start(setup: Setup) -> Any:
+def start(setup: EngineSetup) -> Any:
+    """Return a `vllm.LLM` for `setup`."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
@@ -175,8 +180,8 @@ def _start(setup: Setup) -> Any:
             kv_load_failure_policy="recompute",
         )
     if current_platform.is_cpu():
-        # Without a size, vLLM on CPU takes most of the host's memory, and refuses to start where
-        # that is not free. Any size will do: `num_gpu_blocks_override` says what is allocated.
+        # Without a size, vLLM on CPU requires most of the host's memory to be free. The value does
+        # not matter: `num_gpu_blocks_override` determines what vLLM allocates.
         options["kv_cache_memory_bytes"] = 1 << 20
         options["dtype"] = cpu_dtype()
     return LLM(
@@ -192,26 +197,29 @@ def _start(setup: Setup) -> Any:
 
 
 def cpu_dtype() -> str:
-    """What to compute in on this CPU. Where it lacks instructions for bfloat16, PyTorch multiplies
-    one number at a time: on AVX2, five times slower than in float32."""
+    """Return the dtype to compute in on this CPU.
+
+    Without instructions for bfloat16, PyTorch multiplies one number at a time: on AVX2, that is
+    five times slower than float32.
+    """
     import torch
 
     return "auto" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "float32"
 
 
-def _ask(engine: Any, prompt: list[int], tokens: int) -> Answer:
-    """One request, alone in the engine: exactly `tokens` greedy tokens, with their logprobs."""
+def ask(engine: Any, prompt: list[int], tokens: int) -> Answer:
+    """Send one request to an idle engine; return `tokens` greedy tokens, with their logprobs."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False
     )
-    start = time.perf_counter()
+    begin = time.perf_counter()
     engine.add_request("turn", {"prompt_token_ids": prompt}, greedy)
     arrivals: list[tuple[float, Any]] = []
     while engine.has_unfinished_requests():
         outputs = engine.step()
-        arrivals += [(time.perf_counter() - start, output) for output in outputs]
+        arrivals += [(time.perf_counter() - begin, output) for output in outputs]
     (ttft_s, _), *_, (_, last) = arrivals
     completion = last.outputs[0]
     return Answer(

@@ -1,8 +1,8 @@
-"""What three engines' answers to the same chats say: equal or not, how fast, from where.
+"""Compare three engines' answers to the same chats: are they equal, how fast, from which cache.
 
-Pure: turns in, figures and text out. The three TTFT figures are medians over the same turns: those
-with a prompt of `LONG_PROMPT` tokens or more that the small cache alone had to compute almost whole
-and that kvcache found almost whole.
+No I/O: turns in, figures and text out. The three TTFT figures are medians over the same turns: the
+prompt has `LONG_PROMPT` tokens or more, the small cache alone lacked almost all of it, and kvcache
+had almost all of it.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ ALMOST_NONE = 0.1
 ALMOST_ALL = 0.9
 
 
-def first_difference(ours: list[ChatTurn], reference: list[ChatTurn]) -> str | None:
-    """Where two runs first disagree in a token or a logprob, in words; None if nowhere."""
-    for mine, theirs in zip(ours, reference, strict=True):
-        steps = zip_longest(_steps(mine.answer), _steps(theirs.answer))
-        for number, (got, expected) in enumerate(steps, start=1):
-            if got != expected:
+def first_difference(turns: list[ChatTurn], reference: list[ChatTurn]) -> str | None:
+    """Describe the first token or logprob in which two runs differ; None if there is none."""
+    for turn, expected_turn in zip(turns, reference, strict=True):
+        steps = zip_longest(_steps(turn.answer), _steps(expected_turn.answer))
+        for number, (found, expected) in enumerate(steps, start=1):
+            if found != expected:
                 return (
-                    f"user {mine.user}, turn {mine.turn}, token {number} of the answer: "
-                    f"{got}, expected {expected}"
+                    f"user {turn.user}, turn {turn.turn}, token {number} of the answer: "
+                    f"{found}, expected {expected}"
                 )
     return None
 
@@ -39,37 +39,42 @@ def _steps(answer: Answer) -> list[tuple[int, list[tuple[int, float]]]]:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Three runs of the same chats, turn by turn in the same order.
+    """Three runs of the same chats, with their turns in the same order.
 
-    `without`: a small engine cache; `kvcache`: the same, and kvcache; `own`: an engine cache that
-    keeps everything.
+    Attributes:
+        without: a small engine cache.
+        with_kvcache: the same engine cache, and kvcache.
+        large: an engine cache that keeps everything.
     """
 
     without: EngineRun
-    kvcache: EngineRun
-    own: EngineRun
+    with_kvcache: EngineRun
+    large: EngineRun
 
     @property
     def difference(self) -> str | None:
-        """Where kvcache changed an answer. `without` computes other shapes and may round apart."""
-        return first_difference(self.kvcache.turns, self.own.turns)
+        """The first answer that kvcache changed.
+
+        `without` is not compared: it computes other shapes, so it may round differently.
+        """
+        return first_difference(self.with_kvcache.turns, self.large.turns)
 
     @property
     def passed(self) -> bool:
-        """No answer differs, and no slot is pinned when nothing is in flight."""
-        return self.difference is None and self.kvcache.l1.pinned_slots == 0
+        """Whether all answers are equal, and no slot is pinned after the chats."""
+        return self.difference is None and self.with_kvcache.l1.pinned_slots == 0
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all turns of one run."""
-        return sum(turn.prompt_tokens for turn in self.kvcache.turns)
+        """The prompt tokens of all turns of one run."""
+        return sum(turn.prompt_tokens for turn in self.with_kvcache.turns)
 
     def ttft_p50_s(self, run: EngineRun) -> float | None:
-        """The median of `run` over the turns that compare; None when there are none."""
+        """The median TTFT of `run` over the turns to compare; None without such turns."""
         times = [
             turn.answer.ttft_s
             for turn, cold, hit in zip(
-                run.turns, self.without.turns, self.kvcache.turns, strict=True
+                run.turns, self.without.turns, self.with_kvcache.turns, strict=True
             )
             if hit.prompt_tokens >= LONG_PROMPT
             and _cached(cold) <= ALMOST_NONE
@@ -77,11 +82,11 @@ class DemoReport:
         ]
         return median(times) if times else None
 
-    def figures(self) -> dict[str, Any]:
-        """What `kvcache demo --json` prints about the runs. Times in seconds, None if not known."""
-        cold, hit, own = map(self.ttft_p50_s, (self.without, self.kvcache, self.own))
-        l1 = self.kvcache.l1
-        runs = {"without": self.without, "kvcache": self.kvcache, "own_cache": self.own}
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures of `kvcache demo --json`. A time is in seconds, None if not known."""
+        cold, hit, large = map(self.ttft_p50_s, (self.without, self.with_kvcache, self.large))
+        l1 = self.with_kvcache.l1
+        runs = {"without": self.without, "kvcache": self.with_kvcache, "own_cache": self.large}
         return {
             "identical_outputs": self.difference is None,
             "first_difference": self.difference,
@@ -89,9 +94,9 @@ class DemoReport:
             "prompt_tokens": self.prompt_tokens,
             "ttft_p50_cold_s": cold,
             "ttft_p50_hit_s": hit,
-            "ttft_p50_own_cache_s": own,
+            "ttft_p50_own_cache_s": large,
             "ttft_speedup": cold / hit if cold and hit else None,
-            "ttft_vs_own_cache": hit / own if hit and own else None,
+            "ttft_vs_own_cache": hit / large if hit and large else None,
             "pinned_slots_after": l1.pinned_slots,
             "dram_used_bytes": l1.used_nbytes,
             "dram_capacity_bytes": l1.capacity_nbytes,
@@ -110,8 +115,8 @@ class DemoReport:
         }
 
     def text(self, paint: Painter) -> str:
-        """The same for people: a table by turn, four facts, and what was seen."""
-        l1 = self.kvcache.l1
+        """Return the comparison as text: a table by turn, four facts, and a conclusion."""
+        l1 = self.with_kvcache.l1
         outputs = (
             paint("identical", GREEN) + " to those of the engine with a large cache"
             if self.difference is None
@@ -126,7 +131,7 @@ class DemoReport:
             f"outputs       {outputs}",
             f"pinned slots  {pinned}",
         ]
-        return "\n\n".join([self._table(paint), "\n".join(facts), self._seen()])
+        return "\n\n".join([self._table(paint), "\n".join(facts), self._conclusion()])
 
     def _table(self, paint: Painter) -> str:
         groups = [
@@ -136,9 +141,9 @@ class DemoReport:
             ("large engine cache", ["TTFT", "cached"]),
         ]
         rows = []
-        for number in sorted({turn.turn for turn in self.kvcache.turns}):
+        for number in sorted({turn.turn for turn in self.with_kvcache.turns}):
             row = [str(number)]
-            for run in (self.without, self.kvcache, self.own):
+            for run in (self.without, self.with_kvcache, self.large):
                 turns = [turn for turn in run.turns if turn.turn == number]
                 if len(row) == 1:
                     row.append(f"{median(turn.prompt_tokens for turn in turns):,.0f}")
@@ -148,12 +153,12 @@ class DemoReport:
         note = "medians over users; TTFT: time to first token; prompt and cached in tokens"
         return render(groups, rows, paint=paint, strong="with kvcache") + "\n" + note
 
-    def _seen(self) -> str:
-        cold, hit, own = map(self.ttft_p50_s, (self.without, self.kvcache, self.own))
-        if not (cold and hit and own):
+    def _conclusion(self) -> str:
+        cold, hit, large = map(self.ttft_p50_s, (self.without, self.with_kvcache, self.large))
+        if not (cold and hit and large):
             return (
-                f"No turn had a prompt of {LONG_PROMPT:,} tokens that the small cache had lost and "
-                "kvcache still had,\nso there are no times to compare."
+                f"There are no times to compare: no turn had a prompt of {LONG_PROMPT:,} tokens that\n"
+                "the small cache had evicted and kvcache still had."
             )
         if not self.passed:
             return (
@@ -161,11 +166,11 @@ class DemoReport:
                 "with the output of `kvcache demo --json`."
             )
         return (
-            "When users came back, the small engine cache had lost their conversation.\n"
-            f"The first token took {cold * 1000:,.0f} ms where it was computed again, and "
-            f"{hit * 1000:,.0f} ms where kvcache had it: {cold / hit:.1f} times less.\n"
-            f"An engine with room for everything took {own * 1000:,.0f} ms, and gave the same "
-            "tokens and logprobs."
+            "When a user came back, the small engine cache had evicted the conversation.\n"
+            f"Time to first token: {cold * 1000:,.0f} ms when the engine computed it again, "
+            f"{hit * 1000:,.0f} ms with kvcache: {cold / hit:.1f} times less.\n"
+            f"An engine with room for everything took {large * 1000:,.0f} ms, and returned the "
+            "same tokens and logprobs."
         )
 
 

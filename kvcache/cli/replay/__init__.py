@@ -16,11 +16,10 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvcache.cli.amounts import Amount, BlockSize, amounts, bytes_each
+from kvcache.cli.amounts import Amount, BlockSize, amounts, at_least, bytes_each
 from kvcache.cli.progress import Bar
 from kvcache.cli.table import painter
 from kvcache.eviction import POLICIES
@@ -46,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("trace", nargs="?", metavar="TRACE", help='a file, or "-" for the standard input')
     add("--generate", choices=TRAFFIC, help="make traffic up instead")
-    add("--requests", type=_at_least(1), metavar="N", help="of made-up traffic (10000)")
-    add("--seed", type=_at_least(0), metavar="N", help="of made-up traffic and of hints (0)")
+    add("--requests", type=at_least(1), metavar="N", help="of made-up traffic (10000)")
+    add("--seed", type=at_least(0), metavar="N", help="of made-up traffic and of hints (0)")
     add(
         "--policy", type=_policies, default=list(POLICIES), metavar="NAMES",
         help=f'of {", ".join(POLICIES)}, "pkg.mod:Class", with commas between, or "all" (all)',
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bytes-per-token", type=bytes_each, metavar="SIZE", help="of KV cache, of all layers")
     add("--bytes-per-block", type=bytes_each, metavar="SIZE", help="the same for a block")
     add(
-        "--block-tokens", type=_at_least(1), metavar="N",
+        "--block-tokens", type=at_least(1), metavar="N",
         help="tokens of a block (what the trace says, or 512)",
     )  # fmt: skip
     add(
@@ -73,21 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hints", type=_share, default=0.0, metavar="SHARE",
         help="have so many of the sessions that end say so, 0 to 1 (0)",
     )  # fmt: skip
-    add("--processes", type=_at_least(1), metavar="N", help="to use at most (all processors)")
+    add("--processes", type=at_least(1), metavar="N", help="to use at most (all processors)")
     add("--json", action="store_true", help="print a JSON object a line for each policy, capacity")
     add(
         "--plot", type=Path, metavar="FILE",
         help="draw hits against DRAM around the capacity: .svg, .html or .png",
     )  # fmt: skip
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}; a whole number, at least {least}")
-        return int(text)
-
-    return number
 
 
 def _share(text: str) -> float:
