@@ -1,8 +1,8 @@
-"""The Redis or Valkey servers that a tier's options name, for commands that look at them.
+"""Read the Redis or Valkey servers of a tier, for commands.
 
-Always true: looking at a value is no use of it, as far as the server can be asked for that (`CLIENT
-NO-TOUCH`, from 7.2; else its LRU sees one). What a server says has the tier's own limits: a
-deadline for each answer, and bytes; an endless list of keys has one here.
+Always true: reading a value does not count as a use of it on servers with `CLIENT NO-TOUCH` (7.2
+and later; older ones count it in their LRU). An answer has the tier's limits, a deadline and a
+number of bytes; a list of keys has limits here.
 """
 
 from __future__ import annotations
@@ -21,94 +21,99 @@ if TYPE_CHECKING:
     from kvcache.tiers.redis.sockets import Address
 
 WAIT_S = 10.0
-"""For an answer, and for connecting."""
-KEYS = 20_000_000
-"""That a server may list, at most."""
+"""The longest wait for a connection or an answer."""
+MAX_KEYS = 20_000_000
+"""The most keys that a server may list."""
 QUIET_S = 60.0
-"""That a server may go on listing without one that is ours."""
+"""How long a server may list keys of other programs only."""
 
-_AT_ONCE = 500
+_SCAN_COUNT = 500
 
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """What a server has, of all that it keeps, and what it does when that is full."""
+    """The memory of a server. `limit_nbytes` is 0 without a limit."""
 
     used_nbytes: int
-    limit_nbytes: int  # 0: none
-    when_full: str  # its maxmemory-policy
+    limit_nbytes: int
+    when_full: str  # the server's maxmemory-policy
 
 
 class ServerError(Exception):
-    """A server does what none does that keeps blocks."""
+    """A server does not behave like Redis or Valkey."""
 
 
 class RedisServers:
-    """One server, or the primaries of a cluster; a connection to each."""
+    """Connections to one server, or to each primary of a cluster."""
 
     def __init__(self, wires: Sequence[Wire]) -> None:
         self._wires = wires
-        self._at: dict[bytes, Wire] = {}
+        self._wire_of: dict[bytes, Wire] = {}
         for wire in wires:
-            self._say(wire, b"CLIENT", b"NO-TOUCH", b"ON")
+            self._ask(wire, b"CLIENT", b"NO-TOUCH", b"ON")
 
     def sizes(self, pattern: bytes) -> Iterator[tuple[bytes, int]]:
-        """The names of a pattern that have a string, and the bytes of each. Some may come twice.
+        """Yield the keys that match ``pattern`` and have a string, and its bytes.
 
-        Raises ServerError for a server that does not come to an end.
+        A key may be yielded twice.
+
+        Raises:
+            ServerError: the list of keys does not end.
         """
         from kvcache.tiers.redis.resp import command
 
         for wire in self._wires:
             for names in self._names(wire, pattern):
-                asked = [command(b"STRLEN", name) for name in names]
-                for name, nbytes in zip(names, wire.exchange(asked, _soon()), strict=True):
+                commands = [command(b"STRLEN", name) for name in names]
+                for name, nbytes in zip(names, wire.exchange(commands, _deadline()), strict=True):
                     if isinstance(nbytes, int) and nbytes:
-                        self._at[name] = wire
+                        self._wire_of[name] = wire
                         yield name, nbytes
-                if len(self._at) > KEYS:
-                    raise ServerError(f"it lists more than {KEYS:,} blocks, and does not end")
+                if len(self._wire_of) > MAX_KEYS:
+                    raise ServerError(f"it lists more than {MAX_KEYS:,} blocks, and does not end")
 
     def _names(self, wire: Wire, pattern: bytes) -> Iterator[list[bytes]]:
-        cursor, heard = b"0", time.monotonic()
+        cursor, last_s = b"0", time.monotonic()
         while True:
-            said = self._say(wire, b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % _AT_ONCE)
-            match said:
+            reply = self._ask(
+                wire, b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % _SCAN_COUNT
+            )
+            match reply:
                 case [bytes(cursor), list(names)] if all(isinstance(n, bytes) for n in names):
                     pass
                 case _:
                     raise ServerError("it does not list its keys as Redis does")
             if names:
-                heard = time.monotonic()
+                last_s = time.monotonic()
                 yield list(dict.fromkeys(name for name in names if isinstance(name, bytes)))
             if cursor == b"0":
                 return
-            if time.monotonic() - heard > QUIET_S:
+            if time.monotonic() - last_s > QUIET_S:
                 raise ServerError(f"it listed no block for {QUIET_S:g} s, and does not end")
 
     def load(self, name: bytes, into: memoryview) -> int:
-        """Read a value that ``sizes`` named; its bytes, 0 if it is not there or does not fit."""
+        """Read a value of ``sizes``; return its bytes, 0 if it is absent or does not fit."""
         from kvcache.tiers.redis.resp import command
 
-        (nbytes,) = self._at[name].exchange([command(b"GET", name, into=into)], _soon())
+        (nbytes,) = self._wire_of[name].exchange([command(b"GET", name, into=into)], _deadline())
         return nbytes if isinstance(nbytes, int) else 0
 
     def beginning(self, name: bytes, nbytes: int) -> bytes:
-        """The first bytes of a string, whichever server has it; none if it is not there."""
+        """Return the first ``nbytes`` bytes of a string on any server; empty if it is absent."""
         for wire in self._wires:
-            said = self._say(wire, b"GETRANGE", name, b"0", b"%d" % (nbytes - 1))
-            if isinstance(said, bytes) and said:
-                return said
+            reply = self._ask(wire, b"GETRANGE", name, b"0", b"%d" % (nbytes - 1))
+            if isinstance(reply, bytes) and reply:
+                return reply
         return b""
 
     def memory(self) -> ServerMemory | None:
-        """What one server says; None of a cluster, and where a managed one does not tell."""
+        """Return the memory of a single server; None if it hides it, and for a cluster."""
         if len(self._wires) > 1:
             return None
-        said = self._say(self._wires[0], b"INFO", b"memory")
-        if not isinstance(said, bytes):
+        reply = self._ask(self._wires[0], b"INFO", b"memory")
+        if not isinstance(reply, bytes):
             return None
-        lines = (line.partition(b":") for line in said.splitlines())
+        lines = (line.partition(b":") for line in reply.splitlines())
         facts = {name: value for name, _, value in lines}
         with suppress(KeyError, ValueError):
             return ServerMemory(
@@ -118,15 +123,16 @@ class RedisServers:
             )
         return None
 
-    def _say(self, wire: Wire, *words: bytes) -> Said:
-        return wire.say(*words, deadline=_soon())
+    def _ask(self, wire: Wire, *words: bytes) -> Said:
+        return wire.say(*words, deadline=_deadline())
 
 
 @contextmanager
 def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
-    """The servers, as the tier's options say; the tier's defaults where they do not.
+    """Connect to the servers of a tier's options, with the tier's defaults for missing ones.
 
-    Raises ValueError where they cannot be had, and for what goes wrong meanwhile.
+    Raises:
+        ValueError: a server cannot be reached or read, here or inside the ``with``.
     """
     try:
         import_module("redis")
@@ -135,7 +141,7 @@ def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
     from kvcache.tiers.redis.connect import LoginError, read_url
     from kvcache.tiers.redis.resp import WireError
 
-    read_url(str(options["url"]))  # what is wrong with it, it says itself
+    read_url(str(options["url"]))  # raises for an invalid URL
     try:
         with ExitStack() as opened:
             yield RedisServers([opened.enter_context(closing(wire)) for wire in _wires(options)])
@@ -144,7 +150,7 @@ def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
 
 
 def _wires(options: Mapping[str, object]) -> Iterator[Wire]:
-    """A connection to each server that has keys."""
+    """Yield a connection to each server that has keys."""
     from kvcache.tiers.redis.cluster import slots_of
     from kvcache.tiers.redis.connect import Login, read_password, read_url
     from kvcache.tiers.redis.sentinel import Watched
@@ -152,25 +158,26 @@ def _wires(options: Mapping[str, object]) -> Iterator[Wire]:
     def option(name: str) -> str:
         return str(options.get(name, ""))
 
-    def login(kind: str) -> Login:
-        variable = f"{kind}password_env"
+    def login(prefix: str) -> Login:
+        variable = f"{prefix}password_env"
         password = read_password(option(variable), variable)
         ca_file, cert_file, key_file = map(option, ("ca_file", "cert_file", "key_file"))
-        database, username = 0 if kind else place.database, option(f"{kind}username")
+        database, username = 0 if prefix else place.database, option(f"{prefix}username")
         return Login(place.tls, database, username, password, ca_file, cert_file, key_file)
 
     place = read_url(option("url"))
-    ours = login("")
-    where: Sequence[Address] = place.addresses[:1]
+    server_login = login("")
+    addresses: Sequence[Address] = place.addresses[:1]
     if place.master:
-        asking = login("sentinel_")
-        where = [Watched(place.addresses, place.master, asking, asking, 1).find(_soon())]
+        sentinel_login = login("sentinel_")
+        master = Watched(place.addresses, place.master, sentinel_login, sentinel_login, 1)
+        addresses = [master.find(_deadline())]
     elif options.get("cluster"):
-        ranges = slots_of(ours, place.addresses[0], _soon())
-        where = list(dict.fromkeys(address for _, _, address in ranges))
-    for address in where:
-        yield ours.connect(address, _soon())
+        ranges = slots_of(server_login, place.addresses[0], _deadline())
+        addresses = list(dict.fromkeys(address for _, _, address in ranges))
+    for address in addresses:
+        yield server_login.connect(address, _deadline())
 
 
-def _soon() -> float:
+def _deadline() -> float:
     return time.monotonic() + WAIT_S

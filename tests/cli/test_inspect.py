@@ -1,4 +1,4 @@
-"""What `kvcache inspect` says of a disk tier: all of it, by namespace, and what is damaged."""
+"""`kvcache inspect` of a disk tier: the blocks of each namespace, and damaged ones."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,24 +14,25 @@ from kvcache.replica import Replica
 from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
+from kvcache.tiers.disk.reader import Reader
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
 from tests.support.frames import BLOCK, like_kv
 from tests.tiers.test_disk import blocks, capacity, opened
 
-SPACES = [namespace({"model": model}) for model in ("a", "b")]
+NAMESPACES = [namespace({"model": model}) for model in ("a", "b")]
 FRAME = frame_nbytes(BLOCK)
 
 
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Framed]:
-    """Three blocks of one namespace and one of another, in a tier that is open."""
+    """An open tier with three blocks of one namespace and one of another."""
     path, size = tmp_path / "kv", capacity(8, FRAME)
     inner = DiskTier(block_nbytes=FRAME, path=str(path), capacity=size)
     with closing(Framed(inner, block_nbytes=BLOCK, codec="zstd")) as tier:
-        for space, count in zip(SPACES, (3, 1), strict=True):
+        for name, count in zip(NAMESPACES, (3, 1), strict=True):
             for number, key in enumerate(keys_of("inspected", count)):
                 block = memoryview(like_kv(BLOCK, number))
-                assert tier.store([namespaced_key(space, key)], [block]) == [True]
+                assert tier.store([namespaced_key(name, key)], [block]) == [True]
         yield tier
 
 
@@ -47,11 +48,10 @@ def inspected(
     return inspect
 
 
-def damage(path: Path, key: bytes, tier: Framed) -> None:
+def damage(path: Path, key: bytes) -> None:
     """Change a byte of the block's payload."""
-    assert isinstance(tier.inner, DiskTier)
-    [slot] = tier.inner._index.pin([key])
-    tier.inner._index.unpin([slot])
+    with closing(Reader(path)) as reader:
+        [slot] = [record.slot for record in reader if record.key == key]
     with (path / "blocks").open("r+b") as file:
         file.seek(slot * FRAME + HEADER_NBYTES + 1000)
         [byte] = file.read(1)
@@ -59,7 +59,7 @@ def damage(path: Path, key: bytes, tier: Framed) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def test_namespaces_are_counted_while_it_is_open(
+def test_inspect_counts_namespaces_of_an_open_tier(
     inspected: Callable[..., tuple[int, Any]], tmp_path: Path
 ) -> None:
     code, found = inspected()
@@ -68,11 +68,14 @@ def test_namespaces_are_counted_while_it_is_open(
     assert (found["kind"], found["slots"], found["blocks"]) == ("disk", 8, 4)
     assert found["open_in_process"] is not None
     sizes = {name: held.pop("nbytes") for name, held in found["namespaces"].items()}
-    assert found["namespaces"] == {SPACES[0].hex(): {"blocks": 3}, SPACES[1].hex(): {"blocks": 1}}
+    assert found["namespaces"] == {
+        NAMESPACES[0].hex(): {"blocks": 3},
+        NAMESPACES[1].hex(): {"blocks": 1},
+    }
     assert all(0 < nbytes < 3 * FRAME and not nbytes % PAGE for nbytes in sizes.values())
 
 
-def test_whole_blocks_verify(inspected: Callable[..., tuple[int, Any]]) -> None:
+def test_inspect_verify_finds_intact_blocks(inspected: Callable[..., tuple[int, Any]]) -> None:
     code, found = inspected("--verify")
     assert code == 0
     assert [(held["intact"], held["rejected"]) for held in found["namespaces"].values()] == [
@@ -80,33 +83,33 @@ def test_whole_blocks_verify(inspected: Callable[..., tuple[int, Any]]) -> None:
     ]  # fmt: skip
 
 
-def test_a_damaged_block_is_found_and_left_there(
+def test_inspect_verify_finds_a_damaged_block_and_keeps_it(
     inspected: Callable[..., tuple[int, Any]], tier: Framed, tmp_path: Path
 ) -> None:
-    hurt = namespaced_key(SPACES[0], keys_of("inspected", 3)[1])
-    damage(tmp_path / "kv", hurt, tier)
+    damaged_key = namespaced_key(NAMESPACES[0], keys_of("inspected", 3)[1])
+    damage(tmp_path / "kv", damaged_key)
     code, found = inspected("--verify")
     assert code == 1
-    held = found["namespaces"][SPACES[0].hex()]
+    held = found["namespaces"][NAMESPACES[0].hex()]
     assert (held["intact"], held["rejected"]) == (2, {"checksum": 1})
-    assert tier.contains([hurt]) == [True]
-    assert inspected()[0] == 0  # without reading them nothing is known to be wrong
+    assert tier.contains([damaged_key]) == [True]
+    assert inspected()[0] == 0  # only reading the blocks shows the damage
 
 
-def test_zstd_that_is_not_installed_is_no_damage(
+def test_inspect_verify_without_zstd_reports_no_damage(
     inspected: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvcache.tiers.framed.format.zstandard", lambda: None)
     code, found = inspected("--verify")
     assert code == 0
-    assert found["namespaces"][SPACES[1].hex()]["rejected"] == {"codec": 1}
+    assert found["namespaces"][NAMESPACES[1].hex()]["rejected"] == {"codec": 1}
 
 
-def test_blocks_that_leave_meanwhile_are_no_damage(
+def test_inspect_verify_of_removed_blocks_reports_no_damage(
     inspected: Callable[..., tuple[int, Any]], tier: Framed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Framed.load
-    keys = [namespaced_key(SPACES[0], key) for key in keys_of("inspected", 3)]
+    keys = [namespaced_key(NAMESPACES[0], key) for key in keys_of("inspected", 3)]
 
     def remove_then_load(self: Framed, *arguments: Any) -> list[int]:
         tier.remove(keys)
@@ -115,24 +118,24 @@ def test_blocks_that_leave_meanwhile_are_no_damage(
     monkeypatch.setattr(Framed, "load", remove_then_load)
     code, found = inspected("--verify")
     assert code == 0
-    assert found["namespaces"][SPACES[0].hex()]["rejected"] == {"changed": 3}
-    assert found["namespaces"][SPACES[1].hex()]["intact"] == 1
+    assert found["namespaces"][NAMESPACES[0].hex()]["rejected"] == {"changed": 3}
+    assert found["namespaces"][NAMESPACES[1].hex()]["intact"] == 1
 
 
-def test_the_text_has_a_row_for_each_namespace(
+def test_inspect_text_has_a_row_for_each_namespace(
     tier: Framed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damage(tmp_path / "kv", namespaced_key(SPACES[1], keys_of("inspected", 1)[0]), tier)
+    damage(tmp_path / "kv", namespaced_key(NAMESPACES[1], keys_of("inspected", 1)[0]))
     assert cli.main(["inspect", str(tmp_path / "kv"), "--verify"]) == 1
-    said = capsys.readouterr().out
-    rows = [line.split() for line in said.splitlines()]
-    first, second = (space.hex()[:16] for space in SPACES)
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    first, second = (name.hex()[:16] for name in NAMESPACES)
     assert [row[1:2] + row[3:] for row in rows if row[:1] == [first]] == [["3", "3", "none"]]
     assert [row[3:] for row in rows if row[:1] == [second]] == [["0", "1", "checksum"]]
-    assert "Damaged: 1 blocks." in said
+    assert "Damaged: 1 blocks." in out
 
 
-def test_the_profile_says_where_its_tiers_are(
+def test_inspect_profile_reads_its_lower_tiers(
     tier: Framed,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -140,10 +143,12 @@ def test_the_profile_says_where_its_tiers_are(
 ) -> None:
     monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "kv"))
     assert cli.main(["inspect", "--profile", "l1-disk"]) == 0
-    assert SPACES[0].hex()[:16] in capsys.readouterr().out
+    assert NAMESPACES[0].hex()[:16] in capsys.readouterr().out
 
 
-def test_keys_without_a_namespace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_counts_keys_without_a_namespace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with closing(opened(tmp_path / "kv")) as tier:
         keys = keys_of("bare", 2)
         tier.store(keys, blocks(keys))
@@ -155,14 +160,16 @@ def test_keys_without_a_namespace(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no room for a frame" in capsys.readouterr().err
 
 
-def test_an_empty_tier_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_empty_tier_says_that_it_holds_no_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     opened(tmp_path / "kv").close()
     assert cli.main(["inspect", str(tmp_path / "kv")]) == 0
     assert "It holds no blocks." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "error"),
     [
         (["{path}"], "No such file"),
         (["other://somewhere"], "of kind 'other'; kinds that can be read are disk"),
@@ -170,45 +177,45 @@ def test_an_empty_tier_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--profile", "l1-dsik"], 'did you mean "l1-disk"?'),
     ],
 )
-def test_what_cannot_be_read_ends_with_code_2(
-    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_unreadable_place_ends_with_code_2(
+    arguments: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["inspect", *(word.format(path=tmp_path) for word in arguments)]) == 2
-    assert complaint in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
-def test_inspect_described_namespace_shows_its_identity(
+def test_inspect_described_namespace_has_its_identity(
     tier: Framed,
     inspected: Callable[..., tuple[int, Any]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     about = {"model": "chat", "weights": "digest 12\x1b[31m34", "ranks": [1, 2]}
-    assert tier.resolve(SPACES[0], json.dumps(about)) == SPACES[0]
+    assert tier.resolve(NAMESPACES[0], json.dumps(about)) == NAMESPACES[0]
     _, found = inspected()
-    assert found["namespaces"][SPACES[0].hex()]["identity"] == about
-    assert "identity" not in found["namespaces"][SPACES[1].hex()]
+    assert found["namespaces"][NAMESPACES[0].hex()]["identity"] == about
+    assert "identity" not in found["namespaces"][NAMESPACES[1].hex()]
     assert cli.main(["inspect", str(tmp_path / "kv")]) == 0
-    said = capsys.readouterr().out
-    assert "\x1b[31m" not in said
+    out = capsys.readouterr().out
+    assert "\x1b[31m" not in out
     for words in ("chat", "digest 12", "[1, 2]"):
-        assert words in said
+        assert words in out
 
 
-def test_inspect_namespace_that_was_reset_is_described_under_its_new_name(
+def test_inspect_reset_namespace_is_described_under_its_new_name(
     tier: Framed, inspected: Callable[..., tuple[int, Any]], tmp_path: Path
 ) -> None:
-    tier.forget(SPACES[0])
-    called = tier.resolve(SPACES[0], json.dumps({"model": "chat"}))
-    assert called != SPACES[0]
-    tier.store([namespaced_key(called, b"one")], [memoryview(like_kv(BLOCK, 1))])
+    tier.forget(NAMESPACES[0])
+    new_name = tier.resolve(NAMESPACES[0], json.dumps({"model": "chat"}))
+    assert new_name != NAMESPACES[0]
+    tier.store([namespaced_key(new_name, b"one")], [memoryview(like_kv(BLOCK, 1))])
     _, found = inspected()
-    assert found["namespaces"][called.hex()]["identity"] == {"model": "chat"}
-    assert found["namespaces"][SPACES[0].hex()]["blocks"] == 3
+    assert found["namespaces"][new_name.hex()]["identity"] == {"model": "chat"}
+    assert found["namespaces"][NAMESPACES[0].hex()]["blocks"] == 3
 
 
 @pytest.mark.parametrize("text", [b"[]", b"{", b"\xff", b'{"reset": [], "about": {"a": 1}}'])
-def test_inspect_damaged_descriptions_are_left_out(
+def test_inspect_ignores_damaged_descriptions(
     text: bytes, inspected: Callable[..., tuple[int, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "kv" / "spaces").write_bytes(text)
@@ -216,7 +223,7 @@ def test_inspect_damaged_descriptions_are_left_out(
     assert (code, found["blocks"]) == (0, 4)
 
 
-def test_inspect_of_a_path_that_replicas_share_shows_each_of_them(
+def test_inspect_path_of_several_replicas_reads_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = keys_of("a", 3)

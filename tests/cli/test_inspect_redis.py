@@ -1,4 +1,4 @@
-"""What `kvcache inspect` says of a real Redis server, and that it leaves it as it is."""
+"""`kvcache inspect` of a real Redis server: it reads the blocks and changes nothing."""
 
 import json
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from tests.support.frames import BLOCK, like_kv
 from tests.support.hostile_servers import Hostile, saying
 from tests.support.redis_servers import Server
 
-SPACES = [namespace({"model": model}) for model in ("a", "b")]
+NAMESPACES = [namespace({"model": model}) for model in ("a", "b")]
 FRAME = frame_nbytes(BLOCK)
-KEYS = [namespaced_key(SPACES[0], key) for key in keys_of("inspected", 3)] + [
-    namespaced_key(SPACES[1], b"one")
+KEYS = [namespaced_key(NAMESPACES[0], key) for key in keys_of("inspected", 3)] + [
+    namespaced_key(NAMESPACES[1], b"one")
 ]
 
 
@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def fill(url: str, *, cluster: bool = False) -> None:
-    """Three blocks of one namespace and one of another."""
+    """Store three blocks of one namespace and one of another."""
     inner = RedisTier(url=url, cluster=cluster, timeout_s=30)
     with closing(Framed(inner, block_nbytes=BLOCK)) as tier:
         blocks = [memoryview(like_kv(BLOCK, number)) for number in range(4)]
@@ -45,61 +45,60 @@ def fill(url: str, *, cluster: bool = False) -> None:
 def filled(server: Server) -> Server:
     server.client().flushall()
     fill(server.url)
-    server.client().set("somebody else's", "value")
+    server.client().set("another program's", "value")
     server.client().set("kvcache:1:start:7", "no block")
     return server
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
     code = cli.main(["inspect", "--json", *arguments])
-    said = capsys.readouterr()
-    [found] = json.loads(said.out)["tiers"]
+    [found] = json.loads(capsys.readouterr().out)["tiers"]
     return code, found
 
 
-@pytest.mark.parametrize("way", ["tcp", "unix"])
-def test_namespaces_are_counted(
-    way: str, filled: Server, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_inspect_redis_counts_namespaces(
+    transport: str, filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url = filled.url if way == "tcp" else f"unix://{filled.socket}"
+    url = filled.url if transport == "tcp" else f"unix://{filled.socket}"
     code, found = inspected(capsys, url)
     assert (code, found["kind"], found["tier"], found["blocks"]) == (0, "redis", url, 4)
     assert found["namespaces"] == {
-        SPACES[0].hex(): {"blocks": 3, "nbytes": 3 * FRAME},
-        SPACES[1].hex(): {"blocks": 1, "nbytes": FRAME},
+        NAMESPACES[0].hex(): {"blocks": 3, "nbytes": 3 * FRAME},
+        NAMESPACES[1].hex(): {"blocks": 1, "nbytes": FRAME},
     }
     assert found["when_full"] == "noeviction"
     assert found["used_nbytes"] > 4 * FRAME
 
 
-def test_a_damaged_block_is_found_and_left_there(
+def test_inspect_redis_verify_finds_a_damaged_block_and_keeps_it(
     filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled.client().setrange(name_of(KEYS[1]), 5000, b"damage")
     before = filled.client().dbsize()
     code, found = inspected(capsys, filled.url, "--verify")
     assert code == 1
-    held = [found["namespaces"][space.hex()] for space in SPACES]
+    held = [found["namespaces"][name.hex()] for name in NAMESPACES]
     assert [(one["intact"], one["rejected"]) for one in held] == [(2, {"checksum": 1}), (1, {})]
     assert filled.client().dbsize() == before
 
 
-def test_looking_makes_no_block_live_longer(
+def test_inspect_redis_does_not_extend_a_block_s_life(
     filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = name_of(KEYS[0])
     filled.client().expire(name, 1000)
-    deadline = filled.client().expiretime(name) if is_new(filled) else None
+    expiry = filled.client().expiretime(name) if has_expiretime(filled) else None
     assert inspected(capsys, filled.url, "--verify")[0] == 0
     assert 0 < filled.client().ttl(name) <= 1000
-    assert deadline is None or filled.client().expiretime(name) == deadline
+    assert expiry is None or filled.client().expiretime(name) == expiry
 
 
-def is_new(server: Server) -> bool:
+def has_expiretime(server: Server) -> bool:
     return int(server.client().info("server")["redis_version"].split(".")[0]) >= 7
 
 
-def test_a_block_that_leaves_meanwhile_is_no_damage(
+def test_inspect_redis_verify_of_removed_blocks_reports_no_damage(
     filled: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Framed.load
@@ -111,17 +110,21 @@ def test_a_block_that_leaves_meanwhile_is_no_damage(
     monkeypatch.setattr(Framed, "load", remove_then_load)
     code, found = inspected(capsys, filled.url, "--verify")
     assert code == 0
-    assert found["namespaces"][SPACES[0].hex()]["rejected"] == {"changed": 3}
+    assert found["namespaces"][NAMESPACES[0].hex()]["rejected"] == {"changed": 3}
 
 
-def test_values_too_small_for_a_frame(filled: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_redis_verify_of_values_without_a_frame_ends_with_code_2(
+    filled: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     filled.client().flushall()
     filled.client().set(name_of(KEYS[0]), "short")
     assert cli.main(["inspect", filled.url, "--verify"]) == 2
     assert "no room for a frame" in capsys.readouterr().err
 
 
-def test_a_cluster(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: Any) -> None:
+def test_inspect_redis_cluster_reads_every_primary(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: Any
+) -> None:
     with redis_servers.cluster(tmp_path_factory.mktemp("cluster")) as nodes:
         fill(nodes[0].url, cluster=True)
         profile = tmp_path / "cluster.toml"
@@ -134,26 +137,30 @@ def test_a_cluster(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, cap
     assert [held["intact"] for held in found["namespaces"].values()] in ([3, 1], [1, 3])
 
 
-def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_redis_unreachable_server_ends_with_code_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["inspect", "redis://127.0.0.1:1"]) == 2
     assert "redis://127.0.0.1:1 cannot be read" in capsys.readouterr().err
 
 
-def test_a_password_in_the_url_is_refused_and_not_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_redis_password_in_the_url_is_rejected_and_not_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["inspect", "redis://user:hunter2@127.0.0.1:1"]) == 2
     assert "hunter2" not in capsys.readouterr().err
 
 
-def test_inspect_redis_described_namespace_shows_its_identity(
+def test_inspect_redis_described_namespace_has_its_identity(
     filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     about = {"model": "chat", "weights": "commit 12"}
     with closing(RedisTier(url=filled.url, timeout_s=30)) as tier:
-        assert tier.resolve(SPACES[0], json.dumps(about)) == SPACES[0]
-    filled.client().set(about_name_of(SPACES[1]), "no JSON")
+        assert tier.resolve(NAMESPACES[0], json.dumps(about)) == NAMESPACES[0]
+    filled.client().set(about_name_of(NAMESPACES[1]), "no JSON")
     _, found = inspected(capsys, filled.url)
-    assert found["namespaces"][SPACES[0].hex()]["identity"] == about
-    assert "identity" not in found["namespaces"][SPACES[1].hex()]
+    assert found["namespaces"][NAMESPACES[0].hex()]["identity"] == about
+    assert "identity" not in found["namespaces"][NAMESPACES[1].hex()]
     assert found["blocks"] == 4
 
 
@@ -166,16 +173,16 @@ def test_inspect_redis_described_namespace_shows_its_identity(
         "redis://localhost:1#token=SECRET77",
     ],
 )
-def test_inspect_of_a_url_with_a_password_repeats_it_nowhere(
+def test_inspect_redis_url_with_a_secret_is_not_printed(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["inspect", url]) == 2
-    said = capsys.readouterr()
-    assert "SECRET77" not in said.out + said.err
-    assert said.err.startswith("inspect: ")
+    printed = capsys.readouterr()
+    assert "SECRET77" not in printed.out + printed.err
+    assert printed.err.startswith("inspect: ")
 
 
-def test_inspect_of_a_server_that_repeats_its_password_repeats_it_nowhere(
+def test_inspect_redis_error_that_contains_the_password_is_redacted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OUR_REDIS_PASSWORD", "correct-horse-77")
@@ -187,7 +194,7 @@ def test_inspect_of_a_server_that_repeats_its_password_repeats_it_nowhere(
             'password_env = "OUR_REDIS_PASSWORD"\n'
         )
         assert cli.main(["inspect", "--profile", str(profile)]) == 2
-    said = capsys.readouterr()
-    assert "cannot be read" in said.err
-    assert "correct-horse" not in said.out + said.err
-    assert "\x1b" not in said.err
+    printed = capsys.readouterr()
+    assert "cannot be read" in printed.err
+    assert "correct-horse" not in printed.out + printed.err
+    assert "\x1b" not in printed.err

@@ -157,8 +157,8 @@ class DemoReport:
         cold, hit, large = map(self.ttft_p50_s, (self.without, self.with_kvcache, self.large))
         if not (cold and hit and large):
             return (
-                f"There are no times to compare: no turn had a prompt of {LONG_PROMPT:,} tokens that\n"
-                "the small cache had evicted and kvcache still had."
+                "There are no times to compare: no turn had a prompt of "
+                f"{LONG_PROMPT:,} tokens that\nthe small cache had evicted and kvcache still had."
             )
         if not self.passed:
             return (

@@ -1,8 +1,8 @@
-"""What the tiers below L1 hold, by namespace: who may find it, how much, and whether it is whole.
+"""Print what the lower tiers hold, by namespace, and verify it.
 
-PLACE is the directory of a disk tier, or redis://HOST:PORT; a server that asks for more than that
-is found through a profile. A namespace is one model with its settings, as a connector keeps them
-apart. Reads only, and may run while engines use the tier.
+PLACE is the directory of a disk tier, or redis://HOST:PORT. For a server with a password, or with
+TLS, name a profile. A namespace is one model with its settings, as a connector separates them. The
+command only reads, and may run while engines use the tier.
 """
 
 from __future__ import annotations
@@ -13,44 +13,40 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 
-from kvcache.cli.inspect.contents import Contents
+from kvcache.cli.inspect.contents import TierContents
 from kvcache.cli.table import painter
 from kvcache.secrets import redact
 
-READERS = {
-    "disk": ("kvcache.cli.inspect.disk", "path"),
-    "redis": ("kvcache.cli.inspect.redis", "url"),
-}
-"""By the tier's kind: the module whose `contents(options, verify)` reads one, and the option of the
-tier that says its place."""
+READERS = {"disk": "kvcache.cli.inspect.disk", "redis": "kvcache.cli.inspect.redis"}
+"""The module with `read_contents` for each kind of tier."""
 
 SCHEMES = dict.fromkeys(("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix"), "redis")
-"""The kind that a place of this scheme is; without one it is a directory."""
+"""The kind of tier for each scheme of a PLACE; without a scheme, PLACE is a directory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `kvcache inspect` takes."""
+    """Add the arguments of `kvcache inspect`."""
     add = parser.add_argument
     add(
         "place",
         nargs="?",
         metavar="PLACE",
-        help="a directory or a Redis URL (else the profile's)",
+        help="a directory or a Redis URL (default: the lower tiers of the profile)",
     )
-    add("--profile", help="a shipped name or a file ($KVCACHE_PROFILE)")
-    add("--verify", action="store_true", help="read every block, and check it")
+    add("--profile", help="a shipped name or a file (default: $KVCACHE_PROFILE)")
+    add("--verify", action="store_true", help="read every block, and verify its checksum")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is there; 1 if a block is damaged, 2 for a place that cannot be read."""
+    """Print the contents; return 1 if a block is damaged, 2 if a place cannot be read."""
     try:
         found = [read(options, args.verify) for read, options in _tiers(args.place, args.profile)]
     except ValueError as error:
         print(f"inspect: {redact(str(error))}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps({"tiers": [contents.figures() for contents in found]}))
+        print(json.dumps({"tiers": [contents.to_json() for contents in found]}))
     else:
         paint = painter(sys.stdout)
         print("\n\n".join(contents.text(paint) for contents in found))
@@ -58,43 +54,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 Options = Mapping[str, object]
-Reader = Callable[[Options, bool], Contents]
+ContentsReader = Callable[[Options, bool], TierContents]
 
 
-def _tiers(place: str | None, profile: str | None) -> Iterator[tuple[Reader, Options]]:
-    """What to read, and how. Raises ValueError for what nothing here can read."""
+def _tiers(place: str | None, profile_name: str | None) -> Iterator[tuple[ContentsReader, Options]]:
+    """Yield a reader and its options for each tier. Raises ValueError for an unknown kind."""
     if place is not None:
-        scheme, mark, _ = place.partition("://")
-        kind = SCHEMES.get(scheme, scheme) if mark else "disk"
-        yield from _parts(kind, _reader(kind, place), {READERS[kind][1]: place})
+        scheme, separator, _ = place.partition("://")
+        kind = SCHEMES.get(scheme, scheme) if separator else "disk"
+        yield from _readers(kind, place, {"path": place, "url": place})
         return
     from kvcache.profiles import load_profile
 
-    chosen = load_profile(profile)
-    if not (lower := chosen.tiers[1:]):
+    profile = load_profile(profile_name)
+    if not (lower := profile.tiers[1:]):
         raise ValueError(
-            f"profile {chosen.name} has no tier below L1, and L1 ends with its engine; "
+            f"profile {profile.name} has no tier below L1, and L1 ends with its engine; "
             "`kvcache top` shows one that runs"
         )
     for row in lower:
-        reader = _reader(row.kind, f"tier {row.name} of profile {chosen.name}")
-        yield from _parts(row.kind, reader, row.options)
+        yield from _readers(row.kind, f"tier {row.name} of profile {profile.name}", row.options)
 
 
-def _parts(kind: str, reader: Reader, options: Options) -> Iterator[tuple[Reader, Options]]:
-    """A place once, or once for each replica that has a directory there."""
+def _readers(kind: str, place: str, options: Options) -> Iterator[tuple[ContentsReader, Options]]:
+    """Yield a reader for a tier; a disk tier has one for each replica's directory."""
+    if kind not in READERS:
+        raise ValueError(
+            f"{place}: of kind {kind!r}; kinds that can be read are {', '.join(READERS)}"
+        )
+    reader: ContentsReader = import_module(READERS[kind]).read_contents
     if kind == "disk":
         from kvcache.cli.inspect.disk import replicas
 
         yield from ((reader, each) for each in replicas(options))
     else:
         yield reader, options
-
-
-def _reader(kind: str, what: str) -> Reader:
-    if kind not in READERS:
-        raise ValueError(
-            f"{what}: of kind {kind!r}; kinds that can be read are {', '.join(READERS)}"
-        )
-    reader: Reader = import_module(READERS[kind][0]).contents
-    return reader

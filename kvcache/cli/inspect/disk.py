@@ -1,35 +1,36 @@
-"""What the directory of a disk tier holds. Changes nothing there, whoever has it open."""
+"""Read what the directory of a disk tier holds. Changes nothing, even if an engine has it open."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
 
-from kvcache.cli.inspect.contents import Contents
+from kvcache.cli.inspect.contents import TierContents
 from kvcache.cli.inspect.frames import verify as verify_frames
 
 
 def replicas(options: Mapping[str, object]) -> list[Mapping[str, object]]:
-    """The options for each directory that replicas of one engine have at a path."""
+    """Return options for each directory that replicas of one engine have below a path."""
     from kvcache.tiers.disk.places import location
     from kvcache.tiers.disk.replicas import directories
 
     path = location(str(options["path"]))
     try:
-        found = [path / name for _, name in sorted(directories(path).items())]
-    except OSError:  # reading it says why
+        folders = [path / name for _, name in sorted(directories(path).items())]
+    except OSError:  # read_contents raises the cause
         return [options]
     return [
-        {**options, "path": str(each)}
-        for each in found
-        if each == path or (each / "records").exists()
+        {**options, "path": str(folder)}
+        for folder in folders
+        if folder == path or (folder / "records").exists()
     ]
 
 
-def contents(options: Mapping[str, object], verify: bool) -> Contents:
-    """Count the blocks, and with `verify` read them all and hold them to their checksums.
+def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
+    """Count the blocks; with ``verify`` also read them, and verify their checksums.
 
-    Raises ValueError where there is no disk tier to read.
+    Raises:
+        ValueError: there is no disk tier, or it cannot be read.
     """
     from kvcache.tiers.disk.locks import holder
     from kvcache.tiers.disk.places import location
@@ -38,7 +39,7 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
     path = location(str(options["path"]))
     with closing(Reader(path)) as reader:
         geometry = reader.geometry
-        found = Contents(
+        contents = TierContents(
             str(path),
             "disk",
             {
@@ -49,17 +50,14 @@ def contents(options: Mapping[str, object], verify: bool) -> Contents:
             },
         )
         for record in reader:
-            held = found.of(record.key)
-            held.blocks += 1
-            held.nbytes += record.nbytes
+            contents.namespace_of(record.key).add_block(record.nbytes)
+        for name, description in reader.about().items():
+            contents.describe(name, description)
 
-        for name, about in reader.about().items():
-            found.describe(name, about)
-
-        def why(key: bytes) -> str:
+        def missing_reason(key: bytes) -> str:
             return "unreadable" if reader.stands(key) else "changed"
 
         if verify:
             keys = [record.key for record in reader]
-            verify_frames(reader, keys, geometry.slot_nbytes, found, why)
-        return found
+            verify_frames(reader, keys, geometry.slot_nbytes, contents, missing_reason)
+        return contents

@@ -1,11 +1,11 @@
-"""Blocks held to their checksums, in whatever tier they are."""
+"""Verify the frames of a tier's blocks against their checksums."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
 
-from kvcache.cli.inspect.contents import Contents
+from kvcache.cli.inspect.contents import TierContents
 from kvcache.cli.progress import Bar
 from kvcache.sizes import format_size
 from kvcache.tier import Tier
@@ -14,31 +14,37 @@ from kvcache.tier import Tier
 def verify(
     tier: Tier,
     keys: Collection[bytes],
-    largest: int,
-    found: Contents,
-    why: Callable[[bytes], str],
+    largest_nbytes: int,
+    contents: TierContents,
+    missing_reason: Callable[[bytes], str],
 ) -> None:
-    """Read every block through the frame that was put around it, and count what comes of it.
+    """Read every block through its frame, and count intact and rejected blocks in ``contents``.
 
-    `tier` must not do what `remove` asks for: frames that do not verify are removed by who loads
-    them. `largest` are the bytes of the largest frame there can be. `why` says in a word why a
-    block did not come at all.
+    Args:
+        tier: must ignore ``remove``: reading a frame that does not verify calls it.
+        keys: of the blocks to read.
+        largest_nbytes: the size of the largest possible frame.
+        contents: has a namespace for each key.
+        missing_reason: returns one word for a block that the tier did not return.
+
+    Raises:
+        ValueError: ``largest_nbytes`` is too small for a frame.
     """
     from kvcache.tiers.framed import HEADER_NBYTES, Framed
 
-    if (room := largest - HEADER_NBYTES) < 1:
+    if (room := largest_nbytes - HEADER_NBYTES) < 1:
         raise ValueError(
-            f"{found.where} keeps at most {format_size(largest)} of a block; that has no room for "
-            "a frame, so there is nothing to verify blocks by"
+            f"{contents.place} keeps at most {format_size(largest_nbytes)} of a block; that has no "
+            "room for a frame, so there is nothing to verify blocks by"
         )
-    found.verified = True
+    contents.verified = True
     framed, buffer = Framed(tier, block_nbytes=room), memoryview(bytearray(room))
     with Bar(sys.stderr, len(keys)) as bar:
         for key in keys:
-            held = found.of(key)
-            before = framed.stats().rejected
+            found = contents.namespace_of(key)
+            rejected = framed.stats().rejected
             if framed.load([key], [buffer])[0]:
-                held.intact += 1
+                found.intact += 1
             else:
-                held.rejected += (framed.stats().rejected - before) or {why(key): 1}
+                found.rejected += (framed.stats().rejected - rejected) or {missing_reason(key): 1}
             bar.add(1)

@@ -1,6 +1,6 @@
-"""What a Redis or Valkey server, or a cluster of them, holds of ours. Reads only.
+"""Read the blocks of kvcache in a Redis or Valkey server, or a cluster of them.
 
-Always true: no value is removed, and none is given more time by being looked at.
+Always true: no value is removed, and reading one does not extend its life.
 """
 
 from __future__ import annotations
@@ -8,57 +8,58 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from kvcache.cli.inspect.contents import Contents
+from kvcache.cli.inspect.contents import TierContents
 from kvcache.cli.inspect.frames import verify as verify_frames
 from kvcache.cli.redis_server import RedisServers, connected
 from kvcache.sizes import format_size
 from kvcache.tier import Tier
 
 _NAME = re.compile(rb"kvcache:1:((?:[0-9a-f]{2})*):((?:[0-9a-f]{2})*)")
-_ABOUT_NBYTES = 1 << 16  # of a description
-_LARGEST = 512 << 20  # bytes of a value
+_DESCRIPTION_NBYTES = 1 << 16
+_LARGEST_VALUE_NBYTES = 512 << 20
 
 
-def contents(options: Mapping[str, object], verify: bool) -> Contents:
-    """Count the blocks, and with `verify` read them all and hold them to their checksums.
+def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
+    """Count the blocks; with ``verify`` also read them, and verify their checksums.
 
-    Raises ValueError where the server cannot be asked.
+    Raises:
+        ValueError: the server cannot be reached, or is not a Redis server.
     """
     with connected(options) as servers:
         from kvcache.tiers.redis import about_name_of
 
-        found = Contents(str(options["url"]), "redis", {})
+        contents = TierContents(str(options["url"]), "redis", {})
         sizes: dict[bytes, int] = {}
         for name, nbytes in servers.sizes(b"kvcache:1:*"):
             if parts := _NAME.fullmatch(name):
                 sizes[bytes.fromhex((parts[1] + parts[2]).decode())] = nbytes
         for key, nbytes in sizes.items():
-            held = found.of(key)
-            held.blocks += 1
-            held.nbytes += nbytes
-        for namespace in found.namespaces:
-            if about := servers.beginning(about_name_of(bytes.fromhex(namespace)), _ABOUT_NBYTES):
-                found.describe(namespace, about)
-        found.facts["blocks"] = len(sizes)
+            contents.namespace_of(key).add_block(nbytes)
+        for namespace in contents.namespaces:
+            name = about_name_of(bytes.fromhex(namespace))
+            if description := servers.beginning(name, _DESCRIPTION_NBYTES):
+                contents.describe(namespace, description)
+        contents.facts["blocks"] = len(sizes)
         if memory := servers.memory():
-            found.facts |= {
+            contents.facts |= {
                 "used_nbytes": memory.used_nbytes,
                 "limit_nbytes": memory.limit_nbytes,
                 "when_full": memory.when_full,
             }
         if verify and sizes:
             largest = max(sizes.values())
-            if largest > _LARGEST:
+            if largest > _LARGEST_VALUE_NBYTES:
                 raise ValueError(
                     f"{options['url']} has a value of {format_size(largest)}; Redis keeps "
-                    f"{format_size(_LARGEST)} at most"
+                    f"{format_size(_LARGEST_VALUE_NBYTES)} at most"
                 )
-            verify_frames(_Values(servers), sizes, largest, found, lambda _: "changed")
-        return found
+            tier = _ReadOnlyTier(servers)
+            verify_frames(tier, sizes, largest, contents, lambda _: "changed")
+        return contents
 
 
-class _Values(Tier):
-    """The server as a tier that gives and takes nothing away."""
+class _ReadOnlyTier(Tier):
+    """The servers as a tier that stores and removes nothing."""
 
     def __init__(self, servers: RedisServers) -> None:
         self._servers = servers
@@ -79,7 +80,7 @@ class _Values(Tier):
         return [False] * len(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Does nothing: what is damaged is removed by the engine that asks for it."""
+        """Do nothing: an engine that reads a damaged block removes it."""
 
     def close(self) -> None:
-        """The connections are their maker's to close."""
+        """Do nothing: `connected` closes the connections."""
