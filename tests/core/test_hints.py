@@ -1,4 +1,4 @@
-"""Hints order evictions: done goes first, kept goes last, and neither can starve others."""
+"""Hints order evictions: done blocks first, protected ones last, without starving others."""
 
 from collections.abc import Iterator
 
@@ -42,7 +42,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return Engine(request.param)
 
 
-def test_what_is_done_goes_first_its_tail_before_its_head(engine: Engine) -> None:
+def test_done_blocks_are_evicted_first_from_the_tail(engine: Engine) -> None:
     old, new = keys_of("old", 8), keys_of("new", 8)
     engine.put(old)
     engine.put(new)
@@ -53,35 +53,35 @@ def test_what_is_done_goes_first_its_tail_before_its_head(engine: Engine) -> Non
     assert engine.held(old) == 8
 
 
-def test_what_others_continue_or_use_again_is_not_done(engine: Engine) -> None:
-    head, ours, theirs = keys_of("head", 2), keys_of("ours", 4), keys_of("theirs", 4)
+def test_done_blocks_used_again_or_with_children_stay(engine: Engine) -> None:
+    head, done, other = keys_of("head", 2), keys_of("done", 4), keys_of("other", 4)
     engine.put(head)
-    engine.put(ours, head[-1])
-    engine.put(theirs, head[-1])
+    engine.put(done, head[-1])
+    engine.put(other, head[-1])
     again = keys_of("again", 4)
     engine.put(again)
-    engine.index.mark_done([*head, *ours])
+    engine.index.mark_done([*head, *done])
     engine.index.mark_done(again)
     assert engine.index.access(again, 0) == 4
-    engine.put(keys_of("more", 6))  # two were free
+    engine.put(keys_of("more", 6))  # two slots were free
     assert engine.held(head) == 2
-    assert engine.held(ours) == 0
+    assert engine.held(done) == 0
     assert engine.held(again) == 4
 
 
-def test_done_while_a_lease_is_out_is_remembered(engine: Engine) -> None:
+def test_done_during_a_lease_takes_effect_after_publish(engine: Engine) -> None:
     keys = keys_of("a", 4)
     engine.put(keys_of("others", 12))
     _, slots = engine.index.reserve(keys, None)
     engine.index.mark_done(keys)
-    engine.put(keys_of("meanwhile", 1))  # others go: these are being filled
+    engine.put(keys_of("meanwhile", 1))  # evicts other blocks: these are being filled
     engine.index.publish(slots)
     assert engine.held(keys) == 4
     engine.put(keys_of("later", 4))
     assert engine.held(keys) == 0
 
 
-def test_what_is_kept_goes_last_and_no_longer_than_it_was_said(engine: Engine) -> None:
+def test_protected_blocks_are_evicted_last_until_the_time_ends(engine: Engine) -> None:
     keys = keys_of("keep", 4)
     engine.put(keys)
     engine.index.protect(keys, 100.0)
@@ -91,10 +91,10 @@ def test_what_is_kept_goes_last_and_no_longer_than_it_was_said(engine: Engine) -
     engine.now += 200
     for turn in range(10):
         engine.put(keys_of(f"more {turn}", 6))
-    assert engine.held(keys) == 0 or engine.learns  # which may think more of what is old
+    assert engine.held(keys) == 0 or engine.learns  # which may rank old blocks higher
 
 
-def test_under_pressure_what_is_kept_goes_too(engine: Engine) -> None:
+def test_protected_blocks_are_evicted_if_all_others_are_pinned(engine: Engine) -> None:
     keys = keys_of("keep", 4)
     engine.put(keys)
     engine.index.protect(keys, 1e9)
@@ -105,7 +105,7 @@ def test_under_pressure_what_is_kept_goes_too(engine: Engine) -> None:
     assert engine.held(keys) == 0
 
 
-def test_no_more_than_a_share_is_kept_and_the_rest_is_counted(engine: Engine) -> None:
+def test_protect_beyond_the_share_is_refused_and_counted(engine: Engine) -> None:
     keys = keys_of("greedy", SLOTS)
     engine.put(keys)
     engine.index.protect(keys, 1e9)
@@ -116,7 +116,7 @@ def test_no_more_than_a_share_is_kept_and_the_rest_is_counted(engine: Engine) ->
     engine.now += 2e9
     others = keys_of("later", SLOTS)
     engine.put(others)
-    engine.index.protect(others[:2], 5.0)  # what is over makes room
+    engine.index.protect(others[:2], 5.0)  # expired protections make room
     assert engine.index.hints.refused_blocks == SLOTS - share
 
 
@@ -130,7 +130,7 @@ def test_no_more_than_a_share_is_kept_and_the_rest_is_counted(engine: Engine) ->
         max_size=60,
     ),
 )
-def test_hints_leave_nothing_of_what_is_gone(policy: str, turns: list[tuple[str, str]]) -> None:
+def test_hints_on_removed_blocks_are_discarded(policy: str, turns: list[tuple[str, str]]) -> None:
     engine = Engine(policy)
     for verb, chain in turns:
         keys = [chain[: at + 1].encode() for at in range(len(chain))]
@@ -158,7 +158,7 @@ def stack() -> Iterator[Stack]:
         yield stack
 
 
-def test_a_stack_takes_hints(stack: Stack) -> None:
+def test_stack_hint_reaches_the_front_tier(stack: Stack) -> None:
     old, new = keys_of("old", 8), keys_of("new", 8)
     stack.reserve(old).end()
     stack.reserve(new).end()

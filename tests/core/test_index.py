@@ -1,4 +1,4 @@
-"""Every state of a slot and every change of it, against a plain model, under every policy."""
+"""Every state of a slot and every transition, against a model, under every policy."""
 
 import itertools
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def held(index: Index, names: str) -> str:
     return "".join(name for name in names if name.encode() in index)
 
 
-def test_a_block_is_found_only_when_it_was_published() -> None:
+def test_access_finds_a_block_only_after_publish() -> None:
     index = index_of(2)
     positions, slots = index.reserve(keys("ab"), None)
     assert (positions, slots) == ([0, 1], [0, 1])
@@ -54,7 +54,7 @@ def test_a_block_is_found_only_when_it_was_published() -> None:
     index.check()
 
 
-def test_what_failed_is_absent_and_its_slot_free() -> None:
+def test_publish_with_failed_keys_frees_their_slots() -> None:
     index = index_of(2)
     _, slots = index.reserve(keys("ab"), None)
     index.publish(slots, failed=[b"b"])
@@ -63,7 +63,7 @@ def test_what_failed_is_absent_and_its_slot_free() -> None:
     assert fill(index, "b", "a") == 1
 
 
-def test_a_full_index_gives_up_what_is_not_pinned() -> None:
+def test_reserve_in_a_full_index_evicts_an_unpinned_block() -> None:
     index = index_of(3)
     fill(index, "a")
     fill(index, "b")
@@ -76,7 +76,7 @@ def test_a_full_index_gives_up_what_is_not_pinned() -> None:
     assert held(index, "acde") == "ade"
 
 
-def test_when_all_is_pinned_blocks_are_declined_the_tail_first() -> None:
+def test_reserve_with_all_blocks_pinned_declines_the_tail() -> None:
     index = index_of(3)
     fill(index, "ab")
     index.pin(keys("ab"))
@@ -88,7 +88,7 @@ def test_when_all_is_pinned_blocks_are_declined_the_tail_first() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_chain_loses_its_tail_first_however_it_was_built(policy: str) -> None:
+def test_eviction_starts_at_the_tail_of_a_chain(policy: str) -> None:
     index = index_of(6, policy)
     fill(index, "ab")
     fill(index, "cd", "b")
@@ -100,7 +100,7 @@ def test_a_chain_loses_its_tail_first_however_it_was_built(policy: str) -> None:
 
 
 class HeadFirst(Fifo):
-    """A policy of somebody who does not know about prefixes."""
+    """A policy that ignores prefixes."""
 
     def evict(self, count: int, take: Take) -> None:
         for key in list(self.run_of):
@@ -109,7 +109,7 @@ class HeadFirst(Fifo):
                 count -= 1
 
 
-def test_no_policy_can_make_a_chain_lose_its_head() -> None:
+def test_eviction_by_a_head_first_policy_spares_the_head() -> None:
     index = Index(HeadFirst(6), map(float, itertools.count()).__next__)
     index.open_slots(6)
     fill(index, "abc")
@@ -122,7 +122,7 @@ def test_no_policy_can_make_a_chain_lose_its_head() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_chains_that_grow_in_turns(policy: str) -> None:
+def test_eviction_of_chains_that_grow_in_turns_starts_at_the_tails(policy: str) -> None:
     index = index_of(8, policy)
     fill(index, "ab")
     fill(index, "mn")
@@ -135,7 +135,7 @@ def test_chains_that_grow_in_turns(policy: str) -> None:
             assert kept == chain[: len(kept)]
 
 
-def test_a_block_whose_parent_is_not_here_takes_no_room_from_others() -> None:
+def test_reserve_with_an_absent_parent_evicts_nothing() -> None:
     index = index_of(2)
     fill(index, "ab")
     assert fill(index, "z", "y") == 0
@@ -143,34 +143,37 @@ def test_a_block_whose_parent_is_not_here_takes_no_room_from_others() -> None:
     assert index.declined_blocks == 1
 
 
-def test_a_chain_longer_than_the_index_keeps_its_head() -> None:
+def test_reserve_of_a_chain_longer_than_the_index_keeps_its_head() -> None:
     index = index_of(3)
     assert fill(index, "abcde") == 3
     assert fill(index, "de", "c") == 0
     assert held(index, "abcde") == "abc"
 
 
-def test_a_key_twice_gets_one_slot() -> None:
+def test_reserve_of_a_key_twice_uses_one_slot() -> None:
     index = index_of(4)
     assert fill(index, "aba") == 2
     assert len(index) == 2
 
 
-def test_what_is_dropped_while_it_is_read_keeps_its_slot_to_the_end() -> None:
+def test_drop_of_a_pinned_block_frees_its_slot_at_unpin() -> None:
     index = index_of(2)
     fill(index, "ab")
     slots = index.pin(keys("ab"))
-    index.drop([b"b", b"nobody"])
+    index.drop([b"b", b"absent"])
     index.check()
     assert held(index, "ab") == "a"
-    assert index.reserve(keys("c"), None) == ([], [])  # `a` is pinned, and the other not free
+    assert index.reserve(keys("c"), None) == (
+        [],
+        [],
+    )  # `a` is pinned, and the slot of `b` is an orphan
     index.unpin(slots)
     index.check()
     assert fill(index, "c") == 1
     assert index.dropped_blocks == 1
 
 
-def test_clear_forgets_what_is_being_filled_too() -> None:
+def test_clear_removes_filling_blocks() -> None:
     index = index_of(4)
     fill(index, "ab")
     pinned = index.pin(keys("a"))
@@ -187,7 +190,7 @@ def test_clear_forgets_what_is_being_filled_too() -> None:
     assert fill(index, "wxyz") == 4
 
 
-def test_a_parent_that_comes_back_is_guarded_by_the_children_it_had() -> None:
+def test_parent_stored_again_is_protected_by_its_children() -> None:
     index = index_of(3)
     fill(index, "abc")
     index.drop([b"a"])
@@ -198,14 +201,14 @@ def test_a_parent_that_comes_back_is_guarded_by_the_children_it_had() -> None:
 
 
 class Failing(Lru):
-    """Has one block go, and fails at the next."""
+    """Evicts one block, then raises."""
 
     def evict(self, count: int, take: Take) -> None:
         super().evict(1, take)
         raise LookupError("a bug")
 
 
-def test_a_policy_that_fails_loses_no_slot() -> None:
+def test_policy_that_raises_during_evict_costs_no_slot() -> None:
     index = Index(Failing(3), map(float, itertools.count()).__next__)
     index.open_slots(3)
     fill(index, "abc")
@@ -217,48 +220,48 @@ def test_a_policy_that_fails_loses_no_slot() -> None:
     assert fill(index, "z") == 1
 
 
-class Told(Lru):
-    """Writes down what it is told; finds ``worth`` blocks of a reserve worth their slots."""
+class PolicyRecorder(Lru):
+    """Records its calls; admits ``worth`` blocks of each reserve."""
 
     def __init__(self, capacity: int, worth: int = 99) -> None:
         super().__init__(capacity)
-        self.told: list[tuple[str, bytes, object]] = []
+        self.calls: list[tuple[str, bytes, object]] = []
         self.worth = worth
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        self.told.append(("access", b"".join(chain), held))
+        self.calls.append(("access", b"".join(chain), held))
         super().access(chain, held, now)
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
-        self.told.append(("admit", b"".join(keys), parent))
+        self.calls.append(("admit", b"".join(keys), parent))
         return self.worth
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        self.told.append(("add", b"".join(keys), parent))
+        self.calls.append(("add", b"".join(keys), parent))
         super().add(keys, parent, now)
 
 
-def test_what_a_policy_is_told() -> None:
-    policy = Told(4, worth=1)
+def test_policy_is_called_with_keys_and_parents() -> None:
+    policy = PolicyRecorder(4, worth=1)
     index = Index(policy, map(float, itertools.count()).__next__)
     index.open_slots(4)
     _, slots = index.reserve(keys("abcd"), b"h")
     index.publish(slots, failed=[b"b"])
     index.access(keys("habx"), 1)
     index.access(keys("cdx"), 1)
-    assert policy.told == [
+    assert policy.calls == [
         ("add", b"a", b"h"),
-        ("add", b"cd", b"b"),  # it does not continue `a`
+        ("add", b"cd", b"b"),  # `b` failed, so `c` does not continue `a`
         ("access", b"habx", 2),
         ("access", b"cdx", 2),
     ]
-    policy.told.clear()
+    policy.calls.clear()
     assert index.reserve(keys("dxyz"), b"c")[0] == [1]
-    assert policy.told == [("admit", b"xyz", b"d")]
+    assert policy.calls == [("admit", b"xyz", b"d")]
     assert (index.declined_blocks, index.evicted_blocks) == (2, 0)
 
 
-def test_no_more_leaves_than_there_must() -> None:
+def test_reserve_evicts_only_as_many_as_needed() -> None:
     index = index_of(5)
     fill(index, "abc")
     fill(index, "xyz")
@@ -267,7 +270,7 @@ def test_no_more_leaves_than_there_must() -> None:
     assert index.evicted_blocks == 3
 
 
-def test_a_block_that_continues_what_is_being_filled_gets_room() -> None:
+def test_reserve_after_a_filling_parent_gets_room() -> None:
     index = index_of(2)
     fill(index, "x")
     _, slots = index.reserve(keys("a"), None)
@@ -276,15 +279,15 @@ def test_a_block_that_continues_what_is_being_filled_gets_room() -> None:
     assert held(index, "abx") == "ab"
 
 
-def test_asking_for_what_lies_past_the_end() -> None:
+def test_access_past_the_end_counts_nothing() -> None:
     index = index_of(2)
     fill(index, "ab")
     assert index.access(keys("ab"), 5) == 0
     assert (index.lookup_blocks, index.hit_blocks) == (0, 0)
 
 
-class Slots(RuleBasedStateMachine):
-    """Random trees of chains; the model knows which keys are held and which leases are out."""
+class IndexMachine(RuleBasedStateMachine):
+    """Random trees of chains; the model knows the pins and the slots being filled."""
 
     policy = "lru"
     filling: Bundle[tuple[list[bytes], list[int]]] = Bundle("filling")
@@ -304,7 +307,7 @@ class Slots(RuleBasedStateMachine):
         self.slots = min(12, self.slots + more)
         self.index.open_slots(self.slots)
 
-    # A chain is a path of digits; its keys are its prefixes, so that chains share heads.
+    # A chain is a string of digits and its keys are the prefixes, so that chains share heads.
     chains = st.text("01", min_size=1, max_size=7)
 
     @staticmethod
@@ -317,9 +320,11 @@ class Slots(RuleBasedStateMachine):
         at = min(skip, len(names) - 1)
         before = self.index.ready()
         positions, slots = self.index.reserve(names[at:], names[at - 1] if at else None)
-        gone = before.keys() - self.index.ready()
-        assert not any(before[key] in self.pins for key in gone), "a pinned block was evicted"
-        assert not any(key[:-1] in gone for key in self.index.ready()), "a parent left first"
+        evicted = before.keys() - self.index.ready()
+        assert not any(before[key] in self.pins for key in evicted), "a pinned block was evicted"
+        assert not any(key[:-1] in evicted for key in self.index.ready()), (
+            "a parent was evicted before its child"
+        )
         assert len(set(slots)) == len(slots)
         assert not set(slots) & (self.writing | set(self.pins)), "a slot is lent twice"
         assert all(names[at:][place] not in before for place in positions)
@@ -330,10 +335,10 @@ class Slots(RuleBasedStateMachine):
     def publish(self, lease: tuple[list[bytes], list[int]], bad: int, parts: list[int]) -> None:
         names, slots = lease
         failed = names[bad : bad + 1]
-        for part in parts:  # in any order
+        for part in parts:  # in random order
             self.index.publish(slots[2 * part : 2 * part + 2 if part < 2 else None], failed)
         self.writing -= set(slots)
-        # After a clear, the key may be another lease's.
+        # After a clear, another lease may hold the key in another slot.
         assert not any(self.index.ready().get(key) in slots for key in failed)
 
     @rule(target=reading, chain=chains)
@@ -381,19 +386,19 @@ class Slots(RuleBasedStateMachine):
         assert len(self.index) == 0
 
     @invariant()
-    def what_is_always_true(self) -> None:
+    def invariants_hold(self) -> None:
         if not hasattr(self, "index"):
             return
         index = self.index
         index.check()
         assert len(index) <= index.slots == self.slots
         assert index.pinned_slots == len(self.writing | set(self.pins))
-        left = index.evicted_blocks + index.dropped_blocks + self.cleared
-        assert index.stored_blocks - left == len(index.ready())
+        removed = index.evicted_blocks + index.dropped_blocks + self.cleared
+        assert index.stored_blocks - removed == len(index.ready())
 
 
-MACHINES: dict[str, type[Slots]] = {
-    name: type(f"Slots_{name}", (Slots,), {"policy": name}) for name in POLICIES
+MACHINES: dict[str, type[IndexMachine]] = {
+    name: type(f"Slots_{name}", (IndexMachine,), {"policy": name}) for name in POLICIES
 }
 for name, machine in MACHINES.items():
     machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Equal keys mean equal prefixes; equal namespaces mean blocks that may be shared."""
+"""Equal keys mean equal prefixes, and equal namespaces mean blocks that may be shared."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
 @given(tokens, st.integers(1, 9))
-def test_one_key_per_full_block(ids: list[int], block: int) -> None:
+def test_block_keys_returns_one_key_per_full_block(ids: list[int], block: int) -> None:
     keys = block_keys(ids, block)
     assert len(keys) == len(ids) // block
     assert all(len(key) == DIGEST_NBYTES for key in keys)
@@ -18,7 +18,7 @@ def test_one_key_per_full_block(ids: list[int], block: int) -> None:
 
 
 @given(tokens, st.integers(1, 9), st.data())
-def test_a_key_depends_on_every_token_before_it(
+def test_block_keys_depend_on_every_token_before(
     ids: list[int], block: int, data: st.DataObject
 ) -> None:
     keys = block_keys(ids, block)
@@ -33,14 +33,16 @@ def test_a_key_depends_on_every_token_before_it(
 
 
 @given(tokens, st.integers(1, 9), st.integers(0, 40))
-def test_a_chain_goes_on_from_a_key(ids: list[int], block: int, at: int) -> None:
+def test_block_keys_with_a_key_as_root_continue_its_chain(
+    ids: list[int], block: int, at: int
+) -> None:
     keys = block_keys(ids, block, root=b"space", salt=b"tenant")
     at = min(at, len(keys))
     if at:
         assert block_keys(ids[at * block :], block, root=keys[at - 1]) == keys[at:]
 
 
-def test_root_salt_and_block_size_set_apart() -> None:
+def test_block_keys_differ_by_root_salt_and_block_size() -> None:
     ids = list(range(12))
     chains = [
         block_keys(ids, 4),
@@ -52,7 +54,7 @@ def test_root_salt_and_block_size_set_apart() -> None:
     assert len({key for chain in chains for key in chain}) == sum(map(len, chains))
 
 
-def test_keys_are_the_same_in_every_process() -> None:
+def test_digests_are_stable_across_processes() -> None:
     assert block_keys([1, 2, 3, 2**32 - 1], 2, root=b"r", salt=b"s")[-1].hex() == (
         "8ca0b6b8d52d2a1ce42bac3cf71f5892f4f6e99d3ea0e0aecaee9fd7822a00b0"
     )
@@ -62,18 +64,18 @@ def test_keys_are_the_same_in_every_process() -> None:
 
 
 @pytest.mark.parametrize("block", [0, -1])
-def test_a_block_has_a_token_at_least(block: int) -> None:
+def test_block_keys_with_less_than_a_token_per_block_raises(block: int) -> None:
     with pytest.raises(ValueError, match=f"block_tokens is {block}; it must be at least 1"):
         block_keys([1], block)
 
 
 @pytest.mark.parametrize("token", [-1, 2**32])
-def test_token_ids_have_a_range(token: int) -> None:
+def test_block_keys_with_a_token_out_of_range_raises(token: int) -> None:
     with pytest.raises(OverflowError):
         block_keys([token], 1)
 
 
-def test_a_namespace_is_its_fields_whatever_their_order() -> None:
+def test_namespace_depends_on_fields_but_not_on_their_order() -> None:
     fields = {"model": "m", "dtype": "bf16", "tp": 2, "lora": None, "layers": ["a", "b"]}
     assert namespace(fields) == namespace(dict(reversed(fields.items())))
     for name, other in {"model": "n", "tp": "2", "lora": "", "layers": ["b", "a"]}.items():
@@ -81,10 +83,10 @@ def test_a_namespace_is_its_fields_whatever_their_order() -> None:
     assert namespace({"ab": "c"}) != namespace({"a": "bc"})
 
 
-def test_a_value_without_a_fixed_text_is_refused() -> None:
+def test_namespace_of_a_value_without_json_raises() -> None:
     with pytest.raises(TypeError):
         namespace({"model": object()})
 
 
-def test_a_name_outside_has_namespace_and_key() -> None:
+def test_namespaced_key_is_namespace_then_key() -> None:
     assert namespaced_key(b"space", b"key") == b"spacekey"

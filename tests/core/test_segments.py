@@ -1,4 +1,4 @@
-"""Stretches of an index: long ones, ones that are cut, and what a policy may not take of them."""
+"""Segments of an index: merged, cut, published in parts, and protected from a policy."""
 
 import gc
 import itertools
@@ -23,7 +23,7 @@ def index_of(slots: int) -> Index:
     return index
 
 
-def test_a_long_chain_is_one_of_many_stretches() -> None:
+def test_chain_longer_than_a_segment_is_found_whole() -> None:
     index, chain = index_of(1000), chain_of(900)
     _, slots = index.reserve(chain, None)
     index.check()
@@ -37,7 +37,7 @@ def test_a_long_chain_is_one_of_many_stretches() -> None:
     assert index.access(chain, 0) == 400
 
 
-class Told(Lru):
+class AddRecorder(Lru):
     adds: list[tuple[int, bytes | None]]
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
@@ -45,8 +45,8 @@ class Told(Lru):
         super().add(keys, parent, now)
 
 
-def test_of_many_stretches_a_policy_is_told_as_of_one_chain() -> None:
-    policy, chain = Told(1000), chain_of(900)
+def test_publish_of_several_segments_reports_one_chain_to_the_policy() -> None:
+    policy, chain = AddRecorder(1000), chain_of(900)
     policy.adds = []
     index = Index(policy, lambda: 0.0)
     index.open_slots(1000)
@@ -54,7 +54,7 @@ def test_of_many_stretches_a_policy_is_told_as_of_one_chain() -> None:
     assert policy.adds == [(2, None), (897, chain[2])]
 
 
-def test_what_is_asked_for_as_well_stays() -> None:
+def test_reserve_evicts_no_block_of_its_own_request() -> None:
     index = index_of(3)
     index.publish(index.reserve(chain_of(3), None)[1])
     index.drop([b"1"])
@@ -64,7 +64,7 @@ def test_what_is_asked_for_as_well_stays() -> None:
     assert [key in index for key in (b"0", b"1", b"2", b"x")] == [True, True, True, False]
 
 
-def test_what_is_published_in_parts_is_held_in_parts() -> None:
+def test_publish_in_parts_makes_each_part_ready() -> None:
     index, chain = index_of(9), chain_of(9)
     _, slots = index.reserve(chain, None)
     index.publish(slots[3:5])
@@ -76,7 +76,7 @@ def test_what_is_published_in_parts_is_held_in_parts() -> None:
     assert index.access(chain, 0) == 9
 
 
-def test_what_comes_a_block_at_a_time_is_no_more_stretches() -> None:
+def test_blocks_published_one_by_one_are_merged_into_few_segments() -> None:
     index, chain = index_of(1000), chain_of(1000)
     for at, key in enumerate(chain):
         index.publish(index.reserve([key], chain[at - 1] if at else None)[1])
@@ -88,7 +88,7 @@ def test_what_comes_a_block_at_a_time_is_no_more_stretches() -> None:
     assert index.access(chain, 0) == 998
 
 
-def test_a_block_in_the_middle_is_dropped_alone() -> None:
+def test_drop_in_the_middle_removes_one_block() -> None:
     index, chain = index_of(9), chain_of(9)
     index.publish(index.reserve(chain, None)[1])
     index.drop(chain[4:5])
@@ -99,29 +99,29 @@ def test_a_block_in_the_middle_is_dropped_alone() -> None:
     assert index.access(chain, 0) == 9
 
 
-class Confused(Fifo):
-    """Offers what is on its way."""
+class OffersFillingBlock(Fifo):
+    """Offers a block that is being filled."""
 
-    took = -1
+    taken = -1
 
     def evict(self, count: int, take: Take) -> None:
-        self.took = take([b"a"])
+        self.taken = take([b"a"])
         super().evict(count, take)
 
 
-def test_what_is_being_filled_cannot_be_taken() -> None:
-    policy = Confused(2)
+def test_take_of_a_filling_block_evicts_nothing() -> None:
+    policy = OffersFillingBlock(2)
     index = Index(policy, map(float, itertools.count()).__next__)
     index.open_slots(2)
     _, slots = index.reserve([b"a"], None)
     assert index.reserve([b"x", b"y"], None)[0] == [0]
-    assert policy.took == 0
+    assert policy.taken == 0
     index.publish(slots)
     index.check()
     assert b"a" in index
 
 
-def test_a_stretch_that_ends_is_counted_no_more() -> None:
+def test_remove_of_the_last_child_ends_its_count() -> None:
     stretches = SegmentTable()
     for name in (b"x", b"y"):
         stretches.add((name,), (int(name == b"y"),), b"parent")
@@ -134,7 +134,7 @@ def test_a_stretch_that_ends_is_counted_no_more() -> None:
 
 
 @pytest.mark.parametrize("policy", [Lru, Gittins])
-def test_what_leaves_is_gone_without_a_garbage_collection(policy: type[Policy]) -> None:
+def test_evicted_blocks_are_freed_without_a_garbage_collection(policy: type[Policy]) -> None:
     replay = Replay(policy, 200, 16)
     gc.collect()
     gc.disable()
@@ -147,7 +147,7 @@ def test_what_leaves_is_gone_without_a_garbage_collection(policy: type[Policy]) 
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="every dictionary is looked at there")
-def test_garbage_collections_do_not_look_at_every_block() -> None:
+def test_garbage_collector_tracks_no_entry_per_block() -> None:
     replay = Replay(Gittins, 200, 16)
     replay.play(GENERATORS["chat"](1000))
     assert isinstance(replay.policy, Gittins)
