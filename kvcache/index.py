@@ -46,25 +46,23 @@ class Index:
 
     Attributes:
         events: is notified when blocks become READY and when READY blocks are removed.
+        segments, pins, policy: all blocks, pin counts by slot, the policy in use; to read only.
         admission: whether the policy may decline blocks that are not worth a slot.
         slots: how many slots are open.
         lookup_blocks, hit_blocks, ...: counts, as in ``kvcache.TierStats``.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        clock: Callable[[], float],
-        fallback: Fallback | None = None,
+        self, policy: Policy, clock: Callable[[], float], fallback: Fallback | None = None
     ) -> None:
         self.events = BlockEvents()
         self.policy = policy
         self._fallback = fallback
         self._clock = clock
-        self._segments = SegmentTable()  # FILLING and READY blocks
+        self.segments = SegmentTable()  # FILLING and READY blocks
         self.slots = 0
         self._free: list[int] = []
-        self._pins: dict[int, int] = {}  # pin counts by slot; no entry without pins
+        self.pins: dict[int, int] = {}  # no entry without pins
         self._orphans: set[int] = set()
         self.hints = Hints()
         self._may_have_hints = False  # spares the calls to ``hints`` while there are none
@@ -89,27 +87,27 @@ class Index:
         self._free = [slot for slot in self._free if slot not in taken]
         now = self._clock()
         for slot, key, parent in held:
-            self._segments.add((key,), (slot,), parent)
-            self._report_added(self._segments.publish((slot,)), now)
+            self.segments.add((key,), (slot,), parent)
+            self._report_added(self.segments.publish((slot,)), now)
 
     def __len__(self) -> int:
-        return len(self._segments.first_slots)
+        return len(self.segments.first_slots)
 
     def __contains__(self, key: bytes) -> bool:
-        segment = self._segments.find(key)
+        segment = self.segments.find(key)
         return segment is not None and segment.ready
 
     def ready(self) -> dict[bytes, int]:
         """The slots of all READY blocks, in time linear in their number."""
-        return self._segments.slots(ready=True)
+        return self.segments.slots(ready=True)
 
     def filling(self) -> dict[bytes, int]:
         """The slots of all FILLING blocks."""
-        return self._segments.slots(ready=False)
+        return self.segments.slots(ready=False)
 
     @property
     def pinned_slots(self) -> int:
-        return len(self._pins.keys() | self.filling().values())
+        return len(self.pins.keys() | self.filling().values())
 
     @property
     def free_slots(self) -> int:
@@ -118,7 +116,7 @@ class Index:
 
     def access(self, chain: Sequence[bytes], start: int) -> int:
         """Record a request for ``chain[start:]``; return how many leading blocks are READY."""
-        find = self._segments.find
+        find = self.segments.find
         chain = tuple(chain)
         end = start
         while end < len(chain):
@@ -138,7 +136,7 @@ class Index:
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
         """Pin the leading READY blocks of ``keys`` and return their slots."""
-        find = self._segments.find
+        find = self.segments.find
         keys = tuple(keys)
         slots: list[int] = []
         while len(slots) < len(keys):
@@ -157,7 +155,7 @@ class Index:
         Returns:
             their positions in ``keys``, and their slots.
         """
-        find = self._segments.find
+        find = self.segments.find
         keys = tuple(keys)
         positions: list[int] = []
         slots: list[int] = []
@@ -174,13 +172,13 @@ class Index:
         return positions, slots
 
     def _pin(self, slots: Iterable[int]) -> None:
-        pins = self._pins
+        pins = self.pins
         for slot in slots:
             pins[slot] = pins.get(slot, 0) + 1
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Remove one pin of each slot."""
-        pins, orphans = self._pins, self._orphans
+        pins, orphans = self.pins, self._orphans
         for slot in slots:
             if remaining := pins[slot] - 1:
                 pins[slot] = remaining
@@ -196,7 +194,7 @@ class Index:
         Returns:
             the positions in ``keys`` that got a slot, and their slots.
         """
-        first_slots, free = self._segments.first_slots, self._free
+        first_slots, free = self.segments.first_slots, self._free
         keys = tuple(keys)
         absent: Sequence[int] = range(len(keys))
         if len(set(keys)) < len(keys) or not first_slots.keys().isdisjoint(keys):
@@ -215,13 +213,13 @@ class Index:
             if absent[-1] - first >= end - done:  # a key in between is not absent
                 end = next(at for at in range(done, end) if absent[at] - first > at - done)
             before = keys[first - 1] if first else parent
-            self._segments.add(keys[first : first + end - done], slots[done:end], before)
+            self.segments.add(keys[first : first + end - done], slots[done:end], before)
             done = end
         return list(absent), list(slots)
 
     def _make_room(self, keys: Keys, parent: bytes | None, absent: Sequence[int]) -> Sequence[int]:
         """Evict blocks for the keys at ``absent`` positions; return the positions that got room."""
-        segments, first_slots, wanted = self._segments, self._segments.first_slots, len(absent)
+        segments, first_slots, wanted = self.segments, self.segments.first_slots, len(absent)
         first = absent[0]
         parent = keys[first - 1] if first else parent
         admitted = wanted
@@ -285,7 +283,7 @@ class Index:
         """
         if self._fallback is None:
             raise error
-        segments = self._segments.by_first_slot.values()
+        segments = self.segments.by_first_slot.values()
         held = [(each.keys, each.parent) for each in segments if each.ready]
         self.policy = self._fallback(self.policy, error, self.slots, held, self._clock())
         if raised_by_signal(error):
@@ -293,7 +291,7 @@ class Index:
 
     def _evict(self, need: int) -> None:
         """Evict ``need`` blocks, or as many as can be."""
-        eviction = EvictionPass(self._segments, self._pins, need)
+        eviction = EvictionPass(self.segments, self.pins, need)
         hints, take = self.hints, eviction.take
         try:
             if self._may_have_hints:
@@ -321,11 +319,11 @@ class Index:
     def mark_done(self, keys: Sequence[bytes]) -> None:
         """Evict those of ``keys`` that are held before all other blocks."""
         self._may_have_hints = True
-        self.hints.mark_done([key for key in keys if key in self._segments.first_slots])
+        self.hints.mark_done([key for key in keys if key in self.segments.first_slots])
 
     def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         """Evict those of ``keys`` that are held after all other blocks, for so many seconds."""
-        held = [key for key in keys if key in self._segments.first_slots]
+        held = [key for key in keys if key in self.segments.first_slots]
         now = self._clock()
         self._may_have_hints = True
         self.hints.protect(held, now + seconds, now, self.slots)
@@ -336,7 +334,7 @@ class Index:
         if failed:
             remaining = set(filled)
             # After a clear, another lease may fill the same key in another slot.
-            found = ((key, self._segments.find(key)) for key in failed)
+            found = ((key, self.segments.find(key)) for key in failed)
             bad = [key for key, at in found if at and at.slots_for((key,), 0)[0] in remaining]
             remaining.difference_update(self._remove_blocks(bad))
             filled = tuple(slot for slot in filled if slot in remaining)
@@ -345,7 +343,7 @@ class Index:
             cleared = orphans.intersection(filled)
             self.unpin([slot for slot in filled if slot in cleared])
             filled = tuple(slot for slot in filled if slot not in cleared)
-        chains = self._segments.publish(filled)
+        chains = self.segments.publish(filled)
         for keys, _ in chains:
             self.stored_blocks += len(keys)
             self.events.stored(keys)
@@ -367,7 +365,7 @@ class Index:
         self._pin(filling.values())  # for their lease, which unpins them when it ends
         for slot in (*ready.values(), *filling.values()):
             self._release_slot(slot)
-        self._segments.clear()
+        self.segments.clear()
         self.events.cleared()
         self._report_removed(list(ready))
 
@@ -375,22 +373,22 @@ class Index:
         """Remove the blocks of ``keys`` and return their slots."""
         slots = []
         for key in reversed(keys):  # from the tail of a chain, so that no segment is cut in two
-            slots.append(self._segments.remove(key))
+            slots.append(self.segments.remove(key))
             self._release_slot(slots[-1])
         self.hints.discard(keys)
         return slots
 
     def _release_slot(self, slot: int) -> None:
         """Free a slot that lost its block; a slot under lease becomes an orphan."""
-        if slot in self._pins:
+        if slot in self.pins:
             self._orphans.add(slot)
         else:
             self._free.append(slot)
 
     def check(self) -> None:
         """Raise ``AssertionError`` if an invariant is broken. For tests: time linear in slots."""
-        self._segments.check()
-        free, pins = set(self._free), self._pins
+        self.segments.check()
+        free, pins = set(self._free), self.pins
         held = {*self.ready().values(), *self.filling().values()}
         assert len(free) == len(self._free), "a slot is free twice"
         assert free.isdisjoint(held | pins.keys()), "a free slot is in use"

@@ -33,6 +33,9 @@ class DramTier(FrontTier):
         eviction: which blocks go when it is full: a shipped policy, or a class path.
         clock: seconds, for the eviction policy.
 
+    Attributes:
+        index: the state of the slots, for tests and tools; no call may run at the same time.
+
     Raises:
         ValueError: when ``capacity`` holds no block, ``block_nbytes`` is not positive, or there is
             no such policy.
@@ -56,20 +59,20 @@ class DramTier(FrontTier):
             raise ValueError(f"capacity is {capacity} bytes; one block takes {slot_nbytes}")
         self.block_nbytes = block_nbytes
         self._lock = threading.Lock()
-        self._index = Index(policy(slots), clock, fallback.lru)
+        self.index = Index(policy(slots), clock, fallback.lru)
         self.slab = Slab.create(slots, slot_nbytes)
         self.slab.populate(self._open)
         bind_to_process(self)
 
     def _open(self, slots: int) -> None:
         with self._lock:
-            self._index.open_slots(slots)
+            self.index.open_slots(slots)
 
     # What every tier does
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         with self._lock:
-            return [key in self._index for key in keys]
+            return [key in self.index for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         for buffer in into:
@@ -104,7 +107,7 @@ class DramTier(FrontTier):
 
     def remove(self, keys: Sequence[bytes]) -> None:
         with self._lock:
-            self._index.drop(keys)
+            self.index.drop(keys)
 
     def close(self) -> None:
         self.slab.close()
@@ -113,13 +116,13 @@ class DramTier(FrontTier):
 
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
         with self._lock:
-            return self._index.access(chain, start)
+            return self.index.access(chain, start)
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         with self._lock:
-            before = self._index.evicted_blocks
-            positions, slots = self._index.reserve(keys, parent)
-            evicted = self._index.evicted_blocks - before
+            before = self.index.evicted_blocks
+            positions, slots = self.index.reserve(keys, parent)
+            evicted = self.index.evicted_blocks - before
         held = [keys[at] for at in positions]
         lease = Lease(held, slots, positions, self._view, self._publish)
         lease.evicted = evicted
@@ -127,12 +130,12 @@ class DramTier(FrontTier):
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
         with self._lock:
-            slots = self._index.pin(keys)
+            slots = self.index.pin(keys)
         return Lease(keys[: len(slots)], slots, range(len(slots)), self._view, self._release)
 
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         with self._lock:
-            positions, slots = self._index.pin_any(keys)
+            positions, slots = self.index.pin_any(keys)
         return Lease([keys[at] for at in positions], slots, positions, self._view, self._release)
 
     def _view(self, slot: int) -> memoryview:
@@ -140,37 +143,37 @@ class DramTier(FrontTier):
 
     def _publish(self, lease: Lease, failed: frozenset[bytes]) -> None:
         with self._lock:
-            self._index.publish(lease.slots, failed)
+            self.index.publish(lease.slots, failed)
 
     def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
         with self._lock:
             if failed:
-                self._index.drop(failed)
-            self._index.unpin(lease.slots)
+                self.index.drop(failed)
+            self.index.unpin(lease.slots)
 
     def mark_done(self, keys: Sequence[bytes]) -> None:
         with self._lock:
-            self._index.mark_done(keys)
+            self.index.mark_done(keys)
 
     def protect(self, keys: Sequence[bytes], seconds: float) -> None:
         with self._lock:
-            self._index.protect(keys, seconds)
+            self.index.protect(keys, seconds)
 
     def disable_admission(self) -> None:
         with self._lock:
-            self._index.admission = False
+            self.index.admission = False
 
     def clear(self) -> None:
         with self._lock:
-            self._index.clear()
+            self.index.clear()
 
     def subscribe(self, events: BlockEvents) -> None:
         with self._lock:
-            self._index.events = events
+            self.index.events = events
 
     def stats(self) -> TierStats:
         with self._lock:
-            index = self._index
+            index = self.index
             return TierStats(
                 capacity_blocks=self.slab.slots,
                 populated_blocks=index.slots,

@@ -84,7 +84,7 @@ class Traffic:
         assert self.stack.flush(LONG)
         self.tier_is_late(keys_of(f"late {number}", 3))
         assert self.stack.stats().pinned_slots == 0
-        self.front._index.check()
+        self.front.index.check()
         if number % 3 == 2:
             self.cleared_blocks += self.stack.stats().tiers[0].used_blocks
             self.stack.clear()
@@ -198,7 +198,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
         assert happened, stats
 
     assert stats.pinned_slots == 0
-    traffic.front._index.check()
+    traffic.front.index.check()
     left = l1.evicted_blocks + l1.dropped_blocks + traffic.cleared_blocks
     assert l1.used_blocks == l1.stored_blocks - left
     ways = l2.stored_blocks + l2.known_blocks + l2.declined_blocks + l2.dropped_blocks
@@ -210,7 +210,7 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
         "stack.lower.reads_in_flight",
         "stack.lower.tiers.0.channel.workers._jobs",
         "stack.lower._waiters._jobs",
-        "stack.front._index._segments.filling",
+        "stack.front.index.segments.filling",
     )
     assert [sizes[name] for name in under_way] == [0] * 4
     most = {name: metrics.MAX_UNTAKEN if name.endswith("._untaken") else SLOTS for name in sizes}

@@ -68,7 +68,7 @@ class Opened:
             assert list(lease.keys) == keys
         assert self.stack.flush(LONG)
         assert self.stack.stats().pinned_slots == 0
-        self.front._index.check()
+        self.front.index.check()
 
 
 @pytest.fixture

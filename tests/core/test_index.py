@@ -2,18 +2,11 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    rule,
-)
 
 from kvcache.eviction import POLICIES, Fifo, Lru, Take
 from kvcache.index import Index
@@ -72,7 +65,7 @@ def test_reserve_in_a_full_index_evicts_an_unpinned_block() -> None:
     assert fill(index, "d") == 1
     assert held(index, "abcd") == "acd"
     index.unpin(pinned)
-    assert fill(index, "e") == 1  # being in use made `a` the newest
+    assert fill(index, "e") == 1  # since its pin, `a` is the newest
     assert held(index, "acde") == "ade"
 
 
@@ -286,14 +279,14 @@ def test_access_past_the_end_counts_nothing() -> None:
     assert (index.lookup_blocks, index.hit_blocks) == (0, 0)
 
 
-class IndexMachine(RuleBasedStateMachine):
+class IndexMachine(stateful.RuleBasedStateMachine):
     """Random trees of chains; the model knows the pins and the slots being filled."""
 
     policy = "lru"
-    filling: Bundle[tuple[list[bytes], list[int]]] = Bundle("filling")
-    reading: Bundle[list[int]] = Bundle("reading")
+    filling: stateful.Bundle[tuple[list[bytes], list[int]]] = stateful.Bundle("filling")
+    reading: stateful.Bundle[list[int]] = stateful.Bundle("reading")
 
-    @initialize(slots=st.integers(1, 12))
+    @stateful.initialize(slots=st.integers(1, 12))
     def open(self, slots: int) -> None:
         self.index = Index(POLICIES[self.policy](12), map(float, itertools.count()).__next__)
         self.index.open_slots(slots)
@@ -302,7 +295,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.pins: dict[int, int] = {}
         self.cleared = 0
 
-    @rule(more=st.integers(0, 3))
+    @stateful.rule(more=st.integers(0, 3))
     def more_memory(self, more: int) -> None:
         self.slots = min(12, self.slots + more)
         self.index.open_slots(self.slots)
@@ -314,7 +307,7 @@ class IndexMachine(RuleBasedStateMachine):
     def keys(chain: str) -> list[bytes]:
         return [chain[: at + 1].encode() for at in range(len(chain))]
 
-    @rule(target=filling, chain=chains, skip=st.integers(0, 6))
+    @stateful.rule(target=filling, chain=chains, skip=st.integers(0, 6))
     def reserve(self, chain: str, skip: int) -> tuple[list[bytes], list[int]]:
         names = self.keys(chain)
         at = min(skip, len(names) - 1)
@@ -331,7 +324,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.writing |= set(slots)
         return [names[at:][place] for place in positions], slots
 
-    @rule(lease=consumes(filling), bad=st.integers(0, 7), parts=st.permutations(range(3)))
+    @stateful.rule(
+        lease=stateful.consumes(filling), bad=st.integers(0, 7), parts=st.permutations(range(3))
+    )
     def publish(self, lease: tuple[list[bytes], list[int]], bad: int, parts: list[int]) -> None:
         names, slots = lease
         failed = names[bad : bad + 1]
@@ -341,14 +336,14 @@ class IndexMachine(RuleBasedStateMachine):
         # After a clear, another lease may hold the key in another slot.
         assert not any(self.index.ready().get(key) in slots for key in failed)
 
-    @rule(target=reading, chain=chains)
+    @stateful.rule(target=reading, chain=chains)
     def pin(self, chain: str) -> list[int]:
         slots = self.index.pin(self.keys(chain))
         for slot in slots:
             self.pins[slot] = self.pins.get(slot, 0) + 1
         return slots
 
-    @rule(target=reading, chain=chains)
+    @stateful.rule(target=reading, chain=chains)
     def pin_any(self, chain: str) -> list[int]:
         names = self.keys(chain)
         held = self.index.ready() | self.index.filling()
@@ -359,7 +354,7 @@ class IndexMachine(RuleBasedStateMachine):
             self.pins[slot] = self.pins.get(slot, 0) + 1
         return slots
 
-    @rule(slots=consumes(reading))
+    @stateful.rule(slots=stateful.consumes(reading))
     def unpin(self, slots: Sequence[int]) -> None:
         self.index.unpin(slots)
         for slot in slots:
@@ -367,7 +362,7 @@ class IndexMachine(RuleBasedStateMachine):
             if not self.pins[slot]:
                 del self.pins[slot]
 
-    @rule(chain=chains, start=st.integers(0, 7))
+    @stateful.rule(chain=chains, start=st.integers(0, 7))
     def access(self, chain: str, start: int) -> None:
         names = self.keys(chain)
         start = min(start, len(names))
@@ -375,17 +370,17 @@ class IndexMachine(RuleBasedStateMachine):
         assert all(key in self.index for key in names[start : start + found])
         assert start + found == len(names) or names[start + found] not in self.index
 
-    @rule(chain=chains)
+    @stateful.rule(chain=chains)
     def drop(self, chain: str) -> None:
         self.index.drop(self.keys(chain)[-1:])
 
-    @rule()
+    @stateful.rule()
     def clear(self) -> None:
         self.cleared += len(self.index.ready())
         self.index.clear()
         assert len(self.index) == 0
 
-    @invariant()
+    @stateful.invariant()
     def invariants_hold(self) -> None:
         if not hasattr(self, "index"):
             return
@@ -397,9 +392,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert index.stored_blocks - removed == len(index.ready())
 
 
-MACHINES: dict[str, type[IndexMachine]] = {
-    name: type(f"Slots_{name}", (IndexMachine,), {"policy": name}) for name in POLICIES
-}
-for name, machine in MACHINES.items():
+for name in POLICIES:
+    machine: Any = type(f"IndexMachine_{name}", (IndexMachine,), {"policy": name})
     machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
     globals()[f"Test_{name}"] = machine.TestCase

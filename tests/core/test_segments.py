@@ -81,7 +81,7 @@ def test_blocks_published_one_by_one_are_merged_into_few_segments() -> None:
     for at, key in enumerate(chain):
         index.publish(index.reserve([key], chain[at - 1] if at else None)[1])
     index.check()
-    assert len(index._segments.by_first_slot) == 4
+    assert len(index.segments.by_first_slot) == 4
     assert index.access(chain, 0) == 1000
     index.publish(index.reserve([b"x", b"y"], None)[1])
     index.check()
@@ -152,8 +152,8 @@ def test_garbage_collector_tracks_no_entry_per_block() -> None:
     replay.play(GENERATORS["chat"](1000))
     assert isinstance(replay.policy, Gittins)
     gc.collect()
-    assert not gc.is_tracked(replay.index._segments.first_slots)
+    assert not gc.is_tracked(replay.index.segments.first_slots)
     assert not gc.is_tracked(replay.policy.run_ids)
-    stretches, runs = replay.index._segments.by_first_slot.values(), replay.policy.runs.values()
+    stretches, runs = replay.index.segments.by_first_slot.values(), replay.policy.runs.values()
     assert not any(gc.is_tracked(each.keys) or gc.is_tracked(each.slots) for each in stretches)
     assert not any(gc.is_tracked(run.keys) for run in runs)

@@ -154,7 +154,7 @@ def test_many_threads(stack: Stack) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(user, range(8))) > 0
-    stack.front._index.check()  # type: ignore[attr-defined]
+    stack.front.index.check()  # type: ignore[attr-defined]
     tier = stack.stats().tiers[0]
     assert tier.stored_blocks - tier.evicted_blocks - tier.dropped_blocks == tier.used_blocks
     assert tier.evicted_blocks > 0

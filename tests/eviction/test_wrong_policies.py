@@ -49,7 +49,7 @@ def traffic(tier: DramTier, requests: int = 60) -> None:
         serve(tier, keys_of(f"chat {choose.randrange(9)}", choose.randrange(1, 9)))
         if choose.random() < 0.1:
             tier.remove(keys_of(f"chat {choose.randrange(9)}", 2))
-        tier._index.check()
+        tier.index.check()
     last = keys_of("last", SLOTS)  # every slot can be had
     serve(tier, last)
     assert tier.access(last) == SLOTS
@@ -68,15 +68,15 @@ def test_a_policy_that_raises_is_replaced_and_no_block_is_lost(
         raise error
 
     traffic(tier)
-    before = tier._index.ready()
+    before = tier.index.ready()
     goes_wrong(tier, verb, wrong)
     held = keys_of("last", 3)
     if verb == "remove":
         tier.remove(held[2:])
     else:
         serve(tier, keys_of("new", 4))
-    assert len(before.keys() - tier._index.ready().keys()) <= 4
-    assert type(tier._index.policy) is Lru
+    assert len(before.keys() - tier.index.ready().keys()) <= 4
+    assert type(tier.index.policy) is Lru
     traffic(tier)
     [record] = [r for r in caplog.records if r.levelname == "ERROR"]
     assert "eviction policy FaultyPolicy: failed" in record.message
@@ -95,8 +95,8 @@ def test_an_admit_of_any_value_costs_no_slot(
     traffic(tier)
     goes_wrong(tier, "admit", lambda *_: answer)
     serve(tier, keys_of("new", 4))
-    tier._index.check()
-    assert (type(tier._index.policy) is Lru) == replaced
+    tier.index.check()
+    assert (type(tier.index.policy) is Lru) == replaced
     goes_wrong(tier, "", print)
     traffic(tier)
 
@@ -109,7 +109,7 @@ def test_an_admit_of_any_value_costs_no_slot(
 @pytest.mark.parametrize("raises", [False, True])
 def test_an_offer_of_any_value_costs_no_slot(tier: DramTier, offered: Any, raises: bool) -> None:
     def evict(count: int, take: Take) -> None:
-        take([next(key for key in tier._index.ready())] * 2)
+        take([next(key for key in tier.index.ready())] * 2)
         take(offered)
         if raises:
             raise PanicException
@@ -117,7 +117,7 @@ def test_an_offer_of_any_value_costs_no_slot(tier: DramTier, offered: Any, raise
     traffic(tier)
     goes_wrong(tier, "evict", evict)
     serve(tier, keys_of("new", 4))
-    tier._index.check()
+    tier.index.check()
     goes_wrong(tier, "", print)
     traffic(tier)
 
@@ -127,10 +127,10 @@ def test_a_policy_that_evicts_later_than_it_is_asked_to_takes_nothing(tier: Dram
     traffic(tier)
     goes_wrong(tier, "evict", lambda _, take: kept.append(take))
     serve(tier, keys_of("new", 4))
-    held = tier._index.ready()
+    held = tier.index.ready()
     assert kept[0](list(held)[-1:]) == 0
-    assert tier._index.ready() == held
-    tier._index.check()
+    assert tier.index.ready() == held
+    tier.index.check()
 
 
 def test_a_policy_that_raises_halfway_through_an_eviction_ends_with_it(tier: DramTier) -> None:
@@ -162,7 +162,7 @@ def test_a_signal_that_interrupts_a_policy_is_the_applications(tier: DramTier, v
             (tier.remove if verb == "remove" else serve_new)(keys_of("last", 1))
     finally:
         signal.signal(signal.SIGTERM, before)
-    tier._index.check()
+    tier.index.check()
     assert tier.stats().pinned_slots == 0
     traffic(tier)
 

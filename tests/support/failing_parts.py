@@ -135,8 +135,8 @@ def goes_wrong(tier: DramTier, verb: str, fault: Callable[..., Any]) -> None:
     """Have ``verb`` of the tier's policy be ``fault`` from now on."""
     policy = FaultyPolicy(tier.slab.slots)
     with tier._lock:
-        for stretch in tier._index._segments.by_first_slot.values():
+        for stretch in tier.index.segments.by_first_slot.values():
             if stretch.ready:
                 Lru.add(policy, stretch.keys, stretch.parent, 0.0)
         policy.verb, policy.fault = verb, fault
-        tier._index.policy = policy
+        tier.index.policy = policy

@@ -120,7 +120,7 @@ class StackUnderTest:
     def check_index(self) -> None:
         """Check that L1's index is consistent. Other threads may be using it."""
         with self.front._lock:
-            self.front._index.check()
+            self.front.index.check()
 
     def check_invariants(self) -> None:
         """Check that L1's index is consistent and that no slot is pinned."""

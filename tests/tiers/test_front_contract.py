@@ -32,7 +32,7 @@ class AccessIgnoresStart(WrongDram):
 
 class HeldWhileFilling(WrongDram):
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [key in self._index.ready() or key in self._index.filling() for key in keys]
+        return [key in self.index.ready() or key in self.index.filling() for key in keys]
 
 
 class LendsWhatItHolds(WrongDram):
@@ -115,7 +115,7 @@ class ForgetsPins(WrongDram):
     def pin(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin(keys)
         with self._lock:
-            self._index.unpin(lease.slots)
+            self.index.unpin(lease.slots)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, self._forget_pins)
 
     def _forget_pins(self, lease: Lease, failed: frozenset[bytes]) -> None:
@@ -126,7 +126,7 @@ class HeadFirst(WrongDram):
     """Gives up a whole chain where its tail would do, and the chain that goes on, too."""
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
-        held = list(self._index.ready())
+        held = list(self.index.ready())
         if len(held) == ROOM:
             self.remove(held[: len(keys)])
         return super().reserve(keys, parent)
@@ -138,15 +138,15 @@ class DropFreesTheSlot(WrongDram):
     def remove(self, keys: Sequence[bytes]) -> None:
         with self._lock:
             for key in keys:
-                if (slot := self._index.ready().get(key)) is not None:
-                    self._index._pins.pop(slot, None)
+                if (slot := self.index.ready().get(key)) is not None:
+                    self.index.pins.pop(slot, None)
         super().remove(keys)
 
 
 class ClearLeavesWhatIsFilling(WrongDram):
     def clear(self) -> None:
         with self._lock:
-            self._index.drop(list(self._index.ready()))
+            self.index.drop(list(self.index.ready()))
 
 
 class CountsAreLate(WrongDram):
@@ -176,18 +176,18 @@ class HoldPublishes(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
         with self._lock:
-            self._index.publish([s for s in lease.slots if self._is_filling(s)])
+            self.index.publish([s for s in lease.slots if self._is_filling(s)])
         return lease
 
     def _is_filling(self, slot: int) -> bool:
-        return slot in self._index.filling().values()
+        return slot in self.index.filling().values()
 
 
 class ForgetsHolds(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
         with self._lock:
-            self._index.unpin(lease.slots)
+            self.index.unpin(lease.slots)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
 
 
@@ -214,7 +214,7 @@ class HoldGivesUpWhatIsFilled(HoldPublishes):
     def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
         filling = [slot for slot in lease.slots if self._is_filling(slot)]
         with self._lock:
-            self._index.publish(filling, lease.keys)
+            self.index.publish(filling, lease.keys)
         super()._release(lease, failed)
 
 
@@ -223,14 +223,14 @@ class FailureFreesWhatIsHeld(WrongDram):
         with self._lock:
             for key, slot in zip(lease.keys, lease.slots, strict=True):
                 if key in failed:
-                    self._index._pins.pop(slot, None)
+                    self.index.pins.pop(slot, None)
         super()._publish(lease, failed)
 
 
 class ClearFreesEverySlot(WrongDram):
     def clear(self) -> None:
         with self._lock:
-            self._index._pins.clear()
+            self.index.pins.clear()
         super().clear()
 
 

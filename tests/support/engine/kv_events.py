@@ -118,7 +118,7 @@ def subscriber(engine: Engine) -> Subscriber:
 
 def ready(engine: Engine) -> set[bytes]:
     """What L1 holds."""
-    return set(engine.side.stack.front._index.ready())
+    return set(engine.side.stack.front.index.ready())
 
 
 def written(engine: Engine) -> set[bytes]:
