@@ -1,16 +1,17 @@
-"""Anybody's paged KV cache, kept in a stack: register the tensors, then save and load blocks.
+"""Keeps the paged KV cache of any engine in a stack: register the tensors, save and load blocks.
 
     cache = PagedCache(layers, "kv-first", tokens=16)
-    with open_stack(block_nbytes=cache.block_nbytes) as stack, cache.attach(stack) as kept:
-        kept.save(block_ids, keys)
-        leading = kept.load(keys, other_ids)
+    with open_stack(block_nbytes=cache.block_nbytes) as stack, cache.attach(stack) as attached:
+        attached.save(block_ids, keys)
+        leading = attached.load(keys, other_ids)
 
-Always true here:
+Invariants:
 
-* What ``load`` counts has been copied whole into the engine's blocks; it touched no others.
-* What ``save`` does not count as stored or known was not kept.
-* Blocks are told apart by what their bytes mean: a raw block is never found as a canonical one, nor
-  one of another dtype or other sizes, under whatever key.
+* Blocks that ``load`` counts have been copied whole into the engine's blocks. Other blocks are
+  untouched.
+* Blocks that ``save`` does not count as stored or known are not kept.
+* The meaning of a block's bytes is a part of its key. A raw block is never found as a canonical
+  one, nor is a block of another dtype or of other sizes.
 """
 
 from __future__ import annotations
@@ -30,41 +31,41 @@ from kvcache.keys import DIGEST_NBYTES, namespace
 from kvcache.process import bind_to_process
 from kvcache.stack import Stack
 
-SCHEMA = 1  # of what a block's bytes are; another number is another namespace
+SCHEMA = 1  # version of the format of a block; another version is another namespace
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """What became of the blocks given to ``save``; the three add up to their number."""
+class SaveResult:
+    """How many blocks ``save`` stored; the three counts add up to the number of blocks."""
 
-    stored: int  # copied now
-    known: int  # held already
-    declined: int  # there was no room, or somebody else is storing them
+    stored: int  # copied by this call
+    known: int  # in the stack already
+    declined: int  # no room, or another caller is storing them
 
     @property
     def held(self) -> int:
-        """Blocks that could be found when ``save`` returned."""
+        """How many blocks the stack held when ``save`` returned."""
         return self.stored + self.known
 
 
 class PagedCache:
-    """The paged tensors of an engine, registered.
+    """The registered paged tensors of an engine.
 
     Args:
-        layers: of every layer its tensor, or its tensors ``(keys, values)``, on one device, a CPU
-            or CUDA; by name, if they have names.
+        layers: the tensor of each layer, or its tensors ``(keys, values)``, all on one device, a
+            CPU or CUDA; a mapping if layers have names.
         layout: a name of :data:`~kvcache.connectors.layout.axes.LAYOUTS` or a layout of your own;
-            ``None`` to tell it from the shapes.
-        order: of the bytes that are kept. ``raw`` copies pages as they are. ``canonical`` is one
-            order for all layouts, so that engines with different attention share blocks.
-        sizes: of axes, by name, as far as they are known: ``tokens=16, heads=8``.
+            ``None`` to find it from the shapes.
+        order: the order of the stored bytes. ``raw`` copies pages as they are. ``canonical`` is one
+            order for all layouts, in which engines with different attention share blocks.
+        sizes: known sizes of axes, by name: ``tokens=16, heads=8``.
 
     Attributes:
         placement: where the blocks lie.
-        space: a digest of what the bytes of a block mean; a part of every key.
+        namespace: a digest of the meaning of a block's bytes; a part of every key.
 
     Raises:
-        LayoutError: when the layout cannot be told or does not fit, or has no canonical order.
+        LayoutError: when the layout does not fit, is not found, or has no canonical order.
         ValueError: for tensors on another device.
     """
 
@@ -82,38 +83,38 @@ class PagedCache:
         self.namespace = namespace(
             {"schema": SCHEMA, "order": order, "form": format_id(self.placement, order)}
         )
-        if self.device is not None:  # a device's memory and streams are lost in a fork
+        if self.device is not None:  # a forked child has no device memory and no streams
             bind_to_process(self)
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes of a block, of all layers: what its stack is opened with."""
+        """Bytes of a block, in all layers; the stack is opened with this."""
         return self.placement.block_nbytes
 
-    def attach(self, stack: Stack, *, threads: int = 1) -> Attached:
-        """Get ready to copy between these tensors and the stack's L1.
+    def attach(self, stack: Stack, *, threads: int = 1) -> AttachedCache:
+        """Prepare copies between these tensors and the stack's L1.
 
         Args:
-            threads: that a copy by the processor is shared out among.
+            threads: how many threads share a copy by the CPU.
 
         Raises:
             ValueError: when the stack's blocks have another number of bytes.
         """
-        return Attached(self, stack, threads)
+        return AttachedCache(self, stack, threads)
 
 
-class Attached(Closeable):
-    """A registered cache and the stack it is kept in; safe to call from threads.
+class AttachedCache(Closeable):
+    """A registered cache and the stack that keeps its blocks. Thread-safe.
 
-    Close it before the stack, and before the tensors change their place. It holds L1's memory: a
-    stack that is closed too early is not a crash, and its memory goes when this is closed.
+    Close it before the stack, and before the tensors move. It keeps L1's memory mapped: if the
+    stack is closed first, copies still work, and the memory is freed when this is closed.
     """
 
     def __init__(self, cache: PagedCache, stack: Stack, threads: int) -> None:
         if stack.block_nbytes != cache.block_nbytes:
             raise ValueError(
-                f"a block of this cache has {cache.block_nbytes} bytes, and one of the stack"
-                f" {stack.block_nbytes}: open it with block_nbytes={cache.block_nbytes}"
+                f"a block of this cache has {cache.block_nbytes} bytes, and a block of the stack"
+                f" {stack.block_nbytes}; open the stack with block_nbytes={cache.block_nbytes}"
             )
         self._cache = cache
         self._closed = False
@@ -129,58 +130,60 @@ class Attached(Closeable):
 
     def save(
         self, block_ids: Sequence[int], keys: Sequence[bytes], parent: bytes | None = None
-    ) -> Saved:
-        """Keep the engine's blocks ``block_ids[i]`` under ``keys[i]``; returns when copied.
+    ) -> SaveResult:
+        """Store the engine's blocks ``block_ids[i]`` under ``keys[i]``, and wait for the copies.
 
         Args:
-            keys: a stretch of one chain, in order, each one the identity of all tokens up to the
-                end of its block (``kvcache.block_keys`` makes such).
-            after: the key of the block that ``keys[0]`` continues; ``None`` for a chain's first.
+            keys: consecutive keys of one chain, each the identity of all tokens up to the end of
+                its block (``kvcache.block_keys`` makes such keys).
+            parent: the key of the block before ``keys[0]``; ``None`` if that begins the chain.
 
         Raises:
-            ValueError: when there are not as many ids as keys.
+            ValueError: when the numbers of ids and keys differ.
             IndexError: for a block that the engine does not have.
             RuntimeError: after ``close``.
         """
-        blocks = self._checked(block_ids, keys)
-        own = self._own(keys)
-        lease = self._stack.reserve(own, self._own([parent])[0] if parent is not None else None)
+        blocks = self._validated(block_ids, keys)
+        stack_keys = self.stack_keys(keys)
+        stack_parent = self.stack_keys([parent])[0] if parent is not None else None
+        lease = self._stack.reserve(stack_keys, stack_parent)
         with lease:
             self._copy("store", [blocks[at] for at in lease.positions], lease.slots)
         stored = len(lease.keys)
-        mine = set(lease.positions)
-        others = [key for at, key in enumerate(own) if at not in mine]
+        leased = set(lease.positions)
+        others = [key for at, key in enumerate(stack_keys) if at not in leased]
         known = sum(self._stack.front.contains(others))
-        return Saved(stored, known, len(keys) - stored - known)
+        return SaveResult(stored, known, len(keys) - stored - known)
 
     def load(self, keys: Sequence[bytes], block_ids: Sequence[int], *, start: int = 0) -> int:
-        """Copy the longest prefix of ``keys[start:]`` that is kept into the engine's blocks.
+        """Copy the longest stored prefix of ``keys[start:]`` into the engine's blocks.
 
-        It waits for tiers below L1, as long as their profile lets it.
+        Waits for tiers below L1, as long as their profile allows.
 
         Args:
-            keys: a request's chain, from its first block.
-            block_ids: where the blocks of ``keys[start:]`` go, each to another.
-            start: blocks that the engine has itself.
+            keys: the chain of a request, from its first block.
+            block_ids: the engine's blocks for ``keys[start:]``, all different.
+            start: how many leading blocks the engine already has.
 
         Returns:
             how many leading blocks of ``block_ids`` have been loaded. The others are untouched.
 
         Raises:
-            ValueError, IndexError, RuntimeError: as ``save``; ValueError for a block named twice.
+            ValueError, IndexError, RuntimeError: as ``save``; ValueError also for a block that
+                occurs twice.
         """
         if not 0 <= start <= len(keys):
-            raise ValueError(f"start is {start}, and there are {len(keys)} keys")
-        blocks = self._checked(block_ids, keys[start:])
+            raise ValueError(f"start is {start}, but there are {len(keys)} keys")
+        blocks = self._validated(block_ids, keys[start:])
         if len(set(blocks)) < len(blocks):
             raise ValueError(f"a block is the target of two keys: {blocks}")
-        match = self._stack.match(self._own(keys), start).result()
+        match = self._stack.match(self.stack_keys(keys), start).result()
         with self._stack.fetch(match).result() as lease:
             self._copy("load", blocks[: len(lease)], lease.slots)
         return len(lease)
 
     def close(self) -> None:
-        """Wait for running copies, and refuse new ones. Twice is allowed."""
+        """Wait for running copies and refuse new ones. Further calls do nothing."""
         self._closed = True
         self._copier.close()
         self._memory.release()
@@ -190,7 +193,7 @@ class Attached(Closeable):
     ) -> None:
         if not blocks:
             return
-        begun, failed = time.perf_counter(), True
+        begin, failed = time.perf_counter(), True
         try:
             if operation == "store":
                 copy = self._copier.gather(blocks, slots)
@@ -199,17 +202,17 @@ class Attached(Closeable):
             copy.wait()
             failed = False
         finally:
-            self._stack.observe_copy(operation, time.perf_counter() - begun, failed=failed)
+            self._stack.observe_copy(operation, time.perf_counter() - begin, failed=failed)
 
-    def _own(self, keys: Sequence[bytes]) -> list[bytes]:
-        """The keys under which the stack knows these blocks: of this form, and no other."""
-        space = self._cache.namespace
-        return [blake2b(key, digest_size=DIGEST_NBYTES, key=space).digest() for key in keys]
+    def stack_keys(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Return the keys of these blocks in the stack, which include the cache's namespace."""
+        namespace = self._cache.namespace
+        return [blake2b(key, digest_size=DIGEST_NBYTES, key=namespace).digest() for key in keys]
 
-    def _checked(self, block_ids: Sequence[int], keys: Sequence[bytes]) -> list[int]:
-        """The ids, each one looked at before anything is asked of the stack."""
+    def _validated(self, block_ids: Sequence[int], keys: Sequence[bytes]) -> list[int]:
+        """Return the ids as integers. Raises before the stack is called."""
         if self._closed:
-            raise RuntimeError("this cache is no longer attached: it was closed")
+            raise RuntimeError("this cache is not attached any more: it was closed")
         if len(block_ids) != len(keys):
             raise ValueError(
                 f"{len(block_ids)} block ids do not pair up with {len(keys)} keys;"

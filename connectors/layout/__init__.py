@@ -1,4 +1,4 @@
-"""Layouts: how the bytes of a block lie in an engine's tensors, and in a slot."""
+"""Layouts: the order of the bytes of a block in an engine's tensors and in a slot."""
 
 from .axes import LAYOUTS, Layout, LayoutError
 

@@ -1,15 +1,18 @@
-"""How the bytes of a block lie in an engine's tensors, as data: a layout is the names of axes.
+"""Layouts: how the bytes of a block lie in an engine's tensors, written as the names of axes.
 
-A layout has one word per axis of each tensor of a layer, in the order of the tensor's shape:
-``"blocks kv tokens heads dim"``. Names joined by a dot share an axis, the first outside the second
-(``kv.dim``: all of K, then all of V); a name that comes twice is split over two axes, the first
-outside the second (``dim tokens dim``); ``...`` stands for axes of whatever meaning.
+A layout has one word for each axis of each tensor of a layer, in the order of the tensor's shape:
+``"blocks kv tokens heads dim"``.
 
-Always true here:
+* Names joined by a dot share an axis, the outer one first: ``kv.dim`` is all of K, then all of V.
+* A name that occurs twice is split over two axes, the outer one first: ``dim tokens dim``.
+* ``...`` stands for any number of axes of unknown meaning.
 
-* Shapes say what an axis means, strides where it lies: another order in memory than that of the
-  shape is no layout of its own.
-* What fits no layout, or several, is refused with what was seen and what is known; never guessed.
+Invariants:
+
+* A layout follows from shapes. Strides only say where an axis lies in memory, so tensors that
+  differ in strides alone have the same layout.
+* Tensors that match no layout, or several, are refused with a description of the tensors and of
+  the layouts. A layout is never guessed.
 """
 
 from __future__ import annotations
@@ -18,18 +21,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-FIXED = {"kv": 2, "one": 1}
-"""Axes whose size their name says: keys and values; an axis that is there for its rank alone."""
+FIXED_SIZES = {"kv": 2, "one": 1}
+"""The sizes that a name implies: keys and values, and an axis that only adds a dimension."""
 
-REST = "..."
+ANY_AXES = "..."
 
 
 class LayoutError(ValueError):
-    """These tensors cannot be laid out as was said, or in no one way that is known."""
+    """The tensors do not have the given layout, or no single known one."""
 
 
 class Tensor(Protocol):
-    """What is asked of a tensor. One of torch has it; nothing here needs torch."""
+    """The part of torch's tensor that is used here, so that this package does not need torch."""
 
     shape: Any
     dtype: Any
@@ -41,7 +44,7 @@ class Tensor(Protocol):
 
 
 Layer = Tensor | Sequence[Tensor]
-"""The tensors of one layer: one, or several in the order of the layout's."""
+"""The tensor of one layer, or its tensors in the order of the layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,9 @@ class Layout:
                 raise LayoutError(f"layout {self.name}: one axis of {axes!r} must be blocks")
 
     @property
-    def has_meaning(self) -> bool:
-        """Whether every axis has a name, so that the layout can be told from a shape."""
-        return not any(REST in axes for axes in self.tensors)
+    def names_all_axes(self) -> bool:
+        """Whether every axis has a name, so that a shape can match or not match."""
+        return not any(ANY_AXES in axes for axes in self.tensors)
 
     def __str__(self) -> str:
         return f"{self.name} " + " + ".join(f"[{', '.join(a.split())}]" for a in self.tensors)
@@ -87,14 +90,16 @@ LAYOUTS: Mapping[str, Layout] = {
         ),
         Layout("mla", ("blocks tokens latent",), "multi-head latent attention"),
         Layout("mla-packed", ("blocks one tokens latent",), "the same, in vLLM 0.29 and later"),
-        Layout("opaque", ("blocks ...",), "whatever is only copied, such as vLLM on a CPU"),
+        Layout(
+            "opaque", ("blocks ...",), "pages that are only copied, such as those of vLLM on a CPU"
+        ),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a tensor, or a part of one: ``size`` steps of ``stride`` bytes."""
+    """An axis of a tensor, or one name of a shared axis: ``size`` steps of ``stride`` bytes."""
 
     name: str
     size: int
@@ -102,22 +107,22 @@ class Axis:
 
 
 def tensors_of(layer: Layer) -> tuple[Tensor, ...]:
-    """The tensors of a layer, be it one or several."""
+    """Return the tensors of a layer as a tuple."""
     return tuple(layer) if isinstance(layer, (tuple, list)) else (layer,)  # type: ignore[return-value]
 
 
-def find(
+def find_layout(
     layers: Mapping[str, Layer], layout: str | Layout | None, sizes: Mapping[str, int]
 ) -> Layout:
-    """The one layout that all ``layers`` have.
+    """Return the one layout that all ``layers`` have.
 
     Args:
-        layers: at least one, by name.
-        layout: its name if it is known, or one of your own; ``None`` to tell it from the shapes.
-        sizes: what axes are known to have, by name, such as ``{"tokens": 16, "heads": 8}``.
+        layers: at least one layer, by name.
+        layout: a name, or a layout of the caller's; ``None`` to find it from the shapes.
+        sizes: known sizes of axes, by name, such as ``{"tokens": 16, "heads": 8}``.
 
     Raises:
-        LayoutError: when no layout fits all layers, or more than one.
+        LayoutError: when no layout fits all layers, or more than one does.
     """
     if isinstance(layout, Layout):
         return layout
@@ -125,95 +130,97 @@ def find(
         if layout not in LAYOUTS:
             raise LayoutError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
         return LAYOUTS[layout]
-    fitting = told = [layout for layout in LAYOUTS.values() if layout.has_meaning]
-    what = ""
+    known = [layout for layout in LAYOUTS.values() if layout.names_all_axes]
+    candidates = known
     for name, layer in layers.items():
-        what = f"layer {name} is {seen(layer)}" + (f", with {dict(sizes)}" if sizes else "")
-        fitting = [layout for layout in fitting if _fits(layer, layout, sizes)]
-        if not fitting:
+        tensors = describe(layer) + (f", with {dict(sizes)}" if sizes else "")
+        candidates = [layout for layout in candidates if _matches(layer, layout, sizes)]
+        if not candidates:
             raise LayoutError(
-                f"{what}, which fits no layout that is known, or none that the layers before it"
-                f" have: {_listed(told)}; say layout='opaque' if its blocks are its first axis and"
-                " are only to be copied, or give a Layout of your own"
+                f"layer {name} is {tensors}, which has no known layout, or none that the layers"
+                f" before it have: {_joined(known)}; pass layout='opaque' if blocks are its first"
+                " axis and are only copied, or pass a Layout"
             )
-    if len(fitting) > 1:
+    if len(candidates) > 1:
         raise LayoutError(
-            f"{what}: it may be {_listed(fitting)}; say which with layout=, or sizes that only one"
-            f" of them can have ({', '.join(sorted(_names(fitting)))})"
+            f"layer {name} is {tensors}: its layout may be {_joined(candidates)}; pass layout=, or"
+            f" a size that only one of them can have ({', '.join(sorted(_axis_names(candidates)))})"
         )
-    return fitting[0]
+    return candidates[0]
 
 
 def axes_of(
     layer: Layer, layout: Layout, sizes: Mapping[str, int], name: str = ""
 ) -> list[list[Axis]]:
-    """The axes of each tensor of a layer, outermost of the shape first.
+    """Return the axes of each tensor of a layer, in the order of its shape.
 
-    A name that comes more than once has its outer part first. ``name`` is the layer's, for
-    messages.
+    Of a name that occurs more than once, the outer axis comes first. ``name`` is the layer's name,
+    for error messages.
 
     Raises:
         LayoutError: when the layer does not have this layout and these sizes.
     """
     try:
-        return _read(tensors_of(layer), layout, sizes)
-    except _MisfitError as why:
+        return _match_layer(tensors_of(layer), layout, sizes)
+    except _MismatchError as mismatch:
         raise LayoutError(
-            f"layer {name} is {seen(layer)}, and not laid out as {layout}: {why}"
+            f"layer {name} is {describe(layer)}, which does not have layout {layout}: {mismatch}"
         ) from None
 
 
-def seen(layer: Layer) -> str:
-    """What a layer's tensors look like, for messages."""
+def describe(layer: Layer) -> str:
+    """Describe the tensors of a layer for an error message."""
     return " and ".join(
         f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tuple(tensor.stride())}"
         for tensor in tensors_of(layer)
     )
 
 
-class _MisfitError(Exception):
-    """Why tensors do not have a layout."""
+class _MismatchError(Exception):
+    """The reason why tensors do not have a layout."""
 
 
-def _fits(layer: Layer, layout: Layout, sizes: Mapping[str, int]) -> bool:
+def _matches(layer: Layer, layout: Layout, sizes: Mapping[str, int]) -> bool:
     try:
-        _read(tensors_of(layer), layout, sizes)
-    except _MisfitError:
+        _match_layer(tensors_of(layer), layout, sizes)
+    except _MismatchError:
         return False
     return True
 
 
-def _read(tensors: Sequence[Tensor], layout: Layout, sizes: Mapping[str, int]) -> list[list[Axis]]:
-    """The axes of each tensor, whose names have one size in all of them."""
+def _match_layer(
+    tensors: Sequence[Tensor], layout: Layout, sizes: Mapping[str, int]
+) -> list[list[Axis]]:
+    """Return the axes of each tensor. A name must have the same size in all of them."""
     if len(tensors) != len(layout.tensors):
-        raise _MisfitError(f"a layer has {len(layout.tensors)} tensors in it, not {len(tensors)}")
-    if layout.has_meaning and (unknown := sizes.keys() - _names([layout])):
-        raise _MisfitError(f"it has no {' and no '.join(sorted(unknown))}")
-    found = []
-    known = {**FIXED, **sizes}
+        raise _MismatchError(f"a layer of it has {len(layout.tensors)} tensors, not {len(tensors)}")
+    if layout.names_all_axes and (unknown := sizes.keys() - _axis_names([layout])):
+        raise _MismatchError(f"it has no axis {' and no axis '.join(sorted(unknown))}")
+    result = []
+    known = {**FIXED_SIZES, **sizes}
     for tensor, words in zip(tensors, layout.tensors, strict=True):
-        found.append(_axes(tensor, words.split(), known))
-        for name, total in sizes_of(found[-1]).items():
-            if known.setdefault(name, total) != total:
-                raise _MisfitError(f"{name} is {total}, and not {known[name]}")
-    return found
+        result.append(_match_tensor(tensor, words.split(), known))
+        for name, size in sizes_of(result[-1]).items():
+            if known.setdefault(name, size) != size:
+                raise _MismatchError(f"{name} is {size}, not {known[name]}")
+    return result
 
 
-def _axes(tensor: Tensor, words: list[str], known: Mapping[str, int]) -> list[Axis]:
-    """The axes of one tensor by these words."""
+def _match_tensor(tensor: Tensor, words: list[str], known: Mapping[str, int]) -> list[Axis]:
+    """Return the axes of one tensor, one or two for each word. ``known`` are sizes of names."""
     shape = tuple(tensor.shape)
-    if REST in words:
-        at = words.index(REST)
+    if ANY_AXES in words:
+        at = words.index(ANY_AXES)
         after = words[at + 1 :]
         words = [*words[:at], *map(str, range(at, len(shape) - len(after))), *after]
     if len(shape) != len(words):
-        raise _MisfitError(f"it has {len(words)} axes")
+        raise _MismatchError(f"a tensor of it has {len(words)} axes")
     axes: list[Axis] = []
     for word, size, stride in zip(words, shape, tensor.stride(), strict=True):
         outer, _, inner = word.rpartition(".")
         parts = known.get(outer, 0) if outer else 1
         if not parts or size % parts or not size:
-            raise _MisfitError(f"{size} is not a size that {word} can have")
+            raise _MismatchError(f"{word} cannot have size {size}")
         step = stride * tensor.element_size()
         if outer:
             axes.append(Axis(outer, parts, step * (size // parts)))
@@ -222,17 +229,17 @@ def _axes(tensor: Tensor, words: list[str], known: Mapping[str, int]) -> list[Ax
 
 
 def sizes_of(axes: Iterable[Axis]) -> dict[str, int]:
-    """The whole size of every name, over all axes it is split over."""
+    """Return the size of every name: the product over all axes that have it."""
     sizes: dict[str, int] = {}
     for axis in axes:
         sizes[axis.name] = sizes.get(axis.name, 1) * axis.size
     return sizes
 
 
-def _names(layouts: Iterable[Layout]) -> set[str]:
+def _axis_names(layouts: Iterable[Layout]) -> set[str]:
     words = {word for layout in layouts for axes in layout.tensors for word in axes.split()}
-    return {name for word in words for name in word.split(".")} - {*FIXED, REST, ""}
+    return {name for word in words for name in word.split(".")} - {*FIXED_SIZES, ANY_AXES, ""}
 
 
-def _listed(layouts: Sequence[Layout]) -> str:
+def _joined(layouts: Sequence[Layout]) -> str:
     return ", ".join(map(str, layouts))

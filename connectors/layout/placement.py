@@ -1,11 +1,13 @@
-"""Where every block of an engine's cache lies, and in which order its bytes come: for all copies.
+"""Placement: where every block of an engine's cache lies, and in which order its bytes are copied.
 
-Always true here:
+Invariants:
 
-* The pages of a block are all its bytes, each once, in the order that they have in memory: layer
-  after layer, tensor after tensor, axis by axis, the one with the widest stride first.
-* ``format_id`` names the meaning of that order: caches of equal ``format_id`` can share bytes.
-* No two elements of a tensor share an address; where that cannot be said, it is refused.
+* The runs of a block contain each of its bytes once, in the order of memory: layer by layer, tensor
+  by tensor, then axis by axis with the widest stride first.
+* ``format_id`` names the meaning of the bytes in that order. Caches with equal ``format_id`` can
+  share blocks.
+* No two elements of a tensor share an address. A tensor that does not prove this by its strides is
+  refused.
 """
 
 from __future__ import annotations
@@ -22,21 +24,23 @@ from kvcache.connectors.layout.axes import (
     LayoutError,
     Tensor,
     axes_of,
-    find,
-    seen,
+    describe,
+    find_layout,
     tensors_of,
 )
 
-MOST_RUNS = 4096
-"""Runs of bytes that a block of a tensor may lie in; more are too short to be copied one by one."""
+MAX_RUNS = 4096
+"""The most runs of bytes in which a block may lie in one tensor. More would be too short to be
+copied one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """One run of bytes of every block: that of b is the `nbytes` at `address + b * stride`.
+    """A contiguous run of bytes that every block has.
 
-    0 <= b < `count`. `stride` is in bytes; it exceeds `nbytes` where something else lies between.
-    `layer` is the number of the layer that it is of.
+    The run of block b is the `nbytes` bytes at `address + b * stride`, for 0 <= b < `count`.
+    `stride` is in bytes; it is more than `nbytes` if other data lies between. `layer` is the number
+    of the layer.
     """
 
     address: int
@@ -51,84 +55,84 @@ class BlockRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPlacement:
     """One tensor of one layer.
 
     Attributes:
-        layer: its number, from 0.
-        number: the tensor's among those of its layer.
-        blocks: the axis of the blocks.
-        axes: the others, outermost of the shape first.
+        layer: the number of the layer, from 0.
+        number: the number of the tensor in its layer, from 0.
+        block_axis: the axis whose steps are the blocks.
+        axes: the other axes, in the order of the shape.
     """
 
     tensor: Tensor
     layer: int
     number: int
-    blocks: Axis
+    block_axis: Axis
     axes: tuple[Axis, ...]
 
     @property
-    def in_memory(self) -> list[Axis]:
-        """The axes by stride, the widest first; those of one step lie nowhere."""
-        wide = [axis for axis in self.axes if axis.size > 1]
-        return sorted(wide, key=lambda axis: axis.stride, reverse=True)
+    def axes_by_stride(self) -> list[Axis]:
+        """The axes with more than one step, the widest stride first."""
+        axes = [axis for axis in self.axes if axis.size > 1]
+        return sorted(axes, key=lambda axis: axis.stride, reverse=True)
 
     @property
     def format_id(self) -> str:
-        """What the bytes of a block are, in their order."""
-        axes = " ".join(f"{axis.name}:{axis.size}" for axis in self.in_memory)
+        """The meaning of the bytes of a block, in their order."""
+        axes = " ".join(f"{axis.name}:{axis.size}" for axis in self.axes_by_stride)
         return f"{self.tensor.dtype} {axes}"
 
-    def runs(self) -> tuple[list[Axis], int]:
-        """The axes over which the runs of a block are spread, and the bytes of each run."""
-        outer, nbytes = self.in_memory, self.tensor.element_size()
+    def run_axes(self) -> tuple[list[Axis], int]:
+        """Return the axes whose every step is another run, and the bytes of a run."""
+        outer, nbytes = self.axes_by_stride, self.tensor.element_size()
         while outer and outer[-1].stride == nbytes:
             nbytes *= outer.pop().size
         return outer, nbytes
 
-    def pages(self) -> list[BlockRun]:
-        """The runs of a block."""
-        outer, nbytes = self.runs()
+    def runs(self) -> list[BlockRun]:
+        """Return the runs of a block in this tensor, in the order of memory."""
+        outer, nbytes = self.run_axes()
         steps = product(*(range(0, axis.size * axis.stride, axis.stride) for axis in outer))
-        stride = self.blocks.stride if self.blocks.size > 1 else nbytes
+        stride = self.block_axis.stride if self.block_axis.size > 1 else nbytes
         first = self.tensor.data_ptr()
-        count = self.blocks.size
+        count = self.block_axis.size
         return [BlockRun(first + sum(step), nbytes, stride, count, self.layer) for step in steps]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A whole cache; made by :func:`place`. It keeps the tensors alive.
+    """Where a whole cache lies; made by :func:`place`. It keeps the tensors alive.
 
     Attributes:
-        blocks: how many there are, from 0.
-        device: that all tensors are on, such as ``cpu`` or ``cuda:0``.
-        parts: layer after layer.
+        blocks: the number of blocks.
+        device: the device of all tensors, such as ``cpu`` or ``cuda:0``.
+        tensors: the tensors of all layers, layer by layer.
     """
 
     layout: Layout
     blocks: int
     device: str
-    parts: tuple[Part, ...]
+    tensors: tuple[TensorPlacement, ...]
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes of a block, of all layers."""
-        return sum(page.nbytes for page in self.pages())
+        """Bytes of a block, in all layers."""
+        return sum(run.nbytes for run in self.runs())
 
     @property
     def element_nbytes(self) -> int:
-        """Bytes of the numbers that blocks are made of; of the widest, where they differ."""
-        return max(part.tensor.element_size() for part in self.parts)
+        """Bytes of an element of the tensors; of the widest, if they differ."""
+        return max(placed.tensor.element_size() for placed in self.tensors)
 
     @property
     def format_id(self) -> list[str]:
-        """What the bytes of a block are, in their order; part of what sets blocks apart."""
-        return [f"layer {part.layer}: {part.format_id}" for part in self.parts]
+        """The meaning of the bytes of a block, in their order; a part of the namespace."""
+        return [f"layer {placed.layer}: {placed.format_id}" for placed in self.tensors]
 
-    def pages(self) -> list[BlockRun]:
-        """The runs of a block, in the order that its bytes have outside the engine."""
-        return [page for part in self.parts for page in part.pages()]
+    def runs(self) -> list[BlockRun]:
+        """Return the runs of a block, in the order that its bytes have in a slot."""
+        return [run for placed in self.tensors for run in placed.runs()]
 
 
 def place(
@@ -139,59 +143,62 @@ def place(
     """Find where the blocks of a cache lie.
 
     Args:
-        layers: of every layer its tensor, or its tensors ``(keys, values)``; by name, if they have
-            names.
-        layout: a name of :data:`~kvcache.connectors.layout.axes.LAYOUTS`, or a layout of your own;
-            ``None`` to tell it from shapes and strides.
-        sizes: of axes, as far as they are known, by name: ``tokens=16, heads=8``. What is given
-            must hold, and helps to tell layouts apart.
+        layers: the tensor of each layer, or its tensors ``(keys, values)``; a mapping if layers
+            have names.
+        layout: a name of :data:`~kvcache.connectors.layout.axes.LAYOUTS`, or a layout of the
+            caller's; ``None`` to find it from the shapes.
+        sizes: known sizes of axes, by name: ``tokens=16, heads=8``. The tensors must have these
+            sizes. They also distinguish between layouts.
 
     Raises:
-        LayoutError: when the layout cannot be told, or is not that of every layer; for tensors
-            whose elements overlap, on several devices, or of differently many blocks.
+        LayoutError: when there is no single layout of all layers; when elements of a tensor
+            overlap; when the tensors are on several devices or differ in their number of blocks.
     """
     if not isinstance(layers, Mapping):
         layers = {str(number): layer for number, layer in enumerate(layers)}
     if not layers:
         raise LayoutError("there are no layers, so no blocks to copy")
-    chosen = find(layers, layout, sizes)
-    parts: list[Part] = []
+    chosen = find_layout(layers, layout, sizes)
+    tensors: list[TensorPlacement] = []
     for number, (name, layer) in enumerate(layers.items()):
-        parts += _parts(number, layer, axes_of(layer, chosen, sizes, name), name)
-    _one("block counts", [part.blocks.size for part in parts])
-    _one("devices", [str(part.tensor.device) for part in parts])
-    if len({part.tensor.data_ptr() for part in parts}) < len(parts):
-        raise LayoutError("two of the tensors are the same memory; give each once")
-    return Placement(chosen, parts[0].blocks.size, str(parts[0].tensor.device), tuple(parts))
+        tensors += _place_layer(number, layer, axes_of(layer, chosen, sizes, name), name)
+    _require_equal("block counts", [placed.block_axis.size for placed in tensors])
+    _require_equal("devices", [str(placed.tensor.device) for placed in tensors])
+    if len({placed.tensor.data_ptr() for placed in tensors}) < len(tensors):
+        raise LayoutError("two of the tensors are the same memory; pass each tensor once")
+    first = tensors[0]
+    return Placement(chosen, first.block_axis.size, str(first.tensor.device), tuple(tensors))
 
 
-def _one(noun: str, found: Sequence[object]) -> None:
-    if len(set(found)) > 1:
+def _require_equal(noun: str, values: Sequence[object]) -> None:
+    if len(set(values)) > 1:
         raise LayoutError(
-            f"the layers have several {noun}: {', '.join(sorted(map(str, {*found})))}"
+            f"the layers have several {noun}: {', '.join(sorted(map(str, {*values})))}"
         )
 
 
-def _parts(number: int, layer: Layer, found: list[list[Axis]], name: str) -> list[Part]:
-    parts = []
-    for at, axes in enumerate(found):
-        [blocks] = (axis for axis in axes if axis.name == "blocks")
-        others = tuple(axis for axis in axes if axis is not blocks)
-        parts.append(Part(tensors_of(layer)[at], number, at, blocks, others))
-        _check(parts[-1], f"layer {name} is {seen(layer)}")
-    return parts
+def _place_layer(
+    number: int, layer: Layer, axes_of_tensors: list[list[Axis]], name: str
+) -> list[TensorPlacement]:
+    result = []
+    for at, axes in enumerate(axes_of_tensors):
+        [block_axis] = (axis for axis in axes if axis.name == "blocks")
+        others = tuple(axis for axis in axes if axis is not block_axis)
+        result.append(TensorPlacement(tensors_of(layer)[at], number, at, block_axis, others))
+        _require_runs(result[-1], f"layer {name} is {describe(layer)}")
+    return result
 
 
-def _check(part: Part, where: str) -> None:
-    """Refuse what cannot be copied run by run."""
-    nbytes = part.tensor.element_size()
-    for axis in reversed(replace(part, axes=(*part.axes, part.blocks)).in_memory):
+def _require_runs(placed: TensorPlacement, description: str) -> None:
+    """Raise LayoutError if elements overlap or a block has too many runs."""
+    nbytes = placed.tensor.element_size()
+    for axis in reversed(replace(placed, axes=(*placed.axes, placed.block_axis)).axes_by_stride):
         if axis.stride < nbytes:
-            raise LayoutError(f"{where}: its elements overlap, along {axis.name} at least")
+            raise LayoutError(f"{description}: elements overlap along axis {axis.name}")
         nbytes = axis.stride * axis.size
-    outer, nbytes = part.runs()
-    if (runs := math.prod(axis.size for axis in outer)) > MOST_RUNS:
+    outer, nbytes = placed.run_axes()
+    if (runs := math.prod(axis.size for axis in outer)) > MAX_RUNS:
         raise LayoutError(
-            f"{where}: a block of it lies in {runs} runs of {nbytes} bytes; there may be"
-            f" {MOST_RUNS}, since each is copied by itself"
+            f"{description}: a block of it has {runs} runs of {nbytes} bytes; at most {MAX_RUNS}"
+            " can be copied one by one"
         )

@@ -1,14 +1,13 @@
-"""Several ways to make the same copy; which one makes it is what was measured on this device.
+"""Chooses a copy backend for each direction and run size by measuring all backends on the device.
 
-Always true here:
-* Until they have been tried, and wherever nothing was measured, the first that is left copies.
-* One that has failed, or left a byte other than it should be, is not used again; that is said.
+Invariants:
 
-Every mechanism tried on memory that is nobody's: what it takes, and whether its bytes are right.
-
-Always true here:
-* Every copy is compared with what it should be, and so are the bytes around its runs.
-* What the trial itself cannot do is its caller's to hear, and counts against no mechanism.
+* Until backends were measured, and for copies unlike the measured ones, the default backend copies:
+  the first one that is enabled.
+* A backend that raised or copied a wrong byte is disabled for good, with a warning.
+* A trial compares every copy with the expected bytes, and also the bytes around its runs. Trials
+  use memory of their own.
+* If a trial itself fails, its caller gets the exception, and no backend is disabled.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,194 +32,226 @@ log = logging.getLogger(__name__)
 Direction = Literal["load", "store"]
 DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 
-SIZES = tuple(4096 << doubled for doubled in range(7))  # of runs, 4 to 256 KiB, that are tried
-FEW = 32  # runs: copies of fewer are not tried
+RUN_SIZES: Final = tuple(4096 << doubled for doubled in range(7))
+"""The measured sizes of runs, in bytes: 4 to 256 KiB."""
 
-# Times as fast as the first: a kernel takes from the model what a copy engine does not.
-_CLEARLY = 1.2
+MIN_RUNS: Final = 32
+"""The least runs of a copy for which a measured backend is chosen."""
+
+# A kernel takes processors from the model and a copy engine does not, so a small gain is no reason
+# to replace the default.
+_MIN_SPEEDUP = 1.2
 
 
 @dataclass(frozen=True, slots=True)
 class CopyBatch:
-    """What is to be copied: `nbytes[i]` bytes from the address `sources[i]` to `targets[i]`.
+    """A copy of `nbytes[i]` bytes from address `sources[i]` to `targets[i]`, for every i.
 
-    `way` is known where all the host's side is pinned, and the device has it at these addresses.
+    `direction` is None unless all of the host's side is pinned and has the same addresses on the
+    device.
     """
 
     targets: Integers
     sources: Integers
     nbytes: Integers
-    way: Direction | None
+    direction: Direction | None
 
     def __len__(self) -> int:
         return len(self.nbytes)
 
 
-class Mechanism(Protocol):
-    """A way to copy runs. It is over when the stream is past it that is current during the call."""
+class CopyBackend(Protocol):
+    """A mechanism that copies batches in the order of the current stream."""
 
     @property
     def name(self) -> str:
-        """As people are told, after "by"."""
+        """The name in log messages."""
 
-    def takes(self, runs: CopyBatch) -> bool:
-        """Whether it can copy these."""
+    def supports(self, batch: CopyBatch) -> bool:
+        """Whether it can copy this batch."""
 
-    def copy(self, runs: CopyBatch) -> None:
-        """Begin to copy them."""
+    def copy(self, batch: CopyBatch) -> None:
+        """Queue the copy on the current stream."""
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
-    """What copies runs of one size one way, and how many times as fast as the first mechanism."""
+class BackendChoice:
+    """The backend for one size and direction, and its speed relative to the default backend."""
 
-    mechanism: Mechanism
-    gain: float
-
-
-Took = Mapping[tuple[Direction, int], Mapping[Mechanism, float]]
-"""Seconds of a copy of runs of a size, one way, by each mechanism that makes it."""
+    backend: CopyBackend
+    speedup: float
 
 
-class Pinned:
-    """Host memory that the device can touch at the host's addresses."""
+Timings = Mapping[tuple[Direction, int], Mapping[CopyBackend, float]]
+"""By direction and run size: the seconds of a copy by each backend that supports it."""
+
+
+class PinnedRanges:
+    """Host memory that the device can access at the host's addresses."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, int] = {}
-        self._spans: list[tuple[int, int]] = []  # of pieces side by side, replaced as a whole
+        self._pieces: dict[int, int] = {}  # bytes by address
+        # Adjacent pieces merged. Replaced as a whole, so that readers need no lock.
+        self._ranges: list[tuple[int, int]] = []
 
     def add(self, address: int, nbytes: int) -> None:
         self._pieces[address] = nbytes
-        self._join()
+        self._merge()
 
     def remove(self, address: int) -> None:
         self._pieces.pop(address, None)
-        self._join()
+        self._merge()
 
-    def runs(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
-        """These, with the way that they go."""
-        way: Direction | None = None
-        if self._holds(targets, nbytes):
-            way = "store"
-        elif self._holds(sources, nbytes):
-            way = "load"
-        return CopyBatch(targets, sources, nbytes, way)
+    def batch(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
+        """Make a batch whose direction follows from which side is pinned."""
+        direction: Direction | None = None
+        if self._contains(targets, nbytes):
+            direction = "store"
+        elif self._contains(sources, nbytes):
+            direction = "load"
+        return CopyBatch(targets, sources, nbytes, direction)
 
-    def _holds(self, addresses: Integers, nbytes: Integers) -> bool:
+    def _contains(self, addresses: Integers, nbytes: Integers) -> bool:
+        """Whether all runs lie in one range."""
         if not len(addresses):
             return False
         begin, end = addresses.min(), (addresses + nbytes).max()
-        return any(low <= begin and end <= high for low, high in self._spans)
+        return any(low <= begin and end <= high for low, high in self._ranges)
 
-    def _join(self) -> None:
-        spans: list[tuple[int, int]] = []
+    def _merge(self) -> None:
+        ranges: list[tuple[int, int]] = []
         for address, nbytes in sorted(self._pieces.items()):
-            if spans and spans[-1][1] == address:
-                spans[-1] = (spans[-1][0], address + nbytes)
+            if ranges and ranges[-1][1] == address:
+                ranges[-1] = (ranges[-1][0], address + nbytes)
             else:
-                spans.append((address, address + nbytes))
-        self._spans = spans
+                ranges.append((address, address + nbytes))
+        self._ranges = ranges
 
 
-class Mechanisms:
-    """Copies by the best of `offered`; the first is the one that needs no measuring."""
+class BackendSelector:
+    """Copies each batch with the fastest enabled backend. The first backend is the default."""
 
-    def __init__(self, offered: Sequence[Mechanism]) -> None:
-        self.left = tuple(offered)
-        self._best: Mapping[Direction, Sequence[Best]] = {}
+    def __init__(self, backends: Sequence[CopyBackend]) -> None:
+        self.enabled = tuple(backends)
+        self._choices: Mapping[Direction, Sequence[BackendChoice]] = {}  # in order of RUN_SIZES
 
-    def copy(self, runs: CopyBatch) -> None:
-        """Begin to copy.
+    def copy(self, batch: CopyBatch) -> None:
+        """Queue the copy on the current stream.
 
         Raises:
-            RuntimeError: when no mechanism is left; and whatever the first one raises.
+            RuntimeError: when no backend is enabled.
+            Exception: whatever the default backend raises.
         """
-        chosen = self._chosen(runs)
+        backend = self._select(batch)
         try:
-            chosen.copy(runs)
+            backend.copy(batch)
         except Exception as error:
-            if chosen is self.first:
+            if backend is self.default:
                 raise
-            self.drop(chosen, f"{type(error).__name__}: {error}")
-            self.copy(runs)  # whatever it began: this comes after it, with the same bytes
+            self.disable(backend, f"{type(error).__name__}: {error}")
+            # A part may have been queued. This copy follows it and writes the same bytes.
+            self.copy(batch)
 
     @property
-    def first(self) -> Mechanism:
-        if not self.left:
-            raise RuntimeError("there is no mechanism left that copies right on this device")
-        return self.left[0]
+    def default(self) -> CopyBackend:
+        if not self.enabled:
+            raise RuntimeError("no copy backend works on this device: all were disabled")
+        return self.enabled[0]
 
-    def drop(self, mechanism: Mechanism, why: str) -> None:
-        """Use it no more."""
-        if mechanism not in self.left:
+    def disable(self, backend: CopyBackend, cause: str) -> None:
+        """Never use `backend` again."""
+        if backend not in self.enabled:
             return
-        self.left = tuple(other for other in self.left if other is not mechanism)
-        log.warning("kvcache: nothing is copied by %s any more: %s", mechanism.name, why)
+        self.enabled = tuple(other for other in self.enabled if other is not backend)
+        log.warning(
+            "kvcache: copy backend %s disabled (%s); other backends copy", backend.name, cause
+        )
 
-    def learn(self, took: Took) -> None:
-        """Choose by what copies took."""
-        self._best = {way: [self._fastest(took[way, size]) for size in SIZES] for way in DIRECTIONS}
-        log.info("kvcache: %s", "; ".join(_said(way, bests) for way, bests in self._best.items()))
+    def choose(self, timings: Timings) -> None:
+        """Choose a backend for each direction and run size."""
+        self._choices = {
+            direction: [self._fastest(timings[direction, size]) for size in RUN_SIZES]
+            for direction in DIRECTIONS
+        }
+        chosen = "; ".join(_describe(*choices) for choices in self._choices.items())
+        log.info("kvcache: copy backends chosen: %s", chosen)
 
-    def _fastest(self, took: Mapping[Mechanism, float]) -> Best:
-        first = self.first
-        fastest = min((each for each in self.left if each in took), key=took.__getitem__)
-        gain = took[first] / took[fastest]
-        return Best(fastest, gain) if gain >= _CLEARLY else Best(first, 1.0)
+    def _fastest(self, seconds: Mapping[CopyBackend, float]) -> BackendChoice:
+        default = self.default
+        fastest = min((each for each in self.enabled if each in seconds), key=seconds.__getitem__)
+        speedup = seconds[default] / seconds[fastest]
+        if speedup >= _MIN_SPEEDUP:
+            return BackendChoice(fastest, speedup)
+        return BackendChoice(default, 1.0)
 
-    def _chosen(self, runs: CopyBatch) -> Mechanism:
-        if runs.way is not None and runs.way in self._best and len(runs) >= FEW:
-            # Between two sizes that were tried, what is better for the larger: a kernel has less
-            # to gain there.
-            at = bisect_left(SIZES, int(runs.nbytes.mean()))
-            best = self._best[runs.way][min(at, len(SIZES) - 1)].mechanism
-            if best in self.left and best.takes(runs):
-                return best
-        return self.first
+    def _select(self, batch: CopyBatch) -> CopyBackend:
+        choices = self._choices.get(batch.direction) if batch.direction is not None else None
+        if choices and len(batch) >= MIN_RUNS:
+            # Between two measured sizes the choice for the larger one is used, where a kernel has
+            # less to gain.
+            at = bisect_left(RUN_SIZES, int(batch.nbytes.mean()))
+            backend = choices[min(at, len(RUN_SIZES) - 1)].backend
+            if backend in self.enabled and backend.supports(batch):
+                return backend
+        return self.default
 
 
-def _said(way: Direction, bests: Sequence[Best]) -> str:
-    """Such as "loads of runs up to 16 KiB by a kernel (1.4 to 2.1 times as fast), ..."."""
-    said: list[str] = []
-    for mechanism, group in groupby(zip(SIZES, bests, strict=True), lambda pair: pair[1].mechanism):
+def _describe(direction: Direction, choices: Sequence[BackendChoice]) -> str:
+    """Describe choices: "loads: triton for runs up to 16 KiB (1.4 to 2.1 times as fast), ..."."""
+    parts: list[str] = []
+    by_size = zip(RUN_SIZES, choices, strict=True)
+    for backend, group in groupby(by_size, lambda pair: pair[1].backend):
         sizes, alike = zip(*group, strict=True)
-        whose = f" of runs up to {sizes[-1] >> 10} KiB" if sizes[-1] < SIZES[-1] else ""
-        if said and not whose:
-            whose = " of larger ones"
-        low, high = (f"{choice(best.gain for best in alike):.1f}" for choice in (min, max))
-        gain = f" ({low if low == high else f'{low} to {high}'} times as fast)"
-        said.append(f"{whose} by {mechanism.name}{gain if high != '1.0' else ''}")
-    return f"{way}s{','.join(said)}"
+        runs = f" for runs up to {sizes[-1] >> 10} KiB" if sizes[-1] < RUN_SIZES[-1] else ""
+        if parts and not runs:
+            runs = " for larger runs"
+        low, high = (f"{choose(choice.speedup for choice in alike):.1f}" for choose in (min, max))
+        speedup = f" ({low if low == high else f'{low} to {high}'} times as fast)"
+        parts.append(f" {backend.name}{runs}{speedup if high != '1.0' else ''}")
+    return f"{direction}s:{','.join(parts)}"
 
 
-Bytes = NDArray[np.uint8]
+ByteArray = NDArray[np.uint8]
 
-_RUNS = 512  # in a copy, at most: what a call costs does not hide what a run costs
-_TICK = 1e-9  # seconds: less than any clock tells apart
-_ROUNDS = 5  # of all mechanisms in turns; one that compiles first is no median
+_MIN_SECONDS = 1e-9  # no clock measures less; it keeps the speedup finite
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSize:
+    """How much a trial copies."""
+
+    scratch_nbytes: int = 2 * MIN_RUNS * RUN_SIZES[-1]
+    """Bytes on each side, twice what a copy needs: the other half must stay unchanged."""
+    runs: int = 512
+    """The most runs of a copy: so many that the cost of a call does not hide the cost of a run."""
+    rounds: int = 5
+    """Their median counts, so that the first one may compile a kernel."""
+
+
+FULL_TRIAL: Final = TrialSize()
 
 
 class TrialMemory(Protocol):
-    """One side's bytes."""
+    """The memory of one side."""
 
     @property
     def address(self) -> int:
-        """Of the first one."""
+        """The address of the first byte."""
 
-    def put(self, data: Bytes) -> None:
-        """Write all of them."""
+    def write(self, data: ByteArray) -> None:
+        """Overwrite all bytes."""
 
     def clear(self) -> None:
-        """Make zeros of them."""
+        """Set all bytes to zero."""
 
-    def get(self) -> Bytes:
-        """Read all of them."""
+    def read(self) -> ByteArray:
+        """Return all bytes."""
 
 
-class Scratch(Protocol):
-    """Memory of `nbytes` on each side, for nothing else, and a stream that is current.
+class TrialScratch(Protocol):
+    """Memory of `nbytes` on each side for trials alone, and a current stream.
 
-    What the stream was given is over when a method returns or raises.
+    When a method returns or raises, the stream has no work left.
     """
 
     @property
@@ -232,77 +263,85 @@ class Scratch(Protocol):
     @property
     def device(self) -> TrialMemory: ...
 
-    def runs(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
-        """These, with the way that they go."""
+    def batch(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
+        """As `PinnedRanges.batch`."""
 
     def seconds(self, work: Callable[[], None]) -> float:
-        """What the device took for what `work` gave it; raises what that raises."""
+        """Call `work` and return how long the device took for what it queued."""
 
 
-class _MechanismError(Exception):
-    """A mechanism raised, or left wrong bytes."""
+class _BackendError(Exception):
+    """A backend raised, or copied wrong bytes."""
 
 
-def measure(mechanisms: Mechanisms, scratch: Scratch) -> None:
-    """Try all that are left, drop those that fail, and have the best of the others chosen.
+def measure(selector: BackendSelector, scratch: TrialScratch, size: TrialSize = FULL_TRIAL) -> None:
+    """Measure all enabled backends, disable those that fail, and choose among the others.
 
     Raises:
-        Exception: whatever was in the way of trying; nothing is chosen then.
+        Exception: when the trial itself fails; then nothing is chosen.
     """
-    random, took = np.random.default_rng(0), {}
-    for way in DIRECTIONS:
+    random = np.random.default_rng(0)
+    timings: dict[tuple[Direction, int], dict[CopyBackend, float]] = {}
+    for direction in DIRECTIONS:
         source, target = scratch.host, scratch.device
-        if way == "store":
+        if direction == "store":
             source, target = target, source
         data = random.integers(0, 256, scratch.nbytes, dtype=np.uint8)
-        source.put(data)
-        for size in SIZES:
-            places = scratch.nbytes // size
-            count = min(_RUNS, places // 2)
+        source.write(data)
+        for run_nbytes in RUN_SIZES:
+            places = scratch.nbytes // run_nbytes
+            count = min(size.runs, places // 2)
             read, written = (random.permutation(places)[:count] for _ in range(2))
-            runs = scratch.runs(
-                target.address + written * size,
-                source.address + read * size,
-                np.full(count, size, dtype=np.int64),
+            batch = scratch.batch(
+                target.address + written * run_nbytes,
+                source.address + read * run_nbytes,
+                np.full(count, run_nbytes, dtype=np.int64),
             )
-            right = np.zeros_like(data)
-            right.reshape(places, size)[written] = data.reshape(places, size)[read]
-            took[way, size] = _in_turns(mechanisms, scratch, runs, target, right)
-    if mechanisms.left:
-        mechanisms.learn(took)
+            expected = np.zeros_like(data)
+            expected.reshape(places, run_nbytes)[written] = data.reshape(places, run_nbytes)[read]
+            timings[direction, run_nbytes] = _measure_batch(
+                selector, scratch, batch, target, expected, size.rounds
+            )
+    if selector.enabled:
+        selector.choose(timings)
 
 
-def _in_turns(
-    mechanisms: Mechanisms, scratch: Scratch, runs: CopyBatch, target: TrialMemory, right: Bytes
-) -> dict[Mechanism, float]:
-    """Seconds of these runs by each mechanism that takes them, the median of rounds."""
-    took: dict[Mechanism, list[float]] = defaultdict(list)
-    for _ in range(_ROUNDS):
-        for mechanism in mechanisms.left:
-            if mechanism.takes(runs):
+def _measure_batch(
+    selector: BackendSelector,
+    scratch: TrialScratch,
+    batch: CopyBatch,
+    target: TrialMemory,
+    expected: ByteArray,
+    rounds: int,
+) -> dict[CopyBackend, float]:
+    """Return the median seconds of this batch by each backend that supports it, taken in turns."""
+    seconds: dict[CopyBackend, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for backend in selector.enabled:
+            if backend.supports(batch):
                 target.clear()
                 try:
-                    took[mechanism].append(scratch.seconds(partial(_copy, mechanism, runs)))
-                    _compare(target.get(), right, runs)
-                except _MechanismError as why:
-                    mechanisms.drop(mechanism, str(why))
+                    seconds[backend].append(scratch.seconds(partial(_copy, backend, batch)))
+                    _compare(target.read(), expected, batch)
+                except _BackendError as error:
+                    selector.disable(backend, str(error))
     return {
-        mechanism: max(statistics.median(seconds), _TICK)
-        for mechanism, seconds in took.items()
-        if mechanism in mechanisms.left
+        backend: max(statistics.median(samples), _MIN_SECONDS)
+        for backend, samples in seconds.items()
+        if backend in selector.enabled
     }
 
 
-def _copy(mechanism: Mechanism, runs: CopyBatch) -> None:
+def _copy(backend: CopyBackend, batch: CopyBatch) -> None:
     try:
-        mechanism.copy(runs)
+        backend.copy(batch)
     except Exception as error:
-        raise _MechanismError(f"{type(error).__name__}: {error}") from error
+        raise _BackendError(f"{type(error).__name__}: {error}") from error
 
 
-def _compare(found: Bytes, right: Bytes, runs: CopyBatch) -> None:
-    if wrong := int(np.count_nonzero(found != right)):
-        raise _MechanismError(
-            f"when it was tried on {len(runs)} runs of {runs.nbytes[0]} bytes, a {runs.way},"
-            f" {wrong} bytes were wrong"
+def _compare(actual: ByteArray, expected: ByteArray, batch: CopyBatch) -> None:
+    if wrong := int(np.count_nonzero(actual != expected)):
+        raise _BackendError(
+            f"{wrong} wrong bytes in a trial {batch.direction} of {len(batch)} runs of"
+            f" {batch.nbytes[0]} bytes"
         )

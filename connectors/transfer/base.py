@@ -1,13 +1,21 @@
-"""The seam between who knows what to copy and who copies it: blocks of an engine, slots of a slab.
+"""The interface of every copier between the pages of an engine and the slots of a slab.
 
-A block lies in an engine's cache in one run of bytes per layer, or several (`BlockRun`). A
-slot holds one block of every rank: this rank's shard begins at `offset` in the slot and is those
+A block lies in the engine's cache in one or more runs of bytes per layer (`BlockRun`). A slot
+holds one block of all ranks. This rank's shard begins at `offset` in the slot and consists of those
 runs, one after another.
 
-Always true of every copier:
-- Only whole pages move, and nothing outside them is read or written.
-- A call refused for its arguments has moved nothing; of a call that raises nothing is under way.
-- After `close` returns no copy is running and none can begin, so the memory may be unmapped.
+* `gather` copies pages into slots: a store. `scatter` copies slots into pages: a load.
+* Work that the engine begins after an awaited `scatter` sees the loaded pages. For a layer that
+  the engine has announced, this holds only after its call of `wait_for_layer`.
+* `fence` holds the engine's later work back until no copy uses the blocks that it will overwrite.
+* `pin_slots` pins memory of the slab, where a device copies faster from pinned memory.
+
+Invariants of every copier:
+
+- Only whole pages are copied. Nothing outside them is read or written.
+- A call that is refused for its arguments has copied nothing. After an exception no part of the
+  copy is in flight.
+- After `close` returns no copy runs and none can begin, so the memory may be unmapped.
 """
 
 from __future__ import annotations
@@ -27,26 +35,27 @@ from kvcache.connectors.layout.placement import BlockRun
 from kvcache.process import bind_to_process
 
 Integers = NDArray[np.int64]
+"""Addresses, byte counts, or numbers of blocks and slots."""
 
 
 class Copy(Protocol):
-    """A copy that was begun."""
+    """A copy in flight, or done."""
 
     @property
     def done(self) -> bool:
-        """Whether every byte is where it belongs; asking waits for nobody."""
+        """Whether every byte has been copied. Does not block."""
 
     @property
     def seconds(self) -> float:
-        """What it took, once it is over."""
+        """The duration of the copy, once it is done."""
 
     def wait(self) -> None:
-        """Wait until it is over."""
+        """Block until the copy is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedCopy:
-    """A copy that was over when the call returned."""
+    """A copy that was done when the call returned."""
 
     seconds: float
     done: bool = True
@@ -56,29 +65,28 @@ class CompletedCopy:
 
 
 class PageCopier(ABC):
-    """Moves blocks between one rank's pages and its shards of the slots; safe to call from threads.
+    """Copies blocks between the pages of one rank and its shards of the slots. Thread-safe.
 
-    Both copies take two sequences of equal length: the i-th block goes with the i-th slot.
-    They raise ValueError when the lengths differ or two copies have the same target, IndexError
-    for a block or slot that does not exist, RuntimeError after `close`. A mechanism has two methods
-    to fill in; what it is given there has been checked.
+    `gather` and `scatter` take two sequences of equal length and copy the i-th block to or from
+    the i-th slot. They raise ValueError when the lengths differ or when a target appears twice,
+    IndexError for a block or slot that does not exist, and RuntimeError after `close`. A subclass
+    implements `_gather` and `_scatter`, whose arguments have been validated.
 
-    Pages are the engine's in the order of its own work: a copy sees what the engine had begun to
-    write before the call, and what it begins after the call sees what the copy wrote. Slots are
-    the caller's, who leaves them alone until the copy is over.
+    Copies of pages are ordered with the engine's work: a copy sees what the engine had begun to
+    write before the call. The caller must not touch the slots until the copy is done.
     """
 
     def __init__(self, *, blocks: int, slots: int) -> None:
         self._counts = {"block": blocks, "slot": slots}
         self._running = 0
         self._closed = False
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         bind_to_process(self)
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Copy:
         """Copy the engine's pages of `blocks` into `slots`."""
         with self._in_flight():
-            return self._gather(*self._checked(block=blocks, slot=slots))
+            return self._gather(*self._validated(block=blocks, slot=slots))
 
     def scatter(
         self,
@@ -88,38 +96,43 @@ class PageCopier(ABC):
         awaited: bool = True,
         announced: Collection[int] = (),
     ) -> Copy:
-        """Copy the shards in `slots` to the engine's pages of `blocks`.
+        """Copy the shards in `slots` into the engine's pages of `blocks`.
 
-        Pages of a layer that the engine has `announced` are seen by what it begins after it is said
-        to `wait_for_layer` it, and until then it touches none of them.
-
-        Not `awaited`: what the engine begins after the call need not see them, and touches none of
-        them until the copy is over.
+        Args:
+            awaited: whether the engine's work after this call must see the pages. If not, the
+                engine must not touch them until the copy is done.
+            announced: layers for which the engine will call `wait_for_layer`, and whose pages it
+                does not touch before that call.
         """
         with self._in_flight():
-            read, written = self._checked(slot=slots, block=blocks)
-            return self._scatter(read, written, awaited, announced)
+            sources, targets = self._validated(slot=slots, block=blocks)
+            return self._scatter(sources, targets, awaited, announced)
 
     def wait_for_layer(self, layer: int | None = None) -> None:
-        """The engine comes to `layer`, or to all: it goes on when its awaited pages are there.
+        """Hold the engine back until the awaited pages of `layer` are loaded; None: of all layers.
 
-        Any thread of the engine's may say so, and each must that computes on a stream of its own.
+        Any thread of the engine may call this. A thread that computes on a stream of its own must.
         """
-        return  # they are where copies are over when calls return
+        return  # a copier whose copies are done when a call returns has nothing to wait for
 
     def fence(self, blocks: Collection[int]) -> None:
-        """The engine will write `blocks` from now on: it does when nobody reads them any more."""
-        return  # nobody does where copies are over when calls return
+        """Hold the engine back until no copy uses `blocks`, which it is about to overwrite."""
+        return  # a copier whose copies are done when a call returns has nothing to wait for
 
     def pin_slots(self, slots: int) -> None:
-        """The memory of the first `slots` slots is there: it may be made ready for copies."""
+        """Pin the first `slots` slots, whose memory exists now, if that makes copies faster."""
         return
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed
+
     def close(self) -> None:
-        """Wait for running copies and refuse new ones. May be called again."""
-        with self._changed:
+        """Wait for running copies and refuse new ones. Further calls do nothing."""
+        with self._condition:
             self._closed = True
-            self._changed.wait_for(lambda: not self._running)
+            self._condition.wait_for(lambda: not self._running)
 
     @abstractmethod
     def _gather(self, blocks: Integers, slots: Integers) -> Copy: ...
@@ -129,57 +142,57 @@ class PageCopier(ABC):
         self, slots: Integers, blocks: Integers, awaited: bool, announced: Collection[int]
     ) -> Copy: ...
 
-    def _checked(self, **given: Sequence[int]) -> tuple[Integers, Integers]:
-        """Sources and targets as arrays, every one of them looked at."""
-        (source, sources), (target, targets) = given.items()
+    def _validated(self, **rows: Sequence[int]) -> tuple[Integers, Integers]:
+        """Validate `source=numbers, target=numbers` and return both as arrays."""
+        (source, sources), (target, targets) = rows.items()
         if len(sources) != len(targets):
             raise ValueError(
                 f"{len(sources)} {source}s do not pair up with {len(targets)} {target}s"
             )
-        rows = integers(sources), integers(targets)
-        for noun, ids in zip(given, rows, strict=True):
+        arrays = integers(sources), integers(targets)
+        for noun, numbers in zip(rows, arrays, strict=True):
             count = self._counts[noun]
-            if len(ids) and (ids.min() < 0 or ids.max() >= count):
-                wrong = next(row for row in ids.tolist() if not 0 <= row < count)
-                raise IndexError(f"{noun} {wrong} does not exist: there are {count}, from 0")
+            if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
+                invalid = next(number for number in numbers.tolist() if not 0 <= number < count)
+                raise IndexError(f"{noun} {invalid} does not exist: there are {count}, from 0")
         if len(set(targets)) < len(targets):
             raise ValueError(f"a {target} is the target of two copies: {list(targets)}")
-        return rows
+        return arrays
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:
-        with self._changed:
+        with self._condition:
             if self._closed:
                 raise RuntimeError("this page copier is closed")
             self._running += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._condition:
                 self._running -= 1
-                self._changed.notify_all()
+                self._condition.notify_all()
 
 
 class CopyGeometry:
-    """Where every run of a block begins on both sides of a rank's copies, and how far apart.
+    """The addresses and strides of every run of a block, in the engine and in the slab.
 
-    `pages` are this rank's; blocks exist that all of them have. In its shard they begin where
-    `begins` says, in bytes, or lie one after another. Slot s begins at
-    `slab_address + s * slot_nbytes`, the shard `offset` bytes further. Engine and slab must not
-    overlap.
+    A block exists if all `runs` have it. `shard_offsets` are the offsets of the runs in the shard,
+    in bytes; by default the runs follow each other. Slot s begins at
+    `slab_address + s * slot_nbytes`, and the shard `offset` bytes after that. The engine's memory
+    and the slab must not overlap.
 
     Attributes:
-        blocks: of the engine.
-        nbytes: of each run.
-        layers: that each run is of.
-        engine: addresses of the runs of block 0, and strides to those of the next.
-        slab: the same of slots.
+        blocks: how many blocks all runs have.
+        nbytes: bytes of each run.
+        layers: the number of the layer of each run.
+        engine: the addresses of the runs of block 0, and the strides to the next block.
+        slab: the addresses of the runs in slot 0, and the strides to the next slot.
     """
 
     def __init__(
         self,
-        pages: Sequence[BlockRun],
-        begins: Sequence[int] | None = None,
+        runs: Sequence[BlockRun],
+        shard_offsets: Sequence[int] | None = None,
         /,
         *,
         slab_address: int,
@@ -187,30 +200,30 @@ class CopyGeometry:
         slot_nbytes: int,
         offset: int = 0,
     ) -> None:
-        if not pages:
+        if not runs:
             raise ValueError("there are no pages to copy")
         if slots < 1:
             raise ValueError(f"slots={slots} must be at least 1")
-        if begins is None:
-            begins = [*accumulate((page.nbytes for page in pages[:-1]), initial=0)]
-        ends = [begin + page.nbytes for begin, page in zip(begins, pages, strict=True)]
+        if shard_offsets is None:
+            shard_offsets = [*accumulate((run.nbytes for run in runs[:-1]), initial=0)]
+        ends = [begin + run.nbytes for begin, run in zip(shard_offsets, runs, strict=True)]
         check_shard(offset, max(ends), slot_nbytes)
         self.slab_address, self.slots, self.slot_nbytes = slab_address, slots, slot_nbytes
-        self.blocks = min(page.count for page in pages)
-        self.nbytes = integers([page.nbytes for page in pages])
-        self.layers = integers([page.layer for page in pages])
+        self.blocks = min(run.count for run in runs)
+        self.nbytes = integers([run.nbytes for run in runs])
+        self.layers = integers([run.layer for run in runs])
         self.engine = (
-            integers([page.address for page in pages]),
-            integers([page.stride for page in pages]),
+            integers([run.address for run in runs]),
+            integers([run.stride for run in runs]),
         )
         self.slab = (
-            integers([slab_address + offset + begin for begin in begins]),
-            integers([slot_nbytes] * len(pages)),
+            integers([slab_address + offset + begin for begin in shard_offsets]),
+            integers([slot_nbytes] * len(runs)),
         )
 
 
 def check_shard(offset: int, nbytes: int, slot_nbytes: int) -> None:
-    """Raise ValueError for a shard that does not lie inside a slot."""
+    """Raise ValueError if the shard does not lie inside a slot."""
     if offset < 0 or offset + nbytes > slot_nbytes:
         raise ValueError(
             f"a shard of {nbytes} bytes at offset {offset}"
@@ -219,5 +232,5 @@ def check_shard(offset: int, nbytes: int, slot_nbytes: int) -> None:
 
 
 def integers(values: Sequence[int]) -> Integers:
-    """`values` as addresses and numbers of rows are kept."""
+    """Convert `values` to an array of 64-bit integers."""
     return np.array(values, dtype=np.int64)

@@ -1,6 +1,6 @@
-"""Page copies where the engine's cache and the slots are both in this process's memory.
+"""Copies where the engine's cache and the slots are both in this process's memory.
 
-Always true here, beside what `copier` says: a copy is over when the call returns.
+Invariant, besides those of `transfer.base`: a copy is done when the call returns.
 """
 
 import os
@@ -23,47 +23,66 @@ try:
         PageCopier,
         integers,
     )
-    from kvcache.connectors.transfer.cpu_kernels import LINE, copy_run, settle, turning, widths
+    from kvcache.connectors.transfer.cpu_kernels import (
+        CACHE_LINE,
+        compile_transpose,
+        copy_run,
+        memory_fence,
+        piece_widths,
+    )
 except ImportError as error:
     raise ImportError(
         f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[torch]',"
         " or 'kvcache[vllm]', which has them too"
     ) from error
 
-# Short runs are asked for this many bytes ahead, as whole runs: in canonical order those of 256
-# bytes to 2 KiB were gathered at 0.99 to 1.02 of one contiguous copy with 4 KiB, and at 1.07 to
-# 1.37 so.
-_FAR = 8192
+# How far ahead short runs are prefetched, in whole runs. In canonical order, runs of 256 bytes to
+# 2 KiB were gathered at 1.07 to 1.37 of one contiguous copy, and with 4 KiB at 0.99 to 1.02.
+_SHORT_RUNS_PREFETCH_NBYTES = 8192
 
-# Below this many bytes waking a second thread costs more than its share of the copy takes.
-_ALONE_BELOW = 2 << 20
+MIN_SHARED_NBYTES = 2 << 20
+"""The least bytes of a copy that several threads share. Of smaller ones, waking a second thread
+costs more than it saves."""
 
 
 class CpuCopier(PageCopier):
-    """Copies by the processor, reading in the order of addresses.
+    """Copies by the CPU, in the order of the source addresses.
 
-    Every copy is cut into `threads` shares of equal bytes, of which the calling thread copies one;
-    `threads - 1` are started for the others.
+    A copy is divided into `threads` shares of equal bytes. The calling thread copies one share, and
+    `threads - 1` threads of a pool the others.
     """
 
     def __init__(
-        self, sides: CopyGeometry, *, turns: Sequence[Sequence[int]] = (), threads: int = 1
+        self,
+        geometry: CopyGeometry,
+        *,
+        transposes: Sequence[Sequence[int]] = (),
+        threads: int = 1,
+        copy_share: Callable[..., None] | None = None,
     ) -> None:
-        """`turns` has of every run, where they are turned, what `turning` takes, for a gather."""
+        """Prepare the copies.
+
+        Args:
+            transposes: for each run, a `Transpose` for gathers; empty if runs are copied as is.
+            threads: how many threads share a copy.
+            copy_share: a replacement for the compiled function, for tests.
+        """
         if threads < 1:
             raise ValueError(f"threads={threads} must be at least 1")
-        super().__init__(blocks=sides.blocks, slots=sides.slots)
-        out = np.array(turns, dtype=np.int64).reshape(len(turns), 7)
-        back = out[:, [0, 2, 1, 6, 5, 4, 3]]  # rows of the one side are columns of the other
-        nbytes = out[:, :3].prod(axis=1) if turns else sides.nbytes
-        self._out = _in_order(nbytes, out, sides.slab, sides.engine)
-        self._back = _in_order(nbytes, back, sides.engine, sides.slab)
+        super().__init__(blocks=geometry.blocks, slots=geometry.slots)
+        gather = np.array(transposes, dtype=np.int64).reshape(len(transposes), 7)
+        # The rows of one side are the columns of the other.
+        scatter = gather[:, [0, 2, 1, 6, 5, 4, 3]]
+        nbytes = gather[:, :3].prod(axis=1) if transposes else geometry.nbytes
+        self._gather_runs = _sorted_by_source(nbytes, gather, geometry.slab, geometry.engine)
+        self._scatter_runs = _sorted_by_source(nbytes, scatter, geometry.engine, geometry.slab)
         self._block_nbytes = int(nbytes.sum())
-        self._copy_share = _compiled(widths(turn[0] for turn in turns))
+        widths = piece_widths(cell for cell, *_ in transposes)
+        self._copy_share = copy_share or compile_copy_share(widths)
         self._threads = threads
-        # Starts a thread when it is first given a share, so none where threads is 1.
+        # The pool starts its threads with their first share, so none if `threads` is 1.
         self._pool = ThreadPoolExecutor(
-            max(1, threads - 1), "kvcache-pages", _may_run_on, (_cores(),)
+            max(1, threads - 1), "kvcache-pages", _allow_cpus, (_process_cpus(),)
         )
 
     def close(self) -> None:
@@ -71,58 +90,64 @@ class CpuCopier(PageCopier):
         self._pool.shutdown()
 
     def _gather(self, blocks: Integers, slots: Integers) -> CompletedCopy:
-        return self._copy(slots, blocks, *self._out)
+        return self._copy(slots, blocks, *self._gather_runs)
 
-    def _scatter(self, slots: Integers, blocks: Integers, *_when: object) -> CompletedCopy:
-        return self._copy(blocks, slots, *self._back)
+    def _scatter(self, slots: Integers, blocks: Integers, *_options: object) -> CompletedCopy:
+        return self._copy(blocks, slots, *self._scatter_runs)
 
-    def _copy(self, *what: Integers) -> CompletedCopy:
-        """Targets, sources and their runs, as `_copy_share` takes them."""
-        begun = time.perf_counter()
-        total = len(what[0]) * self._block_nbytes
-        shares = 1 if total < _ALONE_BELOW else self._threads
-        own, *others = pairwise([total * cut // shares for cut in range(shares + 1)])
-        lent = [(self._pool.submit(self._copy_share, *what, *share), share) for share in others]
-        self._copy_share(*what, *own)
-        for future, share in lent:
-            if future.cancel():  # nobody has begun it, and this thread has nothing else to do
-                self._copy_share(*what, *share)
+    def _copy(self, *arguments: Integers) -> CompletedCopy:
+        """Copy. The arguments are those of `copy_share`, without the range of bytes."""
+        begin = time.perf_counter()
+        total = len(arguments[0]) * self._block_nbytes
+        count = 1 if total < MIN_SHARED_NBYTES else self._threads
+        own, *others = pairwise([total * cut // count for cut in range(count + 1)])
+        submitted = [
+            (self._pool.submit(self._copy_share, *arguments, *share), share) for share in others
+        ]
+        self._copy_share(*arguments, *own)
+        for future, share in submitted:
+            if future.cancel():  # no thread of the pool was free to begin it
+                self._copy_share(*arguments, *share)
             else:
                 future.result()
-        return CompletedCopy(time.perf_counter() - begun)
+        return CompletedCopy(time.perf_counter() - begin)
 
 
-def _in_order(
+def _sorted_by_source(
     nbytes: Integers,
-    turns: Integers,
+    transposes: Integers,
     targets: tuple[Integers, Integers],
     sources: tuple[Integers, Integers],
 ) -> tuple[Integers, ...]:
-    """The runs of a copy, those first that are read at lower addresses.
+    """Return the columns of the runs of a copy, sorted by source address.
 
     Short runs in any other order were copied at two thirds of the speed.
     """
     order = np.argsort(sources[0], kind="stable")
-    turned = turns[order] if len(turns) else turns
-    return (*(column[order] for column in (*targets, *sources, nbytes)), turned)
+    columns = (*targets, *sources, nbytes)
+    return (
+        *(column[order] for column in columns),
+        transposes[order] if len(transposes) else transposes,
+    )
 
 
 def compile_kernels() -> None:
-    """Have everything compiled that a copy needs, so that no request waits for it."""
-    _compiled()
+    """Compile everything that a copy of runs as is needs, so that no request waits for it."""
+    compile_copy_share(frozenset())
 
 
 @cache
-def _compiled(turned_by: frozenset[int] = frozenset()) -> Callable[..., None]:
-    """What copies a share, as machine code that releases the GIL, ready before the first request.
+def compile_copy_share(widths: frozenset[int]) -> Callable[..., None]:
+    """Compile the function that copies a share, to machine code that runs without the GIL.
 
-    All runs are turned where `turned_by` has widths. That is a second or two of compiling.
+    It transposes all runs if there are `widths` (`piece_widths`), and none otherwise. Compiling
+    takes a fifth of a second without transposes, and 1 to 2 s with them.
 
-    Not `parallel`: numba's own threads are not safe under concurrent callers, or are the engine's.
-    Not cached on disk: a fifth of a second at start is cheaper than a folder that must be writable.
+    Not `parallel`: of numba's threading layers some are unsafe under concurrent callers, and the
+    others belong to the engine. Not cached on disk: that needs a folder that can be written.
     """
-    turned = bool(turned_by)
-    turn_run = turning(turned_by)
+    transposed = bool(widths)
+    transpose_run = compile_transpose(widths)
 
     def copy_share(
         targets: Integers,
@@ -132,57 +157,58 @@ def _compiled(turned_by: frozenset[int] = frozenset()) -> Callable[..., None]:
         source_addresses: Integers,
         source_strides: Integers,
         nbytes: Integers,
-        turns: Integers,
+        transposes: Integers,
         begin: int,
         end: int,
     ) -> None:
-        """Copy bytes [begin, end) of the stream of all runs: run after run of row after row.
+        """Copy bytes [begin, end) of all rows, of which each has all runs, one after another.
 
-        What is turned is so as a whole, in the share that has its first byte.
+        A run that is transposed is copied whole, in the share that has its first byte.
         """
         runs, row_nbytes = nbytes.size, nbytes.sum()
-        if turned:
-            scratch = np.empty(nbytes.max() + LINE, dtype=np.uint8)
-        far = min(max(_FAR * runs // row_nbytes, 1), runs)  # runs from here to what is asked for
+        if transposed:
+            scratch = np.empty(nbytes.max() + CACHE_LINE, dtype=np.uint8)
+        # How many runs ahead the prefetch is.
+        distance = min(max(_SHORT_RUNS_PREFETCH_NBYTES * runs // row_nbytes, 1), runs)
         for row in range(begin // row_nbytes, min(-(-end // row_nbytes), targets.size)):
             at = row * row_nbytes
             for run in range(runs):
-                after, row_after = run + far, row
-                if after >= runs:
-                    after, row_after = after - runs, min(row + 1, sources.size - 1)
-                following = source_addresses[after] + sources[row_after] * source_strides[after]
+                ahead, ahead_row = run + distance, row
+                if ahead >= runs:
+                    ahead, ahead_row = ahead - runs, min(row + 1, sources.size - 1)
+                next_source = source_addresses[ahead] + sources[ahead_row] * source_strides[ahead]
                 target = target_addresses[run] + targets[row] * target_strides[run]
                 source = source_addresses[run] + sources[row] * source_strides[run]
-                if turned:
+                if transposed:
                     if begin <= at < end:
-                        turn_run(target, source, turns[run], scratch, following)
+                        transpose_run(target, source, transposes[run], scratch, next_source)
                 else:
                     first = max(begin - at, 0)
                     last = min(end - at, nbytes[run])
                     if first < last:
-                        copy_run(target + first, source + first, last - first, following)
+                        copy_run(target + first, source + first, last - first, next_source)
                 at += nbytes[run]
-        settle()
+        memory_fence()
 
     array, integer = numba.int64[::1], numba.int64
     signature = numba.void(*[array] * 7, numba.int64[:, ::1], integer, integer)
     compiled: Callable[..., None] = numba.njit(signature, nogil=True)(copy_share)
-    # The first call looks the signature up, for milliseconds.
+    # The first call resolves the signature, which takes milliseconds.
     compiled(*[integers([])] * 6, integers([1]), np.empty((0, 7), dtype=np.int64), 0, 0)
     return compiled
 
 
-def _cores() -> set[int]:
-    """The cores that the threads of this process may use, together."""
-    cores: set[int] = set()
+def _process_cpus() -> set[int]:
+    """Return the CPUs that at least one thread of this process may use."""
+    cpus: set[int] = set()
     for thread in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # it has ended since
-            cores |= os.sched_getaffinity(int(thread.name))
-    return cores
+        with suppress(ProcessLookupError):  # the thread has ended
+            cpus |= os.sched_getaffinity(int(thread.name))
+    return cpus
 
 
-def _may_run_on(cores: set[int]) -> None:
-    # An engine pins its threads one to a core, and a thread inherits its creator's pin: a worker
-    # would share the one core of the thread that waits for it.
-    with suppress(OSError):  # where that is forbidden the copy is slower, not wrong
-        os.sched_setaffinity(0, cores)
+def _allow_cpus(cpus: set[int]) -> None:
+    # An engine pins each of its threads to one CPU, and a new thread inherits that. A thread of the
+    # pool would share the CPU of the thread that waits for it.
+    with suppress(OSError):  # where this is forbidden, copies are slower
+        os.sched_setaffinity(0, cpus)

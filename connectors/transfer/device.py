@@ -1,24 +1,26 @@
-r"""Page copies between pages on a device and slots of host memory, beside the engine's own work::
+r"""Copies between pages on a device and slots of host memory, concurrent with the engine's work::
 
-    engine   forward 1 ]m--------------[ fence: waits ]  forward 2, layer 0 ][ layer 1 ...
-    stores              \--[ gather 1 ]/                /                   /
-    loads    [ scatter: layer 0 ]----------------------/                   /
-                                [ layer 1 ]-------------------------------/ reach: waits
+    engine   forward 1 ]---------------[ fence: waits ]  forward 2: layer 0 ][ layer 1 ...
+    stores              \--[ gather ]--/               /                    /
+    loads      [ scatter: layer 0 ]-------------------/                    /
+                                  [ scatter: layer 1 ]--------------------/ wait_for_layer(1)
 
-Every arrow is an event on the device: the engine's thread waits for nobody.
+A diagonal line is an event: one stream waits on the device for another. The engine's thread does
+not block.
 
-Always true here:
-* A copy begins when what the engine had begun before the call is done; what the engine begins after
-  a `scatter` that is awaited begins when its pages are there, but for those of layers that it has
-  announced: they are there for what it begins after it has called `wait_for_layer` for their
-  layer, `gather` or `fence`.
-* A `scatter` that is not awaited holds up none that is.
-* A store's pages are written by nobody while it reads them: not by loads, which wait for it, nor by
-  the engine, if it names in `fence` what it will write anew.
-* Slots are touched until the copy is over, and no longer; so they are even when a call raises.
-* One thread makes all copies, the engine's own: the streams are of its order. Other threads
-  may call `wait_for_layer`.
-* What `pin_slots` pinned of the slab stays pinned until `close`.
+Invariants:
+
+* A copy begins after all work that the engine had queued before the call.
+* Work that the engine queues after an awaited `scatter` begins when the pages are loaded. Announced
+  layers are the exception: their pages are loaded for work that the engine queues after
+  `wait_for_layer` of that layer, `gather` or `fence`.
+* A `scatter` that is not awaited delays no awaited one.
+* Nothing writes a page while a store reads it. Loads wait for the store. So does the engine, if it
+  passes the blocks that it will overwrite to `fence`.
+* No slot is used after its copy is done, also when a call raises.
+* Only the engine's thread starts copies, so their order in the streams is the order of its work.
+  Other threads may call `wait_for_layer`.
+* Memory that `pin_slots` pinned stays pinned until `close`.
 """
 
 from __future__ import annotations
@@ -30,28 +32,29 @@ from typing import Final
 import numpy as np
 
 from kvcache.connectors.transfer.base import CopyGeometry, Integers, PageCopier
-from kvcache.connectors.transfer.pinning import Pins
+from kvcache.connectors.transfer.pinning import SlabPinning
 from kvcache.connectors.transfer.streams import CopyStream, Device, StreamEvent
 
 MIN_CALL_NBYTES: Final = 8 << 20
-"""Of layers that are copied in a call of their own, to be awaited by themselves: over PCIe some
-0.2 to 0.3 ms, several times what it takes to begin the call."""
+"""The least bytes of layers that a load copies in a call of their own. They take 0.2 to 0.3 ms over
+PCIe, several times what starting the call takes."""
 
 MAX_CALLS: Final = 8
-"""Of a load: of one that is large only the first eighth is awaited before anything is computed, and
-halving that would double the calls."""
+"""The most calls of one load. Of a large load the forward pass then waits for one eighth before it
+begins; halving that would double the calls."""
 
-Addresses = tuple[Integers, Integers, Integers]
+CopyArguments = tuple[Integers, Integers, Integers]
+"""Target addresses, source addresses and byte counts, as `CopyStream.copy` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Copying:
-    """A copy between two points of its stream; keeps what the driver may still read."""
+class _DeviceCopy:
+    """A copy on a stream. It keeps the arrays alive that the driver may still read."""
 
     begin: StreamEvent
-    ends: tuple[StreamEvent, ...]  # of its calls
+    ends: tuple[StreamEvent, ...]  # one for each call
     blocks: frozenset[int]
-    addresses: tuple[Addresses, ...]
+    arguments: tuple[CopyArguments, ...]
 
     @property
     def end(self) -> StreamEvent:
@@ -70,75 +73,81 @@ class _Copying:
 
 
 class DeviceCopier(PageCopier):
-    """Copies on a stream for stores, one for loads, and one for loads that nobody awaits."""
+    """Copies on three streams: stores, awaited loads, and loads that are not awaited."""
 
-    def __init__(self, sides: CopyGeometry, device: Device) -> None:
-        super().__init__(blocks=sides.blocks, slots=sides.slots)
-        self._sides = sides
+    def __init__(self, geometry: CopyGeometry, device: Device) -> None:
+        super().__init__(blocks=geometry.blocks, slots=geometry.slots)
+        self._geometry = geometry
         self._device = device
-        self._layer_nbytes = np.bincount(sides.layers, sides.nbytes)
-        self._pins = Pins(sides, device)
-        self._stores, self._loads, self._later = (device.new_stream() for _ in range(3))
-        self._storing: list[_Copying] = []  # under way when it was last looked
-        self._coming: dict[int, StreamEvent] = {}  # by layer, of the last load: it has them all
+        self._layer_nbytes = np.bincount(geometry.layers, geometry.nbytes)
+        self._pinning = SlabPinning(geometry, device)
+        self._store_stream = device.new_stream()
+        self._load_stream = device.new_stream()
+        self._background_stream = device.new_stream()
+        self._stores: list[_DeviceCopy] = []  # those that were in flight at the last check
+        # The event after which each layer of the last awaited load is loaded, in the order of the
+        # calls. Earlier loads precede it in the stream.
+        self._layer_loaded: dict[int, StreamEvent] = {}
 
-    def _gather(self, blocks: Integers, slots: Integers) -> _Copying:
+    def _gather(self, blocks: Integers, slots: Integers) -> _DeviceCopy:
         self.wait_for_layer()
-        where = (slots, *self._sides.slab, blocks, *self._sides.engine)
-        copying = self._copy(self._stores, where, frozenset(blocks.tolist()), self._calls(0, ()))
-        self._storing = [*self._under_way(), copying]
-        return copying
+        rows = (slots, *self._geometry.slab, blocks, *self._geometry.engine)
+        read = frozenset(blocks.tolist())
+        copy = self._copy(self._store_stream, rows, read, self._layers_per_call(0, ()))
+        self._stores = [*self._stores_in_flight(), copy]
+        return copy
 
     def _scatter(
         self, slots: Integers, blocks: Integers, awaited: bool, announced: Collection[int]
-    ) -> _Copying:
+    ) -> _DeviceCopy:
         written = frozenset(blocks.tolist())
-        stream = self._loads if awaited else self._later
-        for storing in self._reading(written):
-            stream.wait_for(storing.end)
-        calls = self._calls(len(blocks), announced if awaited else ())
-        where = (blocks, *self._sides.engine, slots, *self._sides.slab)
-        copying = self._copy(stream, where, written, calls)
+        stream = self._load_stream if awaited else self._background_stream
+        for store in self._stores_reading(written):
+            stream.wait_for(store.end)
+        calls = self._layers_per_call(len(blocks), announced if awaited else ())
+        rows = (blocks, *self._geometry.engine, slots, *self._geometry.slab)
+        copy = self._copy(stream, rows, written, calls)
         if awaited:
             if not set(calls[0]) <= set(announced):
-                self._device.engine_stream().wait_for(copying.ends[0])
-            ends = zip(calls, copying.ends, strict=True)
-            self._coming = {layer: end for layers, end in ends for layer in layers}
-        return copying
+                self._device.engine_stream().wait_for(copy.ends[0])
+            ends = zip(calls, copy.ends, strict=True)
+            self._layer_loaded = {layer: end for layers, end in ends for layer in layers}
+        return copy
 
     def wait_for_layer(self, layer: int | None = None) -> None:
-        last = next(reversed(self._coming.values()), None)
-        end = last if layer is None else self._coming.get(layer)
+        last = next(reversed(self._layer_loaded.values()), None)
+        end = last if layer is None else self._layer_loaded.get(layer)
         if end is not None:
             self._device.engine_stream().wait_for(end)
 
     def fence(self, blocks: Collection[int]) -> None:
         self.wait_for_layer()
-        self._coming = {}
-        for storing in self._reading(blocks):
-            self._device.engine_stream().wait_for(storing.end)
+        self._layer_loaded = {}
+        for store in self._stores_reading(blocks):
+            self._device.engine_stream().wait_for(store.end)
 
     def pin_slots(self, slots: int) -> None:
-        self._pins.pin_slots(slots)
+        self._pinning.pin_slots(slots)
 
     def close(self) -> None:
         super().close()
-        for stream in (self._stores, self._loads, self._later):
+        for stream in (self._store_stream, self._load_stream, self._background_stream):
             stream.record().wait()
-        self._pins.close()
+        self._pinning.close()
 
-    def _reading(self, blocks: Collection[int]) -> list[_Copying]:
-        """The stores under way that read some of `blocks`."""
-        self._storing = self._under_way()
-        return [storing for storing in self._storing if not storing.blocks.isdisjoint(blocks)]
+    def _stores_reading(self, blocks: Collection[int]) -> list[_DeviceCopy]:
+        """Return the stores in flight that read one of `blocks`."""
+        self._stores = self._stores_in_flight()
+        return [store for store in self._stores if not store.blocks.isdisjoint(blocks)]
 
-    def _under_way(self) -> list[_Copying]:
-        return [storing for storing in self._storing if not storing.done]
+    def _stores_in_flight(self) -> list[_DeviceCopy]:
+        return [store for store in self._stores if not store.done]
 
-    def _calls(self, blocks: int, announced: Collection[int]) -> list[list[int]]:
-        """Which layers a load of so many blocks copies in which call.
+    def _layers_per_call(self, blocks: int, announced: Collection[int]) -> list[list[int]]:
+        """Distribute all layers of a copy of `blocks` blocks over calls.
 
-        Those that are not announced come in the first; all others after them, in their order.
+        The first call has every layer that is not announced. The announced ones follow in order,
+        in calls of at least MIN_CALL_NBYTES, at most MAX_CALLS calls.
         """
         nbytes = (blocks * self._layer_nbytes).tolist()
         least = max(MIN_CALL_NBYTES, sum(nbytes) / MAX_CALLS)
@@ -155,31 +164,36 @@ class DeviceCopier(PageCopier):
     def _copy(
         self,
         stream: CopyStream,
-        where: tuple[Integers, ...],
+        rows: tuple[Integers, ...],
         blocks: frozenset[int],
         calls: Sequence[Sequence[int]],
-    ) -> _Copying:
-        """Targets, their addresses and strides; sources, and theirs. In `calls` of these layers."""
-        addresses = tuple(self._addresses(where, layers) for layers in calls)
-        stream.wait_for(self._device.engine_stream().record())
-        begin, marks = stream.record(), []
-        try:
-            for call in addresses:
-                stream.copy(*call)
-                marks.append(stream.record())
-        except BaseException:
-            stream.record().wait()  # part of it may be under way, and the slots are another's next
-            raise
-        return _Copying(begin, tuple(marks), blocks, addresses)
+    ) -> _DeviceCopy:
+        """Start a copy of `rows`, one call for each list of layers in `calls`.
 
-    def _addresses(self, where: tuple[Integers, ...], layers: Sequence[int]) -> Addresses:
-        """Of the runs of these layers, of every block: where to, where from, and how many bytes."""
-        written, to, to_strides, read, at, at_strides = where
-        chosen = np.zeros(self._layer_nbytes.size, dtype=bool)
-        chosen[layers] = True
-        runs = chosen[self._sides.layers]
+        `rows` are the target numbers, the addresses and strides of their runs, and the same three
+        of the sources. `blocks` are the engine's.
+        """
+        arguments = tuple(self._arguments(rows, layers) for layers in calls)
+        stream.wait_for(self._device.engine_stream().record())
+        begin, ends = stream.record(), []
+        try:
+            for call in arguments:
+                stream.copy(*call)
+                ends.append(stream.record())
+        except BaseException:
+            # A part of the copy may be in flight, and the caller reuses the slots after an error.
+            stream.record().wait()
+            raise
+        return _DeviceCopy(begin, tuple(ends), blocks, arguments)
+
+    def _arguments(self, rows: tuple[Integers, ...], layers: Sequence[int]) -> CopyArguments:
+        """Compute target and source address and size of every run of these layers and rows."""
+        targets, target_begins, target_strides, sources, source_begins, source_strides = rows
+        selected = np.zeros(self._layer_nbytes.size, dtype=bool)
+        selected[layers] = True
+        runs = selected[self._geometry.layers]
         return (
-            (to[runs] + written[:, None] * to_strides[runs]).ravel(),
-            (at[runs] + read[:, None] * at_strides[runs]).ravel(),
-            self._sides.nbytes[None, runs].repeat(len(read), axis=0).ravel(),
+            (target_begins[runs] + targets[:, None] * target_strides[runs]).ravel(),
+            (source_begins[runs] + sources[:, None] * source_strides[runs]).ravel(),
+            self._geometry.nbytes[None, runs].repeat(len(sources), axis=0).ravel(),
         )

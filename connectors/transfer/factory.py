@@ -1,16 +1,15 @@
-"""The seam of copying: which mechanism moves the blocks of a cache, by where it is.
+"""Chooses the copier for a cache by the device that the cache is on.
 
-Always true here: a cache that nothing here can copy is refused when it is registered, not when its
-first block is to be moved.
+Invariant: a cache that cannot be copied is refused when it is registered, not at the first copy.
 
-A mechanism for another device is a `PageCopier`, or a `streams.Device`, and a line here.
+To support another device, implement `PageCopier` or `streams.Device`, and add it here.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from kvcache.connectors.layout.canonical import canonical_form, canonical_runs
+from kvcache.connectors.layout.canonical import canonical_format_id, canonical_runs
 from kvcache.connectors.layout.placement import Placement
 from kvcache.connectors.transfer.base import CopyGeometry, PageCopier, check_shard
 from kvcache.connectors.transfer.cpu import CpuCopier
@@ -19,29 +18,29 @@ from kvcache.connectors.transfer.streams import Device
 from kvcache.slab import Slab
 
 Order = Literal["raw", "canonical"]
-"""Of the bytes of a block outside the engine: as its pages have them, or one for all layouts."""
+"""The order of the bytes of a block outside the engine: as in its pages, or canonical."""
 
 
 def format_id(placement: Placement, order: Order = "raw") -> list[str]:
-    """What a block's bytes mean in this order. It belongs to the namespace: it sets blocks apart.
+    """Return the meaning of a block's bytes in this order. It is a part of the namespace.
 
     Raises:
-        LayoutError: for a cache that has no canonical order, where that is asked for.
-        ValueError: for another order.
+        LayoutError: when the canonical order is asked for and the cache has none.
+        ValueError: for an unknown order.
     """
     if order == "raw":
         return placement.format_id
     if order != "canonical":
-        raise ValueError(f"order is {order!r}; there are 'raw' and 'canonical'")
-    canonical_runs(placement, turned=placement.device == "cpu")
-    return canonical_form(placement)
+        raise ValueError(f"order is {order!r}; it must be 'raw' or 'canonical'")
+    canonical_runs(placement, can_transpose=placement.device == "cpu")
+    return canonical_format_id(placement)
 
 
 def device_of(placement: Placement) -> Device | None:
-    """What computes on these tensors and copies them; ``None`` is this processor.
+    """Return the device that computes on these tensors and copies them; ``None`` for the CPU.
 
     Raises:
-        ValueError: for a cache that nothing here copies.
+        ValueError: when no copier supports the device.
     """
     kind = placement.device.partition(":")[0]
     if kind == "cpu":
@@ -50,12 +49,12 @@ def device_of(placement: Placement) -> Device | None:
         import torch
 
         if not torch.version.hip:
-            from kvcache.connectors.transfer.cuda import Cuda
+            from kvcache.connectors.transfer.cuda import CudaDevice
 
-            return Cuda(torch.device(placement.device))
-        kind = "a device of ROCm"
+            return CudaDevice(torch.device(placement.device))
+        kind = "a ROCm device"
     raise ValueError(
-        f"the KV cache is on {kind}; this version copies from and to a CPU and CUDA devices"
+        f"the KV cache is on {kind}; this version copies only from and to CPUs and CUDA devices"
     )
 
 
@@ -68,21 +67,27 @@ def open_copier(
     offset: int = 0,
     threads: int = 1,
 ) -> PageCopier:
-    """The mechanism that copies between these tensors and the slots of this slab.
+    """Open the copier between these tensors and the slots of this slab.
 
     Args:
-        device: of the placement, by :func:`device_of`; ``None`` is this processor.
-        order: of the bytes in a slot.
-        offset: where in a slot this rank's shard begins, in bytes.
-        threads: that a copy by the processor may be shared out among.
+        device: the placement's :func:`device_of`; ``None`` for the CPU.
+        order: the order of the bytes in a slot.
+        offset: bytes from the beginning of a slot to this rank's shard.
+        threads: how many threads share a copy by the CPU.
     """
-    where = {"slab_address": slab.address, "slots": slab.slots, "slot_nbytes": slab.slot_nbytes}
     if order == "canonical":
         check_shard(offset, placement.block_nbytes, slab.slot_nbytes)
-        pages, begins, turns = canonical_runs(placement, turned=device is None)
+        runs, offsets, transposes = canonical_runs(placement, can_transpose=device is None)
     else:
-        pages, begins, turns = placement.pages(), None, []
-    sides = CopyGeometry(pages, begins, offset=offset, **where)
+        runs, offsets, transposes = placement.runs(), None, []
+    geometry = CopyGeometry(
+        runs,
+        offsets,
+        slab_address=slab.address,
+        slots=slab.slots,
+        slot_nbytes=slab.slot_nbytes,
+        offset=offset,
+    )
     if device is not None:
-        return DeviceCopier(sides, device)
-    return CpuCopier(sides, turns=turns, threads=threads)
+        return DeviceCopier(geometry, device)
+    return CpuCopier(geometry, transposes=transposes, threads=threads)

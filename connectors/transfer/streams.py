@@ -1,7 +1,7 @@
-"""A device that does work in streams, as far as copies need to know it.
+"""The interface of a device that works in streams, as far as copies need it.
 
-Always true of one: what is given to one stream is done in that order; between streams nothing is
-in order but what `after` says.
+Invariant of every device: it does the work of one stream in the order of the calls. Work of
+different streams has no order, except where `wait_for` makes one.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ from kvcache.connectors.transfer.base import Integers
 
 
 class StreamEvent(Protocol):
-    """A point in the order of a stream."""
+    """A point in the order of a stream, as a CUDA event is."""
 
     def done(self) -> bool:
-        """Whether the device is past it; asking waits for nobody."""
+        """Whether the device has passed this point. Does not block."""
 
     def wait(self) -> None:
-        """Wait until it is; the caller's thread does."""
+        """Block the calling thread until the device has passed this point."""
 
     def seconds_since(self, earlier: Any) -> float:
-        """Seconds between two points that the device is past."""
+        """Seconds between two points that the device has passed."""
 
 
 class CopyStream(Protocol):
-    """Work for a device, done in order."""
+    """A queue of work that the device does in order."""
 
     def record(self) -> StreamEvent:
-        """The point after all that was given to it until now."""
+        """Return the point after all work queued so far."""
 
-    def wait_for(self, mark: Any) -> None:
-        """What is given to it from now on is done when the device is past `mark`."""
+    def wait_for(self, event: Any) -> None:
+        """Make the work queued from now on wait until the device has passed `event`."""
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
-        """Copy `nbytes[i]` bytes from the address `sources[i]` to `targets[i]`, for every i."""
+        """Queue copies of `nbytes[i]` bytes from address `sources[i]` to `targets[i]`."""
 
 
 class Device(Protocol):
-    """What computes and copies."""
+    """The device that computes and copies."""
 
     def engine_stream(self) -> CopyStream:
-        """The stream that the calling thread computes on."""
+        """Return the stream on which the calling thread computes."""
 
     def new_stream(self) -> CopyStream:
-        """A stream of one's own."""
+        """Return a new stream."""
 
     def pin(self, address: int, nbytes: int) -> str:
-        """Lock host memory for copies at full speed; why that failed, or nothing."""
+        """Pin host memory for copies at full speed. Returns the cause of a failure, or ""."""
 
     def unpin(self, address: int) -> None:
         """Undo `pin`."""

@@ -31,7 +31,7 @@ class Rig:
     def __init__(self, torch: Any, page: int) -> None:
         from kvcache.connectors.layout.placement import BlockRun
         from kvcache.connectors.transfer.base import CopyGeometry
-        from kvcache.connectors.transfer.cuda import Cuda
+        from kvcache.connectors.transfer.cuda import CudaDevice
         from kvcache.connectors.transfer.device import DeviceCopier
         from kvcache.slab import Slab
 
@@ -46,11 +46,11 @@ class Rig:
             slots=2 * count,
             slot_nbytes=self.slab.slot_nbytes,
         )
-        self.cuda = Cuda(device)
+        self.cuda = CudaDevice(device)
         self.copier = DeviceCopier(sides, self.cuda)
         self.slab.populate(self.copier.pin_slots)
         self.slab.wait_populated()
-        self.cuda.wait_tried()
+        self.cuda.wait_for_trial()
         blocks = random.Random(0).sample(range(4 * count), 2 * count)
         self.stored, self.loaded = blocks[:count], blocks[count:]
         self.low, self.high = list(range(count)), list(range(count, 2 * count))
@@ -61,10 +61,12 @@ class Rig:
 
     def use(self, mechanism: Any) -> None:
         """Have all be copied by it."""
-        from kvcache.connectors.transfer.autotune import DIRECTIONS, SIZES
+        from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_SIZES
 
-        took = {self.cuda.mechanisms.first: 1.0, mechanism: 0.01}
-        self.cuda.mechanisms.learn({(way, size): took for way in DIRECTIONS for size in SIZES})
+        took = {self.cuda.selector.default: 1.0, mechanism: 0.01}
+        self.cuda.selector.choose(
+            {(direction, size): took for direction in DIRECTIONS for size in RUN_SIZES}
+        )
 
     def paged(self, *ways: str) -> None:
         if "store" in ways:
@@ -75,10 +77,10 @@ class Rig:
 
     def contiguous(self, *ways: str) -> None:
         cuda = self.torch.cuda
-        for at, way in enumerate(("load", "store")):
-            if way in ways:
+        for at, direction in enumerate(("load", "store")):
+            if direction in ways:
                 source, target = self.host[at], self.flat[at]
-                if way == "store":
+                if direction == "store":
                     source, target = target, source
                 self.streams[at].wait_stream(cuda.current_stream())
                 with cuda.stream(self.streams[at]):
@@ -151,7 +153,7 @@ def chosen(rig: Rig) -> int:
 
 def compared(rig: Rig, page: int) -> None:
     """Print what each mechanism reaches with pages of this size."""
-    mechanisms = {mechanism.name: mechanism for mechanism in rig.cuda.mechanisms.left}
+    mechanisms = {mechanism.name: mechanism for mechanism in rig.cuda.selector.enabled}
     rows = {(by, name): row for by in mechanisms for name, row in rig.rows().items()}
     took = measured(rows, ROUNDS // 3, before=lambda key: rig.use(mechanisms[key[0]]))
     for by in mechanisms:

@@ -1,4 +1,4 @@
-"""Which of several mechanisms copies: the fastest that was right, and never one that was wrong."""
+"""The choice of a copy backend: the fastest correct one is used, and an incorrect one never."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytest.importorskip("numpy")
 import numpy as np
 
 from kvcache.connectors.transfer.autotune import (
-    FEW,
-    SIZES,
-    Bytes,
+    MIN_RUNS,
+    RUN_SIZES,
+    BackendSelector,
+    ByteArray,
     CopyBatch,
     Direction,
-    Mechanisms,
-    Pinned,
+    PinnedRanges,
     measure,
 )
 from kvcache.connectors.transfer.base import Integers
@@ -30,291 +30,306 @@ KIB = 1024
 
 @dataclass
 class Clock:
-    at: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
-class Played:
-    """Copies at once, takes `cost` seconds for a run of so many bytes; may be told to go wrong."""
+class FakeBackend:
+    """Copies at once and advances the clock by `cost` for each run. It can be made to fail."""
 
     name: str
     clock: Clock
-    cost: Callable[[Direction | None, int], float]
-    takes_only: int = 1  # runs that begin and end on so many bytes
-    wrong: Callable[[CopyBatch], bool] = lambda runs: False
-    raises: Callable[[CopyBatch], bool] = lambda runs: False
+    cost: Callable[[Direction | None, int], float]  # seconds of a run, by direction and bytes
+    alignment: int = 1  # supports runs whose sizes are a multiple of this
+    corrupts: Callable[[CopyBatch], bool] = lambda batch: False
+    raises: Callable[[CopyBatch], bool] = lambda batch: False
     calls: list[CopyBatch] = field(default_factory=list)
 
-    def takes(self, runs: CopyBatch) -> bool:
-        return runs.way is not None and not (runs.nbytes % self.takes_only).any()
+    def supports(self, batch: CopyBatch) -> bool:
+        return batch.direction is not None and not (batch.nbytes % self.alignment).any()
 
-    def copy(self, runs: CopyBatch) -> None:
-        self.calls.append(runs)
-        if self.raises(runs):
+    def copy(self, batch: CopyBatch) -> None:
+        self.calls.append(batch)
+        if self.raises(batch):
             raise OSError("it does not work here")
-        for target, source, nbytes in zip(runs.targets, runs.sources, runs.nbytes, strict=True):
-            self.clock.at += self.cost(runs.way, int(nbytes))
+        for target, source, nbytes in zip(batch.targets, batch.sources, batch.nbytes, strict=True):
+            self.clock.seconds += self.cost(batch.direction, int(nbytes))
             ctypes.memmove(int(target), int(source), int(nbytes))
-        if self.wrong(runs):
-            ctypes.memset(int(runs.targets[-1] + runs.nbytes[-1] - 1), 0x5A, 1)
+        if self.corrupts(batch):
+            ctypes.memset(int(batch.targets[-1] + batch.nbytes[-1] - 1), 0x5A, 1)
 
 
-class Arena:
-    """Memory of this process, as one side's."""
+class ProcessMemory:
+    """Memory of this process, as the memory of one side."""
 
     def __init__(self, nbytes: int) -> None:
         self.bytes = np.zeros(nbytes, dtype=np.uint8)
         self.address = self.bytes.ctypes.data
 
-    def put(self, data: Bytes) -> None:
+    def write(self, data: ByteArray) -> None:
         self.bytes[:] = data
 
     def clear(self) -> None:
         self.bytes[:] = 0
 
-    def get(self) -> Bytes:
+    def read(self) -> ByteArray:
         return self.bytes
 
 
-class Scratch:
+class ProcessScratch:
+    """The memory of a trial, with the host's side pinned, timed by the clock of the backends."""
+
     nbytes = 1 << 20
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.host, self.device = Arena(self.nbytes), Arena(self.nbytes)
-        self.pinned = Pinned()
-        self.pinned.add(self.host.address, self.nbytes)
-        self.runs = self.pinned.runs
+        self.host, self.device = ProcessMemory(self.nbytes), ProcessMemory(self.nbytes)
+        pinned = PinnedRanges()
+        pinned.add(self.host.address, self.nbytes)
+        self.batch = pinned.batch
 
     def seconds(self, work: Callable[[], None]) -> float:
-        begun = self.clock.at
+        begin = self.clock.seconds
         work()
-        return self.clock.at - begun
+        return self.clock.seconds - begin
 
 
-class World:
-    """A copy engine, to which every run costs 2 us, and a kernel, to which bytes cost more."""
+class TwoBackends:
+    """A copy engine, which takes 2 us per run, and a kernel, which takes longer per byte."""
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.engine = Played("the copy engine", self.clock, self.engine_costs)
-        self.kernel = Played("a kernel", self.clock, self.kernel_costs, takes_only=16)
-        self.mechanisms = Mechanisms([self.engine, self.kernel])
-        self.scratch = Scratch(self.clock)
+        self.engine = FakeBackend("engine", self.clock, self.engine_cost)
+        self.kernel = FakeBackend("kernel", self.clock, self.kernel_cost, alignment=16)
+        self.selector = BackendSelector([self.engine, self.kernel])
+        self.scratch = ProcessScratch(self.clock)
 
-    def engine_costs(self, way: Direction | None, nbytes: int) -> float:
+    def engine_cost(self, direction: Direction | None, nbytes: int) -> float:
         return 2e-6 + nbytes / 50e9
 
-    def kernel_costs(self, way: Direction | None, nbytes: int) -> float:
-        return 0.1e-6 + nbytes / (30e9 if way == "load" else 5e9)
+    def kernel_cost(self, direction: Direction | None, nbytes: int) -> float:
+        return 0.1e-6 + nbytes / (30e9 if direction == "load" else 5e9)
 
-    def runs(self, count: int, nbytes: int, way: Direction | None = "load") -> CopyBatch:
-        """Of memory that is nobody's: what is copied does not matter."""
-        memory = np.zeros((2, count, nbytes), dtype=np.uint8)
-        self.memory = memory
-        at = np.arange(count, dtype=np.int64) * nbytes + memory.ctypes.data
-        return CopyBatch(at, at + count * nbytes, np.full(count, nbytes, dtype=np.int64), way)
+    def measure(self) -> None:
+        measure(self.selector, self.scratch)
 
-    def by(self, count: int, nbytes: int, way: Direction | None = "load") -> str:
-        """What copies so many runs of so many bytes."""
+    def batch(self, count: int, nbytes: int, direction: Direction | None = "load") -> CopyBatch:
+        """Runs from `memory[1]` to `memory[0]`, which are zeros."""
+        self.memory = np.zeros((2, count, nbytes), dtype=np.uint8)
+        at = np.arange(count, dtype=np.int64) * nbytes + self.memory.ctypes.data
+        sizes = np.full(count, nbytes, dtype=np.int64)
+        return CopyBatch(at, at + count * nbytes, sizes, direction)
+
+    def chosen(self, count: int, nbytes: int, direction: Direction | None = "load") -> str:
+        """Copy `count` runs of `nbytes` bytes and return the name of the backend that did."""
         before = {each: len(each.calls) for each in (self.engine, self.kernel)}
-        self.mechanisms.copy(self.runs(count, nbytes, way))
-        [copied] = [each.name for each, calls in before.items() if len(each.calls) > calls]
-        return copied
+        self.selector.copy(self.batch(count, nbytes, direction))
+        [name] = [each.name for each, calls in before.items() if len(each.calls) > calls]
+        return name
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def backends() -> TwoBackends:
+    return TwoBackends()
 
 
-def said(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == level]
 
 
-def test_until_they_are_tried_the_first_copies(world: World) -> None:
-    assert world.by(64, 4 * KIB) == "the copy engine"
+def test_selector_before_the_trial_uses_the_default(backends: TwoBackends) -> None:
+    assert backends.chosen(64, 4 * KIB) == "engine"
 
 
-def test_the_fastest_copies_where_it_is_clearly_so(
-    world: World, caplog: pytest.LogCaptureFixture
+def test_selector_uses_the_fastest_backend_where_the_speedup_is_large(
+    backends: TwoBackends, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        measure(world.mechanisms, world.scratch)
-    # Of loads the kernel is 1.2 times as fast up to 74 KB or so, of stores up to 10.
-    assert [world.by(FEW, size) for size in SIZES] == [
-        *["a kernel"] * 5, *["the copy engine"] * 2
+        backends.measure()
+    # The kernel is 1.2 times as fast for loads up to about 74 KB, and for stores up to 10 KB.
+    assert [backends.chosen(MIN_RUNS, size) for size in RUN_SIZES] == [
+        *["kernel"] * 5, *["engine"] * 2
     ]  # fmt: skip
-    assert [world.by(FEW, size, "store") for size in SIZES[:3]] == [
-        *["a kernel"] * 2, "the copy engine"
+    assert [backends.chosen(MIN_RUNS, size, "store") for size in RUN_SIZES[:3]] == [
+        *["kernel"] * 2, "engine"
     ]  # fmt: skip
-    [told] = said(caplog, logging.INFO)
-    assert told == (
-        "kvcache: loads of runs up to 64 KiB by a kernel (1.4 to 8.8 times as fast), of larger"
-        " ones by the copy engine; stores of runs up to 8 KiB by a kernel (1.2 to 2.3 times as"
-        " fast), of larger ones by the copy engine"
-    )
+    assert messages(caplog, logging.INFO) == [
+        (
+            "kvcache: copy backends chosen: loads: kernel for runs up to 64 KiB"
+            " (1.4 to 8.8 times as fast), engine for larger runs; stores: kernel for runs up to"
+            " 8 KiB (1.2 to 2.3 times as fast), engine for larger runs"
+        )
+    ]
 
 
-def test_what_was_not_measured_is_copied_by_the_first(world: World) -> None:
-    measure(world.mechanisms, world.scratch)
-    assert world.by(FEW, 4 * KIB) == "a kernel"
-    assert world.by(FEW - 1, 4 * KIB) == "the copy engine"  # too few
-    assert world.by(FEW, 4 * KIB, None) == "the copy engine"  # not pinned
-    assert world.by(FEW, 4 * KIB + 8) == "the copy engine"  # the kernel does not take it
-    assert world.by(FEW, 64 * KIB + 16) == "the copy engine"  # of the larger size that was tried
-    assert world.by(FEW, 512 * KIB) == "the copy engine"  # larger than any
-    world.mechanisms.copy(world.runs(0, 16))  # and a copy of nothing is none
+def test_selector_for_unmeasured_copies_uses_the_default(backends: TwoBackends) -> None:
+    backends.measure()
+    assert backends.chosen(MIN_RUNS, 4 * KIB) == "kernel"
+    assert backends.chosen(MIN_RUNS - 1, 4 * KIB) == "engine"  # too few runs
+    assert backends.chosen(MIN_RUNS, 4 * KIB, None) == "engine"  # not pinned
+    assert backends.chosen(MIN_RUNS, 4 * KIB + 8) == "engine"  # the kernel does not support it
+    assert backends.chosen(MIN_RUNS, 64 * KIB + 16) == "engine"  # as the next larger measured size
+    assert backends.chosen(MIN_RUNS, 512 * KIB) == "engine"  # larger than all measured sizes
+    backends.selector.copy(backends.batch(0, 16))  # an empty copy raises nothing
 
 
-def test_a_copy_of_mixed_sizes_goes_by_their_mean(world: World) -> None:
-    measure(world.mechanisms, world.scratch)
-    runs = world.runs(2 * FEW, 112 * KIB)
-    runs.nbytes[::2] = 16
-    before = len(world.kernel.calls)
-    world.mechanisms.copy(runs)
-    assert len(world.kernel.calls) == before + 1
-    runs.nbytes[::2] = 17 * KIB
-    world.mechanisms.copy(runs)
-    assert len(world.kernel.calls) == before + 1
+def test_selector_for_mixed_sizes_uses_their_mean(backends: TwoBackends) -> None:
+    backends.measure()
+    batch = backends.batch(2 * MIN_RUNS, 112 * KIB)
+    batch.nbytes[::2] = 16
+    before = len(backends.kernel.calls)
+    backends.selector.copy(batch)
+    assert len(backends.kernel.calls) == before + 1
+    batch.nbytes[::2] = 17 * KIB
+    backends.selector.copy(batch)
+    assert len(backends.kernel.calls) == before + 1
 
 
-@pytest.mark.parametrize("way", ["load", "store"])
+@pytest.mark.parametrize("direction", ["load", "store"])
 @pytest.mark.parametrize("size", [4 * KIB, 256 * KIB])
-def test_what_leaves_a_wrong_byte_anywhere_is_never_used(
-    world: World, way: Direction, size: int, caplog: pytest.LogCaptureFixture
+def test_trial_with_one_wrong_byte_disables_the_backend(
+    backends: TwoBackends, direction: Direction, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world.kernel.wrong = lambda runs: runs.way == way and int(runs.nbytes[0]) == size
-    with caplog.at_level(logging.INFO):
-        measure(world.mechanisms, world.scratch)
-    assert said(caplog, logging.INFO) == [
-        "kvcache: loads by the copy engine; stores by the copy engine"
-    ]
-    count = min(512, world.scratch.nbytes // size // 2)
-    [told] = said(caplog, logging.WARNING)
-    assert told == (
-        "kvcache: nothing is copied by a kernel any more: when it was tried on"
-        f" {count} runs of {size} bytes, a {way}, 1 bytes were wrong"
+    backends.kernel.corrupts = lambda batch: (
+        batch.direction == direction and int(batch.nbytes[0]) == size
     )
-    assert world.by(64, 4 * KIB) == world.by(64, 4 * KIB, "store") == "the copy engine"
-
-
-def test_what_writes_beside_its_runs_is_never_used(world: World) -> None:
-    copy = world.kernel.copy
-
-    def beside(runs: CopyBatch) -> None:
-        copy(runs)
-        last = int(runs.targets.max() + runs.nbytes[0])
-        ctypes.memset(last if last < end(runs) else int(runs.targets.min() - 1), 0x5A, 1)
-
-    def end(runs: CopyBatch) -> int:
-        side = world.scratch.device if runs.way == "load" else world.scratch.host
-        return side.address + world.scratch.nbytes
-
-    world.kernel.copy = beside  # type: ignore[method-assign]
-    measure(world.mechanisms, world.scratch)
-    assert world.mechanisms.left == (world.engine,)
-
-
-def test_what_does_nothing_is_never_used(world: World) -> None:
-    world.kernel.copy = lambda runs: None  # type: ignore[method-assign]
-    measure(world.mechanisms, world.scratch)
-    assert world.mechanisms.left == (world.engine,)
-
-
-def test_what_raises_when_it_is_tried_is_not_used(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    world.kernel.raises = lambda runs: True
-    measure(world.mechanisms, world.scratch)
-    assert said(caplog, logging.WARNING) == [
-        "kvcache: nothing is copied by a kernel any more: OSError: it does not work here"
+    with caplog.at_level(logging.INFO):
+        backends.measure()
+    assert messages(caplog, logging.INFO) == [
+        "kvcache: copy backends chosen: loads: engine; stores: engine"
     ]
-    assert world.by(64, 4 * KIB) == "the copy engine"
+    count = min(512, backends.scratch.nbytes // size // 2)
+    assert messages(caplog, logging.WARNING) == [
+        (
+            "kvcache: copy backend kernel disabled (1 wrong bytes in a trial"
+            f" {direction} of {count} runs of {size} bytes); other backends copy"
+        )
+    ]
+    assert backends.chosen(64, 4 * KIB) == backends.chosen(64, 4 * KIB, "store") == "engine"
 
 
-def test_the_first_one_too_has_to_be_right(world: World) -> None:
-    world.engine.wrong = lambda runs: True
-    measure(world.mechanisms, world.scratch)
-    assert world.by(64, 256 * KIB) == "a kernel"
+def test_trial_with_a_write_outside_the_runs_disables_the_backend(backends: TwoBackends) -> None:
+    copy = backends.kernel.copy
+
+    def copy_too_much(batch: CopyBatch) -> None:
+        copy(batch)
+        last = int(batch.targets.max() + batch.nbytes[0])
+        outside = last if last < memory_end(batch) else int(batch.targets.min() - 1)
+        ctypes.memset(outside, 0x5A, 1)
+
+    def memory_end(batch: CopyBatch) -> int:
+        side = backends.scratch.device if batch.direction == "load" else backends.scratch.host
+        return side.address + backends.scratch.nbytes
+
+    backends.kernel.copy = copy_too_much  # type: ignore[method-assign]
+    backends.measure()
+    assert backends.selector.enabled == (backends.engine,)
 
 
-def test_when_none_is_right_nothing_is_copied(world: World) -> None:
-    world.engine.wrong = world.kernel.wrong = lambda runs: True
-    measure(world.mechanisms, world.scratch)
-    with pytest.raises(RuntimeError, match="no mechanism left"):
-        world.mechanisms.copy(world.runs(64, 4 * KIB))
+def test_trial_with_a_backend_that_copies_nothing_disables_it(backends: TwoBackends) -> None:
+    backends.kernel.copy = lambda batch: None  # type: ignore[method-assign]
+    backends.measure()
+    assert backends.selector.enabled == (backends.engine,)
 
 
-def test_what_raises_later_is_replaced_in_the_same_call(
-    world: World, caplog: pytest.LogCaptureFixture
+def test_trial_with_a_backend_that_raises_disables_it(
+    backends: TwoBackends, caplog: pytest.LogCaptureFixture
 ) -> None:
-    measure(world.mechanisms, world.scratch)
-    world.kernel.raises = lambda runs: True
-    runs = world.runs(64, 4 * KIB)
-    world.memory[1] = 7
+    backends.kernel.raises = lambda batch: True
+    backends.measure()
+    assert messages(caplog, logging.WARNING) == [
+        (
+            "kvcache: copy backend kernel disabled (OSError: it does not work here);"
+            " other backends copy"
+        )
+    ]
+    assert backends.chosen(64, 4 * KIB) == "engine"
+
+
+def test_trial_with_a_wrong_default_makes_the_next_backend_the_default(
+    backends: TwoBackends,
+) -> None:
+    backends.engine.corrupts = lambda batch: True
+    backends.measure()
+    assert backends.chosen(64, 256 * KIB) == "kernel"
+
+
+def test_copy_with_all_backends_disabled_raises(backends: TwoBackends) -> None:
+    backends.engine.corrupts = backends.kernel.corrupts = lambda batch: True
+    backends.measure()
+    with pytest.raises(RuntimeError, match="no copy backend works on this device"):
+        backends.selector.copy(backends.batch(64, 4 * KIB))
+
+
+def test_copy_with_a_backend_that_raises_is_repeated_by_the_default(
+    backends: TwoBackends, caplog: pytest.LogCaptureFixture
+) -> None:
+    backends.measure()
+    backends.kernel.raises = lambda batch: True
+    batch = backends.batch(64, 4 * KIB)
+    backends.memory[1] = 7
     for _ in range(2):
-        world.memory[0] = 0
-        calls = len(world.kernel.calls), len(world.engine.calls)
-        world.mechanisms.copy(runs)
-        assert (world.memory[0] == 7).all()
-    assert (len(world.kernel.calls), len(world.engine.calls)) == (calls[0], calls[1] + 1)
-    assert len(said(caplog, logging.WARNING)) == 1
+        backends.memory[0] = 0
+        calls = len(backends.kernel.calls), len(backends.engine.calls)
+        backends.selector.copy(batch)
+        assert (backends.memory[0] == 7).all()
+    assert (len(backends.kernel.calls), len(backends.engine.calls)) == (calls[0], calls[1] + 1)
+    assert len(messages(caplog, logging.WARNING)) == 1
 
 
-def test_what_is_dropped_twice_is_said_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_disable_twice_logs_once(backends: TwoBackends, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
-        world.mechanisms.drop(world.kernel, "in the trial and in a copy at once")
-    assert len(said(caplog, logging.WARNING)) == 1
+        backends.selector.disable(backends.kernel, "in the trial and in a copy at once")
+    assert len(messages(caplog, logging.WARNING)) == 1
 
 
-def test_what_takes_no_time_is_fast(world: World) -> None:
-    world.kernel.cost = lambda way, nbytes: 0.0
-    measure(world.mechanisms, world.scratch)
-    assert world.by(64, 256 * KIB) == "a kernel"
+def test_trial_with_zero_seconds_chooses_that_backend(backends: TwoBackends) -> None:
+    backends.kernel.cost = lambda direction, nbytes: 0.0
+    backends.measure()
+    assert backends.chosen(64, 256 * KIB) == "kernel"
 
 
-def test_what_is_slow_once_is_not_slow(world: World) -> None:
-    """A kernel is compiled in its first call."""
+def test_trial_with_one_slow_round_ignores_it(backends: TwoBackends) -> None:
+    """The first call of a kernel compiles it."""
     costs = iter([1.0])
-    world.kernel.cost = lambda way, nbytes: next(costs, 1e-9)
-    measure(world.mechanisms, world.scratch)
-    assert world.by(64, 4 * KIB) == "a kernel"
+    backends.kernel.cost = lambda direction, nbytes: next(costs, 1e-9)
+    backends.measure()
+    assert backends.chosen(64, 4 * KIB) == "kernel"
 
 
-def test_what_the_first_one_raises_is_the_callers(world: World) -> None:
-    world.engine.raises = lambda runs: True
+def test_copy_with_a_default_that_raises_raises_and_disables_nothing(backends: TwoBackends) -> None:
+    backends.engine.raises = lambda batch: True
     with pytest.raises(OSError, match="does not work"):
-        world.mechanisms.copy(world.runs(64, 4 * KIB))
-    assert world.mechanisms.left == (world.engine, world.kernel)
+        backends.selector.copy(backends.batch(64, 4 * KIB))
+    assert backends.selector.enabled == (backends.engine, backends.kernel)
 
 
-def test_what_the_trial_cannot_do_counts_against_nobody(world: World) -> None:
+def test_trial_that_fails_itself_raises_and_disables_nothing(backends: TwoBackends) -> None:
     def broken(work: Callable[[], None]) -> float:
         raise OSError("no event")
 
-    world.scratch.seconds = broken  # type: ignore[method-assign]
+    backends.scratch.seconds = broken  # type: ignore[method-assign]
     with pytest.raises(OSError, match="no event"):
-        measure(world.mechanisms, world.scratch)
-    assert world.mechanisms.left == (world.engine, world.kernel)
-    assert world.by(64, 4 * KIB) == "the copy engine"
+        backends.measure()
+    assert backends.selector.enabled == (backends.engine, backends.kernel)
+    assert backends.chosen(64, 4 * KIB) == "engine"
 
 
 def addresses(*values: int) -> Integers:
     return np.array(values, dtype=np.int64)
 
 
-def test_a_copy_has_a_way_where_every_run_of_one_side_is_pinned() -> None:
-    pinned, ten = Pinned(), addresses(10, 10)
-    assert pinned.runs(addresses(100, 110), addresses(0, 10), ten).way is None
+def test_batch_has_a_direction_where_every_run_of_one_side_is_pinned() -> None:
+    pinned, ten = PinnedRanges(), addresses(10, 10)
+    assert pinned.batch(addresses(100, 110), addresses(0, 10), ten).direction is None
     pinned.add(110, 10)
-    assert pinned.runs(addresses(100, 110), addresses(0, 10), ten).way is None
-    pinned.add(100, 10)  # side by side: one run may lie over both
-    assert pinned.runs(addresses(100, 110), addresses(0, 10), ten).way == "store"
-    assert pinned.runs(addresses(0, 10), addresses(105, 105), ten).way == "load"
-    assert pinned.runs(addresses(0, 10), addresses(100, 111), ten).way is None
-    assert pinned.runs(addresses(0, 10), addresses(99, 100), ten).way is None
+    assert pinned.batch(addresses(100, 110), addresses(0, 10), ten).direction is None
+    pinned.add(100, 10)  # adjacent, so that a run may lie in both
+    assert pinned.batch(addresses(100, 110), addresses(0, 10), ten).direction == "store"
+    assert pinned.batch(addresses(0, 10), addresses(105, 105), ten).direction == "load"
+    assert pinned.batch(addresses(0, 10), addresses(100, 111), ten).direction is None
+    assert pinned.batch(addresses(0, 10), addresses(99, 100), ten).direction is None
     pinned.remove(100)
-    assert pinned.runs(addresses(0, 10), addresses(105, 105), ten).way is None
-    assert pinned.runs(addresses(0), addresses(110), ten[:1]).way == "load"
-    assert pinned.runs(addresses(), addresses(), addresses()).way is None
+    assert pinned.batch(addresses(0, 10), addresses(105, 105), ten).direction is None
+    assert pinned.batch(addresses(0), addresses(110), ten[:1]).direction == "load"
+    assert pinned.batch(addresses(), addresses(), addresses()).direction is None

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from kvcache.connectors.layout.axes import Layout, LayoutError
 from kvcache.connectors.layout.canonical import canonical_runs, canonical_sizes
-from kvcache.connectors.layout.placement import MOST_RUNS, Placement, place
+from kvcache.connectors.layout.placement import MAX_RUNS, Placement, place
 from kvcache.connectors.transfer import cpu
 from kvcache.connectors.transfer.factory import format_id, open_copier
 from kvcache.slab import Slab
@@ -37,23 +37,23 @@ GUARD = 64
 def every_copy_is_shared() -> Iterator[None]:
     """Small copies would all be made by the calling thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_ALONE_BELOW", 0)
+        patch.setattr(cpu, "MIN_SHARED_NBYTES", 0)
         yield
 
 
 def canonical(placement: Placement, block: int) -> bytes:
     """A block in canonical order, as torch puts it: by the names of axes, and by nothing else."""
     whole = torch.empty(
-        [*canonical_sizes(placement).values()], dtype=placement.parts[0].tensor.dtype
+        [*canonical_sizes(placement).values()], dtype=placement.tensors[0].tensor.dtype
     )
     names = [*canonical_sizes(placement)]
-    for part in placement.parts:
+    for part in placement.tensors:
         tensor: Any = part.tensor
         step = tensor.element_size()
         inside = tensor.as_strided(
             [axis.size for axis in part.axes],
             [axis.stride // step for axis in part.axes],
-            tensor.storage_offset() + block * (part.blocks.stride // step),
+            tensor.storage_offset() + block * (part.block_axis.stride // step),
         )
         # Axes of one name come together, in their order, and then the names in that of a block.
         kept = [at for at, axis in enumerate(part.axes) if axis.name in names]
@@ -82,7 +82,7 @@ class Room:
 def cache_bytes(placement: Placement) -> tuple[list[Any], list[Any]]:
     """The memory that tensors lie in, and which bytes of it are no block's."""
     found: dict[int, tuple[Any, Any]] = {}
-    for part in placement.parts:
+    for part in placement.tensors:
         tensor: Any = part.tensor
         memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
         _, outside = found.setdefault(
@@ -173,7 +173,7 @@ def test_a_shard_of_a_slot(name: str, threads: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "paged-attention"])
 def test_beside_a_devices_work(name: str) -> None:
-    """By the same runs, none of them turned."""
+    """By the same runs, none of them can_transpose."""
     g = Geometry(layers=2, blocks=4, tokens=16, heads=1 if name in LATENT else 2, dim=48)
     layers = ALL[name].make(g)
     device = ReorderingDevice(Random(1))
@@ -183,7 +183,7 @@ def test_beside_a_devices_work(name: str) -> None:
 def test_on_a_device_there_may_not_be_too_many_runs() -> None:
     across = torch.zeros(4, 2, 8, 128, 16, dtype=torch.bfloat16, device="meta")
     placement = place([across], Layout("ours", ("blocks kv heads dim tokens",)))
-    with pytest.raises(LayoutError, match="on meta: a block of it lies in 32768 runs of 2 bytes"):
+    with pytest.raises(LayoutError, match="on meta: a block of it has 32768 runs of 2 bytes"):
         format_id(placement, "canonical")
 
 
@@ -191,8 +191,8 @@ def test_too_many_runs_are_turned() -> None:
     g = Geometry(layers=1, blocks=2, tokens=1024, heads=8, dim=32)
     layers = KINDS["pair-hnd"].make(g)
     placement = place(layers, "pair-hnd")
-    assert g.tokens * g.heads > MOST_RUNS
-    assert len(canonical_runs(placement, turned=True).pages) < MOST_RUNS
+    assert g.tokens * g.heads > MAX_RUNS
+    assert len(canonical_runs(placement, can_transpose=True).runs) < MAX_RUNS
     check(placement, layers)
 
 

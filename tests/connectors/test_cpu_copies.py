@@ -26,7 +26,7 @@ GUARD = 64
 def every_copy_is_shared() -> Iterator[None]:
     """Small copies would all be made by the calling thread."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_ALONE_BELOW", 0)
+        patch.setattr(cpu, "MIN_SHARED_NBYTES", 0)
         yield
 
 
@@ -153,7 +153,7 @@ def test_a_copy_larger_than_the_threshold_is_shared_and_a_smaller_one_is_not(
     copier = world.copier()
     shares: list[tuple[int, int]] = []
     monkeypatch.setattr(copier, "_copy_share", lambda *what: shares.append(what[-2:]))
-    monkeypatch.setattr(cpu, "_ALONE_BELOW", 24576)
+    monkeypatch.setattr(cpu, "MIN_SHARED_NBYTES", 24576)
     copier.gather([0], [0])
     assert shares == [(0, 12288)]
     shares.clear()
@@ -163,7 +163,7 @@ def test_a_copy_larger_than_the_threshold_is_shared_and_a_smaller_one_is_not(
 
 
 def test_a_share_is_its_bytes_and_no_others() -> None:
-    copy_share = cpu._compiled()
+    copy_share = cpu.compile_copy_share(frozenset())
     source, target = np.arange(1, 25, dtype=np.uint8), np.zeros(24, dtype=np.uint8)
     starts, strides, rows = np.array([0, 4]), np.array([12, 12]), np.array([0, 1])
     sides = [target.ctypes.data + starts, strides, source.ctypes.data + starts, strides]

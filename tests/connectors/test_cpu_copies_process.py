@@ -31,7 +31,7 @@ from kvcache.connectors.transfer import cpu
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.layout.placement import BlockRun
 
-cpu._ALONE_BELOW = 0
+cpu.MIN_SHARED_NBYTES = 0
 memory = np.zeros(2, dtype=np.uint8)
 address = memory.ctypes.data
 sides = CopyGeometry([BlockRun(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)

@@ -12,9 +12,9 @@ pytest.importorskip("torch")
 import torch
 
 from kvcache.connectors.layout.placement import BlockRun
-from kvcache.connectors.transfer.autotune import DIRECTIONS, SIZES, Mechanism
+from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_SIZES, CopyBackend
 from kvcache.connectors.transfer.base import CopyGeometry
-from kvcache.connectors.transfer.cuda import Cuda, backends
+from kvcache.connectors.transfer.cuda import CudaDevice, backends
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 
@@ -46,28 +46,34 @@ def slab(layers: list[int]) -> Iterator[Slab]:
 
 
 @pytest.fixture(params=["batched", "by page", "kernel", "all, tried"])
-def device(request: pytest.FixtureRequest) -> Cuda:
+def device(request: pytest.FixtureRequest) -> CudaDevice:
     """The GPU with one mechanism, or with all of them."""
     gpu = torch.device("cuda", 0)
     if request.param == "all, tried":
-        return Cuda(gpu)
-    only: Mechanism | None = backends.ByPage()
+        return CudaDevice(gpu)
+    only: CopyBackend | None = backends.CopyPerRun()
     if request.param != "by page":
-        only = backends.batched() if request.param == "batched" else backends.kernel(gpu)
+        only = (
+            backends.batched_copies() if request.param == "batched" else backends.triton_kernel(gpu)
+        )
     if only is None:
         pytest.skip(f"copies {request.param} cannot be had here")
-    return Cuda(gpu, [backends.ByPage(), only])
+    return CudaDevice(gpu, [backends.CopyPerRun(), only])
 
 
-def used(device: Cuda) -> None:
+def used(device: CudaDevice) -> None:
     """Wait for the trial; where one mechanism is to be looked at, have it be the best."""
-    device.wait_tried()
-    left = device.mechanisms.left
-    assert left == device.offered, "one was wrong, or raised"
+    device.wait_for_trial()
+    left = device.selector.enabled
+    assert left == device.backends, "one was wrong, or raised"
     if len(left) == 2:
         first, only = left
-        device.mechanisms.learn(
-            {(way, size): {first: 1.0, only: 0.1} for way in DIRECTIONS for size in SIZES}
+        device.selector.choose(
+            {
+                (direction, size): {first: 1.0, only: 0.1}
+                for direction in DIRECTIONS
+                for size in RUN_SIZES
+            }
         )
 
 
@@ -79,7 +85,7 @@ def pages(layers: list[int]) -> list[Any]:
 
 
 @pytest.fixture
-def copier(slab: Slab, device: Cuda, pages: list[Any]) -> Iterator[DeviceCopier]:
+def copier(slab: Slab, device: CudaDevice, pages: list[Any]) -> Iterator[DeviceCopier]:
     sides = CopyGeometry(
         [BlockRun(layer.data_ptr(), layer.shape[1], layer.shape[1], BLOCKS) for layer in pages],
         slab_address=slab.address,

@@ -29,7 +29,7 @@ LOADED = list(range(1, BLOCKS))
 def copier(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pages: torch.Tensor
 ) -> Iterator[DeviceCopier]:
-    from kvcache.connectors.transfer.cuda import Cuda
+    from kvcache.connectors.transfer.cuda import CudaDevice
 
     monkeypatch.setattr(device_module, "MIN_CALL_NBYTES", request.param)
     slab = Slab.create(1, LAYERS * PAGE)
@@ -39,7 +39,7 @@ def copier(
         slots=1,
         slot_nbytes=slab.slot_nbytes,
     )
-    made = DeviceCopier(sides, Cuda(torch.device("cuda", 0)))
+    made = DeviceCopier(sides, CudaDevice(torch.device("cuda", 0)))
     slab.populate(made.pin_slots)
     slab.wait_populated()
     yield made

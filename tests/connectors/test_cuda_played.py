@@ -1,7 +1,8 @@
-"""`Cuda` where there is no GPU: torch's streams and CUDA's runtime are played, all else is real.
+"""`CudaDevice` without a GPU: torch's streams and the CUDA runtime are fakes, the rest is real.
 
-A played stream does at once what it is given. The kernel is real, and interpreted: what it touched
-beside registered memory would be this process's, so the tables that it is sent are looked at.
+A fake stream does its work at once. The kernel is real and interpreted. Since an interpreted kernel
+can access any memory of this process, every table that it receives is checked against the
+registered memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,100 +25,100 @@ import numpy as np
 import torch
 
 from kvcache.connectors.layout.placement import BlockRun
-from kvcache.connectors.transfer import autotune
-from kvcache.connectors.transfer.autotune import CopyBatch
+from kvcache.connectors.transfer.autotune import CopyBatch, TrialSize
 from kvcache.connectors.transfer.base import CopyGeometry, Integers
-from kvcache.connectors.transfer.cuda import Cuda, backends, device, runtime
+from kvcache.connectors.transfer.cuda import CudaDevice, backends, device, runtime
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 from tests.connectors.test_triton_kernel import load
 
 DEVICE = torch.device("cpu")
-FIRST = torch.device("meta")  # another device, which threads are on when they begin
+OTHER_DEVICE = torch.device("meta")  # the current device of a new thread
 LAYERS, BLOCKS, PAGE, SLOTS = 4, 24, 4096, 16
+SMALL_TRIAL = TrialSize(scratch_nbytes=512 << 10, runs=16, rounds=2)  # the interpreter is slow
 
 
-class Runtime:
-    """libcudart, as far as it is called."""
+class FakeRuntime:
+    """The functions of libcudart that are called, and the current device of each thread."""
 
     def __init__(self) -> None:
-        self.now = 0.0  # seconds
-        self.registered: dict[int, int] = {}
-        self.elsewhere = 0  # how far from the host's address the device has registered memory
-        self.unreachable = 0  # the code that a question for that is answered with
-        self.refuses = 0  # the code that a registration is answered with
-        self.unheard = 0  # an error that nobody has fetched
-        self.did: list[str] = []
-        self.current = threading.local()
-        self.current.device = DEVICE  # of this thread, where an engine has chosen
-        self.went_back_to: set[torch.device] = set()
+        self.seconds = 0.0  # the device's clock
+        self.registered: dict[int, int] = {}  # bytes by address
+        self.address_shift = 0  # from the host's address of registered memory to the device's
+        self.pointer_error = 0  # the code that cudaHostGetDevicePointer returns
+        self.register_error = 0  # the code that cudaHostRegister returns
+        self.pending_error = 0  # the last error, until cudaGetLastError clears it
+        self.calls: list[str] = []
+        self.thread = threading.local()
+        self.thread.device = DEVICE  # an engine has chosen it for this thread
+        self.restored: set[torch.device] = set()  # devices that were current again after a stream
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert flags == 3  # portable and mapped
-        assert self.here() == DEVICE
-        if self.refuses:
-            self.unheard = self.refuses
-            return self.refuses
+        assert self.current_device() == DEVICE
+        if self.register_error:
+            self.pending_error = self.register_error
+            return self.register_error
         self.registered[address] = nbytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        self.did.append("unregister")
+        self.calls.append("unregister")
         del self.registered[address]
         return 0
 
     def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:  # noqa: N802
         assert flags == 0
-        found._obj.value = address + self.elsewhere
-        self.unheard = self.unreachable
-        return self.unreachable
+        found._obj.value = address + self.address_shift
+        self.pending_error = self.pointer_error
+        return self.pointer_error
 
     def cudaMemcpyAsync(  # noqa: N802
         self, target: int, source: int, nbytes: int, kind: int, stream: int
     ) -> int:
         assert (kind, stream) == (4, 0)
         ctypes.memmove(target, source, nbytes)
-        self.now += 3e-6
+        self.seconds += 3e-6
         return 0
 
     def cudaGetErrorString(self, code: int) -> bytes:  # noqa: N802
         return b"out of memory"
 
     def cudaGetLastError(self) -> int:  # noqa: N802
-        code, self.unheard = self.unheard, 0
+        code, self.pending_error = self.pending_error, 0
         return code
 
-    def here(self) -> torch.device:
-        return getattr(self.current, "device", FIRST)
+    def current_device(self) -> torch.device:
+        return getattr(self.thread, "device", OTHER_DEVICE)
 
     @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[None]:
-        before, self.current.device = self.here(), device
+    def device_context(self, device: torch.device) -> Iterator[None]:
+        before, self.thread.device = self.current_device(), device
         yield
-        self.current.device = before
+        self.thread.device = before
 
     @contextmanager
-    def on_stream(self, stream: object) -> Iterator[None]:
-        """As torch does: it goes back to the stream, and so to the device, that it came from."""
-        before, self.current.device = self.here(), DEVICE
+    def stream_context(self, stream: object) -> Iterator[None]:
+        """Restores the stream and so the device that were current before, as torch does."""
+        before, self.thread.device = self.current_device(), DEVICE
         try:
             yield
         finally:
-            self.current.device = before
-            self.went_back_to.add(before)
+            self.thread.device = before
+            self.restored.add(before)
 
-    def holds(self, address: int, nbytes: int) -> bool:
+    def is_registered(self, address: int, nbytes: int) -> bool:
         end = address + nbytes
         return any(at <= address and end <= at + size for at, size in self.registered.items())
 
 
-class Event:
-    def __init__(self, played: Runtime) -> None:
-        self.played = played
-        self.at = 0.0
+class FakeEvent:
+    def __init__(self, fake: FakeRuntime) -> None:
+        self.fake = fake
+        self.seconds = 0.0
 
     def record(self, stream: object) -> None:
-        self.at = self.played.now
+        self.seconds = self.fake.seconds
 
     def query(self) -> bool:
         return True
@@ -125,69 +126,69 @@ class Event:
     def synchronize(self) -> None:
         return
 
-    def elapsed_time(self, end: Event) -> float:
-        return (end.at - self.at) * 1e3
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.seconds - self.seconds) * 1e3
 
 
-class Kernel:
-    """The interpreted kernel, and what it was sent."""
+class InterpretedKernel:
+    """The interpreted kernel, and the tables that it received."""
 
-    def __init__(self, played: Runtime) -> None:
-        self.played = played
+    def __init__(self, fake: FakeRuntime) -> None:
+        self.fake = fake
         self.sent: list[Integers] = []
-        self.mechanism = load(interpreted=True).Kernel(self.send)
+        self.change: Callable[[Integers], None] = lambda table: None
+        self.backend = load(interpreted=True).TritonKernel(self.send)
 
     def send(self, table: Integers) -> torch.Tensor:
+        self.change(table)
         self.sent.append(table)
         targets, sources, nbytes = table.tolist()
         for target, source, count in zip(targets, sources, nbytes, strict=True):
-            assert self.played.holds(target, count) or self.played.holds(source, count)
-        self.played.now += 3e-6
+            assert self.fake.is_registered(target, count) or self.fake.is_registered(source, count)
+        self.fake.seconds += 3e-6
         return torch.from_numpy(table)
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Runtime:
-    made = Runtime()
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime()
     stream = SimpleNamespace(cuda_stream=0, wait_event=lambda event: None)
-    monkeypatch.setattr(runtime, "loaded", lambda: made)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(made))
+    monkeypatch.setattr(runtime, "library", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(fake))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "stream", made.on_stream)
-    monkeypatch.setattr(torch.cuda, "device", made.on_device)
-    monkeypatch.setattr(device._Scratch, "nbytes", 512 << 10)
-    monkeypatch.setattr(autotune, "_RUNS", 16)  # the interpreter is slow
-    monkeypatch.setattr(autotune, "_ROUNDS", 2)
-    return made
+    monkeypatch.setattr(torch.cuda, "stream", fake.stream_context)
+    monkeypatch.setattr(torch.cuda, "device", fake.device_context)
+    return fake
 
 
 @pytest.fixture
-def kernel(played: Runtime) -> Kernel:
-    return Kernel(played)
+def kernel(fake: FakeRuntime) -> InterpretedKernel:
+    return InterpretedKernel(fake)
 
 
 @pytest.fixture
-def cuda(played: Runtime, kernel: Kernel) -> Cuda:
-    return Cuda(DEVICE, [backends.ByPage(), kernel.mechanism])
+def cuda(fake: FakeRuntime, kernel: InterpretedKernel) -> CudaDevice:
+    copy_backends = [backends.CopyPerRun(), kernel.backend]
+    return CudaDevice(DEVICE, copy_backends, trial_size=SMALL_TRIAL)
 
 
 class Engine:
-    """Pages, a slab as large as its slots, and a copier between them."""
+    """Pages, a slab, and a copier between them."""
 
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: CudaDevice) -> None:
         self.pages = torch.randint(0, 256, (LAYERS, BLOCKS, PAGE), dtype=torch.uint8)
         self.slab = Slab.create(SLOTS, LAYERS * PAGE)
-        sides = CopyGeometry(
+        geometry = CopyGeometry(
             [BlockRun(layer.data_ptr(), PAGE, PAGE, BLOCKS) for layer in self.pages],
             slab_address=self.slab.address,
             slots=SLOTS,
             slot_nbytes=self.slab.slot_nbytes,
         )
-        self.copier = DeviceCopier(sides, cuda)
+        self.copier = DeviceCopier(geometry, cuda)
 
-    def go_round(self) -> None:
-        """Store eight blocks, load them into others, and see that all is right."""
+    def store_and_load(self) -> None:
+        """Store eight blocks, load them into others, and compare the bytes."""
         blocks, slots, others = [3, 1, 4, 15, 9, 2, 6, 5], [*range(1, 9)], [*range(16, 24)]
         before = self.pages.clone()
         self.copier.gather(blocks, slots).wait()
@@ -203,102 +204,113 @@ class Engine:
 
 
 @pytest.fixture
-def engine(cuda: Cuda) -> Iterator[Engine]:
-    made = Engine(cuda)
-    yield made
-    made.close()
+def engine(cuda: CudaDevice) -> Iterator[Engine]:
+    engine = Engine(cuda)
+    yield engine
+    engine.close()
 
 
-def test_pages_go_by_the_kernel_when_it_was_tried_and_is_faster(
-    cuda: Cuda, engine: Engine, kernel: Kernel, caplog: pytest.LogCaptureFixture
+def test_kernel_faster_in_the_trial_copies_the_pages(
+    cuda: CudaDevice, engine: Engine, kernel: InterpretedKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine.go_round()
+    engine.store_and_load()
     assert not kernel.sent  # nothing is pinned yet
     with caplog.at_level(logging.INFO):
         engine.slab.populate(engine.copier.pin_slots)
-        cuda.wait_tried()
+        cuda.wait_for_trial()
     assert [record.levelno for record in caplog.records] == [logging.INFO] * 2
-    assert "by a kernel (" in caplog.text
+    assert ": triton for runs up to " in caplog.text
     tried = len(kernel.sent)
     assert tried
-    engine.go_round()
+    engine.store_and_load()
     assert len(kernel.sent) == tried + 2
 
 
-def test_what_is_not_pinned_is_not_touched_by_the_kernel(
-    cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime
+def test_kernel_never_touches_memory_that_is_not_pinned(
+    cuda: CudaDevice, engine: Engine, kernel: InterpretedKernel
 ) -> None:
     engine.copier.pin_slots(SLOTS)
-    cuda.wait_tried()
+    cuda.wait_for_trial()
     tried = len(kernel.sent)
     cuda.unpin(engine.slab.address)
-    engine.go_round()
+    engine.store_and_load()
     assert len(kernel.sent) == tried
     assert cuda.pin(engine.slab.address, 5 * engine.slab.slot_nbytes) == ""
-    engine.go_round()  # three of eight slots are beyond
+    engine.store_and_load()  # three of the eight slots are not pinned
     assert len(kernel.sent) == tried
 
 
-@pytest.mark.parametrize(("elsewhere", "unreachable"), [(1 << 40, 0), (0, 1)])
-def test_a_device_with_addresses_of_its_own_has_no_copies_by_the_kernel(
-    cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime, elsewhere: int, unreachable: int
+@pytest.mark.parametrize(("address_shift", "pointer_error"), [(1 << 40, 0), (0, 1)])
+def test_kernel_with_other_addresses_on_the_device_is_not_used(
+    cuda: CudaDevice,
+    engine: Engine,
+    kernel: InterpretedKernel,
+    fake: FakeRuntime,
+    address_shift: int,
+    pointer_error: int,
 ) -> None:
-    played.elsewhere, played.unreachable = elsewhere, unreachable
+    fake.address_shift, fake.pointer_error = address_shift, pointer_error
     engine.copier.pin_slots(SLOTS)
-    cuda.wait_tried()
-    engine.go_round()
+    cuda.wait_for_trial()
+    engine.store_and_load()
     assert not kernel.sent
-    assert not played.unheard
+    assert not fake.pending_error
 
 
-def test_the_trial_leaves_nothing_pinned(cuda: Cuda, engine: Engine, played: Runtime) -> None:
+def test_trial_leaves_only_the_slab_pinned(
+    cuda: CudaDevice, engine: Engine, fake: FakeRuntime
+) -> None:
     engine.copier.pin_slots(SLOTS)
-    cuda.wait_tried()
-    assert played.registered == {engine.slab.address: engine.slab.nbytes}
+    cuda.wait_for_trial()
+    assert fake.registered == {engine.slab.address: engine.slab.nbytes}
     engine.copier.close()
-    assert played.registered == {}
+    assert fake.registered == {}
 
 
-def test_a_thread_touches_no_other_device(cuda: Cuda, engine: Engine, played: Runtime) -> None:
+def test_pinning_thread_touches_no_other_device(
+    cuda: CudaDevice, engine: Engine, fake: FakeRuntime
+) -> None:
     populating = threading.Thread(target=engine.copier.pin_slots, args=(SLOTS,))
     populating.start()
     populating.join()
-    cuda.wait_tried()
-    engine.go_round()
-    assert played.went_back_to == {DEVICE}
-    assert played.registered
+    cuda.wait_for_trial()
+    engine.store_and_load()
+    assert fake.restored == {DEVICE}
+    assert fake.registered
 
 
-def test_the_trial_is_over_when_memory_is_unpinned(
-    cuda: Cuda, engine: Engine, played: Runtime
+def test_unpin_waits_for_the_trial(
+    cuda: CudaDevice, engine: Engine, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.copier.pin_slots(SLOTS)
-    cuda.wait_tried()
-    played.did.clear()
-    cuda._trial = SimpleNamespace(join=lambda: played.did.append("wait"))  # type: ignore[assignment]
+    cuda.wait_for_trial()
+    fake.calls.clear()
+    monkeypatch.setattr(cuda, "wait_for_trial", lambda: fake.calls.append("wait"))
     engine.copier.close()
-    assert played.did == ["wait", "unregister"]
+    assert fake.calls == ["wait", "unregister"]
 
 
-def test_it_is_tried_once(cuda: Cuda, engine: Engine, kernel: Kernel) -> None:
+def test_pin_a_second_piece_starts_no_second_trial(
+    cuda: CudaDevice, engine: Engine, kernel: InterpretedKernel
+) -> None:
     half = engine.slab.nbytes // 2
     assert cuda.pin(engine.slab.address, half) == ""
-    cuda.wait_tried()
+    cuda.wait_for_trial()
     tried = len(kernel.sent)
     assert cuda.pin(engine.slab.address + half, half) == ""
-    cuda.wait_tried()
+    cuda.wait_for_trial()
     assert len(kernel.sent) == tried
-    engine.go_round()  # over both pieces
+    engine.store_and_load()  # in both pieces
     assert len(kernel.sent) == tried + 2
     for address in (engine.slab.address, engine.slab.address + half):
         cuda.unpin(address)
 
 
-def test_a_trial_that_breaks_is_told_and_copies_go_on(
-    cuda: Cuda,
+def test_trial_that_raises_is_logged_and_the_default_copies(
+    cuda: CudaDevice,
     engine: Engine,
-    kernel: Kernel,
-    played: Runtime,
+    kernel: InterpretedKernel,
+    fake: FakeRuntime,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -307,83 +319,82 @@ def test_a_trial_that_breaks_is_told_and_copies_go_on(
 
     monkeypatch.setattr(device.CudaEvent, "seconds_since", broken)
     engine.copier.pin_slots(SLOTS)
-    cuda.wait_tried()
+    cuda.wait_for_trial()
     [warning] = [each for each in caplog.records if each.levelno == logging.WARNING]
     assert warning.getMessage() == (
-        "kvcache: ways to copy were not tried, the first one is used: invalid resource handle"
+        "kvcache: copy backends: trial failed (invalid resource handle); the default backend copies"
     )
     tried = len(kernel.sent)
-    engine.go_round()
+    engine.store_and_load()
     assert len(kernel.sent) == tried
-    assert played.registered == {engine.slab.address: engine.slab.nbytes}
+    assert fake.registered == {engine.slab.address: engine.slab.nbytes}
 
 
-def test_memory_that_cuda_does_not_pin_is_said_in_its_words(
-    cuda: Cuda, engine: Engine, kernel: Kernel, played: Runtime
+def test_pin_that_cuda_refuses_returns_its_error(
+    cuda: CudaDevice, engine: Engine, kernel: InterpretedKernel, fake: FakeRuntime
 ) -> None:
-    played.refuses = 2
+    fake.register_error = 2
     assert cuda.pin(engine.slab.address, engine.slab.nbytes) == "out of memory (error 2)"
-    assert not played.unheard
-    cuda.wait_tried()
+    assert not fake.pending_error
+    cuda.wait_for_trial()
     assert not kernel.sent
-    engine.go_round()
+    engine.store_and_load()
 
 
-def test_a_kernel_that_copies_wrong_is_not_used(
-    cuda: Cuda, engine: Engine, kernel: Kernel, caplog: pytest.LogCaptureFixture
+def test_kernel_that_copies_wrong_bytes_is_disabled(
+    cuda: CudaDevice, engine: Engine, kernel: InterpretedKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sent = kernel.mechanism._send
+    def read_another_run(table: Integers) -> None:
+        table[1] = np.roll(table[1], 1)
 
-    def shifted(table: Integers) -> torch.Tensor:
-        table[1] = np.roll(table[1], 1)  # it reads another run
-        return sent(table)
-
-    kernel.mechanism._send = shifted
+    kernel.change = read_another_run
     engine.copier.pin_slots(SLOTS)
-    cuda.wait_tried()
-    assert "nothing is copied by a kernel any more" in caplog.text
-    engine.go_round()
+    cuda.wait_for_trial()
+    assert "copy backend triton disabled" in caplog.text
+    engine.store_and_load()
 
 
-def names() -> list[str]:
-    return [mechanism.name for mechanism in backends.all_of(DEVICE)]
+def available_names() -> list[str]:
+    return [backend.name for backend in backends.available(DEVICE)]
 
 
-def test_what_can_copy_here_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "batched", lambda: backends.Batched(None))
-    assert names() == ["the copy engine", "a call for each page", "a kernel"]
-    monkeypatch.setattr(backends, "batched", lambda: None)
-    assert names() == ["a call for each page", "a kernel"]
+def test_available_backends_begin_with_the_batched_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "batched_copies", lambda: backends.BatchedCopies(None))
+    assert available_names() == ["memcpy-batch", "memcpy", "triton"]
+    monkeypatch.setattr(backends, "batched_copies", lambda: None)
+    assert available_names() == ["memcpy", "triton"]
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "module"),
     [("kvcache.connectors.transfer.cuda.triton_kernel", load(interpreted=True)), ("triton", None)],
     ids=["interpreted", "no Triton"],
 )
-def test_there_is_no_kernel_where_it_is_not_compiled(
-    name: str, found: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+def test_available_backends_without_a_compiler_lack_the_kernel(
+    name: str, module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "batched", lambda: None)
+    monkeypatch.setattr(backends, "batched_copies", lambda: None)
     monkeypatch.delitem(
         sys.modules, "kvcache.connectors.transfer.cuda.triton_kernel", raising=False
     )
-    monkeypatch.setitem(sys.modules, name, found)
-    assert names() == ["a call for each page"]
+    monkeypatch.setitem(sys.modules, name, module)
+    assert available_names() == ["memcpy"]
 
 
-def test_vllm_is_told_sources_first() -> None:
-    told: list[list[int]] = []
-    operator = backends.Batched(lambda *tensors: told.extend(tensor.tolist() for tensor in tensors))
+def test_batched_copies_pass_the_sources_first() -> None:
+    passed: list[list[int]] = []
+    batched = backends.BatchedCopies(
+        lambda *tensors: passed.extend(tensor.tolist() for tensor in tensors)
+    )
     one, two, three = (np.array([number], dtype=np.int64) for number in (1, 2, 3))
-    operator.copy(CopyBatch(targets=one, sources=two, nbytes=three, way=None))
-    assert told == [[2], [1], [3]]
+    batched.copy(CopyBatch(targets=one, sources=two, nbytes=three, direction=None))
+    assert passed == [[2], [1], [3]]
 
 
-def test_a_copy_that_cuda_refuses_is_said_in_its_words(
-    played: Runtime, monkeypatch: pytest.MonkeyPatch
+def test_copy_per_run_that_cuda_refuses_raises_its_error(
+    fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(played, "cudaMemcpyAsync", lambda *_: 2)
+    monkeypatch.setattr(fake, "cudaMemcpyAsync", lambda *_: 2)
     one = np.array([1], dtype=np.int64)
-    with pytest.raises(RuntimeError, match=r"a copy of 1 bytes: out of memory \(error 2\)"):
-        backends.ByPage().copy(CopyBatch(one, one, one, None))
+    with pytest.raises(RuntimeError, match=r"did not copy 1 bytes: out of memory \(error 2\)"):
+        backends.CopyPerRun().copy(CopyBatch(one, one, one, None))

@@ -345,7 +345,7 @@ def test_what_cannot_be_pinned_is_said_once_and_copied_nonetheless(
     world.copier.pin_slots(SLOTS)
     world.copier.pin_slots(SLOTS)
     [said] = caplog.records
-    assert "no more can be: out of memory (error 2)" in said.getMessage()
+    assert "GiB of L1 pinned (out of memory (error 2))" in said.getMessage()
     copy = world.copier.gather([0], [0])
     copy.wait()
     assert (world.slab[0] == world.pages[:, 0]).all()

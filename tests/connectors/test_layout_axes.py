@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache.connectors.layout.axes import LAYOUTS, Layout, LayoutError
-from kvcache.connectors.layout.canonical import canonical_form
-from kvcache.connectors.layout.placement import MOST_RUNS, BlockRun, Placement, place
+from kvcache.connectors.layout.canonical import canonical_format_id
+from kvcache.connectors.layout.placement import MAX_RUNS, BlockRun, Placement, place
 from tests.support.paged_caches import KINDS, LATENT, Geometry, tensors
 
 ALL = KINDS | LATENT
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def block_bytes(placement: Placement, block: int) -> bytes:
     return b"".join(
         ctypes.string_at(page.address + block * page.stride, page.nbytes)
-        for page in placement.pages()
+        for page in placement.runs()
     )
 
 
@@ -66,9 +66,9 @@ AMBIGUOUS: dict[str, tuple[Any, dict[str, int], list[str]]] = {
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_what_may_be_two_layouts_is_refused_and_not_guessed(name: str) -> None:
     layer, sizes, layouts = AMBIGUOUS[name]
-    with pytest.raises(LayoutError, match="it may be") as refused:
+    with pytest.raises(LayoutError, match="its layout may be") as refused:
         place([layer], None, **sizes)
-    said = str(refused.value).partition("it may be")[2].partition("; say which")[0]
+    said = str(refused.value).partition("its layout may be")[2].partition("; pass")[0]
     assert re.findall(r"[a-z-]+(?= \[)", said) == layouts
     for layout in layouts:
         assert place([layer], layout, **sizes).layout.name == layout
@@ -94,7 +94,7 @@ def test_an_unknown_layout_is_refused_with_what_was_seen_and_what_is_known() -> 
     said = str(refused.value)
     assert said.startswith(
         "layer model.layers.0 is torch.float16 of shape (16, 9, 3), strides (1, 16, 144),"
-        " with {'tokens': 5}, which fits no layout that is known"
+        " with {'tokens': 5}, which has no known layout"
     )
     for layout in LAYOUTS.values():
         assert (str(layout) in said) == (layout.name != "opaque")
@@ -103,24 +103,24 @@ def test_an_unknown_layout_is_refused_with_what_was_seen_and_what_is_known() -> 
 
 WRONG: dict[str, tuple[Any, str, dict[str, int], str]] = {
     "no such name": (torch.zeros(9, 16, 4), "nhd", {}, "no layout 'nhd'; there are kv-first, "),
-    "rank": (torch.zeros(2, 9, 16, 4), "kv-first", {}, "it has 5 axes"),
-    "not two": (torch.zeros(3, 9, 16, 8, 4), "kv-first", {}, "kv is 3, and not 2"),
-    "one tensor": (torch.zeros(9, 16, 8, 4), "pair", {}, "has 2 tensors in it, not 1"),
-    "size": (torch.zeros(9, 16, 4), "mla", {"tokens": 32}, "tokens is 16, and not 32"),
-    "no such axis": (torch.zeros(9, 16, 4), "mla", {"heads": 8}, "it has no heads"),
-    "odd": (torch.zeros(9, 2, 16, 5), "packed", {}, "5 is not a size that kv.dim can have"),
-    "empty": (torch.zeros(9, 0, 4), "mla", {}, "0 is not a size that tokens can have"),
+    "rank": (torch.zeros(2, 9, 16, 4), "kv-first", {}, "a tensor of it has 5 axes"),
+    "not two": (torch.zeros(3, 9, 16, 8, 4), "kv-first", {}, "kv is 3, not 2"),
+    "one tensor": (torch.zeros(9, 16, 8, 4), "pair", {}, "a layer of it has 2 tensors, not 1"),
+    "size": (torch.zeros(9, 16, 4), "mla", {"tokens": 32}, "tokens is 16, not 32"),
+    "no such axis": (torch.zeros(9, 16, 4), "mla", {"heads": 8}, "it has no axis heads"),
+    "odd": (torch.zeros(9, 2, 16, 5), "packed", {}, "kv.dim cannot have size 5"),
+    "empty": (torch.zeros(9, 0, 4), "mla", {}, "tokens cannot have size 0"),
     "K and V differ": (
         (torch.zeros(9, 2, 4, 16, 8), torch.zeros(9, 2, 64, 16)),
         "paged-attention",
         {},
-        "dim is 64, and not 32",
+        "dim is 64, not 32",
     ),
     "elements at one address": (
-        torch.zeros(9, 1, 4).expand(9, 16, 4), "mla", {}, "its elements overlap, along tokens",
+        torch.zeros(9, 1, 4).expand(9, 16, 4), "mla", {}, "elements overlap along axis tokens",
     ),
     "blocks at one address": (
-        torch.zeros(1, 16, 4).expand(9, 16, 4), "mla", {}, "its elements overlap, along blocks",
+        torch.zeros(1, 16, 4).expand(9, 16, 4), "mla", {}, "elements overlap along axis blocks",
     ),
 }  # fmt: skip
 
@@ -134,7 +134,7 @@ def test_a_layout_that_does_not_fit_is_refused(name: str) -> None:
 
 def test_runs_too_short_to_be_copied_are_refused() -> None:
     cache = torch.zeros(65, 65, 9).transpose(0, 2)
-    with pytest.raises(LayoutError, match=rf"in {65 * 65} runs of 4 bytes; .* {MOST_RUNS}"):
+    with pytest.raises(LayoutError, match=rf"has {65 * 65} runs of 4 bytes; at most {MAX_RUNS}"):
         place([cache], "mla")
 
 
@@ -157,19 +157,19 @@ def test_a_layout_of_ones_own() -> None:
     keys, values = torch.randn(2, 9, 16, 8), torch.randn(2, 9, 16, 4)
     placement = place([(keys, values)], ours, tokens=16)
     assert placement.blocks == 9
-    assert len(placement.pages()) == 4  # a run of K, and of V, for each head
+    assert len(placement.runs()) == 4  # a run of K, and of V, for each head
     both = keys[:, 3].numpy().tobytes() + values[:, 3].numpy().tobytes()
     assert block_bytes(placement, 3) == both
-    with pytest.raises(LayoutError, match=r"no canonical order: .* this has 2, and width"):
-        canonical_form(placement)
+    with pytest.raises(LayoutError, match=r"no canonical order: .* this layout has 2, and width"):
+        canonical_format_id(placement)
 
 
 @pytest.mark.parametrize(
     ("tensors", "shapes", "wrong"),
     [
-        (("blocks layers tokens heads dim",), [(9, 2, 16, 3, 8)], "this has 1, and layers"),
-        (("blocks kv tokens dim",) * 2, [(9, 2, 16, 8)] * 2, "this has 2, and kv"),
-        (("blocks tokens dim",) * 3, [(9, 16, 8)] * 3, "this has 3, and no others"),
+        (("blocks layers tokens heads dim",), [(9, 2, 16, 3, 8)], "this layout has 1, and layers"),
+        (("blocks kv tokens dim",) * 2, [(9, 2, 16, 8)] * 2, "this layout has 2, and kv"),
+        (("blocks tokens dim",) * 3, [(9, 16, 8)] * 3, "this layout has 3, and no others"),
     ],
 )
 def test_what_canonical_order_cannot_place_is_refused(
@@ -179,7 +179,7 @@ def test_what_canonical_order_cannot_place_is_refused(
     placement = place([layer], Layout("ours", tensors))
     assert placement.block_nbytes == sum(tensor[0].nbytes for tensor in layer)
     with pytest.raises(LayoutError, match=wrong):
-        canonical_form(placement)
+        canonical_format_id(placement)
 
 
 def test_a_layout_must_say_which_axis_is_blocks() -> None:
@@ -208,7 +208,7 @@ def test_the_runs_of_a_block_are_all_its_bytes(name: str) -> None:
     layers = kind.make(g)
     placement = place(layers, kind.layout)
     assert placement.block_nbytes * g.blocks == sum(tensor.nbytes for tensor in tensors(layers))
-    for page in placement.pages():
+    for page in placement.runs():
         for block in range(g.blocks):
             at = page.address + block * page.stride
             before = ctypes.string_at(at, page.nbytes)
@@ -238,7 +238,7 @@ RUNS = {  # of a block of a layer
 @pytest.mark.parametrize("name", RUNS)
 def test_a_block_is_copied_in_as_few_runs_as_it_lies_in(name: str) -> None:
     placement = place(KINDS[name].make(Geometry(layers=1)), KINDS[name].layout)
-    assert len(placement.pages()) == RUNS[name]
+    assert len(placement.runs()) == RUNS[name]
 
 
 def test_the_form_is_what_bytes_mean_and_not_how_they_are_reached() -> None:
@@ -279,12 +279,12 @@ def test_the_runs_of_any_strides(given: tuple[Any, int]) -> None:
     names[axis] = "blocks"
     placement = place([tensor], Layout("any", (" ".join(names),)))
     assert placement.blocks == tensor.shape[axis]
-    [part] = placement.parts
+    [part] = placement.tensors
     for block in range(placement.blocks):
         inside = tensor.select(axis, block)
         found = torch.frombuffer(bytearray(block_bytes(placement, block)), dtype=tensor.dtype)
         assert sorted(found.tolist()) == sorted(inside.flatten().tolist())
-        in_order = [names.index(a.name) for a in part.in_memory]
+        in_order = [names.index(a.name) for a in part.axes_by_stride]
         in_order = [at - (at > axis) for at in in_order]
         rest = [at for at in range(inside.ndim) if at not in in_order]
         assert found.tolist() == inside.permute((*rest, *in_order)).flatten().tolist()

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache import block_keys
-from kvcache.connectors.paged import PagedCache, Saved
+from kvcache.connectors.paged import PagedCache, SaveResult
 from kvcache.connectors.transfer.factory import Order
 from tests.support.paged_caches import (
     KINDS,
@@ -56,7 +56,7 @@ def round_trip(kind: Kind, g: Geometry, order: Order) -> None:
     cache = PagedCache(layers, kind.layout, order=order)
     keys = block_keys(range(5 * g.tokens), g.tokens)
     with opened(cache.block_nbytes) as stack, cache.attach(stack, threads=2) as kept:
-        assert kept.save(BEFORE, keys) == Saved(stored=5, known=0, declined=0)
+        assert kept.save(BEFORE, keys) == SaveResult(stored=5, known=0, declined=0)
         wipe(layers)
         assert kept.load(keys, AFTER) == 5
         assert stack.stats().pinned_slots == 0

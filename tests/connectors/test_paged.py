@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvcache import block_keys
 from kvcache.connectors.layout.axes import LayoutError
-from kvcache.connectors.paged import Attached, PagedCache, Saved
+from kvcache.connectors.paged import AttachedCache, PagedCache, SaveResult
 from kvcache.connectors.transfer.factory import Order
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
@@ -55,7 +55,7 @@ class Engine:
     def found(self) -> Any:
         return meaning(self.kind, self.layers)
 
-    def attach(self, stack: Stack, threads: int = 1) -> Attached:
+    def attach(self, stack: Stack, threads: int = 1) -> AttachedCache:
         return self.cache.attach(stack, threads=threads)
 
 
@@ -67,8 +67,8 @@ def test_what_was_saved_is_loaded_and_counted() -> None:
     before, keys = engine.found, chain(5)
     with opened(BLOCK_NBYTES) as stack, engine.attach(stack) as kept:
         assert kept.load(keys, [0, 1, 2, 3, 4]) == 0
-        assert kept.save([4, 2, 7], keys[:3]) == Saved(stored=3, known=0, declined=0)
-        assert kept.save([4, 2, 7, 0], keys[:4], None) == Saved(stored=1, known=3, declined=0)
+        assert kept.save([4, 2, 7], keys[:3]) == SaveResult(stored=3, known=0, declined=0)
+        assert kept.save([4, 2, 7, 0], keys[:4], None) == SaveResult(stored=1, known=3, declined=0)
         wipe(engine.layers)
         wiped = engine.found
         assert kept.load(keys, [1, 3, 5, 6, 0]) == 4
@@ -84,7 +84,7 @@ def test_what_there_is_no_room_for_is_declined_from_the_tail() -> None:
     engine = Engine("blocks-first")
     with opened(BLOCK_NBYTES, blocks=3) as stack, engine.attach(stack) as kept:
         saved = kept.save([0, 1, 2, 3, 4], chain(5))
-        assert saved == Saved(stored=3, known=0, declined=2)
+        assert saved == SaveResult(stored=3, known=0, declined=2)
         assert saved.held == 3
         assert kept.load(chain(5), [3, 4, 5, 6, 7]) == 3
 
@@ -114,7 +114,7 @@ def test_blocks_the_engine_has_itself_are_not_loaded() -> None:
         assert kept.load(keys, [6, 7], start=2) == 2
         assert same(engine.found, [6, 7], before, [2, 3])
         assert kept.load(keys, [], start=4) == 0
-        assert kept.save([], []) == Saved(0, 0, 0)
+        assert kept.save([], []) == SaveResult(0, 0, 0)
         assert kept.load([], []) == 0
 
 
@@ -122,15 +122,15 @@ def test_one_block_may_be_kept_under_two_keys_and_a_key_twice_is_one_block() -> 
     engine, keys = Engine("packed"), chain(2)
     before = engine.found
     with opened(BLOCK_NBYTES) as stack, engine.attach(stack) as kept:
-        assert kept.save([5, 5], keys) == Saved(stored=2, known=0, declined=0)
-        assert kept.save([6, 6], [chain(1, 7)[0]] * 2) == Saved(stored=1, known=1, declined=0)
+        assert kept.save([5, 5], keys) == SaveResult(stored=2, known=0, declined=0)
+        assert kept.save([6, 6], [chain(1, 7)[0]] * 2) == SaveResult(stored=1, known=1, declined=0)
         assert kept.load(keys, [0, 1]) == 2
         assert same(engine.found, [0, 1], before, [5, 5])
 
 
 @given(st.data())
 def test_any_ids_in_any_order(data: st.DataObject) -> None:
-    """Saved from one cache, wiped, loaded into another block each; the rest is left alone."""
+    """SaveResult from one cache, wiped, loaded into another block each; the rest is left alone."""
     name = data.draw(st.sampled_from([*KINDS]))
     order: Any = data.draw(st.sampled_from(["raw", "canonical"]))
     engine = Engine(name, order)
@@ -181,7 +181,7 @@ def test_a_canonical_block_is_tokens_layers_kv_heads_dim() -> None:
     engine = Engine("paged-attention", "canonical")
     with opened(BLOCK_NBYTES) as stack, engine.attach(stack) as kept:
         kept.save([5], chain(1))
-        with stack.fetch(stack.match(kept._own(chain(1))).result()).result() as lease:
+        with stack.fetch(stack.match(kept.stack_keys(chain(1))).result()).result() as lease:
             block = torch.frombuffer(bytearray(lease.views[0]), dtype=torch.bfloat16)
     block = block.view(16, 2, 2, 2, 16)
     for layer, seen in enumerate(engine.found):
@@ -296,14 +296,17 @@ def test_two_keys_for_one_block_are_refused() -> None:
         kept.save([0, 1], chain(2))
         with pytest.raises(ValueError, match=r"target of two keys: \[3, 3\]"):
             kept.load(chain(2), [3, 3])
-        with pytest.raises(ValueError, match="start is 3, and there are 2 keys"):
+        with pytest.raises(ValueError, match="start is 3, but there are 2 keys"):
             kept.load(chain(2), [], start=3)
         assert stack.stats().tiers[0].used_blocks == 2
 
 
 def test_a_stack_of_other_blocks_is_refused() -> None:
     engine = Engine("kv-first")
-    with opened(8192) as stack, pytest.raises(ValueError, match=r"4096 bytes, .* 8192: open it"):
+    with (
+        opened(8192) as stack,
+        pytest.raises(ValueError, match=r"4096 bytes, .* 8192; open the stack"),
+    ):
         engine.attach(stack)
     assert engine.cache.block_nbytes == BLOCK_NBYTES == 4096
 
@@ -315,7 +318,7 @@ def test_after_close_nothing_is_copied_and_nothing_is_lost() -> None:
             kept.save([0, 1], chain(2))
         kept.close()
         for call in (lambda: kept.save([0], chain(1, 5)), lambda: kept.load(chain(2), [4, 5])):
-            with pytest.raises(RuntimeError, match="no longer attached"):
+            with pytest.raises(RuntimeError, match="not attached any more"):
                 call()
         with engine.attach(stack) as kept:
             assert kept.load(chain(2), [4, 5]) == 2
@@ -340,16 +343,16 @@ def test_a_layout_without_meaning_has_no_canonical_order() -> None:
     ):
         PagedCache(layers, "opaque", order="canonical")
     layers[1] = torch.zeros(8, 2, 16, 64, dtype=torch.bfloat16)
-    with pytest.raises(LayoutError, match="layers that differ: layer 1 has"):
+    with pytest.raises(LayoutError, match=r"layers that differ .*: layer 1 has"):
         PagedCache(layers, "packed", order="canonical")
     assert PagedCache(layers, "packed").block_nbytes == BLOCK_NBYTES * 3 // 2
 
 
 def test_another_order_and_another_device_are_refused() -> None:
     layers = KINDS["packed"].make(G)
-    with pytest.raises(ValueError, match="order is 'nhd'; there are 'raw' and 'canonical'"):
+    with pytest.raises(ValueError, match="order is 'nhd'; it must be 'raw' or 'canonical'"):
         PagedCache(layers, "packed", order="nhd")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"is on meta; .* CPU and CUDA"):
+    with pytest.raises(ValueError, match=r"is on meta; .* CPUs and CUDA"):
         PagedCache([torch.zeros(8, 2, 16, 32, device="meta")], "packed")
 
 

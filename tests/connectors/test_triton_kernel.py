@@ -91,8 +91,8 @@ SIZES = st.one_of(
 @given(st.integers(0, 2**32), st.lists(SIZES, min_size=1, max_size=24))
 def test_runs_are_copied_and_nothing_else(interpreted: Any, seed: int, sizes: list[int]) -> None:
     sides = Sides(seed, sizes, unit=16)
-    kernel = interpreted.Kernel(torch.from_numpy)
-    assert kernel.takes(sides.runs)
+    kernel = interpreted.TritonKernel(torch.from_numpy)
+    assert kernel.supports(sides.runs)
     kernel.copy(sides.runs)
     assert (sides.target == sides.right).all()
 
@@ -109,23 +109,25 @@ def test_what_is_not_of_16_bytes_is_left_to_others(
     sizes = [size + -size % 16 for size in sizes] if aligned else sizes
     runs = Sides(seed, sizes, unit=1).runs
     ends = np.concatenate((runs.targets, runs.sources, runs.nbytes))
-    assert interpreted.Kernel(torch.from_numpy).takes(runs) == (not (ends % 16).any())
+    assert interpreted.TritonKernel(torch.from_numpy).supports(runs) == (not (ends % 16).any())
 
 
 @pytest.mark.parametrize("column", ["targets", "sources", "nbytes"])
 def test_one_odd_address_or_size_is_seen(interpreted: Any, column: str) -> None:
     runs = Sides(0, [4 * KIB] * 20, unit=16).runs
-    kernel = interpreted.Kernel(torch.from_numpy)
-    assert kernel.takes(runs)
+    kernel = interpreted.TritonKernel(torch.from_numpy)
+    assert kernel.supports(runs)
     getattr(runs, column)[7] += 8
-    assert not kernel.takes(runs)
+    assert not kernel.supports(runs)
 
 
-@pytest.mark.parametrize("way", ["load", "store", None])
-def test_what_may_not_be_pinned_is_left_to_others(interpreted: Any, way: Direction | None) -> None:
+@pytest.mark.parametrize("direction", ["load", "store", None])
+def test_what_may_not_be_pinned_is_left_to_others(
+    interpreted: Any, direction: Direction | None
+) -> None:
     of = Sides(0, [4 * KIB], unit=16).runs
-    runs = CopyBatch(of.targets, of.sources, of.nbytes, way)
-    assert interpreted.Kernel(torch.from_numpy).takes(runs) == (way is not None)
+    runs = CopyBatch(of.targets, of.sources, of.nbytes, direction)
+    assert interpreted.TritonKernel(torch.from_numpy).supports(runs) == (direction is not None)
 
 
 def test_it_says_whether_it_is_compiled(interpreted: Any, compiled: Any) -> None:
@@ -143,9 +145,9 @@ def test_a_gpu_moves_16_bytes_at_a_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or it warns, of what is not used here
     source = triton.compiler.ASTSource(
-        fn=compiled._copy_runs,
+        fn=compiled.copy_runs,
         signature={"table": "*i64", "runs": "i32", "chunks": "i32", "chunk": "constexpr"},
-        constexprs={"chunk": compiled._CHUNK},
+        constexprs={"chunk": compiled.CHUNK_WORDS},
     )
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assembly = made.asm["ptx"]
@@ -157,5 +159,5 @@ def test_a_gpu_moves_16_bytes_at_a_time(
 
 def test_nothing_is_compiled_anew_for_another_copy(compiled: Any) -> None:
     """A specialized argument makes another kernel of it, in the middle of an engine's step."""
-    special = {each.name for each in compiled._copy_runs.params if not each.do_not_specialize}
+    special = {each.name for each in compiled.copy_runs.params if not each.do_not_specialize}
     assert special == {"chunk"}

@@ -24,7 +24,7 @@ BLOCKS = 4
 
 def block_bytes(cache: torch.Tensor, block: int) -> bytes:
     """All runs of a block, in their order."""
-    pages = place_caches({"one": cache}, BLOCKS).pages()
+    pages = place_caches({"one": cache}, BLOCKS).runs()
     assert {page.count for page in pages} == {BLOCKS}
     return b"".join(
         ctypes.string_at(page.address + block * page.stride, page.nbytes) for page in pages
@@ -56,7 +56,7 @@ def test_layers_interleaved() -> None:
     """A block-outermost layout: between two pages of a layer lie those of the others."""
     storage = torch.randint(0, 100, (BLOCKS, 3, 2, 32, 8), dtype=torch.int16)
     for layer in range(3):
-        [page] = place_caches({"one": storage[:, layer]}, BLOCKS).pages()
+        [page] = place_caches({"one": storage[:, layer]}, BLOCKS).runs()
         assert page.stride == 3 * page.nbytes
         for block in range(BLOCKS):
             assert block_bytes(storage[:, layer], block) == tensor_bytes(storage[block, layer])
@@ -64,7 +64,7 @@ def test_layers_interleaved() -> None:
 
 def test_blocks_of_several_kernel_blocks() -> None:
     cache = torch.randint(0, 100, (BLOCKS * 4, 2, 32, 8), dtype=torch.int16)
-    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 1
+    assert len(place_caches({"one": cache}, BLOCKS).runs()) == 1
     for block in range(BLOCKS):
         assert block_bytes(cache, block) == tensor_bytes(cache[4 * block : 4 * block + 4])
 
@@ -72,7 +72,7 @@ def test_blocks_of_several_kernel_blocks() -> None:
 def test_kernel_blocks_apart_are_pages_of_their_own() -> None:
     storage = torch.randint(0, 100, (BLOCKS * 2, 3, 2, 32, 8), dtype=torch.int16)
     cache = storage[:, 1]
-    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 2
+    assert len(place_caches({"one": cache}, BLOCKS).runs()) == 2
     for block in range(BLOCKS):
         assert block_bytes(cache, block) == tensor_bytes(cache[2 * block : 2 * block + 2])
 
@@ -80,14 +80,14 @@ def test_kernel_blocks_apart_are_pages_of_their_own() -> None:
 def test_a_page_is_in_the_order_of_memory() -> None:
     """Tokens before heads: the shape says heads first, and the bytes are not shuffled for that."""
     cache = torch.randint(0, 100, (BLOCKS, 32, 2, 8), dtype=torch.int16).transpose(1, 2)
-    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 1
+    assert len(place_caches({"one": cache}, BLOCKS).runs()) == 1
     assert block_bytes(cache, 1) == tensor_bytes(cache[1].transpose(0, 1))
 
 
 def test_a_block_in_two_halves() -> None:
     """Blocks lie under heads: every head of a block is a run."""
     cache = torch.randint(0, 100, (2, BLOCKS, 32, 8), dtype=torch.int16).transpose(0, 1)
-    assert len(place_caches({"one": cache}, BLOCKS).pages()) == 2
+    assert len(place_caches({"one": cache}, BLOCKS).runs()) == 2
     for block in range(BLOCKS):
         assert block_bytes(cache, block) == tensor_bytes(cache[block])
 
@@ -99,13 +99,13 @@ def test_what_is_not_blocks_is_refused() -> None:
 
 def test_elements_that_overlap_are_refused() -> None:
     cache = torch.zeros(16, 1, 8).expand(16, 2, 8)
-    with pytest.raises(RuntimeError, match=r"layer one is .* its elements overlap"):
+    with pytest.raises(RuntimeError, match=r"layer one is .* elements overlap"):
         side().register({"one": cache, "two": torch.zeros(16, 2, 8)})
 
 
 def test_another_device_is_refused() -> None:
     worker = side(layers=["one"])
-    with pytest.raises(RuntimeError, match=r"the KV cache is on meta; .* CPU and CUDA"):
+    with pytest.raises(RuntimeError, match=r"the KV cache is on meta; .* CPUs and CUDA"):
         worker.register({"one": torch.zeros(16, 2, 8, device="meta")})
 
 

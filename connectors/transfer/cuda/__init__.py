@@ -1,5 +1,5 @@
-"""CUDA as `streams` has devices: streams and events, pinned memory, and ways to copy pages."""
+"""CUDA: the `streams.Device` of a GPU, pinned memory, and the backends that copy pages."""
 
-from kvcache.connectors.transfer.cuda.device import Cuda
+from kvcache.connectors.transfer.cuda.device import CudaDevice
 
-__all__ = ["Cuda"]
+__all__ = ["CudaDevice"]

@@ -1,7 +1,7 @@
-"""The mechanisms of CUDA, as far as they are here.
+"""The copy backends of CUDA.
 
-`cuMemcpyBatchAsync` by vLLM's operator, for a driver that has it; else `cudaMemcpyAsync` for every
-run; and a kernel of Triton's, which comes with torch for CUDA.
+vLLM's operator for `cuMemcpyBatchAsync`, if the driver has that, or else one `cudaMemcpyAsync` for
+each run; and a kernel in Triton, which torch for CUDA installs.
 """
 
 from __future__ import annotations
@@ -12,74 +12,75 @@ from typing import Any
 
 import torch
 
-from kvcache.connectors.transfer.autotune import CopyBatch, Mechanism
+from kvcache.connectors.transfer.autotune import CopyBackend, CopyBatch
 from kvcache.connectors.transfer.base import Integers
 from kvcache.connectors.transfer.cuda import runtime
 
 log = logging.getLogger(__name__)
 
 
-def all_of(device: torch.device) -> list[Mechanism]:
-    """What can copy here; the first is the one that needs no measuring."""
-    found = [batched(), ByPage(), kernel(device)]
-    return [mechanism for mechanism in found if mechanism is not None]
+def available(device: torch.device) -> list[CopyBackend]:
+    """Return the backends that work here. The first one is the default."""
+    backends = [batched_copies(), CopyPerRun(), triton_kernel(device)]
+    return [backend for backend in backends if backend is not None]
 
 
-class Batched:
-    """Copies by vLLM's operator for a batch of them."""
+class BatchedCopies:
+    """Copies a batch in one call, by vLLM's operator."""
 
-    name = "the copy engine"
+    name = "memcpy-batch"
 
     def __init__(self, operator: Any) -> None:
         self._operator = operator
 
-    def takes(self, runs: CopyBatch) -> bool:
+    def supports(self, batch: CopyBatch) -> bool:
         return True
 
-    def copy(self, runs: CopyBatch) -> None:
-        self._operator(*map(torch.from_numpy, (runs.sources, runs.targets, runs.nbytes)))
+    def copy(self, batch: CopyBatch) -> None:
+        # The operator takes the sources first.
+        self._operator(*map(torch.from_numpy, (batch.sources, batch.targets, batch.nbytes)))
 
 
-class ByPage:
-    """Copies by a call for each run."""
+class CopyPerRun:
+    """Copies each run in a call of its own."""
 
-    name = "a call for each page"
+    name = "memcpy"
 
-    def takes(self, runs: CopyBatch) -> bool:
+    def supports(self, batch: CopyBatch) -> bool:
         return True
 
-    def copy(self, runs: CopyBatch) -> None:
+    def copy(self, batch: CopyBatch) -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        each = zip(runs.targets.tolist(), runs.sources.tolist(), runs.nbytes.tolist(), strict=True)
-        for target, source, nbytes in each:
+        columns = batch.targets.tolist(), batch.sources.tolist(), batch.nbytes.tolist()
+        for target, source, nbytes in zip(*columns, strict=True):
             runtime.copy(target, source, nbytes, stream)
 
 
-def batched() -> Mechanism | None:
-    """What vLLM brings, where there is a vLLM for CUDA."""
+def batched_copies() -> CopyBackend | None:
+    """Return vLLM's operator, if a vLLM for CUDA is installed."""
     try:
         import vllm._custom_ops
     except ImportError:
         return None
     if not hasattr(torch.ops._C_cache_ops, "swap_blocks_batch"):
         return None
-    return Batched(vllm._custom_ops.swap_blocks_batch)
+    return BatchedCopies(vllm._custom_ops.swap_blocks_batch)
 
 
-def kernel(device: torch.device) -> Mechanism | None:
-    """What Triton makes, where it is installed and compiles."""
+def triton_kernel(device: torch.device) -> CopyBackend | None:
+    """Return the kernel, if Triton is installed and compiles."""
     try:
-        from kvcache.connectors.transfer.cuda.triton_kernel import Kernel, compiled
-    except Exception as error:  # noqa: BLE001 - of somebody else's package; there are other ways
-        log.info("kvcache: there are no copies by a kernel here: %s", error)
+        from kvcache.connectors.transfer.cuda.triton_kernel import TritonKernel, compiled
+    except Exception as error:  # noqa: BLE001 - third-party code; other backends copy without it
+        log.info("kvcache: copy backend triton not available (%s); other backends copy", error)
         return None
-    return Kernel(partial(_sent, device)) if compiled() else None
+    return TritonKernel(partial(_send, device)) if compiled() else None
 
 
-def _sent(device: torch.device, table: Integers) -> torch.Tensor:
-    """`table` on the device, in the order of the current stream; nobody waits.
+def _send(device: torch.device, table: Integers) -> torch.Tensor:
+    """Copy `table` to the device in the order of the current stream, without blocking.
 
-    torch keeps the pinned memory that it is sent from until it has been read, and gives the
-    device's again to this stream only, so to what comes after the kernel.
+    torch keeps the pinned source until it has been read. It reuses the memory on the device for
+    this stream only, so after the kernel.
     """
     return torch.from_numpy(table).pin_memory().to(device, non_blocking=True)

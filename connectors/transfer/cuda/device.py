@@ -1,7 +1,7 @@
-"""A GPU as `streams` has devices, by torch; and the trial of what can copy on it.
+"""A GPU as a `streams.Device`, by torch, and the trial of the copy backends on it.
 
-Always true here: mechanisms are tried in nobody's way, in a thread and on a stream and memory of
-their own, when the first memory is pinned: later than an engine captures its graphs.
+Invariant: the trial does not disturb the engine. It runs in its own thread, on its own stream and
+memory, when the first memory is pinned. By then the engine has captured its graphs.
 """
 
 from __future__ import annotations
@@ -15,26 +15,23 @@ import numpy as np
 import torch
 
 from kvcache.connectors.transfer.autotune import (
-    FEW,
-    SIZES,
-    Bytes,
-    Mechanism,
-    Mechanisms,
-    Pinned,
+    FULL_TRIAL,
+    BackendSelector,
+    ByteArray,
+    CopyBackend,
+    PinnedRanges,
+    TrialSize,
     measure,
 )
 from kvcache.connectors.transfer.base import Integers
-from kvcache.connectors.transfer.cuda import backends, runtime
+from kvcache.connectors.transfer.cuda import runtime
+from kvcache.connectors.transfer.cuda.backends import available
 
 log = logging.getLogger(__name__)
 
-# On each side, for a moment: 16 MiB, twice what is copied, for half of it has to stay as it was.
-# torch keeps the device's afterwards, and gives it back before anybody is told that there is none.
-_SCRATCH = 2 * FEW * SIZES[-1]
-
 
 class CudaEvent:
-    """A point in a stream's order, with the time."""
+    """A point in the order of a stream, with its time."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
@@ -49,96 +46,114 @@ class CudaEvent:
     def seconds_since(self, earlier: CudaEvent) -> float:
         return float(earlier._event.elapsed_time(self._event)) / 1e3
 
-    def holds(self, stream: torch.cuda.Stream) -> None:
-        """What is given to `stream` from now on is done after this point."""
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Make the work queued on `stream` from now on wait for this point."""
         stream.wait_event(self._event)
 
 
 class CudaStream:
-    """A CUDA stream, and how pages are copied on it."""
+    """A CUDA stream, and the backends that copy on it."""
 
-    def __init__(self, stream: torch.cuda.Stream, mechanisms: Mechanisms, pinned: Pinned) -> None:
+    def __init__(
+        self, stream: torch.cuda.Stream, selector: BackendSelector, pinned: PinnedRanges
+    ) -> None:
         self._stream = stream
-        self._mechanisms = mechanisms
+        self._selector = selector
         self._pinned = pinned
 
     def record(self) -> CudaEvent:
         return CudaEvent(self._stream)
 
-    def wait_for(self, mark: CudaEvent) -> None:
-        mark.holds(self._stream)
+    def wait_for(self, event: CudaEvent) -> None:
+        event.hold(self._stream)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
         with torch.cuda.stream(self._stream):
-            self._mechanisms.copy(self._pinned.runs(targets, sources, nbytes))
+            self._selector.copy(self._pinned.batch(targets, sources, nbytes))
 
 
-class Cuda:
-    """One GPU, and the mechanisms that are `offered`; all there are, where none is named."""
+class CudaDevice:
+    """One GPU, which copies by the best of `backends`; by default, of all available ones."""
 
-    def __init__(self, device: torch.device, offered: Sequence[Mechanism] = ()) -> None:
-        runtime.loaded()  # where there is none this is said at start
-        self.offered = tuple(offered or backends.all_of(device))
-        self.mechanisms = Mechanisms(self.offered)
+    def __init__(
+        self,
+        device: torch.device,
+        backends: Sequence[CopyBackend] = (),
+        *,
+        trial_size: TrialSize = FULL_TRIAL,
+    ) -> None:
+        runtime.library()  # raises at start where there is none
+        self.backends = tuple(backends or available(device))
+        self.selector = BackendSelector(self.backends)
         self._device = device
-        self._pinned = Pinned()
+        self._trial_size = trial_size
+        self._pinned = PinnedRanges()
         self._trial: threading.Thread | None = None
 
     def engine_stream(self) -> CudaStream:
-        return CudaStream(torch.cuda.current_stream(self._device), self.mechanisms, self._pinned)
+        return CudaStream(torch.cuda.current_stream(self._device), self.selector, self._pinned)
 
     def new_stream(self) -> CudaStream:
-        return CudaStream(self._own(), self.mechanisms, self._pinned)
+        return CudaStream(self._make_stream(), self.selector, self._pinned)
 
     def pin(self, address: int, nbytes: int) -> str:
         with torch.cuda.device(self._device):
-            if why := _pin(address, nbytes, self._pinned):
-                return why
+            if cause := _pin(address, nbytes, self._pinned):
+                return cause
         if self._trial is None:
-            self._trial = threading.Thread(target=self._try, name="kvcache-trial", daemon=True)
+            self._trial = threading.Thread(
+                target=self._run_trial, name="kvcache-trial", daemon=True
+            )
             self._trial.start()
         return ""
 
     def unpin(self, address: int) -> None:
-        self.wait_tried()  # who unpins is about to end
+        # The caller is closing. The trial must not use the device after that.
+        self.wait_for_trial()
         with torch.cuda.device(self._device):
             _unpin(address, self._pinned)
 
-    def wait_tried(self) -> None:
-        """Wait until every mechanism has been tried, if that was begun."""
+    def wait_for_trial(self) -> None:
+        """Wait until the trial has ended, if it was started."""
         if self._trial is not None:
             self._trial.join()
 
-    def _own(self) -> torch.cuda.Stream:
+    def _make_stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._device)
 
-    def _try(self) -> None:
+    def _run_trial(self) -> None:
         try:
-            # The device first: a thread goes back from a stream to the device it was on, and at the
-            # start that is the first one, which a process of another would take memory of.
-            with torch.cuda.device(self._device), torch.cuda.stream(self._own()):
-                scratch = _Scratch(self._device)
+            # The device first: when torch leaves a stream, it restores the device that was current
+            # before. In a new thread that would be the first GPU, and a process that uses another
+            # GPU would allocate memory there.
+            with torch.cuda.device(self._device), torch.cuda.stream(self._make_stream()):
+                scratch = _CudaScratch(self._device, self._trial_size.scratch_nbytes)
                 try:
-                    measure(self.mechanisms, scratch)
+                    measure(self.selector, scratch, self._trial_size)
                 finally:
                     scratch.close()
-        except Exception as error:  # noqa: BLE001 - what needs no trial goes on
-            log.warning("kvcache: ways to copy were not tried, the first one is used: %s", error)
+        except Exception as error:  # noqa: BLE001 - the default backend needs no trial
+            log.warning(
+                "kvcache: copy backends: trial failed (%s); the default backend copies", error
+            )
 
 
-class _Scratch:
-    """Where mechanisms are tried, on the current stream."""
+class _CudaScratch:
+    """The memory of a trial. The current stream is used.
 
-    nbytes = _SCRATCH
+    torch keeps the freed device memory in its pool. It returns the pool to CUDA before it reports
+    that memory ran out.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = _Bytes(torch.empty(self.nbytes, dtype=torch.uint8, device=device))
-        mapped = mmap.mmap(-1, self.nbytes)
-        self.host = _Bytes(torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8)))
-        self._pinned = Pinned()
-        if why := _pin(self.host.address, self.nbytes, self._pinned):
-            raise RuntimeError(why)
-        self.runs = self._pinned.runs
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.device = _TensorMemory(torch.empty(nbytes, dtype=torch.uint8, device=device))
+        mapped = mmap.mmap(-1, nbytes)
+        self.host = _TensorMemory(torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8)))
+        self._pinned = PinnedRanges()
+        if cause := _pin(self.host.address, nbytes, self._pinned):
+            raise RuntimeError(cause)
+        self.batch = self._pinned.batch
 
     def seconds(self, work: Callable[[], None]) -> float:
         begin = CudaEvent(torch.cuda.current_stream())
@@ -153,33 +168,33 @@ class _Scratch:
         _unpin(self.host.address, self._pinned)
 
 
-class _Bytes:
-    """A tensor's memory, for a trial."""
+class _TensorMemory:
+    """The memory of a tensor, as a `TrialMemory`."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         self.address = int(tensor.data_ptr())
 
-    def put(self, data: Bytes) -> None:
+    def write(self, data: ByteArray) -> None:
         self._tensor.copy_(torch.from_numpy(data))
 
     def clear(self) -> None:
         self._tensor.zero_()
 
-    def get(self) -> Bytes:
-        found: Bytes = self._tensor.cpu().numpy()
-        return found
+    def read(self) -> ByteArray:
+        data: ByteArray = self._tensor.cpu().numpy()
+        return data
 
 
-def _pin(address: int, nbytes: int, pinned: Pinned) -> str:
-    """Pin for the current device, and note it if a kernel may touch it."""
-    if why := runtime.pin(address, nbytes):
-        return why
-    if runtime.same_address(address):
+def _pin(address: int, nbytes: int, pinned: PinnedRanges) -> str:
+    """Pin memory for the current device, and add it to `pinned` if kernels may access it."""
+    if cause := runtime.pin(address, nbytes):
+        return cause
+    if runtime.has_same_address(address):
         pinned.add(address, nbytes)
     return ""
 
 
-def _unpin(address: int, pinned: Pinned) -> None:
+def _unpin(address: int, pinned: PinnedRanges) -> None:
     pinned.remove(address)
     runtime.unpin(address)

@@ -1,6 +1,6 @@
-"""The CUDA runtime that torch has loaded, where torch has no call of its own.
+"""Calls of the CUDA runtime that torch loaded, for what torch offers no function.
 
-Always true here: an error of CUDA is told, and leaves none behind for the next launch to find.
+Invariant: every CUDA error is returned or raised, and cleared, so that no later launch reports it.
 """
 
 from __future__ import annotations
@@ -12,52 +12,51 @@ from pathlib import Path
 import torch
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of this process
-_MAPPED = 2  # cudaHostRegisterMapped: a kernel may touch it
-_EITHER_WAY = 4  # cudaMemcpyDefault: the addresses say which side is which
+_MAPPED = 2  # cudaHostRegisterMapped: kernels may access it
+_DIRECTION_BY_ADDRESS = 4  # cudaMemcpyDefault
 
 
 def pin(address: int, nbytes: int) -> str:
-    """Register host memory for the current device; why that failed, or nothing."""
-    return _said(loaded().cudaHostRegister(address, nbytes, _PORTABLE | _MAPPED))
+    """Pin host memory for the current device. Returns the cause of a failure, or ""."""
+    return _clear_error(library().cudaHostRegister(address, nbytes, _PORTABLE | _MAPPED))
 
 
 def unpin(address: int) -> None:
     """Undo `pin`."""
-    _said(loaded().cudaHostUnregister(address))
+    _clear_error(library().cudaHostUnregister(address))
 
 
-def same_address(address: int) -> bool:
-    """Whether a kernel finds the pinned memory at `address` there too.
-
-    It does where `cudaDevAttrCanUseHostPointerForRegisteredMem` says so; this asks for the thing.
-    """
+def has_same_address(address: int) -> bool:
+    """Whether kernels access the pinned memory at `address` at that same address."""
     found = ctypes.c_void_p()
-    wrong = _said(loaded().cudaHostGetDevicePointer(ctypes.byref(found), address, 0))
-    return not wrong and found.value == address
+    failure = _clear_error(library().cudaHostGetDevicePointer(ctypes.byref(found), address, 0))
+    return not failure and found.value == address
 
 
 def copy(target: int, source: int, nbytes: int, stream: int) -> None:
-    """Begin to copy on a stream.
+    """Queue a copy on a stream.
 
     Raises:
-        RuntimeError: when CUDA refuses.
+        RuntimeError: when CUDA returns an error.
     """
-    if wrong := _said(loaded().cudaMemcpyAsync(target, source, nbytes, _EITHER_WAY, stream)):
-        raise RuntimeError(f"a copy of {nbytes} bytes: {wrong}")
+    if cause := _clear_error(
+        library().cudaMemcpyAsync(target, source, nbytes, _DIRECTION_BY_ADDRESS, stream)
+    ):
+        raise RuntimeError(f"CUDA did not copy {nbytes} bytes: {cause}")
 
 
 @cache
-def loaded() -> ctypes.CDLL:
-    """The library itself.
+def library() -> ctypes.CDLL:
+    """Return the runtime library.
 
     Raises:
-        RuntimeError: where there is none.
+        RuntimeError: when torch loaded none.
     """
     torch.cuda.init()
     maps = Path("/proc/self/maps").read_text()
     found = {line.split()[-1] for line in maps.splitlines() if "libcudart" in line}
     if not found:
-        raise RuntimeError("no CUDA runtime (libcudart) is loaded, which torch for CUDA does")
+        raise RuntimeError("no CUDA runtime (libcudart) is loaded; torch for CUDA loads it")
     runtime = ctypes.CDLL(min(found))
     address, size = ctypes.c_void_p, ctypes.c_size_t
     runtime.cudaHostRegister.argtypes = (address, size, ctypes.c_uint)
@@ -68,9 +67,9 @@ def loaded() -> ctypes.CDLL:
     return runtime
 
 
-def _said(code: int) -> str:
-    """What CUDA says went wrong; nothing where all went well."""
+def _clear_error(code: int) -> str:
+    """Return the description of an error code and clear the error; "" for success."""
     if not code:
         return ""
-    loaded().cudaGetLastError()  # which forgets it
-    return f"{loaded().cudaGetErrorString(code).decode()} (error {code})"
+    library().cudaGetLastError()
+    return f"{library().cudaGetErrorString(code).decode()} (error {code})"
