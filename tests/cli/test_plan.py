@@ -1,6 +1,7 @@
-"""The plan's numbers against models whose sizes are known, and what it refuses to guess."""
+"""`kvcache plan` for models of known size, and its errors for missing numbers."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from kvcache import cli, host_memory
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.tiers.disk import DiskTier
+from kvcache.tiers.disk.reader import Reader
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import frame_nbytes
 
@@ -32,7 +34,7 @@ QWEN_32B = {
     "use_sliding_window": False,
     "dtype": "bfloat16",
 }
-LLAMA_7B = {  # multi-head: the key of KV heads is not there
+LLAMA_7B = {  # multi-head attention: it has no key for KV heads
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "hidden_size": 4096,
@@ -54,7 +56,7 @@ FALCON_7B = {
     "torch_dtype": "bfloat16",
 }
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "torch_dtype": "float32"}
-WITH_PICTURES = {"architectures": ["Both"], "dtype": "bfloat16", "text_config": LLAMA_8B}
+MULTIMODAL = {"architectures": ["Both"], "dtype": "bfloat16", "text_config": LLAMA_8B}
 
 POD = ["--pod-memory", "120GiB", "--engine-memory", "20GiB", "--bandwidth", "16GiB"]
 
@@ -75,18 +77,23 @@ def planned(
         (LLAMA_8B, ["--dtype", "fp8"], 64 << 10, 64 << 10),
         (LLAMA_8B, ["--dtype", "fp8_e5m2"], 64 << 10, 64 << 10),
         (LLAMA_8B, ["--tp", "4"], 32 << 10, 128 << 10),
-        (LLAMA_8B, ["--tp", "16"], 16 << 10, 256 << 10),  # every head twice
+        (LLAMA_8B, ["--tp", "16"], 16 << 10, 256 << 10),  # each head in two ranks
         (LLAMA_8B, ["--kv-heads", "32"], 512 << 10, 512 << 10),
         (QWEN_32B, [], 256 << 10, 256 << 10),
         (LLAMA_7B, [], 512 << 10, 512 << 10),
         (DEEPSEEK_V3, [], 61 * 576 * 2, 61 * 576 * 2),
-        (DEEPSEEK_V3, ["--tp", "8"], 61 * 576 * 2, 8 * 61 * 576 * 2),  # all of it in every rank
+        (
+            DEEPSEEK_V3,
+            ["--tp", "8"],
+            61 * 576 * 2,
+            8 * 61 * 576 * 2,
+        ),  # every rank has the whole latent
         (FALCON_7B, [], 32 * 2 * 64 * 2, 32 * 2 * 64 * 2),
         (GPT2, [], 12 * 2 * 768 * 2, 12 * 2 * 768 * 2),
-        (WITH_PICTURES, [], 128 << 10, 128 << 10),
+        (MULTIMODAL, [], 128 << 10, 128 << 10),
     ],
 )
-def test_bytes_of_a_token(
+def test_plan_token_has_the_known_size(
     config: dict[str, Any],
     arguments: list[str],
     rank: int,
@@ -99,7 +106,7 @@ def test_bytes_of_a_token(
     assert found["block_nbytes"] == 16 * node
 
 
-def test_flags_alone_are_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_options_without_a_config_are_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128"]
     assert cli.main(["plan", *shape, *POD, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["token_nbytes"] == 128 << 10
@@ -107,10 +114,10 @@ def test_flags_alone_are_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["token_nbytes"] == 61 * 576 * 2
 
 
-def test_what_it_says_fits_is_what_the_tiers_hold(
+def test_plan_capacities_are_those_of_real_tiers(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Small enough to be made: one layer, blocks of two pages."""
+    """One layer and blocks of two pages, so that the test can allocate both tiers."""
     shape = ["--layers", "1", "--kv-heads", "1", "--head-dim", "128", "--block-tokens", "16"]
     room = ["--pod-memory", "3MiB", "--engine-memory", "1MiB", "--bandwidth", "1GiB"]
     assert (
@@ -119,26 +126,27 @@ def test_what_it_says_fits_is_what_the_tiers_hold(
     found = json.loads(capsys.readouterr().out)
     block = found["block_nbytes"]
     assert block == 2 * PAGE
-    front = DramTier(block_nbytes=block, capacity=Size(found["l1_nbytes"]))
-    front.slab.wait_populated()
-    assert front.stats().capacity_blocks == found["l1_blocks"]
-    front.close()
+    l1 = DramTier(block_nbytes=block, capacity=Size(found["l1_nbytes"]))
+    l1.slab.wait_populated()
+    assert l1.stats().capacity_blocks == found["l1_blocks"]
+    l1.close()
     assert (
         found["l1_blocks"] * (2 * PAGE + 512)
         < 2 << 20
         < (found["l1_blocks"] + 2) * (2 * PAGE + 700)
     )
-    assert found["l1_prefixes"] == found["l1_blocks"] // 2  # of 40 tokens, 32 are in full blocks
+    assert found["l1_prefixes"] == found["l1_blocks"] // 2  # full blocks have 32 of 40 tokens
     assert found["l1_tokens"] == 16 * found["l1_blocks"]
-    disk = DiskTier(
-        block_nbytes=frame_nbytes(block), path=str(tmp_path / "disk"), capacity=found["disk_nbytes"]
-    )
-    slots = len(disk._nbytes)
-    disk.close()
+    path = tmp_path / "disk"
+    DiskTier(
+        block_nbytes=frame_nbytes(block), path=str(path), capacity=found["disk_nbytes"]
+    ).close()
+    with closing(Reader(path)) as reader:
+        slots = reader.geometry.slots
     assert slots <= found["disk_blocks"] <= slots + 1
 
 
-def test_l1_is_the_nodes_and_aibrix_is_a_ranks(
+def test_plan_l1_is_for_the_node_and_aibrix_for_a_rank(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     found = planned(capsys, tmp_path, LLAMA_8B, "--tp", "4")
@@ -147,7 +155,7 @@ def test_l1_is_the_nodes_and_aibrix_is_a_ranks(
     assert 0.98 * (100 << 30) < found["l1_nbytes"] < 100 << 30
 
 
-def test_loading_and_computing_are_compared(
+def test_plan_compares_loading_with_computing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     found = planned(
@@ -160,7 +168,7 @@ def test_loading_and_computing_are_compared(
     assert found["break_even_nbytes_per_s"] == 512 << 20
 
 
-def test_without_a_bandwidth_a_copy_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_without_bandwidth_measures_a_copy(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128"]
     assert cli.main(["plan", *shape, *POD[:-2], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -168,7 +176,7 @@ def test_without_a_bandwidth_a_copy_is_measured(capsys: pytest.CaptureFixture[st
     assert found["l1_load_s"] * found["bandwidth_nbytes_per_s"] == pytest.approx(512 << 20)
 
 
-def test_without_memory_it_is_this_containers(
+def test_plan_without_pod_memory_uses_the_container_limit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_memory, "limit", lambda: host_memory.HostMemory(8 << 30, "a test"))
@@ -186,24 +194,24 @@ def test_without_memory_it_is_this_containers(
         ({"layer_types": ["full_attention"] * 2, "sliding_window": 128}, None),
         ({"sliding_window": 4096}, "sliding window of 4096"),
         ({"full_attention_interval": 4}, "not attention"),
-        ({"torch_dtype": "float32"}, "says float32; bfloat16 is assumed"),
-        ({"torch_dtype": None}, "does not say"),
+        ({"torch_dtype": "float32"}, "has dtype float32; bfloat16 is assumed"),
+        ({"torch_dtype": None}, "has no dtype"),
     ],
 )
-def test_what_may_not_be_so_is_said(
+def test_plan_unsupported_attention_or_dtype_is_a_warning(
     more: dict[str, Any], warning: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     warnings = planned(capsys, tmp_path, LLAMA_8B | more)["warnings"]
-    assert [warning in said for said in warnings if warning] == ([True] if warning else [])
+    assert [warning in each for each in warnings if warning] == ([True] if warning else [])
     assert bool(warnings) == bool(warning)
 
 
-def test_the_text_has_the_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plan_text_has_the_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     assert (
         cli.main(["plan", str(tmp_path), *POD, "--tp", "2", "--prefill-tokens-per-s", "1e4"]) == 0
     )
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     for part in (
         "32 layers, 8 KV heads of 128, bfloat16",
         "128KiB (64KiB in each of 2 ranks)",
@@ -212,11 +220,11 @@ def test_the_text_has_the_numbers(capsys: pytest.CaptureFixture[str], tmp_path: 
         "120GiB / 2 - 20GiB = 40GiB for each rank, 80GiB on the node",
         "a tier is faster above 1.22 GiB/s",
     ):
-        assert part in said
+        assert part in out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "error"),
     [
         ([], "num_hidden_layers (--layers), num_key_value_heads (--kv-heads), head_dim"),
         (["--layers", "0"], "--layers is 0"),
@@ -230,33 +238,33 @@ def test_the_text_has_the_numbers(capsys: pytest.CaptureFixture[str], tmp_path: 
         ),
     ],
 )
-def test_what_cannot_be_planned_ends_with_code_2(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+def test_plan_invalid_argument_ends_with_code_2(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", *arguments]) == 2
-    assert complaint in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "error"),
     [
         ("{", "is not JSON"),
         ("[]", "is not a model's configuration"),
         ('{"num_hidden_layers": [1, 2]}', "num_hidden_layers is [1, 2], and not one whole number"),
     ],
 )
-def test_a_file_that_is_no_model(
-    text: str, complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_plan_file_that_is_not_a_model_ends_with_code_2(
+    text: str, error: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(text)
     assert cli.main(["plan", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert str(file) in said
+    err = capsys.readouterr().err
+    assert error in err
+    assert str(file) in err
 
 
-def test_the_page_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_example_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
     _, after = page.split("```bash\nkvcache plan ", 1)
     command, rest = after.split("```", 1)

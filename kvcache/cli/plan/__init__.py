@@ -1,8 +1,8 @@
-"""How much KV cache fits, what to give L1, and whether loading is faster than computing.
+"""Calculate how much KV cache fits, a capacity for L1, and whether loading beats computing.
 
-From a model's config.json (or --layers, --kv-heads and --head-dim), its tensor-parallel ranks, and
-the memory of the pod and of the engine in it. Sizes are "64GiB", "80%" of this container's memory,
-or bytes; L1 is one for the node, whatever the ranks.
+The input is a model's config.json (or --layers, --kv-heads and --head-dim), its tensor-parallel
+ranks, and the memory of the pod and of the engine. Sizes are "64GiB", "80%" of this container's
+memory, or bytes. All ranks of a node share one L1.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcache import host_memory
-from kvcache.cli.plan.capacity import Blocks, blocks_of, copy_rate, cores
-from kvcache.cli.plan.model import ELEMENT_NBYTES, MOST, Model, read_model
+from kvcache.cli.plan.capacity import BlockSizes, block_sizes, copy_rate, cores
+from kvcache.cli.plan.model import ELEMENT_NBYTES, MAX_NUMBER, Model, read_model
 from kvcache.cli.table import YELLOW, Painter, painter, pairs
 from kvcache.sizes import format_size, parse_size
 
@@ -24,178 +24,188 @@ _DTYPES = ("auto", *ELEMENT_NBYTES, "fp8_e4m3", "fp8_e5m2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `kvcache plan` takes."""
+    """Add the arguments of `kvcache plan`."""
     add = parser.add_argument
-    add("config", nargs="?", type=Path, help="the model's config.json, or the folder that has it")
-    add("--layers", type=int, help="instead of num_hidden_layers")
-    add("--kv-heads", type=int, help="instead of num_key_value_heads")
-    add("--head-dim", type=int, help="elements of a head, instead of the config's")
+    add("config", nargs="?", type=Path, help="the model's config.json, or its folder")
+    add("--layers", type=int, help="overrides num_hidden_layers")
+    add("--kv-heads", type=int, help="overrides num_key_value_heads")
+    add("--head-dim", type=int, help="elements of a head; overrides the config's")
     add("--latent-dim", type=int, help="MLA: kv_lora_rank + qk_rope_head_dim")
-    add("--dtype", choices=_DTYPES, default="auto", help="of the KV cache; auto is the model's")
+    add("--dtype", choices=_DTYPES, default="auto", help="of the KV cache (auto: the model's)")
     add("--block-tokens", type=int, default=16, help="the engine's block size (16)")
     add("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="ranks (1)")
-    add("--pod-memory", metavar="P", help="what the pod may use (this container's limit)")
-    add("--engine-memory", metavar="E", help="that all of the engine needs (half of P)")
-    add("--prefix-tokens", type=int, default=4096, help="of a prefix that is used again (4096)")
-    add("--prefill-tokens-per-s", type=float, help="that the engine computes, to compare with")
-    add("--bandwidth", metavar="SIZE", help="of a load, per second (a copy, measured here)")
-    add("--disk", metavar="SIZE", help="capacity of a disk tier below L1")
-    add("--disk-bandwidth", metavar="SIZE", help="that it reads per second")
+    add("--pod-memory", metavar="P", help="memory of the pod (this container's limit)")
+    add("--engine-memory", metavar="E", help="memory of the whole engine (half of P)")
+    add("--prefix-tokens", type=int, default=4096, help="length of a shared prefix (4096)")
+    add("--prefill-tokens-per-s", type=float, help="the engine's speed, to compare with loading")
+    add("--bandwidth", metavar="SIZE", help="of loads from L1, per second (measured here)")
+    add("--disk", metavar="SIZE", help="capacity of a disk tier")
+    add("--disk-bandwidth", metavar="SIZE", help="of reads from the disk, per second")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 2 for what cannot be planned."""
+    """Print the plan; return 2 for invalid input."""
     try:
-        model, found = plan(args)
+        model, figures = plan(args)
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     else:
-        print(text(model, found, painter(sys.stdout)))
+        print(text(model, figures, painter(sys.stdout)))
     return 0
 
 
 def plan(args: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
-    """The model, and all figures by name: `*_nbytes`, `*_s`, counts. ValueError says what not."""
+    """Return the model, and all figures by name: `*_nbytes`, `*_s`, counts.
+
+    Raises:
+        ValueError: an argument or the configuration is invalid.
+    """
     for name in (*_SHAPE, "block_tokens", "tensor_parallel_size", "prefix_tokens"):
-        if (number := getattr(args, name)) is not None and not 1 <= number <= MOST:
-            raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be 1 to {MOST}")
+        if (number := getattr(args, name)) is not None and not 1 <= number <= MAX_NUMBER:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {number}; it must be 1 to {MAX_NUMBER}"
+            )
     model = read_model(args.config, {name: getattr(args, name) for name in _SHAPE})
     dtype = model.dtype if args.dtype == "auto" else args.dtype
     ranks = args.tensor_parallel_size
-    blocks = blocks_of(
+    sizes = block_sizes(
         model,
         dtype_nbytes=ELEMENT_NBYTES[dtype.partition("_")[0]],
         ranks=ranks,
         block_tokens=args.block_tokens,
     )
-    here = host_memory.limit()
-    pod = _size(args, "pod_memory", here.nbytes) or here.nbytes
+    limit = host_memory.limit()
+    pod = _size(args, "pod_memory", limit.nbytes) or limit.nbytes
     engine = _size(args, "engine_memory", pod) or pod // 2
-    count = blocks.in_memory(pod - engine, ranks)
+    count = sizes.in_memory(pod - engine, ranks)
     if not count:
         raise ValueError(
             f"of the {format_size(pod)} of --pod-memory the engine takes {format_size(engine)}, "
-            f"and not one block of {format_size(blocks.slot_nbytes)} fits into the rest"
+            f"and not one block of {format_size(sizes.slot_nbytes)} fits into the rest"
         )
-    theirs = pod // ranks - engine
-    found = {
+    aibrix_rank = pod // ranks - engine
+    figures = {
         "model": model.name,
         "dtype": dtype,
         "tensor_parallel_size": ranks,
-        "rank_token_nbytes": blocks.rank_token_nbytes,
-        "token_nbytes": blocks.token_nbytes,
-        "block_tokens": blocks.block_tokens,
-        "block_nbytes": blocks.block_nbytes,
+        "rank_token_nbytes": sizes.rank_token_nbytes,
+        "token_nbytes": sizes.token_nbytes,
+        "block_tokens": sizes.block_tokens,
+        "block_nbytes": sizes.block_nbytes,
         "pod_nbytes": pod,
-        "pod_source": "--pod-memory" if args.pod_memory else here.source,
+        "pod_source": "--pod-memory" if args.pod_memory else limit.source,
         "engine_nbytes": engine,
         "engine_source": "--engine-memory" if args.engine_memory else "assumed",
-        "l1_nbytes": count * blocks.slot_nbytes,
-        "aibrix_rank_nbytes": theirs,
-        "aibrix_node_nbytes": theirs * ranks,
+        "l1_nbytes": count * sizes.slot_nbytes,
+        "aibrix_rank_nbytes": aibrix_rank,
+        "aibrix_node_nbytes": aibrix_rank * ranks,
         "prefix_tokens": args.prefix_tokens,
-        **_holds("l1", blocks, count, args.prefix_tokens),
-        **_times(args, blocks),
+        **_capacity("l1", sizes, count, args.prefix_tokens),
+        **_times(args, sizes),
         "warnings": list(model.warnings),
     }
-    return model, found
+    return model, figures
 
 
 def _size(args: argparse.Namespace, name: str, whole: int | None = None) -> int | None:
-    given = getattr(args, name)
+    """Return the size in an argument; a number without a unit is bytes."""
+    text = getattr(args, name)
+    if text is None:
+        return None
     try:
-        # argparse gives text; a bare number is bytes.
-        return (
-            None if given is None else parse_size(int(given) if given.isdigit() else given, whole)
-        )
+        return parse_size(int(text) if text.isdigit() else text, whole)
     except ValueError as error:
-        raise ValueError(f"--{name.replace('_', '-')} is {given!r}: {error}") from error
+        raise ValueError(f"--{name.replace('_', '-')} is {text!r}: {error}") from error
 
 
-def _holds(tier: str, blocks: Blocks, count: int, prefix_tokens: int) -> dict[str, int]:
+def _capacity(tier: str, sizes: BlockSizes, count: int, prefix_tokens: int) -> dict[str, int]:
     return {
         f"{tier}_blocks": count,
-        f"{tier}_tokens": count * blocks.block_tokens,
-        f"{tier}_prefixes": blocks.prefixes(count, prefix_tokens),
+        f"{tier}_tokens": count * sizes.block_tokens,
+        f"{tier}_prefixes": sizes.prefixes(count, prefix_tokens),
     }
 
 
-def _times(args: argparse.Namespace, blocks: Blocks) -> dict[str, Any]:
-    """How long a prefix takes to load from each tier, and to compute where that is known."""
-    prefix = args.prefix_tokens // blocks.block_tokens * blocks.block_nbytes
-    given = _size(args, "bandwidth")
-    rate = given or copy_rate(cores())
-    found: dict[str, Any] = {
+def _times(args: argparse.Namespace, sizes: BlockSizes) -> dict[str, Any]:
+    """Return the time to load a prefix from each tier, and to compute it if that is known."""
+    prefix = args.prefix_tokens // sizes.block_tokens * sizes.block_nbytes
+    bandwidth = _size(args, "bandwidth")
+    rate = bandwidth or copy_rate(cores())
+    figures: dict[str, Any] = {
         "bandwidth_nbytes_per_s": rate,
-        "bandwidth_source": "--bandwidth" if given else f"a copy of memory, {cores()} threads",
+        "bandwidth_source": "--bandwidth" if bandwidth else f"a copy of memory, {cores()} threads",
         "l1_load_s": prefix / rate,
     }
     if disk := _size(args, "disk"):
-        found |= {"disk_nbytes": disk}
-        found |= _holds("disk", blocks, blocks.on_disk(disk), args.prefix_tokens)
+        figures |= {"disk_nbytes": disk}
+        figures |= _capacity("disk", sizes, sizes.on_disk(disk), args.prefix_tokens)
     if disk_rate := _size(args, "disk_bandwidth"):
-        found["disk_load_s"] = prefix / disk_rate
+        figures["disk_load_s"] = prefix / disk_rate
     if (prefill := args.prefill_tokens_per_s) is not None:
-        if not 0 < prefill <= MOST:
-            raise ValueError(f"--prefill-tokens-per-s is {prefill}; it must be above 0, to {MOST}")
-        found["compute_s"] = args.prefix_tokens / prefill
-        found["break_even_nbytes_per_s"] = blocks.token_nbytes * prefill
-    return found
+        if not 0 < prefill <= MAX_NUMBER:
+            raise ValueError(
+                f"--prefill-tokens-per-s is {prefill}; it must be above 0, to {MAX_NUMBER}"
+            )
+        figures["compute_s"] = args.prefix_tokens / prefill
+        figures["break_even_nbytes_per_s"] = sizes.token_nbytes * prefill
+    return figures
 
 
-def text(model: Model, found: dict[str, Any], paint: Painter) -> str:
-    """The same for people."""
-    size, ranks = format_size, found["tensor_parallel_size"]
-    token, block = found["token_nbytes"], found["block_nbytes"]
-    each = f" ({size(found['rank_token_nbytes'])} in each of {ranks} ranks)" if ranks > 1 else ""
-    engine = f"{size(found['engine_nbytes'])} for the engine ({found['engine_source']})"
+def text(model: Model, figures: dict[str, Any], paint: Painter) -> str:
+    """Return the plan as text."""
+    size, ranks = format_size, figures["tensor_parallel_size"]
+    token, block = figures["token_nbytes"], figures["block_nbytes"]
+    each = f" ({size(figures['rank_token_nbytes'])} in each of {ranks} ranks)" if ranks > 1 else ""
+    engine = f"{size(figures['engine_nbytes'])} for the engine ({figures['engine_source']})"
     rows = [
-        ("model", f"{model.described()}, {found['dtype']}"),
+        ("model", f"{model.description()}, {figures['dtype']}"),
         ("a token", size(token) + each),
-        ("a block", f"{size(block)}: {found['block_tokens']} tokens, all layers and ranks"),
-        ("memory", f"{size(found['pod_nbytes'])} ({found['pod_source']}), {engine}"),
-        ("L1", f"KVCACHE__L1__CAPACITY={size(found['l1_nbytes'])}"),
-        *_holding(found, "l1"),
-        *_holding(found, "disk"),
+        ("a block", f"{size(block)}: {figures['block_tokens']} tokens, all layers and ranks"),
+        ("memory", f"{size(figures['pod_nbytes'])} ({figures['pod_source']}), {engine}"),
+        ("L1", f"KVCACHE__L1__CAPACITY={size(figures['l1_nbytes'])}"),
+        *_capacity_rows(figures, "l1"),
+        *_capacity_rows(figures, "disk"),
     ]
-    parts = [pairs(rows), pairs(_moving(found)), _differs(found)]
-    parts += [paint(f"warning: {warning}", YELLOW) for warning in found["warnings"]]
+    parts = [pairs(rows), pairs(_time_rows(figures)), _aibrix_note(figures)]
+    parts += [paint(f"warning: {warning}", YELLOW) for warning in figures["warnings"]]
     return "\n\n".join(parts)
 
 
-def _holding(found: dict[str, Any], tier: str) -> list[tuple[str, str]]:
-    if f"{tier}_blocks" not in found:
+def _capacity_rows(figures: dict[str, Any], tier: str) -> list[tuple[str, str]]:
+    if f"{tier}_blocks" not in figures:
         return []
-    prefixes = f"{found[f'{tier}_prefixes']:,} prefixes of {found['prefix_tokens']:,} tokens"
-    held = f"{found[f'{tier}_tokens']:,} tokens in {found[f'{tier}_blocks']:,} blocks: {prefixes}"
+    prefixes = f"{figures[f'{tier}_prefixes']:,} prefixes of {figures['prefix_tokens']:,} tokens"
+    held = (
+        f"{figures[f'{tier}_tokens']:,} tokens in {figures[f'{tier}_blocks']:,} blocks: {prefixes}"
+    )
     name = "it holds" if tier == "l1" else "the disk"
-    return [(name, held if tier == "l1" else f"{format_size(found['disk_nbytes'])}: {held}")]
+    return [(name, held if tier == "l1" else f"{format_size(figures['disk_nbytes'])}: {held}")]
 
 
-def _moving(found: dict[str, Any]) -> list[tuple[str, str]]:
-    rate = f"{found['bandwidth_nbytes_per_s'] / 2**30:.3g} GiB/s"
-    rows = [("from L1", f"{_time(found['l1_load_s'])} ({rate}: {found['bandwidth_source']})")]
-    if "disk_load_s" in found:
-        rows.append(("from disk", _time(found["disk_load_s"])))
-    if "compute_s" in found:
-        even = f"{found['break_even_nbytes_per_s'] / 2**30:.3g} GiB/s"
-        rows.append(("computed", f"{_time(found['compute_s'])}; a tier is faster above {even}"))
-    return [(f"a prefix {name}", what) for name, what in rows]
+def _time_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    rate = f"{figures['bandwidth_nbytes_per_s'] / 2**30:.3g} GiB/s"
+    rows = [("from L1", f"{_time(figures['l1_load_s'])} ({rate}: {figures['bandwidth_source']})")]
+    if "disk_load_s" in figures:
+        rows.append(("from disk", _time(figures["disk_load_s"])))
+    if "compute_s" in figures:
+        even = f"{figures['break_even_nbytes_per_s'] / 2**30:.3g} GiB/s"
+        rows.append(("computed", f"{_time(figures['compute_s'])}; a tier is faster above {even}"))
+    return [(f"a prefix {name}", time) for name, time in rows]
 
 
-def _differs(found: dict[str, Any]) -> str:
-    ranks, theirs = found["tensor_parallel_size"], max(0, found["aibrix_rank_nbytes"])
-    pod, engine = format_size(found["pod_nbytes"]), format_size(found["engine_nbytes"])
+def _aibrix_note(figures: dict[str, Any]) -> str:
+    ranks, rank_nbytes = figures["tensor_parallel_size"], max(0, figures["aibrix_rank_nbytes"])
+    pod, engine = format_size(figures["pod_nbytes"]), format_size(figures["engine_nbytes"])
     return (
-        f"AIBrix: P / TP - E = {pod} / {ranks} - {engine} = {format_size(theirs)} for each rank, "
-        f"{format_size(theirs * ranks)} on the node.\n"
-        "There every rank has an L1 and a setting of its own, and each takes E off. Here the\n"
-        "ranks of a node share one L1: P - E, with E of the whole engine, less what the index and\n"
-        f"the page tables of {ranks + 1} processes take."
+        f"AIBrix: P / TP - E = {pod} / {ranks} - {engine} = {format_size(rank_nbytes)} for each "
+        f"rank, {format_size(rank_nbytes * ranks)} on the node.\n"
+        "There, every rank has its own L1 and setting, and each subtracts E. Here, the ranks of\n"
+        "a node share one L1: P - E, with E for the whole engine, minus the index and the page\n"
+        f"tables of {ranks + 1} processes."
     )
 
 

@@ -1,7 +1,7 @@
-"""How much of a model's KV cache fits where, and what it takes to bring it back.
+"""Calculate how many blocks of a model fit into memory or a disk, and measure a memory copy.
 
-Always true: sizes are of the node, all ranks together, unless their name says rank; what is said to
-fit also leaves room for what keeping it costs.
+Always true: sizes are for the node, all ranks together, unless their name contains "rank". A number
+of blocks that fit leaves room for the index, page tables and records.
 """
 
 from __future__ import annotations
@@ -17,42 +17,49 @@ from dataclasses import dataclass
 from kvcache.cli.plan.model import Model
 from kvcache.slab import PAGE, slot_nbytes_for
 
-INDEX_NBYTES = 512  # what a block's entry in the index takes; 330 to 380 were measured
-TABLE_NBYTES = 8  # what a page of a slab takes in the page table of each process that maps it
+INDEX_NBYTES = 512  # of a block's entry in the index; 330 to 380 were measured
+TABLE_NBYTES = 8  # of a page's entry in the page table of each process that maps the slab
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """The size of a token and of a block."""
+class BlockSizes:
+    """The sizes of a token and of a block. A slot is a block in L1, in whole pages."""
 
     rank_token_nbytes: int
     token_nbytes: int
     block_tokens: int
     block_nbytes: int
-    slot_nbytes: int  # a block in L1: whole pages
+    slot_nbytes: int
 
     def in_memory(self, nbytes: int, ranks: int) -> int:
-        """How many fit into so much memory, with the index and `ranks` + 1 page tables."""
-        tables = (ranks + 1) * self.slot_nbytes // PAGE * TABLE_NBYTES
-        return max(0, nbytes // (self.slot_nbytes + tables + INDEX_NBYTES))
+        """Return how many blocks fit into memory, with the index and `ranks` + 1 page tables."""
+        table_nbytes = (ranks + 1) * self.slot_nbytes // PAGE * TABLE_NBYTES
+        return max(0, nbytes // (self.slot_nbytes + table_nbytes + INDEX_NBYTES))
 
     def on_disk(self, nbytes: int) -> int:
-        """How many fit into so much of a disk, each in its frame and with its record."""
+        """Return how many blocks fit on a disk, each with its frame and its record."""
         from kvcache.tiers.disk.records import RECORD_NBYTES
         from kvcache.tiers.framed import frame_nbytes
 
         return nbytes // (frame_nbytes(self.block_nbytes) + RECORD_NBYTES)
 
     def prefixes(self, blocks: int, tokens: int) -> int:
-        """How many prefixes of `tokens` are in so many blocks. Only full blocks are kept."""
+        """Return how many prefixes of `tokens` fit into `blocks`; each has full blocks only."""
         return blocks // max(1, tokens // self.block_tokens)
 
 
-def blocks_of(model: Model, *, dtype_nbytes: int, ranks: int, block_tokens: int) -> Blocks:
-    """Sizes for an engine of `ranks` tensor-parallel ranks; ValueError if there cannot be one."""
-    rank = model.rank_elements(ranks) * dtype_nbytes
-    block = rank * ranks * block_tokens
-    return Blocks(rank, rank * ranks, block_tokens, block, slot_nbytes_for(block))
+def block_sizes(model: Model, *, dtype_nbytes: int, ranks: int, block_tokens: int) -> BlockSizes:
+    """Return the sizes for an engine of `ranks` tensor-parallel ranks.
+
+    Raises:
+        ValueError: the model cannot be divided into `ranks`.
+    """
+    rank_token_nbytes = model.rank_elements(ranks) * dtype_nbytes
+    token_nbytes = rank_token_nbytes * ranks
+    block_nbytes = token_nbytes * block_tokens
+    return BlockSizes(
+        rank_token_nbytes, token_nbytes, block_tokens, block_nbytes, slot_nbytes_for(block_nbytes)
+    )
 
 
 def copy_rate(
