@@ -34,7 +34,8 @@ class DramTier(FrontTier):
         clock: seconds, for the eviction policy.
 
     Attributes:
-        index: the state of the slots, for tests and tools; no call may run at the same time.
+        index: the state of the slots, for tests and tools.
+        lock: guards ``index``.
 
     Raises:
         ValueError: when ``capacity`` holds no block, ``block_nbytes`` is not positive, or there is
@@ -58,20 +59,20 @@ class DramTier(FrontTier):
         if slots < 1:
             raise ValueError(f"capacity is {capacity} bytes; one block takes {slot_nbytes}")
         self.block_nbytes = block_nbytes
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.index = Index(policy(slots), clock, fallback.lru)
         self.slab = Slab.create(slots, slot_nbytes)
         self.slab.populate(self._open)
         bind_to_process(self)
 
     def _open(self, slots: int) -> None:
-        with self._lock:
+        with self.lock:
             self.index.open_slots(slots)
 
     # What every tier does
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        with self._lock:
+        with self.lock:
             return [key in self.index for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
@@ -106,7 +107,7 @@ class DramTier(FrontTier):
         return stored
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             self.index.drop(keys)
 
     def close(self) -> None:
@@ -115,11 +116,11 @@ class DramTier(FrontTier):
     # What only the front tier does
 
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
-        with self._lock:
+        with self.lock:
             return self.index.access(chain, start)
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
-        with self._lock:
+        with self.lock:
             before = self.index.evicted_blocks
             positions, slots = self.index.reserve(keys, parent)
             evicted = self.index.evicted_blocks - before
@@ -129,12 +130,12 @@ class DramTier(FrontTier):
         return lease
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
-        with self._lock:
+        with self.lock:
             slots = self.index.pin(keys)
         return Lease(keys[: len(slots)], slots, range(len(slots)), self._view, self._release)
 
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
-        with self._lock:
+        with self.lock:
             positions, slots = self.index.pin_any(keys)
         return Lease([keys[at] for at in positions], slots, positions, self._view, self._release)
 
@@ -142,37 +143,37 @@ class DramTier(FrontTier):
         return self.slab.view(slot)[: self.block_nbytes]
 
     def _publish(self, lease: Lease, failed: frozenset[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             self.index.publish(lease.slots, failed)
 
     def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             if failed:
                 self.index.drop(failed)
             self.index.unpin(lease.slots)
 
     def mark_done(self, keys: Sequence[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             self.index.mark_done(keys)
 
     def protect(self, keys: Sequence[bytes], seconds: float) -> None:
-        with self._lock:
+        with self.lock:
             self.index.protect(keys, seconds)
 
     def disable_admission(self) -> None:
-        with self._lock:
+        with self.lock:
             self.index.admission = False
 
     def clear(self) -> None:
-        with self._lock:
+        with self.lock:
             self.index.clear()
 
     def subscribe(self, events: BlockEvents) -> None:
-        with self._lock:
+        with self.lock:
             self.index.events = events
 
     def stats(self) -> TierStats:
-        with self._lock:
+        with self.lock:
             index = self.index
             return TierStats(
                 capacity_blocks=self.slab.slots,

@@ -15,7 +15,7 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 
 pytestmark = pytest.mark.bench
 
@@ -28,7 +28,9 @@ def test_a_hit_in_l1_costs_the_same_with_a_tier_below() -> None:
 
         def made(below: bool) -> Stack:
             front = DramTier(block_nbytes=PAGE, capacity=Size(2 * BLOCKS * PAGE))
-            lower = [LowerTier(Faulty(), name="l2", front=front, namespace=b"")] if below else []
+            lower = (
+                [LowerTier(FaultyTier(), name="l2", front=front, namespace=b"")] if below else []
+            )
             stack = opened.enter_context(Stack(front, lower, profile="bench"))
             front.slab.wait_populated()
             stack.reserve(keys).end()

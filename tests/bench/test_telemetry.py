@@ -22,7 +22,7 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 
 pytestmark = pytest.mark.bench
 
@@ -101,7 +101,7 @@ def test_an_operation_in_l1(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.xfail(strict=False, reason="missed: the SDK takes 93 us for the four spans alone")
 def test_a_lookup_and_a_load_over_two_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
     front = DramTier(block_nbytes=PAGE, capacity=Size(64 * PAGE))
-    lower = LowerTier(Faulty(), name="l2", front=front, namespace=b"")
+    lower = LowerTier(FaultyTier(), name="l2", front=front, namespace=b"")
     with Stack(front, [lower], profile="bench") as stack:
         front.slab.wait_populated()
         keys = keys_of("a", 2)

@@ -11,7 +11,7 @@ import torch
 
 from kvcache import block_keys
 from kvcache.connectors.paged import PagedCache
-from tests.support.forked_children import in_child, unrefused
+from tests.support.forked_children import methods_usable_in_child, run_in_child
 from tests.support.paged_caches import Geometry, opened
 
 G = Geometry(layers=2, blocks=8, tokens=16, heads=2, dim=16)
@@ -28,7 +28,7 @@ def test_attached_cache_in_a_child_is_refused_and_the_parents_blocks_stay() -> N
     with opened(cache.block_nbytes, 16) as stack, cache.attach(stack, threads=2) as kept:
         assert kept.save([0, 1, 2, 3], KEYS).stored == 4
         before = [layer[:, :4].clone() for layer in ours]
-        assert unrefused(kept, kept._copier) == []
+        assert methods_usable_in_child(kept, kept._copier) == []
         assert kept.load(KEYS, [4, 5, 6, 7]) == 4
         assert all(torch.equal(a[:, 4:], b) for a, b in zip(ours, before, strict=True))
 
@@ -43,4 +43,4 @@ def test_child_keeps_blocks_of_its_own_in_a_stack_of_its_own() -> None:
             with opened(cache.block_nbytes, 16) as stack, cache.attach(stack) as kept:
                 return kept.save([0], KEYS[:1]).held == 1 and kept.load(KEYS[:1], [5]) == 1
 
-        assert in_child(child) is True
+        assert run_in_child(child) is True

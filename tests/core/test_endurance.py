@@ -27,7 +27,7 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import ODD, USUAL, Faulty
+from tests.support.failing_parts import COMMON_FAULTS, RARE_FAULTS, FaultyTier
 
 NBYTES = 64  # of a block
 SLOTS = 64
@@ -37,10 +37,10 @@ USERS = 4
 ROUNDS = 10
 TURNS = 220  # of every user in a round
 OURS = ("kvcache.", "concurrent.futures.")  # modules whose objects are looked into
-WRONG = [*[""] * 20, *USUAL]
+WRONG = [*[""] * 20, *COMMON_FAULTS]
 
 
-class Small(Faulty):
+class Small(FaultyTier):
     """Forgets the oldest; keeps no record of what it was asked."""
 
     def store(
@@ -97,7 +97,7 @@ class Traffic:
             name, turns = self.chats[at]
             self.chats[at] = (name, turns + 1) if turns < 6 else (next(self.names), 1)
             keys = keys_of(f"chat {name}", 5 * turns)
-            self.tier.fault = choose.choice([*WRONG, choose.choice(ODD)])
+            self.tier.fault = choose.choice([*WRONG, choose.choice(RARE_FAULTS)])
             if choose.random() < 0.5 and (bringing := self.stack.prefetch(keys)) is not None:
                 coming.append(bringing)
                 if choose.random() < 0.5:

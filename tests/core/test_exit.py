@@ -22,7 +22,7 @@ from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 
 logging.basicConfig(format="%(message)s")
 hangs, closes = sys.argv[1], sys.argv[2] == "closes"
@@ -44,7 +44,7 @@ def put(keys):
 """
 
 TIER = """
-bad, good = Faulty(), Faulty()
+bad, good = FaultyTier(), FaultyTier()
 setattr(bad, hangs, hang)
 stack = Stack(front, [lower(bad, "bad"), lower(good, "good")], profile="test")
 keys = keys_of("a", 4)
@@ -129,7 +129,7 @@ def test_a_call_that_ends_after_the_stack_was_closed_has_its_memory() -> None:
 import gc
 go, late = threading.Event(), threading.Semaphore(0)
 
-class Late(Faulty):
+class Late(FaultyTier):
     def load(self, keys, into):
         hanging.release()
         go.wait()
@@ -154,7 +154,7 @@ def test_a_process_that_closes_while_it_exits_ends(tmp_path: Path) -> None:
     script = """
 import atexit
 tier = DiskTier(block_nbytes=PAGE, path=sys.argv[3], capacity=1 << 20)
-bad = Faulty()
+bad = FaultyTier()
 bad.close = hang
 stack = Stack(front, [lower(tier, "disk"), lower(bad, "bad")], profile="test")
 put(keys_of("a", 4))

@@ -13,11 +13,11 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import Faulty
-from tests.support.odd_answers import RAISED, RETURNED, Unusable
+from tests.support.failing_parts import FaultyTier
 from tests.support.stack_under_test import LONG
+from tests.support.wrong_results import EXCEPTIONS, WRONG_RESULTS, Unusable
 
-RAISED_HERE = sorted(RAISED.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
+EXCEPTION_NAMES = sorted(EXCEPTIONS.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
 LENDING = ("reserve", "pin", "pin_any")
 VERBS = (*LENDING, "access", "contains", "stats", "clear", "mark_done", "protect", "close")
 
@@ -32,7 +32,7 @@ class Opened:
     def __init__(self) -> None:
         self.front = Others(block_nbytes=PAGE, capacity=Size(16 * PAGE))
         self.front.slab.wait_populated()
-        self.tier = Faulty()
+        self.tier = FaultyTier()
         self.lower = LowerTier(
             self.tier, name="l2", front=self.front, namespace=b"n" * 32, deadline_s=LONG
         )
@@ -103,14 +103,14 @@ def same_slots(lease: Lease) -> Lease:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("name", [*RAISED_HERE, *RETURNED])
+@pytest.mark.parametrize("name", [*EXCEPTION_NAMES, *WRONG_RESULTS])
 def test_a_front_tier_that_goes_wrong_costs_its_own_answer(
     opened: Opened, verb: str, name: str
 ) -> None:
     def wrong(*arguments: Any) -> Any:
-        if name in RETURNED:
-            return RETURNED[name](len(arguments[0]) if arguments else 1)
-        error = RAISED[name]()
+        if name in WRONG_RESULTS:
+            return WRONG_RESULTS[name](len(arguments[0]) if arguments else 1)
+        error = EXCEPTIONS[name]()
         raise error
 
     opened.use()
@@ -162,7 +162,7 @@ def test_a_front_tier_of_ours_is_called_directly() -> None:
         assert stack.front is front
 
 
-@pytest.mark.parametrize("name", RAISED_HERE)
+@pytest.mark.parametrize("name", EXCEPTION_NAMES)
 def test_a_recorder_that_raises_is_told_nothing_more(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,7 +171,7 @@ def test_a_recorder_that_raises_is_told_nothing_more(
     class Broken(Recorder):
         def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
             told.times += 1
-            error = RAISED[name]()
+            error = EXCEPTIONS[name]()
             raise error
 
         close = record  # type: ignore[assignment]

@@ -24,7 +24,11 @@ from kvcache.tiers.disk.reader import Reader as DiskReader
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.core.test_metrics import Reader
-from tests.support.forked_children import in_child, may_fork, unrefused
+from tests.support.forked_children import (
+    ignore_fork_warnings,
+    methods_usable_in_child,
+    run_in_child,
+)
 from tests.support.stack_under_test import LONG, StackUnderTest
 
 KEYS = keys_of("parent", 8)
@@ -74,7 +78,7 @@ def test_stack_in_a_child_refuses_every_method_and_the_parent_goes_on(on_disk: S
         on_disk, on_disk.front, on_disk.front.slab, on_disk.recorder, on_disk.lower, lower,
         lower.channel.workers, framed, framed.inner,
     )  # fmt: skip
-    assert unrefused(*parts) == []
+    assert methods_usable_in_child(*parts) == []
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
     on_disk.front.remove(KEYS)  # what the disk has is whole as well, and it is still open
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
@@ -90,7 +94,7 @@ def test_front_tier_of_a_third_party_in_a_child_refuses_every_method() -> None:
     with stack.reserve(KEYS) as lease:
         for key, view in zip(lease.keys, lease.views, strict=True):
             view[:] = block_of(key, PAGE)
-    assert unrefused(stack, stack.front, stack.front.inner) == []
+    assert methods_usable_in_child(stack, stack.front, stack.front.inner) == []
     assert held(stack) == [block_of(key, PAGE) for key in KEYS]
     stack.close()
 
@@ -101,21 +105,21 @@ def test_front_tier_that_allows_no_subclass_costs_a_child_no_other_refusal() -> 
             raise TypeError("no subclass of this")
 
     stack = Stack(Theirs(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
-    assert unrefused(stack, stack.front, stack.front.slab) == []
+    assert methods_usable_in_child(stack, stack.front, stack.front.slab) == []
     stack.close()
 
 
 def test_disk_that_a_child_closed_stays_locked_by_the_parent(
     on_disk: Stack, tmp_path: Path
 ) -> None:
-    in_child(on_disk.close)
+    run_in_child(on_disk.close)
     with pytest.raises(ValueError, match="has open"):
         DiskTier(block_nbytes=PAGE, path=f"{tmp_path}/disk", capacity=DiskSize(1 << 20))
 
 
 def test_disk_reader_in_a_child_refuses_every_method(on_disk: Stack, tmp_path: Path) -> None:
     reader = DiskReader(tmp_path / "disk")
-    assert unrefused(reader) == []
+    assert methods_usable_in_child(reader) == []
     buffer = memoryview(bytearray(3 * PAGE))
     assert all(reader.load([record.key], [buffer])[0] for record in reader)
     reader.close()
@@ -124,7 +128,7 @@ def test_disk_reader_in_a_child_refuses_every_method(on_disk: Stack, tmp_path: P
 def test_recorder_in_a_child_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "asked.jsonl"
     recorder = FileRecorder(path, block_tokens=1, limit=1 << 20)
-    assert unrefused(recorder) == []
+    assert methods_usable_in_child(recorder) == []
     recorder.record(KEYS)
     recorder.close()
     assert len(path.read_text().splitlines()) == 1
@@ -139,8 +143,8 @@ def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: StackUnderTest
                 lease.views[0][:] = bytes(PAGE)
             lease.end(failed=lease.keys)
 
-    with below.front._lock:  # a thread of the parent has it when the child begins
-        in_child(child)
+    with below.front.lock:  # a thread of the parent has it when the child begins
+        run_in_child(child)
     assert below.front.stats().pinned_slots == 2 + len(KEYS)
     filling.end(failed=filling.keys)
     reading.end()
@@ -149,7 +153,7 @@ def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: StackUnderTest
 def test_view_that_a_child_inherited_cannot_be_written(below: StackUnderTest) -> None:
     lease = below.fetch(KEYS)
     view = lease.views[0]
-    with may_fork():
+    with ignore_fork_warnings():
         pid = os.fork()
     if not pid:
         faulthandler.disable()
@@ -171,16 +175,16 @@ def test_child_attaches_the_memory_and_opens_a_stack_of_its_own(below: StackUnde
         own.stack.close()
         return bytes(theirs.view(slot.slots[0])), found
 
-    assert in_child(child) == (block_of(KEYS[0], PAGE), 3)
+    assert run_in_child(child) == (block_of(KEYS[0], PAGE), 3)
     slot.end()
 
 
 def test_grandchild_is_refused_what_its_parent_opened(below: StackUnderTest) -> None:
     def child() -> list[str]:
         own = StackUnderTest()
-        return unrefused(own.stack, below.stack)
+        return methods_usable_in_child(own.stack, below.stack)
 
-    assert in_child(child) == []
+    assert run_in_child(child) == []
 
 
 def test_parts_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest) -> None:
@@ -199,7 +203,7 @@ def test_parts_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest)
         gc.collect()
         return ended
 
-    assert in_child(child) == []
+    assert run_in_child(child) == []
     holder.stack.close()
 
 
@@ -218,6 +222,6 @@ def test_metrics_of_a_child_count_what_the_child_opened(below: StackUnderTest) -
         return alone, collected()
 
     with metrics._collector._lock:
-        assert in_child(child) == (0, 3 * PAGE)
+        assert run_in_child(child) == (0, 3 * PAGE)
     assert collected() == len(KEYS) * PAGE
     reader.provider.shutdown()

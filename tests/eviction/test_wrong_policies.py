@@ -14,12 +14,12 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import goes_wrong
-from tests.support.odd_answers import RAISED, PanicException, Unusable
+from tests.support.failing_parts import replace_policy_method
+from tests.support.wrong_results import EXCEPTIONS, PanicException, Unusable
 
 SLOTS = 24
 VERBS = ("access", "admit", "add", "remove", "evict")
-RAISED_HERE = sorted(RAISED.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
+EXCEPTION_NAMES = sorted(EXCEPTIONS.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
 
 
 @pytest.fixture
@@ -59,17 +59,17 @@ def traffic(tier: DramTier, requests: int = 60) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("name", RAISED_HERE)
+@pytest.mark.parametrize("name", EXCEPTION_NAMES)
 def test_a_policy_that_raises_is_replaced_and_no_block_is_lost(
     tier: DramTier, verb: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def wrong(*_: object) -> None:
-        error = RAISED[name]()
+        error = EXCEPTIONS[name]()
         raise error
 
     traffic(tier)
     before = tier.index.ready()
-    goes_wrong(tier, verb, wrong)
+    replace_policy_method(tier, verb, wrong)
     held = keys_of("last", 3)
     if verb == "remove":
         tier.remove(held[2:])
@@ -93,11 +93,11 @@ def test_an_admit_of_any_value_costs_no_slot(
     tier: DramTier, answer: object, replaced: bool
 ) -> None:
     traffic(tier)
-    goes_wrong(tier, "admit", lambda *_: answer)
+    replace_policy_method(tier, "admit", lambda *_: answer)
     serve(tier, keys_of("new", 4))
     tier.index.check()
     assert (type(tier.index.policy) is Lru) == replaced
-    goes_wrong(tier, "", print)
+    replace_policy_method(tier, "", print)
     traffic(tier)
 
 
@@ -115,17 +115,17 @@ def test_an_offer_of_any_value_costs_no_slot(tier: DramTier, offered: Any, raise
             raise PanicException
 
     traffic(tier)
-    goes_wrong(tier, "evict", evict)
+    replace_policy_method(tier, "evict", evict)
     serve(tier, keys_of("new", 4))
     tier.index.check()
-    goes_wrong(tier, "", print)
+    replace_policy_method(tier, "", print)
     traffic(tier)
 
 
 def test_a_policy_that_evicts_later_than_it_is_asked_to_takes_nothing(tier: DramTier) -> None:
     kept: list[Take] = []
     traffic(tier)
-    goes_wrong(tier, "evict", lambda _, take: kept.append(take))
+    replace_policy_method(tier, "evict", lambda _, take: kept.append(take))
     serve(tier, keys_of("new", 4))
     held = tier.index.ready()
     assert kept[0](list(held)[-1:]) == 0
@@ -139,7 +139,7 @@ def test_a_policy_that_raises_halfway_through_an_eviction_ends_with_it(tier: Dra
         raise PanicException
 
     traffic(tier)
-    goes_wrong(tier, "evict", evict)
+    replace_policy_method(tier, "evict", evict)
     assert serve(tier, keys_of("new", 4)) == 0
     assert tier.access(keys_of("new", 4)) == 4
     assert tier.access(keys_of("last", SLOTS)) == SLOTS - 4
@@ -155,7 +155,7 @@ def test_a_signal_that_interrupts_a_policy_is_the_applications(tier: DramTier, v
         serve(tier, keys_of("new", 4))
 
     traffic(tier)
-    goes_wrong(tier, verb, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    replace_policy_method(tier, verb, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, ends)
     try:
         with pytest.raises(SystemExit):
@@ -171,7 +171,7 @@ def test_a_keyboard_interrupt_in_another_thread_is_the_policys(tier: DramTier) -
     def wrong(*_: object) -> None:
         raise KeyboardInterrupt
 
-    goes_wrong(tier, "add", wrong)
+    replace_policy_method(tier, "add", wrong)
     thread = threading.Thread(target=serve, args=(tier, keys_of("new", 4)))
     thread.start()
     thread.join()

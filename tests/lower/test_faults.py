@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from kvcache import Lease
-from tests.support.failing_parts import FAULTS, goes_wrong
+from tests.support.failing_parts import FAULTS, replace_policy_method
 from tests.support.manual_clock import ManualClock
-from tests.support.odd_answers import RAISED
 from tests.support.stack_under_test import LONG, StackUnderTest
+from tests.support.wrong_results import EXCEPTIONS
 
 EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "120"))
 LONGEST_PAUSE_S = 60.0  # of a circuit breaker
@@ -54,15 +54,15 @@ class Faults(RuleBasedStateMachine):
 
     @rule(
         verb=st.sampled_from(["access", "admit", "add", "remove", "evict"]),
-        name=st.sampled_from(sorted(RAISED.keys() - {"KeyboardInterrupt"})),
+        name=st.sampled_from(sorted(EXCEPTIONS.keys() - {"KeyboardInterrupt"})),
     )
     def set_policy_fault(self, verb: str, name: str) -> None:
         def fail(*_: object) -> None:
             done["policy faults"] += 1
-            error = RAISED[name]()
+            error = EXCEPTIONS[name]()
             raise error
 
-        goes_wrong(self.under_test.front, verb, fail)
+        replace_policy_method(self.under_test.front, verb, fail)
 
     @rule(chain=chains, skip=st.integers(0, 5))
     def put(self, chain: str, skip: int) -> None:
@@ -130,7 +130,7 @@ class Faults(RuleBasedStateMachine):
         assert l1.stored_blocks == self.filled + l2.loaded_blocks
         assert l1.lookup_blocks == self.asked
         assert l2.errors == self.tier.failed
-        assert l2.loaded_blocks + l2.missed_blocks == self.tier.asked_blocks
+        assert l2.loaded_blocks + l2.missed_blocks == self.tier.requested_blocks
         assert all(thread.is_alive() for thread in self.threads)
         done["tier faults"] += self.tier.failed
         self.under_test.stack.close()

@@ -9,12 +9,12 @@ import pytest
 from kvcache.lower.tier import REMEASURE_S
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 
 
-class TimedTier(Faulty):
+class TimedTier(FaultyTier):
     """A lookup takes ``lookup_s`` and a load ``load_s`` per block, on the test's clock."""
 
     def __init__(self, clock: ManualClock) -> None:

@@ -11,7 +11,7 @@ from kvcache import Match
 from kvcache.lower.worker_pool import LOAD
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER, StackUnderTest
 
@@ -335,7 +335,7 @@ def test_clear_between_reserve_and_end_leaves_the_blocks_in_the_old_namespace(
 def test_store_gets_the_parent_of_each_run_of_blocks() -> None:
     stores: list[tuple[list[bytes], bytes | None]] = []
 
-    class RecordingTier(Faulty):
+    class RecordingTier(FaultyTier):
         def store(
             self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
         ) -> list[bool]:

@@ -10,13 +10,13 @@ import pytest
 
 from kvcache.lower.namespace import TierNamespace
 from kvcache.testing import keys_of
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 from tests.support.stack_under_test import NAMESPACE, StackUnderTest
 
 KEYS = keys_of("chain", 4)
 
 
-class ForgettingTier(Faulty):
+class ForgettingTier(FaultyTier):
     """Supports ``forget``, and then names the namespace anew, as the tiers of this project do."""
 
     def __init__(self) -> None:

@@ -14,11 +14,11 @@ from opentelemetry.trace import StatusCode
 from kvcache import telemetry
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, StackUnderTest
 
-TIER = {"kvcache.tier.name": "l2", "kvcache.tier.type": "Faulty"}
+TIER = {"kvcache.tier.name": "l2", "kvcache.tier.type": "FaultyTier"}
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_write_behind_has_a_trace_linked_to_its_store(
 
 
 def test_span_of_a_tier_is_a_child_of_its_call(exported: InMemorySpanExporter) -> None:
-    class TracedTier(Faulty):
+    class TracedTier(FaultyTier):
         def contains(self, keys: Sequence[bytes]) -> list[bool]:
             telemetry.start_span("theirs", None).end()
             return super().contains(keys)
@@ -219,12 +219,12 @@ def test_span_of_a_tier_slower_than_computing_has_the_reason(
 ) -> None:
     clock = ManualClock(100.0)
 
-    class SlowLoads(Faulty):
+    class SlowLoads(FaultyTier):
         def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
             clock.advance(10.0)
             return super().load(keys, into)
 
-    under_test = StackUnderTest(tiers=[SlowLoads()], clock=clock, kind="Faulty")
+    under_test = StackUnderTest(tiers=[SlowLoads()], clock=clock, kind="FaultyTier")
     measured, keys = keys_of("measured", 1), keys_of("a", 3)
     under_test.put_in_tier(measured + keys)
     assert under_test.fetch_count(measured) == 1

@@ -16,10 +16,15 @@ from kvcache.secrets import MAX_CHARS
 from kvcache.slab import PAGE
 from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 from tests.support.manual_clock import ManualClock
-from tests.support.odd_answers import COUNTED, RAISED, RETURNED, UnreadableError
 from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
+from tests.support.wrong_results import (
+    EXCEPTIONS,
+    WRONG_BYTE_COUNTS,
+    WRONG_RESULTS,
+    UnreadableError,
+)
 
 METHODS = ("contains", "load", "store")
 Fault = Callable[..., Any]
@@ -37,8 +42,8 @@ def faults_of(method: str) -> dict[str, Fault]:
     def returning(make: Callable[[int], Any]) -> Fault:
         return lambda keys, *_: make(len(keys))
 
-    found = {f"raises {name}": raising(make) for name, make in RAISED.items()}
-    returned = RETURNED | (COUNTED if method == "load" else {})
+    found = {f"raises {name}": raising(make) for name, make in EXCEPTIONS.items()}
+    returned = WRONG_RESULTS | (WRONG_BYTE_COUNTS if method == "load" else {})
     return found | {f"returns {name}": returning(make) for name, make in returned.items()}
 
 
@@ -96,7 +101,7 @@ def test_faulty_call_costs_its_own_answer(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", RAISED)
+@pytest.mark.parametrize("name", EXCEPTIONS)
 def test_breaker_opened_by_an_exception_closes_again(method: str, name: str) -> None:
     clock = ManualClock()
     under_test = StackUnderTest(clock=clock)
@@ -133,7 +138,7 @@ def test_answers_of_any_iterable_type_are_accepted() -> None:
     with suppress(ImportError):
         types.append(__import__("numpy").array)
 
-    class ConvertingTier(Faulty):
+    class ConvertingTier(FaultyTier):
         convert: Callable[[list[Any]], Any]
 
         def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -161,7 +166,7 @@ def test_answers_of_any_iterable_type_are_accepted() -> None:
 
 
 def test_tier_that_changes_its_arguments_costs_its_own_answer() -> None:
-    class MutatingTier(Faulty):
+    class MutatingTier(FaultyTier):
         def contains(self, keys: Sequence[bytes]) -> list[bool]:
             held = [True] * len(keys)
             keys.clear()  # type: ignore[attr-defined]
@@ -249,9 +254,9 @@ def test_close_in_a_callback_of_a_future_closes_every_tier() -> None:
         under_test.front.slab.view(0)
 
 
-@pytest.mark.parametrize("name", [*RAISED, *RETURNED])
+@pytest.mark.parametrize("name", [*EXCEPTIONS, *WRONG_RESULTS])
 def test_faulty_usage_is_unknown(under_test: StackUnderTest, name: str) -> None:
-    fault = faults_of("usage").get(f"raises {name}") or (lambda: RETURNED[name](1))
+    fault = faults_of("usage").get(f"raises {name}") or (lambda: WRONG_RESULTS[name](1))
     under_test.tiers[0].usage = fault  # type: ignore[method-assign]
     usage = under_test.stack.stats().lower[0].usage
     assert usage == Tier.usage(under_test.tiers[0])
@@ -302,12 +307,12 @@ def test_signal_handler_that_raises_during_usage_is_not_swallowed(
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("name", [*RAISED, *RETURNED])
+@pytest.mark.parametrize("name", [*EXCEPTIONS, *WRONG_RESULTS])
 def test_faulty_resolve_costs_the_calls_until_it_works(name: str) -> None:
     def fault(*_: object) -> Any:
-        if name in RETURNED:
-            return RETURNED[name](1)
-        error = RAISED[name]()
+        if name in WRONG_RESULTS:
+            return WRONG_RESULTS[name](1)
+        error = EXCEPTIONS[name]()
         raise error
 
     under_test = StackUnderTest()
@@ -324,10 +329,10 @@ def test_faulty_resolve_costs_the_calls_until_it_works(name: str) -> None:
     under_test.stack.close()
 
 
-@pytest.mark.parametrize("name", RAISED)
+@pytest.mark.parametrize("name", EXCEPTIONS)
 def test_faulty_forget_still_resets_this_stack(name: str) -> None:
     def fault(*_: object) -> None:
-        error = RAISED[name]()
+        error = EXCEPTIONS[name]()
         raise error
 
     under_test = StackUnderTest()

@@ -13,7 +13,7 @@ from kvcache import host_memory
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.replica import Replica
 from tests.support.empty_tiers import Front
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 
 MIB = 1 << 20
 DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "CAPACITY"\n'
@@ -113,7 +113,7 @@ def test_what_a_constructor_refuses_names_file_and_tier(tmp_path: Path) -> None:
     assert "1048576" in problem
 
 
-class Unmade(Faulty):
+class Unmade(FaultyTier):
     """A tier that cannot be made."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def test_a_constructor_that_raises_anything_names_file_and_tier(tmp_path: Path) 
     file = ours(
         tmp_path,
         DRAM.replace("CAPACITY", "64KiB")
-        + below.format("l2", "tests.support.failing_parts:Faulty")
+        + below.format("l2", "tests.support.failing_parts:FaultyTier")
         + below.format("l3", f"{__name__}:Unmade"),
     )
     before = set(threading.enumerate())
@@ -140,7 +140,7 @@ def test_a_constructor_that_raises_anything_names_file_and_tier(tmp_path: Path) 
         assert not thread.is_alive()
 
 
-class Unreadable(Faulty):
+class Unreadable(FaultyTier):
     @property
     def call_nbytes(self) -> int:  # type: ignore[override]
         raise ZeroDivisionError("no size")

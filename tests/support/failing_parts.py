@@ -1,4 +1,4 @@
-"""A lower tier and a policy that fail when they are told to, for tests of what calls them."""
+"""A lower tier and a policy that fail on command, for tests of the code that calls them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from typing import Any
 from kvcache.eviction import Lru, Take
 from kvcache.tier import Tier
 from kvcache.tiers.dram import DramTier
-from tests.support.odd_answers import RAISED, RETURNED
+from tests.support.wrong_results import EXCEPTIONS, WRONG_RESULTS
 
-USUAL = ["raise", "hole", "short", "count", "lie", "decline"]
-ODD = [*RAISED, *RETURNED]
-FAULTS = [*USUAL, *ODD]
-"""What a ``Faulty`` may do wrong."""
+COMMON_FAULTS = ["raise", "hole", "short", "count", "lie", "decline"]
+RARE_FAULTS = [*EXCEPTIONS, *WRONG_RESULTS]
+FAULTS = [*COMMON_FAULTS, *RARE_FAULTS]
+"""The faults of a ``FaultyTier``."""
 
 
-class Faulty(Tier):
-    """Blocks in a dictionary. ``fault``: what the next calls do wrong; ``gate`` makes them hang.
+class FaultyTier(Tier):
+    """A tier with its blocks in a dictionary, which fails on command.
 
-    A call that answers nothing of use does its work nonetheless.
+    A call with a wrong result does its work nonetheless.
+
+    Attributes:
+        held: the blocks by key.
+        fault: the fault of the next calls, one of ``FAULTS``; empty for none.
+        gate: while it is cleared, calls hang.
+        waiting: released by each call that hangs.
+        failed: how many calls a caller must treat as failures.
+        requested_blocks: how many blocks loads asked for.
+        calls: the names of the methods called.
+        read: the keys that were loaded.
     """
 
     def __init__(self) -> None:
@@ -28,47 +38,47 @@ class Faulty(Tier):
         self.fault = ""
         self.gate = threading.Event()
         self.gate.set()
-        self.waiting = threading.Semaphore(0)  # released by each call that hangs
-        self.failed = 0  # calls that a caller has to take for failures
-        self.asked_blocks = 0  # of loads
+        self.waiting = threading.Semaphore(0)
+        self.failed = 0
+        self.requested_blocks = 0
         self.calls: list[str] = []
         self.read: list[bytes] = []
         self.closed = False
 
-    def _called(self, verb: str) -> None:
-        self.calls.append(verb)
+    def _begin_call(self, method: str) -> None:
+        self.calls.append(method)
         if not self.gate.is_set():
             self.waiting.release()
             self.gate.wait()
         if self.fault == "raise":
             self.failed += 1
-            raise OSError(f"{verb} fails")
-        if self.fault in RAISED:
+            raise OSError(f"{method} fails")
+        if self.fault in EXCEPTIONS:
             self.failed += 1
-            error = RAISED[self.fault]()
+            error = EXCEPTIONS[self.fault]()
             raise error
 
-    def _answer(self, right: list[Any], fault: str) -> list[Any]:
-        if fault in RETURNED:
+    def _result(self, correct: list[Any], fault: str) -> list[Any]:
+        if fault in WRONG_RESULTS:
             self.failed += 1
-            odd: list[Any] = RETURNED[fault](len(right))
-            return odd
-        return right
+            wrong: list[Any] = WRONG_RESULTS[fault](len(correct))
+            return wrong
+        return correct
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         fault = self.fault
-        self._called("contains")
+        self._begin_call("contains")
         if fault == "lie":
             return [True] * len(keys)
         if fault == "count":
             self.failed += 1
             return [True] * (len(keys) + 1)
-        return self._answer([key in self.held for key in keys], fault)
+        return self._result([key in self.held for key in keys], fault)
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         fault = self.fault
-        self.asked_blocks += len(keys)
-        self._called("load")
+        self.requested_blocks += len(keys)
+        self._begin_call("load")
         written = []
         for at, (key, buffer) in enumerate(zip(keys, into, strict=True)):
             self.read.append(key)
@@ -82,21 +92,21 @@ class Faulty(Tier):
         if fault == "count":
             self.failed += 1
             return written[:-1]
-        return self._answer(written, fault)
+        return self._result(written, fault)
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         fault = self.fault
-        self._called("store")
+        self._begin_call("store")
         if fault == "decline":
             return [False] * len(keys)
         for key, block in zip(keys, blocks, strict=True):
             self.held[key] = bytes(block)
-        return self._answer([True] * len(keys), fault)
+        return self._result([True] * len(keys), fault)
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self._called("remove")
+        self._begin_call("remove")
         for key in keys:
             self.held.pop(key, None)
 
@@ -105,38 +115,38 @@ class Faulty(Tier):
 
 
 class FaultyPolicy(Lru):
-    """LRU until ``fault`` is called in place of the method ``verb``."""
+    """LRU that calls ``fault`` in place of the method named ``method``."""
 
-    verb = ""
+    method = ""
     fault: Callable[..., Any]
 
-    def _may(self, verb: str, *arguments: Any) -> Any:
-        if verb == self.verb:
+    def _call(self, method: str, *arguments: Any) -> Any:
+        if method == self.method:
             return self.fault(*arguments)
-        return getattr(Lru, verb)(self, *arguments)
+        return getattr(Lru, method)(self, *arguments)
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        self._may("access", chain, held, now)
+        self._call("access", chain, held, now)
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
-        return self._may("admit", keys, parent, now)  # type: ignore[no-any-return]
+        return self._call("admit", keys, parent, now)  # type: ignore[no-any-return]
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        self._may("add", keys, parent, now)
+        self._call("add", keys, parent, now)
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self._may("remove", keys)
+        self._call("remove", keys)
 
     def evict(self, count: int, take: Take) -> None:
-        self._may("evict", count, take)
+        self._call("evict", count, take)
 
 
-def goes_wrong(tier: DramTier, verb: str, fault: Callable[..., Any]) -> None:
-    """Have ``verb`` of the tier's policy be ``fault`` from now on."""
+def replace_policy_method(tier: DramTier, method: str, fault: Callable[..., Any]) -> None:
+    """Replace the tier's policy by LRU that calls ``fault`` in place of ``method``."""
     policy = FaultyPolicy(tier.slab.slots)
-    with tier._lock:
-        for stretch in tier.index.segments.by_first_slot.values():
-            if stretch.ready:
-                Lru.add(policy, stretch.keys, stretch.parent, 0.0)
-        policy.verb, policy.fault = verb, fault
+    with tier.lock:
+        for segment in tier.index.segments.by_first_slot.values():
+            if segment.ready:
+                policy.add(segment.keys, segment.parent, 0.0)
+        policy.method, policy.fault = method, fault
         tier.index.policy = policy

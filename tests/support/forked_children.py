@@ -1,4 +1,4 @@
-"""Children that are forked for real, for tests of parts that a fork must not use."""
+"""Runs code in forked child processes, for tests of objects that a child must not use."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from typing import Any
 
 from kvcache.process import ForkedError
 
-PATIENCE_S = 60.0  # a bound for broken code, not a measure
+TIMEOUT_S = 60.0  # ends the test of a broken child; no measure of speed
 
 
 @contextmanager
-def may_fork() -> Iterator[None]:
-    """Newer interpreters warn of forks beside threads, which is what these tests are about."""
+def ignore_fork_warnings() -> Iterator[None]:
+    """Ignore the warnings of newer interpreters about forks in a process with threads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
-def in_child(call: Callable[[], Any]) -> Any:
-    """What ``call`` returns in a forked child, which ends as children of multiprocessing do."""
-    ours, theirs = multiprocessing.Pipe()
+def run_in_child(call: Callable[[], Any]) -> Any:
+    """Return the result of ``call`` in a forked child, which exits as multiprocessing does it."""
+    parent_end, child_end = multiprocessing.Pipe()
 
-    def run(answer: Connection) -> None:
+    def run(pipe: Connection) -> None:
         try:
-            answer.send((call(), None))
+            pipe.send((call(), None))
         except BaseException:
-            answer.send((None, traceback.format_exc()))
+            pipe.send((None, traceback.format_exc()))
             raise
 
-    child = multiprocessing.get_context("fork").Process(target=run, args=(theirs,))
-    with may_fork():
+    child = multiprocessing.get_context("fork").Process(target=run, args=(child_end,))
+    with ignore_fork_warnings():
         child.start()
-    theirs.close()
+    child_end.close()
     try:
-        assert ours.poll(PATIENCE_S), "the child hangs"
-        value, failure = ours.recv()
+        assert parent_end.poll(TIMEOUT_S), "the child hangs"
+        value, failure = parent_end.recv()
     finally:
-        child.join(PATIENCE_S)
+        child.join(TIMEOUT_S)
         child.kill()
         child.join()
     assert failure is None, failure
@@ -51,27 +51,30 @@ def in_child(call: Callable[[], Any]) -> Any:
     return value
 
 
-def unrefused(*parts: object) -> list[str]:
-    """The public methods of ``parts`` that a forked child may call; it closes them, too."""
+def methods_usable_in_child(*opened: object) -> list[str]:
+    """Return the public methods of ``opened`` that do not raise ForkedError in a forked child.
+
+    The child also closes the objects.
+    """
 
     def attempt() -> list[str]:
         found = []
-        for part in parts:
-            for name in dir(type(part)):
-                method = getattr(type(part), name)
+        for each in opened:
+            for name in dir(type(each)):
+                method = getattr(type(each), name)
                 if name.startswith("_") or name == "close" or not callable(method):
                     continue
                 if getattr(method, "__self__", None) is not None:
-                    continue  # a class method, which opens another one
+                    continue  # a class method, which opens another object
                 try:
-                    getattr(part, name)()
+                    getattr(each, name)()
                 except ForkedError:
                     pass
                 else:
-                    found.append(f"{type(part).__name__}.{name}")
-            part.close()  # type: ignore[attr-defined]
+                    found.append(f"{type(each).__name__}.{name}")
+            each.close()  # type: ignore[attr-defined]
         gc.collect()
         return found
 
-    found: list[str] = in_child(attempt)
+    found: list[str] = run_in_child(attempt)
     return found

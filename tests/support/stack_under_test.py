@@ -11,7 +11,7 @@ from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 
 NAMESPACE = b"n" * 32
 NEVER = 1 << 30
@@ -39,7 +39,7 @@ class StackUnderTest:
     def __init__(
         self,
         slots: int = 16,
-        tiers: int | Sequence[Faulty] = 1,
+        tiers: int | Sequence[FaultyTier] = 1,
         deadline_s: float = LONG,
         blocks_per_call: int = 4,
         calls: int = 2,
@@ -49,7 +49,7 @@ class StackUnderTest:
         **options: Any,
     ):
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
-        self.tiers = [Faulty() for _ in range(tiers)] if isinstance(tiers, int) else list(tiers)
+        self.tiers = [FaultyTier() for _ in range(tiers)] if isinstance(tiers, int) else list(tiers)
         self.lower = [
             LowerTier(
                 tier,
@@ -119,7 +119,7 @@ class StackUnderTest:
 
     def check_index(self) -> None:
         """Check that L1's index is consistent. Other threads may be using it."""
-        with self.front._lock:
+        with self.front.lock:
             self.front.index.check()
 
     def check_invariants(self) -> None:

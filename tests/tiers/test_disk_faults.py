@@ -14,7 +14,7 @@ import pytest
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.disk.records import Record
-from tests.support.forked_children import in_child
+from tests.support.forked_children import run_in_child
 from tests.tiers.test_disk import RECORD, blocks, capacity, held, opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_a_forked_process_does_not_keep_the_directory(tmp_path: Path) -> None:
 def test_a_forked_process_that_closes_does_not_open_the_directory_to_others(tmp_path: Path) -> None:
     with closing(opened(tmp_path)) as tier:
         for close in (tier.close, tier._files.close):
-            in_child(close)
+            run_in_child(close)
             with pytest.raises(ValueError, match="has open"):
                 opened(tmp_path)
 

@@ -114,7 +114,7 @@ class NeverForgets(WrongDram):
 class ForgetsPins(WrongDram):
     def pin(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin(keys)
-        with self._lock:
+        with self.lock:
             self.index.unpin(lease.slots)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, self._forget_pins)
 
@@ -136,7 +136,7 @@ class DropFreesTheSlot(WrongDram):
     """A dropped block's slot is given out while it is read."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             for key in keys:
                 if (slot := self.index.ready().get(key)) is not None:
                     self.index.pins.pop(slot, None)
@@ -145,7 +145,7 @@ class DropFreesTheSlot(WrongDram):
 
 class ClearLeavesWhatIsFilling(WrongDram):
     def clear(self) -> None:
-        with self._lock:
+        with self.lock:
             self.index.drop(list(self.index.ready()))
 
 
@@ -175,7 +175,7 @@ class HoldsWhatIsReady(WrongDram):
 class HoldPublishes(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
-        with self._lock:
+        with self.lock:
             self.index.publish([s for s in lease.slots if self._is_filling(s)])
         return lease
 
@@ -186,7 +186,7 @@ class HoldPublishes(WrongDram):
 class ForgetsHolds(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
-        with self._lock:
+        with self.lock:
             self.index.unpin(lease.slots)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
 
@@ -213,14 +213,14 @@ class HoldGivesUpWhatIsFilled(HoldPublishes):
 
     def _release(self, lease: Lease, failed: frozenset[bytes]) -> None:
         filling = [slot for slot in lease.slots if self._is_filling(slot)]
-        with self._lock:
+        with self.lock:
             self.index.publish(filling, lease.keys)
         super()._release(lease, failed)
 
 
 class FailureFreesWhatIsHeld(WrongDram):
     def _publish(self, lease: Lease, failed: frozenset[bytes]) -> None:
-        with self._lock:
+        with self.lock:
             for key, slot in zip(lease.keys, lease.slots, strict=True):
                 if key in failed:
                     self.index.pins.pop(slot, None)
@@ -229,7 +229,7 @@ class FailureFreesWhatIsHeld(WrongDram):
 
 class ClearFreesEverySlot(WrongDram):
     def clear(self) -> None:
-        with self._lock:
+        with self.lock:
             self.index.pins.clear()
         super().clear()
 

@@ -11,7 +11,7 @@ from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.framed import Framed
 from kvcache.tiers.redis import RedisTier
 from tests.support import redis_servers
-from tests.support.forked_children import in_child, unrefused
+from tests.support.forked_children import methods_usable_in_child, run_in_child
 from tests.support.redis_servers import Server
 
 
@@ -74,8 +74,8 @@ def test_tier_in_a_child_is_refused_and_the_parent_keeps_its_connections(
     blocks = [block_of(key, 4096) for key in keys]
     assert all(tier.store(keys, [memoryview(block) for block in blocks]))
     before = {client["id"] for client in server.client().client_list()}
-    assert unrefused(tier) == []
-    in_child(tier.close)
+    assert methods_usable_in_child(tier) == []
+    run_in_child(tier.close)
     buffers = [bytearray(4096) for _ in keys]
     assert tier.load(keys, [memoryview(buffer) for buffer in buffers]) == [4096] * 4
     assert buffers == blocks

@@ -14,7 +14,7 @@ pytest.importorskip("redis")
 from kvcache.tiers.redis import sockets
 from kvcache.tiers.redis.sockets import Address, open_socket
 from tests.support import redis_servers
-from tests.support.forked_children import in_child
+from tests.support.forked_children import run_in_child
 from tests.support.hostile_servers import Hostile, silent
 
 
@@ -81,7 +81,7 @@ def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
         with pytest.raises(TimeoutError):
             open_socket(place, None, time.monotonic() + 0.01)
         with sockets._lock:  # a thread of the parent has it when the child begins
-            in_child(child)
+            run_in_child(child)
         over.set()
 
 

@@ -15,7 +15,7 @@ from kvcache.tier import TierUsage
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import PAGE, Framed, frame_nbytes
 from tests.support.frames import Frames
-from tests.support.odd_answers import RAISED
+from tests.support.wrong_results import EXCEPTIONS
 from tests.tiers.test_disk import capacity
 
 FRAME = frame_nbytes(PAGE)
@@ -49,10 +49,10 @@ def test_frames_in_frames_add_up() -> None:
     assert tier.usage() == TierUsage(rejected_blocks={"magic": 1})
 
 
-@pytest.mark.parametrize("name", RAISED)
+@pytest.mark.parametrize("name", EXCEPTIONS)
 def test_an_inner_tier_that_fails_to_count_or_to_remove_costs_that_alone(name: str) -> None:
     def wrong(*_: object) -> NoReturn:
-        error = RAISED[name]()
+        error = EXCEPTIONS[name]()
         raise error
 
     def work() -> None:

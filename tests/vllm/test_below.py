@@ -20,7 +20,7 @@ from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.tiers.dram import DramTier
-from tests.support.failing_parts import Faulty
+from tests.support.failing_parts import FaultyTier
 from tests.support.played_engine import (
     BLOCK,
     RANKS,
@@ -63,7 +63,7 @@ class WaitingEngine(PlayedEngine):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        self.tier = Faulty()
+        self.tier = FaultyTier()
         engine = opened(monkeypatch, 32, clock=lambda: self.now, open_stack=self._open_stack)
         super().__init__(engine.side)
         self.prefetches = prefetches_of(monkeypatch, self.stack)

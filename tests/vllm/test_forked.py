@@ -10,7 +10,7 @@ import torch
 
 from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
 from kvcache.slab import PAGE, Slab
-from tests.support.forked_children import unrefused
+from tests.support.forked_children import methods_usable_in_child
 from tests.support.played_engine import BLOCK, Request, opened
 from tests.support.worker_half import side
 
@@ -22,7 +22,7 @@ def test_scheduler_side_in_a_child_is_refused_and_the_parent_keeps_its_blocks(
 ) -> None:
     played, request = opened(monkeypatch, 8), Request("a", 3 * BLOCK)
     played.keep(request, [0, 1, 2])
-    assert unrefused(played.side) == []
+    assert methods_usable_in_child(played.side) == []
     assert played.held(request) == [True] * 3
     played.side.close()
 
@@ -39,7 +39,7 @@ def test_worker_side_in_a_child_is_refused_and_the_parent_goes_on_copying() -> N
     worker.load(Step(memory))
     worker.store(Step(memory, stores=[Transfer(1, [3], [1])]))
     assert worker.copier is not None
-    assert unrefused(worker, worker.copier) == []
+    assert methods_usable_in_child(worker, worker.copier) == []
     worker.load(Step(memory, loads=[Transfer(2, [7], [1])]))
     assert worker.take_failed_blocks() == set()
     assert torch.equal(pages["one"][7], before)

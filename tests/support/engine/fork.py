@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcache.process import ForkedError
 from tests.support.engine.engine import BLOCK, Engine, prompt
-from tests.support.forked_children import may_fork
+from tests.support.forked_children import ignore_fork_warnings
 
 
 def forked(engine: Engine) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def forked(engine: Engine) -> dict[str, Any]:
     right = engine.ask(asked)
     engine.evict_own()
     keys = [number.to_bytes(32, "big") for number in range(engine.l1.capacity_blocks)]
-    with may_fork():
+    with ignore_fork_warnings():
         child = os.fork()
     if not child:
         refused = False

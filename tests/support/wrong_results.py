@@ -1,4 +1,4 @@
-"""What classes of others may raise and return, for tests of what calls them."""
+"""Exceptions and wrong results of third-party classes, for tests of the code that calls them."""
 
 import asyncio
 import concurrent.futures
@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
-class PanicException(BaseException):  # as pyo3 names it
-    """What a panic of Rust becomes in Python: no ``Exception``."""
+class PanicException(BaseException):  # the name that pyo3 uses
+    """A panic of Rust, which is no ``Exception`` in Python."""
 
 
 class UnreadableError(Exception):
-    """Its text cannot be had either."""
+    """An exception that raises another one in ``str()``."""
 
     def __str__(self) -> str:
         raise PanicException("str() fails as well")
 
 
 class Unusable:
-    """A value of which every use raises."""
+    """A value that raises on every use."""
 
     def _raise(self, *_: object) -> NoReturn:
         raise PanicException("this value cannot be used")
@@ -29,13 +29,13 @@ class Unusable:
 
 
 class Ambiguous:
-    """As an array of NumPy that has several elements."""
+    """A value without a truth value, like a NumPy array with several elements."""
 
     def __bool__(self) -> bool:
         raise ValueError("the truth value of an array is ambiguous")
 
 
-RAISED: dict[str, Callable[[], BaseException]] = {
+EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
     "OSError": OSError,
     "SystemExit": SystemExit,
     "KeyboardInterrupt": KeyboardInterrupt,
@@ -58,12 +58,12 @@ def _endless(value: object) -> Iterator[object]:
         yield value
 
 
-def _breaks_off(count: int) -> Iterator[object]:
+def _raising(count: int) -> Iterator[object]:
     yield from [1] * (count - 1)
-    raise PanicException("the generator breaks off")
+    raise PanicException("the generator raises")
 
 
-RETURNED: dict[str, Callable[[int], Any]] = {
+WRONG_RESULTS: dict[str, Callable[[int], Any]] = {
     "None": lambda _: None,
     "True": lambda _: True,
     "a number": lambda _: 4096,
@@ -71,15 +71,15 @@ RETURNED: dict[str, Callable[[int], Any]] = {
     "one too few": lambda count: [1] * (count - 1),
     "one too many": lambda count: [1] * (count + 1),
     "endless": lambda _: _endless(1),
-    "a generator that raises": _breaks_off,
+    "a generator that raises": _raising,
     "a coroutine's future": lambda _: concurrent.futures.Future(),
     "unusable": lambda _: Unusable(),
     "unusable elements": lambda count: [Unusable()] * count,
     "arrays": lambda count: [Ambiguous()] * count,
 }
-"""Answers, for so many keys, that are no answers of any method."""
+"""Results, for a number of keys, that are wrong for every method."""
 
-COUNTED: dict[str, Callable[[int], Any]] = {
+WRONG_BYTE_COUNTS: dict[str, Callable[[int], Any]] = {
     "None elements": lambda count: [None] * count,
     "nan": lambda count: [float("nan")] * count,
     "floats": lambda count: [4096.0] * count,
@@ -89,4 +89,4 @@ COUNTED: dict[str, Callable[[int], Any]] = {
     "huge": lambda count: [1 << 80] * count,
     "text": lambda count: ["4096"] * count,
 }
-"""Answers that are no numbers of bytes of a block of one page."""
+"""Results, for a number of keys, that are wrong numbers of bytes for a block of one page."""
