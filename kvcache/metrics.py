@@ -213,7 +213,7 @@ class HasStats(Protocol):
         """Return the counters now."""
 
 
-class _StatsCollector:
+class StatsCollector:
     """The metric values of all registered stacks, read once per collection.
 
     A collection asks for every metric once, so the collector reads the stacks again when it is
@@ -225,22 +225,22 @@ class _StatsCollector:
 
     def reset(self) -> None:
         """Forget every stack: in a forked child, the stacks are the parent's."""
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._stacks: WeakSet[HasStats] = WeakSet()
         self._returned: set[Metric] = set()  # in the current collection
         self._sums: dict[Metric, Counter[tuple[tuple[str, str], ...]]] = {}
 
     def register(self, stack: HasStats) -> None:
-        with self._lock:
+        with self.lock:
             self._stacks.add(stack)
 
     def unregister(self, stack: HasStats) -> None:
-        with self._lock:
+        with self.lock:
             self._stacks.discard(stack)
 
     def observe(self, metric: Metric, _: CallbackOptions) -> Iterable[Observation]:
         """Return the values of ``metric``: the callback of its instrument."""
-        with self._lock:
+        with self.lock:
             if not self._returned or metric in self._returned:
                 self._returned.clear()
                 self._read_stats()
@@ -265,10 +265,10 @@ class _StatsCollector:
                         self._sums[metric][*tier_attributes, *own_attributes] += value
 
 
-_collector = _StatsCollector()
-os.register_at_fork(after_in_child=_collector.reset)
-register_stack = _collector.register
-unregister_stack = _collector.unregister
+collector = StatsCollector()
+os.register_at_fork(after_in_child=collector.reset)
+register_stack = collector.register
+unregister_stack = collector.unregister
 
 
 def create_instruments(meter: Meter) -> None:
@@ -280,7 +280,7 @@ def create_instruments(meter: Meter) -> None:
     for metric in STATS_METRICS:
         creators[metric.kind](
             metric.name,
-            [partial(_collector.observe, metric)],
+            [partial(collector.observe, metric)],
             unit=metric.unit,
             description=metric.description,
         )

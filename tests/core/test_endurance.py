@@ -1,7 +1,7 @@
-"""A hundred thousand blocks through a small stack, much of it going wrong: nothing is left over.
+"""A hundred thousand blocks pass through a small stack with many faults; nothing is left over.
 
-The tables of every object of the stack are looked through, whatever their names, so that a table
-that grows with traffic is found also when it is new.
+The test measures every table of every object of the stack by introspection, so that it also finds
+a table that is added later and grows with traffic.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from tests.support.failing_parts import COMMON_FAULTS, RARE_FAULTS, FaultyTier
 
 NBYTES = 64  # of a block
 SLOTS = 64
-ROOM = 200  # blocks below
-LONG = 20.0  # seconds that a wait lasts at most for what does come
+LOWER_BLOCKS = 200  # capacity of the lower tier
+LONG = 20.0  # the most seconds that the test waits for an event that happens
 USERS = 4
 ROUNDS = 10
-TURNS = 220  # of every user in a round
-OURS = ("kvcache.", "concurrent.futures.")  # modules whose objects are looked into
-WRONG = [*[""] * 20, *COMMON_FAULTS]
+TURNS = 220  # per user and round
+INSPECTED = ("kvcache.", "concurrent.futures.")  # modules of the objects to look into
+MOSTLY_NO_FAULT = [*[""] * 20, *COMMON_FAULTS]
 
 
-class Small(FaultyTier):
-    """Forgets the oldest; keeps no record of what it was asked."""
+class SmallTier(FaultyTier):
+    """A faulty tier that evicts its oldest blocks and does not record its calls."""
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         stored = super().store(keys, blocks, parent)
-        for key in list(self.held)[:-ROOM]:
+        for key in list(self.held)[:-LOWER_BLOCKS]:
             self.held.pop(key, None)
         self.calls.clear()
         self.read.clear()
@@ -55,12 +55,12 @@ class Small(FaultyTier):
 
 
 class Traffic:
-    """Users who continue each other's chats, on one stack."""
+    """Users that continue each other's chats, on one stack."""
 
     def __init__(self, eviction: str, writes: Literal["all", "hot"]) -> None:
         capacity = Size(SLOTS * PAGE)
         self.front = DramTier(block_nbytes=NBYTES, capacity=capacity, eviction=Eviction(eviction))
-        self.tier = Small()
+        self.tier = SmallTier()
         self.lower = LowerTier(
             self.tier,
             name="l2",
@@ -68,21 +68,22 @@ class Traffic:
             namespace=b"n" * 32,
             deadline_s=LONG,
             writes=writes,
-            clock=itertools.count(0, 0.02).__next__,  # so that pauses end, however fast this runs
+            # A clock of its own, so that the circuit breaker closes however fast the test runs.
+            clock=itertools.count(0, 0.02).__next__,
         )
         self.lower.channel.blocks_per_call = 4
         self.stack = Stack(self.front, [self.lower], profile="test")
-        self.chats = [(0, 1)] * 12  # which chat a user talks in, and its turns so far
+        self.chats = [(0, 1)] * 12  # name and turns so far of each chat
         self.names = itertools.count(1)
         self.cleared_blocks = 0
 
     def round(self, number: int) -> None:
-        """Every user's turns; a call to the tier below that comes late; now and then a reset."""
+        """Run the turns of every user, then a call that is late, and sometimes a clear."""
         with ThreadPoolExecutor(USERS) as pool:
             list(pool.map(self.user, [f"{number}/{user}" for user in range(USERS)]))
         self.tier.fault = ""
         assert self.stack.flush(LONG)
-        self.tier_is_late(keys_of(f"late {number}", 3))
+        self.miss_a_deadline(keys_of(f"late {number}", 3))
         assert self.stack.stats().pinned_slots == 0
         self.front.index.check()
         if number % 3 == 2:
@@ -91,17 +92,17 @@ class Traffic:
 
     def user(self, seed: str) -> None:
         choose = random.Random(seed)
-        coming: list[Future[Match]] = []
+        prefetches: list[Future[Match]] = []
         for _ in range(TURNS):
             at = choose.randrange(len(self.chats))
             name, turns = self.chats[at]
             self.chats[at] = (name, turns + 1) if turns < 6 else (next(self.names), 1)
             keys = keys_of(f"chat {name}", 5 * turns)
-            self.tier.fault = choose.choice([*WRONG, choose.choice(RARE_FAULTS)])
-            if choose.random() < 0.5 and (bringing := self.stack.prefetch(keys)) is not None:
-                coming.append(bringing)
+            self.tier.fault = choose.choice([*MOSTLY_NO_FAULT, choose.choice(RARE_FAULTS)])
+            if choose.random() < 0.5 and (prefetch := self.stack.prefetch(keys)) is not None:
+                prefetches.append(prefetch)
                 if choose.random() < 0.5:
-                    bringing.result(LONG)
+                    prefetch.result(LONG)
             with self.fetch(keys, wait=choose.random() < 0.5) as lease:
                 have = len(lease)
                 if have and choose.random() < 0.02:
@@ -110,9 +111,9 @@ class Traffic:
             for key, view in zip(filling.keys, filling.views, strict=True):
                 view[:] = block_of(key, NBYTES)
             if choose.random() < 0.3:
-                assert self.stack.flush(LONG)  # else the queue would be full all the time
+                assert self.stack.flush(LONG)  # otherwise the queue would always be full
             filling.end(failed=[key for key in filling.keys if choose.random() < 0.02])
-        assert not wait(coming, LONG).not_done
+        assert not wait(prefetches, LONG).not_done
 
     def fetch(self, keys: list[bytes], *, wait: bool) -> Lease:
         if wait:
@@ -124,30 +125,30 @@ class Traffic:
             assert view == block_of(key, NBYTES), "wrong bytes"
         return lease
 
-    def tier_is_late(self, keys: list[bytes]) -> None:
-        """Fetch until a call hangs and whoever waits has given up; then have the call end."""
+    def miss_a_deadline(self, keys: list[bytes]) -> None:
+        """Fetch until a call hangs beyond its deadline, then let it end."""
         self.lower.channel.deadline_s = 0.01
         self.tier.gate.clear()
-        for _ in range(5000):  # it may be given up before it began, or not asked for a while
+        for _ in range(5000):  # the call may be cancelled first, or the breaker be open
             self.stack.fetch(Match(keys, 0, 3, (1, 1, 1))).result(LONG).end()
             if self.tier.waiting.acquire(blocking=False):
                 break
         else:
-            pytest.fail("nobody asks the tier any more")
+            pytest.fail("the stack no longer calls the tier")
         self.tier.gate.set()
         self.lower.channel.deadline_s = LONG
-        through = threading.Barrier(1 + len(self.lower.channel.workers.threads))
+        all_idle = threading.Barrier(1 + len(self.lower.channel.workers.threads))
 
         def arrive() -> None:
-            through.wait(LONG)
+            all_idle.wait(LONG)
 
         for _ in self.lower.channel.workers.threads:
             self.lower.channel.workers.add_job(0, arrive)
-        arrive()  # every thread is through with what it was called for before
+        arrive()  # every worker has finished its earlier jobs
 
 
 def tables(owner: object, name: str, seen: set[int]) -> Iterator[tuple[str, int]]:
-    """How much is in every table of ``owner``, and of the objects of kvcache that it is made of."""
+    """Yield name and size of every table of ``owner`` and, recursively, of its attributes."""
     if isinstance(owner, dict | list | set | deque):
         yield name, len(owner)
     elif isinstance(owner, Queue | SimpleQueue):
@@ -155,26 +156,26 @@ def tables(owner: object, name: str, seen: set[int]) -> Iterator[tuple[str, int]
     elif isinstance(owner, tuple):
         for at, each in enumerate(owner):
             yield from tables(each, f"{name}.{at}", seen)
-    elif type(owner).__module__.startswith(OURS) and id(owner) not in seen:
+    elif type(owner).__module__.startswith(INSPECTED) and id(owner) not in seen:
         seen.add(id(owner))
         slots = {
             key: getattr(owner, key, None)
             for base in type(owner).__mro__
-            for key, its in vars(base).items()
-            # the latter where it is compiled
-            if isinstance(its, MemberDescriptorType | GetSetDescriptorType) and key[:2] != "__"
+            for key, member in vars(base).items()
+            # compiled classes have the second kind
+            if isinstance(member, MemberDescriptorType | GetSetDescriptorType) and key[:2] != "__"
         }
         for key, value in (slots | getattr(owner, "__dict__", {})).items():
             yield from tables(value, f"{name}.{key}", seen)
 
 
 @pytest.mark.parametrize(("eviction", "writes"), [("lru", "all"), ("s3fifo", "hot")])
-def test_a_hundred_thousand_blocks_leave_nothing_behind(
+def test_hundred_thousand_blocks_leave_no_growing_table(
     eviction: str,
     writes: Literal["all", "hot"],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("CRITICAL", "kvcache")  # a thousand warnings, kept until the test ends
+    caplog.set_level("CRITICAL", "kvcache")  # spares keeping a thousand warnings in memory
     threads = set(threading.enumerate())
     traffic = Traffic(eviction, writes)
     stack = traffic.stack
@@ -190,32 +191,33 @@ def test_a_hundred_thousand_blocks_leave_nothing_behind(
     stats = stack.stats()
     [l1], [l2] = stats.tiers, stats.lower
     assert l1.stored_blocks >= 100_000
-    for happened in (
+    for count in (
         l1.hit_blocks, l1.failed_blocks, l1.evicted_blocks, l1.declined_blocks, l1.dropped_blocks,
         l2.loaded_blocks, l2.missed_blocks, l2.stored_blocks, l2.known_blocks, l2.declined_blocks,
         l2.dropped_blocks, l2.errors,
     ):  # fmt: skip
-        assert happened, stats
+        assert count, stats
 
     assert stats.pinned_slots == 0
     traffic.front.index.check()
-    left = l1.evicted_blocks + l1.dropped_blocks + traffic.cleared_blocks
-    assert l1.used_blocks == l1.stored_blocks - left
-    ways = l2.stored_blocks + l2.known_blocks + l2.declined_blocks + l2.dropped_blocks
-    assert ways + l2.withheld_blocks == l1.stored_blocks - l2.loaded_blocks
+    removed = l1.evicted_blocks + l1.dropped_blocks + traffic.cleared_blocks
+    assert l1.used_blocks == l1.stored_blocks - removed
+    offered = l2.stored_blocks + l2.known_blocks + l2.declined_blocks + l2.dropped_blocks
+    assert offered + l2.withheld_blocks == l1.stored_blocks - l2.loaded_blocks
     assert (l2.withheld_blocks > 0) == (writes == "hot")
 
     sizes = dict(tables(stack, "stack", set()))
-    under_way = (
+    in_flight = (
         "stack.lower.reads_in_flight",
         "stack.lower.tiers.0.channel.workers._jobs",
         "stack.lower._waiters._jobs",
         "stack.front.index.segments.filling",
     )
-    assert [sizes[name] for name in under_way] == [0] * 4
-    most = {name: metrics.MAX_UNTAKEN if name.endswith("._untaken") else SLOTS for name in sizes}
-    assert {name: size for name, size in sizes.items() if size > most[name]} == {}
-    assert grown < 256 << 10, "bytes that the second half left"  # it leaves 120 KiB, the first 400
+    assert [sizes[name] for name in in_flight] == [0] * 4
+    limits = {name: metrics.MAX_UNTAKEN if name.endswith("._untaken") else SLOTS for name in sizes}
+    assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
+    # Measured: the first half leaves 400 KiB, the second one 120 KiB.
+    assert grown < 256 << 10, "bytes that the second half left"
 
     stack.close()
     assert set(threading.enumerate()) <= threads

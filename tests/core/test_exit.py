@@ -1,6 +1,6 @@
-"""A tier that hangs for ever keeps no process from ending, and takes no tier with it.
+"""A tier that hangs for ever neither keeps a process from exiting nor blocks other tiers.
 
-Each test runs a process, which fails it by not ending.
+Each test runs a process, and fails if that does not exit.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = 60.0  # a process that has not ended by then never does
+TIMEOUT_S = 60.0  # a process that takes longer is considered hanging
 
 OPEN = """
 import logging, os, sys, threading
@@ -80,11 +80,11 @@ if closes:
 """
 
 
-def ends(script: str, *arguments: str) -> tuple[str, str]:
-    """The output and errors of a process that ends well."""
+def run_script(script: str, *arguments: str) -> tuple[str, str]:
+    """Run ``script`` after ``OPEN`` in a process that must succeed; return stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-c", OPEN + script, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=LONG, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -92,24 +92,24 @@ def ends(script: str, *arguments: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("closes", ["closes", "just exits"])
 @pytest.mark.parametrize("hangs", ["contains", "load", "store", "close"])
-def test_a_process_whose_tier_hangs_ends(hangs: str, closes: str) -> None:
-    out, err = ends(TIER, hangs, closes)
+def test_process_with_a_hanging_tier_exits(hangs: str, closes: str) -> None:
+    out, err = run_script(TIER, hangs, closes)
     if closes == "closes":
-        assert out == "closed True\n"  # the other tier is not held up
+        assert out == "closed True\n"  # the other tier was closed nevertheless
         assert ("tier bad: close hangs" in err) == (hangs == "close")
         assert "tier good" not in err
 
 
 @pytest.mark.parametrize("closes", ["closes", "just exits"])
 @pytest.mark.parametrize("hangs", ["preadv", "pwritev"])
-def test_a_process_whose_disk_hangs_ends(hangs: str, closes: str, tmp_path: Path) -> None:
-    out, err = ends(DISK, hangs, closes, str(tmp_path))
+def test_process_with_a_hanging_disk_exits(hangs: str, closes: str, tmp_path: Path) -> None:
+    out, err = run_script(DISK, hangs, closes, str(tmp_path))
     if closes == "closes":
-        assert out == "closed True\n"  # the call has the memory that it was given
+        assert out == "closed True\n"  # the hanging call keeps its slots
         assert "tier disk: close hangs" in err
 
 
-def test_a_process_whose_recording_hangs_ends(tmp_path: Path) -> None:
+def test_process_with_a_hanging_recorder_exits(tmp_path: Path) -> None:
     script = """
 from kvcache.replay import recorder
 recorder.CLOSE_S = 0.1
@@ -120,11 +120,11 @@ stack.match(keys_of("a", 2)).result()
 assert hanging.acquire(timeout=30)
 stack.close()
 """
-    _, err = ends(script, "fstat", "closes", str(tmp_path / "trace"))
+    _, err = run_script(script, "fstat", "closes", str(tmp_path / "trace"))
     assert "hangs; it is left open" in err
 
 
-def test_a_call_that_ends_after_the_stack_was_closed_has_its_memory() -> None:
+def test_call_that_ends_after_close_can_still_write_its_buffers() -> None:
     script = """
 import gc
 go, late = threading.Event(), threading.Semaphore(0)
@@ -147,13 +147,21 @@ gc.collect()
 go.set()
 assert late.acquire(timeout=30)
 """
-    ends(script, "load", "closes")
+    run_script(script, "load", "closes")
 
 
-def test_a_process_that_closes_while_it_exits_ends(tmp_path: Path) -> None:
+def test_stack_closed_at_exit_writes_its_queue_and_closes_its_tiers(tmp_path: Path) -> None:
     script = """
 import atexit
-tier = DiskTier(block_nbytes=PAGE, path=sys.argv[3], capacity=1 << 20)
+
+class RecordingDisk(DiskTier):
+    closed = False
+
+    def close(self):
+        super().close()
+        self.closed = True
+
+tier = RecordingDisk(block_nbytes=PAGE, path=sys.argv[3], capacity=1 << 20)
 bad = FaultyTier()
 bad.close = hang
 stack = Stack(front, [lower(tier, "disk"), lower(bad, "bad")], profile="test")
@@ -162,9 +170,9 @@ put(keys_of("a", 4))
 @atexit.register
 def last():
     stack.close(flush_s=30)
-    down = stack.stats().lower[0]
-    print("stored", down.stored_blocks, tier._closed)
+    disk = stack.stats().lower[0]
+    print("stored", disk.stored_blocks, tier.closed)
 """
-    out, err = ends(script, "close", "just exits", str(tmp_path))
+    out, err = run_script(script, "close", "just exits", str(tmp_path))
     assert out == "stored 4 True\n"
     assert "tier bad: close hangs" in err

@@ -1,4 +1,4 @@
-"""Whatever a front tier or a recorder of others raises or returns is a miss, or a decline."""
+"""A failure of a third-party front tier or recorder is a miss or a decline."""
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -18,19 +18,20 @@ from tests.support.stack_under_test import LONG
 from tests.support.wrong_results import EXCEPTIONS, WRONG_RESULTS, Unusable
 
 EXCEPTION_NAMES = sorted(EXCEPTIONS.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
-LENDING = ("reserve", "pin", "pin_any")
-VERBS = (*LENDING, "access", "contains", "stats", "clear", "mark_done", "protect", "close")
+LENDING_METHODS = ("reserve", "pin", "pin_any")
+OTHER_METHODS = ("access", "contains", "stats", "clear", "mark_done", "protect", "close")
+METHODS = (*LENDING_METHODS, *OTHER_METHODS)
 
 
-class Others(DramTier):
+class ThirdPartyTier(DramTier):
     """A front tier of another package."""
 
 
-class Opened:
-    """A stack over such a tier, with a tier below it."""
+class OpenedStack:
+    """A stack over a third-party front tier, with a lower tier."""
 
     def __init__(self) -> None:
-        self.front = Others(block_nbytes=PAGE, capacity=Size(16 * PAGE))
+        self.front = ThirdPartyTier(block_nbytes=PAGE, capacity=Size(16 * PAGE))
         self.front.slab.wait_populated()
         self.tier = FaultyTier()
         self.lower = LowerTier(
@@ -39,7 +40,7 @@ class Opened:
         self.stack = Stack(self.front, [self.lower], profile="test")
 
     def use(self) -> None:
-        """Call whatever an engine calls."""
+        """Call every method that an engine calls."""
         stack = self.stack
         for name in ("a", "b", "c"):
             keys = keys_of(name, 6)
@@ -51,15 +52,16 @@ class Opened:
             with stack.reserve(keys[have:], keys[have - 1] if have else None) as lease:
                 for key, view in zip(lease.keys, lease.views, strict=True):
                     view[:] = block_of(key, PAGE)
-            if coming := stack.prefetch(keys):
-                coming.result(LONG)
+            if prefetch := stack.prefetch(keys):
+                prefetch.result(LONG)
             stack.hint(keys, done=True)
             stack.hint(keys, keep=1.0)
             assert stack.flush(LONG)
             stack.stats()
         stack.clear()
 
-    def works(self) -> None:
+    def check_works(self) -> None:
+        """Check that the stack stores and finds blocks, with no slot pinned."""
         self.use()
         keys = keys_of("after", 4)
         with self.stack.reserve(keys) as lease:
@@ -72,15 +74,15 @@ class Opened:
 
 
 @pytest.fixture
-def opened() -> Iterator[Opened]:
-    opened = Opened()
+def opened() -> Iterator[OpenedStack]:
+    opened = OpenedStack()
     yield opened
     opened.stack.close()
 
 
 def wrong_lease(change: Callable[[Lease], Any]) -> Callable[[Callable[..., Lease]], Any]:
-    """What makes a wrong answer of a right method, whose lease is not leaked."""
-    return lambda right: lambda *arguments: change(right(*arguments))
+    """Return a decorator of a method that changes the lease it returns."""
+    return lambda method: lambda *arguments: change(method(*arguments))
 
 
 def altered(**attributes: Any) -> Callable[[Lease], Lease]:
@@ -102,10 +104,10 @@ def same_slots(lease: Lease) -> Lease:
     return lease
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [*EXCEPTION_NAMES, *WRONG_RESULTS])
-def test_a_front_tier_that_goes_wrong_costs_its_own_answer(
-    opened: Opened, verb: str, name: str
+def test_front_tier_method_that_fails_costs_only_its_result(
+    opened: OpenedStack, method: str, name: str
 ) -> None:
     def wrong(*arguments: Any) -> Any:
         if name in WRONG_RESULTS:
@@ -114,41 +116,46 @@ def test_a_front_tier_that_goes_wrong_costs_its_own_answer(
         raise error
 
     opened.use()
-    setattr(opened.front, verb, wrong)
+    setattr(opened.front, method, wrong)
     opened.use()
-    opened.stack.close() if verb == "close" else None
-    delattr(opened.front, verb)
-    if verb != "close":
-        opened.works()
+    opened.stack.close() if method == "close" else None
+    delattr(opened.front, method)
+    if method != "close":
+        opened.check_works()
 
 
-@pytest.mark.parametrize("verb", LENDING)
+@pytest.mark.parametrize("method", LENDING_METHODS)
 @pytest.mark.parametrize("change", [other_keys, same_slots, altered(slots=Unusable())])
-def test_a_lease_of_anything_else_is_not_lent(
-    opened: Opened, verb: str, change: Callable[[Lease], Lease]
+def test_lease_with_wrong_keys_or_slots_is_not_lent(
+    opened: OpenedStack, method: str, change: Callable[[Lease], Lease]
 ) -> None:
-    right = getattr(opened.front, verb)
-    setattr(opened.front, verb, wrong_lease(change)(right))
-    lease = getattr(opened.stack.front, verb)(keys_of("a", 3))
+    original = getattr(opened.front, method)
+    setattr(opened.front, method, wrong_lease(change)(original))
+    lease = getattr(opened.stack.front, method)(keys_of("a", 3))
     assert len(lease) == 0 or change is same_slots
     lease.end()
-    delattr(opened.front, verb)
+    delattr(opened.front, method)
 
 
-def test_a_lease_whose_end_raises_ends(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+def test_lease_with_an_end_that_raises_ends(
+    opened: OpenedStack, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails(*_: object) -> None:
         raise SystemExit
 
-    opened.front._publish = fails  # type: ignore[assignment,method-assign]
+    def with_failing_end(lease: Lease) -> Lease:
+        return Lease(lease.keys, lease.slots, lease.positions, opened.front.slab.view, fails)
+
+    opened.front.reserve = wrong_lease(with_failing_end)(opened.front.reserve)  # type: ignore[method-assign]
     lease = opened.stack.reserve(keys_of("a", 2))
     ended: list[Lease] = []
     lease.add_end_callback(lambda lease, _: ended.append(lease))
     lease.end()
     assert ended == [lease]
-    assert "front tier Others: end failed (SystemExit)" in caplog.text
+    assert "front tier ThirdPartyTier: end failed (SystemExit)" in caplog.text
 
 
-def test_an_access_beyond_what_was_asked_for_is_cut(opened: Opened) -> None:
+def test_access_result_above_the_request_is_limited(opened: OpenedStack) -> None:
     opened.front.access = lambda *_: 1 << 60  # type: ignore[method-assign]
     match = opened.stack.match(keys_of("a", 3)).result(LONG)
     assert match.blocks == 3
@@ -156,21 +163,21 @@ def test_an_access_beyond_what_was_asked_for_is_cut(opened: Opened) -> None:
         assert len(lease) == 0
 
 
-def test_a_front_tier_of_ours_is_called_directly() -> None:
+def test_front_tier_of_this_package_has_no_guard() -> None:
     front = DramTier(block_nbytes=PAGE, capacity=Size(PAGE))
     with Stack(front, profile="test") as stack:
         assert stack.front is front
 
 
 @pytest.mark.parametrize("name", EXCEPTION_NAMES)
-def test_a_recorder_that_raises_is_told_nothing_more(
+def test_recorder_that_raises_is_not_called_again(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = SimpleNamespace(times=0)
+    calls = SimpleNamespace(times=0)
 
     class Broken(Recorder):
         def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
-            told.times += 1
+            calls.times += 1
             error = EXCEPTIONS[name]()
             raise error
 
@@ -181,6 +188,6 @@ def test_a_recorder_that_raises_is_told_nothing_more(
     for _ in range(3):
         assert stack.match(keys_of("a", 2)).result(LONG).blocks == 0
     stack.recorder.record(keys_of("a", 2), 5)
-    assert told.times == 1
+    assert calls.times == 1
     stack.close()
     assert "recorder Broken: failed" in caplog.text

@@ -1,4 +1,4 @@
-"""Memory: the smallest of host and control groups is found, on made-up machines."""
+"""The memory limit and the free memory, from the host and control groups of simulated machines."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ OTHERS = """1 1 0:1 / / rw - overlay overlay rw,lowerdir=/a
 
 
 class Machine:
-    """A made-up root: 64 GiB of memory, 32 of it free, and the control groups it is given."""
+    """A simulated root: 64 GiB of memory, 32 GiB free, and control groups."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -34,21 +34,21 @@ class Machine:
         self.write("proc/self/mountinfo", f"{OTHERS}\n{V2_MOUNT.format(mounted=mounted)}")
 
     def v1(self, own: str, mounted: str = "/") -> None:
-        self.v1_group("elsewhere", 1)  # another controller's group of that name
+        self.v1_group("elsewhere", 1)  # a group of another controller
         self.write(
             "proc/self/cgroup", f"9:name=systemd:{own}\n4:memory:{own}\n1:cpu:/elsewhere\n0::/"
         )
         self.write("proc/self/mountinfo", f"{OTHERS}\n{V1_MOUNT.format(mounted=mounted)}")
 
-    def v2_group(self, path: str, most: object, used: int = 0, cache: int = 0) -> None:
+    def v2_group(self, path: str, limit_nbytes: object, used: int = 0, cache: int = 0) -> None:
         group = f"sys/fs/cgroup/{path}"
-        self.write(f"{group}/memory.max", most)
+        self.write(f"{group}/memory.max", limit_nbytes)
         self.write(f"{group}/memory.current", used)
         self.write(f"{group}/memory.stat", f"anon 1\nactive_file 3\ninactive_file {cache}")
 
-    def v1_group(self, path: str, most: int, used: int = 0, cache: int = 0) -> None:
+    def v1_group(self, path: str, limit_nbytes: int, used: int = 0, cache: int = 0) -> None:
         group = f"sys/fs/cgroup/memory/{path}"
-        self.write(f"{group}/memory.limit_in_bytes", most)
+        self.write(f"{group}/memory.limit_in_bytes", limit_nbytes)
         self.write(f"{group}/memory.usage_in_bytes", used)
         self.write(f"{group}/memory.stat", f"inactive_file 7\ntotal_inactive_file {cache}")
 
@@ -62,7 +62,7 @@ def expect(machine: Machine, limit: int, source: str) -> None:
     assert host_memory.limit(machine.root) == host_memory.HostMemory(limit, source)
 
 
-def test_without_control_groups_the_host_says(machine: Machine) -> None:
+def test_limit_without_control_groups_is_that_of_the_host(machine: Machine) -> None:
     expect(machine, 64 * GIB, "MemTotal in /proc/meminfo")
     assert host_memory.available(machine.root) == host_memory.HostMemory(
         32 * GIB, "MemAvailable in /proc/meminfo"
@@ -70,32 +70,32 @@ def test_without_control_groups_the_host_says(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("groups", [{"pod": 9, "pod/engine": 5}, {"pod": 5, "pod/engine": 9}])
-def test_v2_the_smallest_of_own_group_and_ancestors_wins(
+def test_v2_limit_is_the_smallest_of_own_group_and_ancestors(
     machine: Machine, groups: dict[str, int]
 ) -> None:
     machine.v2("/pod/engine")
-    for path, most in groups.items():
-        machine.v2_group(path, most * GIB)
+    for path, limit_nbytes in groups.items():
+        machine.v2_group(path, limit_nbytes * GIB)
     machine.v2_group("other", 1 * GIB)
     smallest = min(groups, key=lambda path: groups[path])
     expect(machine, 5 * GIB, f"/sys/fs/cgroup/{smallest}/memory.max")
 
 
-def test_nothing_above_the_mount_is_read(machine: Machine) -> None:
+def test_limit_ignores_files_above_the_mount(machine: Machine) -> None:
     machine.v2("/pod")
     machine.v2_group("pod", 9 * GIB)
     machine.write("sys/fs/memory.max", 1)
     expect(machine, 9 * GIB, "/sys/fs/cgroup/pod/memory.max")
 
 
-def test_v2_max_is_no_limit(machine: Machine) -> None:
+def test_v2_limit_of_max_is_ignored(machine: Machine) -> None:
     machine.v2("/pod")
     machine.v2_group("pod", "max", used=60 * GIB)
     expect(machine, 64 * GIB, "MemTotal in /proc/meminfo")
     assert host_memory.available(machine.root).nbytes == 32 * GIB
 
 
-def test_v2_a_limit_above_the_host_is_none(machine: Machine) -> None:
+def test_v2_limit_above_that_of_the_host_is_ignored(machine: Machine) -> None:
     machine.v2("/pod")
     machine.v2_group("pod", 100 * GIB)
     expect(machine, 64 * GIB, "MemTotal in /proc/meminfo")
@@ -104,15 +104,15 @@ def test_v2_a_limit_above_the_host_is_none(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("own", "mounted", "path"),
     [
-        ("/", "/", ""),  # a cgroup namespace of one's own
+        ("/", "/", ""),  # a cgroup namespace of its own
         ("/kubepods/pod7/abc", "/", ""),  # the host's path, the container's mount
-        ("/docker/abc", "/docker/abc", ""),  # the mount says which group it is
+        ("/docker/abc", "/docker/abc", ""),  # the mount names the group
         ("/docker/abc/engine", "/docker/abc", "engine"),  # a group nested in it
         ("/../sibling", "/", ""),  # moved out of the namespace it sees
         ("/engine", "/../..", ""),  # the mount lies above the namespace
     ],
 )
-def test_the_own_group_is_found_under_the_mount(
+def test_limit_finds_the_own_group_under_the_mount(
     machine: Machine, own: str, mounted: str, path: str
 ) -> None:
     machine.v2(own, mounted)
@@ -127,7 +127,7 @@ def test_the_own_group_is_found_under_the_mount(
     )
 
 
-def test_v1_the_smallest_ancestor_wins_and_huge_is_none(machine: Machine) -> None:
+def test_v1_limit_is_the_smallest_and_ignores_huge_ones(machine: Machine) -> None:
     machine.v1("/docker/abc")
     machine.v1_group("", V1_NONE)
     machine.v1_group("docker", 8 * GIB)
@@ -137,7 +137,7 @@ def test_v1_the_smallest_ancestor_wins_and_huge_is_none(machine: Machine) -> Non
     expect(machine, 64 * GIB, "MemTotal in /proc/meminfo")
 
 
-def test_v2_file_cache_counts_as_free(machine: Machine) -> None:
+def test_v2_available_counts_file_cache_as_free(machine: Machine) -> None:
     machine.v2("/pod")
     machine.v2_group("pod", 10 * GIB, used=7 * GIB, cache=2 * GIB)
     free = host_memory.available(machine.root)
@@ -147,13 +147,13 @@ def test_v2_file_cache_counts_as_free(machine: Machine) -> None:
     )
 
 
-def test_v1_file_cache_of_the_whole_subtree_counts_as_free(machine: Machine) -> None:
+def test_v1_available_counts_file_cache_of_the_subtree_as_free(machine: Machine) -> None:
     machine.v1("/pod")
     machine.v1_group("pod", 10 * GIB, used=7 * GIB, cache=2 * GIB)
     assert host_memory.available(machine.root).nbytes == 5 * GIB
 
 
-def test_the_fullest_ancestor_decides_what_is_free(machine: Machine) -> None:
+def test_available_is_that_of_the_fullest_ancestor(machine: Machine) -> None:
     machine.v2("/pod/engine")
     machine.v2_group("pod", 20 * GIB, used=19 * GIB)
     machine.v2_group("pod/engine", 10 * GIB, used=1 * GIB)
@@ -162,7 +162,7 @@ def test_the_fullest_ancestor_decides_what_is_free(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(("used", "cache", "free"), [(11, 0, 0), (1, 4, 10)])
-def test_what_is_free_stays_between_nothing_and_the_limit(
+def test_available_is_between_zero_and_the_limit(
     machine: Machine, used: int, cache: int, free: int
 ) -> None:
     machine.v2("/pod")
@@ -170,40 +170,40 @@ def test_what_is_free_stays_between_nothing_and_the_limit(
     assert host_memory.available(machine.root).nbytes == free * GIB
 
 
-def test_a_group_that_does_not_say_its_use_is_taken_as_empty(machine: Machine) -> None:
+def test_available_of_a_group_without_usage_is_its_limit(machine: Machine) -> None:
     machine.v2("/pod")
     machine.write("sys/fs/cgroup/pod/memory.max", 10 * GIB)
     assert host_memory.available(machine.root).nbytes == 10 * GIB
 
 
-def test_no_shortage_up_to_the_last_free_byte(machine: Machine) -> None:
+def test_shortage_begins_after_the_last_free_byte(machine: Machine) -> None:
     assert host_memory.shortage(32 * GIB, machine.root) is None
     assert host_memory.shortage(32 * GIB + 1, machine.root) is not None
 
 
-@pytest.mark.parametrize("asked", [7, 12])
-def test_a_shortage_says_both_numbers_their_sources_and_what_fits(
-    machine: Machine, asked: int
+@pytest.mark.parametrize("requested", [7, 12])
+def test_shortage_names_both_numbers_their_sources_and_the_maximum(
+    machine: Machine, requested: int
 ) -> None:
     machine.v2("/pod")
     machine.v2_group("pod", 10 * GIB, used=4 * GIB + 5)
-    says = host_memory.shortage(asked * GIB, machine.root)
-    assert says is not None
-    assert f"asks for {asked}GiB" in says
-    assert "the 10GiB this container may use (/sys/fs/cgroup/pod/memory.max)" in says
-    assert "only 5.99GiB are free now (/sys/fs/cgroup/pod/memory.max less memory.current" in says
-    assert 'at most "5.99GiB" or "59%" fits' in says
+    message = host_memory.shortage(requested * GIB, machine.root)
+    assert message is not None
+    assert f"asks for {requested}GiB" in message
+    assert "the 10GiB this container may use (/sys/fs/cgroup/pod/memory.max)" in message
+    assert "only 5.99GiB are free now (/sys/fs/cgroup/pod/memory.max less memory.current" in message
+    assert 'at most "5.99GiB" or "59%" fits' in message
     for fits in ("5.99GiB", "59%"):
         assert host_memory.shortage(parse_size(fits, 10 * GIB), machine.root) is None
 
 
-def test_a_shortage_with_hardly_any_room_names_no_percentage(machine: Machine) -> None:
+def test_shortage_with_almost_no_memory_names_no_percentage(machine: Machine) -> None:
     machine.v2("/pod")
     machine.v2_group("pod", 10 * GIB, used=10 * GIB - 5000)
-    says = host_memory.shortage(GIB, machine.root)
-    assert says is not None
-    assert 'at most "4.88KiB" fits' in says
+    message = host_memory.shortage(GIB, machine.root)
+    assert message is not None
+    assert 'at most "4.88KiB" fits' in message
 
 
-def test_this_machine_has_memory() -> None:
+def test_available_on_this_machine_is_positive() -> None:
     assert 0 < host_memory.available().nbytes <= host_memory.limit().nbytes

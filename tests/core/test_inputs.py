@@ -1,4 +1,4 @@
-"""Reading within limits: files, pipes, documents, calls and sockets that do not end."""
+"""Reading with limits: endless files, pipes, documents, calls and sockets."""
 
 import os
 import socket
@@ -25,13 +25,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, data: bytes) -> threading.Thread:
-    """A writer of a pipe, which waits for a reader."""
+    """Write to a pipe in a thread, which waits for a reader."""
     thread = threading.Thread(target=path.write_bytes, args=(data,))
     thread.start()
     return thread
 
 
-def test_read_text_returns_what_a_file_or_a_pipe_has(tmp_path: Path) -> None:
+def test_read_text_of_a_file_or_pipe_returns_its_text(tmp_path: Path) -> None:
     file, pipe = tmp_path / "file", tmp_path / "pipe"
     file.write_text("é" * 50)
     assert read_text(file, 100) == "é" * 50
@@ -72,33 +72,35 @@ def test_read_of_a_pipe_with_a_silent_writer_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "reason"),
     [("/dev/zero", "a device"), ("pipe", "a pipe"), ("folder", "Is a directory"), ("a\0b", "null")],
 )
-def test_open_file_refuses_what_is_no_regular_file(kind: str, why: str, tmp_path: Path) -> None:
+def test_open_file_of_another_kind_raises(kind: str, reason: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(OSError, match=why):
+    with pytest.raises(OSError, match=reason):
         os.close(open_file(tmp_path / kind, os.O_RDWR if kind == "pipe" else os.O_RDONLY))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_check_document_passes_what_people_write() -> None:
+def test_check_document_accepts_a_reasonable_document() -> None:
     check_document({"tier": [{"name": "l1", "capacity": 2**63, "ratio": 1e300, "more": [[1]]}]})
 
 
 @pytest.mark.parametrize(
-    ("made", "why"),
+    ("make", "reason"),
     [
         (lambda: {"a": 1 << 65}, "64 bits"),
         (lambda: nested(dict), "deeper"),
         (lambda: nested(list), "deeper"),
     ],
 )
-def test_check_document_refuses_what_nobody_writes(made: Callable[[], object], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        check_document(made())
+def test_check_document_of_an_unreasonable_document_raises(
+    make: Callable[[], object], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_document(make())
 
 
 def nested(kind: type) -> object:
@@ -108,34 +110,34 @@ def nested(kind: type) -> object:
     return document
 
 
-def test_within_returns_and_raises_what_the_call_does() -> None:
+def test_call_within_returns_and_raises_like_the_call() -> None:
     assert call_within(60, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         call_within(60, lambda: 1 // 0)
 
 
-def test_within_leaves_a_call_behind_that_does_not_end() -> None:
-    ended = threading.Event()
+def test_call_within_a_short_time_raises_timeout() -> None:
+    never = threading.Event()
     with pytest.raises(TimeoutError, match="no answer within"):
-        call_within(0.01, ended.wait)
-    ended.set()
+        call_within(0.01, never.wait)
+    never.set()
 
 
 @pytest.mark.parametrize("as_file", [True, False])
-def test_bounded_socket_stops_an_answer_at_its_limits(as_file: bool) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        bounded = BoundedSocket(ours, seconds=60, nbytes=10)
+def test_bounded_socket_beyond_its_limits_raises(as_file: bool) -> None:
+    client, server = socket.socketpair()
+    with client, server:
+        bounded = BoundedSocket(client, seconds=60, nbytes=10)
         file = bounded.makefile()
         receive = file.read1 if as_file else bounded.recv
-        for _ in range(2):  # each request has an answer of its own
+        for _ in range(2):  # the limits hold for each request anew
             bounded.sendall(b"more")
-            theirs.sendall(b"123456")
+            server.sendall(b"123456")
             assert receive(6) == b"123456"
-        theirs.sendall(b"123456")
+        server.sendall(b"123456")
         with pytest.raises(OSError, match="an answer of more than 10B"):
             receive(6)
-        bounded = BoundedSocket(ours, seconds=0.01, nbytes=10)
+        bounded = BoundedSocket(client, seconds=0.01, nbytes=10)
         with pytest.raises(TimeoutError):
             bounded.recv(6)
         file.close()

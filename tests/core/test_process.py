@@ -1,4 +1,4 @@
-"""A forked child cannot use what its parent opened, and ends none of it."""
+"""A forked child cannot use the objects that its parent opened, and releases none of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def below() -> Iterator[StackUnderTest]:
     assert below.put(KEYS) == len(KEYS)
     assert below.stack.flush(LONG)
     yield below
-    assert below.fetch_count(KEYS) == len(KEYS)  # byte for byte
+    assert below.fetch_count(KEYS) == len(KEYS)  # checks every byte
     assert below.stack.flush(LONG)
     below.check_invariants()
     below.stack.close()
@@ -48,7 +48,7 @@ def below() -> Iterator[StackUnderTest]:
 
 @pytest.fixture
 def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
-    """The parts of a stack as a profile opens them."""
+    """A stack with a disk tier and a recorder, opened by a profile."""
     profile = tmp_path / "disk.toml"
     profile.write_text(
         '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
@@ -70,25 +70,27 @@ def held(stack: Stack) -> list[bytes]:
         return [bytes(view) for view in lease.views]
 
 
-def test_stack_in_a_child_refuses_every_method_and_the_parent_goes_on(on_disk: Stack) -> None:
+def test_stack_in_a_child_refuses_every_method_and_still_works_in_the_parent(
+    on_disk: Stack,
+) -> None:
     [lower] = on_disk.lower.tiers
     framed = lower.channel.tier
     assert isinstance(framed, Framed)
-    parts = (
+    opened = (
         on_disk, on_disk.front, on_disk.front.slab, on_disk.recorder, on_disk.lower, lower,
         lower.channel.workers, framed, framed.inner,
     )  # fmt: skip
-    assert methods_usable_in_child(*parts) == []
+    assert methods_usable_in_child(*opened) == []
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
-    on_disk.front.remove(KEYS)  # what the disk has is whole as well, and it is still open
+    on_disk.front.remove(KEYS)  # so that the blocks come from the disk, which must still be open
     assert held(on_disk) == [block_of(key, PAGE) for key in KEYS]
 
 
-def test_front_tier_of_a_third_party_in_a_child_refuses_every_method() -> None:
-    class Theirs(DramTier):
+def test_third_party_front_tier_in_a_child_refuses_every_method() -> None:
+    class ThirdPartyTier(DramTier):
         pass
 
-    stack = Stack(Theirs(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
+    stack = Stack(ThirdPartyTier(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
     assert isinstance(stack.front, GuardedFrontTier)
     stack.front.slab.wait_populated()
     with stack.reserve(KEYS) as lease:
@@ -99,19 +101,17 @@ def test_front_tier_of_a_third_party_in_a_child_refuses_every_method() -> None:
     stack.close()
 
 
-def test_front_tier_that_allows_no_subclass_costs_a_child_no_other_refusal() -> None:
-    class Theirs(DramTier):
+def test_front_tier_that_forbids_subclasses_leaves_other_objects_refused() -> None:
+    class ThirdPartyTier(DramTier):
         def __init_subclass__(cls) -> None:
             raise TypeError("no subclass of this")
 
-    stack = Stack(Theirs(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
+    stack = Stack(ThirdPartyTier(block_nbytes=PAGE, capacity=Size(16 * PAGE)), profile="test")
     assert methods_usable_in_child(stack, stack.front, stack.front.slab) == []
     stack.close()
 
 
-def test_disk_that_a_child_closed_stays_locked_by_the_parent(
-    on_disk: Stack, tmp_path: Path
-) -> None:
+def test_disk_closed_in_a_child_stays_locked_by_the_parent(on_disk: Stack, tmp_path: Path) -> None:
     run_in_child(on_disk.close)
     with pytest.raises(ValueError, match="has open"):
         DiskTier(block_nbytes=PAGE, path=f"{tmp_path}/disk", capacity=DiskSize(1 << 20))
@@ -134,7 +134,7 @@ def test_recorder_in_a_child_writes_nothing(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: StackUnderTest) -> None:
+def test_lease_in_a_child_has_no_views_and_ends_nothing(below: StackUnderTest) -> None:
     filling, reading = below.stack.reserve(keys_of("more", 2)), below.fetch(KEYS)
 
     def child() -> None:
@@ -143,14 +143,14 @@ def test_lease_in_a_child_lends_no_memory_and_ends_nothing(below: StackUnderTest
                 lease.views[0][:] = bytes(PAGE)
             lease.end(failed=lease.keys)
 
-    with below.front.lock:  # a thread of the parent has it when the child begins
+    with below.front.lock:  # as if another thread of the parent held it during the fork
         run_in_child(child)
     assert below.front.stats().pinned_slots == 2 + len(KEYS)
     filling.end(failed=filling.keys)
     reading.end()
 
 
-def test_view_that_a_child_inherited_cannot_be_written(below: StackUnderTest) -> None:
+def test_view_inherited_by_a_child_cannot_be_written(below: StackUnderTest) -> None:
     lease = below.fetch(KEYS)
     view = lease.views[0]
     with ignore_fork_warnings():
@@ -164,30 +164,30 @@ def test_view_that_a_child_inherited_cannot_be_written(below: StackUnderTest) ->
     lease.end()
 
 
-def test_child_attaches_the_memory_and_opens_a_stack_of_its_own(below: StackUnderTest) -> None:
+def test_child_can_attach_the_slab_and_open_its_own_stack(below: StackUnderTest) -> None:
     slab, slot = below.front.slab, below.fetch(KEYS)
 
     def child() -> tuple[bytes, int]:
-        theirs = Slab.attach(slab.descriptor)
-        own = StackUnderTest()
-        own.put(KEYS[:3])
-        found = own.fetch_count(KEYS)
-        own.stack.close()
-        return bytes(theirs.view(slot.slots[0])), found
+        attached = Slab.attach(slab.descriptor)
+        child_stack = StackUnderTest()
+        child_stack.put(KEYS[:3])
+        found = child_stack.fetch_count(KEYS)
+        child_stack.stack.close()
+        return bytes(attached.view(slot.slots[0])), found
 
     assert run_in_child(child) == (block_of(KEYS[0], PAGE), 3)
     slot.end()
 
 
-def test_grandchild_is_refused_what_its_parent_opened(below: StackUnderTest) -> None:
+def test_grandchild_cannot_use_the_objects_of_its_parent(below: StackUnderTest) -> None:
     def child() -> list[str]:
-        own = StackUnderTest()
-        return methods_usable_in_child(own.stack, below.stack)
+        child_stack = StackUnderTest()
+        return methods_usable_in_child(child_stack.stack, below.stack)
 
     assert run_in_child(child) == []
 
 
-def test_parts_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest) -> None:
+def test_objects_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest) -> None:
     ended: list[int] = []
 
     class Connection:
@@ -207,7 +207,7 @@ def test_parts_of_the_parent_are_not_collected_in_a_child(below: StackUnderTest)
     holder.stack.close()
 
 
-def test_metrics_of_a_child_count_what_the_child_opened(below: StackUnderTest) -> None:
+def test_metrics_of_a_child_count_only_its_own_stacks(below: StackUnderTest) -> None:
     reader = Reader()
     metrics.create_instruments(reader.provider.get_meter("kvcache"))
 
@@ -217,11 +217,11 @@ def test_metrics_of_a_child_count_what_the_child_opened(below: StackUnderTest) -
 
     def child() -> tuple[float, float]:
         alone = collected()
-        own = StackUnderTest()
-        own.put(KEYS[:3])
+        child_stack = StackUnderTest()
+        child_stack.put(KEYS[:3])
         return alone, collected()
 
-    with metrics._collector._lock:
+    with metrics.collector.lock:
         assert run_in_child(child) == (0, 3 * PAGE)
     assert collected() == len(KEYS) * PAGE
     reader.provider.shutdown()

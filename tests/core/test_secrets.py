@@ -1,4 +1,4 @@
-"""What kvcache repeats of text and values that may hold a secret."""
+"""Secrets in text and values are hidden before kvcache shows them."""
 
 from unittest.mock import Mock
 from urllib.parse import quote
@@ -19,7 +19,7 @@ SECRET = "hunter2-correct-horse"
      "X-Amz-Signature", "sig", "credential", "passphrase", "p%61ssword",
              "access_tokens", "block_tokens_password", "token_per_token"],
 )  # fmt: skip
-def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
+def test_may_be_secret_of_a_secret_name_is_true(name: str) -> None:
     assert secrets.hide_in_url(f"s3://host/?a=1&{name}={SECRET}") == f"s3://host/?a=1&{name}=***"
     if "%" not in name:
         assert secrets.may_be_secret(name)
@@ -30,7 +30,7 @@ def test_may_be_secret_knows_the_names_of_secrets(name: str) -> None:
              "password_env", "token_file", "writes", "threads",
              "block_tokens", "--bytes-per-token", "max_tokens"],
 )  # fmt: skip
-def test_may_be_secret_lets_other_names_pass(name: str) -> None:
+def test_may_be_secret_of_another_name_is_false(name: str) -> None:
     assert not secrets.may_be_secret(name)
 
 
@@ -47,7 +47,7 @@ def test_may_be_secret_lets_other_names_pass(name: str) -> None:
         ("http://host/?" + "a=1&" * 5000, "http://host/?" + "a=1&" * 5000),
     ],
 )
-def test_without_in_url_hides_user_and_secret_parameters(url: str, shown: str) -> None:
+def test_hide_in_url_hides_user_and_secret_parameters(url: str, shown: str) -> None:
     assert secrets.hide_in_url(url) == shown
 
 
@@ -62,14 +62,14 @@ def test_without_in_url_hides_user_and_secret_parameters(url: str, shown: str) -
         f"unrecognized arguments: --pw {SECRET} --other",
     ],
 )
-def test_redact_hides_secrets_that_have_a_name(text: str) -> None:
+def test_redact_hides_values_with_secret_names(text: str) -> None:
     shown = secrets.redact(text)
     assert SECRET not in shown
     assert "***" in shown
 
 
 @pytest.mark.parametrize("secret", [SECRET, "a b/c", "quo'te\n"])
-def test_redact_hides_the_secrets_it_is_given_in_every_form(secret: str) -> None:
+def test_redact_hides_known_secrets_in_every_quoting(secret: str) -> None:
     text = f"ERR {secret!s} and {secret!r} and {quote(secret, safe='')} are wrong"
     shown = secrets.redact(text, secret, "")
     assert shown.startswith("ERR *** and ")
@@ -89,11 +89,11 @@ def test_redact_hides_the_secrets_it_is_given_in_every_form(secret: str) -> None
         ("ERR ab.", "abc", "ERR ab."),
     ],
 )
-def test_redact_hides_a_secret_that_was_cut_off(text: str, secret: str, shown: str) -> None:
+def test_redact_hides_a_known_secret_that_is_cut_off(text: str, secret: str, shown: str) -> None:
     assert secrets.redact(text, secret) == shown
 
 
-def test_redact_writes_one_printable_line_of_a_limited_length() -> None:
+def test_redact_returns_one_printable_line_of_limited_length() -> None:
     shown = secrets.redact("ERR \x1b[31mred\r\nkvcache: forged\u2028" + "x" * 10_000)
     assert shown.startswith("ERR \\x1b[31mred\\r\\nkvcache: forged\\u2028x")
     assert shown.isprintable()
@@ -115,7 +115,7 @@ def test_redact_keeps_sentences_about_secrets() -> None:
         assert secrets.redact(text) == text
 
 
-def test_without_goes_into_tables_and_lists() -> None:
+def test_hide_nested_hides_in_tables_and_lists() -> None:
     given = {"a": [{"pw": SECRET, "url": f"x://{SECRET}@h"}], "use_auth": True}
     assert secrets.hide_nested(given) == {
         "a": [{"pw": "***", "url": "x://***@h"}],

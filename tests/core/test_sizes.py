@@ -1,4 +1,4 @@
-"""Sizes: what people write is read exactly, and nonsense is refused with what is allowed."""
+"""Sizes: valid ones are read exactly, and invalid ones are refused with the valid forms."""
 
 import pytest
 from hypothesis import given
@@ -34,12 +34,12 @@ from kvcache.sizes import format_size, parse_size
         ("0.25%", 2),
     ],
 )
-def test_a_size_is_read(written: object, nbytes: int) -> None:
+def test_parse_size_of_a_valid_size_returns_bytes(written: object, nbytes: int) -> None:
     assert parse_size(written, whole=1000) == nbytes
 
 
 @pytest.mark.parametrize(
-    ("written", "says"),
+    ("written", "reason"),
     [
         (0, "above zero"),
         (-1, "above zero"),
@@ -71,18 +71,18 @@ def test_a_size_is_read(written: object, nbytes: int) -> None:
         ("10PiB", "unknown unit 'pib'"),
     ],
 )
-def test_nonsense_is_refused(written: object, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_parse_size_of_an_invalid_size_raises(written: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         parse_size(written, whole=1000)
 
 
-def test_a_refusal_says_what_is_allowed() -> None:
+def test_parse_size_error_names_the_valid_forms() -> None:
     for written in ("lots", "64G"):
         with pytest.raises(ValueError, match='write "10GiB", "512MB", "80%" or a whole number'):
             parse_size(written)
 
 
-def test_a_percentage_needs_a_whole() -> None:
+def test_parse_size_of_a_percentage_without_a_total_raises() -> None:
     with pytest.raises(ValueError, match="of an unknown total"):
         parse_size("80%")
 
@@ -101,11 +101,11 @@ def test_a_percentage_needs_a_whole() -> None:
         ((1 << 30) + (11 << 20), "1.01GiB"),
     ],
 )
-def test_a_size_is_written(nbytes: int, written: str) -> None:
+def test_format_size_uses_the_largest_unit(nbytes: int, written: str) -> None:
     assert format_size(nbytes) == written
 
 
 @given(st.integers(1, 2**50))
-def test_what_is_written_is_read_back_as_no_more_and_nearly_as_much(nbytes: int) -> None:
+def test_parse_size_of_a_formatted_size_is_slightly_smaller_at_most(nbytes: int) -> None:
     read = parse_size(format_size(nbytes))
     assert 0.99 * nbytes <= read <= nbytes

@@ -1,4 +1,4 @@
-"""A stack over L1: what is matched is fetched, what is fetched is right, every lease ends once."""
+"""A stack over L1: matches are fetched with the right bytes, and every lease ends once."""
 
 import random
 import threading
@@ -30,11 +30,11 @@ def put(stack: Stack, keys: list[bytes], parent: bytes | None = None) -> int:
         return len(lease)
 
 
-def test_what_was_stored_is_matched_and_fetched(stack: Stack) -> None:
+def test_fetch_of_stored_blocks_returns_their_bytes(stack: Stack) -> None:
     keys = keys_of("a", 5)
     assert put(stack, keys[:3]) == 3
     future = stack.match(keys)
-    assert future.done()  # L1 can tell
+    assert future.done()  # L1 has the answer
     match = future.result()
     assert (match.keys, match.start, match.blocks) == (keys, 0, 3)
     assert match.held == keys[:3]
@@ -45,7 +45,7 @@ def test_what_was_stored_is_matched_and_fetched(stack: Stack) -> None:
         assert stack.stats().pinned_slots == 3
 
 
-def test_a_match_begins_where_the_engine_has_no_more(stack: Stack) -> None:
+def test_match_starts_after_the_blocks_of_the_engine(stack: Stack) -> None:
     keys = keys_of("a", 4)
     put(stack, keys)
     match = stack.match(keys, 2).result()
@@ -55,7 +55,7 @@ def test_a_match_begins_where_the_engine_has_no_more(stack: Stack) -> None:
         assert list(lease.keys) == keys[2:]
 
 
-def test_a_fetch_may_be_shorter_than_its_match(stack: Stack) -> None:
+def test_fetch_after_a_removal_is_shorter_than_its_match(stack: Stack) -> None:
     keys = keys_of("a", 4)
     put(stack, keys)
     match = stack.match(keys).result()
@@ -67,7 +67,7 @@ def test_a_fetch_may_be_shorter_than_its_match(stack: Stack) -> None:
         assert not lease.keys
 
 
-def test_clear_while_leases_are_out(stack: Stack) -> None:
+def test_clear_during_leases_keeps_their_bytes_and_publishes_nothing(stack: Stack) -> None:
     keys = keys_of("a", 4)
     put(stack, keys[:2])
     reading = stack.fetch(stack.match(keys).result()).result()
@@ -80,7 +80,7 @@ def test_clear_while_leases_are_out(stack: Stack) -> None:
     assert stack.match(keys).result().blocks == 0
 
 
-def test_blocks_whose_copy_failed_are_not_promised_again(stack: Stack) -> None:
+def test_lease_with_failed_keys_drops_them_from_later_matches(stack: Stack) -> None:
     keys = keys_of("a", 3)
     put(stack, keys)
     lease = stack.fetch(stack.match(keys).result()).result()
@@ -89,14 +89,14 @@ def test_blocks_whose_copy_failed_are_not_promised_again(stack: Stack) -> None:
     assert stack.stats().tiers[0].dropped_blocks == 1
 
 
-def test_an_exception_publishes_nothing(stack: Stack) -> None:
+def test_reserve_with_an_exception_publishes_nothing(stack: Stack) -> None:
     keys = keys_of("a", 3)
     with suppress(ZeroDivisionError), stack.reserve(keys):
         _ = 1 / 0
     assert stack.match(keys).result().blocks == 0
 
 
-def test_a_lease_ends_once_in_the_stack_too(stack: Stack) -> None:
+def test_lease_of_a_stack_ended_twice_raises(stack: Stack) -> None:
     lease = stack.reserve(keys_of("a", 1))
     lease.end()
     with pytest.raises(LeaseError, match="ended already"):
@@ -108,7 +108,7 @@ def test_a_lease_ends_once_in_the_stack_too(stack: Stack) -> None:
     lease.end()
 
 
-def test_what_an_answer_continues_stays_while_it_does(stack: Stack) -> None:
+def test_blocks_with_children_are_not_evicted(stack: Stack) -> None:
     keys = keys_of("a", 16)
     put(stack, keys[:8])
     put(stack, keys_of("b", 1))
@@ -118,7 +118,7 @@ def test_what_an_answer_continues_stays_while_it_does(stack: Stack) -> None:
     assert stack.match(keys).result().blocks == 13
 
 
-def test_closing_twice() -> None:
+def test_close_twice_unmaps_the_slab_once() -> None:
     stack = Stack(DramTier(block_nbytes=PAGE, capacity=Size(PAGE)), profile="test")
     name = stack.front.slab.descriptor.name
     assert name in Path("/proc/self/maps").read_text()
@@ -127,7 +127,7 @@ def test_closing_twice() -> None:
     assert name not in Path("/proc/self/maps").read_text()
 
 
-def test_many_threads(stack: Stack) -> None:
+def test_threads_that_share_chains_fetch_the_right_bytes(stack: Stack) -> None:
     """Chains share heads and outgrow L1; every block that is fetched has the bytes of its key."""
     heads = [keys_of(f"head {at}", 4) for at in range(3)]
     chains = [heads[at % 3] + keys_of(f"tail {at}", 6) for at in range(12)]
