@@ -1,9 +1,9 @@
-"""What this machine's memory gives, and how much of it L1 takes.
+"""Measure this machine's memory, and how fast L1 stores, loads and looks up blocks on it.
 
-In one run, in turns: contiguous copies of an engine's memory into a slab's, and blocks stored into
-L1 and loaded from it through the same code that an engine's worker and scheduler use (reserve or
-fetch, page copies, end of the lease). A block here is 32 layers of 64 KiB, 2 MiB. Rates are GiB of
-payload per second, medians.
+Each round makes a contiguous copy of an engine's memory into a slab, then stores blocks into L1 and
+loads them with the code that an engine's worker and scheduler use (reserve or fetch, page copies,
+end of the lease). A block has 32 layers of 64 KiB, 2 MiB. Rates are medians, in GiB of payload per
+second.
 """
 
 from __future__ import annotations
@@ -23,48 +23,49 @@ if TYPE_CHECKING:
 
 LAYERS, PAGE = 32, 64 << 10
 BLOCK = LAYERS * PAGE
-PER_STEP = 32  # blocks stored or loaded at a time: a prefill chunk of 1,024 tokens
+PER_STEP = 32  # blocks stored at a time: a prefill chunk of 1,024 tokens
 PROMPT = 1024  # blocks of the prompt that `match` looks up
-SMALL = 4096  # bytes of a block where only the bookkeeping is measured
+SMALL = 4096  # bytes of a block that is not copied
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `kvcache bench` takes."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every copy")
-    parser.add_argument("--blocks", type=int, default=256, help="of 2 MiB, moved in a round")
-    parser.add_argument("--rounds", type=int, default=9, help="that medians are taken of")
+    """Add the arguments of `kvcache bench`."""
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="for each copy (all processors)")
+    add("--blocks", type=int, default=256, help="of 2 MiB, copied in each round (256)")
+    add("--rounds", type=int, default=9, help="to take medians of (9)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 2 for arguments that cannot be used."""
-    for name, most in _MOST.items():
-        if not 1 <= getattr(args, name) <= most:
-            print(f"--{name} is {getattr(args, name)}; it must be 1 to {most}", file=sys.stderr)
+    """Measure and print; return 2 for invalid arguments."""
+    for name, largest in _LARGEST.items():
+        if not 1 <= getattr(args, name) <= largest:
+            print(f"--{name} is {getattr(args, name)}; it must be 1 to {largest}", file=sys.stderr)
             return 2
-    found = measure(threads=args.threads, blocks=args.blocks, rounds=args.rounds)
+    figures = measure(threads=args.threads, blocks=args.blocks, rounds=args.rounds)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
         return 0
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"{name:22} {value:10.3f}")
-    best = found["memcpy_gib_s"]
-    shares = (f"{name} {found[f'{name}_gib_s'] / best:.2f}" for name in _MOVES)
-    print(f"\nof one contiguous copy with {args.threads} threads: {', '.join(shares)}")
+    copy_rate = figures["memcpy_gib_s"]
+    ratios = (f"{name} {figures[f'{name}_gib_s'] / copy_rate:.2f}" for name in _OPERATIONS)
+    print(f"\nrelative to a contiguous copy with {args.threads} threads: {', '.join(ratios)}")
     return 0
 
 
-_MOST = {"threads": 1024, "blocks": 1 << 20, "rounds": 10_000}
-_MOVES = ("store", "load", "cold_store")
+_LARGEST = {"threads": 1024, "blocks": 1 << 20, "rounds": 10_000}
+_OPERATIONS = ("store", "load", "cold_store")
 
 
 def measure(*, threads: int, blocks: int, rounds: int) -> dict[str, float]:
-    """All figures by name: `*_gib_s`, `*_us_per_block`, `import_ms`."""
+    """Return all figures by name: `*_gib_s`, `*_us_per_block`, `import_ms`."""
     return copies(threads, blocks, rounds) | bookkeeping(rounds) | {"import_ms": import_ms(rounds)}
 
 
 def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
-    """Contiguous copies, stores, loads and first stores, one after another in every round."""
+    """Measure contiguous copies, stores, loads, and stores into a new L1, in GiB per second."""
     from concurrent.futures import ThreadPoolExecutor
     from ctypes import c_uint8
 
@@ -78,32 +79,34 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
     from kvcache.stack import Stack
     from kvcache.tiers.dram import DramTier
 
-    # As an engine's cache is: on 64 bytes, as torch allocates, and its layers not a power of two
-    # apart. Where either is not so, copies into it are up to a fifth, or half, slower.
-    region = (blocks + 3) * PAGE
-    spare = np.ones(LAYERS * region + 64, dtype=np.uint8)
-    engine = spare[-spare.ctypes.data % 64 :]
+    # Like an engine's cache, the memory is aligned to 64 bytes, as torch allocates it, and the
+    # distance between layers is not a power of two. Otherwise copies into it are slower: without
+    # the alignment up to a fifth, without the distance up to half.
+    layer_nbytes = (blocks + 3) * PAGE
+    unaligned = np.ones(LAYERS * layer_nbytes + 64, dtype=np.uint8)
+    engine = unaligned[-unaligned.ctypes.data % 64 :]
     layers = [
-        BlockRun(engine.ctypes.data + layer * region, PAGE, PAGE, blocks) for layer in range(LAYERS)
+        BlockRun(engine.ctypes.data + layer * layer_nbytes, PAGE, PAGE, blocks)
+        for layer in range(LAYERS)
     ]
     target = Slab.create(blocks, BLOCK)
     target.populate()
     target.wait_populated()
     memory = (c_uint8 * target.nbytes).from_address(target.address)
-    plain = np.frombuffer(memoryview(memory), dtype=np.uint8)
-    shares = (np.array_split(side, threads) for side in (plain, engine[: plain.size]))
-    parts = list(zip(*shares, strict=True))
+    contiguous = np.frombuffer(memoryview(memory), dtype=np.uint8)
+    areas = (contiguous, engine[: contiguous.size])
+    parts = list(zip(*(np.array_split(area, threads) for area in areas), strict=True))
 
-    def opened() -> tuple[Stack, CpuCopier]:
+    def open_l1() -> tuple[Stack, CpuCopier]:
         tier = DramTier(block_nbytes=BLOCK, capacity=Size(blocks * BLOCK))
         tier.slab.wait_populated()
-        sides = CopyGeometry(
+        geometry = CopyGeometry(
             layers,
             slab_address=tier.slab.address,
             slots=tier.slab.slots,
             slot_nbytes=tier.slab.slot_nbytes,
         )
-        return Stack(tier, profile="bench"), CpuCopier(sides, threads=threads)
+        return Stack(tier, profile="bench"), CpuCopier(geometry, threads=threads)
 
     def memcpy() -> None:
         futures = [pool.submit(np.copyto, *part) for part in parts[1:]]
@@ -112,22 +115,23 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
             future.result()
 
     def store(stack: Stack, copier: CpuCopier, keys: list[bytes]) -> None:
-        for at in range(0, blocks, PER_STEP):
-            with stack.reserve(keys[at : at + PER_STEP], keys[at - 1] if at else None) as lease:
-                copier.gather([at + position for position in lease.positions], lease.slots)
+        for first in range(0, blocks, PER_STEP):
+            parent = keys[first - 1] if first else None
+            with stack.reserve(keys[first : first + PER_STEP], parent) as lease:
+                copier.gather([first + position for position in lease.positions], lease.slots)
 
     def load(stack: Stack, copier: CpuCopier, keys: list[bytes]) -> None:
         with stack.fetch(stack.match(keys).result()).result() as lease:
             copier.scatter(lease.slots, range(len(lease)))
 
-    times: dict[str, list[float]] = {name: [] for name in ("memcpy", *_MOVES)}
-    warm, warm_copier = opened()
+    times: dict[str, list[float]] = {name: [] for name in ("memcpy", *_OPERATIONS)}
+    warm, warm_copier = open_l1()
     with ThreadPoolExecutor(threads) as pool:
-        for turn in range(rounds + 1):
-            keys = chain(blocks)
+        for number in range(rounds + 1):
+            keys = new_chain(blocks)
             warm.clear()
-            fresh, fresh_copier = opened()
-            taken = {
+            fresh, fresh_copier = open_l1()
+            round_times = {
                 "memcpy": seconds(memcpy),
                 "cold_store": seconds(lambda: store(fresh, fresh_copier, keys)),  # noqa: B023
                 "store": seconds(lambda: store(warm, warm_copier, keys)),  # noqa: B023
@@ -135,8 +139,8 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
             }
             fresh_copier.close()
             fresh.close()
-            if turn:  # the first round wakes cores and threads
-                for name, value in taken.items():
+            if number:  # the first round starts threads and wakes cores
+                for name, value in round_times.items():
                     times[name].append(value)
     warm_copier.close()
     warm.close()
@@ -146,34 +150,35 @@ def copies(threads: int, blocks: int, rounds: int) -> dict[str, float]:
 
 
 def bookkeeping(rounds: int) -> dict[str, float]:
-    """Look-ups of a prompt that is all in L1; reserving and publishing, evicting all the time."""
-    found: dict[str, float] = {}
+    """Measure lookups of a prompt that L1 has, and reserving slots that need evictions."""
+    figures: dict[str, float] = {}
     for blocks in (PROMPT, 4 * PROMPT):
         with small_stack(blocks) as stack:
-            keys = chain(blocks)
+            keys = new_chain(blocks)
             stack.reserve(keys).end()
-            # Keys anew for each look-up, as a request brings them: their hash is not known yet.
-            asked = [[bytes(bytearray(key)) for key in keys] for _ in range(rounds)]
-            spent = [seconds(lambda: stack.match(chain)) for chain in asked]  # noqa: B023
+            # A request brings new key objects, which have no cached hash; copy the keys.
+            prompts = [[bytes(bytearray(key)) for key in keys] for _ in range(rounds)]
+            spent = [seconds(lambda: stack.match(prompt)) for prompt in prompts]  # noqa: B023
             name = "match_us_per_block" if blocks == PROMPT else "match_4x_us_per_block"
-            found[name] = statistics.median(spent) / blocks * 1e6
+            figures[name] = statistics.median(spent) / blocks * 1e6
     with small_stack(8 * PROMPT) as stack:
-        stack.reserve(chain(8 * PROMPT)).end()
+        stack.reserve(new_chain(8 * PROMPT)).end()
         spent = []
         for _ in range(rounds):
-            keys = chain(PROMPT)
+            keys = new_chain(PROMPT)
 
             def refill() -> None:
-                for at in range(0, PROMPT, PER_STEP):
-                    stack.reserve(keys[at : at + PER_STEP], keys[at - 1] if at else None).end()  # noqa: B023
+                for first in range(0, PROMPT, PER_STEP):
+                    parent = keys[first - 1] if first else None  # noqa: B023
+                    stack.reserve(keys[first : first + PER_STEP], parent).end()  # noqa: B023
 
             spent.append(seconds(refill))
-        found["reserve_us_per_block"] = statistics.median(spent) / PROMPT * 1e6
-    return found
+        figures["reserve_us_per_block"] = statistics.median(spent) / PROMPT * 1e6
+    return figures
 
 
 def import_ms(rounds: int) -> float:
-    """Median time of `import kvcache` in a fresh interpreter."""
+    """Measure `import kvcache` in a new interpreter; return the median in milliseconds."""
     code = "import time; t = time.perf_counter(); import kvcache; print(time.perf_counter() - t)"
     runs = [
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -183,7 +188,7 @@ def import_ms(rounds: int) -> float:
 
 
 def small_stack(blocks: int) -> Stack:
-    """A stack of blocks too small for their bytes to matter."""
+    """Return a stack of `blocks` small blocks, to measure bookkeeping without copies."""
     from kvcache.sizes import Size
     from kvcache.stack import Stack
     from kvcache.tiers.dram import DramTier
@@ -193,13 +198,13 @@ def small_stack(blocks: int) -> Stack:
     return Stack(tier, profile="bench")
 
 
-def chain(blocks: int) -> list[bytes]:
-    """Keys that nobody has used."""
+def new_chain(blocks: int) -> list[bytes]:
+    """Return new random keys."""
     return [os.urandom(32) for _ in range(blocks)]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes."""
-    begun = time.perf_counter()
+    """Return the seconds that `work` takes."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start

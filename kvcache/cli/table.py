@@ -1,4 +1,4 @@
-"""Plain text tables with columns in groups, aligned right, for a terminal or a file."""
+"""Render plain text tables with right-aligned columns in groups."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ GREEN = "1;32"
 YELLOW = "1;33"
 
 Painter = Callable[[str, str], str]
-"""Takes text and one of the colours above; gives the text, coloured or not."""
+"""Takes text and one of the colours above; returns the text, in colour or not."""
 
 
 def painter(stream: TextIO) -> Painter:
-    """Colours for `stream` if it is a terminal and NO_COLOR is not set; otherwise plain text."""
+    """Return a painter that colours text if `stream` is a terminal and NO_COLOR is not set."""
     if stream.isatty() and not os.environ.get("NO_COLOR"):
         return lambda text, colour: f"\x1b[{colour}m{text}\x1b[0m"
     return lambda text, _: text
@@ -30,10 +30,14 @@ def render(
     paint: Painter,
     strong: str,
 ) -> str:
-    """Lines for `groups` of (title, column names) and `rows` with one cell per column.
+    """Return the lines of a table.
 
-    The group titled `strong` is painted bold. A group is as wide as its title or its columns,
-    whichever is wider.
+    Args:
+        groups: (title, column names) of each group. A group is as wide as its title or its
+            columns, whichever is wider.
+        rows: with one cell for each column of all groups.
+        paint: paints the group that is bold.
+        strong: the title of that group.
     """
     blocks: list[list[str]] = []
     first = 0
@@ -50,6 +54,6 @@ def render(
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    """One line for each name and what is said of it, which begins in one column for all."""
+    """Return a line for each (name, text); all texts begin in one column."""
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name.ljust(width)}{GAP}{said}".rstrip() for name, said in rows)
+    return "\n".join(f"{name.ljust(width)}{GAP}{text}".rstrip() for name, text in rows)

@@ -1,4 +1,4 @@
-"""Tables line up, whatever is wider; colours only where a terminal shows them."""
+"""Columns of tables line up; text has colours only on a terminal."""
 
 import io
 
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_columns_line_up() -> None:
+def test_render_lines_up_columns() -> None:
     rows = [["1", "10 ms", "2", "3"], ["20", "1 ms", "200", "30,000"]]
     assert render(GROUPS, rows, paint=PLAIN, strong="b").splitlines() == [
         "        a long title        b",
@@ -27,7 +27,7 @@ def test_columns_line_up() -> None:
     ]
 
 
-def test_a_strong_group_is_bold_on_a_terminal_and_lines_up_the_same(
+def test_render_strong_group_is_bold_on_a_terminal_and_lines_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -39,6 +39,6 @@ def test_a_strong_group_is_bold_on_a_terminal_and_lines_up_the_same(
     assert [line.rstrip() for line in bare.splitlines()] == plain.splitlines()
 
 
-def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_painter_with_no_color_returns_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert painter(Terminal())("text", BOLD) == "text"
