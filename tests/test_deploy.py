@@ -18,6 +18,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+import kvcache
 from kvcache import cli
 from kvcache.profiles import load_profile
 from kvcache.sizes import parse_size
@@ -285,7 +286,7 @@ def test_the_image_is_of_the_engine_that_is_tested() -> None:
     assert set(extras.split(",")) == {"vllm", "redis"} < set(project["optional-dependencies"])
     for file in [*MANIFESTS, COMPOSE]:
         image = deployment_files.containers(file, SECRET)[0].image
-        assert image.endswith(f"vllm-kvcache:{project['version']}")
+        assert image.endswith(f"vllm-kvcache:{kvcache.__version__}")
     assert f"-t {deployment_files.containers(MANIFESTS[0], SECRET)[0].image} ." in dockerfile
     ignored = (FOLDER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()[1:]
     assert [line.removeprefix("**/") for line in ignored] == list(NOT_PUBLISHED)

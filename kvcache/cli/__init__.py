@@ -1,12 +1,11 @@
-"""The command line: what `kvcache COMMAND` does, a module for each command.
+"""The command line: a module or package for each `kvcache COMMAND`.
 
-This is the roof of the house: a command may use every room, but imports it inside its `run`, so
-that `kvcache --help` needs neither an engine nor torch nor numpy.
+A command has two functions, `add_arguments(parser)` and `run(args) -> int`. It may use every
+package of kvcache, but imports it inside functions, so that `kvcache --help` needs neither an
+engine nor torch nor numpy.
 
-A command is a module here with two functions: `add_arguments(parser)` and `run(args) -> int`.
-
-Always true: a command ends with its output, or with one error. `main` turns into one line
-whatever a command did not expect, and nothing here prints a traceback.
+Always true: a command ends with its output or with one error line. `main` turns an unexpected
+exception into one line, and nothing here prints a traceback.
 """
 
 from __future__ import annotations
@@ -26,16 +25,15 @@ from kvcache import __version__
 from kvcache.secrets import redact
 
 COMMANDS = {
-    "demo": "play chats against a real vLLM, with kvcache and without it, and compare",
-    "bench": "measure memory copies, stores, loads and look-ups on this machine",
-    "replay": "replay a trace of requests: what L1 would find, by policy and capacity",
+    "demo": "play chats on a real vLLM, with kvcache and without it, and compare",
+    "bench": "measure memory copies, stores, loads and lookups on this machine",
+    "replay": "replay a trace of requests: hits of L1 by policy and capacity",
     "profile": "list, show and check profiles, and print their JSON schema",
-    "doctor": "what is in the way on this machine, and what to do about it",
-    "inspect": "what a disk or Redis tier holds, by namespace, and whether it is whole",
-    "plan": "from a model and a pod's memory: what fits, what to give L1, load against compute",
-    "top": "what the tiers of a running engine do: room, hits, bandwidth, pins, queues",
+    "doctor": "check this machine for a profile: print each problem with its fix",
+    "inspect": "print what a disk or Redis tier holds, by namespace, and verify it",
+    "plan": "from a model and a pod's memory: what fits, L1's capacity, load against compute",
+    "top": "show what the tiers of a running engine do: usage, hits, bandwidth, pins, queues",
 }
-
 
 EXTRAS = {
     "matplotlib": "plot",
@@ -49,18 +47,18 @@ EXTRAS = {
     "vllm": "vllm",
     "zstandard": "zstd",
 }
-"""The extra that installs a module, for a command that cannot do without it."""
+"""The extra that installs a module which a command needs."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats no secret when it says which argument is wrong."""
+    """Keeps secrets out of the message about an invalid argument."""
 
     def error(self, message: str) -> NoReturn:
         super().error(redact(message))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; the chosen command's function is `args.run`."""
+    """Return the parser of the command line; `args.run` is the function of the chosen command."""
     top = _Parser(
         prog="kvcache", description="Keep the KV cache of an LLM engine outside the engine."
     )
@@ -76,29 +74,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` (default: the process's own) and return its exit code.
+    """Run the command in `argv` (default: the arguments of the process); return its exit code.
 
-    Arguments that do not parse end the process with code 2, as argparse does. Ctrl-C makes 130,
-    and a closed pipe, as behind `| head`, 141: the codes that a shell gives a program which the
-    signal ended. Whatever else goes wrong is one line on the standard error, and code 1 or 2.
+    Invalid arguments end the process with code 2, as in argparse. Ctrl-C returns 130, and a closed
+    pipe (`| head`) 141: a shell reports the same codes for programs that these signals end. Any
+    other exception is one line on the standard error, and code 1 or 2.
     """
     name = " ".join(["kvcache", *(argv if argv is not None else sys.argv[1:])[:1]])
     name = name if name.removeprefix("kvcache ") in COMMANDS else "kvcache"
-    with _streams():
+    with _usable_streams():
         try:
             return _run(argv)
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError as error:  # of the output, or of a connection
+        except BrokenPipeError as error:  # a closed output, or a closed connection
             if any(_is_closed(stream) for stream in (sys.stdout, sys.stderr)):
                 return 141
-            said, code = _said(error)
+            text, code = _describe(error)
         except Exception as error:
             if sys.flags.dev_mode:
                 raise
-            said, code = _said(error)
+            text, code = _describe(error)
         with suppress(OSError):
-            print(f"{name}: {said}", file=sys.stderr)
+            print(f"{name}: {text}", file=sys.stderr)
         return code
 
 
@@ -106,32 +104,32 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         args = parser().parse_args(argv)
         return int(args.run(args))
-    finally:  # also behind --help, which ends with SystemExit
+    finally:  # --help raises SystemExit
         sys.stdout.flush()
 
 
-def _said(error: Exception) -> tuple[str, int]:
-    """What is said of an exception that a command did not expect, and the exit code."""
-    what = redact(str(error))
+def _describe(error: Exception) -> tuple[str, int]:
+    """Return the line for an unexpected exception, and the exit code."""
+    text = redact(str(error))
     match error:
         case ImportError(name=str(module)) if extra := EXTRAS.get(module.partition(".")[0]):
             return f"{module} is not installed: pip install 'kvcache[{extra}]'", 2
         case RecursionError():
-            return "what it read is nested too deeply", 2
+            return "the input is nested too deeply", 2
         case MemoryError():
-            return f"not enough memory ({what or 'no more said'})", 1
+            return f"not enough memory ({text or 'no details'})", 1
         case OSError():
-            return what, 1
-    return f"unexpected {type(error).__name__} ({what}): python -X dev -m kvcache shows where", 1
+            return text, 1
+    return f"unexpected {type(error).__name__} ({text}): python -X dev -m kvcache shows where", 1
 
 
 @contextmanager
-def _streams() -> Iterator[None]:
-    """Standard output and error that can be printed to, and that end without a word."""
+def _usable_streams() -> Iterator[None]:
+    """Make the standard output and error printable, and close them without an error."""
     with ExitStack() as opened:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            if stream is None:  # was closed when the process started
+            if stream is None:  # closed when the process started
                 null = opened.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 setattr(sys, name, null)
                 opened.callback(setattr, sys, name, None)
@@ -141,21 +139,21 @@ def _streams() -> Iterator[None]:
             yield
         finally:
             for stream in (sys.stdout, sys.stderr):
-                _settle(stream)
+                _flush_or_drop(stream)
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether the reader of this stream has gone."""
+    """Return whether the reader of this stream closed it."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    except OSError:  # no file behind it
+    except OSError:  # the stream is not a file
         return False
 
 
-def _settle(stream: TextIO) -> None:
-    """Where what was printed cannot be written, drop it: the interpreter would try, and say so."""
+def _flush_or_drop(stream: TextIO) -> None:
+    """Write the stream's buffer, or drop it; the interpreter would print an error for it."""
     try:
         stream.flush()
     except OSError:

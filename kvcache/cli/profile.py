@@ -1,11 +1,11 @@
 """List, show and check profiles.
 
-  list    the shipped ones
-  show    what an engine started now would get, each value with where it is from
-  check   files, as they stand, without the environment; every problem is listed
+  list    the shipped profiles
+  show    the values that an engine started now would use, and the source of each
+  check   list every problem of files, without the environment
   schema  the JSON schema of a profile, for editors
 
-Exit code: 0 when every profile is right, 1 when one is not, 2 for arguments that cannot work.
+Exit code: 0 if every profile is valid, 1 if one is not, 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from kvcache.profiles.tiers import Row
 
 
-MOST_RANKS = 1 << 16
+MAX_RANKS = 1 << 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions of `kvcache profile`, and what each takes."""
+    """Add the actions of `kvcache profile`, and the arguments of each."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, (action, summary) in _ACTIONS.items():
         sub = actions.add_parser(name, help=summary, description=action.__doc__)
@@ -35,23 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "show":
             sub.add_argument(
                 "name", nargs="?", metavar="NAME",
-                help="a shipped name or a path; else what KVCACHE_PROFILE says, else l1-only",
+                help="a shipped name or a path (default: $KVCACHE_PROFILE, or l1-only)",
             )  # fmt: skip
             sub.add_argument(
                 "--ranks", type=int, default=1, metavar="N",
-                help="of the engine; AIBrix's variables count memory for each (default: 1)",
+                help="of the engine; AIBrix's variables set memory for each (1)",
             )  # fmt: skip
         if name == "check":
             sub.add_argument("files", nargs="+", metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the action says, and return its exit code."""
+    """Run the action, and return its exit code."""
     return int(args.action(args))
 
 
 def list_(args: argparse.Namespace) -> int:
-    """List the shipped profiles: name, tiers, and what each is."""
+    """List the shipped profiles: name, tiers and summary."""
     from kvcache.profiles.source import find, head, read_or_raise, shipped
 
     found: list[dict[str, Any]] = []
@@ -71,11 +71,11 @@ def list_(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Show a profile as the environment makes it, as one file, with the place of each value."""
+    """Show a profile with the environment applied, as one file, with the source of each value."""
     from kvcache.profiles import ProfileError, load_profile
 
-    if not 1 <= args.ranks <= MOST_RANKS:
-        print(f"--ranks is {args.ranks}; it must be 1 to {MOST_RANKS}", file=sys.stderr)
+    if not 1 <= args.ranks <= MAX_RANKS:
+        print(f"--ranks is {args.ranks}; it must be 1 to {MAX_RANKS}", file=sys.stderr)
         return 2
     try:
         profile = load_profile(args.name, ranks=args.ranks)
@@ -84,12 +84,12 @@ def show(args: argparse.Namespace) -> int:
             print(json.dumps({"name": error.profile, "problems": error.problems}))
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(_facts(profile)) if args.json else _text(profile))
+    print(json.dumps(_to_json(profile)) if args.json else _text(profile))
     return 0
 
 
 def check(args: argparse.Namespace) -> int:
-    """Check files as they stand, without the environment, and list every problem."""
+    """Check files without the environment, and list every problem."""
     from kvcache.profiles import ProfileError, load_profile
 
     found: list[dict[str, Any]] = []
@@ -98,19 +98,19 @@ def check(args: argparse.Namespace) -> int:
             load_profile(file, {})
         except ProfileError as error:
             found.append({"file": file, "problems": error.problems})
-            says = str(error)
+            text = str(error)
         else:
             found.append({"file": file, "problems": []})
-            says = f"{file}: right"
+            text = f"{file}: valid"
         if not args.json:
-            print(says)
+            print(text)
     if args.json:
         print(json.dumps(found))
     return 1 if any(one["problems"] for one in found) else 0
 
 
 def schema(args: argparse.Namespace) -> int:
-    """Print the JSON schema of a profile, of the tiers that are installed here."""
+    """Print the JSON schema of a profile with the tiers that are installed here."""
     from kvcache.profiles import schema
 
     print(json.dumps(schema.schema(), indent=None if args.json else 2))
@@ -118,39 +118,41 @@ def schema(args: argparse.Namespace) -> int:
 
 
 _ACTIONS = {
-    "list": (list_, "the shipped profiles"),
-    "show": (show, "the values that a profile has here and now, and where each is from"),
-    "check": (check, "whether files are right; lists everything that is wrong"),
-    "schema": (schema, "the JSON schema of a profile"),
+    "list": (list_, "list the shipped profiles"),
+    "show": (show, "show the values that an engine started now would use"),
+    "check": (check, "list every problem of files"),
+    "schema": (schema, "print the JSON schema of a profile"),
 }
 
 
 def _values(row: Row) -> dict[str, dict[str, Any]]:
-    """Of each option of a tier: what was given, what that is, and where it is from; no secrets."""
+    """Return the given text, the value and the source of each option of a tier, without secrets."""
     from kvcache.profiles.schema import written
 
     values: dict[str, dict[str, Any]] = {}
-    places = {setting.option.name: setting for setting in row.settings}
+    settings = {setting.option.name: setting for setting in row.settings}
     for name, option in row.takes.items():
-        if setting := places.get(name):
+        if setting := settings.get(name):
             given, value, place = setting.given, setting.value, setting.place
         else:
             given, value, place = written(option.default, option.hint), option.default, "default"
         if given is not None:
             values[name] = {
-                "given": _plain(name, given), "value": _plain(name, value), "from": place,
-            }  # fmt: skip
+                "given": _hide_secrets(name, given),
+                "value": _hide_secrets(name, value),
+                "from": place,
+            }
     return values
 
 
-def _plain(name: str, value: object) -> object:
-    """``value`` as JSON has it, without what may be a secret."""
+def _hide_secrets(name: str, value: object) -> object:
+    """Return ``value`` as JSON, with possible secrets hidden."""
     from kvcache import secrets
 
     return json.loads(json.dumps(secrets.hide(name, value), default=str))
 
 
-def _facts(profile: Profile) -> dict[str, Any]:
+def _to_json(profile: Profile) -> dict[str, Any]:
     theirs = profile.theirs
     return {
         "name": profile.name,
@@ -172,16 +174,16 @@ def _facts(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _distinct(files: Sequence[Path]) -> bool:
+def _distinct_names(files: Sequence[Path]) -> bool:
     return len({path.name for path in files}) == len(files)
 
 
 def _text(profile: Profile) -> str:
-    """A profile of its own that says all of this, in TOML."""
+    """Return the profile as one TOML file without ``extends``."""
     from kvcache.sizes import DiskSize, Size, format_size
 
     files = [profile.path, *profile.bases]
-    short = {str(path): path.name for path in files} if _distinct(files) else {}
+    short = {str(path): path.name for path in files} if _distinct_names(files) else {}
     lines = [f"# {profile.name}: {' extends '.join(map(str, files))}"]
     if profile.theirs:
         lines.append(f"# {profile.theirs}")

@@ -1,4 +1,4 @@
-"""The command line parses, refuses with code 2, and stays light until a command runs."""
+"""The command line: arguments, exit codes, and which modules `--help` imports."""
 
 import importlib.util
 import subprocess
@@ -12,21 +12,21 @@ from kvcache.cli.demo import engine
 from kvcache.cli.demo.chats import Chats
 
 
-def test_help_brings_nothing_heavy() -> None:
+def test_help_imports_no_heavy_module() -> None:
     code = (
         "import sys\n"
         "from kvcache.cli import main\n"
         "try: main(['--help'])\n"
-        "finally: print('brought', *sys.modules)\n"
+        "finally: print('imported', *sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    help_text, brought = done.stdout.split("brought")
+    help_text, imported = done.stdout.split("imported")
     assert "demo" in help_text
     assert "bench" in help_text
-    assert not set(brought.split()) & {"numba", "numpy", "packaging", "torch", "vllm"}
+    assert not set(imported.split()) & {"numba", "numpy", "packaging", "torch", "vllm"}
 
 
-def test_the_package_runs_as_a_module() -> None:
+def test_package_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kvcache", "demo", "--help"],
         capture_output=True, text=True, check=True,
@@ -34,15 +34,15 @@ def test_the_package_runs_as_a_module() -> None:
     assert "usage: kvcache demo" in done.stdout
 
 
-def test_demo_arguments() -> None:
+def test_demo_arguments_are_parsed() -> None:
     args = cli.parser().parse_args(["demo", "--users", "3", "--model", "m", "--json"])
     assert args.run is demo.run
     assert (args.users, args.model, args.json) == (3, "m", True)
-    assert args.system_tokens + args.document_tokens > 2000  # so that times are compared
+    assert args.system_tokens + args.document_tokens > 2000  # long enough to compare times
 
 
 @pytest.mark.parametrize(
-    ("argv", "complaint"),
+    ("argv", "error"),
     [
         ([], "COMMAND"),
         (["dmeo"], "dmeo"),
@@ -51,16 +51,16 @@ def test_demo_arguments() -> None:
         (["demo", "--document-tokens", "-5"], "--document-tokens"),
     ],
 )
-def test_bad_arguments_end_with_code_2(
-    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_arguments_end_with_code_2(
+    argv: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ending:
         cli.main(argv)
     assert ending.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
-def test_a_missing_engine_is_named(
+def test_demo_without_vllm_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -68,7 +68,7 @@ def test_a_missing_engine_is_named(
     assert "needs vLLM" in capsys.readouterr().err
 
 
-def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
+def test_demo_larger_than_a_quarter_of_memory_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     played = []
@@ -85,19 +85,19 @@ def test_a_conversation_larger_than_a_quarter_of_memory_is_refused(
     assert "quarter of the memory, 256MiB" in capsys.readouterr().err
 
 
-def test_an_engine_that_fails_ends_with_code_1(
+def test_demo_with_a_failed_engine_ends_with_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def play(*_: object) -> engine.EngineRun:
-        raise engine.EngineError("the engine failed: why")
+        raise engine.EngineError("the engine failed: cause")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(engine, "play", play)
     assert cli.main(["demo", "--model", "m"]) == 1
-    assert "demo: the engine failed: why" in capsys.readouterr().err
+    assert "demo: the engine failed: cause" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_with_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(args: object) -> int:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""How commands end: a closed pipe, a full disk, Ctrl-C, a package that is not there, a surprise."""
+"""How commands end: a closed pipe, a full disk, Ctrl-C, a missing package, an unexpected error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPLAY = ["replay", "--generate", "rag", "--requests", "50", "--policy", "lru"]
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("argv", [["plan", "--help"], ["profile", "schema"], REPLAY], ids=" ".join)
-def test_command_whose_reader_has_gone_ends_quietly(argv: list[str], unbuffered: str) -> None:
+def test_command_with_a_closed_pipe_prints_no_error(argv: list[str], unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -32,11 +32,11 @@ def test_command_whose_reader_has_gone_ends_quietly(argv: list[str], unbuffered:
     finally:
         os.close(writer)
     assert done.stderr == b""
-    assert done.returncode == 141 or "--help" in argv  # argparse itself passes over it
+    assert done.returncode == 141 or "--help" in argv  # argparse ignores the closed pipe
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_command_whose_output_cannot_be_written_says_so_in_one_line(unbuffered: str) -> None:
+def test_command_with_an_unwritable_output_prints_one_error_line(unbuffered: str) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [*MODULE, "profile", "list"], stdout=full, stderr=subprocess.PIPE, check=False,
@@ -46,12 +46,12 @@ def test_command_whose_output_cannot_be_written_says_so_in_one_line(unbuffered: 
     assert done.stderr == b"kvcache profile: [Errno 28] No space left on device\n"
 
 
-def test_command_without_standard_streams_ends_as_ever() -> None:
+def test_command_without_standard_streams_succeeds() -> None:
     code = f"exec {sys.executable} -m kvcache profile list <&- >&- 2>&-"
     assert subprocess.run(["/bin/sh", "-c", code], check=False).returncode == 0
 
 
-def test_command_prints_what_its_output_cannot_encode() -> None:
+def test_command_escapes_characters_that_its_output_cannot_encode() -> None:
     done = subprocess.run(
         [*MODULE, *REPLAY], capture_output=True, check=True,
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
@@ -59,7 +59,7 @@ def test_command_prints_what_its_output_cannot_encode() -> None:
     assert b"\\xb5s/block" in done.stdout
 
 
-def test_interrupted_command_ends_with_130_and_no_word() -> None:
+def test_interrupted_command_ends_with_code_130_and_prints_nothing() -> None:
     reached = threading.Event()
 
     def silent(peer: object, ended: threading.Event) -> None:
@@ -83,7 +83,7 @@ def test_interrupted_command_ends_with_130_and_no_word() -> None:
         ("safetensors.torch", ["demo"], "vllm"),
     ],
 )
-def test_command_without_a_package_names_the_extra(
+def test_command_with_a_missing_package_names_the_extra(
     module: str, argv: list[str], extra: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -97,19 +97,19 @@ def test_command_without_a_package_names_the_extra(
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "says"),
+    ("error", "code", "text"),
     [
-        (RecursionError("x"), 2, "what it read is nested too deeply"),
+        (RecursionError("x"), 2, "the input is nested too deeply"),
         (MemoryError(), 1, "not enough memory"),
         (PermissionError(13, "Permission denied", "/x"), 1, "Permission denied"),
-        (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),  # of a connection
+        (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),  # a closed connection
         (KeyError("x"), 1, "unexpected KeyError"),
         (ImportError("no module", name="ours"), 1, "unexpected ImportError"),
         (ValueError("redis://me:hunter2@host\x1b[31m"), 1, "redis://***@host\\x1b[31m"),
     ],
 )
-def test_unexpected_exception_is_one_line(
-    error: Exception, code: int, says: str,
+def test_unexpected_exception_is_one_error_line(
+    error: Exception, code: int, text: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def run(args: object) -> int:
@@ -119,11 +119,11 @@ def test_unexpected_exception_is_one_line(
     assert cli.main(["demo"]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("kvcache demo: ")
-    assert says in line
+    assert text in line
     assert "hunter2" not in line
 
 
-def test_development_mode_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_development_mode_prints_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "from kvcache import cli\nfrom kvcache.cli import demo\n"
         "def run(args): raise KeyError('x')\ndemo.run = run\ncli.main(['demo'])\n"

@@ -1,4 +1,4 @@
-"""Each command with each odd input: it ends in time, with one message and no traceback."""
+"""Each command with each hostile input ends in time, with one message and no traceback."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support import hostile_inputs
 
 pytest.importorskip("redis")
 
-LIMIT_S = 120  # for all commands with one input, on a machine that does other things too
+LIMIT_S = 120  # for all commands with one input, on a loaded machine
 
-ASKED_BY_DOCTOR = {"silent", "flood", "drip-of-headers", "flood-of-a-page", "secret"}
-"""The doctor measures the machine too, so it meets only these servers."""
+DOCTOR_SERVERS = {"silent", "flood", "drip-of-headers", "flood-of-a-page", "secret"}
+"""The servers of the doctor's test; it also measures the machine, so all would take too long."""
 
-# Runs the commands given on the standard input with short waits, and says how each ended.
+# Runs the commands of the standard input with short timeouts, and prints the result of each.
 DRIVER = """
 import contextlib, io, json, sys, time
 from functools import partial
@@ -32,7 +32,7 @@ trace.LINES = 1_000_000
 inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = 0.5
 top.run = partial(top.run, timeout_s=0.5)
 doctor.run = partial(doctor.run, options=CheckOptions(tier_timeout_s=10.0, otlp_timeout_s=0.5))
-ended = []
+results = []
 for argv in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -40,46 +40,46 @@ for argv in json.load(sys.stdin):
             code = cli.main(argv)
         except SystemExit as end:
             code = end.code
-    ended.append([argv[0], code, out.getvalue(), err.getvalue()])
-print(json.dumps(ended))
+    results.append([argv[0], code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
 """
 
 
-class Ended(NamedTuple):
+class CommandResult(NamedTuple):
     command: str
     code: int
     out: str
     err: str
 
 
-def run(commands: list[list[str]], **environ: str) -> list[Ended]:
+def run(commands: list[list[str]], **environ: str) -> list[CommandResult]:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER], input=json.dumps(commands), text=True, check=False,
         capture_output=True, timeout=LIMIT_S, env=os.environ | environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr  # of a thread
-    return [Ended(*each) for each in json.loads(done.stdout)]
+    assert "Traceback" not in done.stderr  # from a thread
+    return [CommandResult(*each) for each in json.loads(done.stdout)]
 
 
-def assert_one_message(ended: Ended) -> None:
-    said = ended.out + ended.err
-    assert ended.code in (1, 2), ended
-    assert "Traceback" not in said
-    assert "unexpected" not in said
-    assert "hunter2" not in said
-    assert all(line.isprintable() for line in said.splitlines()), ended
-    if ended.command == "doctor":
-        assert "FAIL" in ended.out
-        assert len(said) < 6000
+def assert_one_message(result: CommandResult) -> None:
+    printed = result.out + result.err
+    assert result.code in (1, 2), result
+    assert "Traceback" not in printed
+    assert "unexpected" not in printed
+    assert "hunter2" not in printed
+    assert all(line.isprintable() for line in printed.splitlines()), result
+    if result.command == "doctor":
+        assert "FAIL" in result.out
+        assert len(printed) < 6000
     else:
-        assert len(said) < 1500
-        assert len(said.splitlines()) == 1, ended
+        assert len(printed) < 1500
+        assert len(printed.splitlines()) == 1, result
 
 
 @pytest.mark.parametrize("name", hostile_inputs.FILES)
-def test_commands_with_an_odd_file_end_with_one_message(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "odd.toml"
+def test_command_with_a_hostile_file_prints_one_message(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.toml"
     hostile_inputs.FILES[name](path)
     file = str(path)
     commands = [
@@ -91,12 +91,12 @@ def test_commands_with_an_odd_file_end_with_one_message(name: str, tmp_path: Pat
         ["replay", file, "--policy", "lru"],
         ["doctor", "--profile", file],
     ]
-    for ended in run(commands):
-        assert_one_message(ended)
+    for result in run(commands):
+        assert_one_message(result)
 
 
 @pytest.mark.parametrize("name", hostile_inputs.SERVERS)
-def test_commands_with_an_odd_server_end_with_one_message(name: str, tmp_path: Path) -> None:
+def test_command_with_a_hostile_server_prints_one_message(name: str, tmp_path: Path) -> None:
     profile = tmp_path / "redis.toml"
     with hostile_inputs.server(hostile_inputs.SERVERS[name]) as port:
         profile.write_text(
@@ -107,18 +107,18 @@ def test_commands_with_an_odd_server_end_with_one_message(name: str, tmp_path: P
             ["inspect", f"redis://127.0.0.1:{port}", "--verify"],
             ["top", f"http://me:hunter2@127.0.0.1:{port}/metrics?pw=hunter2", "--once"],
         ]
-        if name in ASKED_BY_DOCTOR:
+        if name in DOCTOR_SERVERS:
             commands.append(["doctor", "--profile", str(profile)])
         otlp = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://me:hunter2@127.0.0.1:{port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         }
-        for ended in run(commands, **otlp):
-            assert_one_message(ended)
+        for result in run(commands, **otlp):
+            assert_one_message(result)
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "text"),
     [
         (["top", "ftp://me:hunter2@host/?pw=hunter2"], "URL is ftp://***@host/?pw=***"),
         (["inspect", "http://me:hunter2@host"], "http://***@host"),
@@ -130,8 +130,8 @@ def test_commands_with_an_odd_server_end_with_one_message(name: str, tmp_path: P
         (["replay", "x", "--token", "hunter2"], "--token ***"),
     ],
 )
-def test_arguments_with_a_secret_are_not_repeated(
-    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_argument_with_a_secret_is_not_printed(
+    argv: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kvcache import cli
 
@@ -139,7 +139,7 @@ def test_arguments_with_a_secret_are_not_repeated(
         code = cli.main(argv)
     except SystemExit as end:
         code = end.code  # type: ignore[assignment]
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert code in (1, 2)
-    assert says in said.err
-    assert "hunter2" not in said.out + said.err
+    assert text in printed.err
+    assert "hunter2" not in printed.out + printed.err

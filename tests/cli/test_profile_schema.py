@@ -1,4 +1,4 @@
-"""The schema takes what the loader takes, and refuses what it can see is wrong."""
+"""The JSON schema accepts the profiles that the loader accepts, and rejects invalid ones."""
 
 import json
 import tomllib
@@ -14,15 +14,13 @@ from kvcache.profiles.schema import schema
 
 DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1GiB"\n'
 DISK = '[[tier]]\nname = "d"\nkind = "disk"\npath = "/d"\ncapacity = "1GiB"\n'
-OURS = '[[tier]]\nname = "x"\nkind = "tests.support.empty_tiers:Lower"\nno_such_option = 1\n'
+CLASS_PATH = '[[tier]]\nname = "x"\nkind = "tests.support.empty_tiers:Lower"\nno_such_option = 1\n'
 EXTENDS = 'extends = "l1-disk"\n'
 
 
 @pytest.fixture(autouse=True)
-def some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        host_memory, "limit", lambda *_: host_memory.HostMemory(1 << 40, "the test")
-    )
+def fixed_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "limit", lambda *_: host_memory.HostMemory(1 << 40, "a test"))
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +39,12 @@ def loads(file: Path, text: str) -> bool:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_shipped_profiles_are_right(validator: Any, name: str) -> None:
+def test_schema_accepts_shipped_profiles(validator: Any, name: str) -> None:
     text = load_profile(name, {}).path.read_text()
     validator.validate(tomllib.loads(text))
 
 
-RIGHT = [
+VALID = [
     DRAM,
     DRAM + 'eviction = "s3fifo"\n',
     DRAM + DISK,
@@ -61,7 +59,7 @@ RIGHT = [
     EXTENDS + DISK,
 ]
 
-WRONG = [
+INVALID = [
     "",
     "tier = []\n",
     "version = 1\n" + DRAM,
@@ -89,25 +87,27 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("text", RIGHT)
-def test_what_the_loader_takes_is_right(validator: Any, tmp_path: Path, text: str) -> None:
-    assert loads(tmp_path / "ours.toml", text)
+@pytest.mark.parametrize("text", VALID)
+def test_schema_accepts_valid_profiles(validator: Any, tmp_path: Path, text: str) -> None:
+    assert loads(tmp_path / "profile.toml", text)
     validator.validate(tomllib.loads(text))
 
 
-@pytest.mark.parametrize("text", WRONG)
-def test_wrong_profiles_fail(validator: Any, tmp_path: Path, text: str) -> None:
-    assert not loads(tmp_path / "ours.toml", text)
+@pytest.mark.parametrize("text", INVALID)
+def test_schema_rejects_invalid_profiles(validator: Any, tmp_path: Path, text: str) -> None:
+    assert not loads(tmp_path / "profile.toml", text)
     assert not validator.is_valid(tomllib.loads(text))
 
 
-def test_a_class_by_its_path_may_have_any_option(validator: Any, tmp_path: Path) -> None:
-    """The one thing of these that the loader knows and the schema cannot."""
-    assert not loads(tmp_path / "ours.toml", DRAM + OURS)
-    validator.validate(tomllib.loads(DRAM + OURS))
+def test_schema_accepts_any_option_of_a_class_path(validator: Any, tmp_path: Path) -> None:
+    """The loader imports the class and knows its options; the schema does not."""
+    assert not loads(tmp_path / "profile.toml", DRAM + CLASS_PATH)
+    validator.validate(tomllib.loads(DRAM + CLASS_PATH))
 
 
-def test_a_tier_that_is_not_installed_may_have_any_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schema_accepts_any_option_of_a_tier_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(tiers.KINDS, "far", ("no_such_package.far:FarTier", "far"))
     document = tomllib.loads(DRAM + '[[tier]]\nname = "f"\nkind = "far"\nanything = 1\n')
     jsonschema.Draft202012Validator(schema()).validate(document)
@@ -115,7 +115,7 @@ def test_a_tier_that_is_not_installed_may_have_any_option(monkeypatch: pytest.Mo
     assert not jsonschema.Draft202012Validator(schema()).is_valid(first)
 
 
-def test_options_are_described_in_the_words_of_their_class() -> None:
+def test_schema_describes_options_with_the_docstring_of_their_class() -> None:
     (disk,) = [one for one in schema()["$defs"]["below"]["allOf"]
                if one["if"]["properties"]["kind"]["const"] == "disk"]  # fmt: skip
     options = disk["then"]["properties"]
@@ -126,7 +126,7 @@ def test_options_are_described_in_the_words_of_their_class() -> None:
     assert all(option is True or option["description"] for option in options.values())
 
 
-def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["profile", "schema"], ["profile", "schema", "--json"]):
         assert cli.main(argv) == 0
         assert json.loads(capsys.readouterr().out) == schema()

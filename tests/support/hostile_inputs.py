@@ -1,4 +1,4 @@
-"""Inputs that no command expects: files, and servers that answer as none should."""
+"""Hostile inputs for commands: files, and servers with invalid or endless answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _sparse(path: Path) -> None:
 
 
 def _levels(path: Path) -> None:
-    """1,200 profiles that extend each other."""
+    """Write 1,200 profiles that extend each other."""
     folder = path.with_suffix(".levels")
     folder.mkdir()
     for level in range(1200):
@@ -36,7 +36,7 @@ def _levels(path: Path) -> None:
     path.symlink_to(folder / "0.toml")
 
 
-def _written(text: str | bytes) -> Callable[[Path], object]:
+def _writer(text: str | bytes) -> Callable[[Path], object]:
     data = text.encode() if isinstance(text, str) else text
     return lambda path: path.write_bytes(data)
 
@@ -51,53 +51,53 @@ FILES: dict[str, Callable[[Path], object]] = {
     "dev-zero": lambda path: path.symlink_to("/dev/zero"),
     "dev-full": lambda path: path.symlink_to("/dev/full"),
     "sparse": _sparse,
-    "empty": _written(""),
-    "binary": _written(os.urandom(4096)),
-    "control-characters": _written("\x1b[31m = \x1b]0;title\x07\n"),
-    "one-long-line": _written("a" * (40 << 20)),
-    "deep-lists": _written("[" * NESTED),
-    "deep-closed-lists": _written("a = " + "[" * 300 + "]" * 300),
-    "deep-json": _written('{"num_hidden_layers": ' + "[" * 900 + "]" * 900 + "}"),
-    "deep-tables": _written("[a" + ".a" * 20_000 + "]\n"),
-    "deep-keys": _written("a" + ".a" * 20_000 + " = 1\n"),
-    "long-number": _written("a = 0x" + "f" * 20_000 + "\n"),
-    "long-decimal": _written('{"num_hidden_layers": ' + "9" * 10_000 + "}"),
-    "odd-types": _written('{"architectures": 5, "layer_types": 7, "num_hidden_layers": [1]}'),
-    "null-in-a-path": _written('extends = "\\u0000/a.toml"\n'),
+    "empty": _writer(""),
+    "binary": _writer(os.urandom(4096)),
+    "control-characters": _writer("\x1b[31m = \x1b]0;title\x07\n"),
+    "one-long-line": _writer("a" * (40 << 20)),
+    "deep-lists": _writer("[" * NESTED),
+    "deep-closed-lists": _writer("a = " + "[" * 300 + "]" * 300),
+    "deep-json": _writer('{"num_hidden_layers": ' + "[" * 900 + "]" * 900 + "}"),
+    "deep-tables": _writer("[a" + ".a" * 20_000 + "]\n"),
+    "deep-keys": _writer("a" + ".a" * 20_000 + " = 1\n"),
+    "long-number": _writer("a = 0x" + "f" * 20_000 + "\n"),
+    "long-decimal": _writer('{"num_hidden_layers": ' + "9" * 10_000 + "}"),
+    "wrong-types": _writer('{"architectures": 5, "layer_types": 7, "num_hidden_layers": [1]}'),
+    "null-in-a-path": _writer('extends = "\\u0000/a.toml"\n'),
     "extends-levels": _levels,
     "extends-itself": lambda path: path.write_text(f'extends = "{path}"\n'),
-    "gzip-of-zeros": _written(gzip.compress(bytes(64 << 20), 9)),
-    "gzip-of-lines": _written(gzip.compress(b"\n" * (2 << 20), 9)),
-    "gzip-cut": _written(gzip.compress(os.urandom(4096))[:-20]),
+    "gzip-of-zeros": _writer(gzip.compress(bytes(64 << 20), 9)),
+    "gzip-of-lines": _writer(gzip.compress(b"\n" * (2 << 20), 9)),
+    "gzip-cut": _writer(gzip.compress(os.urandom(4096))[:-20]),
 }
-"""By name: what makes it at a path."""
+"""By name: a function that makes the file at a path."""
 
 
 def _silent(peer: socket.socket, ended: threading.Event) -> None:
     ended.wait()
 
 
-def _flood(begin: bytes, again: bytes) -> Callable[[socket.socket, threading.Event], None]:
+def _flood(first: bytes, repeated: bytes) -> Callable[[socket.socket, threading.Event], None]:
     def answer(peer: socket.socket, ended: threading.Event) -> None:
         peer.recv(1 << 16)
-        peer.sendall(begin)
+        peer.sendall(first)
         while not ended.is_set():
-            peer.sendall(again)
+            peer.sendall(repeated)
 
     return answer
 
 
-def _drip(begin: bytes) -> Callable[[socket.socket, threading.Event], None]:
+def _drip(first: bytes) -> Callable[[socket.socket, threading.Event], None]:
     def answer(peer: socket.socket, ended: threading.Event) -> None:
         peer.recv(1 << 16)
-        peer.sendall(begin)
+        peer.sendall(first)
         while not ended.wait(0.05):
             peer.sendall(b"1")
 
     return answer
 
 
-def _again(reply: bytes) -> Callable[[socket.socket, threading.Event], None]:
+def _repeat(reply: bytes) -> Callable[[socket.socket, threading.Event], None]:
     def answer(peer: socket.socket, ended: threading.Event) -> None:
         while peer.recv(1 << 16):
             peer.sendall(reply)
@@ -118,22 +118,22 @@ SERVERS: dict[str, Callable[[socket.socket, threading.Event], None]] = {
     "drip-of-headers": _drip(b"HTTP/1.1 200 OK\r\na: "),
     "drip-of-a-page": _drip(b"HTTP/1.1 200 OK\r\n\r\n"),
     "drip-of-a-value": _drip(b"$1000000\r\n"),
-    "garbage": _again(bytes(range(256))),
-    "http": _again(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"),
-    "secret": _again(b"-ERR \x1b[31mredis://me:hunter2@host password=hunter2\r\n"),
-    "endless-list": _again(b"*2\r\n$1\r\n7\r\n*0\r\n"),
-    "numbers": _again(
+    "garbage": _repeat(bytes(range(256))),
+    "http": _repeat(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"),
+    "secret": _repeat(b"-ERR \x1b[31mredis://me:hunter2@host password=hunter2\r\n"),
+    "endless-list": _repeat(b"*2\r\n$1\r\n7\r\n*0\r\n"),
+    "numbers": _repeat(
         b"HTTP/1.1 200 OK\r\nContent-Length: 92\r\n\r\n"
         b'vllm:kvcache_tier_usage_bytes{tier="\x1b[31m"} inf\n'
         + b'vllm:kvcache_tier_pinned{tier="\x1b[31m"} 1e999\n'.ljust(44)
     ),
 }
-"""By name: what it does with each connection."""
+"""By name: a function that serves one connection until the event is set."""
 
 
 @contextmanager
 def server(answer: Callable[[socket.socket, threading.Event], None]) -> Iterator[int]:
-    """Serve on the loopback address; the port."""
+    """Serve each connection with `answer` on the loopback address; yield the port."""
     ended = threading.Event()
     threads: list[threading.Thread] = []
 
