@@ -4,7 +4,7 @@ Always true here:
 
 * The values are the plain integers of ``Stack.stats()``; nothing is counted a second time.
   Observable instruments of the OpenTelemetry API read them at each collection.
-* The duration histogram is recorded once per call to a lower tier, per look-up in L1 and per copy
+* The duration histogram is recorded once per call to a lower tier, per lookup in L1 and per copy
   out of L1 or into it, never per block. Without a provider that costs 0.2 microseconds.
 * No attribute contains a key, a hash or a request id: the number of series depends only on the
   tiers and on fixed label values.
@@ -64,9 +64,9 @@ STORES = Metric(
     "kvcache.tier.stores",
     "counter",
     "{block}",
-    "Blocks to store in the tier, by result: `stored` or `declined` (no room); for L1 also "
-    "`failed` (the copy into L1 failed); for lower tiers also `known` (held already) and `dropped` "
-    "(the write queue was full or the circuit breaker open)",
+    "Blocks to store in the tier, by result: `stored` or `declined` (no room, or the call failed); "
+    "for L1 also `failed` (the copy into L1 failed); for lower tiers also `known` (held already) "
+    "and `dropped` (the write queue was full or the circuit breaker open)",
     (RESULT,),
 )
 IO = Metric(
@@ -122,7 +122,7 @@ DURATION = Metric(
     "histogram",
     "s",
     "Duration of one call to a lower tier, by operation: `contains`, `load`, `store` or `forget` "
-    "(a reset); for L1 of a look-up (`lookup`), and of an engine's copy out of L1 (`load`) or into "
+    "(a reset); for L1 of a lookup (`lookup`), and of an engine's copy out of L1 (`load`) or into "
     "it (`store`)",
     (OPERATION, telemetry.ERROR),
 )
