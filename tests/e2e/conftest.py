@@ -1,4 +1,4 @@
-"""Real engines: a small checkpoint for all of them, and a stage that starts one and plays acts."""
+"""A small checkpoint for all engines, and a function that runs scenarios on an engine."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine.engine import VOCABULARY, Setup
-from tests.support.engine.process import Act, Play, play
+from tests.support.engine.engine import VOCABULARY, EngineSettings
+from tests.support.engine.process import EngineRun, Scenario, run_scenarios
 
-Stage = Callable[..., Play]
+RunEngine = Callable[..., EngineRun]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers whose KV cache decides which token comes next; 32 KiB to a block in bfloat16."""
+    """Four layers; attention is sharp, so a wrong KV cache changes tokens. 32 KiB per block."""
     pytest.importorskip("vllm")
     from kvcache.cli.demo.checkpoint import write
 
@@ -26,11 +26,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stage(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """Start an engine with these settings in a process of its own and play the acts on it."""
+def run_engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
+    """A function that runs scenarios on an engine with these fields of `EngineSettings`."""
 
-    def perform(acts: Sequence[Act], **settings: Any) -> Play:
-        setup = Setup(**{"checkpoint": str(checkpoint)} | settings)
-        return play(setup, acts, tmp_path_factory.mktemp("engine"))
+    def run(scenarios: Sequence[Scenario], **fields: Any) -> EngineRun:
+        settings = EngineSettings(**{"checkpoint": str(checkpoint)} | fields)
+        return run_scenarios(settings, scenarios, tmp_path_factory.mktemp("engine"))
 
-    return perform
+    return run

@@ -1,8 +1,7 @@
-"""vLLM's own async scheduler with the connector: it builds a step before the last is reported.
+"""vLLM's async scheduler with the connector: it builds a step before the last one is reported.
 
-vLLM turns async scheduling off on a CPU, so its scheduler is real here and the model is played:
-what it computes is the tokens of a block, or wrong where a block before it is wrong. The slots are
-those of L1, and what L1 publishes is read from them.
+vLLM turns async scheduling off on a CPU, so the scheduler is real here and the model is simulated:
+it computes the hash of a block, or WRONG if a block before it is WRONG. The slots are those of L1.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ pytestmark = pytest.mark.engine
 BLOCKS, NBYTES, WRONG = 64, 4096, b"\xff" * 32
 
 
-class Ahead:
-    """An engine whose scheduler is vLLM's. `fails` is whether the next load does."""
+class AsyncScheduling:
+    """vLLM's scheduler and a simulated model. If `fails` is set, the next load fails."""
 
     def __init__(self, checkpoint: Path) -> None:
         import torch
@@ -82,13 +81,13 @@ class Ahead:
         return request
 
     def step(self) -> None:
-        """Build and run a step; hear of the one before it."""
+        """Build and run a step, then report the one before it."""
         output = self.scheduler.schedule()
         self.reports.append((output, self._run(output)))
         if len(self.reports) > 1:
-            self.hear()
+            self.report()
 
-    def hear(self) -> None:
+    def report(self) -> None:
         self.scheduler.update_from_output(*self.reports.popleft())
 
     def drain(self) -> None:
@@ -96,7 +95,7 @@ class Ahead:
             self.step()
             if not self.scheduler.has_requests():
                 while self.reports:
-                    self.hear()
+                    self.report()
 
     def _run(self, output: Any) -> Any:
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -118,16 +117,16 @@ class Ahead:
             acks.aggregate(Acks({store.job: 1}, {store.job} if bad else set()))
         names = list(output.num_scheduled_tokens)
         samples = [self._samples(name) for name in names]
-        told = KVConnectorOutput(invalid_block_ids=bad, kv_connector_worker_meta=acks)
+        output_of_worker = KVConnectorOutput(invalid_block_ids=bad, kv_connector_worker_meta=acks)
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: at for at, name in enumerate(names)},
             sampled_token_ids=[[7] if samples_one else [] for samples_one in samples],
-            kv_connector_output=told,
+            kv_connector_output=output_of_worker,
         )
 
     def _compute(self, name: str, tokens: int) -> None:
-        """What lies in each block that the step completes: the block's hash, or WRONG."""
+        """Write the hash, or WRONG, into each block that the step completes."""
         request = self.scheduler.requests[name]
         [blocks] = self.scheduler.kv_cache_manager.get_block_ids(name)
         end = min(request.num_computed_tokens, request.num_tokens)
@@ -140,12 +139,12 @@ class Ahead:
         request = self.scheduler.requests[name]
         return bool(request.num_computed_tokens >= request.num_tokens)
 
-    def forget(self) -> None:
-        """vLLM's own cache is empty; L1 keeps what it has."""
+    def reset_own_cache(self) -> None:
+        """Empty vLLM's own cache, not L1."""
         assert self.scheduler.reset_prefix_cache()
 
     def published(self, request: Any) -> list[bool]:
-        """Of each block whether L1 has it; what it has must be right."""
+        """Return for each block whether L1 holds it; fail if L1 holds a wrong one."""
         keys = list(request.block_hashes)
         held: list[bool] = self.front.contains(keys)
         for key, there in zip(keys, held, strict=True):
@@ -157,27 +156,27 @@ class Ahead:
 
 
 @pytest.fixture
-def ahead(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ahead]:
+def ahead(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncScheduling]:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(48 * NBYTES))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    engine = Ahead(checkpoint)
+    engine = AsyncScheduling(checkpoint)
     yield engine
     engine.scheduler.shutdown()
 
 
-def keep(engine: Ahead, tokens: list[int]) -> None:
+def store_prompt(engine: AsyncScheduling, tokens: list[int]) -> None:
     engine.add("kept", tokens, 1)
     engine.drain()
-    engine.forget()
+    engine.reset_own_cache()
 
 
-def test_failed_load_of_a_long_prompt_publishes_no_block_after_it(ahead: Ahead) -> None:
+def test_failed_load_of_a_long_prompt_publishes_no_block_after_it(ahead: AsyncScheduling) -> None:
     known = prompt("known", 4 * BLOCK)
-    keep(ahead, [*known, 1])
+    store_prompt(ahead, [*known, 1])
     ahead.fails = True
     request = ahead.add("hit", known + prompt("beyond", 20 * BLOCK))  # three steps
     ahead.step()
-    ahead.step()  # built before the first is reported
+    ahead.step()  # vLLM builds it before the first is reported
     ahead.drain()
     assert not ahead.fails
     ahead.published(request)
@@ -185,10 +184,10 @@ def test_failed_load_of_a_long_prompt_publishes_no_block_after_it(ahead: Ahead) 
 
 
 def test_request_that_found_blocks_of_a_failed_load_publishes_none_after_them(
-    ahead: Ahead,
+    ahead: AsyncScheduling,
 ) -> None:
     known = prompt("known", 4 * BLOCK)
-    keep(ahead, [*known, 1])
+    store_prompt(ahead, [*known, 1])
     ahead.fails = True
     first = ahead.add("first", known + prompt("first", BLOCK))
     ahead.step()
@@ -199,7 +198,7 @@ def test_request_that_found_blocks_of_a_failed_load_publishes_none_after_them(
     ahead.drain()
     ahead.published(first)
     ahead.published(second)
-    ahead.forget()
+    ahead.reset_own_cache()
     again = ahead.add("again", known + prompt("second", 12 * BLOCK))
     ahead.drain()
     assert all(ahead.published(again))

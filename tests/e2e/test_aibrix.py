@@ -1,4 +1,4 @@
-"""An environment made for AIBrix's offloading: the engine starts on it, and one line says so."""
+"""An engine starts with the environment of AIBrix's offloading and logs one warning about it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.support.engine.engine import Engine, prompt
-from tests.support.engine.process import starts
+from tests.support.engine.process import startup
 
 pytestmark = pytest.mark.engine
 
 PREFIX = "AIBRIX_KV_CACHE_OL_"
 
 
-def asked_twice(engine: Engine) -> dict[str, Any]:
-    """The second time the engine's own cache has nothing."""
+def complete_twice(engine: Engine) -> dict[str, Any]:
+    """Complete a prompt before and after a reset of vLLM's own cache."""
     asked = prompt("aibrix", 100)
-    first = engine.ask(asked)
+    first = engine.complete(asked)
     engine.llm.reset_prefix_cache()
-    second = engine.ask(asked)
+    second = engine.complete(asked)
     return {
         "cached": second["cached"], "same": second["tokens"] == first["tokens"],
-        "nbytes": engine.side.stack.front.slab.nbytes,
+        "nbytes": engine.stack.front.slab.nbytes,
     }  # fmt: skip
 
 
-def test_aibrix_environment(stage: Stage) -> None:
+def test_start_with_aibrix_variables_logs_one_warning_and_has_hits(run_engine: RunEngine) -> None:
     environment = {
         "KVCACHE_PROFILE": "",
         "KVCACHE__L1__CAPACITY": "",
@@ -36,11 +36,11 @@ def test_aibrix_environment(stage: Stage) -> None:
         f"{PREFIX}L1_CACHE_CAPACITY_GB": "0.0625",
         f"{PREFIX}CHUNK_SIZE": "512",
     }
-    play = stage([asked_twice], blocks=100, l1="none of ours", environment=environment)
-    facts = play.of(asked_twice)
+    play = run_engine([complete_twice], blocks=100, l1="none of ours", environment=environment)
+    facts = play.result_of(complete_twice)
     assert facts == {"cached": facts["cached"], "same": True, "nbytes": 64 << 20}
     assert facts["cached"] > 0
-    [line] = play.warnings(starts)
+    [line] = play.warnings_of(startup)
     assert f"{PREFIX}L1_CACHE_EVICTION_POLICY as eviction of l1" in line
     assert f"{PREFIX}L1_CACHE_CAPACITY_GB as capacity of l1" in line
     assert f"no effect: {PREFIX}CHUNK_SIZE" in line

@@ -1,4 +1,4 @@
-"""The `l1-disk` profile: what one engine computed, the next serves, with the same answers."""
+"""With the `l1-disk` profile, an engine serves what the engine before it has computed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from kvcache.profiles import load_profile
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.support.engine import lower_tier
 from tests.support.engine.engine import BLOCK
 from tests.support.engine.killing_disk import LAST
-from tests.support.engine.process import Play, starts
+from tests.support.engine.process import EngineRun, startup
 
 pytestmark = pytest.mark.engine
 
-ACTS = (
-    lower_tier.ask_again,
-    lower_tier.counts,
-    lower_tier.abort_while_it_waits,
-    lower_tier.after_reset,
+SCENARIOS = (
+    lower_tier.repeat_prompts,
+    lower_tier.lower_tier_counts,
+    lower_tier.abort_during_promotion,
+    lower_tier.cached_after_reset,
 )
 
 
@@ -33,57 +33,67 @@ def on_disk(folder: Path) -> dict[str, str]:
         "KVCACHE__DISK__PATH": str(folder / "kv"),
         "KVCACHE__DISK__CAPACITY": "64MiB",
         "KVCACHE__DISK__DEADLINE_S": "30",
-        "KVCACHE__DISK__IF_SLOWER": "load",  # what is tested is what comes, not how fast
+        "KVCACHE__DISK__IF_SLOWER": "load",  # the test is about contents, not speed
     }
 
 
 @pytest.fixture(scope="module", params=["none", "zstd"])
-def lives(
-    request: pytest.FixtureRequest, stage: Stage, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Play, Play]:
-    """Two engines, one after another, on one directory."""
+def engines(
+    request: pytest.FixtureRequest, run_engine: RunEngine, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EngineRun, EngineRun]:
+    """Two engines run one after the other on one directory."""
     environment = on_disk(tmp_path_factory.mktemp("disk")) | {"KVCACHE__DISK__CODEC": request.param}
-    first = stage((lower_tier.ask_first, lower_tier.counts), environment=environment, **SMALL)
-    return first, stage(ACTS, environment=environment, **SMALL)
+    first = run_engine(
+        (lower_tier.complete_prompts, lower_tier.lower_tier_counts),
+        environment=environment,
+        **SMALL,
+    )
+    return first, run_engine(SCENARIOS, environment=environment, **SMALL)
 
 
 @pytest.fixture(scope="module")
-def reference(stage: Stage) -> Play:
-    return stage((lower_tier.ask_first, lower_tier.ask_again), blocks=1000)
+def reference(run_engine: RunEngine) -> EngineRun:
+    return run_engine((lower_tier.complete_prompts, lower_tier.repeat_prompts), blocks=1000)
 
 
-def test_the_next_engine_serves_what_the_first_computed(
-    lives: tuple[Play, Play], reference: Play
+def test_restart_on_the_same_directory_serves_blocks_of_the_engine_before(
+    engines: tuple[EngineRun, EngineRun], reference: EngineRun
 ) -> None:
-    first, second = lives
-    first.of(starts)
-    assert first.of(lower_tier.ask_first) == reference.of(lower_tier.ask_first)
-    wrote = first.of(lower_tier.counts)
+    first, second = engines
+    first.result_of(startup)
+    assert first.result_of(lower_tier.complete_prompts) == reference.result_of(
+        lower_tier.complete_prompts
+    )
+    wrote = first.result_of(lower_tier.lower_tier_counts)
     assert wrote["stored"] > 0
     assert (wrote["dropped"], wrote["errors"], wrote["pinned"]) == (0, 0, 0)
-    second.of(starts)
-    assert second.of(lower_tier.ask_again) == reference.of(lower_tier.ask_again)
-    read = second.of(lower_tier.counts)
+    second.result_of(startup)
+    assert second.result_of(lower_tier.repeat_prompts) == reference.result_of(
+        lower_tier.repeat_prompts
+    )
+    read = second.result_of(lower_tier.lower_tier_counts)
     assert read["loaded"] > 0
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)
 
 
-def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(
-    lives: tuple[Play, Play], reference: Play
+def test_abort_during_promotion_leaves_no_open_state(
+    engines: tuple[EngineRun, EngineRun], reference: EngineRun
 ) -> None:
-    found = lives[1].of(lower_tier.abort_while_it_waits)
+    found = engines[1].result_of(lower_tier.abort_during_promotion)
     assert not any(found["ends"].values()), found["ends"]
-    [again, *_] = reference.of(lower_tier.ask_again)
+    [again, *_] = reference.result_of(lower_tier.repeat_prompts)
     assert found["tokens"] == again["tokens"]
     assert found["cached"] >= 4 * BLOCK
 
 
-def test_a_reset_reaches_below(lives: tuple[Play, Play]) -> None:
-    assert lives[1].of(lower_tier.after_reset) == [0]
+def test_reset_empties_the_lower_tier(engines: tuple[EngineRun, EngineRun]) -> None:
+    assert engines[1].result_of(lower_tier.cached_after_reset) == [0]
 
 
-def test_files_are_where_the_profile_says(tmp_path: Path, stage: Stage) -> None:
-    """A directory that cannot be used is one error at start, which names it."""
+def test_start_with_an_unusable_path_fails_with_its_name(
+    tmp_path: Path, run_engine: RunEngine
+) -> None:
+    """An unusable directory is one error at start that names it."""
     (tmp_path / "file").write_text("")
     environment = {
         "KVCACHE_PROFILE": "l1-disk",
@@ -91,41 +101,51 @@ def test_files_are_where_the_profile_says(tmp_path: Path, stage: Stage) -> None:
         "KVCACHE__DISK__CAPACITY": "64MiB",
     }
     with pytest.raises(AssertionError, match="which cannot be used"):
-        stage((), blocks=100, l1="16MiB", environment=environment).of(starts)
+        run_engine((), blocks=100, l1="16MiB", environment=environment).result_of(startup)
 
 
 @pytest.fixture(scope="module")
-def killed(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Play, Play]:
-    """An engine whose core is killed while it writes to disk, its worker apart; and the next."""
+def killed_and_next(
+    run_engine: RunEngine, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EngineRun, EngineRun]:
+    """An engine that is killed while its core writes to disk, and the engine after it."""
     folder = tmp_path_factory.mktemp("killed")
     shipped = load_profile("l1-disk").path.read_text()
-    deadly = shipped.replace(
+    killing = shipped.replace(
         'kind = "disk"', 'kind = "tests.support.engine.killing_disk:DeadlyDisk"'
     )
-    assert deadly != shipped
-    (folder / "deadly.toml").write_text(deadly)
-    its = {"KVCACHE_PROFILE": f"{folder}/deadly.toml", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    first = stage(
-        (lower_tier.ask_until_it_dies,),
-        environment=on_disk(folder) | its,
+    assert killing != shipped
+    (folder / "killing.toml").write_text(killing)
+    settings = {"KVCACHE_PROFILE": f"{folder}/killing.toml", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    first = run_engine(
+        (lower_tier.complete_until_killed,),
+        environment=on_disk(folder) | settings,
         options={"distributed_executor_backend": "mp"},
         **SMALL,
     )
-    acts = (lower_tier.ask_first, lower_tier.ask_again, lower_tier.counts)
-    return first, stage(acts, environment=on_disk(folder), **SMALL)
+    acts = (lower_tier.complete_prompts, lower_tier.repeat_prompts, lower_tier.lower_tier_counts)
+    return first, run_engine(acts, environment=on_disk(folder), **SMALL)
 
 
-def test_what_was_written_before_a_kill_is_served_after_it(
-    killed: tuple[Play, Play], reference: Play
+def test_restart_after_a_kill_serves_blocks_written_before_it(
+    killed_and_next: tuple[EngineRun, EngineRun], reference: EngineRun
 ) -> None:
-    first, second = killed
-    assert first.of(lower_tier.ask_until_it_dies) == [True, True]  # its core and its worker
-    second.of(starts)
-    found, right = second.of(lower_tier.ask_first), reference.of(lower_tier.ask_first)
+    first, second = killed_and_next
+    assert first.result_of(lower_tier.complete_until_killed) == [
+        True,
+        True,
+    ]  # the core and the worker have ended
+    second.result_of(startup)
+    found, right = (
+        second.result_of(lower_tier.complete_prompts),
+        reference.result_of(lower_tier.complete_prompts),
+    )
     assert [answer["tokens"] for answer in found] == [answer["tokens"] for answer in right]
     assert found[0]["cached"] > 0
-    assert second.of(lower_tier.ask_again) == reference.of(lower_tier.ask_again)
-    read = second.of(lower_tier.counts)
+    assert second.result_of(lower_tier.repeat_prompts) == reference.result_of(
+        lower_tier.repeat_prompts
+    )
+    read = second.result_of(lower_tier.lower_tier_counts)
     assert 0 < read["loaded"] < LAST
-    # Were the block found whose write was not finished, its frame would be rejected: a miss.
+    # A lookup that found the half-written block would reject its frame and count a miss.
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)

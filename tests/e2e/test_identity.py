@@ -1,7 +1,8 @@
-"""What changes the bytes of a block without changing its key, on a real engine with a disk.
+"""Changes of weights that vLLM's block hashes do not show, on real engines with a disk.
 
-Four engines, one after another, on one directory: the second has the model at another path and a
-LoRA adapter that was trained again, and is reset; the fourth has other weights at the third's path.
+Four engines run one after the other on one directory. The second has the model at another path and
+a LoRA adapter with other weights, and resets everything at the end. The fourth has other weights at
+the path of the third.
 """
 
 from __future__ import annotations
@@ -13,31 +14,31 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.e2e.test_below import on_disk
 from tests.support.engine import lower_tier
-from tests.support.engine.engine import BLOCK, VOCABULARY, Answer, Engine, prompt
-from tests.support.engine.process import Act, Play, starts
+from tests.support.engine.engine import BLOCK, VOCABULARY, Completion, Engine, prompt
+from tests.support.engine.process import EngineRun, Scenario, startup
 
 pytestmark = pytest.mark.engine
 
 ADAPTED = prompt("for the adapter", 3 * BLOCK + 5)
 
 
-def ask_adapter(engine: Engine) -> Answer:
-    """A prompt for the LoRA adapter."""
-    answer = engine.ask(ADAPTED, lora=os.environ["ADAPTER"])
-    if engine.keeps:
-        assert engine.side.stack.flush(60)
+def complete_with_adapter(engine: Engine) -> Completion:
+    """Complete a prompt with the LoRA adapter."""
+    answer = engine.complete(ADAPTED, lora=os.environ["ADAPTER"])
+    if engine.has_kvcache:
+        assert engine.stack.flush(60)
     return answer
 
 
-class Lives(NamedTuple):
-    first: Play
-    moved: Play
-    after_reset: Play
-    retrained: Play
-    reference: Play  # of the weights of the last, with no cache but vLLM's
+class Engines(NamedTuple):
+    first: EngineRun
+    moved: EngineRun
+    after_reset: EngineRun
+    retrained: EngineRun
+    reference: EngineRun  # the weights of `retrained`, without kvcache
 
 
 def write_model(folder: Path, seed: int) -> Path:
@@ -66,7 +67,7 @@ def write_adapter(folder: Path, value: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def lives(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Lives:
+def engines(run_engine: RunEngine, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     folder = tmp_path_factory.mktemp("identity")
     adapter = folder / "poet"
     settings: dict[str, Any] = {
@@ -78,59 +79,76 @@ def lives(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Lives:
 
     old = write_model(folder / "model", seed=0)
     write_adapter(adapter, 1.0)
-    acts: tuple[Act, ...] = (lower_tier.ask_first, ask_adapter, lower_tier.counts)
-    first = stage(acts, checkpoint=str(old), **settings, **lora)
+    acts: tuple[Scenario, ...] = (
+        lower_tier.complete_prompts,
+        complete_with_adapter,
+        lower_tier.lower_tier_counts,
+    )
+    first = run_engine(acts, checkpoint=str(old), **settings, **lora)
 
     new = old.rename(folder / "elsewhere")
     write_adapter(adapter, -2.0)
-    acts = (lower_tier.ask_first, ask_adapter, lower_tier.counts, lower_tier.after_reset)
-    moved = stage(acts, checkpoint=str(new), **settings, **lora)
+    acts = (
+        lower_tier.complete_prompts,
+        complete_with_adapter,
+        lower_tier.lower_tier_counts,
+        lower_tier.cached_after_reset,
+    )
+    moved = run_engine(acts, checkpoint=str(new), **settings, **lora)
 
-    acts = (lower_tier.ask_first, lower_tier.counts)
-    after_reset = stage(acts, checkpoint=str(new), **settings)
+    acts = (lower_tier.complete_prompts, lower_tier.lower_tier_counts)
+    after_reset = run_engine(acts, checkpoint=str(new), **settings)
 
     write_model(new, seed=1)
-    retrained = stage(acts, checkpoint=str(new), **settings)
-    reference = stage((lower_tier.ask_first,), checkpoint=str(new), blocks=1000)
-    return Lives(first, moved, after_reset, retrained, reference)
+    retrained = run_engine(acts, checkpoint=str(new), **settings)
+    reference = run_engine((lower_tier.complete_prompts,), checkpoint=str(new), blocks=1000)
+    return Engines(first, moved, after_reset, retrained, reference)
 
 
-def heads(answers: list[Answer]) -> int:
-    """Cached tokens of the first prompt, of which the engine itself has nothing."""
+def first_cached(answers: list[Completion]) -> int:
+    """Return the cached tokens of the first prompt, which vLLM's own cache does not hold."""
     return int(answers[0]["cached"])
 
 
-def said(answers: list[Answer]) -> list[Any]:
+def tokens_of(answers: list[Completion]) -> list[Any]:
     return [answer["tokens"] for answer in answers]
 
 
-def test_restart_same_files_at_another_path_finds_its_blocks(lives: Lives) -> None:
-    lives.first.of(starts)
-    lives.moved.of(starts)
-    before, after = lives.first.of(lower_tier.ask_first), lives.moved.of(lower_tier.ask_first)
-    assert (heads(before), said(after)) == (0, said(before))
-    assert heads(after) >= 4 * BLOCK
-    assert lives.moved.of(lower_tier.counts)["loaded"] > 0
+def test_restart_same_files_at_another_path_finds_its_blocks(engines: Engines) -> None:
+    engines.first.result_of(startup)
+    engines.moved.result_of(startup)
+    before, after = (
+        engines.first.result_of(lower_tier.complete_prompts),
+        engines.moved.result_of(lower_tier.complete_prompts),
+    )
+    assert (first_cached(before), tokens_of(after)) == (0, tokens_of(before))
+    assert first_cached(after) >= 4 * BLOCK
+    assert engines.moved.result_of(lower_tier.lower_tier_counts)["loaded"] > 0
 
 
-def test_restart_adapter_replaced_under_its_name_finds_nothing_of_before(lives: Lives) -> None:
-    before, after = lives.first.of(ask_adapter), lives.moved.of(ask_adapter)
+def test_restart_adapter_replaced_under_its_name_finds_nothing_of_before(engines: Engines) -> None:
+    before, after = (
+        engines.first.result_of(complete_with_adapter),
+        engines.moved.result_of(complete_with_adapter),
+    )
     assert (before["cached"], after["cached"]) == (0, 0)
     assert after["logprobs"] != before["logprobs"]
 
 
-def test_restart_after_a_reset_finds_nothing_of_before(lives: Lives) -> None:
-    assert lives.moved.of(lower_tier.after_reset) == [0]
-    answers = lives.after_reset.of(lower_tier.ask_first)
-    assert heads(answers) == 0
-    assert said(answers) == said(lives.first.of(lower_tier.ask_first))
-    assert lives.after_reset.of(lower_tier.counts)["stored"] > 0  # the next would find these
+def test_restart_after_a_reset_finds_nothing_of_before(engines: Engines) -> None:
+    assert engines.moved.result_of(lower_tier.cached_after_reset) == [0]
+    answers = engines.after_reset.result_of(lower_tier.complete_prompts)
+    assert first_cached(answers) == 0
+    assert tokens_of(answers) == tokens_of(engines.first.result_of(lower_tier.complete_prompts))
+    assert (
+        engines.after_reset.result_of(lower_tier.lower_tier_counts)["stored"] > 0
+    )  # for the next engine
 
 
-def test_restart_other_weights_at_the_same_path_find_nothing_of_before(lives: Lives) -> None:
-    answers = lives.retrained.of(lower_tier.ask_first)
-    assert heads(answers) == 0
-    assert lives.retrained.of(lower_tier.counts)["loaded"] == 0
-    right = lives.reference.of(lower_tier.ask_first)
+def test_restart_other_weights_at_the_same_path_find_nothing_of_before(engines: Engines) -> None:
+    answers = engines.retrained.result_of(lower_tier.complete_prompts)
+    assert first_cached(answers) == 0
+    assert engines.retrained.result_of(lower_tier.lower_tier_counts)["loaded"] == 0
+    right = engines.reference.result_of(lower_tier.complete_prompts)
     assert answers == right
-    assert said(right) != said(lives.after_reset.of(lower_tier.ask_first))
+    assert tokens_of(right) != tokens_of(engines.after_reset.result_of(lower_tier.complete_prompts))

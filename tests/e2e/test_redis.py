@@ -1,4 +1,4 @@
-"""The `l1-redis` profile: engines at one server, and what the second answers when it is gone."""
+"""With the `l1-redis` profile, engines share blocks through a server until it is killed."""
 
 from __future__ import annotations
 
@@ -15,63 +15,63 @@ import pytest
 
 pytest.importorskip("redis")
 
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.support import redis_servers
 from tests.support.engine import lower_tier
-from tests.support.engine.engine import BLOCK, Answer, Engine
+from tests.support.engine.engine import BLOCK, Completion, Engine
 from tests.support.engine.lower_tier import PROMPTS
-from tests.support.engine.process import Play, starts
+from tests.support.engine.process import EngineRun, startup
 from tests.support.redis_servers import Server
 
 pytestmark = pytest.mark.engine
 
 
-def ask_as_strangers(engine: Engine) -> dict[str, list[int]]:
-    """Cached tokens of a prompt that others have stored, and of it again, for other askers."""
-    askers: dict[str, dict[str, str | None]] = {
+def complete_as_other_users(engine: Engine) -> dict[str, list[int]]:
+    """Return the cached tokens of a stored prompt, twice, for requests with a salt or a LoRA."""
+    requests: dict[str, dict[str, str | None]] = {
         "salt": {"salt": "mine"},
         "lora": {"lora": os.environ["ADAPTER"]},
         "nobody": {},
     }
-    cached: dict[str, list[int]] = {name: [] for name in askers}
+    cached: dict[str, list[int]] = {name: [] for name in requests}
     for _ in range(2):
-        engine.evict_own()
-        engine.side.stack.front.clear()
-        for name, asker in askers.items():
-            cached[name].append(engine.ask(PROMPTS[0], tokens=2, **asker)["cached"])
-        assert engine.side.stack.flush(60)
+        engine.reset_own_cache()
+        engine.stack.front.clear()
+        for name, request in requests.items():
+            cached[name].append(engine.complete(PROMPTS[0], tokens=2, **request)["cached"])
+        assert engine.stack.flush(60)
     return cached
 
 
-def ask_once(engine: Engine) -> int:
-    """Cached tokens of a prompt that engines with other settings have stored."""
-    return int(engine.ask(PROMPTS[0], tokens=2)["cached"])
+def complete_once(engine: Engine) -> int:
+    """Return the cached tokens of a prompt that engines with other settings have stored."""
+    return int(engine.complete(PROMPTS[0], tokens=2)["cached"])
 
 
-def ask_with_another(engine: Engine) -> dict[str, Any]:
-    """The prompts, from when another engine is there too; and again from what both have stored."""
+def complete_beside_another_engine(engine: Engine) -> dict[str, Any]:
+    """Complete prompts at the same time as another engine, then again from the stored blocks."""
     import redis
 
     with redis.Redis.from_url(os.environ["KVCACHE__REDIS__URL"]) as place:
-        meet(place, "begin")
-        first, counts = lower_tier.ask_first(engine), lower_tier.counts(engine)
-        meet(place, "stored")
-    engine.side.stack.front.clear()
-    return {"first": first, "again": lower_tier.ask_again(engine), **counts}
+        wait_for_both(place, "begin")
+        first, counts = lower_tier.complete_prompts(engine), lower_tier.lower_tier_counts(engine)
+        wait_for_both(place, "stored")
+    engine.stack.front.clear()
+    return {"first": first, "again": lower_tier.repeat_prompts(engine), **counts}
 
 
-def meet(place: Any, name: str) -> None:
-    """Wait for the other engine."""
+def wait_for_both(place: Any, name: str) -> None:
+    """Wait until the other engine has called this too."""
     if place.incr(name) == 2:
         place.rpush(f"{name} go", 1, 1)
     assert place.blpop(f"{name} go", timeout=120)
 
 
 def without_the_server(engine: Engine) -> dict[str, Any]:
-    """The same prompts again when the server was killed and L1 is empty."""
+    """Kill the server, empty L1, and complete the same prompts again."""
     os.kill(int(os.environ["SERVER_PID"]), signal.SIGKILL)
-    engine.side.stack.front.clear()
-    return {"answers": lower_tier.ask_again(engine), "ends": engine.open_ends()}
+    engine.stack.front.clear()
+    return {"answers": lower_tier.repeat_prompts(engine), "ends": engine.open_state()}
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +80,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def at(server: Server, **environment: str) -> dict[str, Any]:
-    """The settings of an engine at ``server``."""
+def settings_for(server: Server, **environment: str) -> dict[str, Any]:
+    """Return the settings of an engine that uses ``server``."""
     return {
         "blocks": 100,
         "l1": "16MiB",
         "environment": {
             "KVCACHE_PROFILE": "l1-redis",
             "KVCACHE__REDIS__URL": server.url,
-            "KVCACHE__REDIS__DEADLINE_S": "30",  # what is tested is what comes, not how fast
+            "KVCACHE__REDIS__DEADLINE_S": "30",  # the test is about contents, not speed
             "KVCACHE__REDIS__TIMEOUT_S": "30",
             "KVCACHE__REDIS__IF_SLOWER": "load",
             **environment,
@@ -98,29 +98,30 @@ def at(server: Server, **environment: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkpoint, whose weights others may replace."""
+    """A copy of the checkpoint, with weights that a fixture replaces."""
     return Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("models") / "model"))
 
 
 @pytest.fixture(scope="module")
-def first(server: Server, stage: Stage, model: Path) -> Play:
-    return stage((lower_tier.ask_first, lower_tier.counts), **at(server), checkpoint=str(model))
+def first(server: Server, run_engine: RunEngine, model: Path) -> EngineRun:
+    return run_engine(
+        (lower_tier.complete_prompts, lower_tier.lower_tier_counts),
+        **settings_for(server),
+        checkpoint=str(model),
+    )
 
 
 @pytest.fixture(scope="module")
-def strangers(
-    first: Play,
+def others_at_the_server(
+    first: EngineRun,
     server: Server,
-    stage: Stage,
+    run_engine: RunEngine,
     model: Path,
-) -> list[Play]:
-    """Engines at the same server that differ from the first in one thing each.
-
-    One is a pod that mounts another model at the same path.
-    """
+) -> list[EngineRun]:
+    """Engines with the same server that differ from the first in dtype, block size or weights."""
     from safetensors.torch import load_file, save_file
 
-    others: list[dict[str, Any]] = [
+    differences: list[dict[str, Any]] = [
         {"options": {"dtype": "float32"}},
         {"options": {"block_size": 2 * BLOCK}},
         {"checkpoint": str(model)},
@@ -128,7 +129,7 @@ def strangers(
     weights = load_file(model / "model.safetensors")
     trained = {name: tensor * 1.01 for name, tensor in weights.items()}
     save_file(trained, model / "model.safetensors", metadata={"format": "pt"})
-    return [stage((ask_once,), **at(server), **other) for other in others]
+    return [run_engine((complete_once,), **settings_for(server), **other) for other in differences]
 
 
 @pytest.fixture(scope="module")
@@ -150,81 +151,98 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def second(first: Play, strangers: list[Play], server: Server, stage: Stage, adapter: Path) -> Play:
-    """An engine like the first, after it; it kills the server in the end."""
-    acts = (
-        lower_tier.ask_again, lower_tier.counts, lower_tier.abort_while_it_waits, ask_as_strangers,
+def second(
+    first: EngineRun,
+    others_at_the_server: list[EngineRun],
+    server: Server,
+    run_engine: RunEngine,
+    adapter: Path,
+) -> EngineRun:
+    """An engine like the first, which runs after it and kills the server at the end."""
+    scenarios = (
+        lower_tier.repeat_prompts,
+        lower_tier.lower_tier_counts,
+        lower_tier.abort_during_promotion,
+        complete_as_other_users,
         without_the_server,
-    )  # fmt: skip
-    settings = at(server, SERVER_PID=str(server.pid), ADAPTER=str(adapter))
-    return stage(acts, **settings, options={"enable_lora": True, "max_lora_rank": 8})
+    )
+    settings = settings_for(server, SERVER_PID=str(server.pid), ADAPTER=str(adapter))
+    return run_engine(scenarios, **settings, options={"enable_lora": True, "max_lora_rank": 8})
 
 
 @pytest.fixture(scope="module")
-def reference(stage: Stage) -> Play:
-    return stage((lower_tier.ask_first, lower_tier.ask_again), blocks=1000)
+def reference(run_engine: RunEngine) -> EngineRun:
+    return run_engine((lower_tier.complete_prompts, lower_tier.repeat_prompts), blocks=1000)
 
 
-def test_the_second_engine_serves_what_only_the_first_has_seen(
-    first: Play, second: Play, reference: Play
+def test_second_engine_serves_blocks_of_the_first(
+    first: EngineRun, second: EngineRun, reference: EngineRun
 ) -> None:
-    first.of(starts)
-    assert first.of(lower_tier.ask_first) == reference.of(lower_tier.ask_first)
-    wrote = first.of(lower_tier.counts)
+    first.result_of(startup)
+    assert first.result_of(lower_tier.complete_prompts) == reference.result_of(
+        lower_tier.complete_prompts
+    )
+    wrote = first.result_of(lower_tier.lower_tier_counts)
     assert wrote["stored"] > 0
     assert (wrote["dropped"], wrote["errors"], wrote["pinned"]) == (0, 0, 0)
-    second.of(starts)
-    answers = second.of(lower_tier.ask_again)
-    assert answers == reference.of(lower_tier.ask_again)
+    second.result_of(startup)
+    answers = second.result_of(lower_tier.repeat_prompts)
+    assert answers == reference.result_of(lower_tier.repeat_prompts)
     assert all(answer["cached"] > 0 for answer in answers)
-    read = second.of(lower_tier.counts)
+    read = second.result_of(lower_tier.lower_tier_counts)
     assert read["loaded"] > 0
     assert (read["missed"], read["errors"], read["pinned"]) == (0, 0, 0)
 
 
-def test_another_salt_or_lora_finds_only_its_own(second: Play) -> None:
-    found = second.of(ask_as_strangers)
+def test_salt_and_lora_share_no_blocks_with_other_requests(second: EngineRun) -> None:
+    found = second.result_of(complete_as_other_users)
     assert found["nobody"][0] > 0
     assert found == {name: [0, found["nobody"][0]] for name in ("salt", "lora")} | {
         "nobody": 2 * [found["nobody"][0]]
     }
 
 
-def test_another_model_dtype_or_block_size_finds_nothing(strangers: list[Play]) -> None:
-    assert [stranger.of(ask_once) for stranger in strangers] == [0, 0, 0]
+def test_engine_with_other_weights_dtype_or_block_size_finds_nothing(
+    others_at_the_server: list[EngineRun],
+) -> None:
+    assert [other.result_of(complete_once) for other in others_at_the_server] == [0, 0, 0]
 
 
-def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(second: Play) -> None:
-    found = second.of(lower_tier.abort_while_it_waits)
+def test_abort_during_promotion_leaves_no_open_state(second: EngineRun) -> None:
+    found = second.result_of(lower_tier.abort_during_promotion)
     assert not any(found["ends"].values()), found["ends"]
     assert found["cached"] > 0
 
 
-def test_without_the_server_everything_is_computed(second: Play, reference: Play) -> None:
-    found = second.of(without_the_server, warned=True)
+def test_killed_server_makes_the_engine_compute(second: EngineRun, reference: EngineRun) -> None:
+    found = second.result_of(without_the_server, warned=True)
 
-    def said(answers: list[Answer]) -> list[Any]:
+    def tokens_of(answers: list[Completion]) -> list[Any]:
         return [answer["tokens"] for answer in answers]
 
     assert len(found["answers"]) == len(PROMPTS)
-    assert said(found["answers"]) == said(reference.of(lower_tier.ask_again))
+    assert tokens_of(found["answers"]) == tokens_of(reference.result_of(lower_tier.repeat_prompts))
     assert not any(found["ends"].values()), found["ends"]
 
 
-def test_engines_that_write_the_same_at_once_keep_one_copy(
-    tmp_path: Path, stage: Stage, reference: Play
+def test_engines_that_store_the_same_blocks_keep_one_copy(
+    tmp_path: Path, run_engine: RunEngine, reference: EngineRun
 ) -> None:
     with (
         redis_servers.server(tmp_path) as server,
         ThreadPoolExecutor(2) as threads,
     ):
-        settings = at(server)
-        plays = list(threads.map(lambda _: stage((ask_with_another,), **settings), range(2)))
+        settings = settings_for(server)
+        plays = list(
+            threads.map(
+                lambda _: run_engine((complete_beside_another_engine,), **settings), range(2)
+            )
+        )
         names = list(server.client().scan_iter("kvcache:1:*"))
         kept = sum(not name.startswith(b"kvcache:1:about:") for name in names)
-    found = [play.of(ask_with_another) for play in plays]
-    # One may find what the other has just stored, and computes the rest in other shapes than alone.
-    right = [answer["tokens"][0] for answer in reference.of(lower_tier.ask_first)]
+    found = [play.result_of(complete_beside_another_engine) for play in plays]
+    # An engine that finds blocks of the other computes the rest in other shapes than alone.
+    right = [answer["tokens"][0] for answer in reference.result_of(lower_tier.complete_prompts)]
     assert [[answer["tokens"][0] for answer in each["first"]] for each in found] == 2 * [right]
     assert found[0]["again"] == found[1]["again"]
     assert all(answer["cached"] > 0 for answer in found[0]["again"])
@@ -233,7 +251,7 @@ def test_engines_that_write_the_same_at_once_keep_one_copy(
         tuple(asked[: end + BLOCK])
         for each in found
         for asked, answer in zip(PROMPTS, each["first"], strict=True)
-        for asked in [[*asked, *answer["tokens"][:-1]]]  # the last is never an input
+        for asked in [[*asked, *answer["tokens"][:-1]]]  # vLLM never computes the last token
         for end in range(0, len(asked) - BLOCK + 1, BLOCK)
     }
     assert kept == len(blocks)

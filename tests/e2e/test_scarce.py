@@ -1,38 +1,40 @@
-"""Preemption, and an L1 smaller than the traffic: answers stay right, and the counts add up."""
+"""Preemption, and an L1 smaller than the traffic: completions stay equal, and counts add up."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.support.engine import one_engine, scarce_memory
-from tests.support.engine.engine import Answer
-from tests.support.engine.process import Play
+from tests.support.engine.engine import Completion
+from tests.support.engine.process import EngineRun
 
 pytestmark = pytest.mark.engine
 
 SETTINGS = {"budget": 256, "context": 512, "options": {"dtype": "float32"}}
-NOTHING = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
+NO_OPEN_STATE = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
 
 
 @pytest.fixture(scope="module")
-def short(stage: Stage) -> Play:
+def short(run_engine: RunEngine) -> EngineRun:
     """19 blocks for the engine, 40 for L1."""
     acts = (
-        scarce_memory.preempted,
-        scarce_memory.preempted_and_aborted,
+        scarce_memory.preemption,
+        scarce_memory.abort_of_a_preempted_request,
         scarce_memory.many_chats,
-        one_engine.ends,
+        one_engine.final_state,
     )
-    return stage(acts, blocks=20, l1="2560KiB", **SETTINGS)
+    return run_engine(acts, blocks=20, l1="2560KiB", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def roomy(stage: Stage) -> Play:
-    return stage((scarce_memory.preempted, scarce_memory.many_chats), blocks=1000, **SETTINGS)
+def roomy(run_engine: RunEngine) -> EngineRun:
+    return run_engine((scarce_memory.preemption, scarce_memory.many_chats), blocks=1000, **SETTINGS)
 
 
-def assert_alike(answers: list[Answer], reference: list[Answer]) -> None:
+def assert_same_tokens_and_close_logprobs(
+    answers: list[Completion], reference: list[Completion]
+) -> None:
     """Equal tokens, and logprobs that differ by rounding at most."""
     assert [a["tokens"] for a in answers] == [a["tokens"] for a in reference]
     for one, other in zip(answers, reference, strict=True):
@@ -40,35 +42,44 @@ def assert_alike(answers: list[Answer], reference: list[Answer]) -> None:
             assert dict(best) == pytest.approx(dict(best_too), abs=1e-3)
 
 
-def test_preempted_requests_resume_right(short: Play, roomy: Play) -> None:
-    facts, reference = short.of(scarce_memory.preempted), roomy.of(scarce_memory.preempted)
+def test_preempted_requests_resume_with_equal_completions(
+    short: EngineRun, roomy: EngineRun
+) -> None:
+    facts, reference = (
+        short.result_of(scarce_memory.preemption),
+        roomy.result_of(scarce_memory.preemption),
+    )
     assert facts["preemptions"] > 0
     assert reference["preemptions"] == 0
-    assert_alike(facts["answers"], reference["answers"])
-    assert facts["ends"] == NOTHING
+    assert_same_tokens_and_close_logprobs(facts["answers"], reference["answers"])
+    assert facts["ends"] == NO_OPEN_STATE
 
 
-def test_next_turn_of_a_preempted_request_is_found(short: Play, roomy: Play) -> None:
+def test_next_turn_of_a_preempted_request_has_hits(short: EngineRun, roomy: EngineRun) -> None:
     later, reference = (
-        short.of(scarce_memory.preempted)["answers"][4:],
-        roomy.of(scarce_memory.preempted),
+        short.result_of(scarce_memory.preemption)["answers"][4:],
+        roomy.result_of(scarce_memory.preemption),
     )
     assert [a["cached"] for a in later] == [a["cached"] for a in reference["answers"][4:]]
 
 
-def test_preempted_request_is_aborted(short: Play) -> None:
-    facts = short.of(scarce_memory.preempted_and_aborted)
-    assert facts == {"left": False, "answers": 3, "ends": NOTHING}
+def test_abort_of_a_preempted_request_leaves_no_open_state(short: EngineRun) -> None:
+    facts = short.result_of(scarce_memory.abort_of_a_preempted_request)
+    assert facts == {"in tables": False, "answers": 3, "ends": NO_OPEN_STATE}
 
 
-def test_l1_smaller_than_the_traffic(short: Play, roomy: Play) -> None:
-    facts = short.of(scarce_memory.many_chats)
-    assert_alike(facts["answers"], roomy.of(scarce_memory.many_chats)["answers"])
+def test_l1_smaller_than_the_traffic_stays_within_capacity(
+    short: EngineRun, roomy: EngineRun
+) -> None:
+    facts = short.result_of(scarce_memory.many_chats)
+    assert_same_tokens_and_close_logprobs(
+        facts["answers"], roomy.result_of(scarce_memory.many_chats)["answers"]
+    )
     assert facts["most"] <= facts["capacity"] == 40
     assert facts["evicted_blocks"] > 40
     assert facts["stored_blocks"] - facts["evicted_blocks"] == facts["used"]
     assert facts["dropped_blocks"] == facts["failed_blocks"] == 0
 
 
-def test_no_end_is_open(short: Play) -> None:
-    assert short.of(one_engine.ends) == NOTHING
+def test_all_scenarios_leave_no_open_state(short: EngineRun) -> None:
+    assert short.result_of(one_engine.final_state) == NO_OPEN_STATE

@@ -1,4 +1,4 @@
-"""The engine's core with its scheduler, and the worker, in processes of their own."""
+"""vLLM's core, with the scheduler, and its worker run in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Stage
+from tests.e2e.conftest import RunEngine
 from tests.support.engine import separate_processes
-from tests.support.engine.process import Play, starts
+from tests.support.engine.process import EngineRun, startup
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def apart(stage: Stage) -> Play:
-    return stage(
-        (separate_processes.turns, separate_processes.hits, separate_processes.memory),
+def separate(run_engine: RunEngine) -> EngineRun:
+    return run_engine(
+        (
+            separate_processes.two_turns,
+            separate_processes.hit_tokens,
+            separate_processes.slab_processes,
+        ),
         blocks=40,
         l1="64MiB",
         options={"distributed_executor_backend": "mp"},
@@ -26,20 +30,24 @@ def apart(stage: Stage) -> Play:
 
 
 @pytest.fixture(scope="module")
-def reference(stage: Stage) -> Play:
-    return stage((separate_processes.turns,), blocks=1000)
+def reference(run_engine: RunEngine) -> EngineRun:
+    return run_engine((separate_processes.two_turns,), blocks=1000)
 
 
-def test_answers_and_hits(apart: Play, reference: Play) -> None:
-    apart.of(starts)
-    assert apart.of(separate_processes.turns) == reference.of(separate_processes.turns)
-    assert apart.of(separate_processes.hits) > 0
-    assert "kvcache: profile l1-only" in apart.output  # said as vLLM says things
-    assert not re.search("(WARNING|ERROR).*kvcache: ", apart.output)  # in any of the processes
+def test_completions_equal_those_of_a_large_cache(
+    separate: EngineRun, reference: EngineRun
+) -> None:
+    separate.result_of(startup)
+    assert separate.result_of(separate_processes.two_turns) == reference.result_of(
+        separate_processes.two_turns
+    )
+    assert separate.result_of(separate_processes.hit_tokens) > 0
+    assert "kvcache: profile l1-only" in separate.output  # in the format of vLLM's log
+    assert not re.search("(WARNING|ERROR).*kvcache: ", separate.output)  # in any of the processes
 
 
-def test_the_memory_goes_with_its_processes(apart: Play) -> None:
-    facts = apart.of(separate_processes.memory)
+def test_end_of_the_processes_frees_all_slabs(separate: EngineRun) -> None:
+    facts = separate.result_of(separate_processes.slab_processes)
     assert len(facts["slabs"]) == 2  # the core's and the worker's, not the one that asks
     assert len(facts["family"]) >= 3
     everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]

@@ -1,7 +1,6 @@
-"""A viewer shows the trace of a request, of both processes, and this is its picture in the docs.
+"""A viewer shows the trace of a request over its processes; the docs contain its picture.
 
-Opt-in (`make viewer`): it installs the viewer from PyPI where it is not there, and writes
-`docs/images/trace.png` anew.
+`make viewer` runs it: it installs the viewer from PyPI and writes `docs/images/trace.png`.
 """
 
 from __future__ import annotations
@@ -23,23 +22,26 @@ from opentelemetry.trace import Tracer
 from tests.support.engine import browser
 from tests.support.engine.engine import VOCABULARY
 from tests.support.engine.trace_viewer import Viewer, listens_at, viewing
-from tests.support.engine.traced_server import Traced
+from tests.support.engine.traced_server import TracedModel
 
 pytestmark = pytest.mark.viewer
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "trace.png"
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # also as an address of IPv6
+LOOPBACK = {
+    "0100007F",
+    "0000000000000000FFFF00000100007F",
+}  # the second is the same address in IPv6
 CALLER = "the user comes back"
 PARENTS = {
     CALLER: None,
-    "llm_request": CALLER,  # of vLLM's API server
-    "kvcache.request": CALLER,  # from here on of the scheduler's process
+    "llm_request": CALLER,  # from vLLM's API server
+    "kvcache.request": CALLER,  # from here on from the scheduler's process
     "kvcache.prefetch": "kvcache.request",
     "kvcache.tier.contains": "kvcache.prefetch",
     "kvcache.tier.load": "kvcache.prefetch",
     "kvcache.lookup": "kvcache.request",
     "kvcache.load": "kvcache.request",
-    "kvcache.copy": "kvcache.load",  # of the worker's
+    "kvcache.copy": "kvcache.load",  # from the worker
 }
 MAX_NBYTES = 300_000
 TREE = "document.querySelector('ul[data-testid=trace-tree]')"
@@ -49,8 +51,8 @@ LONG = 60.0
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    """Large enough for milliseconds, since a viewer shows no less: 512 KiB to a block."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> TracedModel:
+    """Spans take milliseconds, the least that the viewer shows: 512 KiB per block."""
     pytest.importorskip("vllm")
     from kvcache.cli.demo.checkpoint import write
 
@@ -59,11 +61,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Traced:
         layers=8, hidden=512, heads=8, kv_heads=8, head_dim=64, intermediate=1024,
         vocabulary=VOCABULARY, positions=8192,
     )  # fmt: skip
-    return Traced(checkpoint, block_nbytes=512 << 10, blocks=40)
+    return TracedModel(checkpoint, block_nbytes=512 << 10, blocks=40)
 
 
 def trace_of(viewer: Viewer, request: str) -> list[Any]:
-    """The spans of one request's trace, found by the id that its sender got, when all are there."""
+    """Return the spans of the trace of a request, by its id, once all are there."""
     until = monotonic() + LONG
     spans: list[Any] = []
     while monotonic() < until:
@@ -71,13 +73,13 @@ def trace_of(viewer: Viewer, request: str) -> list[Any]:
             spans = viewer.spans(trace_id=found["context"]["trace_id"])
         if {span["name"] for span in spans} >= PARENTS.keys():
             return spans
-        sleep(0.1)  # a viewer tells nobody what came
+        sleep(0.1)  # the viewer sends no notice of new spans
     raise AssertionError(f"only {[span['name'] for span in spans]} of {request}")
 
 
 @contextmanager
-def calling(tracer: Tracer, name: str) -> Iterator[dict[str, str]]:
-    """A span of the caller's; the headers that make a request part of its trace."""
+def caller_span(tracer: Tracer, name: str) -> Iterator[dict[str, str]]:
+    """Record a span of the caller; yield the headers that continue its trace."""
     headers: dict[str, str] = {}
     with tracer.start_as_current_span(name):
         propagate.inject(headers)
@@ -85,7 +87,7 @@ def calling(tracer: Tracer, name: str) -> Iterator[dict[str, str]]:
 
 
 def take_picture(viewer: Viewer, spans: list[Any], folder: Path) -> None:
-    """Of the trace's tree, beside what the request's own span says."""
+    """Write the picture of the tree of spans and of the attributes of the request's span."""
     command = browser.chromium()
     if command is None:
         pytest.skip(f"found, but no picture: install one of {browser.NAMES}")
@@ -106,17 +108,17 @@ def take_picture(viewer: Viewer, spans: list[Any], folder: Path) -> None:
     PICTURE.write_bytes(picture)
 
 
-def test_the_trace_of_a_request_is_found_and_pictured(model: Traced, tmp_path: Path) -> None:
+def test_viewer_shows_the_trace_of_a_request(model: TracedModel, tmp_path: Path) -> None:
     with viewing(tmp_path) as viewer:
         assert listens_at(viewer.pid) <= LOOPBACK
         provider = TracerProvider(resource=Resource.create({"service.name": "chat"}))
         provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(viewer.traces_endpoint)))
         tracer = provider.get_tracer("chat")
-        with model.serving(tmp_path, viewer.traces_endpoint, "http/protobuf") as server:
-            with calling(tracer, "first turn") as headers:
-                model.keep(server, headers)
-            with calling(tracer, CALLER) as headers:
-                model.come_back(server, headers | {"X-Request-Id": "turn-2"})
+        with model.serve(tmp_path, viewer.traces_endpoint, "http/protobuf") as server:
+            with caller_span(tracer, "first turn") as headers:
+                model.compute_and_evict(server, headers)
+            with caller_span(tracer, CALLER) as headers:
+                model.load_from_disk(server, headers | {"X-Request-Id": "turn-2"})
             spans = trace_of(viewer, "cmpl-turn-2-0")
         provider.shutdown()
         parents = {span["context"]["span_id"]: span["name"] for span in spans}

@@ -1,4 +1,4 @@
-"""Acts for an engine whose copies go on beside its steps, as on a GPU, and dawdle."""
+"""Scenarios for an engine with asynchronous copies, as on a GPU, on a device that is slow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.support.engine.engine import BLOCK, Engine, prompt
 from tests.support.engine.one_engine import use_every_page
 
 
-class Present(reordering_device.ReorderedStream):
-    """The stream of an engine on a processor: what it was given is done, and its waits are real."""
+class BlockingStream(reordering_device.ReorderedStream):
+    """The stream of an engine on a CPU: its work is done when it returns, and its waits block."""
 
     def record(self) -> reordering_device.ReorderedEvent:
         return reordering_device.ReorderedEvent(self.device, at=float(self.device.time))
@@ -21,74 +21,74 @@ class Present(reordering_device.ReorderedStream):
         mark.wait()
 
 
-class Dawdling(reordering_device.ReorderingDevice):
-    """Copies a page now and then when it is asked whether it is ready."""
+class DawdlingDevice(reordering_device.ReorderingDevice):
+    """Copies a page from time to time when the worker polls a mark."""
 
-    def engine_stream(self) -> Present:
-        return Present(self)
+    def engine_stream(self) -> BlockingStream:
+        return BlockingStream(self)
 
 
-def copy_beside(engine: Engine) -> None:
-    """From the first step on; a layer is worth a call of its own."""
-    assert engine.worker.copier is None
+def use_async_copies(engine: Engine) -> None:
+    """Copy asynchronously from the first step on, each layer in a call of its own."""
+    assert engine.worker_side.copier is None
     device.MIN_CALL_NBYTES = 1  # type: ignore[misc]
-    engine.worker.device = Dawdling(Random(0))
+    engine.worker_side.device = DawdlingDevice(Random(0))
 
 
-def load_later(engine: Engine) -> None:
-    """From now on no load is awaited by the step that it comes with."""
-    engine.side.pending_loads.prefers_async = lambda blocks, others: True
+def defer_all_loads(engine: Engine) -> None:
+    """Defer every load from now on: the step that starts it does not wait for it."""
+    engine.scheduler_side.pending_loads.prefers_async = lambda blocks, others: True
 
 
-def later(engine: Engine) -> dict[str, Any]:
-    """Others compute while a load goes on; and it is not for who is gone when it is over."""
-    engine.fresh()
+def deferred_load(engine: Engine) -> dict[str, Any]:
+    """Another request computes during a load; then a request is aborted during its load."""
+    engine.reset_all_caches()
     known = prompt("loaded later", 6 * BLOCK + 1)
-    right = engine.ask(known, tokens=4)
-    engine.evict_own()
+    right = engine.complete(known, tokens=4)
+    engine.reset_own_cache()
     engine.add("waits", known, tokens=4)
     engine.add("computes", prompt("computed meanwhile", 40), tokens=30)
-    told: list[str] = []  # who had another token
+    tokens_of: list[str] = []  # for each new token, the request that it belongs to
     while engine.core.has_unfinished_requests():
-        told += [output.request_id for output in engine.step()]
+        tokens_of += [output.request_id for output in engine.step()]
     engine.drain()
-    engine.evict_own()
+    engine.reset_own_cache()
     engine.add("gone", known, tokens=4)
     engine.step()
-    loading = engine.open_ends()["jobs"]
+    loading = engine.open_state()["jobs"]
     engine.abort("gone")
     engine.drain()
-    engine.evict_own()
-    again = engine.ask(known, tokens=4)
+    engine.reset_own_cache()
+    again = engine.complete(known, tokens=4)
     return {
-        "before": told.index("waits"), "loading": loading,
+        "before": tokens_of.index("waits"), "loading": loading,
         "right": right["tokens"], "again": [again["tokens"], again["cached"]],
-        "ends": engine.open_ends(),
+        "ends": engine.open_state(),
     }  # fmt: skip
 
 
-def later_fails(engine: Engine) -> dict[str, Any]:
-    """A load of a whole prompt that nobody awaits cannot be begun: its request computes."""
-    engine.fresh()
+def deferred_load_that_fails(engine: Engine) -> dict[str, Any]:
+    """A deferred load of a whole prompt fails when it starts: the request computes the prompt."""
+    engine.reset_all_caches()
     known = prompt("fails later", 6 * BLOCK)
-    right = engine.ask(known, tokens=4)
-    engine.evict_own()
-    with engine.failing("scatter") as calls:
-        answer = engine.ask(known, tokens=4)
-    engine.evict_own()
-    again = engine.ask(known, tokens=4)
+    right = engine.complete(known, tokens=4)
+    engine.reset_own_cache()
+    with engine.failing_copies("scatter") as calls:
+        answer = engine.complete(known, tokens=4)
+    engine.reset_own_cache()
+    again = engine.complete(known, tokens=4)
     return {
         "loads": calls, "tokens": [answer["tokens"], again["tokens"]], "right": right["tokens"],
-        "cached": again["cached"], "ends": engine.open_ends(),
+        "cached": again["cached"], "ends": engine.open_state(),
     }  # fmt: skip
 
 
-def by_layer(engine: Engine) -> list[list[list[int]]]:
-    """Of a load, how many layers are there before and after each is asked for, in two steps."""
-    engine.fresh()
+def layers_at_each_wait(engine: Engine) -> list[list[list[int]]]:
+    """Return, for two loads and each layer, the loaded layers before and after the wait for it."""
+    engine.reset_all_caches()
     known = prompt("loaded by layer", 6 * BLOCK + 1)
-    engine.ask(known, tokens=1)
-    worker = engine.worker
+    engine.complete(known, tokens=1)
+    worker = engine.worker_side
     seen: list[list[list[int]]] = []
     scatter, reach = worker.copier.scatter, worker.wait_for_layer
 
@@ -97,11 +97,11 @@ def by_layer(engine: Engine) -> list[list[list[int]]]:
         return copies[-1]
 
     def reached(name: str) -> None:
-        before = there()
+        before = loaded()
         reach(name)
-        seen[-1].append([before, there()])
+        seen[-1].append([before, loaded()])
 
-    def there() -> int:
+    def loaded() -> int:
         return sum(end.at == end.at for copy in copies for end in copy.ends)
 
     worker.copier.scatter, worker.wait_for_layer = scattered, reached
@@ -109,50 +109,50 @@ def by_layer(engine: Engine) -> list[list[list[int]]]:
         for _ in range(2):
             copies: list[Any] = []
             seen.append([])
-            engine.evict_own()
-            engine.ask(known, tokens=1)
+            engine.reset_own_cache()
+            engine.complete(known, tokens=1)
     finally:
         del worker.copier.scatter, worker.wait_for_layer
     return seen
 
 
-def unasked(engine: Engine) -> dict[str, Any]:
-    """A pass reads a layer that it does not ask for, unlike those before it; so do those after."""
-    engine.fresh()
+def pass_that_skips_a_wait(engine: Engine) -> dict[str, Any]:
+    """A forward pass skips the wait for one layer, and so do all passes after it."""
+    engine.reset_all_caches()
     known = prompt("unasked", 6 * BLOCK + 1)
-    right = engine.ask(known, tokens=4)
-    engine.evict_own()
+    right = engine.complete(known, tokens=4)
+    engine.reset_own_cache()
     use_every_page(engine)
-    engine.evict_own()
-    worker = engine.worker
+    engine.reset_own_cache()
+    worker = engine.worker_side
     reach = worker.wait_for_layer
     worker.wait_for_layer = lambda name: None if ".2." in name else reach(name)
     try:
-        answers = [engine.ask(known, tokens=4)]
-        engine.evict_own()
-        answers.append(engine.ask(known, tokens=4))
+        answers = [engine.complete(known, tokens=4)]
+        engine.reset_own_cache()
+        answers.append(engine.complete(known, tokens=4))
     finally:
         del worker.wait_for_layer
     return {
         "computed": right["logprobs"], "answered": answers[0]["logprobs"],
-        "tokens": [answer["tokens"] for answer in (right, *answers)], "ends": engine.open_ends(),
+        "tokens": [answer["tokens"] for answer in (right, *answers)], "ends": engine.open_state(),
     }  # fmt: skip
 
 
-def late(engine: Engine) -> dict[str, Any]:
-    """Jobs that have not ended with their step, and slots that are pinned for them."""
-    engine.fresh()
+def job_that_outlives_its_step(engine: Engine) -> dict[str, Any]:
+    """Return the open state after the step that starts a store, and after its copies."""
+    engine.reset_all_caches()
     engine.add("late", prompt("late", 6 * BLOCK + 1), tokens=1)
     engine.step()
-    going = engine.open_ends()
+    going = engine.open_state()
     engine.drain()
-    return {"going": going, "drained": engine.open_ends()}
+    return {"going": going, "drained": engine.open_state()}
 
 
-def locked(engine: Engine) -> dict[str, int]:
-    """Bytes of the slab, and how many of them are locked for the device; in the end none are."""
-    slab, device = engine.worker._slab, engine.worker.device
+def lock_of_the_slab(engine: Engine) -> dict[str, int]:
+    """Return the bytes of the slab, and those locked for the device now and after the close."""
+    slab, device = engine.worker_side._slab, engine.worker_side.device
     slab.wait_populated()
     locked = {"slab": slab.nbytes, "locked": sum(device.pinned.values())}
-    engine.worker.close()
+    engine.worker_side.close()
     return locked | {"in the end": sum(device.pinned.values())}

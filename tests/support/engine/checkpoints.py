@@ -32,7 +32,7 @@ GPT_OSS: dict[str, Any] = _COMMON | {
 
 
 def write_model(path: Path, config: dict[str, Any]) -> Path:
-    """Write a checkpoint in bfloat16 of this transformers config into the folder `path`; return it.
+    """Write a bfloat16 checkpoint of a transformers config into the folder `path`; return `path`.
 
     As in `kvcache.cli.demo.checkpoint`, weights are of normal scale and attention is sharp: a wrong
     KV cache changes the answer.
@@ -55,7 +55,7 @@ def write_model(path: Path, config: dict[str, Any]) -> Path:
 
 
 def write_tokenizer(path: Path) -> Path:
-    """Write a tokenizer, a word per token, into the folder `path`; return it."""
+    """Write a tokenizer with one word per token into the folder `path`; return `path`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""A running vLLM, and how scenarios drive it step by step."""
+"""A running vLLM with or without kvcache, and how a scenario drives it step by step."""
 
 from __future__ import annotations
 
@@ -17,48 +17,52 @@ CONNECTOR = {
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
 }
-Answer = dict[str, Any]  # tokens, logprobs (per token, its best three), cached (prompt tokens)
+Completion = dict[str, Any]
+"""`tokens`; `logprobs`, the best three per token; `cached`, the number of cached prompt tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """An engine: `blocks` of its own cache, `l1` for kvcache (a size), None for no connector."""
+class EngineSettings:
+    """Settings of vLLM and of kvcache. Without `l1`, vLLM runs without kvcache."""
 
     checkpoint: str
-    blocks: int
-    l1: str | None = None
-    budget: int = 256  # tokens of a step
-    context: int = 1024
+    blocks: int  # of vLLM's own cache
+    l1: str | None = None  # capacity
+    budget: int = 256  # tokens per step
+    context: int = 1024  # tokens
     options: dict[str, Any] = field(default_factory=dict)  # of vllm.LLM
     environment: dict[str, str] = field(default_factory=dict)
 
 
 class Engine:
-    """A running vLLM. With its core in this process, `scheduler` and `side` are within reach."""
+    """A vLLM that runs.
 
-    def __init__(self, setup: Setup) -> None:
+    Properties that reach its scheduler and worker need `VLLM_ENABLE_V1_MULTIPROCESSING=0`.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
-        self.setup = setup
-        connector = {"kv_transfer_config": KVTransferConfig(**CONNECTOR)} if setup.l1 else {}
-        settings: dict[str, Any] = {
-            "model": setup.checkpoint,
+        self.settings = settings
+        connector = {"kv_transfer_config": KVTransferConfig(**CONNECTOR)} if settings.l1 else {}
+        arguments: dict[str, Any] = {
+            "model": settings.checkpoint,
             "skip_tokenizer_init": True,
             "enforce_eager": True,
             "block_size": BLOCK,
-            "max_model_len": setup.context,
-            "max_num_batched_tokens": setup.budget,
-            "num_gpu_blocks_override": setup.blocks,
-            "kv_cache_memory_bytes": 64 << 20,  # what is allocated is `blocks`
+            "max_model_len": settings.context,
+            "max_num_batched_tokens": settings.budget,
+            "num_gpu_blocks_override": settings.blocks,
+            "kv_cache_memory_bytes": 64 << 20,  # required; vLLM allocates `blocks`
             "enable_prefix_caching": True,
             "disable_log_stats": False,
         }
-        self.llm = LLM(**settings | connector | setup.options)
+        self.llm = LLM(**arguments | connector | settings.options)
         self.core = self.llm.llm_engine
-        self._asked = 0
+        self._requests = 0
 
-    # Inside
+    # Internals
 
     @property
     def scheduler(self) -> Any:
@@ -66,53 +70,59 @@ class Engine:
         return self.core.engine_core.engine_core.scheduler
 
     @property
-    def keeps(self) -> bool:
-        """Whether kvcache is connected."""
-        return self.setup.l1 is not None
+    def has_kvcache(self) -> bool:
+        return self.settings.l1 is not None
 
     @property
     def copying(self) -> bool:
-        """Whether copies go on that only another step hears of; elsewhere vLLM steps by itself."""
-        here = hasattr(self.core.engine_core, "engine_core")
-        return here and self.keeps and bool(self.side.copying)
+        """Whether copies are in flight that only another step reports.
+
+        A core in a process of its own makes these steps by itself.
+        """
+        in_process = hasattr(self.core.engine_core, "engine_core")
+        return in_process and self.has_kvcache and bool(self.scheduler_side.copying)
 
     @property
-    def side(self) -> Any:
-        """The connector's half in the scheduler; the first one's of a MultiConnector."""
+    def scheduler_side(self) -> Any:
+        """The connector's scheduler side; under a MultiConnector, that of its first connector."""
         connector = self.scheduler.connector
         [connector, *_] = getattr(connector, "sub_connectors", [connector])
         return connector.scheduler_side
 
     @property
-    def worker(self) -> Any:
-        """The connector's half in the worker, where that is this process."""
+    def worker_side(self) -> Any:
+        """The connector's worker side."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         return get_kv_transfer_group().worker_side
 
     @property
-    def l1(self) -> Any:
-        """Counts of the DRAM tier."""
-        return self.side.stats().tiers[0]
+    def stack(self) -> Any:
+        """The stack of tiers."""
+        return self.scheduler_side.stack
 
-    def held(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of `keys` L1 holds."""
-        return list(self.side.stack.front.contains(keys))
+    @property
+    def l1_stats(self) -> Any:
+        return self.scheduler_side.stats().tiers[0]
+
+    def held_in_l1(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return for each key whether L1 holds its block."""
+        return list(self.stack.front.contains(keys))
 
     def request(self, name: str) -> Any:
-        """The scheduler's request of this name, while it is there."""
+        """Return the scheduler's object for an unfinished request."""
         [found] = [
             request for key, request in self.scheduler.requests.items() if key.startswith(name)
         ]
         return found
 
-    def blocks(self, name: str) -> list[int]:
-        """The numbers of the engine's blocks that a request has."""
+    def block_ids(self, name: str) -> list[int]:
+        """Return the ids of the blocks in vLLM's own cache that a request has."""
         internal = self.request(name).request_id
         return list(self.scheduler.kv_cache_manager.get_block_ids(internal)[0])
 
     def page(self, layer: int, block: int) -> bytes:
-        """The bytes of one page, read from vLLM's own tensor."""
+        """Return the bytes of one page of vLLM's own cache."""
         import torch
 
         worker = self.core.engine_core.engine_core.model_executor.driver_worker.worker
@@ -124,19 +134,19 @@ class Engine:
         worker = self.core.engine_core.engine_core.model_executor.driver_worker.worker
         return len(worker.model_runner.kv_caches)
 
-    def open_ends(self) -> dict[str, int]:
-        """What must be nothing when no request is left."""
-        sizes = self.side.table_sizes()
+    def open_state(self) -> dict[str, int]:
+        """Return the sizes of all tables that are empty when no request is left."""
+        sizes = self.scheduler_side.table_sizes()
         tables = {
             "promised": sizes["pending_loads"],
             "running": sizes["admitted"],
             "jobs": sizes["jobs"],
             "loads": sizes["unsent_loads"],
         }
-        return tables | {"pinned": self.l1.pinned_slots}
+        return tables | {"pinned": self.l1_stats.pinned_slots}
 
     def metric(self, name: str) -> float:
-        """A counter of vLLM, as its users see it."""
+        """Return the sum of a vLLM counter over its labels."""
         found = [metric for metric in self.llm.get_metrics() if metric.name == name]
         return float(sum(metric.value for metric in found))
 
@@ -159,81 +169,84 @@ class Engine:
         )
         salted = {"cache_salt": salt} if salt else {}
         adapter = LoRARequest(Path(lora).name, 1, lora) if lora else None
-        asked = {"prompt_token_ids": list(prompt), **salted}
-        self.core.add_request(name, asked, greedy, lora_request=adapter)
+        inputs = {"prompt_token_ids": list(prompt), **salted}
+        self.core.add_request(name, inputs, greedy, lora_request=adapter)
 
     def step(self) -> list[Any]:
-        """One step of the engine; the outputs that came of it."""
+        """Run one step of the engine; return its outputs."""
         return list(self.core.step())
 
-    def drain(self) -> dict[str, Answer]:
-        """Step until no request is left, and no copy goes on; the answers by name."""
-        answers: dict[str, Answer] = {}
+    def drain(self) -> dict[str, Completion]:
+        """Step until no request and no copy is left; return completions by request name."""
+        completions: dict[str, Completion] = {}
         while self.core.has_unfinished_requests() or self.copying:
             for output in self.step():
                 if output.finished:
-                    answers[output.request_id] = _answer(output)
-        return answers
+                    completions[output.request_id] = _completion(output)
+        return completions
 
     def abort(self, name: str) -> None:
         self.core.abort_request([name])
 
-    def together(
-        self, prompts: Sequence[Sequence[int]], tokens: int = 8, **whose: str | None
-    ) -> list[Answer]:
-        """Ask all `prompts` at once, of one `salt` or `lora`."""
+    def complete_all(
+        self, prompts: Sequence[Sequence[int]], tokens: int = 8, **options: str | None
+    ) -> list[Completion]:
+        """Complete all `prompts` at once. `options` are `salt` and `lora` of every request."""
         names = []
         for prompt in prompts:
-            self._asked += 1
-            names.append(f"asked{self._asked}")
-            self.add(names[-1], prompt, tokens, **whose)
-        answers = self.drain()
-        return [answers[name] for name in names]
+            self._requests += 1
+            names.append(f"request{self._requests}")
+            self.add(names[-1], prompt, tokens, **options)
+        completions = self.drain()
+        return [completions[name] for name in names]
 
-    def ask(self, prompt: Sequence[int], tokens: int = 8, **whose: str | None) -> Answer:
-        """Ask one prompt alone."""
-        [answer] = self.together([prompt], tokens, **whose)
-        return answer
+    def complete(self, prompt: Sequence[int], tokens: int = 8, **options: str | None) -> Completion:
+        """Complete one prompt while no other request runs."""
+        [completion] = self.complete_all([prompt], tokens, **options)
+        return completion
 
     # Caches
 
-    def fresh(self) -> None:
-        """No request, nothing in any cache."""
+    def reset_all_caches(self) -> None:
+        """Empty vLLM's own cache and kvcache. No request may be left."""
         assert not self.core.has_unfinished_requests()
         assert self.llm.reset_prefix_cache(reset_connector=True)
 
-    def evict_own(self) -> None:
-        """Empty the engine's own cache, where kvcache has what was in it."""
-        if self.keeps:
+    def reset_own_cache(self) -> None:
+        """Empty vLLM's own cache if kvcache is connected, so that kvcache must serve its blocks."""
+        if self.has_kvcache:
             assert self.llm.reset_prefix_cache()
 
     @contextmanager
-    def failing(self, copy: str, times: int = 1) -> Iterator[list[int]]:
-        """The next `times` copies of this kind (`gather` or `scatter`) raise; counts the calls."""
-        copier = self.worker.copier
-        original = getattr(copier, copy)
+    def failing_copies(self, method: str, times: int = 1) -> Iterator[list[int]]:
+        """Make the next `times` calls of `gather` or `scatter` raise.
+
+        Yields the list to which each call appends its number of blocks.
+        """
+        copier = self.worker_side.copier
+        original = getattr(copier, method)
         calls: list[int] = []
 
-        def fails(*arguments: Any, **options: Any) -> Any:
+        def fail(*arguments: Any, **options: Any) -> Any:
             calls.append(len(arguments[0]))
             if len(calls) <= times:
                 raise OSError("a copy that fails on purpose")
             return original(*arguments, **options)
 
-        setattr(copier, copy, fails)
+        setattr(copier, method, fail)
         try:
             yield calls
         finally:
-            delattr(copier, copy)
+            delattr(copier, method)
 
 
 def prompt(name: str, length: int) -> list[int]:
-    """The `length` tokens of this name: others for every name, the same in every process."""
+    """Return `length` tokens that depend on `name` alone: the same in every process."""
     random = Random(name)
     return [random.randrange(VOCABULARY) for _ in range(length)]
 
 
-def _answer(output: Any) -> Answer:
+def _completion(output: Any) -> Completion:
     [completion] = output.outputs
     return {
         "tokens": list(completion.token_ids),

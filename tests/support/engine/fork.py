@@ -1,4 +1,4 @@
-"""An act for an engine that is forked, and goes on."""
+"""A scenario in which the engine's process is forked."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from tests.support.engine.engine import BLOCK, Engine, prompt
 from tests.support.forked_children import ignore_fork_warnings
 
 
-def forked(engine: Engine) -> dict[str, Any]:
-    """A fork of the engine fills all of L1 with zeros and closes what it inherited."""
-    engine.fresh()
+def fork_of_the_engine(engine: Engine) -> dict[str, Any]:
+    """The child tries to fill L1 with zeros and closes what it inherited; the parent goes on."""
+    engine.reset_all_caches()
     asked = prompt("forked", 6 * BLOCK + 1)
-    right = engine.ask(asked)
-    engine.evict_own()
-    keys = [number.to_bytes(32, "big") for number in range(engine.l1.capacity_blocks)]
+    right = engine.complete(asked)
+    engine.reset_own_cache()
+    keys = [number.to_bytes(32, "big") for number in range(engine.l1_stats.capacity_blocks)]
     with ignore_fork_warnings():
         child = os.fork()
     if not child:
         refused = False
         try:
-            with engine.side.stack.reserve(keys) as lease:
+            with engine.stack.reserve(keys) as lease:
                 for view in lease.views:
                     view[:] = bytes(len(view))
         except ForkedError:
             refused = True
         finally:
-            engine.worker.close()
-            engine.side.close()
+            engine.worker_side.close()
+            engine.scheduler_side.close()
             os._exit(not refused)
     refused = not os.waitpid(child, 0)[1]
-    again = engine.ask(asked)
-    return {"refused": refused, "right": right, "again": again, "ends": engine.open_ends()}
+    again = engine.complete(asked)
+    return {"refused": refused, "right": right, "again": again, "ends": engine.open_state()}

