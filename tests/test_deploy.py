@@ -25,7 +25,7 @@ from kvcache.sizes import parse_size
 from tests.install_engine import ENGINE_VERSION
 from tests.support import deployment_files
 from tests.support.deployment_files import COMPOSE, FOLDER, MANIFESTS, PAGE, ROOT, Value
-from tests.support.engine.trace_viewer import PACKAGE, QUIET
+from tests.support.engine.trace_viewer import OFFLINE, PACKAGE
 from tests.test_package import NOT_PUBLISHED
 
 TRACING = FOLDER / "compose-tracing.yaml"
@@ -353,7 +353,7 @@ def test_every_command_of_the_pages_starts_a_service() -> None:
 
 def test_the_viewer_of_the_page_is_the_one_that_is_tested() -> None:
     assert f"pip install {PACKAGE}\n" in TRACING_PAGE
-    for name, value in QUIET.items():
+    for name, value in OFFLINE.items():
         assert f"{name}={value}" in TRACING_PAGE
 
 

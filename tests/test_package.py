@@ -186,5 +186,6 @@ def test_an_engine_runs_on_the_wheel(wheel: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     where = run(sys.executable, "-c", "from kvcache import index; print(index)", cwd=tmp_path)
     assert f"{tmp_path}/kvcache/index" in where
-    tests = ("tests/e2e/test_one_process.py", "-k", "starts or cache_that_keeps_all")
+    selected = "test_start_logs_no_warning or with_synchronous_copies"
+    tests = ("tests/e2e/test_one_process.py", "-k", selected)
     run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=tmp_path)

@@ -112,7 +112,7 @@ def killed_and_next(
     folder = tmp_path_factory.mktemp("killed")
     shipped = load_profile("l1-disk").path.read_text()
     killing = shipped.replace(
-        'kind = "disk"', 'kind = "tests.support.engine.killing_disk:DeadlyDisk"'
+        'kind = "disk"', 'kind = "tests.support.engine.killing_disk:KillingDisk"'
     )
     assert killing != shipped
     (folder / "killing.toml").write_text(killing)

@@ -31,7 +31,7 @@ def complete_as_other_users(engine: Engine) -> dict[str, list[int]]:
     requests: dict[str, dict[str, str | None]] = {
         "salt": {"salt": "mine"},
         "lora": {"lora": os.environ["ADAPTER"]},
-        "nobody": {},
+        "neither": {},
     }
     cached: dict[str, list[int]] = {name: [] for name in requests}
     for _ in range(2):
@@ -196,9 +196,9 @@ def test_second_engine_serves_blocks_of_the_first(
 
 def test_salt_and_lora_share_no_blocks_with_other_requests(second: EngineRun) -> None:
     found = second.result_of(complete_as_other_users)
-    assert found["nobody"][0] > 0
-    assert found == {name: [0, found["nobody"][0]] for name in ("salt", "lora")} | {
-        "nobody": 2 * [found["nobody"][0]]
+    assert found["neither"][0] > 0
+    assert found == {name: [0, found["neither"][0]] for name in ("salt", "lora")} | {
+        "neither": 2 * [found["neither"][0]]
     }
 
 

@@ -1,7 +1,7 @@
-"""A headless Chromium that reaches loopback and nothing else, and is talked to over a pipe.
+"""A headless Chromium that reaches the loopback address only, controlled over pipes.
 
-It speaks the DevTools protocol: JSON, a zero byte after each message, in on its descriptor 3 and
-out on 4. So a page is pictured when it says that it is complete, and not after a while.
+It reads messages of the DevTools protocol (JSON, with a zero byte after each) from descriptor 3 and
+writes them to 4. The protocol shows when a page is complete, so no picture is taken too early.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-LONG = 60.0  # seconds that one answer may take
+TIMEOUT_S = 60.0  # of one call
 START = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -30,23 +30,23 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def chromium() -> str | None:
-    """The command of a Chromium, if there is one."""
+    """Return the command of an installed Chromium, if any."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 class Page:
-    """A page of the browser."""
+    """A page of the browser. `into` and `out` are descriptors of its pipes."""
 
     def __init__(self, into: int, out: int) -> None:
         self._into, self._out = into, out
-        self._asked, self._read = 0, b""
+        self._calls, self._read = 0, b""
         self._session: dict[str, str] = {}
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
 
     def open(self, url: str, width: int, height: int) -> None:
-        """Go to `url` in a window of this size."""
+        """Navigate to `url` in a window of this size."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=False,
@@ -54,20 +54,20 @@ class Page:
         self._call("Page.navigate", url=url)
 
     def run(self, expression: str) -> Any:
-        """What an expression of JavaScript is."""
+        """Return the value of a JavaScript expression."""
         done = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
     def wait(self, condition: str) -> None:
         """Wait until this expression is true."""
-        until = time.monotonic() + LONG
+        until = time.monotonic() + TIMEOUT_S
         while not self.run(f"!!({condition})"):
             assert time.monotonic() < until, self.run("document.body.innerText")
-            time.sleep(0.05)  # a page tells nobody what it shows
+            time.sleep(0.05)  # the page sends no event for it
 
     def picture(self, clip: dict[str, float]) -> bytes:
-        """A PNG of a part of it (x, y, width, height), with all that moves at its end."""
+        """Return a PNG of a part of the page (x, y, width, height), with all animations ended."""
         self.run(
             "document.head.appendChild(document.createElement('style')).textContent ="
             " '* { animation: none !important; transition: none !important }'"
@@ -76,10 +76,10 @@ class Page:
         return base64.b64decode(taken["data"])
 
     def _call(self, method: str, **params: Any) -> Any:
-        self._asked += 1
-        message = {"id": self._asked, "method": method, "params": params} | self._session
+        self._calls += 1
+        message = {"id": self._calls, "method": method, "params": params} | self._session
         os.write(self._into, json.dumps(message).encode() + b"\0")
-        until = time.monotonic() + LONG
+        until = time.monotonic() + TIMEOUT_S
         while True:
             while b"\0" not in self._read:
                 ready, _, _ = select.select([self._out], [], [], max(0.0, until - time.monotonic()))
@@ -87,35 +87,35 @@ class Page:
                 more = os.read(self._out, 1 << 16)
                 assert more, f"{method}: Chromium has ended"
                 self._read += more
-            answer, _, self._read = self._read.partition(b"\0")
-            answered = json.loads(answer)
-            if answered.get("id") == self._asked:  # all else are events
-                assert "result" in answered, answered
-                return answered["result"]
+            message_read, _, self._read = self._read.partition(b"\0")
+            response = json.loads(message_read)
+            if response.get("id") == self._calls:  # all other messages are events
+                assert "result" in response, response
+                return response["result"]
 
 
 @contextmanager
 def browsing(command: str, folder: Path) -> Iterator[Page]:
-    """Start it with a profile in `folder`, and end it."""
-    for_it, into = os.pipe()
-    out, from_it = os.pipe()
+    """Run `command`, with its data in `folder`, until `with` ends."""
+    child_in, into = os.pipe()
+    out, child_out = os.pipe()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", START, str(for_it), str(from_it), command),
+            *(sys.executable, "-c", START, str(child_in), str(child_out), command),
             *("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
             *("--disable-sync", "--no-proxy-server", "--remote-debugging-pipe"),
             *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",),
             f"--user-data-dir={folder / 'browser'}",
         ],
-        pass_fds=(for_it, from_it), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    os.close(for_it)
-    os.close(from_it)
+    os.close(child_in)
+    os.close(child_out)
     try:
         yield Page(into, out)
     finally:
-        os.close(into)  # which ends it
+        os.close(into)  # ends the browser
         os.close(out)
         process.terminate()
         process.wait()

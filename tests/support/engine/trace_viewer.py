@@ -1,8 +1,8 @@
-"""A viewer of traces to look into: arize-phoenix, from PyPI, in an environment of its own.
+"""Runs a viewer of traces, arize-phoenix, from an environment of its own.
 
-It is no dependency, of the tests neither: what it needs contradicts what engines need. It is told
-to call nobody, and listens on loopback alone. Its gRPC port listens on every interface, whatever
-it is told, so it is started by a line that puts that right.
+The viewer is no dependency of the tests, since its requirements contradict those of engines. Its
+settings turn off all calls to other hosts, and it listens on the loopback address only. Its gRPC
+port ignores the setting of the address, so `SERVE` changes the address before it starts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from phoenix.server.main import main
 sys.argv = ["phoenix", "serve"]
 main()
 """
-QUIET = {
+OFFLINE = {
     "PHOENIX_TELEMETRY_ENABLED": "false",
     "PHOENIX_ALLOW_EXTERNAL_RESOURCES": "false",
     "PHOENIX_DISABLE_AGENT_ASSISTANT": "true",
@@ -58,28 +58,28 @@ class Viewer:
 
     @property
     def traces_endpoint(self) -> str:
-        """Where it takes OTLP over HTTP."""
+        """The endpoint for OTLP over HTTP."""
         return f"{self.url}/v1/traces"
 
     def get(self, path: str, **query: str | int) -> Any:
-        """What its REST interface answers."""
+        """Return the data of a response of its REST interface."""
         url = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            return json.loads(answer.read())["data"]
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return json.loads(response.read())["data"]
 
     def spans(self, **query: str | int) -> list[Any]:
-        """Spans of its one project."""
+        """Return spans of its only project."""
         return list(self.get("/v1/projects/default/spans", limit=100, **query))
 
     def page(self, trace_id: str, span: str) -> str:
-        """The page of a trace, with a span chosen, named as the viewer itself does."""
+        """Return the URL of a trace with a selected span."""
         [project] = self.get("/v1/projects")
-        chosen = urllib.parse.urlencode({"selectedSpanNodeId": span})
-        return f"{self.url}/projects/{project['id']}/traces/{trace_id}?{chosen}"
+        selected = urllib.parse.urlencode({"selectedSpanNodeId": span})
+        return f"{self.url}/projects/{project['id']}/traces/{trace_id}?{selected}"
 
 
 def install() -> Path:
-    """Make its environment where it is not there yet; its interpreter."""
+    """Make the viewer's environment unless it exists; return its interpreter."""
     python, made = HOME / "bin" / "python", HOME / ".made-of"
     if not made.exists() or made.read_text() != PACKAGE:
         print(f"installing {PACKAGE} (a minute or two, 850 MB)", flush=True)
@@ -92,14 +92,14 @@ def install() -> Path:
 
 @contextmanager
 def viewing(folder: Path) -> Iterator[Viewer]:
-    """A viewer whose data and log are in `folder`, until `with` ends."""
+    """Run a viewer, with its data and log in `folder`, until `with` ends."""
     python, port, log = install(), free_port(), folder / "viewer.log"
     base = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("OTEL", "PHOENIX", "PYTHON"))
     }
-    ours = {
+    settings = {
         "PHOENIX_HOST": "127.0.0.1",
         "PHOENIX_PORT": str(port),
         "PHOENIX_GRPC_PORT": str(free_port()),
@@ -107,7 +107,11 @@ def viewing(folder: Path) -> Iterator[Viewer]:
     }
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [python, "-c", SERVE], cwd=folder, env=base | QUIET | ours, stdout=sink, stderr=sink
+            [python, "-c", SERVE],
+            cwd=folder,
+            env=base | OFFLINE | settings,
+            stdout=sink,
+            stderr=sink,
         )
     viewer = Viewer(f"http://127.0.0.1:{port}", process.pid)
     try:
@@ -116,7 +120,7 @@ def viewing(folder: Path) -> Iterator[Viewer]:
             try:
                 viewer.get("/v1/projects")
             except OSError:
-                time.sleep(0.2)  # nothing says when it listens
+                time.sleep(0.2)  # it sends no signal when it listens
             else:
                 break
         else:
@@ -128,7 +132,7 @@ def viewing(folder: Path) -> Iterator[Viewer]:
 
 
 def listens_at(pid: int) -> set[str]:
-    """The addresses at which a process takes TCP connections, in the kernel's hex."""
+    """Return the addresses on which a process listens for TCP connections, as the kernel's hex."""
     files = Path(f"/proc/{pid}/fd").iterdir()
     sockets = {str(file.readlink()) for file in files if file.is_symlink()}
     rows = [
@@ -139,5 +143,5 @@ def listens_at(pid: int) -> set[str]:
     return {
         row[1].partition(":")[0]
         for row in rows
-        if row[3] == "0A" and f"socket:[{row[9]}]" in sockets  # 0A: listens
+        if row[3] == "0A" and f"socket:[{row[9]}]" in sockets  # 0A: LISTEN
     }

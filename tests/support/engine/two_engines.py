@@ -1,4 +1,4 @@
-"""Scenarios whose completions must be equal on two engines, to the last bit of each logprob.
+"""Scenarios with completions that must be equal on two engines, to the last bit of a logprob.
 
 One engine has kvcache and a tiny cache of its own, the other a large cache and no kvcache. Both
 find the same blocks, the first in L1 and the second in its own cache, and compute the other blocks
