@@ -1,6 +1,7 @@
 """What applies to every test: environment, generated cases, marks, and order."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         rank = min((SLOW_FIRST.index(name) for name in names.intersection(SLOW_FIRST)), default=99)
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
     items.sort(key=lambda item: ranks[item.path])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave one core to each worker: threads of torch that spin for each other take several."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)

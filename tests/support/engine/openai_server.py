@@ -27,10 +27,10 @@ START_S = 300.0
 
 def documented_settings() -> str:
     """Return the JSON after `--kv-transfer-config` in the connector's docstring."""
-    from kvcache.connectors import vllm
+    from kvcache.connectors.vllm import connector
 
-    assert vllm.__doc__ is not None
-    [settings] = re.findall(r"--kv-transfer-config '(\{.*?\})'", vllm.__doc__, re.DOTALL)
+    assert connector.__doc__ is not None
+    [settings] = re.findall(r"--kv-transfer-config '(\{.*?\})'", connector.__doc__, re.DOTALL)
     return str(settings)
 
 
