@@ -65,6 +65,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     Attributes:
         scheduler_side: in the scheduler's process; the instance there has no ``worker_side``.
         worker_side: in a worker's process.
+        refusal: in a worker: why it keeps no blocks; ``None`` if it does.
     """
 
     _cache_hit_source = _HOST
@@ -92,9 +93,9 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             from kvcache.connectors.vllm.worker import WorkerSide
 
             self._drafts = vllm_config.speculative_config is not None
-            self._refusal = refusal(vllm_config, kv_cache_config)
+            self.refusal = refusal(vllm_config, kv_cache_config)
             rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
-            if self._refusal is None and rank == (0, 0):
+            if self.refusal is None and rank == (0, 0):
                 warn_unless_recomputing(vllm_config)
             self.worker_side = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
 
@@ -205,12 +206,12 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        if self._refusal is None:
+        if self.refusal is None:
             self.worker_side.register(kv_caches)
 
     def get_handshake_metadata(self) -> Shard | Refusal | None:
-        if self._refusal is not None:
-            return Refusal(self._refusal)
+        if self.refusal is not None:
+            return Refusal(self.refusal)
         from kvcache.connectors.vllm.identity import kernels
 
         shard = self.worker_side.shard()

@@ -1,14 +1,13 @@
-"""A vLLM engine in miniature, with two ranks: as far as it matters to the connector.
+"""A miniature of vLLM with two ranks, as far as the connector depends on it.
 
-Blocks that are reused, a prefix cache of its own, chunks, preemption, aborts, resets, sessions
-whose prompts go on, loads that their step awaits and loads that a request waits for, copies that
-fail on either rank, and copies that go on beside later steps. Two modes, of which an engine may
-have both:
+It reuses blocks, and has a prefix cache of its own, chunked prefill, preemption, aborts, resets,
+sessions with prompts in parts, loads within the step and async loads, copies that fail on either
+rank, and copies beside later steps. An engine may have both of these modes:
 
 * `ahead`: as with async scheduling, a step is built and run before the one before it is reported.
-* `reports_first`: as with drafted tokens, a step is reported before its stores begin.
+* `reports_first`: as with drafted tokens, a step is reported before its stores start.
 
-Where it runs ahead it computes wrongly again what was not loaded, as vLLM itself does.
+An engine that runs ahead recomputes blocks of failed loads wrongly, as vLLM does.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.scheduler import SchedulerSide
-from tests.support.miniature_workers import BLOCK, BLOCKS, RANKS, Request, Told, Workers
+from tests.support.miniature_workers import BLOCK, BLOCKS, RANKS, Request, WorkerReport, Workers
 from tests.support.played_engine import engine_config
 
 
 @dataclass
-class _Report:
-    """Of a step: for each request how many tokens, whether one is sampled, and its `starts`."""
+class _StepReport:
+    """A step: of each request its tokens, whether one is sampled, and its `starts`."""
 
-    told: Told
+    workers: WorkerReport
     scheduled: dict[Request, tuple[int, bool, int]]
 
 
-class Miniature:
-    """The engine: its scheduler, and its workers."""
+class MiniatureEngine:
+    """vLLM's scheduler in miniature, and its workers."""
 
     def __init__(self, random: Random, *, ahead: bool = False, reports_first: bool = False) -> None:
         import torch
@@ -56,7 +55,7 @@ class Miniature:
             {},
             long_load_s=random.choice((-1.0, 1.0)),  # all loads are long, or none is
         )
-        shard = Shard(4096, host_name(), "form", async_copies=self.workers.late)
+        shard = Shard(4096, host_name(), "form", async_copies=self.workers.async_copies)
         self.side.open({(0, rank): shard for rank in RANKS})
         assert self.side.stack is not None
         self.front = self.side.stack.front
@@ -66,17 +65,17 @@ class Miniature:
         self.own: dict[bytes, int] = {}
         self.users = [0] * BLOCKS
         self.ahead = ahead
-        self.reports: list[_Report] = []
-        self.given: set[int] = set()  # blocks, since the last step
+        self.reports: list[_StepReport] = []
+        self.allocated: set[int] = set()  # since the last step
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.remote: dict[str, Request] = {}  # whose loads no step awaits
-        self.received: list[str] = []  # by every rank that has its load
+        self.remote: dict[str, Request] = {}  # that wait for async loads
+        self.received: list[str] = []  # requests, once for each rank that has loaded them
         self.preempted: set[Request] = set()
         self.asked = 0
         self.keys: set[bytes] = set()
 
-    # What happens to it
+    # Events
 
     def ask(self) -> None:
         self.asked += 1
@@ -86,16 +85,16 @@ class Miniature:
         self.waiting.append(Request(name, self.random.randrange(2), tokens, ends_at))
 
     def abort(self) -> None:
-        loading = [request for request in self.remote.values() if not request.gone]
-        if everyone := [*self.waiting, *self.running, *loading]:
-            self._finish(self.random.choice(everyone))
+        loading = [request for request in self.remote.values() if not request.aborted]
+        if requests := [*self.waiting, *self.running, *loading]:
+            self._finish(self.random.choice(requests))
 
     def reset(self) -> None:
         if self.random.random() < 0.5:
             for request in self.running[::-1]:
                 self._preempt(request)
         self.workers.resets += 1
-        self.own.clear()  # also where vLLM cannot: the connector evicts what it has
+        self.own.clear()  # also while requests run: then the connector evicts the blocks
         self.side.reset()
         self._evict()
         assert self.front.stats().used_blocks == 0
@@ -105,7 +104,7 @@ class Miniature:
         more: dict[Request, list[int]] = {}
         running = len(self.running)
         scheduled = self._schedule_running(more)
-        if running == len(self.running):  # after a preemption nobody is admitted
+        if running == len(self.running):  # after a preemption vLLM admits no request
             self._admit(new, scheduled)
         before = {request: request.num_computed_tokens for request in self.running}
         resumed = [request for request in new if request in self.preempted]
@@ -130,8 +129,8 @@ class Miniature:
         step = self.side.build_step(output)
         assert step is not None
         loaded = [block for load in step.loads if load.awaited_by for block in load.blocks]
-        assert self.given <= {*step.fresh, *loaded}
-        self.given.clear()
+        assert self.allocated <= {*step.fresh, *loaded}
+        self.allocated.clear()
         self._evict()
         built: dict[Request, tuple[int, bool, int]] = {}
         for request, tokens in scheduled.items():
@@ -139,16 +138,16 @@ class Miniature:
             samples = request.num_computed_tokens == request.num_tokens + request.placeholders
             request.placeholders += samples
             built[request] = tokens, samples, request.starts
-        self.reports.append(_Report(self.workers.work(step, scheduled, before), built))
+        self.reports.append(_StepReport(self.workers.work(step, scheduled, before), built))
         if not self.ahead or len(self.reports) > 1:
             self._report()
         self._check()
 
     def _report(self) -> None:
-        """What vLLM does when it hears of a step, in its order."""
+        """Process the report of a step, in vLLM's order."""
         report = self.reports.pop(0)
-        told = report.told
-        affected = self._take_back(told.bad, report.scheduled)
+        workers = report.workers
+        affected = self._set_back(workers.failed_blocks, report.scheduled)
         for request, (_, samples, starts) in report.scheduled.items():
             if request in affected or request not in self.running or request.starts != starts:
                 continue
@@ -157,16 +156,16 @@ class Miniature:
                 request.num_tokens += 1
                 if request.num_tokens >= request.ends_at:
                     self._end(request)
-        if told.bad:
-            self.side.fail_loads(told.bad)
+        if workers.failed_blocks:
+            self.side.fail_loads(workers.failed_blocks)
             self._evict()
-        self.side.end_step(told.acks)
-        self._receive(told.received)
+        self.side.end_step(workers.acks)
+        self._receive(workers.received)
 
     def _evict(self) -> None:
-        """The engine's own cache forgets what the connector says."""
-        doubtful = self.side.take_suspects()
-        self.own = {key: block for key, block in self.own.items() if block not in doubtful}
+        """Remove suspect blocks from the engine's own prefix cache."""
+        suspects = self.side.take_suspects()
+        self.own = {key: block for key, block in self.own.items() if block not in suspects}
 
     # The scheduler
 
@@ -188,7 +187,7 @@ class Miniature:
                 break
             more[request] = self._allocate(need)
             request.blocks += more[request]
-            self._know(request, end)
+            self._cache(request, end)
             scheduled[request] = tokens
         return scheduled
 
@@ -220,13 +219,13 @@ class Miniature:
             if later:
                 self.remote[request.request_id] = request
                 continue
-            self._know(request, computed + tokens)
+            self._cache(request, computed + tokens)
             self.running.append(request)
             new.append(request)
             scheduled[request] = tokens
 
     def _found(self, request: Request) -> list[int]:
-        """The blocks that the engine has of a request, which leave it a token to compute."""
+        """Return the blocks of a request in the engine's own cache, less the last token's."""
         own: list[int] = []
         for key in request.block_hashes[: (request.num_tokens - 1) // BLOCK]:
             if key not in self.own:
@@ -234,33 +233,33 @@ class Miniature:
             own.append(self.own[key])
         return own
 
-    def _receive(self, told: list[str]) -> None:
-        """Ranks have their loads: who waited for the last of them goes on, or is free to go."""
-        self.received += told
-        for name in {name for name in told if self.received.count(name) == len(RANKS)}:
+    def _receive(self, names: list[str]) -> None:
+        """Note loads that ranks have ended. After the last rank's, the request goes on or ends."""
+        self.received += names
+        for name in {name for name in names if self.received.count(name) == len(RANKS)}:
             self.received = [other for other in self.received if other != name]
             request = self.remote.pop(name)
-            if request.gone or not request.num_computed_tokens:
+            if request.aborted or not request.num_computed_tokens:
                 self._release(request)
             else:
-                self._know(request, request.num_computed_tokens)
-                # Of one that has it all the last token is computed anew.
+                self._cache(request, request.num_computed_tokens)
+                # vLLM recomputes the last token of a prompt that was loaded as a whole.
                 most = request.num_tokens - 1
                 request.num_computed_tokens = min(request.num_computed_tokens, most)
-            if not request.gone:
+            if not request.aborted:
                 self.waiting.insert(0, request)
 
     def _allocate(self, count: int) -> list[int]:
         blocks, self.free = self.free[:count], self.free[count:]
-        self.given.update(blocks)
-        self.workers.hand_out(blocks)
+        self.allocated.update(blocks)
+        self.workers.allocate(blocks)
         for block in blocks:
             self.users[block] = 1
         self.own = {key: block for key, block in self.own.items() if block not in blocks}
         return blocks
 
-    def _know(self, request: Request, end: int) -> None:
-        """As vLLM does, before they are computed: others of this step find them."""
+    def _cache(self, request: Request, end: int) -> None:
+        """Add blocks to the own cache before they are computed, as vLLM does."""
         for key, block in zip(request.block_hashes[: end // BLOCK], request.blocks, strict=False):
             self.keys.add(key)
             self.own.setdefault(key, block)
@@ -272,7 +271,7 @@ class Miniature:
                 self.free.append(block)
         request.blocks = []
         request.num_computed_tokens = request.placeholders = 0
-        request.wrong, request.partly = False, (-1, 0)
+        request.wrong, request.partial = False, (-1, 0)
         request.starts += 1
 
     def _preempt(self, request: Request) -> None:
@@ -285,13 +284,13 @@ class Miniature:
         self.preempted.discard(request)
         self.side.finish(request)
         if request.request_id in self.remote:
-            request.gone = True
+            request.aborted = True
             return
         (self.running if request in self.running else self.waiting).remove(request)
         self._release(request)
 
     def _end(self, request: Request) -> None:
-        """It is done, unless it is a session: that keeps its blocks, and its prompt goes on."""
+        """Finish a request, or continue it as a session, which keeps its blocks."""
         if self.ahead or self.random.random() < 0.6:
             self._finish(request)
             return
@@ -301,10 +300,10 @@ class Miniature:
         request.ends_at = request.num_tokens + self.random.choice((1, 3, 40))
         self.waiting.append(request)
 
-    def _take_back(
-        self, bad: set[int], scheduled: dict[Request, tuple[int, bool, int]]
+    def _set_back(
+        self, failed_blocks: set[int], scheduled: dict[Request, tuple[int, bool, int]]
     ) -> set[Request]:
-        """As vLLM does: of those that share a block that was not loaded the first computes it."""
+        """Set requests back to their first failed block; the first that has it recomputes it."""
         affected = set()
         for sharing in ([*self.remote.values()], self.running):
             marked: set[int] = set()
@@ -312,18 +311,20 @@ class Miniature:
                 tokens, *_ = scheduled.get(request, (0,))
                 computed = request.num_computed_tokens - tokens
                 whole = request.blocks[: -(-computed // BLOCK)]
-                if bad.isdisjoint(whole):
+                if failed_blocks.isdisjoint(whole):
                     continue
                 affected.add(request)
-                first = next((at for at, b in enumerate(whole) if b in bad - marked), None)
-                marked.update(bad.intersection(whole))
+                first = next(
+                    (at for at, b in enumerate(whole) if b in failed_blocks - marked), None
+                )
+                marked.update(failed_blocks.intersection(whole))
                 request.num_computed_tokens = computed if first is None else first * BLOCK
                 request.placeholders = 0
                 if not self.ahead:
                     request.wrong = False
         return affected
 
-    # What must hold
+    # Invariants
 
     def _check(self) -> None:
         stats = self.front.stats()
@@ -342,11 +343,11 @@ class Miniature:
         assert self.side.requests <= {request.request_id for request in there}
 
     def end(self) -> None:
-        """All are aborted."""
+        """Abort all requests, and check that nothing is left."""
         for request in [*self.waiting, *self.running, *self.remote.values()]:
-            if not request.gone:
+            if not request.aborted:
                 self._finish(request)
-        while self.side.copying:  # as vLLM does
+        while self.side.copying:  # vLLM steps until then, too
             self.step()
         while self.reports:
             self._report()

@@ -1,4 +1,4 @@
-"""An engine whose steps a test writes out: two ranks, blocks of 32 tokens, a real L1."""
+"""An engine with steps that a test writes out: two ranks, blocks of 32 tokens, a real L1."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Request:
 
 
 class PlayedEngine:
-    """An engine whose block numbers and steps a test chooses."""
+    """An engine with block numbers and steps that a test chooses."""
 
     def __init__(self, side: SchedulerSide) -> None:
         self.side = side
@@ -108,7 +108,7 @@ class PlayedEngine:
     ) -> int:
         """Look up and admit a request that has `own` tokens in the engine's cache.
 
-        `scheduled` is false for one whose async load no step waits for. Returns the tokens found.
+        `scheduled` is false for one that waits for its async load. Returns the tokens found.
         """
         tokens = self.side.matched_tokens(request, own)
         assert tokens is not None

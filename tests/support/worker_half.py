@@ -1,4 +1,4 @@
-"""One rank's half of the connector, and a page copier that says what it was asked for."""
+"""One rank's side of the connector, with a page copier that records its calls."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.support.played_engine import cache_config, full_attention
 
 
 class Copier:
-    """Stands in for the page copier; the calls whose number is in `failing` raise."""
+    """Records its calls in place of a page copier; those with a number in `failing` raise."""
 
     def __init__(self, *failing: int) -> None:
         self.failing = failing
         self.calls: list[tuple[str, list[int], list[int]]] = []
-        self.awaited: list[bool] = []  # of every load
+        self.awaited: list[bool] = []  # for each load
         self.announced: list[int] = []  # by the last load
-        self.reached: list[int | None] = []
+        self.waits: list[int | None] = []
 
     def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> CompletedCopy:
-        assert self.reached[-1] is None, "stored before all is there"
+        assert self.waits[-1] is None, "stored before all loads are there"
         return self._call("gather", blocks, slots)
 
     def scatter(
@@ -45,7 +45,7 @@ class Copier:
         return self._call("scatter", slots, blocks)
 
     def wait_for_layer(self, layer: int | None = None) -> None:
-        self.reached.append(layer)
+        self.waits.append(layer)
 
     def fence(self, blocks: Sequence[int]) -> None:
         self.calls.append(("fence", list(blocks), []))

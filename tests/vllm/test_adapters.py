@@ -1,4 +1,4 @@
-"""LoRA adapters: blocks of one are found by requests of the same weights, whatever their name."""
+"""LoRA adapters: a request finds the blocks of an adapter with the same files, name and path."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def write_adapter(folder: Path, weights: bytes = b"weights") -> str:
     return str(folder)
 
 
-def asks(path: str, name: str = "poet", number: int = 1, **options: Any) -> Any:
+def request_of(path: str, name: str = "poet", number: int = 1, **options: Any) -> Any:
     return Request("a", 3 * BLOCK, lora_request=LoRARequest(name, number, path, **options))
 
 
-def later() -> Adapters:
-    """Of an engine that is started a day from now: every file is older."""
+def adapters_of_a_later_engine() -> Adapters:
+    """Return the adapters of an engine that starts in a day: every file is older."""
     return Adapters(started_ns=time.time_ns() + DAY_NS)
 
 
@@ -57,44 +57,50 @@ def path(tmp_path: Path) -> str:
     return write_adapter(tmp_path / "poet")
 
 
-def test_keys_same_files_elsewhere_are_the_same(path: str, tmp_path: Path) -> None:
+def test_keys_of_equal_files_at_two_paths_are_equal(path: str, tmp_path: Path) -> None:
     copy = write_adapter(tmp_path / "mount" / "poet")
-    assert later().keys(asks(path), KEYS) == later().keys(asks(copy), KEYS)
+    assert adapters_of_a_later_engine().keys(
+        request_of(path), KEYS
+    ) == adapters_of_a_later_engine().keys(request_of(copy), KEYS)
 
 
-def test_keys_are_those_of_no_adapter_without_one(path: str) -> None:
-    adapters = later()
+def test_keys_without_an_adapter_are_unchanged(path: str) -> None:
+    adapters = adapters_of_a_later_engine()
     assert adapters.keys(Request("a", BLOCK), KEYS) == KEYS
-    assert not set(adapters.keys(asks(path), KEYS)) & set(KEYS)
+    assert not set(adapters.keys(request_of(path), KEYS)) & set(KEYS)
 
 
-def test_keys_twice_are_vllms_hashes(path: str) -> None:
-    adapters, request = later(), asks(path)
+def test_keys_of_keys_are_vllms_hashes(path: str) -> None:
+    adapters, request = adapters_of_a_later_engine(), request_of(path)
     assert adapters.keys(request, adapters.keys(request, KEYS)) == KEYS
 
 
 @pytest.mark.parametrize("nbytes", [16, 32])
-def test_keys_keep_their_length(path: str, nbytes: int) -> None:
+def test_keys_have_the_length_of_the_hashes(path: str, nbytes: int) -> None:
     keys = keys_of("chain", 3, nbytes)
-    assert [len(key) for key in later().keys(asks(path), keys)] == [nbytes] * 3
+    assert [len(key) for key in adapters_of_a_later_engine().keys(request_of(path), keys)] == [
+        nbytes
+    ] * 3
 
 
-def test_keys_adapter_replaced_between_two_engines_are_others(path: str) -> None:
-    before = later().keys(asks(path), KEYS)
+def test_keys_after_the_files_were_replaced_differ(path: str) -> None:
+    before = adapters_of_a_later_engine().keys(request_of(path), KEYS)
     write_adapter(Path(path), b"trained")
-    assert not set(later().keys(asks(path), KEYS)) & set(before)
+    assert not set(adapters_of_a_later_engine().keys(request_of(path), KEYS)) & set(before)
 
 
-def test_keys_layout_of_expert_weights_counts(path: str) -> None:
-    adapters = later()
-    other = adapters.keys(asks(path, is_3d_lora_weight=True), KEYS)
-    assert other != adapters.keys(asks(path), KEYS)
+def test_keys_with_another_expert_layout_differ(path: str) -> None:
+    adapters = adapters_of_a_later_engine()
+    other = adapters.keys(request_of(path, is_3d_lora_weight=True), KEYS)
+    assert other != adapters.keys(request_of(path), KEYS)
 
 
-def test_keys_what_an_adapter_does_beside_its_weights_counts(path: str) -> None:
+def test_keys_with_other_engine_settings_differ(path: str) -> None:
     started_ns = time.time_ns() + DAY_NS
     other = Adapters(["target_modules=['q_proj']"], started_ns=started_ns)
-    assert other.keys(asks(path), KEYS) != later().keys(asks(path), KEYS)
+    assert other.keys(request_of(path), KEYS) != adapters_of_a_later_engine().keys(
+        request_of(path), KEYS
+    )
 
 
 def _young(folder: Path) -> None:
@@ -111,12 +117,12 @@ def _missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_young, _linked, _missing])
-def test_keeps_adapter_that_may_have_been_another_is_refused(
+def test_keeps_adapter_younger_than_the_engine_is_refused_once(
     tmp_path: Path, make: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapters = Adapters(started_ns=time.time_ns() - DAY_NS)
     make(tmp_path / "adapter")
-    request = asks(str(tmp_path / "adapter"))
+    request = request_of(str(tmp_path / "adapter"))
     with caplog.at_level(logging.WARNING, "kvcache"):
         assert not adapters.keeps(request)
         assert not adapters.keeps(request)
@@ -124,7 +130,7 @@ def test_keeps_adapter_that_may_have_been_another_is_refused(
     assert adapters.keys(request, KEYS) == []
 
 
-def test_keeps_hub_snapshot_that_is_young_is_kept(tmp_path: Path) -> None:
+def test_keeps_young_snapshot_is_kept(tmp_path: Path) -> None:
     repository = tmp_path / "models--a--b"
     snapshot = repository / "snapshots" / (40 * "a")
     (repository / "blobs").mkdir(parents=True)
@@ -132,40 +138,40 @@ def test_keeps_hub_snapshot_that_is_young_is_kept(tmp_path: Path) -> None:
     (repository / "blobs" / "1").write_bytes(b"weights")
     (snapshot / "adapter_model.safetensors").symlink_to(repository / "blobs" / "1")
     adapters = Adapters(started_ns=(snapshot / "adapter_model.safetensors").lstat().st_ctime_ns)
-    os.utime(repository / "blobs" / "1")  # its time of change is now
-    assert adapters.keeps(asks(str(snapshot)))
+    os.utime(repository / "blobs" / "1")  # sets its ctime to now
+    assert adapters.keeps(request_of(str(snapshot)))
 
 
 def test_keeps_adapter_loaded_in_place_is_refused(path: str, tmp_path: Path) -> None:
-    adapters = later()
-    assert adapters.keeps(asks(path))
-    assert not adapters.keeps(asks(path, load_inplace=True))
+    adapters = adapters_of_a_later_engine()
+    assert adapters.keeps(request_of(path))
+    assert not adapters.keeps(request_of(path, load_inplace=True))
     other = write_adapter(tmp_path / "other")
-    adapters = later()
-    assert adapters.keeps(asks(path))
-    assert adapters.keeps(asks(other))  # of the same number: it has replaced the first
-    assert not adapters.keeps(asks(path))
+    adapters = adapters_of_a_later_engine()
+    assert adapters.keeps(request_of(path))
+    assert adapters.keeps(request_of(other))  # the same number: it replaced the first
+    assert not adapters.keeps(request_of(path))
 
 
-def test_changed_files_written_while_in_use_are_seen(path: str) -> None:
-    adapters = later()
-    adapters.keys(asks(path), KEYS)
+def test_changed_after_files_were_written_is_true(path: str) -> None:
+    adapters = adapters_of_a_later_engine()
+    adapters.keys(request_of(path), KEYS)
     assert not adapters.changed(done=False)
     write_adapter(Path(path), b"trained")
     assert adapters.changed(done=False)
-    assert not adapters.keeps(asks(path))
+    assert not adapters.keeps(request_of(path))
 
 
-def test_changed_files_removed_while_in_use_are_seen(path: str) -> None:
-    adapters = later()
-    adapters.keys(asks(path), KEYS)
+def test_changed_after_files_were_removed_is_true(path: str) -> None:
+    adapters = adapters_of_a_later_engine()
+    adapters.keys(request_of(path), KEYS)
     (Path(path) / "adapter_model.safetensors").unlink()
     assert adapters.changed(done=False)
 
 
-def test_keeps_trusted_names_read_no_file() -> None:
+def test_keeps_trusted_name_reads_no_file() -> None:
     adapters = Adapters(trusted=True)
-    request = asks("/nowhere")
+    request = request_of("/nowhere")
     assert adapters.keeps(request)
     assert adapters.keys(request, KEYS) == Adapters(trusted=True).keys(request, KEYS) != []
 
@@ -173,13 +179,15 @@ def test_keeps_trusted_names_read_no_file() -> None:
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> SchedulerSide:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
-    side = SchedulerSide(engine_config(), cache_config(full_attention()), {}, adapters=later())
+    side = SchedulerSide(
+        engine_config(), cache_config(full_attention()), {}, adapters=adapters_of_a_later_engine()
+    )
     side.open(shards())
     return side
 
 
 def compute(side: SchedulerSide, request: Any, between: Any = None) -> None:
-    """The engine computes the request; ``between`` happens before it is known to have stored."""
+    """Compute and store a request; ``between`` is called before its store is acknowledged."""
     engine = PlayedEngine(side)
     engine.admit(request, [0, 1, 2])
     step = engine.step((request, request.num_tokens))
@@ -189,25 +197,25 @@ def compute(side: SchedulerSide, request: Any, between: Any = None) -> None:
     side.finish(request)
 
 
-def test_scheduler_blocks_of_an_adapter_are_found_again(side: SchedulerSide, path: str) -> None:
-    compute(side, asks(path))
-    again = asks(path)
+def test_scheduler_finds_blocks_of_the_same_adapter(side: SchedulerSide, path: str) -> None:
+    compute(side, request_of(path))
+    again = request_of(path)
     again.num_tokens += 1
     assert side.matched_tokens(again, 0) == 3 * BLOCK
     side.finish(again)
-    assert side.matched_tokens(Request("b", 3 * BLOCK + 1), 0) == 0  # not without it
+    assert side.matched_tokens(Request("b", 3 * BLOCK + 1), 0) == 0  # without the adapter
     side.close()
 
 
-def test_scheduler_adapter_replaced_while_it_computes_stores_nothing(
+def test_scheduler_stores_nothing_of_an_adapter_replaced_meanwhile(
     side: SchedulerSide, path: str
 ) -> None:
-    """The worker may have read either: it reads an adapter again when it has dropped it."""
-    compute(side, asks(path), lambda: write_adapter(Path(path), b"trained"))
+    """The worker may have read either version: it reads an adapter again after dropping it."""
+    compute(side, request_of(path), lambda: write_adapter(Path(path), b"trained"))
     stats = side.stats()
     assert stats is not None
     assert stats.tiers[0].used_blocks == 0
-    compute(side, asks(path))  # and from then on
-    assert side.matched_tokens(asks(path), 0) == 0
+    compute(side, request_of(path))  # nor later
+    assert side.matched_tokens(request_of(path), 0) == 0
     assert side.stats().tiers[0].used_blocks == 0  # type: ignore[union-attr]
     side.close()

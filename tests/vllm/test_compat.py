@@ -1,4 +1,4 @@
-"""Which vLLM is accepted, and that it finds the connector by its name alone."""
+"""Versions of vLLM, registration by name, the failure policy, and replicas."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     "version", ["0.29.0", "0.29.0rc1", "0.32.0+cpu", "0.100.1", "1.0.0", "2.3"]
 )
-def test_new_enough(version: str) -> None:
+def test_check_version_of_a_supported_vllm_passes(version: str) -> None:
     check_version(version)
 
 
 @pytest.mark.parametrize(
     "version", ["dev", "0.0.0", "0.1.dev12345+gabcdef012", "0.33.0.dev7+gabcdef012.cpu", "unknown"]
 )
-def test_builds_from_source_are_taken_at_their_word(version: str) -> None:
+def test_check_version_of_a_source_build_passes(version: str) -> None:
     check_version(version)
 
 
 @pytest.mark.parametrize("version", ["0.28.1", "0.28.9rc1", "0.9.2", "0.1.7", "0.11.0+cu129"])
-def test_too_old(version: str) -> None:
+def test_check_version_of_an_old_vllm_raises_with_both_versions(version: str) -> None:
     with pytest.raises(ImportError, match=r"needs vLLM 0\.29 or newer; this is ") as caught:
         check_version(version)
     assert version in str(caught.value)
 
 
-def test_a_host_is_the_same_to_all_its_processes() -> None:
+def test_host_name_is_stable_and_has_three_parts() -> None:
     assert host_name() == host_name()
     assert host_name().count("/") >= 2
 
 
-def test_the_plugin_makes_the_name_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_registers_the_connector_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
@@ -56,15 +56,15 @@ def test_the_plugin_makes_the_name_known(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(KVConnectorFactory, "_registry", dict(KVConnectorFactory._registry))
     KVConnectorFactory._registry.pop(plugin.NAME, None)
     plugin.register()
-    plugin.register()  # vLLM calls it in every process, and again
+    plugin.register()  # vLLM may call it more than once
     config = KVTransferConfig(kv_connector=plugin.NAME, kv_role="kv_both")
     found = KVConnectorFactory.get_connector_class(config)
     assert found is KVCacheConnector
-    assert found.__name__ == plugin.NAME  # vLLM's statistics look classes up by their name
+    assert found.__name__ == plugin.NAME  # vLLM's statistics look classes up by name
     assert supports_hma(found)
 
 
-def test_hits_count_as_host_memory() -> None:
+def test_connector_hits_count_as_host_memory() -> None:
     source = pytest.importorskip("vllm.v1.metrics.cache_hit_source", reason="vLLM before 0.32")
 
     from kvcache.connectors.vllm import KVCacheConnector
@@ -72,8 +72,8 @@ def test_hits_count_as_host_memory() -> None:
     assert KVCacheConnector._cache_hit_source is source.CacheHitSource.HOST
 
 
-def test_no_request_waits_for_its_delivery() -> None:
-    """A preempted request would be computed from the start, were it not a cache."""
+def test_connector_requires_no_kv_delivery() -> None:
+    """vLLM recomputes a preempted request from its start if the connector requires delivery."""
     from kvcache.connectors.vllm import KVCacheConnector
 
     connector = KVCacheConnector.__new__(KVCacheConnector)
@@ -104,7 +104,7 @@ def test_failure_policy_under_multi_connector_is_the_outer_one(
         )
     )
     [(_, given)] = MultiConnector._get_connector_classes_and_configs(config)
-    with set_current_vllm_config(config):  # as vLLM makes a worker's connector
+    with set_current_vllm_config(config):  # as when vLLM constructs a worker's connector
         warn_unless_recomputing(given)
     warnings = [r.getMessage() for r in caplog.records if r.name.startswith("kvcache")]
     if outer == "recompute":
@@ -132,14 +132,19 @@ def test_failure_policy_without_a_current_config_is_the_given_one(
     [
         (2, 2, 1, Replica(1, 2)),
         (4, 4, 0, Replica(0, 4)),
-        (4, 2, 1, {True: Replica(1, 4), False: Replica(1, 2)}),  # vLLM hides the 2 if it is dense
+        (
+            4,
+            2,
+            1,
+            {True: Replica(1, 4), False: Replica(1, 2)},
+        ),  # vLLM's config of a dense one lacks the 2
         (1, 1, 0, ALONE),
     ],
 )
 def test_replica_of_an_engine_is_its_rank_on_the_host(
     dense: bool, size: int, local: int, rank: int, replicas: Any
 ) -> None:
-    """As ``EngineCoreProc.run_engine_core`` makes the config of a replica."""
+    """With the config that ``EngineCoreProc.run_engine_core`` passes to a replica."""
     from vllm.config import ParallelConfig
 
     config = ParallelConfig(data_parallel_size=size, data_parallel_size_local=local)

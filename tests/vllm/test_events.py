@@ -1,6 +1,6 @@
-"""What bounds the events of a stack, and what they cost when vLLM's are off.
+"""KV events of a stack: their fields, their bounds, and that nothing is recorded when they are off.
 
-That they are true is tested with an engine and a subscriber, in `tests/e2e/test_events.py`.
+`tests/e2e/test_events.py` compares them with an engine's blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SLOTS = 16
 
 
 def request_of(blocks: int, **more: Any) -> Any:
-    """What is read of a vLLM request."""
+    """Return the parts of a vLLM request that events read."""
     read = {
         "all_token_ids": list(range(blocks * BLOCK)),
         "lora_request": None,
@@ -40,14 +40,16 @@ def request_of(blocks: int, **more: Any) -> Any:
     return SimpleNamespace(**read | more)
 
 
-def told(made: Sequence[Any], medium: str = "CPU") -> tuple[list[Any], list[Any]]:
-    """The hashes of the blocks that came to a medium, and of those that left it."""
-    came: list[Any] = []
-    left: list[Any] = []
+def hashes_of(made: Sequence[Any], medium: str = "CPU") -> tuple[list[Any], list[Any]]:
+    """Return the hashes of the blocks stored in a medium, and of those removed from it."""
+    stored: list[Any] = []
+    removed: list[Any] = []
     for event in made:
         if event.medium == medium:
-            (came if type(event).__name__ == "BlockStored" else left).extend(event.block_hashes)
-    return came, left
+            (stored if type(event).__name__ == "BlockStored" else removed).extend(
+                event.block_hashes
+            )
+    return stored, removed
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +64,7 @@ def below() -> Iterator[StackUnderTest]:
         yield below
 
 
-def test_blocks_that_continue_each_other_are_one_event(below: StackUnderTest) -> None:
+def test_events_of_a_segment_are_one_event(below: StackUnderTest) -> None:
     published = StackEvents(full_attention_group(), below.stack)
     keys = keys_of("a", 4)
     lora = LoRARequest("poet", 7, "adapters/poet")
@@ -82,7 +84,7 @@ def test_blocks_that_continue_each_other_are_one_event(below: StackUnderTest) ->
 
 
 def test_events_of_an_adapter_have_vllms_own_hashes(below: StackUnderTest) -> None:
-    """Whatever the keys are that the tiers know its blocks by."""
+    """The tiers have its blocks under other keys."""
 
     def other(_: Any, keys: list[bytes]) -> list[bytes]:
         return [key[::-1] for key in keys]
@@ -91,15 +93,15 @@ def test_events_of_an_adapter_have_vllms_own_hashes(below: StackUnderTest) -> No
     keys = keys_of("a", 3)
     published.describe(request_of(3), 1, keys[1:], keys[0], other)
     below.put(keys[1:], keys[0])
-    [came] = (event for event in published.take() if event.medium == "CPU")
-    assert came.block_hashes == [key[::-1] for key in keys[1:]]
-    assert came.parent_block_hash == keys[0][::-1]
+    [stored] = (event for event in published.take() if event.medium == "CPU")
+    assert stored.block_hashes == [key[::-1] for key in keys[1:]]
+    assert stored.parent_block_hash == keys[0][::-1]
     below.stack.front.remove(keys[1:])
-    [gone] = (event for event in published.take() if event.medium == "CPU")
-    assert set(gone.block_hashes) == set(came.block_hashes)
+    [removed] = (event for event in published.take() if event.medium == "CPU")
+    assert set(removed.block_hashes) == set(stored.block_hashes)
 
 
-def test_what_nobody_described_is_announced_when_somebody_does(
+def test_events_of_an_undescribed_block_come_once_it_is_described(
     below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "MOST_AHEAD", 0)
@@ -109,18 +111,18 @@ def test_what_nobody_described_is_announced_when_somebody_does(
     published.describe(request_of(2 * SLOTS), 0, keys_of("others", 2 * SLOTS), None)
     assert published.described_blocks == 2 * SLOTS
     below.put(keys)
-    assert told(published.take()) == ([], [])
+    assert hashes_of(published.take()) == ([], [])
     published.describe(request_of(2), 0, keys, None)
-    assert told(published.take()) == (keys, [])
+    assert hashes_of(published.take()) == (keys, [])
     below.front.remove(keys)
-    assert told(published.take()) == ([], keys)
-    below.put(keys_of("nobody's", 1))
+    assert hashes_of(published.take()) == ([], keys)
+    below.put(keys_of("undescribed", 1))
     below.stack.clear()
     published.take()
     assert published.tracked_blocks == 0
 
 
-def test_what_is_kept_announced_below_is_bounded(
+def test_events_of_a_lower_tier_are_bounded(
     below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "MOST_ANNOUNCED", 3)
@@ -129,17 +131,17 @@ def test_what_is_kept_announced_below_is_bounded(
         published.describe(request_of(2), 0, keys_of(name, 2), None)
         below.put(keys_of(name, 2))
         assert below.stack.flush(LONG)
-    came, left = told(published.take(), "STORAGE")
-    assert came == [*keys_of("a", 2), *keys_of("b", 2), *keys_of("c", 2)]
-    assert left == [*keys_of("a", 2), *keys_of("b", 1)]
+    stored, removed = hashes_of(published.take(), "STORAGE")
+    assert stored == [*keys_of("a", 2), *keys_of("b", 2), *keys_of("c", 2)]
+    assert removed == [*keys_of("a", 2), *keys_of("b", 1)]
     below.front.clear()
-    assert below.fetch_count(keys_of("b", 2)) == 2  # seen again: the oldest is another
-    came, left = told(published.take(), "STORAGE")
-    assert came == keys_of("b", 1)
-    assert left == keys_of("c", 1)
+    assert below.fetch_count(keys_of("b", 2)) == 2  # seen again: another one is now the oldest
+    stored, removed = hashes_of(published.take(), "STORAGE")
+    assert stored == keys_of("b", 1)
+    assert removed == keys_of("c", 1)
 
 
-def test_with_events_off_nobody_is_told(
+def test_events_off_subscribe_to_nothing(
     below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscribed: list[object] = []
@@ -160,7 +162,7 @@ def test_with_events_off_nobody_is_told(
     assert type(events_of(on, full_attention_group(), below.stack)) is StackEvents
 
 
-def test_fields_that_this_vllm_does_not_know_are_left_out(below: StackUnderTest) -> None:
+def test_events_leave_out_fields_that_this_vllm_lacks(below: StackUnderTest) -> None:
     class Older:
         __struct_fields__ = ("block_hashes", "medium")
 

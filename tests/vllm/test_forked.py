@@ -1,4 +1,4 @@
-"""A forked child cannot use either half of its parent's vLLM connector, nor close it."""
+"""A forked child cannot use or close either side of its parent's vLLM connector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.worker_half import side
 pytestmark = pytest.mark.engine
 
 
-def test_scheduler_side_in_a_child_is_refused_and_the_parent_keeps_its_blocks(
+def test_scheduler_side_in_a_forked_child_refuses_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     played, request = opened(monkeypatch, 8), Request("a", 3 * BLOCK)
@@ -27,7 +27,7 @@ def test_scheduler_side_in_a_child_is_refused_and_the_parent_keeps_its_blocks(
     played.side.close()
 
 
-def test_worker_side_in_a_child_is_refused_and_the_parent_goes_on_copying() -> None:
+def test_worker_side_in_a_forked_child_refuses_calls() -> None:
     pages = {name: torch.rand(16, 2, 32, 8) for name in ("one", "two")}
     before = pages["one"][3].clone()
     worker = side()

@@ -1,4 +1,4 @@
-"""Hints with a request: they reach L1 when it has ended, and no wrong one does harm."""
+"""Hints of a request reach L1 when it has ended; an invalid hint is ignored."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     engine.side.close()
 
 
-def asked(name: str, kvcache: object = None) -> Request:
+def request_of(name: str, kvcache: object = None) -> Request:
     params = None if kvcache is None else {"kvcache": kvcache}
     return Request(name, 4 * BLOCK, kv_transfer_params=params)
 
 
-def test_a_conversation_that_is_done_makes_room_for_others(played: PlayedEngine) -> None:
-    first, over = asked("first"), asked("over", {"done": True})
+def test_hint_done_evicts_the_conversation_first(played: PlayedEngine) -> None:
+    first, over = request_of("first"), request_of("over", {"done": True})
     played.keep(first, [1, 2, 3, 4])
     played.keep(over, [5, 6, 7, 8])
-    played.keep(asked("next"), [9, 10, 11, 12])
+    played.keep(request_of("next"), [9, 10, 11, 12])
     assert played.held(first) == [True] * 4
     assert played.held(over) == [False] * 4
 
 
-def test_what_is_kept_stays(played: PlayedEngine) -> None:
-    first, other = asked("first", {"keep": 60, "soon": True}), asked("other")
+def test_hint_keep_protects_a_quarter_of_the_slots(played: PlayedEngine) -> None:
+    first, other = request_of("first", {"keep": 60, "soon": True}), request_of("other")
     played.keep(first, [1, 2, 3, 4])
     played.keep(other, [5, 6, 7, 8])
-    played.keep(asked("next"), [9, 10, 11, 12])
-    assert played.held(first)[:2] == [True] * 2  # a quarter of the slots
+    played.keep(request_of("next"), [9, 10, 11, 12])
+    assert played.held(first)[:2] == [True] * 2  # two of eight slots
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "reason"),
     [
         (7, "it is a int, not an object"),
         ({"keep": -1}, "keep takes seconds"),
@@ -56,23 +56,25 @@ def test_what_is_kept_stays(played: PlayedEngine) -> None:
         ({"done": True, "keep": 5}, "done excludes keep and soon"),
     ],
 )
-def test_what_is_not_understood_is_said_once_and_does_nothing(
+def test_hint_that_is_invalid_is_logged_once_and_ignored(
     played: PlayedEngine,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     given: Any,
-    says: str,
+    reason: str,
 ) -> None:
     hinted: list[object] = []
     monkeypatch.setattr(played.stack, "hint", lambda *what, **_: hinted.append(what))
     for turn in range(3):
-        played.keep(asked(f"{turn}", given), [1, 2, 3, 4])
-    assert [says in record.message for record in caplog.records] == [True]
+        played.keep(request_of(f"{turn}", given), [1, 2, 3, 4])
+    assert [reason in record.message for record in caplog.records] == [True]
     assert not hinted
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": True}, {"kvcache": {}}])
-def test_no_hint_is_none(played: PlayedEngine, params: dict[str, Any] | None) -> None:
+def test_hint_absent_or_empty_is_no_hint(
+    played: PlayedEngine, params: dict[str, Any] | None
+) -> None:
     request = Request("a", 2 * BLOCK, kv_transfer_params=params)
     assert HintReader().read(request) == {}
     played.keep(request, [1, 2])

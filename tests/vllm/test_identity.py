@@ -1,4 +1,4 @@
-"""What makes two engines' blocks each other's: all of it is in the namespace, and no more."""
+"""The namespace has all that must be equal before engines share blocks, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMIT = 40 * "a"
 
 
 def write_model(folder: Path, weights: bytes = b"weights") -> str:
-    """A folder with one weight file; its path."""
+    """Write a folder with one weight file, and return its path."""
     folder.mkdir(parents=True)
     (folder / "model.bin").write_bytes(weights)
     return str(folder)
 
 
 def write_snapshot(cache: Path, commit: str, weights: bytes) -> str:
-    """A model as a Hugging Face cache keeps it; the path of its snapshot."""
+    """Write a model as a Hugging Face cache keeps it, and return the path of its snapshot."""
     repository = cache / "models--meta--llama"
     for folder in (repository / "blobs", repository / "snapshots" / commit, repository / "refs"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_snapshot(cache: Path, commit: str, weights: bytes) -> str:
 
 @pytest.fixture(autouse=True)
 def started_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These engines are started when the test has written its files."""
+    """The engines of these tests start after the test has written its files."""
     later = time.time_ns() + DAY_NS
     monkeypatch.setattr("kvcache.connectors.vllm.identity.started_ns", lambda: later)
 
@@ -85,7 +85,7 @@ def fields(
     loader: dict[str, Any] | None = None,
     classes: dict[str, str] | None = None,
 ) -> dict[str, object]:
-    """The fields of an engine with these settings."""
+    """Return the identity of an engine with these settings."""
     import torch
     from vllm.config.load import LoadConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -176,8 +176,8 @@ def test_identity_variable_that_changes_blocks_changes_it(
     assert fields(model) != before
 
 
-def test_identity_engines_of_one_kind_agree(model: str) -> None:
-    """Whatever they are called; what a salt changes is in vLLM's hashes of the blocks."""
+def test_identity_of_two_equal_engines_is_equal(model: str) -> None:
+    """Also if their served names differ."""
     assert fields(model) == fields(model, served="another name")
 
 
@@ -187,7 +187,7 @@ def test_identity_weights_replaced_in_place_changes_it(model: str) -> None:
     assert fields(model) != before
 
 
-def test_identity_same_files_at_another_path_agree(model: str, tmp_path: Path) -> None:
+def test_identity_of_equal_files_at_two_paths_is_equal(model: str, tmp_path: Path) -> None:
     copy = str(tmp_path / "elsewhere")
     shutil.copytree(model, copy)
     assert fields(copy) == fields(model)
@@ -201,7 +201,7 @@ def test_identity_drafter_weights_replaced_changes_it(model: str, tmp_path: Path
     assert fields(model, draft=draft) != before
 
 
-def test_identity_revision_that_moved_changes_it(tmp_path: Path) -> None:
+def test_identity_revision_at_another_commit_changes_it(tmp_path: Path) -> None:
     write_snapshot(tmp_path, COMMIT, b"old")
     before = fields("meta/llama", download_dir=str(tmp_path))
     assert before["weights"] == f"commit {COMMIT}"
@@ -210,7 +210,7 @@ def test_identity_revision_that_moved_changes_it(tmp_path: Path) -> None:
     assert after["weights"] == f"commit {40 * 'b'}"
 
 
-def test_identity_snapshot_by_path_and_by_name_agree(tmp_path: Path) -> None:
+def test_identity_of_a_snapshot_by_path_and_by_name_is_equal(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path, COMMIT, b"old")
     assert fields(path) == fields("meta/llama", download_dir=str(tmp_path))
 
@@ -218,7 +218,7 @@ def test_identity_snapshot_by_path_and_by_name_agree(tmp_path: Path) -> None:
 UNIDENTIFIED: dict[str, dict[str, Any]] = {
     "dummy weights": {"load_format": "dummy"},
     "streamer": {"load_format": "tensorizer"},
-    "loader nobody knows": {"load_format": "ours"},
+    "unknown loader": {"load_format": "ours"},
     "object store": {"model_weights": "s3://models/llama"},
     "transferred weights": {"transfer": object()},
     "measured scales": {"calculate_kv_scales": True},
@@ -238,7 +238,7 @@ def test_identity_weights_of_unknown_origin_are_shared_with_no_process(
     assert fields(model, **how) == fields(model, **how)
 
 
-def test_identity_model_that_is_nowhere_is_shared_with_no_process(tmp_path: Path) -> None:
+def test_identity_model_without_files_is_shared_with_no_process(tmp_path: Path) -> None:
     assert UNSHARED in fields("meta/llama", download_dir=str(tmp_path))
     assert UNSHARED in fields(str(tmp_path))  # a folder without weights
 
@@ -263,12 +263,12 @@ def test_identity_snapshot_that_moved_since_the_start_is_shared_with_no_process(
 def test_identity_files_younger_than_the_engine_are_shared_with_no_process(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may have loaded what was there before."""
+    """The engine may have loaded the earlier files."""
     monkeypatch.setattr("kvcache.connectors.vllm.identity.started_ns", started_ns)
     assert UNSHARED in fields(model)
 
 
-def test_started_ns_is_when_this_process_began() -> None:
+def test_started_ns_is_between_this_process_and_a_later_one() -> None:
     began = started_ns()
     assert began <= time.time_ns()
     code = "import time; print(time.time_ns())"

@@ -1,4 +1,4 @@
-"""Which layers a forward pass is trusted to ask for before it reads them."""
+"""The layers that a forward pass is expected to wait for before it reads them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    ("mode", "computes", "kind"),
+    ("mode", "computes", "expected"),
     [
         ("NONE", True, "NONE"),
         ("PIECEWISE", True, "PIECEWISE"),
         ("FULL", True, None),
-        ("NONE", False, None),  # so the second runner says FULL, and a step without tokens is told
+        ("NONE", False, None),  # a FULL graph in the second runner, and a step without tokens
     ],
 )
-def test_which_forward_passes_ask_for_layers(mode: str, computes: bool, kind: str | None) -> None:
+def test_pass_mode_is_that_of_passes_with_layer_waits(
+    mode: str, computes: bool, expected: str | None
+) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import ForwardContext
 
@@ -38,10 +40,10 @@ def test_which_forward_passes_ask_for_layers(mode: str, computes: bool, kind: st
         slot_mapping={},
         cudagraph_runtime_mode=CUDAGraphMode[mode],
     )
-    assert pass_mode(context) == kind
+    assert pass_mode(context) == expected
 
 
-def test_a_context_that_says_nothing_asks_for_nothing() -> None:
+def test_pass_mode_of_an_unknown_context_is_none() -> None:
     new = SimpleNamespace(name="NEW")
     assert pass_mode(None) is None
     assert pass_mode(SimpleNamespace(attn_metadata={})) is None
@@ -52,40 +54,40 @@ def on_a_device(copier: Copier) -> WorkerSide:
     return side(copier, device=ReorderingDevice(Random(0)))
 
 
-def forward(worker: WorkerSide, kind: str | None, *asks: str) -> list[int]:
-    """One step with loads, whose forward pass asks for these layers; those that were announced."""
-    worker.load(step(), kind)
-    for name in asks:
+def forward(worker: WorkerSide, mode: str | None, *waits: str) -> list[int]:
+    """Run a step with loads and a pass that waits for ``waits``; return the announced layers."""
+    worker.load(step(), mode)
+    for name in waits:
         worker.wait_for_layer(name)
     worker.store(step())
     copier: Any = worker.copier
     return list(copier.announced)
 
 
-def test_layers_are_announced_once_a_pass_has_asked_for_them() -> None:
+def test_layers_that_the_last_pass_waited_for_are_announced() -> None:
     worker = on_a_device(Copier())
     assert forward(worker, "NONE", "one", "two") == []
     assert forward(worker, "NONE", "one", "two") == [0, 1]
 
 
-def test_a_step_without_loads_teaches_as_well() -> None:
+def test_layers_of_a_pass_without_loads_are_announced_next() -> None:
     worker = on_a_device(Copier())
     for name in ("one", "two"):
         worker.wait_for_layer(name)
-    worker.load(Step(NOWHERE), "NONE")  # which vLLM begins after the forward pass then
+    worker.load(Step(NOWHERE), "NONE")  # after the forward pass, as vLLM does without sync loads
     worker.store(Step(NOWHERE))
     assert forward(worker, "NONE") == [0, 1]
 
 
-def test_a_layer_that_was_not_asked_for_is_there_before() -> None:
+def test_layer_without_a_wait_is_loaded_before_the_next_pass() -> None:
     worker = on_a_device(Copier())
     forward(worker, "NONE", "two")
     assert forward(worker, "NONE", "one", "two") == [1]
     assert forward(worker, "NONE", "two") == [0, 1]
-    assert forward(worker, "NONE", "two") == [1]  # the last pass did without the first
+    assert forward(worker, "NONE", "two") == [1]  # the last pass did not wait for the first layer
 
 
-def test_a_pass_that_asks_for_nothing_has_all_before_it_and_teaches_nothing() -> None:
+def test_pass_without_a_mode_announces_nothing_and_changes_nothing() -> None:
     worker = on_a_device(Copier())
     assert forward(worker, None, "one", "two") == []
     assert forward(worker, None, "one", "two") == []
@@ -94,7 +96,7 @@ def test_a_pass_that_asks_for_nothing_has_all_before_it_and_teaches_nothing() ->
     assert forward(worker, "NONE") == [0, 1]
 
 
-def test_what_one_kind_of_pass_asks_for_says_nothing_of_another() -> None:
+def test_layers_are_expected_by_mode() -> None:
     worker = on_a_device(Copier())
     forward(worker, "NONE", "one", "two")
     assert forward(worker, "PIECEWISE", "one") == []
@@ -102,19 +104,19 @@ def test_what_one_kind_of_pass_asks_for_says_nothing_of_another() -> None:
     assert forward(worker, "NONE", "one", "two") == [0, 1]
 
 
-def test_layers_are_reached_by_name_and_a_strangers_name_reaches_all() -> None:
+def test_wait_for_an_unknown_layer_waits_for_all() -> None:
     copier = Copier()
     worker = on_a_device(copier)
-    side().wait_for_layer("one")  # before there is a copier there is nothing to wait for
+    side().wait_for_layer("one")  # without a copier there is no copy to wait for
     worker.load(step(), "NONE")
     for name in ("two", "one", "two", "alias of any"):
         worker.wait_for_layer(name)
-    assert copier.reached == [1, 0, 1, None]
+    assert copier.waits == [1, 0, 1, None]
     worker.store(Step(NOWHERE))
-    assert copier.reached == [1, 0, 1, None, None]  # also in a step that stores nothing
+    assert copier.waits == [1, 0, 1, None, None]  # a step without stores waits, too
 
 
-def test_a_pass_that_did_not_ask_what_it_was_trusted_to_is_not_believed(
+def test_pass_that_skips_an_expected_wait_fails_its_loads_and_stores(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     worker = on_a_device(Copier())
@@ -123,18 +125,18 @@ def test_a_pass_that_did_not_ask_what_it_was_trusted_to_is_not_believed(
     worker.take_received()
     worker.take_acks()
     forward(worker, "NONE", "one")
-    [said] = caplog.records
-    assert "read 1 layers without waiting for them" in said.getMessage()
+    [record] = caplog.records
+    assert "read 1 layers without waiting for them" in record.getMessage()
     assert worker.take_failed_blocks() == {10, 11, 12}
     worker.take_received()
     acks = worker.take_acks()
     assert acks is not None
-    assert acks.failed == {3, 4}  # the stores: what L1 has is as good as it was
+    assert acks.failed == {3, 4}  # the stores; the loaded blocks stay in L1
     assert forward(worker, "NONE", "one") == [0]
     assert not worker.take_failed_blocks()
 
 
-def test_who_awaits_nothing_may_ask_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_pass_with_async_loads_alone_may_skip_waits(caplog: pytest.LogCaptureFixture) -> None:
     worker = on_a_device(Copier())
     forward(worker, "NONE", "one", "two")
     later = Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")])
@@ -144,7 +146,9 @@ def test_who_awaits_nothing_may_ask_for_nothing(caplog: pytest.LogCaptureFixture
     assert not caplog.records
 
 
-def test_on_a_processor_all_is_there_before(caplog: pytest.LogCaptureFixture) -> None:
+def test_pass_on_a_cpu_announces_nothing_and_may_skip_waits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     worker = side(Copier())
     assert forward(worker, "NONE", "one", "two") == []
     assert forward(worker, "NONE", "one", "two") == []

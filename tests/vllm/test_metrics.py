@@ -1,4 +1,4 @@
-"""The numbers of a stack in vLLM's hands: reports, what crosses, the log line, Prometheus."""
+"""The counts of a stack in vLLM: reports, the message to the front end, log line, Prometheus."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def below() -> Iterator[StackUnderTest]:
         yield below
 
 
-def crossed(stats: Stats | None) -> dict[str, Any]:
-    """As the front end gets it."""
+def received(stats: Stats | None) -> dict[str, Any]:
+    """Return the report as vLLM's front end receives it."""
     assert stats is not None
     sent = stats.to_dict() if hasattr(stats, "to_dict") else stats.data  # `data` before vLLM 0.30
     decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=dict[str, Any])
@@ -64,10 +64,12 @@ def test_reports_add_up_to_the_counts(below: StackUnderTest) -> None:
         clock.now += REPORT_EVERY_S
         below.put(keys_of(f"chain {n}", 3))
         below.fetch_count(keys_of(f"chain {n}", 4 + n))
-        whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=False))))
+        whole.aggregate(
+            KVCacheConnector.build_kv_connector_stats(received(reports.take(now=False)))
+        )
     assert below.stack.flush(LONG)
     below.lower[0].channel.workers.close(LONG)
-    whole.aggregate(KVCacheConnector.build_kv_connector_stats(crossed(reports.take(now=True))))
+    whole.aggregate(KVCacheConnector.build_kv_connector_stats(received(reports.take(now=True))))
     for tier, numbers in metrics.values_by_tier(below.stack.stats()):
         for metric, by_value in numbers.items():
             for value, number in by_value.items():
@@ -83,7 +85,7 @@ def test_reports_add_up_to_the_counts(below: StackUnderTest) -> None:
     assert {metrics.METRICS[0].name, metrics.DURATION.name}.isdisjoint(again.data)
 
 
-def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: StackUnderTest) -> None:
+def test_reports_come_once_a_second_or_now(below: StackUnderTest) -> None:
     clock = Clock()
     reports = Reports(below.stack, clock)
     assert reports.take(now=False) is not None
@@ -93,7 +95,7 @@ def test_a_report_is_made_once_a_second_or_when_it_has_to_be(below: StackUnderTe
     assert reports.take(now=False) is not None
 
 
-def test_the_log_line(below: StackUnderTest) -> None:
+def test_stats_reduce_to_the_log_line(below: StackUnderTest) -> None:
     reports = Reports(below.stack)
     below.put(keys_of("a", 3))
     below.fetch_count(keys_of("a", 4))
@@ -104,8 +106,8 @@ def test_the_log_line(below: StackUnderTest) -> None:
     assert one is not None
     assert two is not None
     assert not one.is_empty()
-    said = one.aggregate(two).reduce()
-    assert said == {
+    line = one.aggregate(two).reduce()
+    assert line == {
         "l1 hits": "3/4",
         "l1 read": "12KiB",
         "l1 written": "16KiB",
@@ -120,10 +122,10 @@ def test_the_log_line(below: StackUnderTest) -> None:
     assert one.reduce() == {}
 
 
-def test_two_loggers_do_not_share_what_they_add_up(below: StackUnderTest) -> None:
+def test_stats_of_two_loggers_are_added_up_apart(below: StackUnderTest) -> None:
     reports = Reports(below.stack)
     below.put(keys_of("a", 3))
-    data = crossed(reports.take(now=True))
+    data = received(reports.take(now=True))
     first = KVCacheConnector.build_kv_connector_stats(data)
     first.aggregate(KVCacheConnector.build_kv_connector_stats(data))
     second = KVCacheConnector.build_kv_connector_stats(data)
@@ -151,10 +153,10 @@ def prometheus() -> Iterator[PromMetrics]:
 
 
 def test_prometheus_has_every_metric_from_the_start(prometheus: PromMetrics) -> None:
-    said = prometheus_client.generate_latest().decode()
+    page = prometheus_client.generate_latest().decode()
     for metric in metrics.METRICS:
         total = "_total" if metric.kind == "counter" else ""
-        assert f"# TYPE {prometheus_name(metric)}{total} {metric.kind}" in said
+        assert f"# TYPE {prometheus_name(metric)}{total} {metric.kind}" in page
 
 
 def test_prometheus_shows_what_was_counted(below: StackUnderTest, prometheus: PromMetrics) -> None:
@@ -162,7 +164,7 @@ def test_prometheus_shows_what_was_counted(below: StackUnderTest, prometheus: Pr
     for _ in range(2):
         below.put(keys_of("a", 3))
         below.fetch_count(keys_of("a", 4))
-        prometheus.observe(crossed(reports.take(now=True)), 1)
+        prometheus.observe(received(reports.take(now=True)), 1)
     named = {"engine": "1", "tier": "l1", "type": "DramTier"}
 
     def value(name: str, **labels: str) -> float | None:
@@ -184,7 +186,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     played.side.close()
 
 
-def test_copies_are_timed_by_the_slowest_rank(played: PlayedEngine) -> None:
+def test_copies_take_as_long_as_the_slowest_rank(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK + 1)
     played.admit(request, [1, 2, 3])
     [store] = played.step((request, request.num_tokens)).stores
@@ -205,12 +207,12 @@ def test_copies_are_timed_by_the_slowest_rank(played: PlayedEngine) -> None:
     assert copies == {("store", ""): [0.5], ("load", "copy_failed"): [0.125]}
 
 
-def test_a_report_is_due_when_no_request_is_left(played: PlayedEngine) -> None:
+def test_report_is_due_when_no_request_is_left(played: PlayedEngine) -> None:
     assert played.side._reports is not None
     played.side._reports._clock = Clock()
     assert played.side.report() is not None
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
-    assert played.side.report() is None  # no second has passed
+    assert played.side.report() is None  # within the same second
     played.side.finish(request)
     assert played.side.report() is not None

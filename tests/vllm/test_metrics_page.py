@@ -1,4 +1,4 @@
-"""The page and the dashboard name the metrics there are, all of them and no others."""
+"""The metrics page and the dashboard name exactly the metrics of the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "metrics.md").read_text(encoding="utf-8")
 DASHBOARD = (DOCS / "deploy" / "grafana-kvcache.json").read_text(encoding="utf-8")
-OF_VLLM = {"model_name", "engine", "le"}
+VLLM_LABELS = {"model_name", "engine", "le"}
 
 
 def row(metric: Metric) -> str:
@@ -30,20 +30,20 @@ def row(metric: Metric) -> str:
 
 
 def series(metric: Metric) -> list[str]:
-    """The names under which its samples are found."""
-    ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
-    return [prometheus_name(metric) + end for end in ends[metric.kind]]
+    """Return the names of a metric's samples in Prometheus."""
+    suffixes = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+    return [prometheus_name(metric) + suffix for suffix in suffixes[metric.kind]]
 
 
 SERIES = {name: metric for metric in metrics.METRICS for name in series(metric)}
 
 
-def test_the_table_is_the_code() -> None:
-    said = re.findall(r"^\| `kvcache\..*\|$", PAGE, re.MULTILINE)
-    assert said == [row(metric) for metric in metrics.METRICS]
+def test_page_table_lists_every_metric() -> None:
+    listed = re.findall(r"^\| `kvcache\..*\|$", PAGE, re.MULTILINE)
+    assert listed == [row(metric) for metric in metrics.METRICS]
 
 
-def test_names_for_prometheus_on_the_page_exist() -> None:
+def test_page_names_existing_prometheus_metrics() -> None:
     named = re.findall(r"vllm:kvcache_\w+", PAGE)
     assert named
     assert set(named) <= set(SERIES)
@@ -52,7 +52,7 @@ def test_names_for_prometheus_on_the_page_exist() -> None:
 
 
 def expressions(panel: object) -> Iterator[str]:
-    """Every PromQL expression, wherever in the dashboard it is."""
+    """Yield every PromQL expression of a part of the dashboard."""
     if isinstance(panel, dict):
         for name, value in panel.items():
             if name in {"expr", "definition"}:
@@ -63,13 +63,13 @@ def expressions(panel: object) -> Iterator[str]:
             yield from expressions(each)
 
 
-def test_the_dashboard_asks_for_what_there_is() -> None:
-    asked: set[str] = set()
+def test_dashboard_queries_existing_metrics_and_labels() -> None:
+    queried: set[str] = set()
     for expression in expressions(json.loads(DASHBOARD)):
         names = re.findall(r"[a-z_]+:\w+", expression)
         assert names, expression
-        asked |= set(names)
-        known = {label for name in names for label in labels_of(SERIES[name])} | OF_VLLM
+        queried |= set(names)
+        known = {label for name in names for label in labels_of(SERIES[name])} | VLLM_LABELS
         grouped = [
             label
             for group in re.findall(r"by \((.*?)\)", expression)
@@ -78,10 +78,10 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
         matched = re.findall(r"(\w+)=", re.sub(r'".*?"', "", expression))
         assert set(grouped + re.findall(r"(\w+)(?==~?\")", expression)) <= known, expression
         assert set(matched) <= known, expression
-    assert {SERIES[name] for name in asked} == set(metrics.METRICS)
+    assert {SERIES[name] for name in queried} == set(metrics.METRICS)
 
 
-def test_panels_have_a_place_of_their_own() -> None:
+def test_dashboard_panels_have_places_of_their_own() -> None:
     panels = json.loads(DASHBOARD)["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels}) == len(panels)

@@ -1,4 +1,4 @@
-"""When a hit comes with the step, and when later; and what a request that waited brings back."""
+"""Which hits are loaded within the step and which are async, and how requests wait for those."""
 
 from __future__ import annotations
 
@@ -29,88 +29,86 @@ def in_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
 def playing(monkeypatch: pytest.MonkeyPatch, *, async_copies: bool) -> Iterator[PlayedEngine]:
     engine = opened(monkeypatch, 32, async_copies=async_copies)
     engine.keep(Request("kept", 4 * BLOCK + 1, name="known"), range(5))
-    engine.keep(known("loads", 1), [0, 1], load_s=0.004)
+    engine.keep(known_prompt("loads", 1), [0, 1], load_s=0.004)
     yield engine
     engine.side.close()
 
 
-def known(name: str = "asks", blocks: int = 4) -> Request:
+def known_prompt(name: str = "asks", blocks: int = 4) -> Request:
     return Request(name, blocks * BLOCK + 1, name="known")
 
 
-def others(played: PlayedEngine) -> Request:
+def run_another(played: PlayedEngine) -> Request:
     runs = Request("runs", 10)
     played.admit(runs, [9])
     played.step((runs, 10))
     return runs
 
 
-def test_a_long_load_comes_later_where_others_run(played: PlayedEngine) -> None:
-    request = known()
-    others(played)
+def test_long_load_is_async_if_other_requests_run(played: PlayedEngine) -> None:
+    request = known_prompt()
+    run_another(played)
     assert played.admit(request, [10, 11, 12, 13], scheduled=False) == 4 * BLOCK
     step = played.step()
     [load] = step.loads
     assert (load.blocks, load.awaited_by) == ([10, 11, 12, 13], "asks")
     played.ack(load)
-    # It is over: vLLM takes the request, with the tokens that it has now.
+    # The load has ended: vLLM admits the request again, with the tokens that it has now.
     request.blocks.append(14)
     played.readmit(request)
     step = played.step((request, 1))
     assert not step.loads
-    assert not step.stores  # all is held
+    assert not step.stores  # L1 has all of its blocks
     played.side.finish(request)
     assert not played.side.copying
 
 
-@pytest.mark.parametrize("why", ["alone", "short", "in the step"])
-def test_other_loads_come_with_the_step(
-    played: PlayedEngine, in_step: PlayedEngine, why: str
-) -> None:
-    played = in_step if why == "in the step" else played
-    if why != "alone":
-        others(played)
-    request = known(blocks=1 if why == "short" else 4)
+@pytest.mark.parametrize("reason", ["alone", "short", "in the step"])
+def test_load_is_within_the_step(played: PlayedEngine, in_step: PlayedEngine, reason: str) -> None:
+    played = in_step if reason == "in the step" else played
+    if reason != "alone":
+        run_another(played)
+    request = known_prompt(blocks=1 if reason == "short" else 4)
     assert played.side.matched_tokens(request, 0)
     assert not played.side.is_async(request)
     played.side.finish(request)
 
 
-# All there is
+# The whole prompt
 
 
-def whole(blocks: int = 4, name: str = "known") -> Request:
+def whole_blocks(blocks: int = 4, name: str = "known") -> Request:
     return Request("whole", blocks * BLOCK, name=name)
 
 
-def test_what_comes_later_may_be_the_whole_prompt(played: PlayedEngine) -> None:
-    request = whole()
-    others(played)
+def test_async_load_may_cover_the_whole_prompt(played: PlayedEngine) -> None:
+    request = whole_blocks()
+    run_another(played)
     assert played.admit(request, [10, 11, 12, 13], scheduled=False) == 4 * BLOCK
     assert played.side.is_async(request) is False  # vLLM has taken it
     assert played.l1.pinned_slots == 4
     [load] = played.step().loads
     assert (load.blocks, load.awaited_by) == ([10, 11, 12, 13], "whole")
     played.ack(load)
-    # vLLM has the last token computed anew, in a block that it has.
+    # vLLM recomputes the last token, in a block that the request has.
     request.num_computed_tokens -= 1
     played.readmit(request)
     step = played.step((request, 1))
     assert not step.loads
     assert not step.stores
-    assert {10, 11, 12, 13} <= set(step.fresh)  # the engine writes there: no copy may read it
+    assert {10, 11, 12, 13} <= set(step.fresh)  # vLLM writes there, so no copy may read them
     played.side.finish(request)
     assert played.l1.pinned_slots == 0
 
 
-@pytest.mark.parametrize("why", ["alone", "short", "in the step"])
-def test_what_comes_with_the_step_leaves_a_token(
-    played: PlayedEngine, in_step: PlayedEngine, why: str
+@pytest.mark.parametrize("reason", ["alone", "short", "in the step"])
+def test_load_within_the_step_leaves_a_token(
+    played: PlayedEngine, in_step: PlayedEngine, reason: str
 ) -> None:
-    played = in_step if why == "in the step" else played
-    if why != "alone":
-        others(played)
-    request = whole(1 if why == "short" else 4)
+    played = in_step if reason == "in the step" else played
+    if reason != "alone":
+        run_another(played)
+    request = whole_blocks(1 if reason == "short" else 4)
     tokens = played.side.matched_tokens(request, 0)
     assert tokens == request.num_tokens - BLOCK
     assert not played.side.is_async(request)
@@ -118,18 +116,18 @@ def test_what_comes_with_the_step_leaves_a_token(
     played.side.finish(request)
 
 
-def test_all_would_come_later_but_there_is_less(played: PlayedEngine) -> None:
+def test_load_of_few_held_blocks_leaves_a_token(played: PlayedEngine) -> None:
     played.keep(Request("first", BLOCK + 1, name="half"), [20, 21])
-    others(played)
-    request = whole(2, "half")
+    run_another(played)
+    request = whole_blocks(2, "half")
     assert played.side.matched_tokens(request, 0) == BLOCK
     assert not played.side.is_async(request)
     played.side.finish(request)
 
 
-def test_beyond_what_the_engine_has_it_may_be_all(played: PlayedEngine) -> None:
-    others(played)
-    request = whole()
+def test_async_load_beyond_the_engines_blocks_may_cover_the_rest(played: PlayedEngine) -> None:
+    run_another(played)
+    request = whole_blocks()
     assert played.side.matched_tokens(request, 2 * BLOCK) == 2 * BLOCK  # 8 ms
     assert played.side.is_async(request)
     assert played.side.matched_tokens(request, 3 * BLOCK) == 0  # 4 ms
@@ -137,10 +135,10 @@ def test_beyond_what_the_engine_has_it_may_be_all(played: PlayedEngine) -> None:
     assert played.l1.pinned_slots == 0
 
 
-def test_all_of_a_request_that_goes_on_may_come_later(played: PlayedEngine) -> None:
-    others(played)
-    request = whole()
-    request.num_prompt_tokens = 2 * BLOCK + 5  # the rest it had generated when it was preempted
+def test_async_load_of_a_preempted_request_may_cover_its_answer(played: PlayedEngine) -> None:
+    run_another(played)
+    request = whole_blocks()
+    request.num_prompt_tokens = 2 * BLOCK + 5  # it had generated the rest when it was preempted
     assert played.admit(request, [10, 11, 12, 13], scheduled=False) == 4 * BLOCK
     [load] = played.step().loads
     played.ack(load)
@@ -148,9 +146,9 @@ def test_all_of_a_request_that_goes_on_may_come_later(played: PlayedEngine) -> N
     assert played.l1.pinned_slots == 0
 
 
-def test_of_a_load_of_all_that_fails_nothing_is_promised_again(played: PlayedEngine) -> None:
-    others(played)
-    request = whole()
+def test_failed_load_of_a_whole_prompt_is_not_found_again(played: PlayedEngine) -> None:
+    run_another(played)
+    request = whole_blocks()
     played.admit(request, [10, 11, 12, 13], scheduled=False)
     [load] = played.step().loads
     played.ack(load, failed=True)
@@ -164,25 +162,25 @@ def test_of_a_load_of_all_that_fails_nothing_is_promised_again(played: PlayedEng
     played.side.finish(request)
 
 
-def test_nothing_is_awaited_of_who_was_promised_all_and_took_nothing(played: PlayedEngine) -> None:
-    others(played)
-    request = whole()
+def test_async_load_that_vllm_does_not_take_starts_no_wait(played: PlayedEngine) -> None:
+    run_another(played)
+    request = whole_blocks()
     assert played.side.matched_tokens(request, 0) == 4 * BLOCK
     request.blocks = [10, 11, 12, 13]
     played.readmit(request)
     assert not played.step((request, 4 * BLOCK)).loads
     assert played.l1.pinned_slots == 0
     request.num_computed_tokens = 0
-    assert played.side.matched_tokens(request, 0) == 4 * BLOCK  # it was preempted
+    assert played.side.matched_tokens(request, 0) == 4 * BLOCK  # preempted
     played.side.finish(request)
 
 
 # Ends
 
 
-def test_who_is_preempted_after_a_load_is_looked_up_again(played: PlayedEngine) -> None:
-    request = known()
-    others(played)
+def test_request_preempted_after_an_async_load_is_matched_again(played: PlayedEngine) -> None:
+    request = known_prompt()
+    run_another(played)
     played.admit(request, [10, 11, 12, 13], scheduled=False)
     [load] = played.step().loads
     played.ack(load)
@@ -195,10 +193,10 @@ def test_who_is_preempted_after_a_load_is_looked_up_again(played: PlayedEngine) 
     played.side.finish(request)
 
 
-def test_of_who_waited_through_a_reset_nothing_is_kept(played: PlayedEngine) -> None:
-    """What it has loaded was computed before, by other weights perhaps."""
-    others(played)
-    request = known()
+def test_request_waiting_across_a_reset_stores_nothing(played: PlayedEngine) -> None:
+    """The loaded blocks were computed before the reset, maybe with other weights."""
+    run_another(played)
+    request = known_prompt()
     played.admit(request, [10, 11, 12, 13], scheduled=False)
     [load] = played.step().loads
     played.side.reset()
@@ -207,7 +205,7 @@ def test_of_who_waited_through_a_reset_nothing_is_kept(played: PlayedEngine) -> 
     played.readmit(request)
     assert not played.step((request, 1)).stores
     assert played.held(request) == [False] * 4
-    request.num_computed_tokens = 0  # preempted: what it computes from now on is new
+    request.num_computed_tokens = 0  # preempted: all that it computes from now on is sound
     assert played.admit(request, [20, 21, 22, 23, 24], resumed=True) == 0
     [store] = played.step((request, 4 * BLOCK + 1)).stores
     assert store.blocks == [20, 21, 22, 23]
@@ -215,13 +213,13 @@ def test_of_who_waited_through_a_reset_nothing_is_kept(played: PlayedEngine) -> 
     played.side.finish(request)
 
 
-def test_one_that_is_gone_leaves_nothing(played: PlayedEngine) -> None:
-    request = known()
-    runs = others(played)
+def test_request_aborted_during_its_async_load_leaves_nothing(played: PlayedEngine) -> None:
+    request = known_prompt()
+    runs = run_another(played)
     played.admit(request, [10, 11, 12, 13], scheduled=False)
     [load] = played.step().loads
     played.side.finish(request)
-    assert played.side.copying  # its slots are read until the load is over
+    assert played.side.copying  # ranks read its slots until the load has ended
     assert played.l1.pinned_slots == 4
     played.side.end_step(Acks({load.job: 2}))
     played.side.finish(runs)

@@ -1,4 +1,4 @@
-"""What the scheduler's half does not work with: a warning and no hits, or an error at start."""
+"""Engines that the connector is off for, with one warning, and those that raise at start."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def sinks() -> Any:
 
 
 def of_a_plugin() -> Any:
-    """A spec that this connector has never heard of."""
+    """A spec that this connector does not know."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     class CompressedSpec(FullAttentionSpec):  # type: ignore[misc]
@@ -123,7 +123,6 @@ def not_causal() -> Any:
         ([hidden_states], "HiddenStateCacheSpec"),
         ([of_a_plugin], "CompressedSpec"),
         ([sinks_in_one_layer], "SinkFullAttentionSpec"),
-        # What such a layer computes of a block depends on the tokens after it.
         ([not_causal], "causal"),
     ],
     ids=[
@@ -140,7 +139,7 @@ def not_causal() -> Any:
         "not causal",
     ],
 )
-def test_a_cache_that_cannot_be_kept(
+def test_scheduler_of_an_unsupported_cache_keeps_nothing(
     specs: list[Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     side = SchedulerSide(engine_config(), cache_config(*[spec() for spec in specs]), {})
@@ -149,7 +148,7 @@ def test_a_cache_that_cannot_be_kept(
     request = Request("a", 3 * BLOCK)
     assert played.admit(request, [1, 2, 3]) == 0
     with pytest.raises(AssertionError):
-        played.step((request, 3 * BLOCK))  # None: there is nothing to do
+        played.step((request, 3 * BLOCK))  # `build_step` returns None
     side.finish(request)
     side.reset()
     assert side.stats() is None
@@ -165,7 +164,7 @@ def test_refusal_of_full_attention_is_none(spec: Any) -> None:
 
 
 def unsupported(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM's ModelConfig answers for MEAN, CLS and STEP pooling and for encoder-decoders."""
+    """As in vLLM's ModelConfig for MEAN, CLS and STEP pooling and for encoder-decoders."""
     engine.model_config.is_prefix_caching_supported = False
 
 
@@ -193,7 +192,7 @@ def routed_experts_of_old(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("marks", "reason"),
+    ("configure", "reason"),
     [
         (unsupported, "does not support prefix caching"),
         (without_chunks, "prefix caching and chunked prefill are both off"),
@@ -203,10 +202,10 @@ def routed_experts_of_old(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_scheduler_of_an_engine_that_cannot_resume_keeps_nothing(
-    marks: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    configure: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = engine_config()
-    marks(engine, monkeypatch)
+    configure(engine, monkeypatch)
     side = SchedulerSide(engine, cache_config(full_attention()), {})
     side.open(shards())
     assert side.stats() is None
@@ -228,18 +227,18 @@ def whole_prompts_with_hits(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "marks", [cleared_by_the_user, invariant_with_hits, whole_prompts_with_hits]
+    "configure", [cleared_by_the_user, invariant_with_hits, whole_prompts_with_hits]
 )
 def test_refusal_of_an_engine_that_can_resume_is_none(
-    marks: Any, monkeypatch: pytest.MonkeyPatch
+    configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_config()
-    marks(engine, monkeypatch)
+    configure(engine, monkeypatch)
     assert refusal(engine, cache_config(full_attention())) is None
 
 
-def test_scheduler_keeps_nothing_when_a_worker_refuses(caplog: pytest.LogCaptureFixture) -> None:
-    """A worker sees the spec of every layer, the scheduler that of one for all of its group."""
+def test_scheduler_keeps_nothing_if_a_worker_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker has the spec of every layer, the scheduler one for the whole group."""
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     refused = refusal(engine_config(), cache_config(sinks_in_one_layer()))
     assert refused is not None
@@ -250,11 +249,11 @@ def test_scheduler_keeps_nothing_when_a_worker_refuses(caplog: pytest.LogCapture
     assert "SinkFullAttentionSpec" in record.getMessage()
 
 
-def test_worker_that_refuses_registers_nothing_and_answers_with_the_reason() -> None:
+def test_worker_that_refuses_registers_nothing_and_returns_the_reason() -> None:
     from kvcache.connectors.vllm import KVCacheConnector
 
     connector = KVCacheConnector.__new__(KVCacheConnector)
-    connector._refusal = "the reason"
+    connector.refusal = "the reason"
     connector.register_kv_caches({})  # without a worker's half, which it would fail without
     assert connector.get_handshake_metadata() == Refusal("the reason")
 
@@ -268,7 +267,7 @@ def test_worker_that_refuses_registers_nothing_and_answers_with_the_reason() -> 
         ("cpu", BLOCK // 2, False),
     ],
 )
-def test_refusal_of_hits_inside_a_block_is_for_copies_beside_the_step(
+def test_refusal_of_hits_inside_a_block_is_for_devices_alone(
     device: str, unit: int | None, refused: bool
 ) -> None:
     engine = engine_config(device=device)
@@ -282,14 +281,18 @@ def test_refusal_of_hits_inside_a_block_is_for_copies_beside_the_step(
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_context_parallel_cannot_be_kept(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_scheduler_with_context_parallelism_keeps_nothing(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     side = SchedulerSide(engine_config(2, "cpu", **{name: 2}), cache_config(full_attention()), {})
     assert side.matched_tokens(Request("a", 100), 0) == 0
     [record] = caplog.records
     assert f"{name} is 2" in record.getMessage()
 
 
-def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scheduler_of_full_attention_of_several_sizes_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
     spec = UniformTypeKVCacheSpecs(
@@ -299,20 +302,20 @@ def test_full_attention_of_several_sizes_is_kept(monkeypatch: pytest.MonkeyPatch
     assert side.refusal is None
 
 
-def test_a_missing_rank_is_an_error() -> None:
+def test_open_without_a_rank_raises() -> None:
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     with pytest.raises(RuntimeError, match="1 of 2 workers"):
         side.open({(0, 0): Shard(SHARD, host_name(), "form")})
 
 
-def test_a_rank_on_another_host_is_an_error() -> None:
+def test_open_with_a_rank_on_another_host_raises() -> None:
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere", "form")}
     with pytest.raises(RuntimeError, match=r"tensor rank 1 is on another host \(elsewhere\)"):
         side.open(elsewhere)
 
 
-def test_workers_that_said_nothing_are_an_error() -> None:
+def test_step_before_the_handshake_raises() -> None:
     played = PlayedEngine(SchedulerSide(engine_config(), cache_config(full_attention()), {}))
     request = Request("a", BLOCK)
     played.admit(request, [1])

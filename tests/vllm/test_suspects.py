@@ -1,7 +1,7 @@
-"""What depends on a load that failed is not published, however late the failure is reported.
+"""Blocks that depend on a failed load are not published, however late vLLM reports the failure.
 
-Steps are built as vLLM builds them with async scheduling, one before the other is reported. Blocks
-1 to 3 are loaded for request "a" and fail; what a step then computes is wrong.
+Steps are built as with async scheduling: one before the one before it is reported. Blocks 1 to 3
+are loaded for request "a". That load fails, so what a step then computes is wrong.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def recomputing(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
 
 
 def loading(played: PlayedEngine, more: int = 3) -> tuple[Request, Step]:
-    """A request whose first blocks are loaded by the step that computes the one after them."""
+    """Build a step that loads the first blocks of a request and computes the one after them."""
     request = Request("a", (LOADED + more) * BLOCK, "same")
     assert played.admit(request, range(1, 1 + LOADED + more)) == LOADED * BLOCK
     return request, played.step((request, BLOCK))
 
 
 def report(played: PlayedEngine, step: Step, *others: Transfer, failed: bool = True) -> None:
-    """The step's load failed on one rank; `others` are acknowledged as good."""
+    """Report a step of which the load failed on one rank; `others` succeeded."""
     jobs = [*step.loads, *others]
     bad = [block for load in step.loads for block in load.blocks]
     if failed:
@@ -104,18 +104,18 @@ def test_request_that_found_the_blocks_in_vllms_cache_publishes_nothing_after_th
     ahead = played.step((sharing, BLOCK))
     report(played, step, *step.stores)
     played.ack(*ahead.stores)
-    for _ in range(2):  # vLLM lets it go on
+    for _ in range(2):  # vLLM does not set it back
         assert played.step((sharing, BLOCK)).stores == []
     assert played.held(sharing) == [False] * 6
 
 
-def test_request_that_finds_what_a_doubtful_one_computed_publishes_nothing_after_it(
+def test_request_that_finds_a_suspect_block_publishes_nothing_after_it(
     played: PlayedEngine,
 ) -> None:
     request, step = loading(played)
     report(played, step, *step.stores)
     assert played.side.take_suspects() == {1, 2, 3, 4, 5, 6}
-    played.step((request, BLOCK))  # goes on where it was
+    played.step((request, BLOCK))  # it continues at its old position
     assert {5, 6} <= played.side.take_suspects()
     finds = Request("b", 7 * BLOCK, "same")
     played.admit(finds, [21, 22, 23, 24, 5, 25, 26], own=5 * BLOCK)
@@ -123,7 +123,9 @@ def test_request_that_finds_what_a_doubtful_one_computed_publishes_nothing_after
     assert store.blocks == [21, 22, 23, 24]
 
 
-def test_request_that_ended_before_the_report_spreads_doubt(played: PlayedEngine) -> None:
+def test_request_that_ended_before_the_report_makes_its_blocks_suspect(
+    played: PlayedEngine,
+) -> None:
     request, step = loading(played)
     played.step((request, BLOCK))
     played.side.finish(request)
@@ -135,7 +137,7 @@ def test_request_that_ended_before_the_report_spreads_doubt(played: PlayedEngine
     assert store.blocks == [21, 22, 23, 24]
 
 
-def test_doubtful_block_that_another_request_computes_is_published(played: PlayedEngine) -> None:
+def test_suspect_block_that_another_request_computes_is_published(played: PlayedEngine) -> None:
     request, step = loading(played)
     report(played, step, *step.stores)
     played.side.finish(request)
@@ -150,21 +152,21 @@ def test_doubtful_block_that_another_request_computes_is_published(played: Playe
     assert played.side.table_sizes()["suspect_blocks"] == 0
 
 
-def test_request_set_back_by_an_engine_that_runs_ahead_publishes_nothing(
+def test_request_recomputed_by_an_engine_that_runs_ahead_publishes_nothing(
     played: PlayedEngine,
 ) -> None:
     request, step = loading(played)
     report(played, step, *step.stores)
     request.num_computed_tokens = 0
     assert played.step((request, 6 * BLOCK)).stores == []
-    request.num_computed_tokens = 0  # it is preempted, and begins anew
+    request.num_computed_tokens = 0  # preempted: it starts again
     played.admit(request, [11, 12, 13, 14, 15, 16], resumed=True)
     assert [store.blocks for store in played.step((request, 6 * BLOCK)).stores] == [
         [11, 12, 13, 14, 15, 16]
     ]
 
 
-def test_request_set_back_by_an_engine_that_does_not_run_ahead_publishes_again(
+def test_request_recomputed_by_an_engine_that_does_not_run_ahead_publishes_again(
     recomputing: PlayedEngine,
 ) -> None:
     played = recomputing
@@ -181,7 +183,7 @@ def test_request_set_back_by_an_engine_that_does_not_run_ahead_publishes_again(
     assert played.side.table_sizes()["suspect_blocks"] == 0
 
 
-def test_requests_that_ended_are_forgotten_when_their_steps_are_reported(
+def test_ended_requests_are_forgotten_once_their_steps_are_reported(
     played: PlayedEngine,
 ) -> None:
     request, step = loading(played)
@@ -194,10 +196,10 @@ def test_requests_that_ended_are_forgotten_when_their_steps_are_reported(
     assert played.held(request) == [True] * 5 + [False]
 
 
-def test_request_that_waited_with_half_a_block_publishes_nothing_from_before_a_reset(
+def test_session_with_half_a_block_from_before_a_reset_publishes_nothing(
     recomputing: PlayedEngine,
 ) -> None:
-    """As a session does between the parts of its prompt: vLLM admits it again with its blocks."""
+    """Between the parts of a session's prompt vLLM keeps its blocks and admits it again."""
     played = recomputing
     request = Request("session", 20)
     played.admit(request, [1, 2])

@@ -1,4 +1,4 @@
-"""The trace of a request: under its caller, over both halves of the connector, to its end."""
+"""The trace of a request, under its caller's, over both sides of the connector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvcache.connectors.vllm.worker import WorkerSide
 from tests.support.played_engine import BLOCK, SHARD, PlayedEngine, Request, opened
 from tests.support.worker_half import Copier
 from tests.support.worker_half import side as worker_side
-from tests.vllm.test_below import WaitingEngine
+from tests.vllm.test_prefetch import WaitingEngine
 
 pytestmark = pytest.mark.engine
 
@@ -35,7 +35,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
 
 @pytest.fixture
 def below(monkeypatch: pytest.MonkeyPatch) -> Iterator[WaitingEngine]:
-    """An engine over L1 and a slow tier, at a time that the test sets."""
+    """An engine over L1 and a slow tier; the test sets its clock."""
     engine = WaitingEngine(monkeypatch)
     yield engine
     engine.tier.gate.set()
@@ -46,8 +46,10 @@ def worker(*failing: int) -> WorkerSide:
     return worker_side(Copier(*failing), rank=(0, 1), page_shape=(SHARD // 8,))
 
 
-def live(played: PlayedEngine, request: Request, blocks: list[int], worker: WorkerSide) -> Step:
-    """A request's whole life, one step, with one worker that copies for both ranks."""
+def run_request(
+    played: PlayedEngine, request: Request, blocks: list[int], worker: WorkerSide
+) -> Step:
+    """Run a request in one step, with one worker that copies for both ranks."""
     played.side.add_request(request)
     played.admit(request, blocks)
     step = played.step((request, request.num_tokens - request.num_computed_tokens))
@@ -66,7 +68,7 @@ class Trace:
         exported.clear()
 
     def tree(self, span: ReadableSpan | None = None) -> dict[str, Any]:
-        """Names, each with what is below it."""
+        """Return the names of the spans below one, each with its own tree."""
         above = span and span.context
         below = [
             s for s in self.spans if (s.parent.span_id if s.parent else None)
@@ -74,30 +76,30 @@ class Trace:
         ]  # fmt: skip
         return {s.name: self.tree(s) for s in below}
 
-    def one(self, name: str) -> ReadableSpan:
+    def span_named(self, name: str) -> ReadableSpan:
         [span] = [span for span in self.spans if span.name == name]
         return span
 
-    def of(self, name: str) -> dict[str, Any]:
-        return dict(self.one(name).attributes or {})
+    def attributes(self, name: str) -> dict[str, Any]:
+        return dict(self.span_named(name).attributes or {})
 
 
 COPIED: dict[str, Any] = {"kvcache.copy": {}}
 
 
-def test_a_request_without_a_caller_is_a_trace_of_its_own(
+def test_request_without_a_caller_is_a_trace_of_its_own(
     played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
-    live(played, Request("chat-1-0123abcd", 3 * BLOCK, "same"), [1, 2, 3], worker())
+    run_request(played, Request("chat-1-0123abcd", 3 * BLOCK, "same"), [1, 2, 3], worker())
     first = Trace(exported)
     assert first.tree() == {"kvcache.request": {"kvcache.lookup": {}, "kvcache.store": COPIED}}
     again = Request("chat-2-0123abcd", 4 * BLOCK, "same", num_prompt_tokens=4 * BLOCK)
-    live(played, again, [4, 5, 6, 7], worker())
+    run_request(played, again, [4, 5, 6, 7], worker())
     second = Trace(exported)
     assert second.tree() == {
         "kvcache.request": {"kvcache.lookup": {}, "kvcache.load": COPIED, "kvcache.store": COPIED}
     }
-    assert second.of("kvcache.request") == {
+    assert second.attributes("kvcache.request") == {
         "kvcache.request.id": "chat-2-0123abcd",
         "gen_ai.request.id": "chat-2",
         "gen_ai.request.model": "model",
@@ -107,34 +109,34 @@ def test_a_request_without_a_caller_is_a_trace_of_its_own(
         "kvcache.token.tier.l1": 3 * BLOCK,
         "kvcache.wait.duration": 0.0,
     }
-    assert second.of("kvcache.lookup")["kvcache.token.hit"] == 3 * BLOCK
+    assert second.attributes("kvcache.lookup")["kvcache.token.hit"] == 3 * BLOCK
     traces = {span.context.trace_id for span in (*first.spans, *second.spans) if span.context}
     assert len(traces) == 2
-    admitted = [event.name for event in second.one("kvcache.load").events]
+    admitted = [event.name for event in second.span_named("kvcache.load").events]
     assert admitted == ["kvcache.request.admitted"]
 
 
 @pytest.mark.parametrize("how", ["trace_headers", "kv_transfer_params"])
-def test_a_callers_trace_goes_through_to_the_workers(
+def test_callers_trace_has_the_spans_of_the_workers(
     played: PlayedEngine, exported: InMemorySpanExporter, how: str
 ) -> None:
     request = Request("a", 2 * BLOCK, **{how: HEADERS})  # type: ignore[arg-type]
-    step = live(played, request, [1, 2], worker())
+    step = run_request(played, request, [1, 2], worker())
     trace = Trace(exported)
     for span in trace.spans:
         assert span.context is not None
         assert f"{span.context.trace_id:032x}" == TRACE
-    root = trace.one("kvcache.request")
+    root = trace.span_named("kvcache.request")
     assert root.parent is not None
     assert f"{root.parent.span_id:016x}" == CALLER
     [store] = step.stores
     assert store.trace["tracestate"] == "vendor=1"
-    copy, above = trace.one("kvcache.copy"), trace.one("kvcache.store")
+    copy, above = trace.span_named("kvcache.copy"), trace.span_named("kvcache.store")
     assert copy.parent is not None
     assert copy.parent.is_remote
     assert above.context is not None
     assert copy.parent.span_id == above.context.span_id
-    assert trace.of("kvcache.copy") == {
+    assert trace.attributes("kvcache.copy") == {
         "kvcache.copy.direction": "store",
         "kvcache.rank": "pp0 tp1",
         "kvcache.block.requested": 2,
@@ -146,29 +148,29 @@ def test_a_callers_trace_goes_through_to_the_workers(
     "params",
     [{"traceparent": "rubbish"}, {"traceparent": 7}, {"do_remote_decode": True}, {}, None],
 )
-def test_what_is_no_trace_is_no_error(
+def test_request_with_an_invalid_trace_has_its_own(
     played: PlayedEngine, exported: InMemorySpanExporter, params: dict[str, Any] | None
 ) -> None:
-    live(played, Request("a", 2 * BLOCK, kv_transfer_params=params), [1, 2], worker())
-    assert Trace(exported).one("kvcache.request").parent is None
+    run_request(played, Request("a", 2 * BLOCK, kv_transfer_params=params), [1, 2], worker())
+    assert Trace(exported).span_named("kvcache.request").parent is None
 
 
-def test_a_caller_who_does_not_record_gets_no_spans(
+def test_caller_that_does_not_record_gets_no_spans(
     played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
-    step = live(played, Request("a", 2 * BLOCK, trace_headers=headers), [1, 2], worker())
+    step = run_request(played, Request("a", 2 * BLOCK, trace_headers=headers), [1, 2], worker())
     assert Trace(exported).spans == ()
     assert step.stores[0].trace == {}
 
 
 @pytest.mark.parametrize("params", [None, {"traceparent": HEADERS["traceparent"]}])
-def test_request_without_headers_gives_vllms_own_span_its_trace(
+def test_request_without_headers_passes_its_trace_to_vllm(
     played: PlayedEngine, exported: InMemorySpanExporter, params: dict[str, Any] | None
 ) -> None:
     request = Request("a", 2 * BLOCK, kv_transfer_params=params)
-    live(played, request, [1, 2], worker())
-    root = Trace(exported).one("kvcache.request").context
+    run_request(played, request, [1, 2], worker())
+    root = Trace(exported).span_named("kvcache.request").context
     assert root is not None
     theirs = trace.get_current_span(
         telemetry.context_from_headers(request.trace_headers)
@@ -181,24 +183,24 @@ def test_request_that_is_not_recorded_keeps_its_headers(
 ) -> None:
     headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
     request = Request("a", 2 * BLOCK, trace_headers=headers)
-    live(played, request, [1, 2], worker())
+    run_request(played, request, [1, 2], worker())
     assert request.trace_headers is headers
 
 
 def test_copy_span_lasts_as_long_as_the_copy(
     played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
-    live(played, Request("a", 3 * BLOCK, "same"), [1, 2, 3], worker())
-    live(played, Request("b", 4 * BLOCK, "same"), [4, 5, 6, 7], worker())
+    run_request(played, Request("a", 3 * BLOCK, "same"), [1, 2, 3], worker())
+    run_request(played, Request("b", 4 * BLOCK, "same"), [4, 5, 6, 7], worker())
     copies = [span for span in Trace(exported).spans if span.name == "kvcache.copy"]
     assert len(copies) == 3
     for span in copies:
         assert span.end_time is not None
         assert span.start_time is not None
-        assert span.end_time - span.start_time == 1_000_000_000  # as the copier says
+        assert span.end_time - span.start_time == 1_000_000_000  # the copier's seconds
 
 
-def test_request_that_waited_for_a_lower_tier_says_what_came_from_where(
+def test_request_span_has_tokens_by_tier_and_the_wait(
     below: WaitingEngine, exported: InMemorySpanExporter
 ) -> None:
     below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
@@ -217,15 +219,15 @@ def test_request_that_waited_for_a_lower_tier_says_what_came_from_where(
     below.side.end_step(Acks({load.job: 2}, step=1, seconds={load.job: 0.25}))
     below.ack(*step.stores)
     below.side.finish(request)
-    said = Trace(exported).of("kvcache.request")
-    assert said["kvcache.token.engine_hit"] == BLOCK
-    assert said["kvcache.token.hit"] == 3 * BLOCK
-    assert said["kvcache.token.tier.l1"] == BLOCK
-    assert said["kvcache.token.tier.l2"] == 2 * BLOCK
-    assert said["kvcache.wait.duration"] == 3.25
+    span = Trace(exported).attributes("kvcache.request")
+    assert span["kvcache.token.engine_hit"] == BLOCK
+    assert span["kvcache.token.hit"] == 3 * BLOCK
+    assert span["kvcache.token.tier.l1"] == BLOCK
+    assert span["kvcache.token.tier.l2"] == 2 * BLOCK
+    assert span["kvcache.wait.duration"] == 3.25
 
 
-def test_request_that_waits_for_its_own_load_says_how_long(
+def test_request_span_has_the_wait_for_an_async_load(
     below: WaitingEngine, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     below.keep(Request("kept", 2 * BLOCK, "same"), [21, 22])
@@ -240,16 +242,18 @@ def test_request_that_waits_for_its_own_load_says_how_long(
     below.now = 12.0
     below.side.admit(request, (request.blocks,), 0)
     below.side.finish(request)
-    assert Trace(exported).of("kvcache.request")["kvcache.wait.duration"] == 2.0
+    assert Trace(exported).attributes("kvcache.request")["kvcache.wait.duration"] == 2.0
 
 
-def test_a_copy_that_fails_is_seen(played: PlayedEngine, exported: InMemorySpanExporter) -> None:
-    live(played, Request("a", 2 * BLOCK), [1, 2], worker(0))
+def test_copy_that_fails_has_an_error_span(
+    played: PlayedEngine, exported: InMemorySpanExporter
+) -> None:
+    run_request(played, Request("a", 2 * BLOCK), [1, 2], worker(0))
     trace = Trace(exported)
-    assert trace.of("kvcache.copy")["error.type"] == "OSError"
+    assert trace.attributes("kvcache.copy")["error.type"] == "OSError"
 
 
-def test_request_whose_load_failed_says_how_many_blocks(
+def test_request_span_has_the_blocks_of_a_failed_load(
     played: PlayedEngine, exported: InMemorySpanExporter
 ) -> None:
     played.keep(Request("kept", 2 * BLOCK + 1, "same"), [1, 2, 3])
@@ -260,10 +264,10 @@ def test_request_whose_load_failed_says_how_many_blocks(
     [load] = played.step((request, 1)).loads
     played.side.end_step(Acks({load.job: 2}, {load.job}, seconds={load.job: 0.5}))
     played.side.finish(request)
-    assert Trace(exported).of("kvcache.request")["kvcache.block.failed"] == 2
+    assert Trace(exported).attributes("kvcache.request")["kvcache.block.failed"] == 2
 
 
-def test_no_span_is_left_open(played: PlayedEngine, exported: InMemorySpanExporter) -> None:
+def test_close_ends_every_span(played: PlayedEngine, exported: InMemorySpanExporter) -> None:
     for name in ("waits", "runs"):
         played.side.add_request(Request(name, 2 * BLOCK))
     played.side.finish(Request("waits", 2 * BLOCK))

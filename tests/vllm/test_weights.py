@@ -1,4 +1,4 @@
-"""The digest of weight files: any change of content is seen, a change of place is not."""
+"""The digest of weight files: it changes with their content, and not with their place."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, weigh
 
 pytestmark = pytest.mark.engine
 
-LARGE = 3 << 20  # of a tensor that is read in part
+LARGE = 3 << 20  # bytes of a tensor that is read in part
 
 
 def write_safetensors(path: Path, sizes: list[int]) -> list[int]:
-    """A file with a tensor of each size; where each begins."""
+    """Write a file with a tensor of each size; return the offset of each, and of the end."""
     header, at = {}, 0
     for number, size in enumerate(sizes):
         header[f"layer.{number}"] = {
@@ -37,7 +37,7 @@ def write_safetensors(path: Path, sizes: list[int]) -> list[int]:
 
 
 def change(path: Path, at: int) -> None:
-    """Another byte at ``at``, and the file's size and times as they were."""
+    """Change the byte at ``at``; size and times stay."""
     times = path.stat()
     with path.open("r+b") as file:
         file.seek(at)
@@ -72,8 +72,8 @@ def test_identify_safetensors_sees_the_header(tmp_path: Path) -> None:
     assert identify(tmp_path) != before
 
 
-def test_identify_fine_tune_is_another(tmp_path: Path) -> None:
-    """As training does it: a little of everything, sizes and names as they were."""
+def test_identify_fine_tuned_weights_differ(tmp_path: Path) -> None:
+    """Training changes every number a little; sizes and names stay."""
     import torch
     from safetensors.torch import save_file
 
@@ -107,7 +107,7 @@ def test_identify_file_of_unknown_structure_sees_its_pages(tmp_path: Path, at: i
     assert identify(path) != before
 
 
-def test_identify_truncated_or_longer_file_is_another(tmp_path: Path) -> None:
+def test_identify_file_of_another_length_differs(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(bytes(5 << 20))
     before = identify(path)
@@ -116,7 +116,7 @@ def test_identify_truncated_or_longer_file_is_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "modeling.py", "sub/model.safetensors"])
-def test_identify_file_beside_the_weights_counts(tmp_path: Path, name: str) -> None:
+def test_identify_with_another_file_beside_the_weights_differs(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
     before = identify(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def test_identify_file_beside_the_weights_counts(tmp_path: Path, name: str) -> N
     assert identify(tmp_path) != before
 
 
-def test_identify_copy_elsewhere_is_the_same(tmp_path: Path) -> None:
+def test_identify_equal_files_at_other_paths_is_equal(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     write_safetensors(source / "model.safetensors", [LARGE, 1000])
@@ -156,7 +156,7 @@ def test_identify_folder_named_like_a_snapshot_is_no_commit(tmp_path: Path) -> N
 
 
 def now_ns(folder: Path) -> int:
-    """The time by the file system, past the last change of any file; clocks tick coarsely."""
+    """Return the file system's time once it is later than the last change: its clock is coarse."""
     mark = folder / "mark"
     before = max(path.lstat().st_ctime_ns for path in folder.rglob("*"))
     while True:
@@ -220,7 +220,7 @@ def test_identify_weights_that_changed_since_are_unknown(
 def test_identify_weights_behind_a_link_that_changed_since_are_unknown(
     tmp_path: Path, through: str
 ) -> None:
-    """As releases are switched: the link to the latest one is itself behind a link."""
+    """As when a release is switched: the link to the latest one is itself behind a link."""
     for name in ("v1", "v2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.bin").write_bytes(name.encode())
@@ -273,7 +273,7 @@ def _beyond(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_empty, _broken, _beyond])
-def test_identify_what_is_no_weights_is_unknown(
+def test_identify_folder_without_valid_weights_is_unknown(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     make(tmp_path / "model")

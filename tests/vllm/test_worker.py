@@ -1,4 +1,4 @@
-"""The worker's half: where pages lie, and that a copy that fails is an answer."""
+"""The worker's side: where pages lie, and that a failing copy is reported and not raised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = 4
 
 
 def block_bytes(cache: torch.Tensor, block: int) -> bytes:
-    """All runs of a block, in their order."""
+    """Return the runs of a block, in their order."""
     pages = place_caches({"one": cache}, BLOCKS).runs()
     assert {page.count for page in pages} == {BLOCKS}
     return b"".join(
@@ -39,21 +39,21 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_contiguous_pages(dtype: torch.dtype) -> None:
+def test_place_caches_contiguous_pages(dtype: torch.dtype) -> None:
     cache = torch.randint(0, 100, (BLOCKS, 2, 32, 8)).to(dtype)
     for block in range(BLOCKS):
         assert block_bytes(cache, block) == tensor_bytes(cache[block])
 
 
-def test_a_layer_inside_the_storage_of_all() -> None:
-    """As vLLM registers it: all layers are views of one storage."""
+def test_place_caches_layers_of_one_storage() -> None:
+    """vLLM registers views of one storage for all layers."""
     storage = torch.randint(0, 100, (3, BLOCKS, 2, 32, 8), dtype=torch.int16)
     for layer in range(3):
         assert block_bytes(storage[layer], 2) == tensor_bytes(storage[layer, 2])
 
 
-def test_layers_interleaved() -> None:
-    """A block-outermost layout: between two pages of a layer lie those of the others."""
+def test_place_caches_interleaved_layers() -> None:
+    """In a block-outermost layout, the pages of other layers lie between two of one layer."""
     storage = torch.randint(0, 100, (BLOCKS, 3, 2, 32, 8), dtype=torch.int16)
     for layer in range(3):
         [page] = place_caches({"one": storage[:, layer]}, BLOCKS).runs()
@@ -62,14 +62,14 @@ def test_layers_interleaved() -> None:
             assert block_bytes(storage[:, layer], block) == tensor_bytes(storage[block, layer])
 
 
-def test_blocks_of_several_kernel_blocks() -> None:
+def test_place_caches_blocks_of_several_kernel_blocks() -> None:
     cache = torch.randint(0, 100, (BLOCKS * 4, 2, 32, 8), dtype=torch.int16)
     assert len(place_caches({"one": cache}, BLOCKS).runs()) == 1
     for block in range(BLOCKS):
         assert block_bytes(cache, block) == tensor_bytes(cache[4 * block : 4 * block + 4])
 
 
-def test_kernel_blocks_apart_are_pages_of_their_own() -> None:
+def test_place_caches_separate_kernel_blocks_are_pages_each() -> None:
     storage = torch.randint(0, 100, (BLOCKS * 2, 3, 2, 32, 8), dtype=torch.int16)
     cache = storage[:, 1]
     assert len(place_caches({"one": cache}, BLOCKS).runs()) == 2
@@ -77,39 +77,39 @@ def test_kernel_blocks_apart_are_pages_of_their_own() -> None:
         assert block_bytes(cache, block) == tensor_bytes(cache[2 * block : 2 * block + 2])
 
 
-def test_a_page_is_in_the_order_of_memory() -> None:
-    """Tokens before heads: the shape says heads first, and the bytes are not shuffled for that."""
+def test_place_caches_page_is_in_the_order_of_memory() -> None:
+    """Heads come first in the shape and tokens in memory: the bytes keep the order of memory."""
     cache = torch.randint(0, 100, (BLOCKS, 32, 2, 8), dtype=torch.int16).transpose(1, 2)
     assert len(place_caches({"one": cache}, BLOCKS).runs()) == 1
     assert block_bytes(cache, 1) == tensor_bytes(cache[1].transpose(0, 1))
 
 
-def test_a_block_in_two_halves() -> None:
-    """Blocks lie under heads: every head of a block is a run."""
+def test_place_caches_block_below_heads_has_a_page_for_each_head() -> None:
+    """With heads outermost, every head of a block is a run."""
     cache = torch.randint(0, 100, (2, BLOCKS, 32, 8), dtype=torch.int16).transpose(0, 1)
     assert len(place_caches({"one": cache}, BLOCKS).runs()) == 2
     for block in range(BLOCKS):
         assert block_bytes(cache, block) == tensor_bytes(cache[block])
 
 
-def test_what_is_not_blocks_is_refused() -> None:
+def test_register_cache_without_blocks_raises() -> None:
     with pytest.raises(RuntimeError, match=r"layer two, shape \(5, 2, 8\), .* is not 16 blocks"):
         side().register({"one": torch.zeros(16, 2, 8), "two": torch.zeros(5, 2, 8)})
 
 
-def test_elements_that_overlap_are_refused() -> None:
+def test_register_cache_with_overlapping_elements_raises() -> None:
     cache = torch.zeros(16, 1, 8).expand(16, 2, 8)
     with pytest.raises(RuntimeError, match=r"layer one is .* elements overlap"):
         side().register({"one": cache, "two": torch.zeros(16, 2, 8)})
 
 
-def test_another_device_is_refused() -> None:
+def test_register_cache_on_an_unknown_device_raises() -> None:
     worker = side(layers=["one"])
     with pytest.raises(RuntimeError, match=r"the KV cache is on meta; .* CPUs and CUDA"):
         worker.register({"one": torch.zeros(16, 2, 8, device="meta")})
 
 
-def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
+def test_format_id_has_the_order_of_a_page_and_the_host() -> None:
     def format_id(*shape: int, swap: bool = False) -> str:
         worker, cache = side(), torch.zeros(16, *shape)
         cache = cache.transpose(1, 2) if swap else cache
@@ -128,7 +128,7 @@ def test_the_form_says_the_order_of_a_page_and_the_host() -> None:
 
 
 def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[int]]:
-    """One step as the model runner makes it: bad blocks, acked jobs, failed jobs."""
+    """Run a step as vLLM's model runner does; return failed blocks, acks and failed jobs."""
     worker.load(what)
     worker.store(what)
     worker.take_received()
@@ -138,7 +138,7 @@ def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[
     return (bad, acks.ranks, acks.failed) if acks else (bad, {}, set())
 
 
-def test_a_step_that_succeeds() -> None:
+def test_step_that_succeeds_acks_every_job() -> None:
     copier = Copier()
     assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
     assert copier.calls == [
@@ -148,7 +148,7 @@ def test_a_step_that_succeeds() -> None:
     ]
 
 
-def test_loads_that_the_step_awaits_fail_together_and_nothing_is_stored() -> None:
+def test_loads_of_the_forward_pass_fail_together_with_the_stores() -> None:
     copier = Copier(0)
     assert play(side(copier), step()) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
     assert [name for name, *_ in copier.calls] == ["scatter"]
@@ -157,9 +157,7 @@ def test_loads_that_the_step_awaits_fail_together_and_nothing_is_stored() -> Non
 @pytest.mark.parametrize(
     ("fails", "bad", "failed"), [(0, {10}, {2}), (1, {9}, {1}), (2, {11}, {3})]
 )
-def test_a_load_that_nobody_awaits_is_by_itself(
-    fails: int, bad: set[int], failed: set[int]
-) -> None:
+def test_async_load_fails_by_itself(fails: int, bad: set[int], failed: set[int]) -> None:
     copier = Copier(fails)
     loads = [
         Transfer(1, [9], [0], awaited_by="one"),
@@ -171,7 +169,7 @@ def test_a_load_that_nobody_awaits_is_by_itself(
     assert copier.awaited == [True, False, False]
 
 
-def test_each_load_took_its_share_of_the_copy() -> None:
+def test_load_takes_its_share_of_the_copys_seconds() -> None:
     worker = side(Copier())
     worker.load(step())
     worker.take_received()
@@ -180,40 +178,40 @@ def test_each_load_took_its_share_of_the_copy() -> None:
     assert acks.seconds == pytest.approx({1: 2 / 3, 2: 1 / 3})
 
 
-def test_a_store_that_fails_is_no_load_error() -> None:
+def test_store_that_fails_reports_no_block() -> None:
     assert play(side(Copier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
 
 
-def test_the_step_after_a_failure_stores_again() -> None:
+def test_step_after_a_failed_load_stores_again() -> None:
     worker = side(Copier(0))
     play(worker, step())
     assert play(worker, step(number=1)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
-def test_worker_that_reports_a_failed_load_before_the_stores_begin_fails_them() -> None:
+def test_worker_that_reports_a_failed_load_before_the_stores_fails_them() -> None:
     copier = Copier(0)
     worker = side(copier)
     worker.load(step(number=5))
     worker.take_received()
     assert worker.take_failed_blocks() == {10, 11, 12}
     assert worker.take_acks() == Acks({1: 1, 2: 1}, {1, 2}, 5, {1: ANY, 2: ANY})
-    worker.store(step(number=5))  # as vLLM finalizes a step that drafts tokens
+    worker.store(step(number=5))  # as vLLM ends a step that drafts tokens
     assert worker.take_acks() == Acks({3: 1, 4: 1}, {3, 4})
     assert play(worker, step(number=6)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
-def test_what_copies_took_is_told_of_those_that_were_begun() -> None:
+def test_acks_have_the_seconds_of_started_copies_alone() -> None:
     worker = side(Copier(0))
     worker.load(step())
     worker.store(step())
     worker.take_received()
     acks = worker.take_acks()
     assert acks is not None
-    assert set(acks.seconds) == {1, 2}  # the stores were not, since a load had failed
+    assert set(acks.seconds) == {1, 2}  # no store was started, because a load had failed
     assert min(acks.seconds.values()) > 0
 
 
-def test_a_job_is_acked_in_the_step_that_tells_of_its_request(
+def test_ack_comes_in_the_step_that_reports_its_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Load:
@@ -233,14 +231,14 @@ def test_a_job_is_acked_in_the_step_that_tells_of_its_request(
     assert worker.take_acks() == Acks({1: 1}, seconds={1: 1.0})
 
 
-def test_blocks_are_fenced_before_the_engine_has_them_anew() -> None:
+def test_fence_has_the_fresh_blocks_of_the_step() -> None:
     copier = Copier()
-    side().fence(Step(NOWHERE, fresh=[7]))  # before there is a copier there is nothing to fence
+    side().fence(Step(NOWHERE, fresh=[7]))  # without a copier there is no copy to wait for
     side(copier).fence(Step(NOWHERE, fresh=[3, 4]))
     assert copier.calls == [("fence", [3, 4], [])]
 
 
-def test_an_empty_step_says_that_it_has_ended() -> None:
+def test_empty_step_reports_its_end() -> None:
     worker = side(Copier())
     assert play(worker, Step(NOWHERE)) == (set(), {}, set())
     worker.load(Step(NOWHERE, number=7))
@@ -265,7 +263,7 @@ def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:
     ],
     ids=["nothing there", "other memory", "not of this rank"],
 )
-def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
+def test_slab_that_cannot_be_attached_is_a_failed_copy(
     memory: SlabShards, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker, _ = registered()
@@ -274,12 +272,12 @@ def test_a_slab_that_cannot_be_reached_is_a_failed_copy(
     worker.close()
 
 
-def test_pages_go_to_the_shard_of_their_rank_and_back() -> None:
+def test_pages_are_copied_to_the_shard_of_their_rank_and_back() -> None:
     worker, caches = registered()
     shard = worker.shard()
     assert shard is not None
     page = caches["one"][0].nbytes
-    assert shard.nbytes == 2 * page  # an alias is no layer of its own
+    assert shard.nbytes == 2 * page  # the alias is not counted
     slab = Slab.create(4, slot_nbytes_for(3 * shard.nbytes))
     memory = SlabShards(slab.descriptor, {(0, 0): shard.nbytes})  # the second of three ranks
     computed = {name: cache.clone() for name, cache in caches.items()}
@@ -307,5 +305,5 @@ def test_pages_go_to_the_shard_of_their_rank_and_back() -> None:
     slab.close()
 
 
-def test_before_anything_is_registered_there_is_no_shard() -> None:
+def test_shard_before_register_is_none() -> None:
     assert side().shard() is None

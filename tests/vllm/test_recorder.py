@@ -1,4 +1,4 @@
-"""A recorded engine writes a line for each request, however often it is looked up."""
+"""With KVCACHE_RECORD, a request is one line of the trace, however often it is matched."""
 
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from tests.support.played_engine import BLOCK, Request, opened
 pytestmark = pytest.mark.engine
 
 
-def test_a_request_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorder_writes_one_line_for_each_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "asked.jsonl"
     monkeypatch.setenv("KVCACHE_RECORD", str(path))
     played = opened(monkeypatch, 32)
@@ -20,7 +22,7 @@ def test_a_request_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("a", "b"):
         request = Request(name, tokens, name="same", num_prompt_tokens=tokens)
         played.side.add_request(request)
-        for own in (0, BLOCK, 0):  # it waits, and vLLM asks again
+        for own in (0, BLOCK, 0):  # vLLM asks again while the request waits
             played.side.matched_tokens(request, own)
         played.keep(request, [1, 2, 3, 4])
     played.side.close()

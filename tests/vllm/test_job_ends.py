@@ -1,4 +1,4 @@
-"""How leases and jobs of the scheduler's half end: acks, failures, resumes, resets."""
+"""How leases and jobs of the scheduler's side end: acks, failures, resumes, resets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedEngine]:
     engine.side.close()
 
 
-def test_finished_while_copies_are_under_way(played: PlayedEngine) -> None:
+def test_request_finished_with_copies_under_way_ends_with_its_acks(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 4 * BLOCK, "same")
     played.admit(request, [4, 5, 6, 7])
@@ -33,7 +33,7 @@ def test_finished_while_copies_are_under_way(played: PlayedEngine) -> None:
     assert played.held(request) == [True] * 4
 
 
-def test_a_lease_ends_with_the_last_rank(played: PlayedEngine) -> None:
+def test_lease_ends_with_the_ack_of_the_last_rank(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     [store] = played.step((request, 2 * BLOCK)).stores
@@ -46,7 +46,7 @@ def test_a_lease_ends_with_the_last_rank(played: PlayedEngine) -> None:
 
 
 @pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
-def test_one_rank_that_fails_a_store_fails_it(
+def test_store_that_one_rank_fails_is_not_published(
     played: PlayedEngine, failed: tuple[bool, bool]
 ) -> None:
     request = Request("a", 2 * BLOCK)
@@ -59,7 +59,7 @@ def test_one_rank_that_fails_a_store_fails_it(
 
 
 @pytest.mark.parametrize("failed", [(True, False), (False, True), (True, True)])
-def test_one_rank_that_fails_a_load_drops_it(
+def test_load_that_one_rank_fails_is_dropped(
     played: PlayedEngine, failed: tuple[bool, bool]
 ) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
@@ -73,7 +73,7 @@ def test_one_rank_that_fails_a_load_drops_it(
     assert played.l1.dropped_blocks == 2
 
 
-def test_a_failed_store_is_offered_again_from_its_place(played: PlayedEngine) -> None:
+def test_failed_store_is_offered_again_from_its_first_block(played: PlayedEngine) -> None:
     request = Request("a", 5 * BLOCK)
     played.admit(request, [1, 2, 3, 4, 5])
     played.ack(*played.step((request, 2 * BLOCK)).stores)
@@ -86,18 +86,18 @@ def test_a_failed_store_is_offered_again_from_its_place(played: PlayedEngine) ->
     assert played.held(request) == [True] * 4 + [False]
 
 
-def test_a_failed_load_is_computed_and_offered_again(played: PlayedEngine) -> None:
+def test_failed_load_is_recomputed_and_offered_again(played: PlayedEngine) -> None:
     played.keep(Request("a", 3 * BLOCK + 1, "same"), [1, 2, 3, 4])
     request = Request("b", 3 * BLOCK + 1, "same")
     played.admit(request, [5, 6, 7, 8])
     step = played.step((request, 1))
     played.ack(*step.loads, *step.stores, failed=True)
-    request.num_computed_tokens = 0  # what vLLM makes of it
+    request.num_computed_tokens = 0  # as vLLM sets it after a failed load
     [again] = played.step((request, request.num_tokens)).stores
     assert again.blocks == [5, 6, 7]
 
 
-def test_a_resumed_request_has_other_blocks(played: PlayedEngine) -> None:
+def test_resumed_request_stores_its_new_blocks(played: PlayedEngine) -> None:
     request = Request("a", 3 * BLOCK)
     played.admit(request, [1, 2, 3])
     step = played.step((request, BLOCK))
@@ -108,14 +108,14 @@ def test_a_resumed_request_has_other_blocks(played: PlayedEngine) -> None:
     assert store.blocks == [21, 22, 23]
 
 
-def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: PlayedEngine) -> None:
+def test_failure_reported_after_a_resume_spoils_no_other_block(played: PlayedEngine) -> None:
     request = Request("a", 3 * BLOCK)
     played.admit(request, [1, 2, 3])
     [late] = played.step((request, BLOCK)).stores
     request.num_computed_tokens = 0
     played.admit(request, [21, 22, 23], resumed=True)
     [store] = played.step((request, 2 * BLOCK)).stores
-    assert store.blocks == [22]  # the first is still being copied, from where it was
+    assert store.blocks == [22]  # the first one's store is under way, from its old block
     played.ack(late, failed=True)
     played.ack(store)
     played.side.finish(request)
@@ -126,7 +126,7 @@ def test_a_failure_that_is_known_after_a_resume_changes_nothing(played: PlayedEn
 # Resets
 
 
-def test_reset_ends_promises(played: PlayedEngine) -> None:
+def test_reset_cancels_pending_loads(played: PlayedEngine) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same")
     played.side.matched_tokens(request, 0)
@@ -136,7 +136,7 @@ def test_reset_ends_promises(played: PlayedEngine) -> None:
     assert played.admit(request, [4, 5, 6]) == 0
 
 
-def test_reset_while_a_store_is_under_way(played: PlayedEngine) -> None:
+def test_reset_during_a_store_publishes_nothing(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     [store] = played.step((request, 2 * BLOCK)).stores
@@ -149,20 +149,22 @@ def test_reset_while_a_store_is_under_way(played: PlayedEngine) -> None:
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_reset_while_a_load_is_under_way(played: PlayedEngine, failed: bool) -> None:
+def test_reset_during_a_load_keeps_the_slots_pinned_until_its_acks(
+    played: PlayedEngine, failed: bool
+) -> None:
     played.keep(Request("a", 2 * BLOCK + 1, "same"), [1, 2, 3])
     request = Request("b", 2 * BLOCK + 1, "same")
     played.admit(request, [4, 5, 6])
     [load] = played.step((request, 1)).loads
     played.side.reset()
-    assert played.l1.pinned_slots == 2  # still read
+    assert played.l1.pinned_slots == 2  # ranks still read them
     played.ack(load, failed=failed)
     assert played.held(request) == [False] * 2
     played.side.finish(request)
     assert played.is_idle()
 
 
-def test_what_runs_on_after_a_reset_is_not_kept(played: PlayedEngine) -> None:
+def test_request_that_runs_on_after_a_reset_stores_nothing(played: PlayedEngine) -> None:
     request = Request("a", 4 * BLOCK)
     played.admit(request, [1, 2, 3, 4])
     played.ack(*played.step((request, BLOCK)).stores)
@@ -171,7 +173,7 @@ def test_what_runs_on_after_a_reset_is_not_kept(played: PlayedEngine) -> None:
     assert played.l1.used_blocks == 0
 
 
-def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: PlayedEngine) -> None:
+def test_store_failed_across_a_reset_is_not_offered_again(played: PlayedEngine) -> None:
     request = Request("a", 4 * BLOCK)
     played.admit(request, [1, 2, 3, 4])
     [store] = played.step((request, BLOCK)).stores
@@ -182,7 +184,7 @@ def test_a_failed_store_from_before_a_reset_is_not_offered_again(played: PlayedE
     assert played.is_idle()
 
 
-def test_what_starts_again_after_a_reset_is_kept(played: PlayedEngine) -> None:
+def test_request_resumed_after_a_reset_stores_its_blocks(played: PlayedEngine) -> None:
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     played.ack(*played.step((request, BLOCK)).stores)
@@ -193,7 +195,7 @@ def test_what_starts_again_after_a_reset_is_kept(played: PlayedEngine) -> None:
     assert store.blocks == [3, 4]
 
 
-def test_acks_of_ranks_add_up() -> None:
+def test_acks_aggregate_adds_ranks_and_takes_the_longest_copy() -> None:
     one, other = {1: 0.5, 2: 0.1}, {1: 0.75, 3: 0.2}
     acks = Acks({1: 1, 2: 1}, {2}, 4, one).aggregate(Acks({1: 1, 3: 1}, {1}, 4, other))
     assert acks.ranks == {1: 2, 2: 1, 3: 1}

@@ -1,4 +1,4 @@
-"""Requests that wait for a lower tier: vLLM asks again, and is promised what came up into L1."""
+"""Requests that wait for a prefetch from a lower tier, and what they then find in L1."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[WaitingEngine]:
     engine.side.close()
 
 
-def test_a_request_waits_and_is_promised_what_came(engine: WaitingEngine) -> None:
+def test_matched_tokens_during_a_prefetch_are_none_and_then_what_it_loaded(
+    engine: WaitingEngine,
+) -> None:
     request = Request("a", 5 * BLOCK + 3)
     engine.keep_below(request, 4)
     engine.add_request(request)
@@ -114,7 +116,7 @@ def test_a_request_waits_and_is_promised_what_came(engine: WaitingEngine) -> Non
     assert not engine.side.requests
 
 
-def test_others_do_not_wait(engine: WaitingEngine) -> None:
+def test_matched_tokens_of_other_requests_do_not_wait_for_a_prefetch(engine: WaitingEngine) -> None:
     held, waits = Request("held", 2 * BLOCK + 1), Request("waits", 2 * BLOCK + 1)
     engine.admit(held, [0, 1, 2])
     [store] = engine.step((held, held.num_tokens)).stores
@@ -123,13 +125,13 @@ def test_others_do_not_wait(engine: WaitingEngine) -> None:
     engine.keep_below(waits, 2)
     engine.add_request(waits)
     again = Request("again", 2 * BLOCK + 1, name="held")
-    engine.side.add_request(again)  # L1 has it all: nobody below is asked
+    engine.side.add_request(again)  # L1 has it all: no lower tier is asked
     assert engine.side.matched_tokens(again, 0) == 2 * BLOCK
     assert engine.side.matched_tokens(waits, 0) is None
     engine.side.finish(again)
 
 
-def test_aborted_while_it_waits_nothing_is_left(engine: WaitingEngine) -> None:
+def test_request_aborted_during_its_prefetch_leaves_nothing(engine: WaitingEngine) -> None:
     request = Request("a", 3 * BLOCK + 1)
     engine.keep_below(request, 3)
     engine.add_request(request)
@@ -140,7 +142,9 @@ def test_aborted_while_it_waits_nothing_is_left(engine: WaitingEngine) -> None:
 
 
 @pytest.mark.parametrize("fault", ["raise", "hole", "short"])
-def test_what_does_not_come_is_not_promised(engine: WaitingEngine, fault: str) -> None:
+def test_matched_tokens_after_a_failed_prefetch_are_those_of_l1(
+    engine: WaitingEngine, fault: str
+) -> None:
     request = Request("a", 5 * BLOCK + 3)
     engine.keep_below(request, 4)
     engine.add_request(request)
@@ -150,7 +154,7 @@ def test_what_does_not_come_is_not_promised(engine: WaitingEngine, fault: str) -
     assert tokens == (BLOCK if fault == "hole" else 0)
 
 
-def test_who_does_not_read_caches_is_not_waited_for(engine: WaitingEngine) -> None:
+def test_request_that_skips_reading_starts_no_prefetch(engine: WaitingEngine) -> None:
     request = Request("a", 3 * BLOCK + 1, skip_reading_prefix_cache=True)
     engine.keep_below(request, 3)
     engine.side.add_request(request)
@@ -158,17 +162,17 @@ def test_who_does_not_read_caches_is_not_waited_for(engine: WaitingEngine) -> No
     assert engine.side.matched_tokens(request, 0) == 0
 
 
-def test_a_profile_with_a_disk_makes_such_an_engine(
+def test_engine_finds_blocks_of_an_earlier_engine_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two engines of one identity, one after another, and one of another identity."""
+    """Two engines of one identity, one after the other, then one of another identity."""
     monkeypatch.setenv("KVCACHE_PROFILE", "l1-disk")
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(8 * SHARD * len(RANKS)))
     monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "kv"))
     monkeypatch.setenv("KVCACHE__DISK__CAPACITY", str(16 * (SHARD * len(RANKS) + 2 * PAGE)))
     request = Request("a", 2 * BLOCK + 1)
 
-    def life(identity: dict[str, Any]) -> int | None:
+    def run_engine(identity: dict[str, Any]) -> int | None:
         side = SchedulerSide(engine_config(), cache_config(full_attention()), identity)
         side.open(shards())
         engine = PlayedEngine(side)
@@ -185,12 +189,12 @@ def test_a_profile_with_a_disk_makes_such_an_engine(
         request.num_computed_tokens = 0
         return tokens
 
-    assert life({"model": "m"}) == 0
-    assert life({"model": "m"}) == 2 * BLOCK
-    assert life({"model": "another"}) == 0
+    assert run_engine({"model": "m"}) == 0
+    assert run_engine({"model": "m"}) == 2 * BLOCK
+    assert run_engine({"model": "another"}) == 0
 
 
-def test_no_thread_is_started_for_l1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stack_without_lower_tiers_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(8 * SHARD * len(RANKS)))
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     side.open(shards())
@@ -202,8 +206,10 @@ def test_no_thread_is_started_for_l1_alone(monkeypatch: pytest.MonkeyPatch) -> N
     side.close()
 
 
-def test_how_fast_the_engine_computes_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over steps of prompts alone, whether the next is built before the last has ended or not."""
+def test_observe_compute_gets_steps_that_compute_prompts_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if a step is built before the one before it has ended."""
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
     now = 0.0
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {}, clock=lambda: now)
@@ -214,30 +220,30 @@ def test_how_fast_the_engine_computes_is_measured(monkeypatch: pytest.MonkeyPatc
     request = Request("a", 8 * BLOCK, num_prompt_tokens=6 * BLOCK)
     engine.admit(request, list(range(8)))
 
-    def ends(step: Any) -> None:
+    def end(step: Any) -> None:
         side.end_step(Acks({store.job: 2 for store in step.stores}, step=step.number))
 
     first = engine.step((request, 2 * BLOCK))
     now = 1.0
-    ends(first)
-    now = 5.0  # nothing to do for a while
+    end(first)
+    now = 5.0  # the engine idles
     second = engine.step((request, 3 * BLOCK))
     now = 5.5
     third = engine.step((request, BLOCK // 2))  # before the second has ended
     now = 6.5
-    ends(second)
+    end(second)
     now = 7.0
-    ends(third)
+    end(third)
     request.num_computed_tokens = 6 * BLOCK
     decoded = engine.step((request, 1))
     now = 9.0
-    ends(decoded)
-    # Blocks, seconds, and the blocks before a computed one: half of its own step are, in the mean.
+    end(decoded)
+    # Blocks, seconds, and the mean depth: half of the step's own blocks, and all before the step.
     assert observed == [(2, 1.0, 0 + 1), (3, 1.5, 2 + 1.5), (0.5, 0.5, 5 + 0.25), (0, 2.0, 0)]
     assert side.table_sizes()["steps"] == 0
 
 
-def test_depth_of_a_step_is_the_mean_over_the_blocks_of_its_prompts(
+def test_observe_compute_depth_is_the_mean_over_the_blocks_of_the_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(32 * SHARD * len(RANKS)))
