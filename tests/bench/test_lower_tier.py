@@ -1,4 +1,4 @@
-"""What a lower tier costs where L1 has everything: a match, and a match with its fetch."""
+"""The cost of a lower tier for blocks that L1 holds: a match, and a match with its fetch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ pytestmark = pytest.mark.bench
 BLOCKS, ROUNDS, TURNS = 1024, 40, 20
 
 
-def test_a_hit_in_l1_costs_the_same_with_a_tier_below() -> None:
+def test_hit_in_l1_costs_the_same_with_a_lower_tier() -> None:
     keys = keys_of("a", BLOCKS)
     with ExitStack() as opened:
 
-        def made(below: bool) -> Stack:
+        def open_stack(with_lower: bool) -> Stack:
             front = DramTier(block_nbytes=PAGE, capacity=Size(2 * BLOCKS * PAGE))
             lower = (
-                [LowerTier(FaultyTier(), name="l2", front=front, namespace=b"")] if below else []
+                [LowerTier(FaultyTier(), name="l2", front=front, namespace=b"")]
+                if with_lower
+                else []
             )
             stack = opened.enter_context(Stack(front, lower, profile="bench"))
             front.slab.wait_populated()
@@ -37,7 +39,7 @@ def test_a_hit_in_l1_costs_the_same_with_a_tier_below() -> None:
             assert stack.flush(10)
             return stack
 
-        stacks = {below: made(below) for below in (False, True)}
+        stacks = {with_lower: open_stack(with_lower) for with_lower in (False, True)}
 
         def match(stack: Stack) -> None:
             assert stack.match(keys).result().blocks == BLOCKS
@@ -50,11 +52,11 @@ def test_a_hit_in_l1_costs_the_same_with_a_tier_below() -> None:
             ratios = []
             for turn in range(ROUNDS):
                 took = {}
-                for below in (True, False) if turn % 2 else (False, True):
+                for with_lower in (True, False) if turn % 2 else (False, True):
                     begun = time.perf_counter()
                     for _ in range(TURNS):
-                        call(stacks[below])
-                    took[below] = time.perf_counter() - begun
+                        call(stacks[with_lower])
+                    took[with_lower] = time.perf_counter() - begun
                 ratios.append(took[True] / took[False])
             print(f"{call.__name__}: with / without, quartiles", statistics.quantiles(ratios, n=4))
             assert statistics.median(ratios) <= 1.1
