@@ -1,7 +1,7 @@
-"""Profiles: which tiers, in which order. The one room that puts a stack together.
+"""Profiles list tiers and their options; ``open_stack`` opens the stack of a profile.
 
-Always true: a stack that was opened has exactly what its profile and the environment say; what
-cannot be had is one ``ProfileError`` at start, never a smaller stack.
+Invariant: an open stack has exactly the tiers and sizes of its profile and the environment. If one
+cannot be opened, ``open_stack`` raises one ``ProfileError``; it never opens a smaller stack.
 
     stack = open_stack(block_nbytes=2 * 1024**2)      # $KVCACHE_PROFILE, else l1-only
 """
@@ -46,42 +46,50 @@ def open_stack(
     identity: Mapping[str, object] | None = None,
     replica: Replica = ALONE,
 ) -> Stack:
-    """Open the stack of ``profile``, else of the one KVCACHE_PROFILE names, else of l1-only.
+    """Open the stack of ``profile``, else of the one that KVCACHE_PROFILE names, else of l1-only.
 
-    ``profile`` is a shipped name or a path to a TOML file. ``block_nbytes`` is the bytes of a block
-    of all ``ranks``, of elements of ``element_nbytes``; ``block_tokens`` are its tokens, if known,
-    for spans. ``namespace`` is the namespace under which blocks leave this process
-    (``kvcache.namespace``): whoever has the same may find them; ``identity`` are the fields it is
-    the digest of, which ``kvcache inspect`` shows. ``replica`` says which of the engines this is
-    that one command has started on this host: they divide shares of memory, and a disk.
+    Args:
+        profile: a shipped name, or a path to a TOML file.
+        block_nbytes: bytes of a block of all ``ranks``.
+        namespace: the digest (``kvcache.namespace``) under which blocks leave this process:
+            engines with the same namespace share blocks in lower tiers.
+        element_nbytes: bytes of an element, for compression.
+        block_tokens: tokens of a block, for spans; 0 if unknown.
+        ranks: the ranks of the engine.
+        identity: the fields that ``namespace`` is the digest of; ``kvcache inspect`` shows them.
+        replica: the number of this engine among those that one command started on this host. They
+            divide shares of memory and the capacity of a disk.
 
-    Raises ProfileError if the profile is wrong or asks for more memory than is free.
+    Raises:
+        ProfileError: if the profile is invalid, asks for more memory than is free, or one of its
+            tiers cannot be opened.
     """
-    chosen = load_profile(profile, ranks=ranks, replicas=replica.count)
-    if theirs := chosen.theirs:
-        log.log(logging.WARNING if theirs.no_effect else logging.INFO, "kvcache: %s", theirs)
-    if chosen.unknown:
-        log.warning("kvcache: profile: %s", "; ".join(chosen.unknown))
+    loaded = load_profile(profile, ranks=ranks, replicas=replica.count)
+    if report := loaded.aibrix:
+        level = logging.WARNING if report.no_effect else logging.INFO
+        log.log(level, "kvcache: profile: %s", report)
+    if loaded.unknown:
+        log.warning("kvcache: profile: unknown variables: %s", "; ".join(loaded.unknown))
     problems = [
         f"{setting.where}: {shortage}"
-        for setting in chosen.tiers[0].settings
+        for setting in loaded.tiers[0].settings
         if setting.option.hint is Size
         and isinstance(setting.value, int)
         and (shortage := host_memory.shortage(setting.value))
     ]
     if problems:
-        raise ProfileError(chosen.name, problems)
+        raise ProfileError(loaded.name, problems)
     if replica.count > 1:
-        _log_shares(chosen, replica)
-    given: dict[str, object] = {"block_nbytes": block_nbytes, "replica": replica}
-    framed_given = given | {"block_nbytes": frame_nbytes(block_nbytes)}
+        _log_shares(loaded, replica)
+    arguments: dict[str, object] = {"block_nbytes": block_nbytes, "replica": replica}
+    framed_arguments = arguments | {"block_nbytes": frame_nbytes(block_nbytes)}
     with ExitStack() as opened:
-        front = opened.enter_context(closing(_open(chosen, chosen.tiers[0], given)))
-        assert isinstance(front, FrontTier)  # the loader saw to it
+        front = opened.enter_context(closing(_open(loaded, loaded.tiers[0], arguments)))
+        assert isinstance(front, FrontTier)  # ``read_rows`` checks that
         lower = []
-        for row in chosen.tiers[1:]:
-            tier = opened.enter_context(closing(_open(chosen, row, framed_given)))
-            with _blamed(chosen, row):
+        for row in loaded.tiers[1:]:
+            tier = opened.enter_context(closing(_open(loaded, row, framed_arguments)))
+            with _located_errors(loaded, row):
                 framed = Framed(
                     tier,
                     block_nbytes=block_nbytes,
@@ -99,46 +107,46 @@ def open_stack(
                         **row.options_for(LowerTier),
                     )
                 )
-            opened.callback(each.channel.stop)  # where one of the next fails
+            opened.callback(each.channel.stop)  # if a later tier fails to open
         try:
             records = opened.enter_context(closing(recorder.opened(block_tokens)))
         except ValueError as error:
-            raise ProfileError(chosen.name, [str(error)]) from None
-        first = chosen.tiers[0]
+            raise ProfileError(loaded.name, [str(error)]) from None
+        first = loaded.tiers[0]
         stack = Stack(
             front,
             lower,
-            profile=chosen.name,
+            profile=loaded.name,
             name=first.name,
             kind=first.kind,
             block_tokens=block_tokens,
             recorder=records,
         )
-        opened.pop_all()  # the stack closes them from here on
+        opened.pop_all()  # from here on the stack closes them
     return stack
 
 
 @contextmanager
-def _blamed(profile: Profile, row: Row) -> Iterator[None]:
-    """Where an option of a row is refused, or its class fails, say which, and who gave it."""
+def _located_errors(profile: Profile, row: Row) -> Iterator[None]:
+    """Turn an error of the row's class into a ProfileError with the place of the option."""
     try:
         yield
     except BaseException as error:
         if calls.raised_by_signal(error):
             raise
-        # A third-party class may raise anything; ours raise ValueError for what is wrong.
+        # Shipped classes raise ValueError for a wrong option; other classes may raise anything.
         kind, text = calls.describe_error(error)
         text = text if isinstance(error, ValueError) else f"{kind}: {text}"
-        raise ProfileError(profile.name, [row.blame(text)]) from error
+        raise ProfileError(profile.name, [row.locate(text)]) from error
 
 
 def _log_shares(profile: Profile, replica: Replica) -> None:
-    """Log what became of shares of memory, such as "50%", which the replicas divide."""
+    """Log the size of each share of memory, such as "50%", after division by the replicas."""
     for row in profile.tiers:
         for setting in row.settings:
             if setting.option.hint is Size and "%" in str(setting.given):
                 log.info(
-                    "kvcache: replica %d of %d: %s: %s, of the memory of %d replicas",
+                    "kvcache: profile: replica %d of %d: %s: %s, since %d replicas share it",
                     replica.index,
                     replica.count,
                     setting.where,
@@ -147,9 +155,9 @@ def _log_shares(profile: Profile, replica: Replica) -> None:
                 )
 
 
-def _open(profile: Profile, row: Row, known: Mapping[str, object]) -> Tier:
-    """The tier of a row; it gets what is ``known`` beside its options, as far as it takes it."""
-    takes = inspect.signature(row.cls).parameters
-    given: dict[str, Any] = {name: value for name, value in known.items() if name in takes}
-    with _blamed(profile, row):
-        return row.cls(**given, **row.options_for(row.cls))
+def _open(profile: Profile, row: Row, arguments: Mapping[str, object]) -> Tier:
+    """Construct the tier of a row. It gets those of ``arguments`` that its constructor has."""
+    parameters = inspect.signature(row.cls).parameters
+    known: dict[str, Any] = {name: arguments[name] for name in arguments if name in parameters}
+    with _located_errors(profile, row):
+        return row.cls(**known, **row.options_for(row.cls))

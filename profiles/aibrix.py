@@ -1,11 +1,12 @@
-"""AIBrix's variables: what becomes of each, so that a deployment's environment goes on working.
+"""AIBrix's variables: the effect of each, so that the environment of a deployment keeps working.
 
-The table has the 62 of aibrix_kvcache 0.8.0. A variable is *taken*, as an option of a tier, or has
-*no effect*, for a reason; one can be *refused*, where going on would do what it says not to do.
+``VARIABLES`` has the 62 variables of aibrix_kvcache 0.8.0. A variable sets an option of a tier, or
+has no effect for a stated reason. ``L1_CACHE_ENABLED=0`` is refused, since the opposite would
+happen.
 
-Always true: ours win, option by option. A KVCACHE__ variable does, and so does a file of the
-user's; the defaults of a shipped profile do not, whether the user chose it or not. No value of
-theirs is repeated but those that are taken and those that are wrong.
+Invariant: kvcache's own settings win, option by option. A KVCACHE__ variable and a user's profile
+override AIBrix's variables; the defaults of a shipped profile do not, even if the user chose it.
+Messages contain the value of an AIBrix variable only if it is used or wrong.
 """
 
 import math
@@ -13,30 +14,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvcache.profiles.errors import listed, nearest, show
-from kvcache.profiles.tiers import Row, Wish, override_of
+from kvcache.profiles.tiers import RequestedOption, Row, override_of
 from kvcache.sizes import Size
 
 PREFIX = "AIBRIX_KV_CACHE_OL_"
-SYNC = "VLLM_AIBRIX_SYNC_GRANULARITY"  # the one without the prefix
+SYNC = "VLLM_AIBRIX_SYNC_GRANULARITY"  # the only variable without the prefix
 _ENABLED = "L1_CACHE_ENABLED"
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """Sets an option, of the first tier or of those ``below`` it, to what ``value`` makes of it."""
+class MappedVariable:
+    """A variable that sets ``option`` of the first tier, or of the tiers ``below`` it.
 
-    says: str
+    ``text`` describes the option; ``convert`` makes its value from the variable's text and the
+    number of ranks.
+    """
+
+    text: str
     option: str
-    value: Callable[[str, int], object]  # of the text and the number of ranks
+    convert: Callable[[str, int], object]
     below: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class NoEffect:
-    """Changes nothing, because of what it says. Some values are what is done ``anyway``."""
+    """A variable without effect, with the reason.
 
-    says: str
-    anyway: tuple[str, ...] = ()
+    ``already_so`` has the values that ask for what kvcache does anyway.
+    """
+
+    text: str
+    already_so: tuple[str, ...] = ()
 
 
 def _gib_per_rank(text: str, ranks: int) -> object:
@@ -44,122 +52,123 @@ def _gib_per_rank(text: str, ranks: int) -> object:
         gib = float(text)
     except ValueError:
         gib = math.nan
-    nbytes = int(gib * ranks * 2**30) if 0 < gib < 2**30 else 0  # nan is neither
+    nbytes = int(gib * ranks * 2**30) if 0 < gib < 2**30 else 0  # nan fails both comparisons
     if not nbytes:
         raise ValueError("takes a number above zero, of GiB")
     return f"{nbytes >> 30}GiB" if not nbytes % 2**30 else nbytes
 
 
 def _one_of(**choices: object) -> Callable[[str, int], object]:
-    def value(text: str, _: int) -> object:
+    def convert(text: str, _: int) -> object:
         if text.upper() not in choices:
             raise ValueError(f"takes one of {listed(choices)}{nearest(text, choices)}")
         return choices[text.upper()]
 
-    return value
+    return convert
 
 
-def _all(names: str, entry: NoEffect) -> dict[str, Taken | NoEffect]:
-    return dict.fromkeys(names.split(), entry)
-
-
-_NO_TIER = "AIBrix's backends are not here; below L1 are the tiers of the profile, in l1-only none"
-_SHARED = "`l1-redis` has a server that engines share"
-_SPANS = "spans have the time of every operation, whenever something collects them"
-_MEMBERS = "no tier asks AIBrix's meta service for its servers"
-
-VARIABLES: dict[str, Taken | NoEffect] = {
-    "L1_CACHE_ENABLED": NoEffect("L1 is always there; `0` is refused", ("1", "true")),
-    "L1_CACHE_CAPACITY_GB": Taken(
+_MAPPED: dict[str, MappedVariable] = {
+    "L1_CACHE_CAPACITY_GB": MappedVariable(
         "`capacity` of the first tier, in GiB, times the engine's ranks, which share it",
         "capacity",
         _gib_per_rank,
     ),
-    "L1_CACHE_EVICTION_POLICY": Taken(
+    "L1_CACHE_EVICTION_POLICY": MappedVariable(
         "`eviction` of the first tier",
         "eviction",
         _one_of(FIFO="fifo", LRU="lru", S3FIFO="s3fifo"),
     ),
-    "DEVICE": NoEffect("L1 is in this machine's DRAM", ("cpu",)),
-    "S3FIFO_SMALL_TO_MAIN_PROMO_THRESHOLD": NoEffect("it is 1, AIBrix's default", ("1",)),
-    "S3FIFO_SMALL_FIFO_CAPACITY_RATIO": NoEffect("it is 0.3, AIBrix's default", ("0.3",)),
-    "L2_CACHE_INGESTION_TYPE": Taken(
+    "L2_CACHE_INGESTION_TYPE": MappedVariable(
         "`writes` of the tiers below the first: `ALL` is `all`, `HOT` is `hot`, and `EVICTED` is "
-        "`all`, since what is evicted has no time left to be written",
+        "`all`, since an evicted block has no time left to be written",
         "writes",
         _one_of(ALL="all", HOT="hot", EVICTED="all"),
         below=True,
     ),
-    "L2_CACHE_BACKEND": NoEffect(_NO_TIER),
-    "L2_CACHE_NAMESPACE": NoEffect(
-        "a namespace is made of weights, settings, data types and layout: engines that differ in "
-        "these never meet, those that agree share blocks; `cache_salt` keeps requests apart"
+}
+
+_SHARED = "`l1-redis` has a server that engines share"
+
+# Variables without effect, by reason. NAME=a,b: kvcache does what the values a and b ask for.
+_WITHOUT_EFFECT: dict[str, str] = {
+    "L1 is always there; `0` is refused": "L1_CACHE_ENABLED=1,true",
+    "L1 is in this machine's DRAM": "DEVICE=cpu",
+    "it is 1, AIBrix's default": "S3FIFO_SMALL_TO_MAIN_PROMO_THRESHOLD=1",
+    "it is 0.3, AIBrix's default": "S3FIFO_SMALL_FIFO_CAPACITY_RATIO=0.3",
+    "AIBrix's backends are not here; below L1 are the tiers of the profile, in l1-only none": (
+        "L2_CACHE_BACKEND"
     ),
-    "L2_CACHE_COMPRESSION": NoEffect("nor in AIBrix; `codec` of a tier compresses"),
-    "L2_CACHE_OP_BATCH": NoEffect("batches are cut by bytes"),
-    "L2_CACHE_PER_TOKEN_TIMEOUT_MS": NoEffect(
-        "an answer has one deadline, however many tokens it is for: `deadline_s` of a tier"
+    "a namespace is made of weights, settings, data types and layout: engines that differ in these "
+    "never share blocks, engines that agree do; `cache_salt` keeps requests apart": (
+        "L2_CACHE_NAMESPACE"
     ),
-    "L2_CACHE_PLACEMENT_POLICY": NoEffect(_MEMBERS),
-    "L2_CACHE_KEY_BUILDER": NoEffect("keys are vLLM's own block hashes"),
-    "L2_CACHE_INGESTION_MAX_INFLIGHT_TOKENS": NoEffect(
-        "writes are always behind the engine's back, bounded in bytes: `queue` of a tier"
+    "AIBrix ignores it too; `codec` of a tier compresses": "L2_CACHE_COMPRESSION",
+    "batches are cut by bytes": "L2_CACHE_OP_BATCH",
+    "an answer has one deadline, however many tokens it covers: `deadline_s` of a tier": (
+        "L2_CACHE_PER_TOKEN_TIMEOUT_MS"
     ),
-    "L2_CACHE_NUM_ASYNC_WORKERS": NoEffect("each tier has threads of its own: its `calls`"),
-    "DOUBLE_GET_THRESHOLD": NoEffect(
-        "tiers below L1 are asked for whatever it lacks, and used where that is faster than "
-        "computing: `if_slower` of a tier"
+    "no tier asks AIBrix's meta service for its servers": (
+        "L2_CACHE_PLACEMENT_POLICY META_SERVICE_BACKEND META_SERVICE_URL"
+        " META_SERVICE_CLUSTER_META_KEY META_SERVICE_REFRESH_INTERVAL_S"
     ),
-    "BLOCK_SIZE": NoEffect("a block is the engine's: vLLM's `--block-size`", ("-1",)),
-    "CHUNK_SIZE": NoEffect("blocks are not moved in chunks of tokens"),
-    "MAX_SEQ_LEN": NoEffect("no sequence is cut", ("-1",)),
-    "TOKEN_VALIDATION_ENABLED": NoEffect(
-        "every block from below L1 is checked, bytes and key, and there is no other way"
+    "keys are vLLM's own block hashes": "L2_CACHE_KEY_BUILDER",
+    "write-behind never holds the engine up, and is bounded in bytes: `queue` of a tier": (
+        "L2_CACHE_INGESTION_MAX_INFLIGHT_TOKENS"
     ),
-    "TIME_MEASUREMENT_ENABLED": NoEffect(_SPANS),
-    "BREAKDOWN_MEASUREMENT_ENABLED": NoEffect(_SPANS),
-    "PROFILING_ENABLED": NoEffect(_SPANS, ("0", "false")),
-    "PROFILING_SERVER_ADDRESS": NoEffect(_SPANS),
-    **_all(
-        "META_SERVICE_BACKEND META_SERVICE_URL META_SERVICE_CLUSTER_META_KEY"
-        " META_SERVICE_REFRESH_INTERVAL_S",
-        NoEffect(_MEMBERS),
+    "each tier has its own threads: its `calls`": "L2_CACHE_NUM_ASYNC_WORKERS",
+    "lower tiers are asked for every block that L1 lacks, and used where that is faster than "
+    "computing: `if_slower` of a tier": "DOUBLE_GET_THRESHOLD",
+    "a block is the engine's: vLLM's `--block-size`": "BLOCK_SIZE=-1",
+    "blocks are not moved in chunks of tokens": "CHUNK_SIZE",
+    "sequences are never cut": "MAX_SEQ_LEN=-1",
+    "every block from below L1 is verified, bytes and key, always": "TOKEN_VALIDATION_ENABLED",
+    "spans have the time of every operation, whenever a collector reads them": (
+        "TIME_MEASUREMENT_ENABLED BREAKDOWN_MEASUREMENT_ENABLED PROFILING_ENABLED=0,false"
+        " PROFILING_SERVER_ADDRESS"
     ),
-    **_all(
-        "MOCK_USE_RDMA MOCK_USE_MPUT_MGET MOCK_USE_GDR_PUT MOCK_USE_GDR_GET MOCK_USE_NOOP",
-        NoEffect("there is no mock tier"),
+    "there is no mock tier": (
+        "MOCK_USE_RDMA MOCK_USE_MPUT_MGET MOCK_USE_GDR_PUT MOCK_USE_GDR_GET MOCK_USE_NOOP"
     ),
-    **_all(
+    "there is no RocksDB tier; `l1-disk` has a local disk": (
         "ROCKSDB_ROOT ROCKSDB_TTL_S ROCKSDB_WRITE_BUFFER_SIZE ROCKSDB_TARGET_FILE_SIZE_BASE"
-        " ROCKSDB_MAX_WRITE_BUFFER_NUMBER ROCKSDB_MAX_TOTAL_WAL_SIZE ROCKSDB_MAX_BACKGROUND_JOBS",
-        NoEffect("there is no RocksDB tier; `l1-disk` has a local disk"),
+        " ROCKSDB_MAX_WRITE_BUFFER_NUMBER ROCKSDB_MAX_TOTAL_WAL_SIZE ROCKSDB_MAX_BACKGROUND_JOBS"
     ),
-    **_all(
+    f"there is no InfiniStore tier; {_SHARED}": (
         "INFINISTORE_HOST_ADDR INFINISTORE_SERVICE_PORT INFINISTORE_CONNECTION_TYPE"
         " INFINISTORE_IB_PORT INFINISTORE_LINK_TYPE INFINISTORE_VISIBLE_DEV_LIST"
-        " INFINISTORE_USE_GDR",
-        NoEffect(f"there is no InfiniStore tier; {_SHARED}"),
+        " INFINISTORE_USE_GDR"
     ),
-    **_all(
-        "HPKV_REMOTE_ADDR HPKV_REMOTE_PORT HPKV_LOCAL_ADDR HPKV_LOCAL_PORT HPKV_USE_GDR",
-        NoEffect(f"there is no HPKV tier; {_SHARED}"),
+    f"there is no HPKV tier; {_SHARED}": (
+        "HPKV_REMOTE_ADDR HPKV_REMOTE_PORT HPKV_LOCAL_ADDR HPKV_LOCAL_PORT HPKV_USE_GDR"
     ),
-    **_all(
+    f"there is no PrisKV tier; {_SHARED}": (
         "PRISKV_REMOTE_ADDR PRISKV_REMOTE_PORT PRISKV_PASSWORD PRISKV_USE_MPUT_MGET"
-        " PRISKV_USE_ZERO_COPY",
-        NoEffect(f"there is no PrisKV tier; {_SHARED}"),
+        " PRISKV_USE_ZERO_COPY"
     ),
-    "EIC_CONFIG_FILE": NoEffect(f"there is no EIC tier; {_SHARED}"),
-    "SHFS_ROOT": NoEffect(f"there is no tier on a shared file system; {_SHARED}"),
-    "TRANSPORT_RDMA_ADDR_RANGE": NoEffect("no tier speaks RDMA"),
-    SYNC: NoEffect("ranks share one L1, and need not agree on what it has"),
+    f"there is no EIC tier; {_SHARED}": "EIC_CONFIG_FILE",
+    f"there is no tier on a shared file system; {_SHARED}": "SHFS_ROOT",
+    "no tier speaks RDMA": "TRANSPORT_RDMA_ADDR_RANGE",
+    "ranks share one L1, so that they always agree on its blocks": SYNC,
 }
-"""By name, less ``AIBRIX_KV_CACHE_OL_``. What is said is what docs/aibrix.md says."""
+
+
+def _without_effect(table: Mapping[str, str]) -> dict[str, NoEffect]:
+    """The table by variable."""
+    entries = {}
+    for reason, variables in table.items():
+        for variable in variables.split():
+            name, _, values = variable.partition("=")
+            entries[name] = NoEffect(reason, tuple(filter(None, values.split(","))))
+    return entries
+
+
+VARIABLES: dict[str, MappedVariable | NoEffect] = _MAPPED | _without_effect(_WITHOUT_EFFECT)
+"""By name without the prefix. docs/aibrix.md has the same texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """What became of the variables that were set. Each is a sentence, or part of one."""
+    """The effect of the variables that are set: a sentence, or a part of one, for each."""
 
     taken: tuple[str, ...] = ()
     overruled: tuple[str, ...] = ()
@@ -167,118 +176,123 @@ class MigrationReport:
 
     def __str__(self) -> str:
         parts = {
-            "taken": self.taken, "overruled by ours": self.overruled, "no effect": self.no_effect,
-        }  # fmt: skip
-        said = [f"{name}: {'; '.join(what)}" for name, what in parts.items() if what]
-        return "of AIBrix's variables: " + ". ".join(said)
+            "taken": self.taken,
+            "overruled by kvcache's own settings": self.overruled,
+            "no effect": self.no_effect,
+        }
+        texts = [f"{name}: {'; '.join(items)}" for name, items in parts.items() if items]
+        return "AIBrix's variables: " + ". ".join(texts)
 
 
 @dataclass(frozen=True, slots=True)
-class Theirs:
-    """What the environment has of AIBrix's, before it is known which tiers there are."""
+class AibrixSettings:
+    """AIBrix's variables of an environment, read before the tiers are known.
 
-    wishes: tuple[Wish, ...]
-    so_anyway: tuple[str, ...]
-    no_effect: tuple[tuple[str, str], ...]  # variable, reason
+    Attributes:
+        requests: the options that they ask for.
+        already_so: sentences for variables that ask for what kvcache does anyway.
+        no_effect: variables without effect, each with the reason.
+        problems: sentences for variables with wrong values.
+        disabled_by: the variable that asks for no L1, with its value; "" if none does.
+    """
+
+    requests: tuple[RequestedOption, ...]
+    already_so: tuple[str, ...]
+    no_effect: tuple[tuple[str, str], ...]
     problems: tuple[str, ...]
-    off: str = ""  # the variable that says to have no L1, and what it was given
+    disabled_by: str = ""
 
     def report(self, rows: Sequence[Row]) -> tuple[MigrationReport | None, list[str]]:
-        """What became of it with these tiers, and what is refused with them.
+        """Return the effect of the variables on these tiers, and the problems with them.
 
-        The report is None if the environment has nothing of theirs.
+        The report is None if the environment has no variable of AIBrix.
         """
-        taken, overruled, refused = [*self.so_anyway], list[str](), list[str]()
+        taken, overruled, refused = [*self.already_so], list[str](), list[str]()
         no_effect = [*self.no_effect]
-        if self.off and rows:
-            # The user said how much memory L1 may take, in a place that overrides theirs.
+        if self.disabled_by and rows:
+            places = {request.place for request in self.requests}
+            # The user set the size of L1 in a place that overrides AIBrix's variables.
             if any(
-                one.chosen and one.option.hint is Size and one.place not in self.places
-                for one in rows[0].settings
+                setting.set_by_user and setting.option.hint is Size and setting.place not in places
+                for setting in rows[0].settings
             ):
-                overruled.append(
-                    f"{self.off.partition(' = ')[0]} (there is an L1, since its size is set)"
-                )
+                variable = self.disabled_by.partition(" = ")[0]
+                overruled.append(f"{variable} (there is an L1, since its size is set)")
             else:
-                refused.append(f"environment variable {self.off}: {_refusal(rows[0].name)}")
-        for wish in self.wishes:
-            name = wish.place.rpartition(" ")[2]
-            met = [
+                refused.append(f"environment variable {self.disabled_by}: {_refusal(rows[0].name)}")
+        for request in self.requests:
+            variable = request.place.rpartition(" ")[2]
+            matching = [
                 (row, setting)
-                for row in (rows[1:] if wish.below else rows[:1])
+                for row in (rows[1:] if request.below else rows[:1])
                 for setting in row.settings
-                if setting.option.name == wish.option
+                if setting.option.name == request.option
             ]
-            for row, setting in met:
-                whose = f"{wish.option} of {row.name}"
-                if setting.place == wish.place:
-                    taken.append(f"{name} as {whose} = {show(wish.value)}")
+            for row, setting in matching:
+                target = f"{request.option} of {row.name}"
+                if setting.place == request.place:
+                    taken.append(f"{variable} as {target} = {show(request.value)}")
                 else:
-                    overruled.append(f"{name} ({whose} is from {setting.place})")
-            if not met:
-                tiers = "tier below the first" if wish.below else "first tier"
-                no_effect.append((name, f"no {tiers} has the option {wish.option}"))
+                    overruled.append(f"{variable} ({target} is from {setting.place})")
+            if not matching:
+                tiers = "tier below the first" if request.below else "first tier"
+                no_effect.append((variable, f"no {tiers} has the option {request.option}"))
         if not (taken or overruled or no_effect):
             return None, refused
-        return MigrationReport(
-            tuple(taken), tuple(overruled), tuple(_by_reason(no_effect))
-        ), refused
-
-    @property
-    def places(self) -> set[str]:
-        """The places of what they ask for."""
-        return {wish.place for wish in self.wishes}
+        report = MigrationReport(tuple(taken), tuple(overruled), tuple(_by_reason(no_effect)))
+        return report, refused
 
 
-def read(environ: Mapping[str, str], *, ranks: int) -> Theirs:
-    """Read AIBrix's variables."""
-    theirs = {
+def read_aibrix(environ: Mapping[str, str], *, ranks: int) -> AibrixSettings:
+    """Read AIBrix's variables from ``environ``; variables with empty values count as not set."""
+    found = {
         variable: text.strip()
         for variable, text in environ.items()
         if (variable.startswith(PREFIX) or variable == SYNC) and text.strip()
     }
-    wishes, problems, no_effect, so_anyway, off = [], [], [], [], ""
-    for variable, text in theirs.items():
-        name = _name(variable)
+    requests, problems, no_effect, already_so, disabled_by = [], [], [], [], ""
+    for variable, text in found.items():
+        name = _table_name(variable)
         entry, place = VARIABLES.get(name), f"environment variable {variable}"
         if name == _ENABLED and text.lower() in ("0", "false"):
-            off = f"{variable} = {show(text)}"
+            disabled_by = f"{variable} = {show(text)}"
         elif name == _ENABLED and text.lower() not in ("1", "true"):
             problems.append(f'{place} = {show(text)}: takes "1", "true", "0" or "false"')
-        elif isinstance(entry, Taken):
+        elif isinstance(entry, MappedVariable):
             try:
-                value = entry.value(text, ranks)
+                value = entry.convert(text, ranks)
             except ValueError as error:
                 problems.append(f"{place} = {show(text)}: {error}")
             else:
-                wishes.append(Wish(place, entry.option, value, entry.below))
+                requests.append(RequestedOption(place, entry.option, value, entry.below))
         elif entry is None:
             known = (f"{PREFIX}{name}" for name in VARIABLES if name != SYNC)
             no_effect.append((variable, f"AIBrix has no such variable{nearest(variable, known)}"))
-        elif text.lower() not in entry.anyway:
-            no_effect.append((variable, entry.says.replace("`", "")))
+        elif text.lower() not in entry.already_so:
+            no_effect.append((variable, entry.text.replace("`", "")))
         else:
-            so_anyway.append(f"{variable} = {text}, as it is anyway")
-    return Theirs(tuple(wishes), tuple(so_anyway), tuple(no_effect), tuple(problems), off)
+            already_so.append(f"{variable} = {text}, as it is anyway")
+    return AibrixSettings(
+        tuple(requests), tuple(already_so), tuple(no_effect), tuple(problems), disabled_by
+    )
 
 
-def _name(variable: str) -> str:
-    """The variable's name in the table. PRIS_ is how PRISKV_ was spelled once."""
+def _table_name(variable: str) -> str:
+    """The variable's name in the table. Earlier versions of AIBrix spelled PRISKV_ as PRIS_."""
     name = variable.removeprefix(PREFIX)
     return f"PRISKV_{name.removeprefix('PRIS_')}" if name.startswith("PRIS_") else name
 
 
 def _refusal(tier: str) -> str:
     return (
-        "blocks are kept in L1 before anywhere else, so there is always one, and this says to take "
-        f"no memory for it; say how much it may take in {override_of(tier, 'capacity')}, or in a "
-        "profile of yours"
+        "it asks for no L1, but every stack has an L1; set its size with "
+        f"{override_of(tier, 'capacity')} or in your own profile"
     )
 
 
 def _by_reason(no_effect: Sequence[tuple[str, str]]) -> list[str]:
     """A sentence for each reason, with the variables that share it."""
-    reasons: dict[str, list[str]] = {}
+    variables_by_reason: dict[str, list[str]] = {}
     for variable, reason in no_effect:
-        reasons.setdefault(reason, []).append(variable)
-    return [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+        variables_by_reason.setdefault(reason, []).append(variable)
+    return [f"{', '.join(names)} ({reason})" for reason, names in variables_by_reason.items()]

@@ -1,7 +1,7 @@
-"""The one error of this room, and how a problem is put into words.
+"""``ProfileError``, and how a problem of a profile is put into words.
 
-Always true: a ``ProfileError`` lists every problem that was found, not the first one, and repeats
-no secret.
+Invariant: a ``ProfileError`` lists every problem that was found, not only the first one, and
+contains no secret.
 """
 
 import difflib
@@ -10,11 +10,16 @@ from collections.abc import Iterable, Sequence
 
 from kvcache import secrets
 
-_SHOWN = 500  # characters of a value
+_MAX_SHOWN = 500  # characters of a value
 
 
 class ProfileError(ValueError):
-    """A profile cannot be used. ``problems`` has one sentence for each thing that is wrong."""
+    """A profile cannot be used.
+
+    Attributes:
+        profile: the name or path of the profile.
+        problems: one sentence per problem.
+    """
 
     def __init__(self, profile: str, problems: Sequence[str]) -> None:
         super().__init__(profile, problems)
@@ -29,25 +34,25 @@ class ProfileError(ValueError):
 
 
 def show(value: object) -> str:
-    """``value`` as a profile would write it, without what may be a secret in it; not endless."""
+    """Format ``value`` as in a profile, shortened and without anything that may be a secret."""
     text = secrets.escape_unprintable(
         json.dumps(secrets.hide_nested(value), ensure_ascii=False, default=str)
     )
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def show_option(name: str, value: object) -> str:
-    """``name = value`` as a profile would write it, without the value if it may be a secret."""
+    """Format ``name = value`` as in a profile; a value that may be a secret is hidden."""
     return f"{name} = {secrets.HIDDEN if secrets.must_hide(name, value) else show(value)}"
 
 
 def listed(values: Iterable[object]) -> str:
-    """``values`` as a profile would write them, with commas between."""
+    """Format ``values`` as in a profile, separated by commas; "none" if there are none."""
     return ", ".join(show(value) for value in values) or "none"
 
 
 def nearest(given: object, known: Iterable[object]) -> str:
-    """'; did you mean "lru"?' if one of ``known`` looks like ``given``, else nothing."""
+    """Return '; did you mean "lru"?' if a value of ``known`` resembles ``given``, else ""."""
     by_lower = {str(value).lower(): value for value in known}
     close = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
     return f"; did you mean {show(by_lower[close[0]])}?" if close else ""

@@ -1,7 +1,8 @@
-"""From a profile's name to its checked rows: which tier classes, in which order, which options.
+"""Load a profile: from its name to checked rows with tier classes and options.
 
-Always true: nothing is opened here. Of a profile that was returned, only the machine can still be
-too small and a constructor can refuse; whatever else is wrong is in one ``ProfileError``.
+Invariant: loading opens nothing. After a profile was loaded, opening it can still fail for two
+reasons only: the machine has too little memory, or a tier's constructor raises. One
+``ProfileError`` lists everything else.
 """
 
 import os
@@ -9,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcache.profiles import aibrix, variables
+from kvcache.profiles import variables
+from kvcache.profiles.aibrix import MigrationReport, read_aibrix
 from kvcache.profiles.errors import ProfileError
-from kvcache.profiles.source import find, read_or_raise
+from kvcache.profiles.source import find_profile, read_or_raise
 from kvcache.profiles.tiers import Row, override_of, read_rows
 
 DEFAULT = "l1-only"
@@ -20,18 +22,22 @@ VARIABLE = "KVCACHE_PROFILE"
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile that was checked, its tiers nearest first.
+    """A checked profile.
 
-    ``bases`` are the files it extends, its own base first; ``theirs`` says what became of AIBrix's
-    variables, if there were any; ``unknown`` has a sentence for each variable that looks like one
-    of kvcache's and is none.
+    Attributes:
+        name: the file's name without its suffix.
+        path: the profile's file.
+        tiers: a row per tier, nearest first.
+        bases: the files that it extends, its direct base first.
+        aibrix: the effect of AIBrix's variables; None if none is set.
+        unknown: a sentence for each variable that is named like one of kvcache's but unknown.
     """
 
     name: str
     path: Path
     tiers: tuple[Row, ...]
     bases: tuple[Path, ...] = ()
-    theirs: aibrix.MigrationReport | None = None
+    aibrix: MigrationReport | None = None
     unknown: tuple[str, ...] = ()
 
 
@@ -42,29 +48,31 @@ def load_profile(
     ranks: int = 1,
     replicas: int = 1,
 ) -> Profile:
-    """Read ``profile``, else the one that KVCACHE_PROFILE names, else l1-only.
+    """Load ``profile``, else the one that KVCACHE_PROFILE names, else l1-only.
 
-    ``profile`` is a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
-    AIBrix's variables override the defaults of a shipped profile. ``ranks`` is of the engine;
-    AIBrix counts memory for each. A share of memory, such as "50%", is divided by ``replicas``.
+    Args:
+        profile: a shipped name, or a path to a TOML file (has a "/" or ends in ".toml").
+        environ: the environment. AIBrix's variables override the defaults of a shipped profile.
+        ranks: the ranks of the engine. AIBrix's capacity is per rank.
+        replicas: divides shares of memory, such as "50%".
 
-    Raises ProfileError with everything that is wrong.
+    Raises:
+        ProfileError: with every problem.
     """
-    by = ""
-    chosen = profile or environ.get(VARIABLE)
+    origin = ""
     if profile is None:
-        profile, by = chosen or DEFAULT, f"environment variable {VARIABLE}: "
+        profile, origin = environ.get(VARIABLE) or DEFAULT, f"environment variable {VARIABLE}: "
     try:
-        path = find(profile, Path.cwd())
+        path = find_profile(profile, Path.cwd())
     except ValueError as error:
-        raise ProfileError(profile, [f"{by}{error}"]) from None
-    file, tables = read_or_raise(path, by)
-    theirs = aibrix.read(environ, ranks=ranks)
-    rows, problems = read_rows(path, tables, environ, theirs.wishes, replicas)
-    report, refused = theirs.report(rows)
-    problems = [*file.problems, *problems, *theirs.problems, *refused]
-    options = (override_of(row.name, option) for row in rows for option in row.takes)
-    unknown = variables.unknown(environ, options)
-    if problems:  # a misspelt variable may be why
+        raise ProfileError(profile, [f"{origin}{error}"]) from None
+    file, tables = read_or_raise(path, origin)
+    settings = read_aibrix(environ, ranks=ranks)
+    rows, problems = read_rows(path, tables, environ, settings.requests, replicas)
+    report, refused = settings.report(rows)
+    problems = [*file.problems, *problems, *settings.problems, *refused]
+    options = (override_of(row.name, option) for row in rows for option in row.accepted)
+    unknown = variables.unknown_variables(environ, options)
+    if problems:  # a misspelt variable may be the cause: list those too
         raise ProfileError(path.stem, [*problems, *unknown])
     return Profile(path.stem, path, tuple(rows), file.bases, report, unknown)

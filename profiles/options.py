@@ -1,7 +1,7 @@
-"""A tier's options are its constructor's keyword arguments: which there are, and what they take.
+"""The options of a tier: the keyword arguments of its constructor, and the values they accept.
 
-Always true: a value that passes ``converted`` has the type its parameter is annotated with; text
-from the environment and values from a file pass through the same check.
+Invariant: ``convert`` returns a value of the type that the parameter is annotated with. Text of the
+environment and values of a file pass the same check.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 
-GIVEN_BY_THE_STACK = (
+STACK_ARGUMENTS = (
     "about",
     "block_nbytes",
     "breaker",
@@ -28,33 +28,34 @@ GIVEN_BY_THE_STACK = (
     "piece_nbytes",
     "replica",
 )
-"""Keyword arguments that are not options, because a profile cannot know them."""
+"""Keyword arguments that the stack passes. They are no options of a profile."""
 
-_WORDS: dict[object, str] = {
+_TYPE_TEXTS: dict[object, str] = {
     Size: f"a size: {FORMS}",
     DiskSize: 'a size, such as "100GiB"',
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "a string",
-    Eviction: f'one of {listed(POLICIES)}, or a class of yours: "pkg.mod:Class"',
+    Eviction: f'one of {listed(POLICIES)}, or a class of your own: "pkg.mod:Class"',
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One keyword argument of a tier's constructor."""
+    """One keyword argument of a tier's constructor. ``hint`` is its annotation."""
 
     name: str
     hint: object
     required: bool
-    default: object = None  # nothing if it is required
+    default: object = None  # undefined if required
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """What a profile may set for ``cls``, by name.
+    """Return the options of ``cls`` by name.
 
-    Raises ValueError if its annotations are broken, or one of them would be a secret.
+    Raises:
+        ValueError: if its annotations cannot be read, or an option would hold a secret.
     """
     try:
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
@@ -65,14 +66,16 @@ def options_of(cls: type) -> dict[str, Option]:
     options = {
         name: Option(name, hints.get(name), parameter.default is parameter.empty, parameter.default)
         for name, parameter in inspect.signature(cls).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in GIVEN_BY_THE_STACK
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in STACK_ARGUMENTS
     }
-    secrets.refuse(cls, [name for name, option in options.items() if option.hint is str])
+    secrets.refuse_secret_options(
+        cls, [name for name, option in options.items() if option.hint is str]
+    )
     return options
 
 
-def from_text(text: str, hint: object) -> object:
-    """``text`` of an environment variable as a file would have it; unchanged if it does not fit."""
+def parse_text(text: str, hint: object) -> object:
+    """Parse ``text`` of a variable as a ``hint``; return it unchanged if that fails."""
     if get_origin(hint) is Literal:
         return next((choice for choice in get_args(hint) if str(choice) == text), text)
     if hint is bool:
@@ -83,10 +86,11 @@ def from_text(text: str, hint: object) -> object:
         return text
 
 
-def converted(given: object, hint: object, replicas: int = 1) -> object:
-    """``given`` as a ``hint``, of each of so many replicas.
+def convert(given: object, hint: object, replicas: int = 1) -> object:
+    """Convert ``given`` to the type ``hint``. Shares of memory are divided by ``replicas``.
 
-    Raises ValueError that says what is allowed.
+    Raises:
+        ValueError: with the allowed values.
     """
     if hint is Size:
         return parse_size(given, host_memory.limit().nbytes // replicas)
@@ -97,28 +101,28 @@ def converted(given: object, hint: object, replicas: int = 1) -> object:
     if hint is float and type(given) is int:
         given = float(given)
     if isinstance(given, float) and not math.isfinite(given):
-        raise ValueError(f"takes {takes(hint)}")
+        raise ValueError(f"takes {allowed_values(hint)}")
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         fits = any(given == choice and type(given) is type(choice) for choice in choices)
         near = nearest(given, choices)
     else:
-        fits, near = type(given) is hint and hint in _WORDS, ""
+        fits, near = type(given) is hint and hint in _TYPE_TEXTS, ""
     if not fits:
-        raise ValueError(f"takes {takes(hint)}{near}")
+        raise ValueError(f"takes {allowed_values(hint)}{near}")
     return given
 
 
 def _eviction(given: object) -> str:
-    """The policy's name; a class path is imported, so that what is wrong with it is said."""
+    """Return the name of the policy. A class path is imported, so that its errors show at start."""
     if not isinstance(given, str) or (given not in POLICIES and ":" not in given):
-        raise ValueError(f"takes {takes(Eviction)}{nearest(given, POLICIES)}")
+        raise ValueError(f"takes {allowed_values(Eviction)}{nearest(given, POLICIES)}")
     policy_class(given)
     return given
 
 
-def takes(hint: object) -> str:
-    """What an option of this type can be given, in words."""
+def allowed_values(hint: object) -> str:
+    """Describe the values that an option of the type ``hint`` accepts."""
     if get_origin(hint) is Literal:
         return f"one of {listed(get_args(hint))}"
-    return _WORDS.get(hint, f"nothing a profile can write: its class annotates it as {hint}")
+    return _TYPE_TEXTS.get(hint, f"nothing a profile can write: its class annotates it as {hint}")

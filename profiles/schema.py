@@ -1,7 +1,7 @@
-"""The JSON schema of a profile, made from the constructors of the tiers that can be had here.
+"""The JSON schema of a profile, made from the constructors of the installed tiers.
 
-Always true: what the loader takes, the schema does. The loader refuses more: a schema knows neither
-classes by path, nor a base's tiers, nor this machine.
+Invariant: the schema accepts every profile that the loader accepts. The loader refuses more,
+because a schema knows neither classes given by path, nor the tiers of a base, nor this machine.
 """
 
 import inspect
@@ -9,8 +9,8 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 from kvcache.eviction import POLICIES, Eviction
-from kvcache.profiles.options import Option, options_of, takes
-from kvcache.profiles.tiers import AROUND, known_kinds, tier_class
+from kvcache.profiles.options import Option, allowed_values, options_of
+from kvcache.profiles.tiers import WRAPPERS, known_kinds, tier_class
 from kvcache.sizes import DiskSize, Size, format_size, parse_size
 from kvcache.tier import FrontTier
 
@@ -40,13 +40,13 @@ _TYPES: dict[object, Schema] = {
 _NAME: Schema = {
     "type": "string",
     "pattern": "^[a-z0-9]+([-_][a-z0-9]+)*$",
-    "description": "How variables, spans and messages call this tier.",
+    "description": "The name of this tier in variables, spans and messages.",
 }
 _ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 
 def schema() -> Schema:
-    """The schema, in draft 2020-12. Tiers that need what is not installed take any option in it."""
+    """Return the schema (draft 2020-12). A tier with missing packages accepts any option."""
     first: dict[str, Schema] = {}
     below: dict[str, Schema] = {}
     for kind in known_kinds():
@@ -57,7 +57,7 @@ def schema() -> Schema:
             continue
         if issubclass(cls, FrontTier):
             first[kind] = _options(kind, cls)
-        below[kind] = _options(kind, cls, *AROUND)
+        below[kind] = _options(kind, cls, *WRAPPERS)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A profile of kvcache: tiers, nearest first",
@@ -65,12 +65,12 @@ def schema() -> Schema:
         "properties": {
             "extends": {
                 "type": "string",
-                "description": "A shipped name, or a path from this file: whose tiers it changes.",
+                "description": "The base profile: a shipped name, or a path from this file.",
             },
             "without": {
                 "type": "array",
                 "items": _NAME,
-                "description": "Tiers of the base that are left out.",
+                "description": "Tiers of the base to leave out.",
             },
             "tier": {"type": "array"},
         },
@@ -101,7 +101,7 @@ def schema() -> Schema:
 
 
 def _row(kinds: dict[str, Schema]) -> Schema:
-    """A row of one of these kinds, or of a class by its path, which may have any options."""
+    """Return the schema of a row of one of ``kinds``, or of a class path with any options."""
     return {
         "type": "object",
         "properties": {
@@ -120,13 +120,13 @@ def _row(kinds: dict[str, Schema]) -> Schema:
 
 
 def _options(kind: str, *classes: type) -> Schema:
-    """What a row of this kind takes; the options of all ``classes``."""
+    """Return the schema of a row of this kind: the options of all ``classes``."""
     properties: Schema = {"name": True, "kind": True}
     required = []
     for cls in classes:
-        says = dict(_ARGUMENT.findall(inspect.getdoc(cls) or ""))
+        descriptions = dict(_ARGUMENT.findall(inspect.getdoc(cls) or ""))
         for name, option in options_of(cls).items():
-            properties[name] = _option(option, says.get(name, ""))
+            properties[name] = _option(option, descriptions.get(name, ""))
             if option.required:
                 required.append(name)
     return {
@@ -137,22 +137,22 @@ def _options(kind: str, *classes: type) -> Schema:
     }
 
 
-def _option(option: Option, says: str) -> Schema:
-    words = " ".join(says.replace("``", "").split()) or takes(option.hint)
-    described: Schema = {"description": words}
+def _option(option: Option, description: str) -> Schema:
+    text = " ".join(description.replace("``", "").split()) or allowed_values(option.hint)
+    described: Schema = {"description": text}
     if get_origin(option.hint) is Literal:
         described["enum"] = list(get_args(option.hint))
     else:
         described |= _TYPES.get(option.hint, {})
     if option.name.endswith("_env"):
         described["pattern"] = "^([A-Za-z_][A-Za-z0-9_]*)?$"
-    if (default := written(option.default, option.hint)) is not None:
+    if (default := as_written(option.default, option.hint)) is not None:
         described["default"] = default
     return described
 
 
-def written(value: object, hint: object) -> object:
-    """A value of an option as a profile would have it; None if none could."""
+def as_written(value: object, hint: object) -> object:
+    """Return the value of an option as a profile contains it; None if no profile can."""
     if hint in (Size, DiskSize) and isinstance(value, int):
         size = format_size(value)
         return size if parse_size(size) == value else value

@@ -1,53 +1,53 @@
-"""Secrets and profiles: a profile names where a secret is, and never holds one.
+"""Keeps secrets out of profiles: a profile names the variable that has a secret, never the secret.
 
-Always true: what is refused here is less than what ``kvcache.secrets`` hides, which goes by more
-names.
+The names refused here are fewer than the names that ``kvcache.secrets`` hides.
 """
 
 import re
 from collections.abc import Iterable
 from urllib.parse import parse_qsl, urlsplit
 
-_POINTERS = ("_env", "_file")  # these names say where a secret is
+_POINTERS = ("_env", "_file")  # suffixes of options that say where a secret is
 
-_IS = re.compile(
+_SECRET_NAME = re.compile(
     r"(^|_)(password|passwd|passphrase|pass|pwd|pw|secret|token|credentials?|(api|access)_?key)(_|$)"
 )
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PASSWORD_IN_URL = re.compile(r"://[^/@]*:[^/@]*@")
 
 
-def refuse(cls: type, names: Iterable[str]) -> None:
-    """Raise ValueError if one of a class's options, of type str, would be a secret."""
+def refuse_secret_options(cls: type, names: Iterable[str]) -> None:
+    """Raise ValueError if an option of ``cls`` of type str would hold a secret, by its name."""
     for name in names:
-        if _IS.search(name) and not name.endswith(_POINTERS):
+        if _SECRET_NAME.search(name) and not name.endswith(_POINTERS):
             raise ValueError(
-                f"{cls.__qualname__} takes {name}, and a profile is no place for a secret: let "
-                f"it take {name}_env, the name of an environment variable"
+                f"{cls.__qualname__} takes {name}, but a profile must not hold a secret: replace "
+                f"it with {name}_env, the name of an environment variable"
             )
 
 
-def check(name: str, value: object) -> None:
-    """Raise ValueError if ``value`` of an option has a password in it.
+def refuse_secret_value(name: str, value: object) -> None:
+    """Raise ValueError if ``value`` of the option ``name`` holds a secret.
 
-    That is a URL with one, or what should be the name of a variable and cannot be.
+    A URL with a password does, and so may the value of a ``*_env`` option that cannot be the name
+    of a variable.
     """
-    if name.endswith("_env") and value and not _VARIABLE.fullmatch(str(value)):
-        raise ValueError("takes the name of an environment variable that has it")
+    if name.endswith("_env") and value and not _VARIABLE_NAME.fullmatch(str(value)):
+        raise ValueError("takes the name of the environment variable that has the secret")
     if isinstance(value, str) and (_PASSWORD_IN_URL.search(value) or _has_secret(value)):
         raise ValueError(
-            "holds a password, and a profile is no place for one; an option such as password_env "
+            "holds a password, but a profile must not hold one; an option such as password_env "
             "takes the name of the environment variable that has it"
         )
 
 
 def _has_secret(text: str) -> bool:
-    """Whether a URL has a parameter that is a secret by its name."""
+    """Whether ``text`` is a URL with a parameter that is a secret, by its name."""
     if "://" not in text:
         return False
     try:
         parts = urlsplit(text)
     except ValueError:
-        return False  # whoever connects to it says what is wrong
+        return False  # the tier that connects to it reports what is wrong
     given = parse_qsl(f"{parts.query}&{parts.fragment}", keep_blank_values=True)
-    return any(_IS.search(name.lower()) for name, value in given if value)
+    return any(_SECRET_NAME.search(name.lower()) for name, value in given if value)

@@ -1,12 +1,11 @@
-"""From a profile's tables and the variables that override it to checked rows, one per tier.
+"""Turns the tables of a profile, and the variables that override them, into a checked row per tier.
 
-Always true: a row's options have the types of its class's constructor, none that is required is
-missing, and every variable that begins with KVCACHE__ was used or is a problem.
+Invariants:
 
-From the ``kind`` in a profile to the tier's class.
-
-Always true: a shipped name wins over an installed one, a class path needs no registration, and
-nothing but the class asked for is imported.
+* The options of a row have the types of its class's constructor, and no required one is missing.
+* Every variable with the prefix ``KVCACHE__`` was used, or is a problem.
+* A shipped kind wins over an installed one, a class path needs no registration, and only the named
+  class is imported.
 """
 
 from __future__ import annotations
@@ -23,47 +22,57 @@ from kvcache.guards.calls import describe_error, raised_by_signal
 from kvcache.lower.tier import LowerTier
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest, show, show_option
-from kvcache.profiles.options import Option, converted, from_text, options_of, takes
-from kvcache.profiles.source import TOP_KEYS, Table
+from kvcache.profiles.options import Option, allowed_values, convert, options_of, parse_text
+from kvcache.profiles.source import TOP_KEYS, TierTable
 from kvcache.profiles.variables import OVERRIDE, overrides
 from kvcache.tier import FrontTier, Tier
 from kvcache.tiers.framed import Framed
 
-_NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")  # single separators: "__" ends it in a variable
-_FIXED = ("name", "kind")
+_NAME = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")  # single separators: in a variable, "__" ends it
+_NOT_OPTIONS = ("name", "kind")
 
 VARIABLE = "environment variable"
-"""How the place of a value begins that a variable gave."""
+"""Begins the place of a value that a variable set."""
 
-AROUND = (Framed, LowerTier)
-"""What the stack puts around a tier below the first; their options are set in the tier's row."""
+WRAPPERS = (Framed, LowerTier)
+"""Classes that the stack wraps around a lower tier; the tier's row sets their options too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An option that was set: to what, and by which line of which file, or which variable.
+    """A value that was set for an option.
 
-    ``chosen`` is false for the default of a shipped profile, which no user wrote.
+    Attributes:
+        option: the option.
+        value: the value, converted to the option's type.
+        given: the value as written.
+        place: the file and line, or the variable.
+        set_by_user: false for the default of a shipped profile.
     """
 
     option: Option
     value: object
     given: object
     place: str
-    chosen: bool = True
+    set_by_user: bool = True
 
     @property
     def where(self) -> str:
-        """Its place, and what was given."""
+        """Its place, with the option and the value as written."""
         return f"{self.place}: {show_option(self.option.name, self.given)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tier of a profile. ``where`` says the file and line its row starts in.
+    """One tier of a profile.
 
-    Below the first tier, a row has the options of its class, of the frame around it, and of the
-    stack's dealings with it. ``takes`` has them all, ``settings`` those that were set.
+    Attributes:
+        name: the tier's name.
+        kind: its kind, as written.
+        cls: its class.
+        settings: the options that were set.
+        where: the file and line of its [[tier]].
+        accepted: all options of the row: of the class, and of ``WRAPPERS`` for a lower tier.
     """
 
     name: str
@@ -71,42 +80,43 @@ class Row:
     cls: type[Tier]
     settings: tuple[Setting, ...]
     where: str
-    takes: Mapping[str, Option]
+    accepted: Mapping[str, Option]
 
     @property
     def options(self) -> dict[str, object]:
-        """All that the file and the environment set."""
+        """The values of the options that were set."""
         return {setting.option.name: setting.value for setting in self.settings}
 
-    def blame(self, error: str) -> str:
-        """``error`` of the tier's class, with the place of the option that it is about.
+    def locate(self, error: str) -> str:
+        """Prefix an error text of the tier's class with the place of the option it is about.
 
         That is the first option that the text names. If it names none, the place is the row, with
-        the variables that changed it. The value is the class's to repeat, which knows what may be
-        a secret in it.
+        the variables that changed it. The value is not repeated: only the class knows whether it
+        is a secret.
         """
-        at = {
+        by_position = {
             found.start(): setting
             for setting in self.settings
             if (found := re.search(rf"(?<![\w.]){re.escape(setting.option.name)}\b", error))
         }
-        if at:
-            return f"{at[min(at)].place}: {error}"
+        if by_position:
+            return f"{by_position[min(by_position)].place}: {error}"
         variables = [one.place for one in self.settings if one.place.startswith(VARIABLE)]
         changed = f", changed by {', '.join(variables)}" if variables else ""
         return f"{self.where}{changed}: {error}"
 
     def options_for(self, cls: type) -> dict[str, Any]:
-        """Those of them that are keyword arguments of ``cls``."""
-        its = options_of(cls)
-        return {name: value for name, value in self.options.items() if name in its}
+        """Return the options that are keyword arguments of ``cls``."""
+        known = options_of(cls)
+        return {name: value for name, value in self.options.items() if name in known}
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What another variable than ours asks for: an option of the first tier, or of those below it.
+class RequestedOption:
+    """An option that a variable of another library asks for.
 
-    It overrides the default of a shipped profile, and neither a user's file nor our variables.
+    It is of the first tier, or of the tiers ``below`` it. It overrides the default of a shipped
+    profile, but neither a user's file nor a ``KVCACHE__`` variable.
     """
 
     place: str
@@ -117,21 +127,21 @@ class Wish:
 
 def read_rows(
     path: Path,
-    tables: Sequence[Table],
+    tables: Sequence[TierTable],
     environ: Mapping[str, str],
-    wishes: Sequence[Wish] = (),
+    requests: Sequence[RequestedOption] = (),
     replicas: int = 1,
 ) -> tuple[list[Row], list[str]]:
-    """The rows that could be read, and everything that is wrong; the rows count if nothing is.
+    """Return the rows that could be read, and the problems; use the rows only without problems.
 
-    They are those of each of ``replicas``.
+    Shares of memory are divided by ``replicas``.
     """
-    reader = _Reader(path, environ, wishes, replicas)
+    reader = _RowReader(path, environ, requests, replicas)
     return reader.rows(tables), reader.problems
 
 
 def override_of(tier: str, option: str) -> str:
-    """The environment variable that sets an option of a tier."""
+    """Return the environment variable that sets an option of a tier."""
     return f"{OVERRIDE}{_variable(tier)}__{_variable(option)}"
 
 
@@ -139,35 +149,39 @@ def _variable(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
-def _joined(own: dict[str, Option], *around: dict[str, Option]) -> dict[str, Option]:
+def _joined(own: dict[str, Option], *wrappers: dict[str, Option]) -> dict[str, Option]:
     joined = dict(own)
-    for options in around:
+    for options in wrappers:
         if taken := sorted(joined.keys() & options.keys()):
             raise ValueError(
-                f"its options {listed(taken)} are the stack's own; name them otherwise"
+                f"its options {listed(taken)} have names that the stack uses; rename them"
             )
         joined |= options
     return joined
 
 
-class _Reader:
-    """One pass over the tables. It goes on after a problem, to find the others."""
+class _RowReader:
+    """Reads the tables. It continues after a problem, to find the others."""
 
     def __init__(
-        self, path: Path, environ: Mapping[str, str], wishes: Sequence[Wish], replicas: int
+        self,
+        path: Path,
+        environ: Mapping[str, str],
+        requests: Sequence[RequestedOption],
+        replicas: int,
     ) -> None:
         self.problems: list[str] = []
         self._path = path
-        self._wishes = wishes
+        self._requests = requests
         self._replicas = replicas
         self._names: list[str] = []
         self._overrides = overrides(environ)
 
-    def rows(self, tables: Sequence[Table]) -> list[Row]:
+    def rows(self, tables: Sequence[TierTable]) -> list[Row]:
         rows = [self._row(number, table) for number, table in enumerate(tables)]
         known = [_variable(name) for name in self._names]
-        for variable, text in self._overrides.items():  # the rows took theirs
-            self._wrong(
+        for variable, text in self._overrides.items():  # those that no row used
+            self._add_problem(
                 f"{VARIABLE} {show_option(variable, text)}",
                 "no such tier; the form is KVCACHE__<TIER>__<OPTION>, and the tiers here are "
                 + listed(known)
@@ -176,68 +190,72 @@ class _Reader:
         self._check_order(tables, rows)
         return [row for row in rows if row]
 
-    def _check_order(self, tables: Sequence[Table], rows: Sequence[Row | None]) -> None:
+    def _check_order(self, tables: Sequence[TierTable], rows: Sequence[Row | None]) -> None:
         if not rows:
-            self._wrong(str(self._path), 'lists no tier; write [[tier]], kind = "dram"')
+            self._add_problem(str(self._path), 'lists no tier; write [[tier]], kind = "dram"')
         if rows and (front := rows[0]) and not issubclass(front.cls, FrontTier):
-            self._wrong(
+            self._add_problem(
                 tables[0].where("kind"),
                 'the first tier lends its memory to the engine; "dram" does, '
                 f"{front.cls.__qualname__} is no subclass of kvcache.tier.FrontTier",
             )
 
-    def _row(self, number: int, table: Table) -> Row | None:
+    def _row(self, number: int, table: TierTable) -> Row | None:
         name, kind = self._name(table), table.value("kind")
         overrides = self._overrides_of(name)
         try:
             if not isinstance(kind, str):
-                # Perhaps it was to change a row of what this file extends.
+                # The table may have been meant to change a tier of the base.
                 near = nearest(name, [known for known in self._names if known != name])
                 raise ValueError(f'a tier needs a kind, such as "dram" or "pkg.mod:Class"{near}')
             cls = tier_class(kind)
             options = options_of(cls)
             if number:
-                options = _joined(options, *map(options_of, AROUND))
+                options = _joined(options, *map(options_of, WRAPPERS))
         except ValueError as error:
-            self._wrong(table.where("kind"), str(error))
+            self._add_problem(table.where("kind"), str(error))
             return None
         where = f"{table.place}: tier {show(name)}"
         settings: dict[str, Setting] = {}
         seen = set()
-        for place, key, given, chosen in self._given(number, table, overrides, options):
+        for place, key, given, set_by_user in self._given_values(number, table, overrides, options):
             seen.add(key)
             here = f"{place}: {show_option(key, given)}"
             if key not in options:
                 allowed = f"takes {listed(options)}{nearest(key, options)}"
                 if key in TOP_KEYS:
                     allowed += f"; {key} stands above the first [[tier]]"
-                self._wrong(here, f"no such option; kind {show(kind)} {allowed}")
+                self._add_problem(here, f"no such option; kind {show(kind)} {allowed}")
                 continue
             try:
-                value = converted(given, options[key].hint, self._replicas)
-                secrets.check(key, value)
+                value = convert(given, options[key].hint, self._replicas)
+                secrets.refuse_secret_value(key, value)
             except (ValueError, OverflowError) as error:
-                self._wrong(here, str(error))
+                self._add_problem(here, str(error))
             else:
-                settings[key] = Setting(options[key], value, given, place, chosen)
+                settings[key] = Setting(options[key], value, given, place, set_by_user)
         for option in options.values():
             if option.required and option.name not in seen:
-                needs = f"kind {show(kind)} needs it; it takes {takes(option.hint)}"
-                self._wrong(where, f"{option.name} is missing; {needs}")
+                needs = f"kind {show(kind)} needs it; it takes {allowed_values(option.hint)}"
+                self._add_problem(where, f"{option.name} is missing; {needs}")
         return Row(name, kind, cls, tuple(settings.values()), where, options)
 
-    def _given(
+    def _given_values(
         self,
         number: int,
-        table: Table,
+        table: TierTable,
         overrides: Mapping[str, str],
         options: Mapping[str, Option],
     ) -> Iterator[tuple[str, str, object, bool]]:
-        """What was set: place, option, value, and if a user chose it. What wins comes later."""
-        wishes = [w for w in self._wishes if w.below == bool(number) and w.option in options]
-        files = [(key, given) for key, given in table.given.items() if key not in _FIXED]
+        """Yield (place, option, value, set by the user); of one option the last value wins."""
+        requests = [
+            request
+            for request in self._requests
+            if request.below == bool(number) and request.option in options
+        ]
+        files = [(key, given) for key, given in table.given.items() if key not in _NOT_OPTIONS]
         yield from ((given.place, key, given.value, False) for key, given in files if given.shipped)
-        yield from ((w.place, w.option, w.value, True) for w in wishes)
+        yield from ((each.place, each.option, each.value, True) for each in requests)
         yield from (
             (given.place, key, given.value, True) for key, given in files if not given.shipped
         )
@@ -245,58 +263,60 @@ class _Reader:
         for variable, text in overrides.items():
             place = f"{VARIABLE} {variable}"
             key = variable.removeprefix(OVERRIDE).partition("__")[2]
-            if key.lower() in _FIXED:
-                self._wrong(f"{place} = {show(text)}", "a tier's name and kind are the profile's")
+            if key.lower() in _NOT_OPTIONS:
+                self._add_problem(
+                    f"{place} = {show(text)}", "only the profile sets the name and kind"
+                )
             elif key in names:
-                yield place, names[key], from_text(text, options[names[key]].hint), True
+                yield place, names[key], parse_text(text, options[names[key]].hint), True
             else:
                 yield place, key, text, True
 
-    def _name(self, table: Table) -> str:
+    def _name(self, table: TierTable) -> str:
         name = table.name
         if name is None or not _NAME.fullmatch(name):
-            self._wrong(
+            self._add_problem(
                 table.where("name"),
                 "a tier needs a name of lower-case letters and digits, "
                 'with single "-" or "_" between, such as "l1"',
             )
         elif _variable(name) in map(_variable, self._names):
-            self._wrong(
+            self._add_problem(
                 table.where("name"),
-                f"two tiers with one name; names here are {listed(self._names)}",
+                f"two tiers have this name; the names are {listed(self._names)}",
             )
         else:
             self._names.append(name)
         return str(table.value("name"))
 
     def _overrides_of(self, name: str) -> dict[str, str]:
-        """The variables that speak of this tier, taken away from those left over."""
+        """Remove the variables of this tier from the unused ones, and return them."""
         prefix = f"{OVERRIDE}{_variable(name)}__"
-        mine = [variable for variable in self._overrides if variable.startswith(prefix)]
-        return {variable: self._overrides.pop(variable) for variable in mine}
+        used = [variable for variable in self._overrides if variable.startswith(prefix)]
+        return {variable: self._overrides.pop(variable) for variable in used}
 
-    def _wrong(self, where: str, says: str) -> None:
-        self.problems.append(f"{where}: {says}")
+    def _add_problem(self, where: str, problem: str) -> None:
+        self.problems.append(f"{where}: {problem}")
 
 
 GROUP = "kvcache.tiers"
-"""Entry-point group in which an installed package names its tiers."""
+"""Entry-point group in which installed packages register tiers."""
 
 KINDS: dict[str, tuple[str, str | None]] = {
     "dram": ("kvcache.tiers.dram:DramTier", None),
     "disk": ("kvcache.tiers.disk:DiskTier", None),
     "redis": ("kvcache.tiers.redis:RedisTier", "redis"),
 }
-"""Shipped kinds: the class, and the extra that installs what it needs."""
+"""Shipped kinds: the class path, and the extra that installs its requirements."""
 
 
 def known_kinds() -> list[str]:
-    """The names that can be written for a kind: shipped ones, and those of installed packages."""
+    """Return the names of kinds: the shipped ones and those of installed packages."""
     return sorted({*KINDS, *entry_points(group=GROUP).names})
 
 
 def tier_class(kind: str) -> type[Tier]:
-    """The class that ``kind`` means. Raises ValueError that says what is wrong or allowed."""
+    """Return the class of ``kind``. Raises ValueError with the cause or the known kinds."""
     path, extra = _path(kind)
     module, _, name = path.partition(":")
     try:
@@ -305,7 +325,7 @@ def tier_class(kind: str) -> type[Tier]:
         if raised_by_signal(error):
             raise
         if extra and isinstance(error, ImportError):
-            raise ValueError(f"needs more: pip install 'kvcache[{extra}]' ({error})") from error
+            raise ValueError(f"needs packages: pip install 'kvcache[{extra}]' ({error})") from error
         raised, text = describe_error(error)
         raise ValueError(f"cannot import {path} ({raised}: {text})") from error
     if not (isinstance(found, type) and issubclass(found, Tier)):
@@ -316,17 +336,17 @@ def tier_class(kind: str) -> type[Tier]:
 
 
 def _path(kind: str) -> tuple[str, str | None]:
-    """The class path that ``kind`` stands for, and the extra it comes with."""
+    """Return the class path of ``kind`` and the extra that it needs."""
     if kind in KINDS:
         return KINDS[kind]
-    if ":" in kind and "://" not in kind:  # a URL, which may have a password, is not repeated
+    if ":" in kind and "://" not in kind:  # a URL may have a password: do not repeat it
         return kind, None
     installed = entry_points(group=GROUP)
     match sorted({point.value for point in installed if point.name == kind}):
         case [path]:
             return path, None
         case [_, *_] as paths:
-            raise ValueError(f"named by several packages, for {listed(paths)}; write one of these")
+            raise ValueError(f"several packages register it; write one of {listed(paths)}")
     known = known_kinds()
     raise ValueError(
         f'no such kind; there are {listed(known)}, or "pkg.mod:Class"{nearest(kind, known)}'

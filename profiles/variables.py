@@ -1,7 +1,7 @@
-"""The environment variables that kvcache reads, and what is said of a name that is none of them.
+"""The environment variables that kvcache reads, and warnings about unknown ones.
 
-Always true: a variable whose name begins as ours do is known, belongs to Kubernetes, or is named in
-one warning. No value of one is repeated.
+Invariant: each variable with the prefix ``KVCACHE_`` is known, was set by Kubernetes, or is
+named in one warning. Warnings do not contain values.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from kvcache.replay import recorder
 
 PREFIX = "KVCACHE_"
 OVERRIDE = "KVCACHE__"
-"""Before the tier and the option, in a variable that sets one option."""
+"""Prefix of the variables that set one option: ``KVCACHE__<TIER>__<OPTION>``."""
 
 VARIABLES: Mapping[str, str] = {
     "KVCACHE_PROFILE": "the profile: a shipped name, or a path",
@@ -23,42 +23,42 @@ VARIABLES: Mapping[str, str] = {
     "KVCACHE_TRACE": "of tests and benchmarks: the file of Mooncake's conversation trace",
     "KVCACHE_BENCH_LMCACHE_PYTHON": "of benchmarks: the interpreter of an environment with LMCache",
 }
-"""Every variable of ours by name, and what it does; docs/profiles.md has the same table."""
+"""Every variable of kvcache and its effect; docs/profiles.md has the same table."""
 
 _SERVICE = re.compile(
-    r"KVCACHE(_[A-Z0-9_]*[A-Z0-9])?"  # no Service's name ends in "-": after __ is an option
+    r"KVCACHE(_[A-Z0-9_]*[A-Z0-9])?"  # no name of a Service ends in "-", so "__" begins an option
     r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _PORT = re.compile(r"KVCACHE(_[A-Z0-9_]*[A-Z0-9])?_PORT")
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
-def of_kubernetes(name: str, value: str) -> bool:
-    """Whether Kubernetes sets this variable in each pod, because a Service is called kvcache-..."""
+def set_by_kubernetes(name: str, value: str) -> bool:
+    """Whether Kubernetes sets this variable in every pod, for a Service named kvcache-..."""
     return bool(
         _SERVICE.fullmatch(name) or (_PORT.fullmatch(name) and _ADDRESS.match(value.lower()))
     )
 
 
 def overrides(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that set an option of a tier: those that begin with ``KVCACHE__``."""
+    """Return the variables that set an option of a tier: those with the prefix ``KVCACHE__``."""
     return {
         name: value
         for name, value in environ.items()
-        if name.startswith(OVERRIDE) and not of_kubernetes(name, value)
+        if name.startswith(OVERRIDE) and not set_by_kubernetes(name, value)
     }
 
 
-def unknown(environ: Mapping[str, str], options: Iterable[str] = ()) -> tuple[str, ...]:
-    """What is said of each variable that looks like ours and is not, with the nearest that is.
+def unknown_variables(environ: Mapping[str, str], options: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return a warning for each unknown variable, with the known one that it resembles.
 
     Args:
         environ: all variables.
         options: the variables that set an option of the profile's tiers.
 
     Returns:
-        A sentence for each. A ``KVCACHE__`` in capitals is not among them: a profile's reader uses
-        it, or refuses it.
+        a sentence for each. Variables with the prefix ``KVCACHE__`` are left out: the profile's
+        reader uses or refuses them.
     """
     known = [*VARIABLES, *options]
     return tuple(
@@ -67,7 +67,7 @@ def unknown(environ: Mapping[str, str], options: Iterable[str] = ()) -> tuple[st
         if name.upper().startswith(PREFIX)
         and name not in VARIABLES
         and not name.startswith(OVERRIDE)
-        and not of_kubernetes(name, value)
+        and not set_by_kubernetes(name, value)
     )
 
 
@@ -77,11 +77,11 @@ def _refusal(name: str, known: Iterable[str]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The variable that may have been meant: by what follows the prefix that all share."""
-    by_rest = {_rest(each): each for each in known}
-    close = difflib.get_close_matches(_rest(name), by_rest, n=1)
-    return f"; did you mean {by_rest[close[0]]}?" if close else ""
+    """Suggest the known variable that ``name`` resembles, by the part after the common prefix."""
+    by_suffix = {_without_prefix(each): each for each in known}
+    close = difflib.get_close_matches(_without_prefix(name), by_suffix, n=1)
+    return f"; did you mean {by_suffix[close[0]]}?" if close else ""
 
 
-def _rest(name: str) -> str:
+def _without_prefix(name: str) -> str:
     return name.upper().removeprefix(PREFIX).replace("__", "_").strip("_")

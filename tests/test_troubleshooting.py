@@ -57,8 +57,8 @@ def test_page_lists_each_message_once() -> None:
         ('NAME = "A_VARIABLE"\nraise E(f"set {NAME}")', {"set A_VARIABLE"}),
         ('FORMS = "one or two"\nraise E(f"write {FORMS}")', {"write …"}),
         ('def shortage():\n if a:\n  return None\n return f"{a} is short"', {"… is short"}),
-        ('self._wrong(here, f"takes {a}")\nproblems.append("is bad")', {"takes …", "is bad"}),
-        ('File(path, problems=[f"{a}cannot read"])', {"…cannot read"}),
+        ('self._add_problem(here, f"takes {a}")\nproblems.append("is bad")', {"takes …", "is bad"}),
+        ('ProfileFile(path, problems=[f"{a}cannot read"])', {"…cannot read"}),
         ('raise _Internal("reason")\nraise E(error)\nraise E(f"{a}: {b}")\nprint("fine")', set()),
     ],
 )

@@ -52,14 +52,14 @@ def run(args: argparse.Namespace) -> int:
 
 def list_(args: argparse.Namespace) -> int:
     """List the shipped profiles: name, tiers and summary."""
-    from kvcache.profiles.source import find, head, read_or_raise, shipped
+    from kvcache.profiles.source import find_profile, read_or_raise, shipped, summary_of
 
     found: list[dict[str, Any]] = []
     for name in shipped():
-        path = find(name, Path())
+        path = find_profile(name, Path())
         _, tables = read_or_raise(path)
         tiers = [{"name": table.name, "kind": table.value("kind")} for table in tables]
-        found.append({"name": name, "tiers": tiers, "summary": head(path), "path": str(path)})
+        found.append({"name": name, "tiers": tiers, "summary": summary_of(path), "path": str(path)})
     if args.json:
         print(json.dumps(found))
         return 0
@@ -127,15 +127,15 @@ _ACTIONS = {
 
 def _values(row: Row) -> dict[str, dict[str, Any]]:
     """Return the given text, the value and the source of each option of a tier, without secrets."""
-    from kvcache.profiles.schema import written
+    from kvcache.profiles.schema import as_written
 
     values: dict[str, dict[str, Any]] = {}
     settings = {setting.option.name: setting for setting in row.settings}
-    for name, option in row.takes.items():
+    for name, option in row.accepted.items():
         if setting := settings.get(name):
             given, value, place = setting.given, setting.value, setting.place
         else:
-            given, value, place = written(option.default, option.hint), option.default, "default"
+            given, value, place = as_written(option.default, option.hint), option.default, "default"
         if given is not None:
             values[name] = {
                 "given": _hide_secrets(name, given),
@@ -153,7 +153,7 @@ def _hide_secrets(name: str, value: object) -> object:
 
 
 def _to_json(profile: Profile) -> dict[str, Any]:
-    theirs = profile.theirs
+    report = profile.aibrix
     return {
         "name": profile.name,
         "path": str(profile.path),
@@ -167,8 +167,8 @@ def _to_json(profile: Profile) -> dict[str, Any]:
             }
             for row in profile.tiers
         ],
-        "aibrix": theirs and {
-            "taken": theirs.taken, "overruled": theirs.overruled, "no_effect": theirs.no_effect,
+        "aibrix": report and {
+            "taken": report.taken, "overruled": report.overruled, "no_effect": report.no_effect,
         },
         "unknown": profile.unknown,
     }  # fmt: skip
@@ -185,8 +185,8 @@ def _text(profile: Profile) -> str:
     files = [profile.path, *profile.bases]
     short = {str(path): path.name for path in files} if _distinct_names(files) else {}
     lines = [f"# {profile.name}: {' extends '.join(map(str, files))}"]
-    if profile.theirs:
-        lines.append(f"# {profile.theirs}")
+    if profile.aibrix:
+        lines.append(f"# {profile.aibrix}")
     lines += [f"# warning: {unknown}" for unknown in profile.unknown]
     for row in profile.tiers:
         lines += ["", "[[tier]]", f'name = "{row.name}"', f"kind = {json.dumps(row.kind)}"]
@@ -196,7 +196,7 @@ def _text(profile: Profile) -> str:
         for name, one in values.items():
             path, line, number = one["from"].rpartition(", line ")
             place = f"{short.get(path, path)}{line}{number}"
-            if row.takes[name].hint in (Size, DiskSize):
+            if row.accepted[name].hint in (Size, DiskSize):
                 size = format_size(one["value"])
                 place = place if size == one["given"] else f"{size}; {place}"
             lines.append(f"{texts[name]:{width}}  # {place}")

@@ -106,7 +106,7 @@ def test_show_prints_the_effect_of_aibrix_variables(
     monkeypatch.setenv("AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB", "2")
     monkeypatch.setenv("AIBRIX_KV_CACHE_OL_CHUNK_SIZE", "512")
     lines = printed(capsys, "show", "--ranks", "2").splitlines()
-    assert lines[1].startswith("# of AIBrix's variables: taken: AIBRIX_KV_CACHE_OL_L1_CACHE_CAPA")
+    assert lines[1].startswith("# AIBrix's variables: taken: AIBRIX_KV_CACHE_OL_L1_CACHE_CAPA")
     assert "no effect: AIBRIX_KV_CACHE_OL_CHUNK_SIZE (" in lines[1]
     assert any(
         line.startswith('capacity = "4GiB"     # environment variable AIBRIX') for line in lines

@@ -1,4 +1,4 @@
-"""AIBrix's environment: what is taken, what is not and why, and that ours win."""
+"""AIBrix's variables: the used ones, those without effect, and kvcache's own overriding them."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("ten_gib")
 
 MIB = 1 << 20
 P = "AIBRIX_KV_CACHE_OL_"
-SAMPLE = {  # AIBrix's own sample of an L1 alone, but for the size
+SAMPLE = {  # AIBrix's sample of an L1 without L2, with another size
     f"{P}L1_CACHE_ENABLED": "1",
     f"{P}L1_CACHE_EVICTION_POLICY": "S3FIFO",
     f"{P}L1_CACHE_CAPACITY_GB": "8",
@@ -22,9 +22,9 @@ SAMPLE = {  # AIBrix's own sample of an L1 alone, but for the size
 DISK = f'{GOOD}[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:Lower"\n'
 
 
-def theirs(profile: Profile) -> aibrix.MigrationReport:
-    assert profile.theirs is not None
-    return profile.theirs
+def report_of(profile: Profile) -> aibrix.MigrationReport:
+    assert profile.aibrix is not None
+    return profile.aibrix
 
 
 def refused(environ: dict[str, str], profile: str | None = None) -> tuple[str, ...]:
@@ -33,20 +33,20 @@ def refused(environ: dict[str, str], profile: str | None = None) -> tuple[str, .
     return caught.value.problems
 
 
-def test_the_table_has_all_62() -> None:
+def test_table_has_all_62_variables() -> None:
     assert len(aibrix.VARIABLES) == 62
 
 
-def test_without_them_nothing_is_said() -> None:
-    assert load_profile(None, {}).theirs is None
-    assert load_profile(None, {f"{P}L2_CACHE_BACKEND": " ", "AIBRIX": "1"}).theirs is None
+def test_profile_without_aibrix_variables_has_no_report() -> None:
+    assert load_profile(None, {}).aibrix is None
+    assert load_profile(None, {f"{P}L2_CACHE_BACKEND": " ", "AIBRIX": "1"}).aibrix is None
 
 
-def test_the_sample_works_as_it_is() -> None:
+def test_sample_of_aibrix_sets_capacity_and_policy() -> None:
     profile = load_profile(None, SAMPLE)
     assert profile.name == "l1-only"
     assert profile.tiers[0].options == {"capacity": 8 * GIB, "eviction": "s3fifo"}
-    assert theirs(profile) == aibrix.MigrationReport(
+    assert report_of(profile) == aibrix.MigrationReport(
         taken=(
             f"{P}L1_CACHE_ENABLED = 1, as it is anyway",
             f'{P}L1_CACHE_EVICTION_POLICY as eviction of l1 = "s3fifo"',
@@ -59,79 +59,79 @@ def test_the_sample_works_as_it_is() -> None:
     ("gib", "ranks", "nbytes"),
     [("1", 1, GIB), ("1", 4, 4 * GIB), ("0.5", 3, 3 * GIB // 2), ("2000", 1, 2000 * GIB)],
 )
-def test_capacity_is_of_each_rank(gib: str, ranks: int, nbytes: int) -> None:
+def test_capacity_is_multiplied_by_ranks(gib: str, ranks: int, nbytes: int) -> None:
     profile = load_profile(None, {f"{P}L1_CACHE_CAPACITY_GB": gib}, ranks=ranks)
     assert profile.tiers[0].options["capacity"] == nbytes
 
 
 @pytest.mark.parametrize("policy", ["FIFO", "LRU", "S3FIFO", "s3fifo", " lru "])
-def test_policies_have_our_names(policy: str) -> None:
+def test_policy_is_mapped_to_the_name_in_kvcache(policy: str) -> None:
     profile = load_profile(None, {f"{P}L1_CACHE_EVICTION_POLICY": policy})
     assert profile.tiers[0].options["eviction"] == policy.strip().lower()
 
 
 @pytest.mark.parametrize(("given", "writes"), [("ALL", "all"), ("hot", "hot"), ("EVICTED", "all")])
-def test_what_is_written_below(file: Path, given: str, writes: str) -> None:
+def test_ingestion_type_sets_writes_of_lower_tiers(file: Path, given: str, writes: str) -> None:
     profile = read(file, DISK, {f"{P}L2_CACHE_INGESTION_TYPE": given})
     assert profile.tiers[1].options == {"writes": writes}
-    assert theirs(profile).taken == (f'{P}L2_CACHE_INGESTION_TYPE as writes of l2 = "{writes}"',)
+    assert report_of(profile).taken == (f'{P}L2_CACHE_INGESTION_TYPE as writes of l2 = "{writes}"',)
 
 
-# Ours win
+# kvcache's own settings win
 
 
-def test_our_variables_win_by_option() -> None:
+def test_kvcache_variable_overrides_one_option() -> None:
     profile = load_profile(None, SAMPLE | {"KVCACHE__L1__CAPACITY": "2GiB"})
     assert profile.tiers[0].options == {"capacity": 2 * GIB, "eviction": "s3fifo"}
     where = "environment variable KVCACHE__L1__CAPACITY"
     overruled = f"{P}L1_CACHE_CAPACITY_GB (capacity of l1 is from {where})"
-    assert theirs(profile).overruled == (overruled,)
+    assert report_of(profile).overruled == (overruled,)
 
 
 @pytest.mark.parametrize("by_argument", [True, False])
-def test_a_profile_that_was_chosen_wins_by_option(file: Path, by_argument: bool) -> None:
+def test_users_profile_overrides_one_option(file: Path, by_argument: bool) -> None:
     text = '[[tier]]\nname = "a"\nkind = "dram"\ncapacity = "1GiB"\n'
     file.write_text(text)
     ours = {} if by_argument else {"KVCACHE_PROFILE": str(file)}
     profile = load_profile(str(file) if by_argument else None, SAMPLE | ours)
     assert profile.tiers[0].options == {"capacity": GIB, "eviction": "s3fifo"}
-    assert theirs(profile).overruled == (
+    assert report_of(profile).overruled == (
         f"{P}L1_CACHE_CAPACITY_GB (capacity of a is from {file}, line 4)",
     )
 
 
 @pytest.mark.parametrize("name", [None, "l1-only", "l1-disk", "l1-redis", "l1-disk-redis"])
 @pytest.mark.parametrize("by_argument", [True, False])
-def test_defaults_of_a_shipped_profile_are_overridden(name: str | None, by_argument: bool) -> None:
+def test_default_of_a_shipped_profile_is_overridden(name: str | None, by_argument: bool) -> None:
     environ = SAMPLE | ({"KVCACHE_PROFILE": name} if name and not by_argument else {})
     profile = load_profile(name if by_argument else None, environ)
     assert profile.name == (name or "l1-only")
     assert profile.tiers[0].options == {"capacity": 8 * GIB, "eviction": "s3fifo"}
-    assert theirs(profile).overruled == ()
+    assert report_of(profile).overruled == ()
     plain = load_profile(profile.name, {})
     assert [row.options for row in profile.tiers[1:]] == [row.options for row in plain.tiers[1:]]
 
 
-def test_a_file_that_extends_a_shipped_profile_wins_by_what_it_says_itself(file: Path) -> None:
+def test_extending_file_overrides_the_options_it_sets(file: Path) -> None:
     text = 'extends = "l1-disk"\n[[tier]]\nname = "l1"\ncapacity = "3GiB"\n'
     profile = read(file, text, SAMPLE)
     assert profile.tiers[0].options == {"capacity": 3 * GIB, "eviction": "s3fifo"}
-    assert theirs(profile).overruled == (
+    assert report_of(profile).overruled == (
         f"{P}L1_CACHE_CAPACITY_GB (capacity of l1 is from {file}, line 4)",
     )
 
 
-def test_a_copy_of_a_shipped_profile_is_the_users_own(file: Path) -> None:
+def test_copy_of_a_shipped_profile_counts_as_the_users(file: Path) -> None:
     text = load_profile("l1-only", {}).path.read_text()
     profile = read(file, text, SAMPLE)
     assert profile.tiers[0].options == load_profile("l1-only", {}).tiers[0].options
-    assert len(theirs(profile).overruled) == 2
+    assert len(report_of(profile).overruled) == 2
 
 
-def test_an_option_that_no_tier_has_has_no_effect(file: Path) -> None:
+def test_option_that_no_tier_has_is_reported_without_effect(file: Path) -> None:
     profile = read(file, GOOD, SAMPLE | {f"{P}L2_CACHE_INGESTION_TYPE": "HOT"})
     assert profile.tiers[0].cls is Front
-    assert theirs(profile).no_effect == (
+    assert report_of(profile).no_effect == (
         f"{P}L1_CACHE_EVICTION_POLICY (no first tier has the option eviction)",
         f"{P}L1_CACHE_CAPACITY_GB (no first tier has the option capacity)",
         f"{P}L2_CACHE_INGESTION_TYPE (no tier below the first has the option writes)",
@@ -141,18 +141,22 @@ def test_an_option_that_no_tier_has_has_no_effect(file: Path) -> None:
 # Refused
 
 
-def test_an_l1_that_is_switched_off_is_refused_unless_ours_say_how_much(file: Path) -> None:
+def test_disabled_l1_is_refused_unless_kvcache_sets_its_size(file: Path) -> None:
     off = {f"{P}L1_CACHE_ENABLED": "0", f"{P}L2_CACHE_BACKEND": "INFINISTORE"}
     (problem,) = refused(off)
-    assert problem.startswith(f'environment variable {P}L1_CACHE_ENABLED = "0": blocks are kept in')
+    assert problem.startswith(f'environment variable {P}L1_CACHE_ENABLED = "0": it asks for no L1')
     assert "KVCACHE__L1__CAPACITY" in problem
     assert refused(off | {"KVCACHE_PROFILE": "l1-redis"}) == (problem,)
-    assert refused(off | SAMPLE | off) == (problem,)  # how much it would be is not to have one
+    assert refused(off | SAMPLE | off) == (
+        problem,
+    )  # a size in AIBrix's variables does not enable it
     file.write_text(DISK.replace(FRONT, "dram").replace("room", "capacity"))
     for ours in ({"KVCACHE__L1__CAPACITY": "1GiB"}, {"KVCACHE_PROFILE": str(file)}):
-        said = theirs(load_profile(None, off | ours))
-        assert said.overruled[0].startswith(f"{P}L1_CACHE_ENABLED (there is an L1")
-        assert said.no_effect[0].startswith(f"{P}L2_CACHE_BACKEND (AIBrix's backends are not here")
+        report = report_of(load_profile(None, off | ours))
+        assert report.overruled[0].startswith(f"{P}L1_CACHE_ENABLED (there is an L1")
+        assert report.no_effect[0].startswith(
+            f"{P}L2_CACHE_BACKEND (AIBrix's backends are not here"
+        )
 
 
 @pytest.mark.parametrize(
@@ -168,14 +172,14 @@ def test_an_l1_that_is_switched_off_is_refused_unless_ours_say_how_much(file: Pa
         ("L2_CACHE_INGESTION_TYPE", "HTO", 'takes one of "ALL", "HOT", "EVICTED"; did you'),
     ],
 )
-def test_a_bad_value_is_one_error_that_names_the_variable(
+def test_bad_value_is_one_error_that_names_the_variable(
     name: str, given: str, allowed: str
 ) -> None:
     (problem,) = refused({P + name: given})
     assert problem.startswith(f'environment variable {P}{name} = "{given}": {allowed}')
 
 
-def test_bad_values_are_said_with_everything_else() -> None:
+def test_bad_values_are_listed_with_other_problems() -> None:
     environ = {f"{P}L1_CACHE_CAPACITY_GB": "x", "KVCACHE__L1__CAPCITY": "1GiB"}
     assert len(refused(environ)) == 2
 
@@ -186,27 +190,27 @@ def test_bad_values_are_said_with_everything_else() -> None:
 @pytest.mark.parametrize(
     "name", [name for name, entry in aibrix.VARIABLES.items() if isinstance(entry, aibrix.NoEffect)]
 )
-def test_what_has_no_effect_says_why_and_stops_nothing(name: str) -> None:
+def test_variable_without_effect_is_reported_with_its_reason(name: str) -> None:
     if name == "L1_CACHE_ENABLED":
         return
     variable = name if name == aibrix.SYNC else P + name
     profile = load_profile(None, {variable: "any-value"})
     entry = aibrix.VARIABLES[name]
-    assert theirs(profile).no_effect == (f"{variable} ({entry.says.replace('`', '')})",)
-    assert "any-value" not in str(profile.theirs)
+    assert report_of(profile).no_effect == (f"{variable} ({entry.text.replace('`', '')})",)
+    assert "any-value" not in str(profile.aibrix)
     assert profile.tiers[0].options == load_profile(None, {}).tiers[0].options
 
 
-def test_one_reason_is_said_once() -> None:
+def test_variables_with_one_reason_share_a_sentence() -> None:
     environ = {f"{P}INFINISTORE_HOST_ADDR": "h", f"{P}INFINISTORE_SERVICE_PORT": "1"}
-    (said,) = theirs(load_profile(None, environ)).no_effect
+    (report,) = report_of(load_profile(None, environ)).no_effect
     names = f"{P}INFINISTORE_HOST_ADDR, {P}INFINISTORE_SERVICE_PORT"
-    assert said.startswith(f"{names} (there is no InfiniStore tier; ")
+    assert report.startswith(f"{names} (there is no InfiniStore tier; ")
 
 
-def test_what_aibrix_does_not_know_is_said() -> None:
+def test_unknown_aibrix_variable_is_reported_with_the_nearest() -> None:
     environ = {f"{P}L1_CACHE_CAPCITY_GB": "8", f"{P}PRIS_REMOTE_ADDR": "h"}
-    wrong, old = theirs(load_profile(None, environ)).no_effect
+    wrong, old = report_of(load_profile(None, environ)).no_effect
     assert wrong.startswith(f"{P}L1_CACHE_CAPCITY_GB (AIBrix has no such variable; did you mean ")
     assert f'"{P}L1_CACHE_CAPACITY_GB"' in wrong
     assert old.startswith(f"{P}PRIS_REMOTE_ADDR (there is no PrisKV tier")
@@ -215,7 +219,7 @@ def test_what_aibrix_does_not_know_is_said() -> None:
 # One line
 
 
-def test_opening_says_it_in_one_line(
+def test_open_stack_logs_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kvcache.profiles")
@@ -224,7 +228,9 @@ def test_opening_says_it_in_one_line(
         assert stack.front.slab.slots == 16
     monkeypatch.setenv(f"{P}CHUNK_SIZE", "512")
     open_stack(block_nbytes=MIB).close()
-    ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "kvcache.profiles"]
-    said = f"kvcache: of AIBrix's variables: taken: {P}L1_CACHE_CAPACITY_GB as capacity of l1 = "
+    logged = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "kvcache.profiles"]
+    report = (
+        f"kvcache: profile: AIBrix's variables: taken: {P}L1_CACHE_CAPACITY_GB as capacity of l1 = "
+    )
     unused = f". no effect: {P}CHUNK_SIZE (blocks are not moved in chunks of tokens)"
-    assert ours == [("INFO", f"{said}{16 * MIB}"), ("WARNING", f"{said}{8 * MIB}{unused}")]
+    assert logged == [("INFO", f"{report}{16 * MIB}"), ("WARNING", f"{report}{8 * MIB}{unused}")]

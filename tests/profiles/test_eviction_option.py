@@ -59,7 +59,7 @@ def test_a_policy_that_is_not(tmp_path: Path, eviction: str, says: str) -> None:
 def test_what_is_no_name_at_all(tmp_path: Path) -> None:
     profile = tmp_path / "ours.toml"
     profile.write_text(ROW.replace('"{}"', "3"))
-    with pytest.raises(ProfileError, match=r"takes one of .* or a class of yours"):
+    with pytest.raises(ProfileError, match=r"takes one of .* or a class of your own"):
         load_profile(str(profile), environ={})
 
 

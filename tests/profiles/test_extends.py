@@ -105,10 +105,10 @@ WRONG = [
     ('extends = "l1-dsik"\n', 1, 'did you mean "l1-disk"?'),
     ('extends = "./nothing.toml"\n', 1, "cannot read"),
     ('extends = "ours.toml"\n', 1, "goes in a circle"),
-    ('without = ["l2"]\n' + GOOD, 1, "takes away tiers of a base; there is no extends"),
+    ('without = ["l2"]\n' + GOOD, 1, "removes tiers of a base, but there is no extends"),
     (extending('without = "l2"\n'), 2, 'takes a list of tiers, such as ["disk"]'),
-    (extending('without = ["l9"]\n'), 2, 'no tier "l9" in what it extends; there are "l1", "l2"'),
-    (extending("without = [[]]\n"), 2, "no tier [] in what it extends"),
+    (extending('without = ["l9"]\n'), 2, 'the base has no tier "l9"; it has "l1", "l2"'),
+    (extending("without = [[]]\n"), 2, "the base has no tier []"),
     (extending('[[tier]]\nname = "l11"\n'), 2, 'needs a kind, such as "dram" or "pkg.mod:Class"'),
     (extending('[[tier]]\nname = "l11"\n'), 2, 'did you mean "l1"?'),
     (GOOD + 'extends = "base.toml"\n', 5, "extends stands above the first [[tier]]"),
@@ -154,4 +154,4 @@ def test_a_base_that_is_not_toml_is_named(file: Path, base: Path) -> None:
 def test_two_rows_of_one_name_in_one_file_are_still_refused(file: Path, base: Path) -> None:
     found = problems(file, extending(2 * f'[[tier]]\nname = "l1"\nkind = "{FRONT}"\ncount = 2\n'))
     assert f"{file}, line 7: " in found[0]
-    assert "two tiers with one name" in found[0]
+    assert "two tiers have this name" in found[0]

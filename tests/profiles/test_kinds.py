@@ -87,4 +87,4 @@ def test_one_short_name_for_two_classes_is_refused(
 ) -> None:
     installed(monkeypatch, ("acme", FRONT), ("acme", "other.pkg:Tier"))
     problem = only_problem(file, GOOD.replace(FRONT, "acme"))
-    assert 'named by several packages, for "other.pkg:Tier", "tests.support' in problem
+    assert 'several packages register it; write one of "other.pkg:Tier", "tests.support' in problem

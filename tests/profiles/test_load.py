@@ -33,7 +33,7 @@ def test_every_shipped_profile_loads() -> None:
 
 
 def test_a_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(source, "_SHIPPED_FOLDER", tmp_path)
     (tmp_path / "fresh.toml").write_text(GOOD)
     assert shipped() == ["fresh"]
     assert load_profile("fresh", {}).tiers[0].cls is Front
@@ -267,7 +267,7 @@ def test_below_the_first_a_tier_has_the_options_of_what_is_around_it(file: Path)
 
 def test_a_tier_may_not_take_the_stacks_own_names_below(file: Path) -> None:
     problem = only_problem(file, GOOD + GOOD.replace('"l1"', '"l2"'))
-    assert 'its options "level" are the stack\'s own' in problem
+    assert 'its options "level" have names that the stack uses' in problem
 
 
 def test_the_first_tier_lends_its_memory(file: Path) -> None:
@@ -281,7 +281,7 @@ def test_the_first_tier_lends_its_memory(file: Path) -> None:
 def test_names_are_unique_as_variables_too(file: Path) -> None:
     text = GOOD.replace('"l1"', '"a-b"') + GOOD.replace('"l1"', '"a_b"')
     problem = problems(file, text)[0]
-    assert problem.startswith(f'{file}, line 6: name = "a_b": two tiers with one name')
+    assert problem.startswith(f'{file}, line 6: name = "a_b": two tiers have this name')
     assert '"a-b"' in problem
 
 
@@ -296,8 +296,8 @@ WRONG_OVERRIDES = [
     ("KVCACHE__L1__ROMO", "no such option", 'did you mean "room"?'),
     ("KVCACHE__L1__", "no such option", 'takes "room", "count"'),
     ("KVCACHE__L1__BLOCK_NBYTES", "no such option", ""),
-    ("KVCACHE__L1__KIND", "a tier's name and kind are the profile's", ""),
-    ("KVCACHE__L1__NAME", "a tier's name and kind are the profile's", ""),
+    ("KVCACHE__L1__KIND", "only the profile sets the name and kind", ""),
+    ("KVCACHE__L1__NAME", "only the profile sets the name and kind", ""),
 ]
 
 

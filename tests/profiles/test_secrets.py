@@ -46,7 +46,7 @@ def with_option(name: str) -> type:
              "access_key", "auth_token", "token", "credentials"],
 )  # fmt: skip
 def test_a_class_that_takes_a_secret_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^Odd takes {name}, and .* take {name}_env, the name"):
+    with pytest.raises(ValueError, match=rf"^Odd takes {name}, but .* with {name}_env, the name"):
         options_of(with_option(name))
 
 
@@ -54,7 +54,7 @@ def test_its_kind_is_what_is_wrong(file: Path) -> None:
     text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Open") + f'password = "{SECRET}"\n'
     problem = only_problem(file, text)
     assert problem.startswith(f'{file}, line 3: kind = "tests.profiles.test_secrets:Open": Open ')
-    assert "a profile is no place for a secret" in problem
+    assert "a profile must not hold a secret" in problem
 
 
 def test_names_of_variables_and_what_only_sounds_like_a_secret_are_options(file: Path) -> None:
@@ -71,7 +71,8 @@ def test_a_password_in_the_place_of_a_name_is_refused_and_not_repeated(file: Pat
     text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Guarded")
     problem = only_problem(file, text + f'password_env = "{SECRET}"\n')
     assert problem == (
-        f"{file}, line 4: password_env = ***: takes the name of an environment variable that has it"
+        f"{file}, line 4: password_env = ***: "
+        "takes the name of the environment variable that has the secret"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.profiles import ProfileError, load_profile, open_stack
-from kvcache.profiles.variables import VARIABLES, unknown
+from kvcache.profiles.variables import VARIABLES, unknown_variables
 from tests.support.profile_files import GOOD, only_problem, problems, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
@@ -158,9 +158,9 @@ def test_value_that_any_part_of_the_stack_refuses_is_reported_with_the_variable(
 def test_error_that_names_no_option_is_reported_with_the_variables(file: Path) -> None:
     row = read(file, GOOD, {"KVCACHE__L1__COUNT": "7"}).tiers[0]
     where = f'{file}, line 1: tier "l1", changed by environment variable KVCACHE__L1__COUNT'
-    assert row.blame("cannot start") == f"{where}: cannot start"
-    assert row.blame("the accounts do not match") == f"{where}: the accounts do not match"
-    assert row.blame("of room there is none").startswith(f"{file}, line 4: of room")
+    assert row.locate("cannot start") == f"{where}: cannot start"
+    assert row.locate("the accounts do not match") == f"{where}: the accounts do not match"
+    assert row.locate("of room there is none").startswith(f"{file}, line 4: of room")
 
 
 def test_the_page_has_every_variable_and_no_other() -> None:
@@ -182,4 +182,4 @@ def test_pages_and_sources_use_no_variable_that_is_not_listed() -> None:
     }
     examples = {"KVCACHE_REDIS_PORT", "KVCACHE_PORT", "KVCACHE_PROFIL"}  # what is not read
     assert set(shown) - set(VARIABLES) - examples == set()
-    assert unknown(dict.fromkeys(VARIABLES, "")) == ()
+    assert unknown_variables(dict.fromkeys(VARIABLES, "")) == ()

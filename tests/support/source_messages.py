@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOMS = ("kvcache", "tiers", "profiles", "connectors")
 LOGGED = {"warning", "error", "exception"}
-COLLECTED = {"_wrong": 1, "Refused": 1, "TierError": 1}
+COLLECTED = {"_add_problem": 1, "Refused": 1, "TierError": 1}
 """Calls that take a message, and in which place."""
 CAUGHT = {"RejectedError"}
 """Exceptions that no caller sees: the tier that raises one catches it."""
