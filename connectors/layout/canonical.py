@@ -63,7 +63,7 @@ def canonical_format_id(placement: Placement) -> list[str]:
 
 
 class Transpose(NamedTuple):
-    """A run whose bytes are a matrix of cells: a row in the engine is a column in the slot.
+    """A run that is a matrix of cells. A row in the engine is a column in the slot.
 
     Attributes:
         cell: bytes of a cell, contiguous on both sides.

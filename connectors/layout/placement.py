@@ -61,7 +61,7 @@ class TensorPlacement:
     Attributes:
         layer: the number of the layer, from 0.
         number: the number of the tensor in its layer, from 0.
-        block_axis: the axis whose steps are the blocks.
+        block_axis: the axis of the blocks.
         axes: the other axes, in the order of the shape.
     """
 
@@ -84,7 +84,7 @@ class TensorPlacement:
         return f"{self.tensor.dtype} {axes}"
 
     def run_axes(self) -> tuple[list[Axis], int]:
-        """Return the axes whose every step is another run, and the bytes of a run."""
+        """Return the axes along which the runs are spread, and the bytes of a run."""
         outer, nbytes = self.axes_by_stride, self.tensor.element_size()
         while outer and outer[-1].stride == nbytes:
             nbytes *= outer.pop().size

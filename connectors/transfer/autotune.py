@@ -103,7 +103,7 @@ class PinnedRanges:
         self._merge()
 
     def batch(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
-        """Make a batch whose direction follows from which side is pinned."""
+        """Make a batch. The pinned side determines its direction."""
         direction: Direction | None = None
         if self._contains(targets, nbytes):
             direction = "store"

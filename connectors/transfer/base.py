@@ -70,7 +70,7 @@ class PageCopier(ABC):
     `gather` and `scatter` take two sequences of equal length and copy the i-th block to or from
     the i-th slot. They raise ValueError when the lengths differ or when a target appears twice,
     IndexError for a block or slot that does not exist, and RuntimeError after `close`. A subclass
-    implements `_gather` and `_scatter`, whose arguments have been validated.
+    implements `_gather` and `_scatter`, which get validated arguments.
 
     Copies of pages are ordered with the engine's work: a copy sees what the engine had begun to
     write before the call. The caller must not touch the slots until the copy is done.
@@ -101,8 +101,8 @@ class PageCopier(ABC):
         Args:
             awaited: whether the engine's work after this call must see the pages. If not, the
                 engine must not touch them until the copy is done.
-            announced: layers for which the engine will call `wait_for_layer`, and whose pages it
-                does not touch before that call.
+            announced: layers for which the engine will call `wait_for_layer`. It does not touch
+                their pages before that call.
         """
         with self._in_flight():
             sources, targets = self._validated(slot=slots, block=blocks)
@@ -113,14 +113,14 @@ class PageCopier(ABC):
 
         Any thread of the engine may call this. A thread that computes on a stream of its own must.
         """
-        return  # a copier whose copies are done when a call returns has nothing to wait for
+        return  # nothing to wait for, if copies are done when a call returns
 
     def fence(self, blocks: Collection[int]) -> None:
         """Hold the engine back until no copy uses `blocks`, which it is about to overwrite."""
-        return  # a copier whose copies are done when a call returns has nothing to wait for
+        return  # nothing to wait for, if copies are done when a call returns
 
     def pin_slots(self, slots: int) -> None:
-        """Pin the first `slots` slots, whose memory exists now, if that makes copies faster."""
+        """Pin the first `slots` slots, if that makes copies faster. Their memory exists now."""
         return
 
     @property

@@ -4,8 +4,8 @@ Every function here is machine code that runs without the GIL.
 
 * `copy_run` copies a run of bytes by cache lines: it prefetches the source, across the end of the
   run into the next one, and writes the target with non-temporal stores, which bypass the caches.
-* `compile_transpose` makes a function for runs whose bytes are a matrix with rows on one side and
-  columns on the other. It transposes into a scratch buffer that stays in the caches, and copies the
+* `compile_transpose` makes a function for runs that are a matrix with rows on one side and columns
+  on the other. It transposes into a scratch buffer that stays in the caches, and copies the
   result from there with `copy_run`, so that whole cache lines of the target are written.
 
 Invariant: addresses are used unchecked. Only `prefetch` touches memory outside the given ranges,
@@ -161,7 +161,7 @@ def piece_widths(cells: Iterable[int]) -> frozenset[int]:
 
 
 def _compile_matrix_transpose(width: int) -> Callable[..., Any]:
-    """Make a function that transposes matrices whose cells have at least `width` bytes."""
+    """Make a function that transposes matrices with cells of at least `width` bytes."""
     side = max(_VECTOR_NBYTES // width, 1)
     transpose_tile, copy_piece = _compile_tile(width, side), _compile_tile(width, 1)
 

@@ -4,8 +4,8 @@ A copy engine takes a fixed time for each run, whatever its size; a kernel takes
 kernel occupies processors that the model could use, so this one uses few. An access of a kernel to
 memory that is not mapped ends all work of the process on the device.
 
-Invariant: the kernel copies only runs whose addresses and sizes are multiples of 16 bytes and whose
-host side is pinned.
+Invariant: the kernel copies a run only if its addresses and its size are multiples of 16 bytes and
+its host side is pinned.
 """
 
 from __future__ import annotations
