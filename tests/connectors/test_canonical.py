@@ -26,7 +26,7 @@ from kvcache.connectors.layout.placement import MAX_RUNS, Placement, place
 from kvcache.connectors.transfer import cpu
 from kvcache.connectors.transfer.factory import format_id, open_copier
 from kvcache.slab import Slab
-from tests.support.paged_caches import KINDS, LATENT, Geometry, meaning, wipe
+from tests.support.paged_caches import KINDS, LATENT, Geometry, keys_and_values, overwrite
 from tests.support.reordering_device import ReorderingDevice
 
 ALL = KINDS | LATENT
@@ -113,7 +113,7 @@ def check(
     random, count = Random(3), placement.blocks - (placement.blocks > 1)
     blocks = random.sample(range(placement.blocks), count)
     slots = random.sample(range(room.slots), count)
-    wipe(layers, seed=5)
+    overwrite(layers, seed=5)
 
     memory, (before, outside) = room.memory.copy(), cache_bytes(placement)
     copier.gather(blocks, slots).wait()
@@ -157,7 +157,7 @@ def test_the_bytes_of_a_canonical_block(name: str, shape: str, dtype: torch.dtyp
     placement = place(layers, ALL[name].layout)
     check(placement, layers, threads=1 + tokens % 2)
     if name in KINDS:  # and the model of a block is right, which knows the names of axes
-        seen = [part for pair in meaning(ALL[name], layers) for part in pair]
+        seen = [part for pair in keys_and_values(ALL[name], layers) for part in pair]
         block = torch.stack([part[3] for part in seen], dim=1)  # [tokens, layers and kv, ...]
         assert canonical(placement, 3) == block.view(torch.uint8).numpy().tobytes()
 

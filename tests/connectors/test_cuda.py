@@ -1,4 +1,4 @@
-"""The copier on a real GPU: what the worst of devices has shown of the order, once more."""
+"""The device copier on a real GPU, with each copy backend."""
 
 from __future__ import annotations
 
@@ -25,55 +25,52 @@ pytestmark = [
 
 BLOCKS, SLOTS = 64, 48
 LAYERS = {
-    "pages of 64 KiB": [64 << 10] * 8,
-    "of 4 KiB": [4 << 10] * 32,
-    "of several sizes": [16, 4096, 8208, 64 << 10, 656 * 64],
-    "of odd ones": [8, 1000, 4097],
+    "64 KiB": [64 << 10] * 8,
+    "4 KiB": [4 << 10] * 32,
+    "several sizes": [16, 4096, 8208, 64 << 10, 656 * 64],
+    "unaligned": [8, 1000, 4097],
 }
 
 
 @pytest.fixture(params=LAYERS)
 def layers(request: pytest.FixtureRequest) -> list[int]:
-    """Bytes of a page of every layer."""
+    """The bytes of a page in each layer."""
     return LAYERS[request.param]
 
 
 @pytest.fixture
 def slab(layers: list[int]) -> Iterator[Slab]:
-    with_slots = Slab.create(SLOTS, -(-sum(layers) // 4096) * 4096)
-    yield with_slots
-    with_slots.close()
+    slab = Slab.create(SLOTS, -(-sum(layers) // 4096) * 4096)
+    yield slab
+    slab.close()
 
 
-@pytest.fixture(params=["batched", "by page", "kernel", "all, tried"])
+@pytest.fixture(params=["memcpy-batch", "memcpy", "triton", "all, measured"])
 def device(request: pytest.FixtureRequest) -> CudaDevice:
-    """The GPU with one mechanism, or with all of them."""
+    """The GPU with one backend, or with all of them."""
     gpu = torch.device("cuda", 0)
-    if request.param == "all, tried":
+    if request.param == "all, measured":
         return CudaDevice(gpu)
-    only: CopyBackend | None = backends.CopyPerRun()
-    if request.param != "by page":
-        only = (
-            backends.batched_copies() if request.param == "batched" else backends.triton_kernel(gpu)
-        )
-    if only is None:
-        pytest.skip(f"copies {request.param} cannot be had here")
-    return CudaDevice(gpu, [backends.CopyPerRun(), only])
+    backend: CopyBackend | None = backends.CopyPerRun()
+    if request.param == "memcpy-batch":
+        backend = backends.batched_copies()
+    elif request.param == "triton":
+        backend = backends.triton_kernel(gpu)
+    if backend is None:
+        pytest.skip(f"copy backend {request.param} is not available here")
+    return CudaDevice(gpu, [backends.CopyPerRun(), backend])
 
 
-def used(device: CudaDevice) -> None:
-    """Wait for the trial; where one mechanism is to be looked at, have it be the best."""
+def use_backend(device: CudaDevice) -> None:
+    """Wait for the trial; if the device has two backends, let it choose the second one."""
     device.wait_for_trial()
-    left = device.selector.enabled
-    assert left == device.backends, "one was wrong, or raised"
-    if len(left) == 2:
-        first, only = left
+    enabled = device.selector.enabled
+    assert enabled == device.backends, "a backend was wrong, or raised"
+    if len(enabled) == 2:
+        default, backend = enabled
+        seconds = {default: 1.0, backend: 0.1}
         device.selector.choose(
-            {
-                (direction, size): {first: 1.0, only: 0.1}
-                for direction in DIRECTIONS
-                for size in RUN_SIZES
-            }
+            {(direction, size): seconds for direction in DIRECTIONS for size in RUN_SIZES}
         )
 
 
@@ -86,18 +83,18 @@ def pages(layers: list[int]) -> list[Any]:
 
 @pytest.fixture
 def copier(slab: Slab, device: CudaDevice, pages: list[Any]) -> Iterator[DeviceCopier]:
-    sides = CopyGeometry(
+    geometry = CopyGeometry(
         [BlockRun(layer.data_ptr(), layer.shape[1], layer.shape[1], BLOCKS) for layer in pages],
         slab_address=slab.address,
         slots=SLOTS,
         slot_nbytes=slab.slot_nbytes,
     )
-    made = DeviceCopier(sides, device)
-    slab.populate(made.pin_slots)
+    copier = DeviceCopier(geometry, device)
+    slab.populate(copier.pin_slots)
     slab.wait_populated()
-    used(device)
-    yield made
-    made.close()
+    use_backend(device)
+    yield copier
+    copier.close()
 
 
 def wait(copy: Any) -> None:
@@ -110,7 +107,7 @@ def block(pages: list[Any], number: int) -> bytes:
     return b"".join(layer[number].cpu().numpy().tobytes() for layer in pages)
 
 
-def test_pages_come_back_as_they_were(
+def test_scatter_after_gather_restores_the_pages(
     copier: DeviceCopier, pages: list[Any], slab: Slab, layers: list[int]
 ) -> None:
     before = [layer.clone() for layer in pages]
@@ -125,12 +122,12 @@ def test_pages_come_back_as_they_were(
         layer.zero_()
     wait(copier.scatter(slots, blocks))
     torch.cuda.synchronize()
-    for layer, right in zip(pages, before, strict=True):
-        assert torch.equal(layer[::2], right[::2])
+    for layer, expected in zip(pages, before, strict=True):
+        assert torch.equal(layer[::2], expected[::2])
         assert not layer[1::2].any()
 
 
-def test_what_is_written_anew_is_stored_as_it_was(
+def test_fence_lets_a_store_finish_before_the_overwrite(
     copier: DeviceCopier, pages: list[Any], slab: Slab, layers: list[int]
 ) -> None:
     for turn in range(50):
@@ -147,9 +144,7 @@ def test_what_is_written_anew_is_stored_as_it_was(
         )
 
 
-def test_what_is_loaded_is_there_for_what_comes_after(
-    copier: DeviceCopier, pages: list[Any]
-) -> None:
+def test_scatter_is_visible_to_later_work(copier: DeviceCopier, pages: list[Any]) -> None:
     for turn in range(50):
         for layer in pages:
             layer.fill_(turn)
@@ -157,18 +152,17 @@ def test_what_is_loaded_is_there_for_what_comes_after(
         for layer in pages:
             layer.zero_()
         copier.scatter([0] * 32, list(range(1, 33)))
-        seen = [layer[1:33].clone() for layer in pages]
-        assert all(bool((layer == turn).all()) for layer in seen)
+        read = [layer[1:33].clone() for layer in pages]
+        assert all(bool((layer == turn).all()) for layer in read)
 
 
-def test_many_copies_are_begun_before_the_first_is_over(
+def test_many_copies_in_flight_keep_their_arguments_alive(
     copier: DeviceCopier, pages: list[Any], slab: Slab, layers: list[int]
 ) -> None:
-    """What a copy is told by is kept until it has been read."""
     before = [block(pages, number) for number in range(SLOTS)]
     torch.cuda._sleep(100_000_000)
     copies = [copier.gather([number], [number]) for number in range(SLOTS) for _ in range(8)]
     for copy in copies:
         wait(copy)
-    for slot, right in enumerate(before):
-        assert bytes(slab.view(slot)[: sum(layers)]) == right
+    for slot, expected in enumerate(before):
+        assert bytes(slab.view(slot)[: sum(layers)]) == expected

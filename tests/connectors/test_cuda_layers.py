@@ -1,4 +1,4 @@
-"""Loads layer by layer on a real GPU: a layer that was reached is there, and in the end all are."""
+"""Loads of announced layers on a real GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS, BLOCKS, PAGE = 16, 33, 256 << 10
 LOADED = list(range(1, BLOCKS))
 
 
-@pytest.fixture(params=[1, 8 << 20], ids=["a call a layer", "few calls"])
+@pytest.fixture(params=[1, 8 << 20], ids=["one call per layer", "few calls"])
 def copier(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pages: torch.Tensor
 ) -> Iterator[DeviceCopier]:
@@ -33,17 +33,17 @@ def copier(
 
     monkeypatch.setattr(device_module, "MIN_CALL_NBYTES", request.param)
     slab = Slab.create(1, LAYERS * PAGE)
-    sides = CopyGeometry(
+    geometry = CopyGeometry(
         [BlockRun(layer.data_ptr(), PAGE, PAGE, BLOCKS, at) for at, layer in enumerate(pages)],
         slab_address=slab.address,
         slots=1,
         slot_nbytes=slab.slot_nbytes,
     )
-    made = DeviceCopier(sides, CudaDevice(torch.device("cuda", 0)))
-    slab.populate(made.pin_slots)
+    copier = DeviceCopier(geometry, CudaDevice(torch.device("cuda", 0)))
+    slab.populate(copier.pin_slots)
     slab.wait_populated()
-    yield made
-    made.close()
+    yield copier
+    copier.close()
     slab.close()
 
 
@@ -52,7 +52,7 @@ def pages() -> torch.Tensor:
     return torch.zeros((LAYERS, BLOCKS, PAGE), dtype=torch.uint8, device="cuda")
 
 
-def test_a_layer_that_was_reached_is_there(copier: DeviceCopier, pages: torch.Tensor) -> None:
+def test_wait_for_layer_makes_its_pages_visible(copier: DeviceCopier, pages: torch.Tensor) -> None:
     other = torch.cuda.Stream()
     for turn in range(20):
         pages.fill_(turn)
@@ -60,18 +60,18 @@ def test_a_layer_that_was_reached_is_there(copier: DeviceCopier, pages: torch.Te
         pages.zero_()
         copier.scatter(len(LOADED) * [0], LOADED, announced=range(LAYERS))
         other.wait_stream(torch.cuda.current_stream())
-        seen = []
+        read = []
         for layer in range(LAYERS):
             for stream in (torch.cuda.current_stream(), other):
                 with torch.cuda.stream(stream):
                     copier.wait_for_layer(layer)
-                    seen.append(pages[layer, 1:].clone())
+                    read.append(pages[layer, 1:].clone())
         torch.cuda.synchronize()
-        assert all(bool((each == turn).all()) for each in seen)
+        assert all(bool((page == turn).all()) for page in read)
         copier.fence(LOADED)
 
 
-def test_a_layer_that_was_never_reached_is_there_for_the_next_step(
+def test_fence_waits_for_layers_that_the_step_skipped(
     copier: DeviceCopier, pages: torch.Tensor
 ) -> None:
     for turn in range(20):

@@ -1,4 +1,4 @@
-"""Copies beside an engine's work: whatever order a device takes, all is as if done in turn."""
+"""Copies on a device: in whatever order it works, the result is that of all calls done in turn."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from kvcache.connectors.transfer.device import DeviceCopier
 from tests.support.reordering_device import ReorderingDevice
 
 LAYERS, PAGE, BLOCKS, SLOTS = 4, 8, 5, 4
-ACTS = ["gather", "scatter", "later", "forward", "write", "read", "work"]
+ACTIONS = ["gather", "scatter", "background_load", "forward", "overwrite", "read", "work"]
 
 
-class World:
-    """An engine's pages, slots, a device; and what is in both if all is done as it was asked."""
+class Simulation:
+    """An engine's pages, slots and a device, with a model of what both must contain."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -34,8 +34,8 @@ class World:
         rng = np.random.default_rng(seed)
         self.pages = rng.integers(0, 256, (LAYERS, BLOCKS, PAGE), dtype=np.uint8)
         self.slab = rng.integers(0, 256, (SLOTS, LAYERS, PAGE), dtype=np.uint8)
-        self.right_pages, self.right_slab = self.pages.copy(), self.slab.copy()
-        sides = CopyGeometry(
+        self.expected_pages, self.expected_slab = self.pages.copy(), self.slab.copy()
+        geometry = CopyGeometry(
             [
                 BlockRun(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
                 for number, layer in enumerate(self.pages)
@@ -44,113 +44,117 @@ class World:
             slots=SLOTS,
             slot_nbytes=LAYERS * PAGE,
         )
-        self.copier = DeviceCopier(sides, self.device)
-        self.busy: list[tuple[Copy, list[int]]] = []  # copies and the slots that they touch
-        self.later_ones: list[tuple[Copy, list[int]]] = []  # loads and the blocks that they touch
-        self.unreached: set[int] = set()  # layers of which it is not said that all is there
-        self.other = self.device.new_stream()  # on which the engine computes half of a forward pass
-        self.wrong: list[str] = []
+        self.copier = DeviceCopier(geometry, self.device)
+        self.copies: list[tuple[Copy, list[int]]] = []  # with the slots that they use
+        self.background_loads: list[tuple[Copy, list[int]]] = []  # with the blocks that they write
+        self.unreached: set[int] = set()  # announced layers that the engine has not waited for
+        self.second_stream = self.device.new_stream()  # for the other half of a forward pass
+        self.errors: list[str] = []
 
-    def some(self, of: list[int]) -> list[int]:
-        return self.random.sample(of, self.random.randrange(len(of) + 1))
+    def sample(self, numbers: list[int]) -> list[int]:
+        return self.random.sample(numbers, self.random.randrange(len(numbers) + 1))
 
-    def free(self) -> list[int]:
-        """Slots that nobody touches."""
-        self.busy = [(copy, slots) for copy, slots in self.busy if not copy.done]
-        taken = {slot for _, slots in self.busy for slot in slots}
-        return [slot for slot in range(SLOTS) if slot not in taken]
+    def free_slots(self) -> list[int]:
+        """The slots that no copy uses."""
+        self.copies = [(copy, slots) for copy, slots in self.copies if not copy.done]
+        used = {slot for _, slots in self.copies for slot in slots}
+        return [slot for slot in range(SLOTS) if slot not in used]
 
-    def blocks(self) -> list[int]:
-        """Blocks that the engine may touch."""
-        self.later_ones = [(copy, blocks) for copy, blocks in self.later_ones if not copy.done]
-        taken = {block for _, blocks in self.later_ones for block in blocks}
-        return [block for block in range(BLOCKS) if block not in taken]
+    def usable_blocks(self) -> list[int]:
+        """The blocks that the engine may touch: no load in the background writes them."""
+        self.background_loads = [
+            (copy, blocks) for copy, blocks in self.background_loads if not copy.done
+        ]
+        written = {block for _, blocks in self.background_loads for block in blocks}
+        return [block for block in range(BLOCKS) if block not in written]
 
     def gather(self) -> None:
-        there = self.blocks()
-        slots = self.some(self.free()) if there else []
-        blocks = [self.random.choice(there) for _ in slots]
+        usable = self.usable_blocks()
+        slots = self.sample(self.free_slots()) if usable else []
+        blocks = [self.random.choice(usable) for _ in slots]
         for block, slot in zip(blocks, slots, strict=True):
-            self.right_slab[slot] = self.right_pages[:, block]
-        self.busy.append((self.copier.gather(blocks, slots), slots))
+            self.expected_slab[slot] = self.expected_pages[:, block]
+        self.copies.append((self.copier.gather(blocks, slots), slots))
         self.unreached.clear()
 
-    def later(self) -> None:
-        """A load that nobody awaits."""
+    def background_load(self) -> None:
+        """Start a load that is not awaited."""
         blocks = self.scatter(awaited=False)
-        self.later_ones.append((self.busy[-1][0], blocks))
+        self.background_loads.append((self.copies[-1][0], blocks))
 
     def scatter(self, announced: Collection[int] = (), *, awaited: bool = True) -> list[int]:
-        blocks = self.some(self.blocks())
-        free = self.free()
+        blocks = self.sample(self.usable_blocks())
+        free = self.free_slots()
         slots = [self.random.choice(free) for _ in blocks] if free else []
         blocks = blocks[: len(slots)]
         for block, slot in zip(blocks, slots, strict=True):
-            self.right_pages[:, block] = self.right_slab[slot]
+            self.expected_pages[:, block] = self.expected_slab[slot]
         copy = self.copier.scatter(slots, blocks, awaited=awaited, announced=announced)
-        self.busy.append((copy, slots))
+        self.copies.append((copy, slots))
         self.unreached.update(announced)
         return blocks
 
     def forward(self) -> None:
-        """Loads, and the engine computes layer by layer: it comes to those it has announced.
+        """Start loads and a forward pass, which waits for each announced layer that it computes.
 
-        Of a layer it first writes blocks that are not loaded. There may be announced layers that it
-        does not come to. Who computes in two halves comes to a layer twice.
+        The pass may skip layers, announced ones too. It overwrites blocks that are not loaded
+        before it waits for the layer. It may compute in two halves on two streams; each half waits.
         """
-        announced = self.some(list(range(LAYERS)))
+        announced = self.sample(list(range(LAYERS)))
         fresh = set(self.fence())
         for _ in range(self.random.randrange(3)):
             fresh.difference_update(self.scatter(announced))
-        halves = self.random.choice([[self.device.current], [self.device.current, self.other]])
-        self.device.current = halves[-1]
-        halves[-1].wait_for(halves[0].record())
-        for layer in self.some(list(range(LAYERS))):
+        streams = self.random.choice(
+            [[self.device.current], [self.device.current, self.second_stream]]
+        )
+        self.device.current = streams[-1]
+        streams[-1].wait_for(streams[0].record())
+        for layer in self.sample(list(range(LAYERS))):
             for block in fresh:
                 self.write_page(layer, block)
-            halves[0].wait_for(halves[-1].record())
-            for self.device.current in halves:
+            streams[0].wait_for(streams[-1].record())
+            for self.device.current in streams:
                 if layer in announced:
                     self.copier.wait_for_layer(layer)
                 self.read(layer)
             self.unreached.discard(layer)
-        self.device.current = halves[0]
-        halves[0].wait_for(halves[-1].record())
+        self.device.current = streams[0]
+        streams[0].wait_for(streams[-1].record())
 
     def fence(self) -> list[int]:
-        blocks = self.some(self.blocks())
+        blocks = self.sample(self.usable_blocks())
         self.copier.fence(blocks)
         self.unreached.clear()
         return blocks
 
-    def write(self) -> None:
+    def overwrite(self) -> None:
         """The engine computes blocks anew."""
         for block in self.fence():
             for layer in range(LAYERS):
                 self.write_page(layer, block)
 
     def write_page(self, layer: int, block: int) -> None:
-        self.right_pages[layer, block] = value = self.random.randrange(256)
+        self.expected_pages[layer, block] = value = self.random.randrange(256)
 
         def step() -> None:
             self.pages[layer, block] = value
 
-        self.device.engine_stream().todo.append(step)
+        self.device.engine_stream().queue.append(step)
 
     def read(self, *layers: int) -> None:
-        """The engine reads its blocks of these layers, or of all of which all is there."""
+        """The engine reads its blocks in these layers, or in all layers that are loaded."""
         if not layers and self.random.random() < 0.5:
             self.copier.wait_for_layer()
             self.unreached.clear()
-        which = list(layers) or [n for n in range(LAYERS) if n not in self.unreached]
-        where = np.ix_(which, self.blocks())
-        right = self.right_pages[where]
+        loaded = list(layers) or [n for n in range(LAYERS) if n not in self.unreached]
+        where = np.ix_(loaded, self.usable_blocks())
+        expected = self.expected_pages[where]
 
         def step() -> None:
-            if not (self.pages[where] == right).all():
-                self.wrong.append("the engine has read other pages than it should have")
+            if not (self.pages[where] == expected).all():
+                self.errors.append("the engine has read other bytes than expected")
 
-        self.device.engine_stream().todo.append(step)
+        self.device.engine_stream().queue.append(step)
 
     def work(self) -> None:
         self.device.work(self.random.randrange(20))
@@ -159,29 +163,30 @@ class World:
 @settings(max_examples=600, deadline=None)
 @given(
     st.integers(0, 2**32),
-    st.lists(st.sampled_from(ACTS), max_size=40),
+    st.lists(st.sampled_from(ACTIONS), max_size=40),
     st.sampled_from([1, 2 * PAGE, 1 << 20]),
 )
-def test_all_is_as_if_done_in_turn(seed: int, acts: list[str], least: int) -> None:
-    world = World(seed)
+def test_copies_in_any_order_of_work_equal_calls_done_in_turn(
+    seed: int, actions: list[str], min_call_nbytes: int
+) -> None:
+    simulation = Simulation(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_module, "MIN_CALL_NBYTES", least)
-        for act in acts:
-            getattr(world, act)()
-    world.read()
-    if world.random.random() < 0.5:
-        world.copier.close()
-        assert all(copy.done for copy, _ in world.busy)
-    world.device.drain()
-    assert not world.wrong
-    assert (world.pages == world.right_pages).all()
-    assert (world.slab == world.right_slab).all()
-    assert all(copy.done and copy.seconds >= 0 for copy, _ in world.busy)
+        patch.setattr(device_module, "MIN_CALL_NBYTES", min_call_nbytes)
+        for action in actions:
+            getattr(simulation, action)()
+    simulation.read()
+    if simulation.random.random() < 0.5:
+        simulation.copier.close()
+        assert all(copy.done for copy, _ in simulation.copies)
+    simulation.device.drain()
+    assert not simulation.errors
+    assert (simulation.pages == simulation.expected_pages).all()
+    assert (simulation.slab == simulation.expected_slab).all()
+    assert all(copy.done and copy.seconds >= 0 for copy, _ in simulation.copies)
 
 
 @pytest.fixture
-def by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer is worth a call of its own."""
+def one_call_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "MIN_CALL_NBYTES", 1)
 
 
@@ -194,43 +199,43 @@ COPIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.usefixtures("by_layer")
-@pytest.mark.parametrize(("which", "how"), COPIES)
-def test_a_copy_is_over_when_the_last_page_is_there(which: str, how: dict[str, Any]) -> None:
-    world = World(0)
-    copy = getattr(world.copier, which)([1, 2], [0, 3], **how)
+@pytest.mark.usefixtures("one_call_per_layer")
+@pytest.mark.parametrize(("method", "options"), COPIES)
+def test_copy_is_done_only_after_its_last_page(method: str, options: dict[str, Any]) -> None:
+    simulation = Simulation(0)
+    copy = getattr(simulation.copier, method)([1, 2], [0, 3], **options)
     while not copy.done:
-        world.device.work(1)
-    slots, blocks = ([0, 3], [1, 2]) if which == "gather" else ([1, 2], [0, 3])
-    assert (world.slab[slots] == world.pages[:, blocks].transpose(1, 0, 2)).all()
+        simulation.device.work(1)
+    slots, blocks = ([0, 3], [1, 2]) if method == "gather" else ([1, 2], [0, 3])
+    assert (simulation.slab[slots] == simulation.pages[:, blocks].transpose(1, 0, 2)).all()
     assert copy.seconds > 0
 
 
-def test_a_load_that_nobody_awaits_holds_up_none_that_somebody_does() -> None:
-    before = 0
+def test_load_not_awaited_does_not_delay_an_awaited_one() -> None:
+    unfinished = 0
     for seed in range(20):
-        world = World(seed)
-        nobody = world.copier.scatter([0, 1, 2], [0, 1, 2], awaited=False)
-        world.copier.scatter([3], [3]).wait()
-        before += not nobody.done
-    assert before > 10
+        simulation = Simulation(seed)
+        background = simulation.copier.scatter([0, 1, 2], [0, 1, 2], awaited=False)
+        simulation.copier.scatter([3], [3]).wait()
+        unfinished += not background.done
+    assert unfinished > 10
 
 
-@pytest.mark.usefixtures("by_layer")
+@pytest.mark.usefixtures("one_call_per_layer")
 @pytest.mark.parametrize("seed", range(40))
-def test_what_a_step_never_came_to_is_there_before_the_next_one_writes(seed: int) -> None:
-    world = World(seed)
-    world.copier.scatter([0], [1], announced=range(LAYERS))
-    world.copier.wait_for_layer(0)
-    world.copier.fence([1])
+def test_fence_waits_for_layers_that_the_step_skipped(seed: int) -> None:
+    simulation = Simulation(seed)
+    simulation.copier.scatter([0], [1], announced=range(LAYERS))
+    simulation.copier.wait_for_layer(0)
+    simulation.copier.fence([1])
     for layer in range(LAYERS):
-        world.write_page(layer, 1)
-    world.device.drain()
-    assert (world.pages[:, 1] == world.right_pages[:, 1]).all()
+        simulation.write_page(layer, 1)
+    simulation.device.drain()
+    assert (simulation.pages[:, 1] == simulation.expected_pages[:, 1]).all()
 
 
 @pytest.mark.parametrize(
-    ("layers_mib", "blocks", "announced", "calls"),
+    ("layers_mib", "blocks", "announced", "calls_mib"),
     [
         ([4] * 8, 1, range(8), [8, 8, 8, 8]),
         ([4] * 8, 1, (), [32]),
@@ -245,20 +250,20 @@ def test_what_a_step_never_came_to_is_there_before_the_next_one_writes(seed: int
     ],
     ids=str,
 )
-def test_layers_are_copied_in_few_calls_that_are_worth_it(
-    layers_mib: list[float], blocks: int, announced: range, calls: list[float]
+def test_scatter_of_announced_layers_groups_them_into_large_calls(
+    layers_mib: list[float], blocks: int, announced: range, calls_mib: list[float]
 ) -> None:
-    class Counting(ReorderingDevice):
+    class CountingDevice(ReorderingDevice):
         def new_stream(self) -> Any:
             event = ReorderingDevice(Random(0)).new_stream().record
-            return SimpleNamespace(record=event, wait_for=lambda event: None, copy=copied)
+            return SimpleNamespace(record=event, wait_for=lambda event: None, copy=count)
 
-    def copied(targets: Any, sources: Any, nbytes: Any) -> None:
-        seen.append(nbytes.sum() / 2**20)
+    def count(targets: Any, sources: Any, nbytes: Any) -> None:
+        counted.append(nbytes.sum() / 2**20)
 
-    for how in ({"announced": announced}, {"announced": announced, "awaited": False}, {}):
-        seen: list[float] = []
-        sides = CopyGeometry(
+    for options in ({"announced": announced}, {"announced": announced, "awaited": False}, {}):
+        counted: list[float] = []
+        geometry = CopyGeometry(
             [
                 BlockRun(number, int(mib * 2**20) // 2, 2**30, blocks, number)
                 for number, mib in enumerate(layers_mib)
@@ -268,22 +273,22 @@ def test_layers_are_copied_in_few_calls_that_are_worth_it(
             slots=blocks,
             slot_nbytes=2**40,
         )
-        copier = DeviceCopier(sides, Counting(Random(0)))
-        copier.scatter(range(blocks), range(blocks), **how)
-        assert seen == (calls if len(how) == 1 else [sum(layers_mib) * blocks])
+        copier = DeviceCopier(geometry, CountingDevice(Random(0)))
+        copier.scatter(range(blocks), range(blocks), **options)
+        assert counted == (calls_mib if len(options) == 1 else [sum(layers_mib) * blocks])
 
 
-@pytest.mark.usefixtures("by_layer")
-@pytest.mark.parametrize(("which", "how"), COPIES)
-def test_a_call_that_raises_leaves_nothing_under_way(which: str, how: dict[str, Any]) -> None:
-    world = World(0)
-    world.device.breaks = LAYERS + 2  # of two blocks
+@pytest.mark.usefixtures("one_call_per_layer")
+@pytest.mark.parametrize(("method", "options"), COPIES)
+def test_copy_that_raises_leaves_nothing_in_flight(method: str, options: dict[str, Any]) -> None:
+    simulation = Simulation(0)
+    simulation.device.copies_until_error = LAYERS + 2  # in the second block
     with pytest.raises(OSError, match="on purpose"):
-        getattr(world.copier, which)([0, 1], [2, 3], **how)
-    pages, slab = world.pages.copy(), world.slab.copy()
-    world.device.drain()
-    assert (world.pages == pages).all()
-    assert (world.slab == slab).all()
+        getattr(simulation.copier, method)([0, 1], [2, 3], **options)
+    pages, slab = simulation.pages.copy(), simulation.slab.copy()
+    simulation.device.drain()
+    assert (simulation.pages == pages).all()
+    assert (simulation.slab == slab).all()
 
 
 @pytest.mark.parametrize(
@@ -295,27 +300,27 @@ def test_a_call_that_raises_leaves_nothing_under_way(which: str, how: dict[str, 
         ([0], [-1], (IndexError, "slot -1 does not exist")),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_gather_with_invalid_arguments_raises(
     blocks: list[int], slots: list[int], error: tuple[Any, str]
 ) -> None:
     with pytest.raises(error[0], match=error[1]):
-        World(0).copier.gather(blocks, slots)
+        Simulation(0).copier.gather(blocks, slots)
 
 
-def test_after_close_nothing_begins() -> None:
-    world = World(0)
-    world.copier.gather([0], [0])
-    world.copier.close()
-    world.copier.close()
+def test_scatter_after_close_raises() -> None:
+    simulation = Simulation(0)
+    simulation.copier.gather([0], [0])
+    simulation.copier.close()
+    simulation.copier.close()
     with pytest.raises(RuntimeError, match="closed"):
-        world.copier.scatter([0], [0])
+        simulation.copier.scatter([0], [0])
 
 
-def test_anybodys_tensors_on_a_device_are_there_when_a_call_returns() -> None:
+def test_paged_cache_on_a_device_returns_after_the_copies() -> None:
     torch = pytest.importorskip("torch")
     from kvcache import block_keys
     from kvcache.connectors.paged import PagedCache
-    from tests.support.paged_caches import opened
+    from tests.support.paged_caches import l1_stack
 
     device = ReorderingDevice(Random(1))
     layers = [torch.randint(0, 100, (2, 8, 16, 2, 16), dtype=torch.int16) for _ in range(2)]
@@ -323,30 +328,30 @@ def test_anybodys_tensors_on_a_device_are_there_when_a_call_returns() -> None:
     cache = PagedCache(layers, "kv-first")
     cache.device = device
     keys = block_keys(range(48), 16)
-    with opened(cache.block_nbytes) as stack, cache.attach(stack) as kept:
+    with l1_stack(cache.block_nbytes) as stack, cache.attach(stack) as attached:
         assert sum(device.pinned.values()) == stack.front.slab.nbytes
-        assert kept.save([4, 2, 7], keys).stored == 3
+        assert attached.save([4, 2, 7], keys).stored == 3
         for layer in layers:
             layer.zero_()
-        assert kept.load(keys, [0, 1, 2]) == 3
-        for layer, right in zip(layers, before, strict=True):
-            assert torch.equal(layer[:, [0, 1, 2]], right[:, [4, 2, 7]])
+        assert attached.load(keys, [0, 1, 2]) == 3
+        for layer, expected in zip(layers, before, strict=True):
+            assert torch.equal(layer[:, [0, 1, 2]], expected[:, [4, 2, 7]])
             assert not layer[:, 3:].any()
     assert not device.pinned
 
 
-def test_what_cannot_be_pinned_is_said_once_and_copied_nonetheless(
+def test_pin_slots_that_fails_is_logged_once_and_copies_work(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    world = World(0)
-    world.device.no_more = "out of memory (error 2)"
-    world.copier.pin_slots(2)  # too little to be worth a registration
+    simulation = Simulation(0)
+    simulation.device.pin_error = "out of memory (error 2)"
+    simulation.copier.pin_slots(2)  # less than the least piece
     assert not caplog.records
-    world.copier.pin_slots(SLOTS)
-    world.copier.pin_slots(SLOTS)
-    [said] = caplog.records
-    assert "GiB of L1 pinned (out of memory (error 2))" in said.getMessage()
-    copy = world.copier.gather([0], [0])
+    simulation.copier.pin_slots(SLOTS)
+    simulation.copier.pin_slots(SLOTS)
+    [record] = caplog.records
+    assert "GiB of L1 pinned (out of memory (error 2))" in record.getMessage()
+    copy = simulation.copier.gather([0], [0])
     copy.wait()
-    assert (world.slab[0] == world.pages[:, 0]).all()
-    world.copier.close()
+    assert (simulation.slab[0] == simulation.pages[:, 0]).all()
+    simulation.copier.close()

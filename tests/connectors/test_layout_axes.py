@@ -216,7 +216,7 @@ def test_the_runs_of_a_block_are_all_its_bytes(name: str) -> None:
             ctypes.memset(at, block + 1, page.nbytes)
     marked = torch.stack([tensor.view(torch.uint8).min() for tensor in tensors(layers)])
     assert marked.min() == 1
-    for keys, values in map(kind.see, layers):
+    for keys, values in map(kind.view, layers):
         for part in (keys, values):
             for block in range(g.blocks):
                 assert (part[block].contiguous().view(torch.uint8) == block + 1).all()

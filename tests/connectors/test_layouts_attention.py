@@ -1,4 +1,4 @@
-"""Store, wipe, load elsewhere: attention over what came back is attention over what was there."""
+"""Attention over restored blocks equals attention over the originals, bit by bit."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from tests.support.paged_caches import (
     KINDS,
     LATENT,
     Geometry,
+    KeysAndValues,
     Kind,
-    Seen,
-    compute,
-    meaning,
-    opened,
-    same,
-    wipe,
+    fill,
+    keys_and_values,
+    l1_stack,
+    overwrite,
+    same_blocks,
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn]
-BEFORE, AFTER = [7, 2, 11, 0, 5], [1, 10, 3, 8, 6]  # where a sequence lies, and where it comes back
+BEFORE, AFTER = [7, 2, 11, 0, 5], [1, 10, 3, 8, 6]  # a sequence's blocks, saved and restored
 
 
-def attention(seen: Seen, table: Sequence[int], tokens: int, groups: int = 2) -> torch.Tensor:
-    """A decode step and a chunk of a prefill over the blocks of a sequence, in float32.
+def attention(
+    parts: KeysAndValues, table: Sequence[int], tokens: int, groups: int = 2
+) -> torch.Tensor:
+    """Compute attention of 9 queries over the blocks of a sequence, in float32.
 
-    `groups` query heads go with each head of K and V. fp8 is cast up, as a kernel does.
+    Each head of K and V has `groups` query heads. fp8 is cast up, as in a kernel.
     """
-    keys, values = (part[list(table)].flatten(0, 1)[:tokens].float() for part in seen)
+    keys, values = (part[list(table)].flatten(0, 1)[:tokens].float() for part in parts)
     generator = torch.Generator().manual_seed(5)
     heads, dim = keys.shape[1] * groups, keys.shape[2]
     queries = torch.randn((1, heads, 9, dim), generator=generator)
@@ -49,49 +51,52 @@ def attention(seen: Seen, table: Sequence[int], tokens: int, groups: int = 2) ->
 
 def round_trip(kind: Kind, g: Geometry, order: Order) -> None:
     layers = kind.make(g)
-    compute(layers)
-    tokens = 4 * g.tokens + 5  # the last block is not full, for the kernel's sake
-    computed = meaning(kind, layers)
-    expected = [attention(seen, BEFORE, tokens) for seen in computed]
+    fill(layers)
+    tokens = 4 * g.tokens + 5  # the last block is not full
+    computed = keys_and_values(kind, layers)
+    expected = [attention(parts, BEFORE, tokens) for parts in computed]
     cache = PagedCache(layers, kind.layout, order=order)
     keys = block_keys(range(5 * g.tokens), g.tokens)
-    with opened(cache.block_nbytes) as stack, cache.attach(stack, threads=2) as kept:
-        assert kept.save(BEFORE, keys) == SaveResult(stored=5, known=0, declined=0)
-        wipe(layers)
-        assert kept.load(keys, AFTER) == 5
+    with l1_stack(cache.block_nbytes) as stack, cache.attach(stack, threads=2) as attached:
+        assert attached.save(BEFORE, keys) == SaveResult(stored=5, known=0, declined=0)
+        overwrite(layers)
+        assert attached.load(keys, AFTER) == 5
         assert stack.stats().pinned_slots == 0
-    restored = meaning(kind, layers)
-    for seen, out in zip(restored, expected, strict=True):
+    restored = keys_and_values(kind, layers)
+    for parts, out in zip(restored, expected, strict=True):
         assert out.isfinite().all()
-        assert torch.equal(attention(seen, AFTER, tokens), out)
-    assert same(restored, AFTER, computed, BEFORE)  # all of K and V, not what queries look at
+        assert torch.equal(attention(parts, AFTER, tokens), out)
+    assert same_blocks(restored, AFTER, computed, BEFORE)  # also what the queries do not read
 
 
 @pytest.mark.parametrize("order", ["raw", "canonical"])
 @pytest.mark.parametrize("tokens", [16, 32, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, *LATENT])
-def test_attention_is_the_same(kind: str, dtype: torch.dtype, tokens: int, order: Any) -> None:
+def test_attention_over_restored_blocks_is_the_same(
+    kind: str, dtype: torch.dtype, tokens: int, order: Any
+) -> None:
     heads = 1 if kind in LATENT else 2
     g = Geometry(tokens=tokens, heads=heads, dim=32, dtype=dtype)
     round_trip((KINDS | LATENT)[kind], g, order)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opaque_pages(dtype: torch.dtype) -> None:
-    """Whatever a block is made of: here K and V packed by a processor, as nobody knows how."""
+def test_attention_over_restored_opaque_pages_is_the_same(dtype: torch.dtype) -> None:
+    """The layout names only the axis of blocks."""
     kind = KINDS["packed"]
-    round_trip(Kind("opaque", kind.make, kind.see), Geometry(dtype=dtype), "raw")
+    round_trip(Kind("opaque", kind.make, kind.view), Geometry(dtype=dtype), "raw")
 
 
-def test_the_proof_finds_a_block_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_round_trip_with_swapped_blocks_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail."""
     from kvcache.connectors.transfer.cpu import CpuCopier
 
-    right = CpuCopier._scatter
+    scatter = CpuCopier.scatter
 
-    def swapped(self: CpuCopier, slots: Any, blocks: Any, *when: Any) -> Any:
-        return right(self, slots[[1, 0, *range(2, len(slots))]], blocks, *when)
+    def swapped(self: CpuCopier, slots: Any, blocks: Any, **options: Any) -> Any:
+        return scatter(self, [slots[1], slots[0], *slots[2:]], blocks, **options)
 
-    monkeypatch.setattr(CpuCopier, "_scatter", swapped)
+    monkeypatch.setattr(CpuCopier, "scatter", swapped)
     with pytest.raises(AssertionError):
         round_trip(KINDS["kv-first"], Geometry(), "raw")

@@ -1,9 +1,8 @@
-"""The real kernels over what came back, where there is a GPU and they are installed.
+"""The kernels of attention libraries over restored blocks, where a GPU and the libraries exist.
 
-The engine's cache is on the GPU. This version copies between host memory only, so a host copy of
-the cache is what is saved, wiped and loaded, and then taken to the GPU again. Each kernel computes
-over the cache as it was, and over what came back in other blocks: bit by bit the same, and near
-what torch computes over K and V by their meaning.
+The engine's cache is on the GPU. A copy of it in host memory is saved, overwritten, loaded into
+other blocks, and copied back to the GPU. Each kernel must compute the same bits over the original
+cache and over the restored one, and nearly what torch computes over K and V.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache import block_keys
 from kvcache.connectors.paged import PagedCache
-from tests.support.paged_caches import KINDS, Geometry, compute, meaning, opened, wipe
+from tests.support.paged_caches import KINDS, Geometry, fill, keys_and_values, l1_stack, overwrite
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 
-# flash-attn takes pages whose tokens are a multiple of 256, and the others any power of two.
+# flash-attn takes pages of a multiple of 256 tokens, and the others of any power of two.
 TOKENS, HEADS, DIM = 256, 4, 128
 BEFORE, AFTER = [3, 0, 2], [5, 1, 4]
 LENGTH = 2 * TOKENS + 77
@@ -81,7 +80,7 @@ def flashinfer(layout: str) -> Kernel:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, and the kind of cache that it takes."""
+    """A kernel and the kind of cache that it reads."""
 
     kernel: Kernel
     kind: str
@@ -108,26 +107,28 @@ def on_host(layer: Any) -> Any:
 @pytest.mark.parametrize("order", ["raw", "canonical"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_kernel_computes_the_same(name: str, dtype: torch.dtype, order: Any) -> None:
+def test_kernel_over_restored_blocks_computes_the_same(
+    name: str, dtype: torch.dtype, order: Any
+) -> None:
     case, kind = CASES[name], KINDS[CASES[name].kind]
     g = Geometry(layers=2, blocks=6, tokens=TOKENS, heads=HEADS, dim=DIM, dtype=dtype)
-    made = kind.make(g)
-    compute(made)
-    engine = [on_gpu(layer) for layer in made]  # where it was computed
+    on_cpu = kind.make(g)
+    fill(on_cpu)
+    engine = [on_gpu(layer) for layer in on_cpu]
     queries = torch.randn((1, HEADS, DIM), generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = [case.kernel(queries.cuda(), layer, BEFORE) for layer in engine]
 
     host = [on_host(layer) for layer in engine]
     cache = PagedCache(host, kind.layout, order=order, tokens=TOKENS)
     keys = block_keys(range(3 * TOKENS), TOKENS)
-    with opened(cache.block_nbytes) as stack, cache.attach(stack) as kept:
-        assert kept.save(BEFORE, keys).stored == 3
-        wipe(host)
-        assert kept.load(keys, AFTER) == 3
-    for layer, seen, out in zip(host, meaning(kind, host), expected, strict=True):
+    with l1_stack(cache.block_nbytes) as stack, cache.attach(stack) as attached:
+        assert attached.save(BEFORE, keys).stored == 3
+        overwrite(host)
+        assert attached.load(keys, AFTER) == 3
+    for layer, parts, out in zip(host, keys_and_values(kind, host), expected, strict=True):
         assert torch.equal(case.kernel(queries.cuda(), on_gpu(layer), AFTER), out)
-        keys_, values = (part[AFTER].flatten(0, 1)[:LENGTH].float() for part in seen)
+        key_part, values = (part[AFTER].flatten(0, 1)[:LENGTH].float() for part in parts)
         reference = scaled_dot_product_attention(
-            queries[0].float()[:, None], keys_.transpose(0, 1), values.transpose(0, 1)
+            queries[0].float()[:, None], key_part.transpose(0, 1), values.transpose(0, 1)
         )
         torch.testing.assert_close(out.cpu().float(), reference.transpose(0, 1), atol=2e-2, rtol=0)

@@ -1,7 +1,7 @@
-"""Paged caches as engines lay them out, and what they mean: a model that knows no names of axes.
+"""Paged caches with the layouts of engines, and a model of their meaning without axis names.
 
-Each kind makes the tensors of a cache in plain torch, and gives views of its K and V, in which
-numbers have their meaning: ``[blocks, tokens, heads, dim]``.
+Each kind makes the tensors of a cache in plain torch, and views of its K and V in which every
+element has its meaning: ``[blocks, tokens, heads, dim]``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kvcache.stack import Stack
 from kvcache.tiers.dram import DramTier
 
 Tensor = Any
-Seen = tuple[Tensor, Tensor]
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a cache. ``dtype`` is that of its numbers."""
+    """The sizes of a cache. ``dtype`` is that of its elements."""
 
     layers: int = 2
     blocks: int = 12
@@ -35,15 +35,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to lay a cache out: ``make`` all layers, ``see`` K and V of one.
+    """One way to lay a cache out. ``make`` makes all layers, ``view`` shows K and V of one.
 
-    ``see`` gives views, so what is written there is in the cache. An axis that a layout splits is
-    split in the view too: K of PagedAttention is ``[blocks, tokens, heads, dim / x, x]``.
+    ``view`` returns views, so a write to them changes the cache. Where a layout splits an axis, the
+    view splits it too: K of PagedAttention is ``[blocks, tokens, heads, dim / x, x]``.
     """
 
     layout: str
     make: Callable[[Geometry], list[Any]]
-    see: Callable[[Any], Seen]
+    view: Callable[[Any], KeysAndValues]
 
 
 def _empty(g: Geometry, *shape: int) -> Tensor:
@@ -61,31 +61,31 @@ def _paged_attention(g: Geometry) -> Any:
 
 
 def _interleaved(g: Geometry) -> list[Any]:
-    """Block-outermost, as LMCache and vLLM's BLHNC have it: the layers of a block side by side."""
+    """The layers of a block side by side, as in LMCache and vLLM's BLHNC."""
     whole = _empty(g, g.blocks, g.layers, g.heads, g.tokens, 2 * g.dim)
     return [whole[:, layer] for layer in range(g.layers)]
 
 
 def _heads_outside(g: Geometry) -> list[Any]:
-    """vLLM's LHBNC: every head has its own blocks."""
+    """Every head has its own blocks, as in vLLM's LHBNC."""
     whole = _empty(g, g.layers, g.heads, g.blocks, g.tokens, 2 * g.dim)
     return [layer.transpose(0, 1) for layer in whole]
 
 
-def opened(block_nbytes: int, blocks: int = 16) -> Stack:
-    """A stack of L1 alone that has room for so many blocks."""
+def l1_stack(block_nbytes: int, blocks: int = 16) -> Stack:
+    """Open a stack of L1 alone, with room for `blocks` blocks."""
     slot_nbytes = slot_nbytes_for(block_nbytes)
     tier = DramTier(block_nbytes=block_nbytes, capacity=Size(blocks * slot_nbytes))
     tier.slab.wait_populated()
     return Stack(tier, profile="tests")
 
 
-def _hnd(cache: Tensor) -> Seen:
+def _hnd(cache: Tensor) -> KeysAndValues:
     keys, values = cache.transpose(-2, -3).unbind(1)
     return keys, values
 
 
-def _packed(cache: Tensor) -> Seen:
+def _packed(cache: Tensor) -> KeysAndValues:
     keys, values = cache.transpose(1, 2).chunk(2, dim=-1)
     return keys, values
 
@@ -143,7 +143,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 
-# A latent serves as the key and, but for its last part, as the value; there is one head.
+# A latent is the key and, except for its last part, also the value. There is one head.
 LATENT = {
     "mla": Kind(
         "mla",
@@ -158,30 +158,30 @@ LATENT = {
 }
 
 
-def meaning(kind: Kind, layers: list[Any]) -> list[Seen]:
-    """Copies of K and V of every layer, ``[blocks, tokens, heads, dim]``."""
+def keys_and_values(kind: Kind, layers: list[Any]) -> list[KeysAndValues]:
+    """Return copies of K and V of every layer, ``[blocks, tokens, heads, dim]``."""
     return [
         (keys.flatten(3).clone(), values.flatten(3).clone())
-        for keys, values in map(kind.see, layers)
+        for keys, values in map(kind.view, layers)
     ]
 
 
 def tensors(layers: list[Any]) -> list[Tensor]:
-    """All tensors of a cache, layer after layer."""
+    """Return all tensors of a cache, layer by layer."""
     return [
         tensor for layer in layers for tensor in (layer if isinstance(layer, tuple) else (layer,))
     ]
 
 
-def compute(layers: list[Any], seed: int = 0) -> None:
-    """Have the whole cache hold normal numbers, as if an engine had computed them."""
+def fill(layers: list[Any], seed: int = 0) -> None:
+    """Fill the cache with normally distributed numbers, as if an engine had computed them."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors(layers):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
 
 
-def wipe(layers: list[Any], seed: int = 1) -> None:
-    """Have the whole cache hold random bytes, NaNs among them."""
+def overwrite(layers: list[Any], seed: int = 1) -> None:
+    """Fill the cache with random bytes, some of which are NaNs."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in tensors(layers):
         noise = torch.randint(
@@ -190,15 +190,17 @@ def wipe(layers: list[Any], seed: int = 1) -> None:
         tensor.copy_(noise.view(tensor.dtype).squeeze(-1))
 
 
-def raw(tensor: Tensor) -> Tensor:
-    """The bytes of numbers, since NaN is not equal to itself."""
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, because NaN does not equal itself."""
     return tensor.flatten().view(torch.uint8)
 
 
-def same(one: list[Seen], ids: list[int], other: list[Seen], others: list[int]) -> bool:
-    """Whether block ``ids[i]`` of one cache means what block ``others[i]`` of another does."""
+def same_blocks(
+    one: list[KeysAndValues], ids: list[int], other: list[KeysAndValues], others: list[int]
+) -> bool:
+    """Whether block ``ids[i]`` of one cache has the meaning of block ``others[i]`` of another."""
     return all(
-        torch.equal(raw(part[ids]), raw(another[others]))
-        for seen, counterpart in zip(one, other, strict=True)
-        for part, another in zip(seen, counterpart, strict=True)
+        torch.equal(as_bytes(part[ids]), as_bytes(counterpart[others]))
+        for parts, counterparts in zip(one, other, strict=True)
+        for part, counterpart in zip(parts, counterparts, strict=True)
     )

@@ -1,4 +1,4 @@
-"""A device of the worst kind: what no mark forbids it does in any order, a page at a time."""
+"""A device that does its queued work in any order that events allow, a page at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from kvcache.connectors.transfer.base import Integers
 @dataclass(eq=False)
 class ReorderedEvent:
     device: ReorderingDevice
-    at: float = float("nan")  # the device's time when it was passed
+    at: float = float("nan")  # the device's time when it passed this event
+
+    @property
+    def passed(self) -> bool:
+        return self.at == self.at
 
     def done(self) -> bool:
         self.device.work(self.device.random.randrange(4))
-        return self.at == self.at
+        return self.passed
 
     def wait(self) -> None:
-        while self.at != self.at:
-            assert self.device.work(1), "it waits for ever"
+        while not self.passed:
+            assert self.device.work(1), "the event waits for ever"
 
     def seconds_since(self, earlier: ReorderedEvent) -> float:
         return self.at - earlier.at
@@ -32,48 +36,48 @@ class ReorderedEvent:
 @dataclass(eq=False)
 class ReorderedStream:
     device: ReorderingDevice
-    todo: deque[Callable[[], object] | ReorderedEvent] = field(
-        default_factory=deque
-    )  # a Mark: wait for it
+    queue: deque[Callable[[], object] | ReorderedEvent] = field(default_factory=deque)
+    """Work to do, and events to wait for."""
 
     def record(self) -> ReorderedEvent:
-        mark = ReorderedEvent(self.device)
+        event = ReorderedEvent(self.device)
 
-        def passed() -> None:
-            mark.at = float(self.device.time)
+        def pass_event() -> None:
+            event.at = float(self.device.time)
 
-        self.todo.append(passed)
-        return mark
+        self.queue.append(pass_event)
+        return event
 
-    def wait_for(self, mark: ReorderedEvent) -> None:
-        self.todo.append(mark)
+    def wait_for(self, event: ReorderedEvent) -> None:
+        self.queue.append(event)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
         for target, source, count in zip(
             targets.tolist(), sources.tolist(), nbytes.tolist(), strict=True
         ):
-            if self.device.breaks:
-                self.device.breaks -= 1
-                if not self.device.breaks:
+            if self.device.copies_until_error:
+                self.device.copies_until_error -= 1
+                if not self.device.copies_until_error:
                     raise OSError("a copy that fails on purpose")
-            self.todo.append(partial(ctypes.memmove, target, source, count))
+            self.queue.append(partial(ctypes.memmove, target, source, count))
 
     def ready(self) -> bool:
-        while self.todo and isinstance(head := self.todo[0], ReorderedEvent):
-            if head.at != head.at:
+        """Whether the next work of the queue may be done now."""
+        while self.queue and isinstance(head := self.queue[0], ReorderedEvent):
+            if not head.passed:
                 return False
-            self.todo.popleft()
-        return bool(self.todo)
+            self.queue.popleft()
+        return bool(self.queue)
 
 
 class ReorderingDevice:
     def __init__(self, random: Random) -> None:
         self.random = random
         self.time = 0
-        self.breaks = 0  # the copy of a page, counted from the next, that raises
+        self.copies_until_error = 0  # 1: the copy of the next page raises; 0: none does
         self.pinned: dict[int, int] = {}
-        self.no_more = ""  # what is said to who wants more pinned
-        self.current = ReorderedStream(self)  # that the engine computes on
+        self.pin_error = ""  # what `pin` returns
+        self.current = ReorderedStream(self)  # the stream on which the engine computes
         self._streams = [self.current]
 
     def engine_stream(self) -> ReorderedStream:
@@ -84,25 +88,26 @@ class ReorderingDevice:
         return self._streams[-1]
 
     def pin(self, address: int, nbytes: int) -> str:
-        if not self.no_more:
+        if not self.pin_error:
             self.pinned[address] = nbytes
-        return self.no_more
+        return self.pin_error
 
     def unpin(self, address: int) -> None:
         del self.pinned[address]
 
     def work(self, steps: int) -> bool:
-        """Do so many things that may be done; whether there were as many."""
+        """Do `steps` pieces of work. Returns False if events allow fewer."""
         for _ in range(steps):
             ready = [stream for stream in self._streams if stream.ready()]
             if not ready:
                 return False
             self.time += 1
-            step = self.random.choice(ready).todo.popleft()
+            step = self.random.choice(ready).queue.popleft()
             assert not isinstance(step, ReorderedEvent)
             step()
         return True
 
     def drain(self) -> None:
+        """Do all queued work."""
         while self.work(1):
             pass
