@@ -227,7 +227,7 @@ class Index:
             new = keys if wanted == len(keys) else tuple(keys[at] for at in absent)
             admitted = self._admit(new, parent)
         need = admitted - len(self._free)
-        # A block whose parent is absent cannot be found, so no block is evicted for it.
+        # Without its parent a block cannot be found, so no block is evicted for it.
         if need > 0 and (parent is None or parent in first_slots):
             # Spare the parent, which gets a child, and the blocks of this request.
             spared = [] if parent is None else [parent]
@@ -277,7 +277,7 @@ class Index:
             self._replace_policy(error)
 
     def _replace_policy(self, error: BaseException) -> None:
-        """Replace the policy, whose state is unreliable after it raised ``error``.
+        """Replace the policy after it raised ``error``: its state is unreliable.
 
         Raises ``error`` if a signal caused it, or if there is no fallback.
         """

@@ -9,8 +9,8 @@ Always true here:
 * The first use of a slot below ``populated`` costs no zeroing of pages: a background thread
   allocates the memory from the lowest slot up, and ``populated`` only grows.
 * A descriptor that leads to other memory (another host, a reused pid) is refused, not mapped.
-* The file keeps its size: the kernel refuses to truncate it to every process that has it open.
-  Truncation would end the engine with SIGBUS.
+* The file keeps its size: the kernel lets no process truncate it, which would end the engine with
+  SIGBUS.
 * A forked child has no access to the memory until it attaches.
 """
 

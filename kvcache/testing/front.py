@@ -195,8 +195,8 @@ class FrontTierTests(TierTests):
     def test_hints_neither_remove_nor_keep_blocks(self, tier: FrontTier) -> None:
         chain, new = self.chain(tier, "hint"), self.chain(tier, "new")
         self.fill(tier, chain)
-        tier.mark_done(keys_of("never there", 2))
-        tier.protect(keys_of("never there", 2), 60.0)
+        tier.mark_done(keys_of("unknown", 2))
+        tier.protect(keys_of("unknown", 2), 60.0)
         tier.protect(chain, 1e6)
         tier.mark_done(chain[2:])
         self.check_load(tier, chain, [True] * len(chain))
@@ -291,7 +291,7 @@ class FrontTierTests(TierTests):
         self.write(writer)
         writer.end(failed=chain[2:3])
         assert tier.contains(chain) == [True, True, False, True]
-        assert self.fill(tier, new) == len(new) - 4, "a slot was given out that is held"
+        assert self.fill(tier, new) == len(new) - 4, "a slot under lease was lent again"
         self.check_views(lease)
         assert tier.stats().pinned_slots == 4
         lease.end(failed=chain[1:3])  # a held block, and the failed one

@@ -123,7 +123,7 @@ def test_hide_nested_hides_in_tables_and_lists() -> None:
     }
 
 
-def test_health_of_a_tier_whose_error_has_a_secret_logs_and_traces_none(
+def test_circuit_breaker_hides_secrets_in_logs_and_spans(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     events: list[object] = []
