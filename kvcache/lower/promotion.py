@@ -298,13 +298,13 @@ class LowerTiers:
         if not in_flight:
             record_outcome()
             return complete
-        self.submit(record_outcome)
+        self.submit(record_outcome)  # in a thread that may wait for the deadline
         return False
 
     def _wait_until(self, piece: _Piece, until: float, deadline_s: float) -> bool:
         """Wait for ``piece``, not beyond ``until``; return whether ``wait_read`` may be called.
 
-        It may if the reads have ended, or if ``until`` is so far that their deadline comes first.
+        It may be called if the reads have ended, or if their deadline is before ``until``.
         """
         remaining_s = until - self._clock()
         return remaining_s >= deadline_s or piece.wait_done(max(0.0, remaining_s))
@@ -338,9 +338,9 @@ class LowerTiers:
         if lease.keys and tier:
             read = tier.load(lease, span)
         else:
-            lease.end(
-                failed=lease.keys
-            )  # no tier to read from: L1 held them, and evicted them since
+            # Without a tier, L1 held the keys of this lease when they were looked up, and has
+            # evicted them since.
+            lease.end(failed=lease.keys)
         return _Piece(
             pin,
             read,

@@ -94,7 +94,7 @@ class LowerTier:
     ) -> None:
         if not 0 < deadline_s <= _MAX_DEADLINE_S:  # also refuses nan
             raise ValueError(
-                f"deadline_s is {deadline_s}; it takes seconds above 0, to {_MAX_DEADLINE_S}"
+                f"deadline_s is {deadline_s}; it must be above 0 and at most {_MAX_DEADLINE_S} s"
             )
         if not 1 <= calls <= _MAX_CALLS:
             raise ValueError(f"calls is {calls}; it must be 1 to {_MAX_CALLS}")
@@ -327,7 +327,7 @@ class LowerTier:
             "kvcache: tier %s: a reset was not written (%s); an engine that is started later may "
             "find blocks from before it",
             self.name,
-            call.error or ("not asked" if call.future.cancelled() else "not supported"),
+            call.error or ("not called" if call.future.cancelled() else "not supported"),
         )
         return False
 
