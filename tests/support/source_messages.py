@@ -1,8 +1,7 @@
-"""What kvcache says to people when something is wrong, read from its source.
+"""Collect the messages for people from the source of kvcache.
 
-A message is a template: what is filled in at run time is "…". Found are the texts of exceptions
-that are raised, of warnings and errors in the log, of what commands print to the standard error,
-and of the problems that a profile's reader collects.
+A message is the text of a raised exception, a warning or error in the log, an output of a command
+on the standard error, or a problem in a profile. "…" stands for each part that varies.
 """
 
 from __future__ import annotations
@@ -13,54 +12,54 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
-ROOMS = ("kvcache", "tiers", "profiles", "connectors")
+FOLDERS = ("kvcache", "tiers", "profiles", "connectors")
 LOGGED = {"warning", "error", "exception"}
 COLLECTED = {"_add_problem": 1, "Refused": 1, "TierError": 1}
-"""Calls that take a message, and in which place."""
+"""Functions that take a message, and the position of that argument."""
 CAUGHT = {"RejectedError"}
-"""Exceptions that no caller sees: the tier that raises one catches it."""
-ANSWERED = ("refusal", "shortage")
-"""How names of functions end whose answer is a message, or none."""
-FILLED = "…"
+"""Exceptions that are not messages: the tier that raises one also catches it."""
+RETURNED = ("refusal", "shortage")
+"""Endings of names of functions that return a message or None."""
+VARIES = "…"
 
 Names = Mapping[str, list[ast.expr]]
-"""What names were given, where that is text."""
+"""The expressions that are assigned to a name, for names of texts."""
 
 
 def messages(root: Path) -> dict[str, str]:
-    """Every message under ``root``, with the first file and line that says it."""
+    """Return every message under ``root``, with the first file and line that has it."""
     found: dict[str, str] = {}
     for path in files(root):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for line, text in told(tree, words(tree)):
+        for line, text in messages_in(tree, one_word_constants(tree)):
             found.setdefault(text, f"{path.relative_to(root)}:{line}")
     return found
 
 
 def files(root: Path) -> Iterable[Path]:
-    """The sources that are published, each once; what is for tests of others is left out."""
-    for room in ROOMS:
-        for path in sorted((root / room).rglob("*.py")):
+    """Yield the published source files; `kvcache.testing` is for the tests of other packages."""
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
             if "testing" not in path.parts:
                 yield path
 
 
-def told(node: ast.AST, names: Names) -> Iterator[tuple[int, str]]:
-    """The messages in a piece of source, with their lines."""
+def messages_in(node: ast.AST, names: Names) -> Iterator[tuple[int, str]]:
+    """Yield the messages in a syntax tree, with their lines."""
     if isinstance(node, ast.FunctionDef):
-        names = {**names, **given(ast.walk(node))}
-        if node.name.endswith(ANSWERED):
+        names = {**names, **assigned_texts(ast.walk(node))}
+        if node.name.endswith(RETURNED):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Return) and inner.value:
                     yield from ((inner.lineno, text) for text in templates(inner.value, names))
-    for line, expression in said(node):
+    for line, expression in message_expressions(node):
         yield from ((line, text) for text in templates(expression, names))
     for child in ast.iter_child_nodes(node):
-        yield from told(child, names)
+        yield from messages_in(child, names)
 
 
-def said(node: ast.AST) -> Iterator[tuple[int, ast.expr]]:
-    """What this node alone says to people."""
+def message_expressions(node: ast.AST) -> Iterator[tuple[int, ast.expr]]:
+    """Yield the messages of this node, without its children."""
     match node:
         case ast.Raise(exc=ast.Call(func=kind, args=[text, *_])) if (
             name(kind)[:1] != "_" and name(kind) not in CAUGHT
@@ -72,29 +71,29 @@ def said(node: ast.AST) -> Iterator[tuple[int, ast.expr]]:
             yield node.lineno, text
         case ast.Call(func=func, args=args) if len(args) > COLLECTED.get(name(func), 9):
             yield node.lineno, args[COLLECTED[name(func)]]
-        case ast.Call(func=ast.Attribute(attr="append", value=where), args=[text]):
-            if name(where) == "problems":
+        case ast.Call(func=ast.Attribute(attr="append", value=target), args=[text]):
+            if name(target) == "problems":
                 yield node.lineno, text
         case ast.keyword("problems", ast.List(texts)):
             yield from ((node.value.lineno, text) for text in texts)
 
 
 def name(node: ast.expr) -> str:
-    """The last part of a dotted name."""
+    """Return the last part of a dotted name."""
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def words(tree: ast.Module) -> Names:
-    """A module's constants that are one word, such as the names of variables."""
+def one_word_constants(tree: ast.Module) -> Names:
+    """Return a module's constants of one word, such as the names of variables."""
     return {
         name: texts
-        for name, texts in given(tree.body).items()
+        for name, texts in assigned_texts(tree.body).items()
         if not any(" " in text for value in texts for text in forms(value, {}))
     }
 
 
-def given(nodes: Iterable[ast.AST]) -> Names:
-    """All that is given, in these statements, to names that are given text at least once."""
+def assigned_texts(nodes: Iterable[ast.AST]) -> Names:
+    """Return all assignments in ``nodes`` to names to which a text is assigned."""
     found: dict[str, list[ast.expr]] = {}
     for node in nodes:
         match node:
@@ -108,7 +107,7 @@ def given(nodes: Iterable[ast.AST]) -> Names:
 
 
 def is_text(node: ast.expr) -> bool:
-    """Whether an expression is of strings alone, and has words of its own."""
+    """Return whether an expression consists of strings."""
     match node:
         case ast.Constant(value):
             return isinstance(value, str)
@@ -121,15 +120,15 @@ def is_text(node: ast.expr) -> bool:
 
 
 def templates(node: ast.expr, names: Names) -> Iterator[str]:
-    """What an expression may say; nothing where there is no word of its own in it."""
+    """Yield the messages that an expression may be; none without a word of its own."""
     for text in forms(node, names):
-        filled = re.sub(r"%[-+.\d]*[a-z]", FILLED, " ".join(text.split()))
-        if re.search(r"[A-Za-z]{2}", filled):
-            yield re.sub(rf"{FILLED}{FILLED}+", FILLED, filled)
+        message = re.sub(r"%[-+.\d]*[a-z]", VARIES, " ".join(text.split()))
+        if re.search(r"[A-Za-z]{2}", message):
+            yield re.sub(rf"{VARIES}{VARIES}+", VARIES, message)
 
 
 def forms(node: ast.expr, names: Names) -> list[str]:
-    """The texts of an expression of strings, one for each way its conditions may go."""
+    """Return the texts of an expression, one for each combination of its conditions."""
     match node:
         case ast.Constant(str(text)):
             return [text]
@@ -143,7 +142,7 @@ def forms(node: ast.expr, names: Names) -> list[str]:
         case ast.IfExp(body=one, orelse=other):
             return forms(one, names) + forms(other, names)
         case ast.Name(known) if known in names:
-            # Where it is empty something else is said, and this is not the place to find what.
-            return [text or FILLED for value in names[known] for text in forms(value, {})]
+            # For an empty text, the code elsewhere uses another text.
+            return [text or VARIES for value in names[known] for text in forms(value, {})]
         case _:
-            return [FILLED]
+            return [VARIES]
