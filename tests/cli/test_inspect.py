@@ -16,11 +16,11 @@ from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.disk.reader import Reader
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
-from tests.support.frames import BLOCK, like_kv
+from tests.support.frames import BLOCK_NBYTES, kv_like_block
 from tests.tiers.test_disk import blocks, capacity, opened
 
 NAMESPACES = [namespace({"model": model}) for model in ("a", "b")]
-FRAME = frame_nbytes(BLOCK)
+FRAME = frame_nbytes(BLOCK_NBYTES)
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def tier(tmp_path: Path) -> Iterator[Framed]:
     """An open tier with three blocks of one namespace and one of another."""
     path, size = tmp_path / "kv", capacity(8, FRAME)
     inner = DiskTier(block_nbytes=FRAME, path=str(path), capacity=size)
-    with closing(Framed(inner, block_nbytes=BLOCK, codec="zstd")) as tier:
+    with closing(Framed(inner, block_nbytes=BLOCK_NBYTES, codec="zstd")) as tier:
         for name, count in zip(NAMESPACES, (3, 1), strict=True):
             for number, key in enumerate(keys_of("inspected", count)):
-                block = memoryview(like_kv(BLOCK, number))
+                block = memoryview(kv_like_block(BLOCK_NBYTES, number))
                 assert tier.store([namespaced_key(name, key)], [block]) == [True]
         yield tier
 
@@ -208,7 +208,7 @@ def test_inspect_reset_namespace_is_described_under_its_new_name(
     tier.forget(NAMESPACES[0])
     new_name = tier.resolve(NAMESPACES[0], json.dumps({"model": "chat"}))
     assert new_name != NAMESPACES[0]
-    tier.store([namespaced_key(new_name, b"one")], [memoryview(like_kv(BLOCK, 1))])
+    tier.store([namespaced_key(new_name, b"one")], [memoryview(kv_like_block(BLOCK_NBYTES, 1))])
     _, found = inspected()
     assert found["namespaces"][new_name.hex()]["identity"] == {"model": "chat"}
     assert found["namespaces"][NAMESPACES[0].hex()]["blocks"] == 3

@@ -16,12 +16,12 @@ from kvcache.testing import keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.redis import RedisTier, about_name_of, name_of
 from tests.support import redis_servers
-from tests.support.frames import BLOCK, like_kv
+from tests.support.frames import BLOCK_NBYTES, kv_like_block
 from tests.support.hostile_servers import Hostile, saying
 from tests.support.redis_servers import Server
 
 NAMESPACES = [namespace({"model": model}) for model in ("a", "b")]
-FRAME = frame_nbytes(BLOCK)
+FRAME = frame_nbytes(BLOCK_NBYTES)
 KEYS = [namespaced_key(NAMESPACES[0], key) for key in keys_of("inspected", 3)] + [
     namespaced_key(NAMESPACES[1], b"one")
 ]
@@ -36,8 +36,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def fill(url: str, *, cluster: bool = False) -> None:
     """Store three blocks of one namespace and one of another."""
     inner = RedisTier(url=url, cluster=cluster, timeout_s=30)
-    with closing(Framed(inner, block_nbytes=BLOCK)) as tier:
-        blocks = [memoryview(like_kv(BLOCK, number)) for number in range(4)]
+    with closing(Framed(inner, block_nbytes=BLOCK_NBYTES)) as tier:
+        blocks = [memoryview(kv_like_block(BLOCK_NBYTES, number)) for number in range(4)]
         assert tier.store(KEYS, blocks) == [True] * 4
 
 

@@ -1,7 +1,4 @@
-"""What the tests of frames share: an inner tier in plain sight, blocks like KV, a tier with one.
-
-The inner tier keeps frames in a dict, so that a test can damage what was stored.
-"""
+"""An inner tier that keeps frames in a dict, where a test can damage them, and blocks like KV."""
 
 import random
 from collections.abc import Sequence
@@ -12,48 +9,54 @@ from kvcache.tier import Tier
 from kvcache.tiers.framed import PAGE, Framed
 
 Codec = Literal["none", "zstd"]
-BLOCK = 6 * PAGE
-CODEC_AT = 6
+BLOCK_NBYTES = 6 * PAGE
+CODEC_OFFSET = 6  # of the codec, in a frame
 
 
-class Frames(Tier):
-    """The inner tier: frames in a dict, in plain sight."""
+class DictTier(Tier):
+    """A tier that keeps values in a dict.
+
+    Attributes:
+        values: the values, by key.
+        max_call_nbytes: the most memory that one call passed.
+        close_calls: how often ``close`` was called.
+    """
 
     def __init__(self) -> None:
-        self.held: dict[bytes, bytes] = {}
-        self.handed = 0  # the most memory that one call brought
-        self.closed = 0
+        self.values: dict[bytes, bytes] = {}
+        self.max_call_nbytes = 0
+        self.close_calls = 0
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [key in self.held for key in keys]
+        return [key in self.values for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        self.handed = max(self.handed, sum(map(len, into)))
+        self.max_call_nbytes = max(self.max_call_nbytes, sum(map(len, into)))
         written = []
         for key, buffer in zip(keys, into, strict=True):
-            frame = self.held.get(key, b"")
-            buffer[: len(frame)] = frame[: len(buffer)]
-            written.append(len(frame))
+            value = self.values.get(key, b"")
+            buffer[: len(value)] = value[: len(buffer)]
+            written.append(len(value))
         return written
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        self.handed = max(self.handed, sum(map(len, blocks)))
+        self.max_call_nbytes = max(self.max_call_nbytes, sum(map(len, blocks)))
         for key, block in zip(keys, blocks, strict=True):
-            self.held.setdefault(key, bytes(block))
+            self.values.setdefault(key, bytes(block))
         return [True] * len(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            self.held.pop(key, None)
+            self.values.pop(key, None)
 
     def close(self) -> None:
-        self.closed += 1
+        self.close_calls += 1
 
 
-def like_kv(nbytes: int, seed: int = 0) -> bytes:
-    """16-bit floats whose high bytes are few and whose low bytes are noise."""
+def kv_like_block(nbytes: int, seed: int = 0) -> bytes:
+    """Return 16-bit floats with few different high bytes, and noise in the low bytes."""
     noise = random.Random(seed)
     block = bytearray(noise.randbytes(nbytes))
     block[1::2] = bytes(noise.choices((0x3F, 0xBF, 0x3E, 0xBE), k=nbytes // 2))
@@ -65,11 +68,12 @@ def views(buffers: Sequence[bytes | bytearray]) -> list[memoryview]:
 
 
 def put(tier: Tier, key: bytes, block: bytes | bytearray) -> None:
+    """Store one block."""
     assert tier.store([key], [memoryview(block)]) == [True]
 
 
-def get(tier: Tier, key: bytes, nbytes: int = BLOCK) -> bytes | None:
-    """The block, or None for a miss; a miss must not have touched the buffer."""
+def get(tier: Tier, key: bytes, nbytes: int = BLOCK_NBYTES) -> bytes | None:
+    """Load one block; ``None`` for a miss. A miss must not have changed the buffer."""
     clean = b"\xa5" * nbytes
     buffer = bytearray(clean)
     [written] = tier.load([key], [memoryview(buffer)])
@@ -77,22 +81,22 @@ def get(tier: Tier, key: bytes, nbytes: int = BLOCK) -> bytes | None:
     return bytes(buffer[:written]) if written else None
 
 
-def of(codec: Codec) -> tuple[Framed, Frames, bytes, bytes]:
-    """A tier that holds one block of 6 pages; its frames; the key; the block."""
-    inner = Frames()
-    tier = Framed(inner, block_nbytes=BLOCK, codec=codec)
-    [key], block = keys_of(f"one {codec}", 1), like_kv(BLOCK)
+def framed_with_one_block(codec: Codec) -> tuple[Framed, DictTier, bytes, bytes]:
+    """Return a tier that holds one block, its inner tier, the key, and the block."""
+    inner = DictTier()
+    tier = Framed(inner, block_nbytes=BLOCK_NBYTES, codec=codec)
+    [key], block = keys_of(f"one {codec}", 1), kv_like_block(BLOCK_NBYTES)
     put(tier, key, block)
     assert get(tier, key) == block
     return tier, inner, key, block
 
 
-def check_rejected(tier: Framed, inner: Frames, key: bytes, frame: bytes, *reasons: str) -> None:
-    """`frame` under `key` is a miss, counted under one of `reasons`, and removed."""
+def check_rejected(tier: Framed, inner: DictTier, key: bytes, frame: bytes, *reasons: str) -> None:
+    """Check that ``frame`` is a miss, counted under one of ``reasons``, and removed."""
     before = tier.stats()
-    inner.held[key] = frame
+    inner.values[key] = frame
     assert get(tier, key) is None
-    assert key not in inner.held, "a bad frame stayed"
+    assert key not in inner.values, "a bad frame stayed"
     after = tier.stats()
     new = after.rejected - before.rejected
     assert new.total() == 1

@@ -1,4 +1,4 @@
-"""Frames on a real disk, damaged there: each is a miss or the right bytes, and then it is gone."""
+"""Framed over a disk tier with a damaged file: a load returns a miss or the right bytes."""
 
 import os
 import random
@@ -12,31 +12,31 @@ import pytest
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
-from tests.support.frames import BLOCK, CODEC_AT, Codec, get, like_kv, put
+from tests.support.frames import BLOCK_NBYTES, CODEC_OFFSET, Codec, get, kv_like_block, put
 from tests.tiers.test_disk import capacity
 from tests.tiers.test_framed_damage import (
-    CHECKSUM_AT,
-    ELEMENT_AT,
-    FILL_AT,
-    PAYLOAD_AT,
-    SIZE_AT,
-    VERSION_AT,
+    CHECKSUM_OFFSET,
+    ELEMENT_OFFSET,
+    FILL_OFFSET,
+    PAYLOAD_OFFSET,
+    SIZE_OFFSET,
+    VERSION_OFFSET,
 )
 
-NBYTES = BLOCK - 100  # so that there is padding
+NBYTES = BLOCK_NBYTES - 100  # leaves padding in the last page
 SLOT = frame_nbytes(NBYTES)
 MIDDLE, END = HEADER_NBYTES + NBYTES // 2, HEADER_NBYTES + NBYTES
 EDGES = (
-    0, VERSION_AT, CODEC_AT, ELEMENT_AT, SIZE_AT, PAYLOAD_AT, CHECKSUM_AT, FILL_AT, HEADER_NBYTES,
-    HEADER_NBYTES + 8, MIDDLE, MIDDLE + 8, END - 8, END, SLOT,
+    0, VERSION_OFFSET, CODEC_OFFSET, ELEMENT_OFFSET, SIZE_OFFSET, PAYLOAD_OFFSET, CHECKSUM_OFFSET,
+    FILL_OFFSET, HEADER_NBYTES, HEADER_NBYTES + 8, MIDDLE, MIDDLE + 8, END - 8, END, SLOT,
 )  # fmt: skip
 REGIONS = tuple(pairwise(EDGES))
 KEYS = keys_of("framed", 3)
-BLOCKS = [like_kv(NBYTES, seed) for seed in range(3)]
+BLOCKS = [kv_like_block(NBYTES, seed) for seed in range(3)]
 
 
-class Disk:
-    """Three framed blocks, of which the second is damaged, in the file itself."""
+class FramedDisk:
+    """Three framed blocks on a disk; tests damage the second one in the file."""
 
     def __init__(self, path: Path, codec: Codec) -> None:
         self._path, self._codec = path, codec
@@ -46,8 +46,8 @@ class Disk:
         [self._slot] = self.inner._index.pin(KEYS[1:2])
         self.inner._index.unpin([self._slot])
         self.frame = self.read()
-        payload = self.frame[PAYLOAD_AT:CHECKSUM_AT]
-        self.used = frame_nbytes(int.from_bytes(payload, "little"))  # of the slot, by the frame
+        payload = self.frame[PAYLOAD_OFFSET:CHECKSUM_OFFSET]
+        self.used_nbytes = frame_nbytes(int.from_bytes(payload, "little"))  # of the slot
 
     def _opened(self) -> Framed:
         inner = DiskTier(block_nbytes=SLOT, path=str(self._path), capacity=capacity(3, SLOT))
@@ -74,8 +74,8 @@ class Disk:
     def truncate(self, at: int) -> None:
         os.truncate(self._path / "blocks", self._slot * SLOT + at)
 
-    def check_gone(self, rejected: int) -> None:
-        """The block was a miss, counted as ``rejected``, and is gone for good."""
+    def check_missed_and_removed(self, rejected: int) -> None:
+        """Check that the second block is a miss and removed, also after a restart."""
         before = self.tier.stats().rejected.total()
         assert get(self.tier, KEYS[1], NBYTES) is None
         assert self.tier.contains(KEYS) == [True, False, True]
@@ -85,7 +85,7 @@ class Disk:
         assert self.tier.contains(KEYS) == [True, False, True]
 
     def check_others(self) -> None:
-        """The blocks beside it are whole, and it can be stored again."""
+        """Check that the other blocks are whole, and that the second one can be stored again."""
         for at in (0, 2):
             assert get(self.tier, KEYS[at], NBYTES) == BLOCKS[at]
         put(self.tier, KEYS[1], BLOCKS[1])
@@ -93,37 +93,39 @@ class Disk:
 
 
 @pytest.fixture(params=["none", "zstd"])
-def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
-    made = Disk(tmp_path, request.param)
-    assert (made.used < SLOT) == (request.param == "zstd")
-    yield made
-    made.tier.close()
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[FramedDisk]:
+    disk = FramedDisk(tmp_path, request.param)
+    assert (disk.used_nbytes < SLOT) == (request.param == "zstd")
+    yield disk
+    disk.tier.close()
 
 
 @pytest.mark.parametrize(("first", "end"), REGIONS)
-def test_a_frame_that_was_changed_on_disk(disk: Disk, first: int, end: int) -> None:
+def test_framed_load_of_frame_changed_on_disk_misses(
+    disk: FramedDisk, first: int, end: int
+) -> None:
     part, noise = disk.frame[first:end], random.Random(first)
     flipped = []
     for at, bit in ((0, 0), (0, 7), (len(part) // 2, 3), (len(part) - 1, 7)):
-        one = bytearray(part)
-        one[at] ^= 1 << bit
-        flipped.append(bytes(one))
+        changed = bytearray(part)
+        changed[at] ^= 1 << bit
+        flipped.append(bytes(changed))
     zeros, ones = bytes(len(part)), b"\xff" * len(part)
     for bad in (*flipped, zeros, ones, noise.randbytes(len(part))):
         disk.write(first, bad)
-        if disk.read()[: disk.used] != disk.frame[: disk.used]:
-            disk.check_gone(rejected=1)
+        if disk.read()[: disk.used_nbytes] != disk.frame[: disk.used_nbytes]:
+            disk.check_missed_and_removed(rejected=1)
         else:
             assert get(disk.tier, KEYS[1], NBYTES) == BLOCKS[1]
             disk.tier.remove(KEYS[1:2])
         disk.check_others()
-        assert disk.read()[: disk.used] == disk.frame[: disk.used]
+        assert disk.read()[: disk.used_nbytes] == disk.frame[: disk.used_nbytes]
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_a_file_that_was_cut_inside_a_frame_while_it_is_open(disk: Disk, edge: int) -> None:
+def test_framed_load_from_file_cut_while_open_misses(disk: FramedDisk, edge: int) -> None:
     disk.truncate(edge)
-    if edge < disk.used:
+    if edge < disk.used_nbytes:
         assert get(disk.tier, KEYS[1], NBYTES) is None
     else:
         assert get(disk.tier, KEYS[1], NBYTES) == BLOCKS[1]
@@ -136,7 +138,7 @@ def test_a_file_that_was_cut_inside_a_frame_while_it_is_open(disk: Disk, edge: i
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_a_file_that_was_cut_between_two_starts(disk: Disk, edge: int) -> None:
+def test_framed_load_from_file_cut_while_closed_misses(disk: FramedDisk, edge: int) -> None:
     disk.tier.close()
     disk.truncate(edge)
     disk.reopen()
@@ -148,11 +150,11 @@ def test_a_file_that_was_cut_between_two_starts(disk: Disk, edge: int) -> None:
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_a_tail_of_zeros_in_place_of_a_frame_s(disk: Disk, edge: int) -> None:
-    """As after a power cut: the file is as long as it was, and part of it was never written."""
+def test_framed_load_of_frame_with_zeroed_tail_misses(disk: FramedDisk, edge: int) -> None:
+    """After a power cut a file can have its length, and parts that were never written."""
     disk.write(edge, bytes(SLOT - edge))
     if disk.frame[edge:].strip(b"\0"):
-        disk.check_gone(rejected=1)
+        disk.check_missed_and_removed(rejected=1)
     else:
         assert get(disk.tier, KEYS[1], NBYTES) == BLOCKS[1]
         disk.tier.remove(KEYS[1:2])

@@ -1,4 +1,4 @@
-"""L1 keeps the contract of a front tier, under every policy, and what its own constructor says."""
+"""DramTier: the contract of front tiers under every policy, and its constructor."""
 
 import itertools
 import logging
@@ -33,19 +33,19 @@ class TestDramTier(FrontTierTests):
             yield tier
 
 
-class TestBlocksThatAreNotWholePages(TestDramTier):
+class TestDramTierWithPartialPages(TestDramTier):
     block_nbytes = PAGE + 5
     room_blocks = 66
 
 
 @pytest.mark.parametrize(("extra", "slots"), [(0, 3), (1, 3), (PAGE - 1, 3), (PAGE, 4)])
-def test_capacity_is_never_exceeded(extra: int, slots: int) -> None:
+def test_dram_never_exceeds_capacity(extra: int, slots: int) -> None:
     with closing(DramTier(block_nbytes=PAGE, capacity=Size(3 * PAGE + extra))) as tier:
         assert tier.slab.slots == tier.stats().capacity_blocks == slots
         assert tier.slab.nbytes <= 3 * PAGE + extra
 
 
-def test_one_slot() -> None:
+def test_dram_with_one_slot_evicts_for_each_block() -> None:
     with closing(dram(1)) as tier:
         for key in keys_of("one", 3):
             assert tier.store([key], [memoryview(block_of(key, PAGE))]) == [True]
@@ -62,13 +62,15 @@ def test_one_slot() -> None:
         (PAGE + 1, PAGE, f"capacity is {PAGE} bytes; one block takes {2 * PAGE}"),
     ],
 )
-def test_sizes_that_make_no_tier(block_nbytes: int, capacity: int, message: str) -> None:
+def test_dram_with_invalid_sizes_raises_value_error(
+    block_nbytes: int, capacity: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         DramTier(block_nbytes=block_nbytes, capacity=Size(capacity))
 
 
 @pytest.mark.parametrize("nbytes", [0, PAGE - 1, PAGE + 1])
-def test_a_block_of_another_size_is_refused_and_nothing_is_kept(nbytes: int) -> None:
+def test_dram_store_of_wrong_size_raises_and_keeps_nothing(nbytes: int) -> None:
     keys = keys_of("size", 2)
     with closing(dram(4)) as tier:
         blocks = [memoryview(bytes(PAGE)), memoryview(bytes(nbytes))]
@@ -78,7 +80,7 @@ def test_a_block_of_another_size_is_refused_and_nothing_is_kept(nbytes: int) -> 
         assert tier.stats().pinned_slots == 0
 
 
-def test_a_buffer_that_is_too_small_costs_no_block() -> None:
+def test_dram_load_into_too_small_buffer_raises_and_keeps_the_block() -> None:
     keys = keys_of("small buffer", 1)
     with closing(dram(2)) as tier:
         tier.store(keys, [memoryview(bytes(PAGE))])
@@ -88,14 +90,14 @@ def test_a_buffer_that_is_too_small_costs_no_block() -> None:
         assert tier.stats().pinned_slots == 0
 
 
-def test_slots_are_opened_when_their_memory_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_dram_opens_only_slots_with_populated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated: list[int] = []
 
-    def make(slab: Slab, at: int, nbytes: int) -> int:
-        made.append(nbytes)
-        return 0 if len(made) == 1 else 12  # ENOMEM
+    def allocate(slab: Slab, at: int, nbytes: int) -> int:
+        allocated.append(nbytes)
+        return 0 if len(allocated) == 1 else 12  # ENOMEM
 
-    monkeypatch.setattr(Slab, "allocate", make)
+    monkeypatch.setattr(Slab, "allocate", allocate)
     monkeypatch.setattr("kvcache.slab.PIECE_NBYTES", 2 * PAGE)
     with closing(dram(8)) as tier:
         tier.slab.wait_populated()
@@ -107,7 +109,7 @@ def test_slots_are_opened_when_their_memory_is_there(monkeypatch: pytest.MonkeyP
         assert stats.declined_blocks == 6
 
 
-def test_without_any_memory_all_is_declined(
+def test_dram_without_memory_declines_every_block(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Slab, "allocate", lambda slab, at, nbytes: 12)
@@ -118,15 +120,15 @@ def test_without_any_memory_all_is_declined(
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
-class Choosy(Lru):
-    """Finds nothing worth a slot of a full tier."""
+class AdmitNothingLru(Lru):
+    """Admits no block to a full tier."""
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return 0
 
 
-def test_what_feeds_others_declines_nothing_there_is_room_for() -> None:
-    with closing(dram(3, eviction=f"{__name__}:Choosy")) as tier:
+def test_dram_with_admission_disabled_accepts_what_fits() -> None:
+    with closing(dram(3, eviction=f"{__name__}:AdmitNothingLru")) as tier:
         tier.slab.wait_populated()
         a, b, c = (keys_of(name, 3) for name in "abc")
         tier.reserve(a).end()
@@ -138,18 +140,18 @@ def test_what_feeds_others_declines_nothing_there_is_room_for() -> None:
             assert len(tier.reserve(c)) == 0
 
 
-@pytest.mark.parametrize("below", [0, 1])
-def test_a_stack_says_so_when_it_has_tiers_below(below: int) -> None:
-    front = dram(3, eviction=f"{__name__}:Choosy")
-    lower = [LowerTier(dram(3), name="l2", front=front, namespace=b"s") for _ in range(below)]
+@pytest.mark.parametrize("lower_tiers", [0, 1])
+def test_stack_with_lower_tiers_disables_admission_of_the_front_tier(lower_tiers: int) -> None:
+    front = dram(3, eviction=f"{__name__}:AdmitNothingLru")
+    lower = [LowerTier(dram(3), name="l2", front=front, namespace=b"s") for _ in range(lower_tiers)]
     with Stack(front, lower, profile="test") as stack:
         front.slab.wait_populated()
         stack.reserve(keys_of("a", 3)).end()
         lease = stack.reserve(keys_of("b", 3))
         lease.end()
-        assert len(lease) == 3 * below
+        assert len(lease) == 3 * lower_tiers
 
 
-def test_a_policy_that_is_not_known() -> None:
+def test_dram_with_unknown_policy_raises_value_error() -> None:
     with pytest.raises(ValueError, match="eviction is 'lfu': no policy is called"):
         dram(3, eviction="lfu")

@@ -1,4 +1,4 @@
-"""Inner tiers that fail, lie, or decline: the answer is a miss, a refusal, or their own error."""
+"""Framed over an inner tier that fails, returns wrong lengths, or declines."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,18 @@ import pytest
 from kvcache.testing import keys_of
 from kvcache.tiers.framed import HEADER_NBYTES, PAGE, Framed, frame_nbytes
 from kvcache.tiers.framed import tier as framed_tier
-from tests.support.frames import BLOCK, Frames, get, like_kv, of, put
+from tests.support.frames import (
+    BLOCK_NBYTES,
+    DictTier,
+    framed_with_one_block,
+    get,
+    kv_like_block,
+    put,
+)
 
 
-class Misbehaving(Frames):
-    """Answers a load with `lengths`, in turn; raises what is no number."""
+class ScriptedLengthTier(DictTier):
+    """Returns one of `lengths` for each load, in turn; raises it if it is an exception."""
 
     def __init__(self, *lengths: int | Exception) -> None:
         super().__init__()
@@ -25,52 +32,62 @@ class Misbehaving(Frames):
         return [answer]
 
 
-def test_lengths_that_are_not_the_frames_are_misses() -> None:
-    whole = frame_nbytes(BLOCK)
-    lengths = (-1, 1, HEADER_NBYTES, whole - PAGE, whole - 1, whole + 1, 1 << 60)
-    inner = Misbehaving(*lengths)
-    tier = Framed(inner, block_nbytes=BLOCK)
+def test_framed_load_with_wrong_length_misses_and_removes_the_block() -> None:
+    frame_length = frame_nbytes(BLOCK_NBYTES)
+    lengths = (
+        -1,
+        1,
+        HEADER_NBYTES,
+        frame_length - PAGE,
+        frame_length - 1,
+        frame_length + 1,
+        1 << 60,
+    )
+    inner = ScriptedLengthTier(*lengths)
+    tier = Framed(inner, block_nbytes=BLOCK_NBYTES)
     [key] = keys_of("short", 1)
     for _ in lengths:
-        put(tier, key, like_kv(BLOCK))
+        put(tier, key, kv_like_block(BLOCK_NBYTES))
         assert get(tier, key) is None
-        assert key not in inner.held
+        assert key not in inner.values
     assert tier.stats().rejected == {"length": len(lengths)}
 
 
-def test_a_length_without_bytes_is_a_miss() -> None:
-    """What lies in the scratch memory is then another key's frame, and a whole one."""
-    tier, *_ = of("none")
+def test_framed_load_with_right_length_but_no_bytes_misses() -> None:
+    """The workspace then still contains the whole frame of another key."""
+    tier, *_ = framed_with_one_block("none")
     [other] = keys_of("not written", 1)
-    tier.inner = Misbehaving(frame_nbytes(BLOCK))
+    tier.inner = ScriptedLengthTier(frame_nbytes(BLOCK_NBYTES))
     assert get(tier, other) is None
     assert tier.stats().rejected == {"checksum": 1}
 
 
-def test_an_error_of_the_inner_tier_passes_and_leaves_the_desk() -> None:
-    broken = OSError("the disk is gone")
-    inner = Misbehaving(*[broken] * (2 * framed_tier._WORKSPACES), frame_nbytes(BLOCK))
-    tier = Framed(inner, block_nbytes=BLOCK)
+def test_framed_load_when_inner_tier_raises_passes_the_error_and_frees_the_workspace() -> None:
+    error = OSError("the disk is gone")
+    inner = ScriptedLengthTier(
+        *[error] * (2 * framed_tier.MAX_CONCURRENT_CALLS), frame_nbytes(BLOCK_NBYTES)
+    )
+    tier = Framed(inner, block_nbytes=BLOCK_NBYTES)
     [key] = keys_of("error", 1)
-    put(tier, key, like_kv(BLOCK))
-    for _ in range(2 * framed_tier._WORKSPACES):
+    put(tier, key, kv_like_block(BLOCK_NBYTES))
+    for _ in range(2 * framed_tier.MAX_CONCURRENT_CALLS):
         with pytest.raises(OSError, match="the disk is gone"):
             get(tier, key)
-    assert get(tier, key) == like_kv(BLOCK)
-    assert key in inner.held
+    assert get(tier, key) == kv_like_block(BLOCK_NBYTES)
+    assert key in inner.values
 
 
-def test_what_the_inner_tier_declines_is_declined() -> None:
-    class Declines(Frames):
+def test_framed_store_returns_what_the_inner_tier_declined() -> None:
+    class DecliningTier(DictTier):
         def store(
             self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
         ) -> list[bool]:
-            taken = [key[0] % 2 == 0 for key in keys]
-            kept = [at for at, take in enumerate(taken) if take]
+            accepted = [key[0] % 2 == 0 for key in keys]
+            kept = [at for at, accept in enumerate(accepted) if accept]
             super().store([keys[at] for at in kept], [blocks[at] for at in kept])
-            return taken
+            return accepted
 
-    tier = Framed(Declines(), block_nbytes=8)
+    tier = Framed(DecliningTier(), block_nbytes=8)
     keys = [bytes([at]) for at in range(6)]
     assert tier.store(keys, [memoryview(bytes([at]) * 8) for at in range(6)]) == [True, False] * 3
     assert [get(tier, key, 8) for key in keys[:3]] == [bytes(8), None, b"\2" * 8]
@@ -78,7 +95,7 @@ def test_what_the_inner_tier_declines_is_declined() -> None:
     assert (stats.stored_raw_blocks, stats.stored_raw_nbytes) == (3, 24)
 
 
-def test_close_closes_the_inner_tier() -> None:
-    inner = Frames()
+def test_framed_close_closes_the_inner_tier() -> None:
+    inner = DictTier()
     Framed(inner, block_nbytes=8).close()
-    assert inner.closed == 1
+    assert inner.close_calls == 1

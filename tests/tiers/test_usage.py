@@ -1,4 +1,4 @@
-"""What tiers say of themselves: the disk its bytes and evictions, the frame what did not verify."""
+"""``usage`` of tiers: bytes and evictions of the disk, rejected blocks of frames."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kvcache.testing import block_of, keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import PAGE, Framed, frame_nbytes
-from tests.support.frames import Frames
+from tests.support.frames import DictTier
 from tests.support.wrong_results import EXCEPTIONS
 from tests.tiers.test_disk import capacity
 
 FRAME = frame_nbytes(PAGE)
 
 
-def test_a_disk_behind_frames(tmp_path: Path) -> None:
+def test_framed_usage_over_disk_counts_bytes_evictions_and_rejections(tmp_path: Path) -> None:
     room = capacity(4, FRAME)
     disk = DiskTier(block_nbytes=FRAME, path=str(tmp_path), capacity=room)
     with closing(Framed(disk, block_nbytes=PAGE)) as tier:
@@ -36,32 +36,32 @@ def test_a_disk_behind_frames(tmp_path: Path) -> None:
         into = [memoryview(bytearray(PAGE)) for _ in keys]
         assert sum(map(bool, tier.load(keys, into))) == 3
         assert tier.usage() == TierUsage(3 * FRAME, 4 * FRAME, 1, {"magic": 1})
-    assert tier.usage().limit_nbytes == 4 * FRAME  # also when it is closed
+    assert tier.usage().limit_nbytes == 4 * FRAME  # also after close
 
 
-def test_frames_in_frames_add_up() -> None:
-    inner = Frames()
+def test_framed_usage_over_framed_adds_up_rejections() -> None:
+    inner = DictTier()
     tier = Framed(Framed(inner, block_nbytes=FRAME), block_nbytes=PAGE)
     [key] = keys_of("a", 1)
     tier.store([key], [memoryview(block_of(key, PAGE))])
-    inner.held[key] = bytes(len(inner.held[key]))
+    inner.values[key] = bytes(len(inner.values[key]))
     assert tier.load([key], [memoryview(bytearray(PAGE))]) == [0]
     assert tier.usage() == TierUsage(rejected_blocks={"magic": 1})
 
 
 @pytest.mark.parametrize("name", EXCEPTIONS)
-def test_an_inner_tier_that_fails_to_count_or_to_remove_costs_that_alone(name: str) -> None:
-    def wrong(*_: object) -> NoReturn:
+def test_framed_when_inner_usage_and_remove_raise_still_loads(name: str) -> None:
+    def fail(*_: object) -> NoReturn:
         error = EXCEPTIONS[name]()
         raise error
 
     def work() -> None:
-        inner = Frames()
+        inner = DictTier()
         tier = Framed(inner, block_nbytes=PAGE)
         keys = keys_of("a", 2)
         tier.store(keys, [memoryview(block_of(key, PAGE)) for key in keys])
-        inner.held[keys[0]] = bytes(len(inner.held[keys[0]]))
-        inner.remove = inner.usage = wrong  # type: ignore[assignment,method-assign]
+        inner.values[keys[0]] = bytes(len(inner.values[keys[0]]))
+        inner.remove = inner.usage = fail  # type: ignore[assignment,method-assign]
         answers.append(tier.load(keys, [memoryview(bytearray(PAGE)) for _ in keys]))
         answers.append(tier.usage())
 

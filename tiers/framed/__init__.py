@@ -1,4 +1,4 @@
-"""A tier around a tier: blocks leave memory in frames, checked on return and maybe compressed."""
+"""A tier around another tier: frames with a checksum, and optional compression of the blocks."""
 
 from .format import HEADER_NBYTES, PAGE, frame_nbytes
 from .tier import Framed, FrameStats

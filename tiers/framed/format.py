@@ -1,23 +1,34 @@
-"""A tier around a tier: what leaves L1 leaves in frames, and only a frame that verifies comes back.
+"""The format of a frame, version 1, and the code that packs and unpacks one.
 
-A frame is a header of 4 KiB, the payload, and zeros up to a whole number of 4 KiB. In the header,
-little-endian: magic (4 bytes), version (2), codec (1), element bytes (1), raw bytes (8), payload
-bytes (8), checksum (16), zeros. It takes a whole page so that the payload starts on a page, and a
-frame is whole pages whatever is in it: what direct I/O asks for. A tier that keeps whole pages
-would lose that page to a short header as well; at 2 MiB it is 0.2 %.
+::
+
+    offset   bytes   field (numbers are little-endian)
+         0       4   magic, "KVCF"
+         4       2   version, 1
+         6       1   codec: 0 raw, 1 zstd
+         7       1   bytes of an element; 0 if raw
+         8       8   bytes of the block
+        16       8   bytes of the payload; those of the block if raw
+        24      16   checksum: XXH3 of 128 bits over bytes 0 to 23, the raw block and the key
+        40    4056   zeros
+      4096           payload, then zeros up to a multiple of 4 KiB
+
+The header takes a whole page, so the payload starts on a page and every frame is whole pages, as
+direct I/O requires. A tier that keeps whole pages would lose that page to a shorter header too; at
+2 MiB it is 0.2 %.
+
+With codec zstd, byte planes are separated: the payload has the first byte of every element, then
+the second, and so on; the last plane (the highest byte) is one zstd frame, the others are raw.
 
 Always true here:
 
-* The checksum covers the header's fields, the raw bytes and the key. No byte reaches a caller's
-  buffer before it has been verified: of a frame that is rejected the buffer shows nothing.
-* A rejected frame is a miss, counted under its reason, and removed from the inner tier.
-* Frames describe themselves: what is read depends neither on ``codec`` nor on ``level`` of the tier
-  that reads.
-* Memory is bounded: a call works in pieces, on one of a few desks, however long its batch.
+* A frame describes itself: how it is read depends on no option of the reader.
+* A frame is verified before any of its bytes reaches a caller's buffer.
+* The size that zstd data claims is checked before memory is allocated for it.
 
-The checksum is XXH3 of 128 bits. On 2 MiB it runs at 14 times the speed of the fastest one in the
-standard library (``zlib.crc32``, of 32 bits) and faster than the copy it guards, which is why the
-package ``xxhash`` is needed. It finds damage and mistakes; it is not made to stop a forger.
+XXH3 runs at 14 times the speed of ``zlib.crc32``, the fastest 32-bit checksum of the standard
+library, on 2 MiB, and faster than the copy that it guards; hence the dependency on ``xxhash``. It
+finds damage and mistakes. It does not stop a forger.
 """
 
 from __future__ import annotations
@@ -31,37 +42,43 @@ from typing import Any, Final
 
 from xxhash import xxh3_128
 
-PAGE: Final = 4096  # part of the format: the same on hosts whose own pages are larger
+PAGE: Final = 4096  # part of the format, also on hosts with larger pages
 HEADER_NBYTES: Final = PAGE
 MAGIC: Final = b"KVCF"
 VERSION: Final = 1
 RAW: Final = 0  # the payload is the block
-ZSTD: Final = 1  # the low byte planes of the elements as they are, then the highest one compressed
+ZSTD: Final = 1  # the low byte planes of the elements, then the highest one compressed
 
 _FIELDS = struct.Struct("<4sHBBQQ")
-_USED = _FIELDS.size + 16  # with the checksum
+_CHECKSUM_END = _FIELDS.size + 16
 _ZEROS = bytes(PAGE)
 
 
 def frame_nbytes(payload_nbytes: int) -> int:
-    """Bytes of a frame with this much payload; for a whole block, what the inner tier keeps."""
+    """Bytes of a frame with this payload. With a whole block as payload: the largest frame."""
     return HEADER_NBYTES + -(-payload_nbytes // PAGE) * PAGE
 
 
 def is_compressed(frame: memoryview) -> bool:
-    """Whether the payload of this frame is compressed."""
+    """Whether the payload of ``frame`` is compressed."""
     return bool(_FIELDS.unpack_from(frame)[2] == ZSTD)
 
 
 class RejectedError(Exception):
-    """A frame is not to be trusted; says why in one word of :attr:`FrameStats.rejected`."""
+    """A frame does not verify. The message is a reason of :attr:`FrameStats.rejected`."""
 
 
 class Workspace:
-    """Memory for a piece of a batch, and zstd's contexts: for one call at a time.
+    """Memory for some frames, and zstd's contexts; for one call at a time.
 
-    ``frames`` start on a page, and each has room for the largest frame. Byte planes are taken out
-    and put back with slices of the map itself: those of a memoryview are ten times slower.
+    Args:
+        frames: how many frames it holds.
+        block_nbytes: bytes of the largest block.
+        level: zstd's level; ``None`` does not compress.
+        element_nbytes: bytes of an element of the blocks to compress.
+
+    Attributes:
+        frames: the memory of each frame; it starts on a page, and holds the largest frame.
     """
 
     def __init__(
@@ -69,18 +86,27 @@ class Workspace:
     ) -> None:
         self._block_nbytes = block_nbytes
         self._element_nbytes = element_nbytes
-        self._nbytes = frame_nbytes(block_nbytes)
-        self._map = _memory(frames * self._nbytes)
+        self._frame_nbytes = frame_nbytes(block_nbytes)
+        # Byte planes are slices of the map: strided slices of a memoryview are ten times slower.
+        self._map = _allocate(frames * self._frame_nbytes)
         view = memoryview(self._map)
-        self.frames = [view[at : at + self._nbytes] for at in range(0, len(view), self._nbytes)]
+        self.frames = [
+            view[start : start + self._frame_nbytes]
+            for start in range(0, len(view), self._frame_nbytes)
+        ]
         self._zstandard: Any = zstandard()
         self._decompressor: Any = self._zstandard and self._zstandard.ZstdDecompressor()
         self._compress: Callable[[bytes], bytes] | None = None
         if self._zstandard and level:
             self._compress = self._zstandard.ZstdCompressor(level=level).compress
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of all frames."""
+        return len(self._map)
+
     def pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
-        """Make the frame of ``block`` in ``frames[slot]``; give the part of it that is used."""
+        """Write the frame of ``block`` into ``frames[slot]``; return the part that it takes."""
         frame, size = self.frames[slot], len(block)
         raw = frame[HEADER_NBYTES : HEADER_NBYTES + size]
         raw[:] = block
@@ -94,20 +120,26 @@ class Workspace:
         else:
             planes, payload_nbytes = [], size
             fields = _FIELDS.pack(MAGIC, VERSION, RAW, 0, size, size)
-        frame[:HEADER_NBYTES] = (fields + _digest(fields, raw, key)).ljust(HEADER_NBYTES, b"\0")
-        at = HEADER_NBYTES
+        frame[:HEADER_NBYTES] = (fields + checksum(fields, raw, key)).ljust(HEADER_NBYTES, b"\0")
+        start = HEADER_NBYTES
         for plane in planes:
-            frame[at : at + len(plane)] = plane
-            at += len(plane)
-        end, used = HEADER_NBYTES + payload_nbytes, frame_nbytes(payload_nbytes)
-        frame[end:used] = _ZEROS[: used - end]
-        return frame[:used]
+            frame[start : start + len(plane)] = plane
+            start += len(plane)
+        payload_end, frame_end = HEADER_NBYTES + payload_nbytes, frame_nbytes(payload_nbytes)
+        frame[payload_end:frame_end] = _ZEROS[: frame_end - payload_end]
+        return frame[:frame_end]
 
     def unpack(self, slot: int, length: int, key: bytes, into: memoryview) -> int:
-        """Verify ``frames[slot]`` and copy the block out of it; give the block's bytes.
+        """Verify ``frames[slot]``, copy its block to ``into``, and return the block's bytes.
+
+        Args:
+            slot: which frame.
+            length: the bytes that the inner tier wrote into it.
+            key: the block's key.
+            into: the caller's buffer.
 
         Raises:
-            RejectedError: with the reason, and nothing was copied.
+            RejectedError: the frame does not verify; ``into`` is unchanged.
         """
         frame = self.frames[slot]
         fields: tuple[bytes, int, int, int, int, int] = _FIELDS.unpack_from(frame)
@@ -116,12 +148,12 @@ class Workspace:
             raise RejectedError("magic")
         if version != VERSION:
             raise RejectedError("version")
-        known = (
+        fields_valid = (
             payload_nbytes == size and element == 0
             if codec == RAW
             else codec == ZSTD and element > 0 and payload_nbytes < size
         )
-        if not known or bytes(frame[_USED:HEADER_NBYTES]) != _ZEROS[_USED:]:
+        if not fields_valid or bytes(frame[_CHECKSUM_END:HEADER_NBYTES]) != _ZEROS[_CHECKSUM_END:]:
             raise RejectedError("header")
         if not 0 < size <= min(len(into), self._block_nbytes):
             raise RejectedError("size")
@@ -130,20 +162,20 @@ class Workspace:
             raise RejectedError("length")
         if bytes(frame[end:length]) != _ZEROS[: length - end]:
             raise RejectedError("padding")
-        digest = bytes(frame[_FIELDS.size : _USED])
+        expected = bytes(frame[_FIELDS.size : _CHECKSUM_END])
         if codec == ZSTD:
             self._decompress(slot, size, payload_nbytes, element)
         raw = frame[HEADER_NBYTES : HEADER_NBYTES + size]
-        if digest != _digest(frame[: _FIELDS.size], raw, key):
+        if expected != checksum(frame[: _FIELDS.size], raw, key):
             raise RejectedError("checksum")
         into[:size] = raw
         return size
 
     def _decompress(self, slot: int, size: int, payload_nbytes: int, element: int) -> None:
-        """Put the block in the place of the planes that ``frames[slot]`` holds of it."""
+        """Replace the payload of ``frames[slot]`` with the raw block."""
         if self._zstandard is None:
             raise RejectedError("codec")
-        at = slot * self._nbytes + HEADER_NBYTES
+        at = slot * self._frame_nbytes + HEADER_NBYTES
         end = at + payload_nbytes
         *low, high_nbytes = (len(range(first, size, element)) for first in range(element))
         planes = []
@@ -152,7 +184,7 @@ class Workspace:
             at += nbytes
         compressed = self._map[at : max(at, end)]
         try:
-            # zstd makes as much room as the data asks for, so that is looked at first.
+            # zstd allocates as much memory as the data claims to need.
             if self._zstandard.frame_content_size(compressed) != high_nbytes:
                 raise RejectedError("decompression")
             planes.append(self._decompressor.decompress(compressed, allow_extra_data=False))
@@ -162,25 +194,30 @@ class Workspace:
             self._map[plane] = data
 
     def _planes(self, slot: int, size: int, element: int) -> list[slice]:
-        """Where the first, second, ... byte of every element of a raw payload is in the map."""
-        at = slot * self._nbytes + HEADER_NBYTES
+        """Slices of the map: the first byte of every element of a raw block, the second, ..."""
+        at = slot * self._frame_nbytes + HEADER_NBYTES
         return [slice(at + first, at + size, element) for first in range(element)]
 
 
-def _memory(nbytes: int) -> mmap.mmap:
-    """Zeros, in huge pages where the kernel gives them; a forked process does not have them.
+def _allocate(nbytes: int) -> mmap.mmap:
+    """Map zeroed memory, in huge pages if the kernel has some.
 
-    A disk takes so many pieces of memory with one request, and a block in small pages can be more.
+    One request to a disk takes a limited number of memory segments, and a block in small pages can
+    exceed it. A forked child does not get the memory: copy-on-write would move pages of the parent
+    while direct I/O writes to them.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):  # else a fork moves it under direct I/O
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
         with suppress(OSError):
             memory.madvise(advice)
     return memory
 
 
-def _digest(fields: bytes | memoryview, raw: memoryview, key: bytes) -> bytes:
-    """The checksum. The fields say how long ``raw`` is, so no byte can change its part."""
+def checksum(fields: bytes | memoryview, raw: memoryview, key: bytes) -> bytes:
+    """The checksum of a frame.
+
+    ``fields`` contain the length of ``raw``, so no byte can move from the block to the key.
+    """
     digest = xxh3_128(fields)
     digest.update(raw)
     digest.update(key)
@@ -188,7 +225,7 @@ def _digest(fields: bytes | memoryview, raw: memoryview, key: bytes) -> bytes:
 
 
 def zstandard() -> ModuleType | None:
-    """The package ``zstandard``, or None where it is not installed."""
+    """The package ``zstandard``; ``None`` if it is not installed."""
     try:
         import zstandard
     except ImportError:

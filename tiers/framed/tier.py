@@ -1,4 +1,12 @@
-"""Frames around the blocks of another tier: what comes back is what was written, or a miss."""
+"""A tier that keeps each block in another tier as a frame (``format.py``).
+
+Always true here:
+
+* A load returns the bytes that were stored under the key, or a miss. A rejected frame is a miss, is
+  counted by reason, and is removed from the inner tier.
+* Memory is bounded: a call works in pieces of ``call_nbytes``, and at most
+  ``MAX_CONCURRENT_CALLS`` calls have a workspace.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Final, Literal
 
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, result_of
@@ -22,22 +30,23 @@ from .format import RejectedError, Workspace, is_compressed, zstandard
 
 log = logging.getLogger(__name__)
 
-_WORKSPACES = 4  # calls at work; more of them wait
+MAX_CONCURRENT_CALLS: Final = 4
+"""Calls that pack or unpack at the same time; further calls wait."""
 
 
 @dataclass(slots=True)
 class FrameStats:
-    """What went through the frames since the tier was opened.
+    """What passed through the frames since the tier was opened.
 
     ``rejected`` counts blocks by reason: ``length`` (cut or extended), ``magic``, ``version``,
-    ``header`` (fields that no writer writes), ``size`` (larger than the buffer), ``padding`` (not
-    zeros), ``codec`` (zstd, and no zstandard here), ``decompression``, ``checksum``.
+    ``header`` (fields that no version writes), ``size`` (larger than the buffer), ``padding`` (not
+    zeros), ``codec`` (zstd, and the package is not installed), ``decompression``, ``checksum``.
     """
 
     verified_blocks: int = 0
     stored_raw_blocks: int = 0
     stored_compressed_blocks: int = 0
-    stored_raw_nbytes: int = 0  # of the blocks that the inner tier took
+    stored_raw_nbytes: int = 0  # of the blocks that the inner tier stored
     stored_frame_nbytes: int = 0  # of their frames
     loaded_raw_nbytes: int = 0  # of the blocks that verified
     loaded_frame_nbytes: int = 0  # of their frames
@@ -48,19 +57,19 @@ class Framed(Tier):
     """Frames around the blocks of another tier.
 
     Args:
-        inner: keeps the frames, and is closed with this tier. It must take blocks of any length up
-            to ``frame_nbytes(block_nbytes)``; with ``codec="none"`` and blocks of one size all
-            frames have one size too.
+        inner: the tier that keeps the frames; it is closed with this tier. It must take blocks of
+            any length up to ``frame_nbytes(block_nbytes)``. With ``codec="none"`` and blocks of one
+            size, all frames have one size.
         block_nbytes: bytes of the largest block.
         codec: ``"zstd"`` compresses the highest byte of every element, which holds the sign and
             most of the exponent; the other bytes are close to noise and stay as they are. A block
-            whose frame would not shrink by a tenth is kept raw.
-        level: zstd's level, 1 to 22. Level 1 is the fastest, and on KV also compresses best.
+            with a frame that would not shrink by a tenth is kept raw.
+        level: zstd's level, 1 to 22. Level 1 is the fastest, and compresses KV cache best.
         element_nbytes: bytes of a little-endian element: 2 for bf16 and fp16, 1 for fp8.
 
     Raises:
-        ValueError: for a size, a level or an element that cannot be.
-        ImportError: for ``codec="zstd"`` without the package ``zstandard``.
+        ValueError: ``block_nbytes``, ``level`` or ``element_nbytes`` is out of range.
+        ImportError: ``codec`` is ``"zstd"`` and the package ``zstandard`` is not installed.
     """
 
     def __init__(
@@ -86,10 +95,9 @@ class Framed(Tier):
         self.codec = codec
         self._level = level if codec == "zstd" else None
         self._element_nbytes = element_nbytes
-        self._workspaces: queue.LifoQueue[Workspace | None] = (
-            queue.LifoQueue()
-        )  # None: not made yet
-        for _ in range(_WORKSPACES):
+        # A workspace is made when it is first needed; None is one that was not made yet.
+        self._workspaces: queue.LifoQueue[Workspace | None] = queue.LifoQueue()
+        for _ in range(MAX_CONCURRENT_CALLS):
             self._workspaces.put(None)
         self._lock = threading.Lock()
         self._stats = FrameStats()
@@ -101,8 +109,8 @@ class Framed(Tier):
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         """As the contract says; a frame that does not verify is a miss, and is removed.
 
-        A frame that needs ``zstandard`` where there is none is a miss too, but stays: nothing says
-        that it is damaged, and others who share the inner tier can read it.
+        A frame that needs ``zstandard`` where it is not installed is a miss too, but stays: it need
+        not be damaged, and other engines that share the inner tier can read it.
         """
         telemetry.current_span().set_attribute(telemetry.CODEC, self.codec)
         pairs = list(zip(keys, into, strict=True))
@@ -125,39 +133,39 @@ class Framed(Tier):
                     else:
                         self._count_verified(written[-1], length)
                 if rejected:
-                    with suppress(TierError):  # the blocks that verified are right nonetheless
+                    with suppress(TierError):  # the other blocks of this call verified
                         result_of(partial(self.inner.remove, list(dict.fromkeys(rejected))))
         return written
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        """As the contract says; an empty block is declined: it could not be told from a miss.
+        """As the contract says; an empty block is declined: loading it would look like a miss.
 
         Raises:
-            ValueError: for a block of more than ``block_nbytes`` bytes.
+            ValueError: a block has more than ``block_nbytes`` bytes.
         """
         telemetry.current_span().set_attribute(telemetry.CODEC, self.codec)
-        full: list[int] = []
+        to_store: list[int] = []
         for at, (_, block) in enumerate(zip(keys, blocks, strict=True)):
             if len(block) > self.block_nbytes:
                 raise ValueError(
                     f"a block of {len(block)} bytes; the frames here hold {self.block_nbytes}"
                 )
             if len(block):
-                full.append(at)
+                to_store.append(at)
         stored = [False] * len(keys)
         with self._workspace() as workspace:
-            for first in range(0, len(full), len(workspace.frames)):
-                piece = full[first : first + len(workspace.frames)]
+            for first in range(0, len(to_store), len(workspace.frames)):
+                piece = to_store[first : first + len(workspace.frames)]
                 frames = [
                     workspace.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(piece)
                 ]
-                before = keys[piece[0] - 1] if piece[0] else parent
-                taken = self.inner.store([keys[at] for at in piece], frames, before)
-                for at, frame, took in zip(piece, frames, taken, strict=True):
-                    stored[at] = took
-                    if took:
+                piece_parent = keys[piece[0] - 1] if piece[0] else parent
+                answers = self.inner.store([keys[at] for at in piece], frames, piece_parent)
+                for at, frame, accepted in zip(piece, frames, answers, strict=True):
+                    stored[at] = accepted
+                    if accepted:
                         self._count_stored(len(blocks[at]), frame)
         return stored
 
@@ -178,18 +186,18 @@ class Framed(Tier):
         return replace(inner, rejected_blocks=rejected + Counter(inner.rejected_blocks))
 
     def stats(self) -> FrameStats:
-        """Counts at this moment."""
+        """The counts at this moment."""
         with self._lock:
             return replace(self._stats, rejected=Counter(self._stats.rejected))
 
     @contextmanager
     def _workspace(self) -> Iterator[Workspace]:
-        """A workspace for this call alone. Waits while every workspace is in use."""
+        """Lend a workspace to this call alone; wait while all of them are in use."""
         workspace = self._workspaces.get()
         try:
             if workspace is None:
-                # As many frames as blocks are best handed to the inner tier at once: with fewer a
-                # disk overlaps less, and a rest of one would be read alone.
+                # As many frames as the inner tier prefers in one call. With fewer, a disk would
+                # overlap fewer reads, and a last piece of one block would be read alone.
                 frames = max(1, self.call_nbytes // self.block_nbytes)
                 workspace = Workspace(frames, self.block_nbytes, self._level, self._element_nbytes)
             yield workspace
@@ -208,11 +216,11 @@ class Framed(Tier):
             span.add_event(telemetry.FRAME_REJECTED, {telemetry.REASON: reason})
         with self._lock:
             self._stats.rejected[reason] += 1
-            tell = reason == "codec" and self._stats.rejected[reason] == 1
-        if tell:
+            is_first = reason == "codec" and self._stats.rejected[reason] == 1
+        if is_first:
             log.warning(
-                "kvcache: blocks written with codec zstd cannot be read here and count as misses: "
-                "pip install 'kvcache[zstd]'"
+                "kvcache: frames: zstandard is not installed (pip install 'kvcache[zstd]'); blocks "
+                "written with codec zstd count as misses"
             )
 
     def _count_stored(self, raw_nbytes: int, frame: memoryview) -> None:
