@@ -115,8 +115,8 @@ class Stack(Closeable):
         """Promote the blocks of ``match`` to L1 and pin them until the lease ends.
 
         Returns:
-            a future of a lease on the leading blocks of the match: on fewer of them, or none, if
-            blocks were evicted or a tier did not return them in time.
+            a future of a lease on the leading blocks of the match. It has fewer blocks, or none, if
+            some were evicted or a tier did not return them in time.
         """
         if not match.blocks:
             return _completed(self.front.pin(()))
@@ -286,7 +286,7 @@ class Stack(Closeable):
         parallel, within the longest of their deadlines.
 
         Returns:
-            ``True`` if all lower tiers did: a stack that is opened later finds no earlier block.
+            ``True`` if all lower tiers did, so that a later stack finds no earlier block either.
         """
         # Lower tiers first, so that no block is promoted after L1 was cleared.
         pending = [(lower, lower.start_clear()) for lower in self.lower.tiers]
