@@ -136,7 +136,7 @@ def test_the_picture_of_the_demo_is_of_the_run_that_the_page_has() -> None:
     assert drawn == ["$ make run", *filter(None, printed.splitlines())]
 
 
-def test_a_terminal_is_drawn_in_its_colours() -> None:
+def test_terminal_output_is_drawn_in_its_colours() -> None:
     printed = "1 of 2 .\r2 of 2 ..\r\n\r\n\x1b[1;32mfine\x1b[0m <&>\r\n"
     log = f"Script started on a day\n{printed}Script done\n"
     drawn = subprocess.run(

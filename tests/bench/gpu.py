@@ -1,10 +1,10 @@
-"""Copies between a GPU and pinned slots, beside one contiguous copy: `python tests/bench/gpu.py`.
+"""Compares copies between a GPU and pinned slots with one contiguous copy.
 
-It prints what copies runs of which size, as tried at start, and two tables. The first has floors:
-what 256 MiB in pages of 64 KiB, by what was chosen, reach of one contiguous pinned copy in each
-direction, of both at once, and what a matrix product keeps of its speed while both go on. The
-second has the same of every mechanism, for pages of several sizes. Medians of rounds taken in
-turns, by CUDA's own clock.
+Run `python tests/bench/gpu.py`. It prints the copy backend that autotuning chose for each size of
+runs, and two tables. The first has floors: the speed of copying 256 MiB in pages of 64 KiB, as a
+share of one contiguous pinned copy, for each direction and for both at once; and the speed of a
+matrix product during both, as a share of its speed alone. The second has the same ratios for each
+backend and several page sizes. All are medians of interleaved rounds by CUDA's clock.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 PAGE, LAYERS, NBYTES, ROUNDS = 64 << 10, 32, 256 << 20, 15
 PAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
-Row = tuple[Callable[[], float], Callable[[], float]]  # what is measured, and held against
+Row = tuple[
+    Callable[[], float], Callable[[], float]
+]  # the measured work, and the work to compare with
 FLOORS = {"load": 0.9, "store": 0.9, "both at once": 0.85, "product beside": 0.97}
 
 
 class Rig:
-    """Pages on the GPU and as many slots, ours; and flat memory of the same size, for the floor."""
+    """Pages on the GPU, as many slots, and contiguous memory of the same size."""
 
     def __init__(self, torch: Any, page: int) -> None:
         from kvcache.connectors.layout.placement import BlockRun
@@ -60,7 +62,7 @@ class Rig:
         self.factor = torch.randn((8192, 8192), dtype=torch.bfloat16, device=device)
 
     def use(self, mechanism: Any) -> None:
-        """Have all be copied by it."""
+        """Make `mechanism` copy runs of all sizes."""
         from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_SIZES
 
         took = {self.cuda.selector.default: 1.0, mechanism: 0.01}
@@ -93,7 +95,7 @@ class Rig:
             self.torch.mm(self.factor, self.factor)
 
     def product_beside(self) -> float:
-        """Seconds of the product, while copies go on in both directions."""
+        """Return the seconds of the product during copies in both directions."""
         self.copier.gather(self.stored, self.low)
         self.copier.scatter(self.high, self.loaded, awaited=False)
         return self.seconds(self.product)
@@ -126,10 +128,10 @@ class Rig:
         self.slab.close()
 
 
-def measured(
+def measure(
     rows: Mapping[Any, Row], rounds: int, before: Callable[[Any], None] = lambda _: None
 ) -> dict[Any, tuple[float, float]]:
-    """Medians of the rows, taken in turns, of what is measured and what it is held against."""
+    """Return for each row the median seconds of both works, from interleaved rounds."""
     took: dict[Any, tuple[list[float], list[float]]] = {name: ([], []) for name in rows}
     for turn in range(rounds + 2):  # two to warm up
         for name, pair in rows.items():
@@ -139,11 +141,11 @@ def measured(
     return {name: (median(ours[2:]), median(theirs[2:])) for name, (ours, theirs) in took.items()}
 
 
-def chosen(rig: Rig) -> int:
-    """Print the first table; how many floors were missed."""
+def print_floors(rig: Rig) -> int:
+    """Print the first table; return the number of missed floors."""
     print(f"\n{'256 MiB, 64 KiB':16}{'ms':>8}{'GB/s':>8}{'ratio':>8}{'floor':>8}")
     missed = 0
-    for name, (ours, theirs) in measured(rig.rows(), ROUNDS).items():
+    for name, (ours, theirs) in measure(rig.rows(), ROUNDS).items():
         moved = 0 if "product" in name else NBYTES * (2 if "both" in name else 1)
         missed += theirs / ours < FLOORS[name]
         rate = f"{moved / ours / 1e9:.1f}" if moved else ""
@@ -151,11 +153,11 @@ def chosen(rig: Rig) -> int:
     return missed
 
 
-def compared(rig: Rig, page: int) -> None:
-    """Print what each mechanism reaches with pages of this size."""
+def print_backends(rig: Rig, page: int) -> None:
+    """Print the ratios of each backend for pages of this size."""
     mechanisms = {mechanism.name: mechanism for mechanism in rig.cuda.selector.enabled}
     rows = {(by, name): row for by in mechanisms for name, row in rig.rows().items()}
-    took = measured(rows, ROUNDS // 3, before=lambda key: rig.use(mechanisms[key[0]]))
+    took = measure(rows, ROUNDS // 3, before=lambda key: rig.use(mechanisms[key[0]]))
     for by in mechanisms:
         ratios = (took[by, name][1] / took[by, name][0] for name in FLOORS)
         print(f"{page >> 10:4} KiB by {by:22}", *(f"{ratio:15.2f}" for ratio in ratios))
@@ -165,18 +167,18 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("no CUDA device here: nothing is measured")
+        print("no CUDA device; nothing to measure")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(f"{torch.cuda.get_device_name(0)}, {LAYERS} layers")
-    rig = Rig(torch, PAGE)  # whose trial is told
-    missed = chosen(rig)
+    rig = Rig(torch, PAGE)  # logs the result of autotuning
+    missed = print_floors(rig)
     rig.close()
     logging.disable(logging.INFO)
     print(f"\n{'256 MiB, ratios':34}", *(f"{name:>15}" for name in FLOORS))
     for page in PAGES:
         rig = Rig(torch, page)
-        compared(rig, page)
+        print_backends(rig, page)
         rig.close()
     return 1 if missed else 0
 

@@ -1,4 +1,4 @@
-"""The bars that `kvcache bench` has to clear on any machine: ratios and costs within one run."""
+"""The bars of `kvcache bench` on any machine: ratios and costs within one run."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.bench
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_move_as_fast_as_memory(threads: int) -> None:
+def test_copies_reach_the_speed_of_memcpy(threads: int) -> None:
     found = bench.copies(threads, blocks=256, rounds=15)
     print(found)
     assert found["store_gib_s"] >= 0.95 * found["memcpy_gib_s"]
@@ -18,7 +18,7 @@ def test_blocks_move_as_fast_as_memory(threads: int) -> None:
     assert found["cold_store_gib_s"] >= 0.8 * found["memcpy_gib_s"]
 
 
-def test_bookkeeping_is_small_and_linear() -> None:
+def test_bookkeeping_costs_microseconds_and_is_linear() -> None:
     found = bench.bookkeeping(rounds=15)
     print(found)
     assert found["match_us_per_block"] * bench.PROMPT <= 500
@@ -26,7 +26,7 @@ def test_bookkeeping_is_small_and_linear() -> None:
     assert found["reserve_us_per_block"] <= 3
 
 
-def test_import_is_quick() -> None:
+def test_import_takes_at_most_100_ms() -> None:
     found = bench.import_ms(rounds=9)
     print(found)
     assert found <= 100

@@ -1,8 +1,8 @@
-"""The disk tier against fio on the same file and in the same memory, and what it costs.
+"""The speed of the disk tier compared with fio on the same file and memory, and its CPU time.
 
-How fast a disk takes a block depends on where its memory is: a block of 2 MiB is one piece of
-memory or up to 512, which can halve the rate, and differs from process to process. So fio is lent
-the pages that the tier reads into and writes from, and they take turns.
+The speed of a disk depends on the physical memory of a block: 2 MiB are one extent or up to 512,
+which can halve the rate and differs between processes. So fio uses the pages that the tier reads
+into and writes from, and the two take turns.
 """
 
 import fcntl
@@ -30,15 +30,15 @@ from tests.tiers.test_disk import capacity
 pytestmark = pytest.mark.bench
 
 TOTAL, THREADS = 1 << 30, 4
-CALLERS, PIECE = 2, 16 << 20  # as the stack calls: two calls under way, of so many bytes
-PAIRS = 9  # of which the median counts
+CALLERS, PIECE = 2, 16 << 20  # concurrent calls, and bytes per call, as the stack makes them
+PAIRS = 9  # the bar applies to their median
 
 Direction = Literal["read", "write"]
 Verb = Callable[[list[bytes], list[memoryview]], Iterable[object]]
 
 
-class Bench:
-    """A tier that is full, its file, and as much memory as can be on its way to it at once."""
+class DiskBench:
+    """A full tier, its file, and the memory of all concurrent blocks."""
 
     def __init__(self, path: Path, block: int, total: int = TOTAL) -> None:
         self.block, self.count, self.path = block, total // block, path
@@ -55,7 +55,7 @@ class Bench:
         return [os.urandom(32) for _ in range(self.count)]
 
     def rate(self, verb: Verb, keys: list[bytes]) -> float:
-        """Bytes per second of two callers."""
+        """Return the bytes per second of two callers."""
         each = PIECE // self.block
         views = [self.views[at % THREADS] for at in range(each)]
 
@@ -69,7 +69,7 @@ class Bench:
             return self.count * self.block / (time.perf_counter() - begun)
 
     def fio(self, way: Direction) -> float:
-        """Bytes per second with as many blocks under way, as large, in the same memory, direct."""
+        """Return the bytes per second of fio with the same memory, block size and queue depth."""
         command = [
             "fio", "--name=disk", f"--filename={self.path / 'blocks'}", "--direct=1", f"--rw={way}",
             f"--bs={self.block}", "--ioengine=libaio", f"--iodepth={THREADS}",
@@ -85,14 +85,14 @@ class Bench:
 
 
 @pytest.fixture(params=[1 << 20, 2 << 20], ids=["1MiB", "2MiB"])
-def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    with closing(Bench(tmp_path / "kv", request.param)) as made:
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DiskBench]:
+    with closing(DiskBench(tmp_path / "kv", request.param)) as made:
         yield made
     shutil.rmtree(tmp_path / "kv")
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
-def test_as_fast_as_fio(bench: Bench) -> None:
+def test_disk_reaches_the_speed_of_fio(bench: DiskBench) -> None:
     ways: dict[Direction, tuple[str, Verb]] = {
         "write": ("store", bench.tier.store),
         "read": ("load", bench.tier.load),
@@ -120,20 +120,21 @@ def test_as_fast_as_fio(bench: Bench) -> None:
     assert min(ratios) >= 0.85
 
 
-def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None:
-    """The same calls on the same tier, through the page cache and past it, in turns. What was
-    stored is on the disk in the end, and read from it: a tier that the page cache could hold
-    would not be needed."""
+def test_direct_io_takes_half_the_cpu_time_of_buffered_io(tmp_path: Path) -> None:
+    """Make the same calls with direct and with buffered I/O, in turns.
+
+    Both write to the disk and read from it, since a tier is larger than the page cache.
+    """
     used: dict[str, list[float]] = {}
-    with closing(Bench(tmp_path / "kv", 2 << 20, 256 << 20)) as bench:
+    with closing(DiskBench(tmp_path / "kv", 2 << 20, 256 << 20)) as bench:
         files = bench.tier._files
         direct = files.blocks
         if not fcntl.fcntl(direct, fcntl.F_GETFL) & os.O_DIRECT:
-            pytest.skip("this file system takes no direct I/O")
+            pytest.skip("the file system has no direct I/O")
         buffered = files._kept(os.open(files.path / "blocks", os.O_RDWR | os.O_CLOEXEC))
 
-        def spent(verb: Verb, keys: list[bytes]) -> float:
-            """Seconds of processor per GiB, of all threads, the kernel's part included."""
+        def cpu_seconds(verb: Verb, keys: list[bytes]) -> float:
+            """Return the CPU seconds per GiB of all threads, in user and kernel mode."""
             os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_DONTNEED)
             begun = time.process_time()
             bench.rate(verb, keys)
@@ -143,8 +144,8 @@ def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None
         for _ in range(PAIRS):
             for way, files.blocks in (("direct", direct), ("buffered", buffered)):
                 keys = bench.keys()
-                used.setdefault(f"{way} store", []).append(spent(bench.tier.store, keys))
-                used.setdefault(f"{way} load", []).append(spent(bench.tier.load, keys))
+                used.setdefault(f"{way} store", []).append(cpu_seconds(bench.tier.store, keys))
+                used.setdefault(f"{way} load", []).append(cpu_seconds(bench.tier.load, keys))
     print()
     ratios = []
     for verb in ("store", "load"):
@@ -157,18 +158,18 @@ def test_half_the_processor_of_buffered_input_and_output(tmp_path: Path) -> None
     assert max(ratios) <= 0.5
 
 
-def test_an_index_comes_back_fast(tmp_path: Path) -> None:
+def test_index_of_200000_blocks_is_read_back_in_a_second(tmp_path: Path) -> None:
     blocks = 200_000
-    reopened = partial(
+    reopen = partial(
         DiskTier, block_nbytes=PAGE, path=str(tmp_path), capacity=DiskSize(capacity(blocks))
     )
-    with closing(reopened()) as tier:
+    with closing(reopen()) as tier:
         for slot in range(blocks):
             tier._records.write(Record(slot + 1, slot, PAGE, os.urandom(64), b""))
     rate = 0.0
     for _ in range(5):
-        begun = time.process_time()  # it is all work: what else runs here does not count
-        with closing(reopened()) as tier:
+        begun = time.process_time()  # CPU time, so that other processes do not count
+        with closing(reopen()) as tier:
             rate = max(rate, blocks / (time.process_time() - begun))
             assert len(tier._index) == blocks
     print(f"{rate:,.0f} blocks/s")

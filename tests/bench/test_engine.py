@@ -1,4 +1,4 @@
-"""What kvcache costs an engine without hits, and what a hit is worth: a real vLLM, one run."""
+"""The cost of kvcache without hits, and the gain of a hit, on a real vLLM within one run."""
 
 import json
 import multiprocessing
@@ -23,24 +23,24 @@ PROMPT, ANSWER, PAIRS = 2048, 8, 40
 
 
 @pytest.mark.parametrize("profile", ["l1-only", "l1-disk"])
-def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path, profile: str) -> None:
-    """One engine, whose connector is taken out and put back between requests never seen before.
+def test_requests_without_hits_cost_at_most_one_per_cent(tmp_path: Path, profile: str) -> None:
+    """Remove and restore the connector of one engine between new requests.
 
-    Two engines would not do: equal processes differ by several per cent for as long as they live,
-    by where their memory happens to lie.
+    Two engines cannot be compared: equal processes differ by several per cent for all their life,
+    because of the placement of their memory.
     """
     model = str(checkpoint.write(tmp_path / "model"))
     blocks = 2 * (PROMPT + ANSWER) // engine.BLOCK_TOKENS
     setup = engine.EngineSetup(model, PROMPT + ANSWER, blocks, l1_nbytes=512 << 20)
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
+    receiver, sender = spawn.Pipe()
     environment = {"KVCACHE_PROFILE": profile}
     if profile == "l1-disk":
         environment["KVCACHE__DISK__PATH"] = str(tmp_path / "disk")
         environment["KVCACHE__DISK__CAPACITY"] = "4GiB"
-    spawn.Process(target=pairs, args=(setup, environment, theirs), daemon=True).start()
-    theirs.close()
-    spent: list[tuple[float, float]] = ours.recv()
+    spawn.Process(target=measure_pairs, args=(setup, environment, sender), daemon=True).start()
+    sender.close()
+    spent: list[tuple[float, float]] = receiver.recv()
     ratios = [with_it / without for without, with_it in spent]
     quartiles = statistics.quantiles(ratios, n=4)
     print(f"{profile}: with / without, quartiles of {PAIRS} pairs: {quartiles}")
@@ -48,8 +48,8 @@ def test_no_hits_cost_one_per_cent_at_most(tmp_path: Path, profile: str) -> None
     assert statistics.median(ratios) <= 1.01
 
 
-def pairs(setup: engine.EngineSetup, environment: dict[str, str], pipe: Connection) -> None:
-    """Send the seconds of requests without the connector and with it, pair by pair."""
+def measure_pairs(setup: engine.EngineSetup, environment: dict[str, str], pipe: Connection) -> None:
+    """Send, for each pair of requests, the seconds without the connector and with it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     engine.set_environment(setup)
     os.environ.update(environment)
@@ -57,7 +57,7 @@ def pairs(setup: engine.EngineSetup, environment: dict[str, str], pipe: Connecti
     from vllm.distributed.kv_transfer import kv_transfer_state
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    halves = scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT
+    sides = scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT
     random = Random(0)
 
     def seconds(*connected: object) -> float:
@@ -71,16 +71,16 @@ def pairs(setup: engine.EngineSetup, environment: dict[str, str], pipe: Connecti
 
     found = []
     for pair in range(PAIRS + 2):
-        turns = [(None, None), halves] if pair % 2 else [halves, (None, None)]
-        spent = {turn == halves: seconds(*turn) for turn in turns}
+        turns = [(None, None), sides] if pair % 2 else [sides, (None, None)]
+        spent = {turn == sides: seconds(*turn) for turn in turns}
         if pair >= 2:
             found.append((spent[False], spent[True]))
-    assert halves[0].stats().tiers[0].stored_blocks >= PAIRS * PROMPT // engine.BLOCK_TOKENS
-    scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT = halves
+    assert sides[0].stats().tiers[0].stored_blocks >= PAIRS * PROMPT // engine.BLOCK_TOKENS
+    scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT = sides
     pipe.send(found)
 
 
-def test_the_demo_reaches_its_bars() -> None:
+def test_demo_reaches_its_bars() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kvcache", "demo", "--json"],
         check=False,

@@ -1,7 +1,7 @@
-"""The table of docs/eviction.md: every policy on the conversation trace, hit ratio and cost.
+"""The table of docs/eviction.md: hit ratio and cost of every policy on the conversation trace.
 
-Costs are for all that the index and the policy do for a request: look-up, and room and slots for
-what is absent.
+The cost of a request is that of the index and the policy: look-up, eviction, and slots for the
+absent blocks.
 """
 
 import functools
@@ -21,7 +21,7 @@ SHARES = dict(zip(SLOTS, (0.24, 0.24, 0.24, 0.12, 0.0, 0.0, 0.0), strict=True))
 
 
 @pytest.mark.parametrize("partial", [True, False])
-def test_hit_ratios(partial: bool) -> None:
+def test_hit_ratio_of_gittins_reaches_its_bars(partial: bool) -> None:
     requests = conversation(partial=partial)
     half = len(requests) // 2
     found: dict[str, list[float]] = {}
@@ -53,7 +53,7 @@ def serving(policy: str, slots: int) -> Serve:
 
 
 @pytest.mark.parametrize("slots", [1000, 10_000, 20_000, 50_000])
-def test_cost(slots: int) -> None:
+def test_cost_of_each_policy_stays_within_its_bar(slots: int) -> None:
     makers = {name: functools.partial(serving, name, slots) for name in POLICIES}
     costs = in_turns(makers, rounds=5)
     print()
@@ -71,8 +71,8 @@ def test_cost(slots: int) -> None:
 
 @pytest.mark.parametrize("slots", [1000, 10_000])
 @pytest.mark.parametrize("name", POLICIES)
-def test_state(name: str, slots: int) -> None:
-    """What goes when the policy goes: without the keys, which the trace has as well."""
+def test_state_of_each_policy_takes_at_most_400_bytes_per_key(name: str, slots: int) -> None:
+    """Measure the memory that is freed with the policy; the trace holds the keys too."""
     requests = conversation(partial=False)
     tracemalloc.start()
     replay = Replay(POLICIES[name], slots)

@@ -1,8 +1,8 @@
-"""The index and its policies beside vLLM's own offloading manager: the same trace, in turns.
+"""Compares the index and its policies with vLLM's offloading manager on one trace, in turns.
 
-Both do a request's bookkeeping and move no bytes: the look-up, a lease on what is there for as long
-as it would be loaded, room and slots for what is absent, what to evict for it. vLLM's scheduler
-also notes the position of each key and gathers events; that is left out.
+Both do the bookkeeping of a request without copies: the look-up, a lease on the blocks to load,
+eviction, and slots for the absent blocks. The cost leaves out vLLM's scheduler, which also tracks
+the position of each key and collects events.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.eviction_traffic import Replay, with_conversation
 pytestmark = [pytest.mark.bench, with_conversation]
 
 
-def ours(policy: str, slots: int) -> Serve:
+def serve_with_kvcache(policy: str, slots: int) -> Serve:
     replay, requests = Replay(POLICIES[policy], slots), asked()
     index = replay.index
 
@@ -42,12 +42,12 @@ def ours(policy: str, slots: int) -> Serve:
 
 
 @cache
-def their_keys() -> list[list[OffloadKey]]:
+def vllm_keys() -> list[list[OffloadKey]]:
     return [[make_offload_key(key, 0) for key in request.keys] for request in asked()]
 
 
-def theirs(policy: str, slots: int) -> Serve:
-    manager, keys_of = CPUOffloadingManager(slots, policy), their_keys()
+def serve_with_vllm(policy: str, slots: int) -> Serve:
+    manager, keys_of = CPUOffloadingManager(slots, policy), vllm_keys()
 
     def serve(number: int) -> int:
         keys, context = keys_of[number], ReqContext(str(number))
@@ -69,20 +69,20 @@ def theirs(policy: str, slots: int) -> Serve:
 
 
 @pytest.mark.parametrize("slots", [1000, 10_000, 50_000])
-def test_beside_vllm(slots: int) -> None:
+def test_gittins_beats_the_policies_of_vllm_in_hits_and_cost(slots: int) -> None:
     makers = {
-        "`gittins`": partial(ours, "gittins", slots),
-        "`lru`": partial(ours, "lru", slots),
-        "vLLM's LRU": partial(theirs, "lru", slots),
-        "vLLM's ARC": partial(theirs, "arc", slots),
+        "`gittins`": partial(serve_with_kvcache, "gittins", slots),
+        "`lru`": partial(serve_with_kvcache, "lru", slots),
+        "vLLM's LRU": partial(serve_with_vllm, "lru", slots),
+        "vLLM's ARC": partial(serve_with_vllm, "arc", slots),
     }
     costs = in_turns(makers, rounds=3)
     print()
     for name, cost in costs.items():
         per_request = f"{cost.p99:.0f} | {cost.most:.0f}"
         print(f"| {name} | {slots} | {cost.hit_ratio:.1f} | {cost.each:.1f} | {per_request} |")
-    gittins, lru, their_lru, their_arc = costs.values()
-    assert abs(lru.hit_ratio - their_lru.hit_ratio) < 0.1, "they were not asked for the same"
-    assert gittins.hit_ratio > max(their_lru.hit_ratio, their_arc.hit_ratio)
-    assert gittins.each < min(their_lru.each, their_arc.each)
-    assert lru.each < their_lru.each / 2
+    gittins, lru, vllm_lru, vllm_arc = costs.values()
+    assert abs(lru.hit_ratio - vllm_lru.hit_ratio) < 0.1, "the two served different requests"
+    assert gittins.hit_ratio > max(vllm_lru.hit_ratio, vllm_arc.hit_ratio)
+    assert gittins.each < min(vllm_lru.each, vllm_arc.each)
+    assert lru.each < vllm_lru.each / 2

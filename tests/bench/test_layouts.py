@@ -1,8 +1,8 @@
-"""Blocks of every layout move as fast as memory: gather and scatter, of one contiguous copy.
+"""Compares gather and scatter of blocks in every layout with one contiguous copy.
 
-In one run, in turns whose order alternates: all blocks gathered in random order, and as many bytes
-copied by one `numpy.copyto` from memory like the engine's to a slab; then the other way. What is
-compared is the median of the ratios of the turns, since the machine's speed changes between them.
+Each turn gathers all blocks in random order and copies as many bytes with `numpy.copyto` from
+memory like the engine's to a slab, then does both in the other direction; the order alternates.
+The bar applies to the median of the ratios of the turns, since the machine's speed varies.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tests.support.paged_caches import KINDS, LATENT, Geometry
 
 pytestmark = pytest.mark.bench
 
-# Of 32 layers; a block is 2 MiB of bf16 for 16 tokens, pages of K and V 32 KiB each. The blocks are
-# no power of two, as in engines: all pages of a block would meet in the same lines of the caches.
+# A block is 2 MiB of bf16: 16 tokens, 32 layers, pages of K and V of 32 KiB each. The number of
+# blocks is no power of two, as in engines: else all pages of a block would share CPU cache lines.
 G = Geometry(layers=32, blocks=67, tokens=16, heads=8, dim=128, dtype=torch.bfloat16)
 ALL = KINDS | LATENT
 BAR = 0.9
@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @contextmanager
 def copies(name: str, order: Order, g: Geometry) -> Iterator[dict[str, Callable[[], object]]]:
-    """A contiguous copy, a gather and a scatter of as many bytes."""
+    """Yield a contiguous copy in each direction, a gather and a scatter of as many bytes."""
     kind = ALL[name]
     layers: list[Any] = kind.make(g)
     placement = place(layers, kind.layout)
@@ -54,7 +54,7 @@ def copies(name: str, order: Order, g: Geometry) -> Iterator[dict[str, Callable[
     slab.populate()
     slab.wait_populated()
     nbytes = placement.block_nbytes * g.blocks
-    plain = torch.ones(nbytes, dtype=torch.uint8).numpy()  # numpy's own would be in huge pages
+    plain = torch.ones(nbytes, dtype=torch.uint8).numpy()  # numpy allocates huge pages
     other = Slab.create(g.blocks, placement.block_nbytes)
     other.populate()
     other.wait_populated()
@@ -77,19 +77,19 @@ def copies(name: str, order: Order, g: Geometry) -> Iterator[dict[str, Callable[
 
 
 def ratios(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Speeds, as shares of the contiguous copy's."""
+    """Return the speeds as shares of that of the contiguous copy."""
     taken: dict[str, list[float]] = {"gather": [], "scatter": []}
     for turn in range(TURNS + 1):
         order = list(works.items())[:: 1 if turn % 2 else -1]
         spent = {name: seconds(work) for name, work in order}
-        if turn:  # the first wakes cores, and touches memory for the first time
+        if turn:  # the first turn wakes cores and touches the memory
             taken["gather"].append(spent["copy out"] / spent["gather"])
             taken["scatter"].append(spent["copy in"] / spent["scatter"])
     return {name: statistics.median(found) for name, found in taken.items()}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_raw_pages_move_as_fast_as_memory(name: str) -> None:
+def test_raw_order_reaches_nine_tenths_of_a_contiguous_copy(name: str) -> None:
     g = Geometry(**vars(G) | ({"heads": 1, "dim": 576, "blocks": 259} if name in LATENT else {}))
     with copies(name, "raw", g) as works:
         found = ratios(works)
@@ -98,8 +98,8 @@ def test_raw_pages_move_as_fast_as_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_canonical_order_too(name: str) -> None:
-    """Where K and V lie number by number, tokens first, they are turned in the caches."""
+def test_canonical_order_reaches_its_share_of_a_contiguous_copy(name: str) -> None:
+    """Layouts with tokens as the innermost axis are transposed in the CPU caches."""
     g = Geometry(**vars(G) | ({"heads": 1, "dim": 576, "blocks": 259} if name in LATENT else {}))
     with copies(name, "canonical", g) as works:
         found = ratios(works)

@@ -1,10 +1,10 @@
-"""The redis tier beside LMCache's Redis connectors: one server, in turns, medians of pairs.
+"""Compares the Redis tier with LMCache's Redis connectors on one server, by medians of pairs.
 
-``KVCACHE_BENCH_LMCACHE_PYTHON`` names a Python that has the released package ``lmcache``; it runs
-tests/support/lmcache_process.py, which says what of it is measured. On our side it is what a user
-gets: frames, so that each loaded block has been verified, on a tier called as the stack calls it.
-The ``redis://`` connector is in Python. ``resp://`` is one in C++, and does less than either: it
-keeps nothing beside the bytes, and checks none.
+``KVCACHE_BENCH_LMCACHE_PYTHON`` names a Python with the released package ``lmcache``. It runs
+tests/support/lmcache_process.py, which documents the measured calls. kvcache runs as for a user:
+frames, which verify each loaded block, on a tier that is called as the stack calls it. The
+``redis://`` connector is written in Python. ``resp://`` is written in C++ and does less than
+either: it stores the bytes alone and verifies nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from tests.support import redis_servers
 VARIABLE = "KVCACHE_BENCH_LMCACHE_PYTHON"
 PYTHON = os.environ.get(VARIABLE)
 DIRECTIONS = ("store", "look", "load")
-# In 0.5.6 it may wait for ever: who asks is written down after the question was sent, and an answer
-# that comes before that is lost (batch_exists_sync in native_clients/connector_client_base.py).
+# LMCache 0.5.6 may wait for ever: it registers a request after sending it, and loses a response
+# that arrives before that (batch_exists_sync in native_clients/connector_client_base.py).
 LEFT_OUT = {("look", "resp://")}
-TOTAL = 64 << 20  # bytes of one measurement: short ones fit between what else the machine does
+TOTAL = 64 << 20  # bytes per measurement; short ones are disturbed less by other processes
 ROUNDS = 21
 pytestmark = [
     pytest.mark.bench,
@@ -45,8 +45,8 @@ pytestmark = [
 ]
 
 
-class Side:
-    """The other process: one line asks, one answers."""
+class LMCacheProcess:
+    """The process of LMCache: it answers each line with a line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -55,11 +55,11 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         answer: dict[str, Any] = json.loads(self._process.stdout.readline() or "null")
-        assert answer, "LMCache's side ended; see what it wrote to stderr"
+        assert answer, "the process of LMCache has ended; see its stderr"
         return answer
 
     def ask(self, way: str) -> tuple[float, float]:
-        """The seconds it took, and those of its CPU."""
+        """Return the seconds of a call, and its CPU seconds."""
         assert self._process.stdin is not None
         print(way, file=self._process.stdin, flush=True)
         answer = self._answer()
@@ -73,7 +73,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 
 
 @contextmanager
-def side(url: str, nbytes: int) -> Iterator[Side]:
+def lmcache(url: str, nbytes: int) -> Iterator[LMCacheProcess]:
     script = Path(__file__).parents[1] / "support" / "lmcache_process.py"
     command = [PYTHON or "", str(script), url, str(nbytes), str(TOTAL // nbytes)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -81,24 +81,26 @@ def side(url: str, nbytes: int) -> Iterator[Side]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
-            yield Side(process)
+            yield LMCacheProcess(process)
         finally:
             process.kill()
 
 
 @pytest.mark.parametrize("nbytes", [1 << 20, 2 << 20])
-def test_beside_lmcache(tmp_path: Path, nbytes: int) -> None:
+def test_tier_is_no_slower_than_the_python_connector_of_lmcache(
+    tmp_path: Path, nbytes: int
+) -> None:
     memory = memoryview(mmap.mmap(-1, TOTAL))
     memory[:] = os.urandom(1 << 20) * (TOTAL >> 20)
     views = [memory[at : at + nbytes] for at in range(0, TOTAL, nbytes)]
-    spent: dict[str, list[tuple[float, float]]] = {}  # seconds, and of them the client's CPU's
+    spent: dict[str, list[tuple[float, float]]] = {}  # seconds, and CPU seconds of the client
 
     with (
         redis_servers.server(tmp_path / "redis", binary=Path(REDIS or "")) as server,
         ThreadPoolExecutor(CONNECTIONS) as pool,
         closing(RedisTier(url=server.url, connections=CONNECTIONS, timeout_s=30)) as inner,
-        side(server.url, nbytes) as plain,
-        side(f"resp://127.0.0.1:{server.port}", nbytes) as native,
+        lmcache(server.url, nbytes) as plain,
+        lmcache(f"resp://127.0.0.1:{server.port}", nbytes) as native,
     ):
         client = server.client()
         framed = Framed(inner, block_nbytes=nbytes)
@@ -122,8 +124,8 @@ def test_beside_lmcache(tmp_path: Path, nbytes: int) -> None:
                     spent.setdefault(f"{way} {name}", []).append(ask(way))
                 if not turn and name != "kvcache":
                     ask("check")
-        said = ", ".join(f"{name} {number}" for name, number in plain.versions.items())
-        print(f"\n{nbytes >> 20} MiB; redis {client.info()['redis_version']}; LMCache's: {said}")
+        versions = ", ".join(f"{name} {number}" for name, number in plain.versions.items())
+        print(f"\n{nbytes >> 20} MiB; redis {client.info()['redis_version']}; LMCache: {versions}")
 
     def ratio(way: str, name: str) -> float:
         pairs = zip(spent[f"{way} {name}"], spent[f"{way} kvcache"], strict=True)

@@ -1,4 +1,4 @@
-"""The bars of `kvcache replay`: the conversation, from the file to the answer, in time."""
+"""The time of `kvcache replay` on the conversation trace."""
 
 import subprocess
 import sys
@@ -22,13 +22,13 @@ def seconds(*options: str) -> float:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_policy_and_capacity(policy: str) -> None:
+def test_replay_of_one_policy_and_capacity_takes_at_most_5_s(policy: str) -> None:
     spent = seconds("--policy", policy, "--capacity", "10000")
     print(f"{policy}: {spent:.1f} s")
     assert spent <= 5
 
 
-def test_all_policies_at_seven_capacities() -> None:
+def test_replay_of_all_policies_at_seven_capacities_takes_at_most_120_s() -> None:
     spent = seconds("--capacity", SEVEN)
     print(f"all: {spent:.1f} s")
     assert spent <= 120
