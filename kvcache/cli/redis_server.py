@@ -70,7 +70,7 @@ class RedisServers:
                         self._wire_of[name] = wire
                         yield name, nbytes
                 if len(self._wire_of) > MAX_KEYS:
-                    raise ServerError(f"it lists more than {MAX_KEYS:,} blocks, and does not end")
+                    raise ServerError(f"its list of keys has more than {MAX_KEYS:,} blocks")
 
     def _names(self, wire: Wire, pattern: bytes) -> Iterator[list[bytes]]:
         cursor, last_s = b"0", time.monotonic()
@@ -82,14 +82,14 @@ class RedisServers:
                 case [bytes(cursor), list(names)] if all(isinstance(n, bytes) for n in names):
                     pass
                 case _:
-                    raise ServerError("it does not list its keys as Redis does")
+                    raise ServerError("its answer to SCAN is not one of Redis")
             if names:
                 last_s = time.monotonic()
                 yield list(dict.fromkeys(name for name in names if isinstance(name, bytes)))
             if cursor == b"0":
                 return
             if time.monotonic() - last_s > QUIET_S:
-                raise ServerError(f"it listed no block for {QUIET_S:g} s, and does not end")
+                raise ServerError(f"its list of keys had no block for {QUIET_S:g} s")
 
     def load(self, name: bytes, into: memoryview) -> int:
         """Read a value of ``sizes``; return its bytes, 0 if it is absent or does not fit."""
@@ -137,7 +137,7 @@ def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
     try:
         import_module("redis")
     except ImportError as error:
-        raise ValueError(f"redis needs more: pip install 'kvcache[redis]' ({error})") from error
+        raise ValueError(f"redis needs packages: pip install 'kvcache[redis]' ({error})") from error
     from kvcache.tiers.redis.connect import LoginError, read_url
     from kvcache.tiers.redis.resp import WireError
 

@@ -172,8 +172,8 @@ def test_inspect_empty_tier_says_that_it_holds_no_blocks(
     ("arguments", "error"),
     [
         (["{path}"], "No such file"),
-        (["other://somewhere"], "of kind 'other'; kinds that can be read are disk"),
-        (["--profile", "l1-only"], "has no tier below L1"),
+        (["other://somewhere"], "cannot read kind 'other'; kinds that can be read are disk"),
+        (["--profile", "l1-only"], "has no lower tier"),
         (["--profile", "l1-dsik"], 'did you mean "l1-disk"?'),
     ],
 )

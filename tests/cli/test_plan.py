@@ -231,7 +231,10 @@ def test_plan_text_has_the_figures(capsys: pytest.CaptureFixture[str], tmp_path:
         (["--layers", "2", "--kv-heads", "8", "--head-dim", "64", "--tp", "3"], "3 ranks cannot"),
         (["no-such-folder"], "cannot read no-such-folder"),
         (["--layers", "2", "--latent-dim", "9", "--pod-memory", "lots"], "--pod-memory is 'lots'"),
-        (["--layers", "2", "--latent-dim", "9", "--engine-memory", "100%"], "not one block"),
+        (
+            ["--layers", "2", "--latent-dim", "9", "--engine-memory", "100%"],
+            "no room for one block",
+        ),
         (
             ["--layers", "2", "--latent-dim", "9", "--prefill-tokens-per-s", "0"],
             "--prefill-tokens-per-s is 0.0",
@@ -250,7 +253,7 @@ def test_plan_invalid_argument_ends_with_code_2(
     [
         ("{", "is not JSON"),
         ("[]", "is not a model's configuration"),
-        ('{"num_hidden_layers": [1, 2]}', "num_hidden_layers is [1, 2], and not one whole number"),
+        ('{"num_hidden_layers": [1, 2]}', "num_hidden_layers is [1, 2], not one whole number"),
     ],
 )
 def test_plan_file_that_is_not_a_model_ends_with_code_2(

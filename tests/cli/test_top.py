@@ -197,7 +197,7 @@ def test_page_without_metrics_of_kvcache_ends_with_code_1(
 ) -> None:
     engine.pages = ["vllm:num_requests_running 3\n"]
     assert cli.main(["top", engine.url, "--once"]) == 1
-    assert "no numbers of kvcache" in capsys.readouterr().err
+    assert "no metrics of kvcache" in capsys.readouterr().err
 
 
 def test_user_and_password_are_sent_but_not_printed(

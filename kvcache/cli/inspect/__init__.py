@@ -69,8 +69,7 @@ def _tiers(place: str | None, profile_name: str | None) -> Iterator[tuple[Conten
     profile = load_profile(profile_name)
     if not (lower := profile.tiers[1:]):
         raise ValueError(
-            f"profile {profile.name} has no tier below L1, and L1 ends with its engine; "
-            "`kvcache top` shows one that runs"
+            f"profile {profile.name} has no lower tier; `kvcache top` shows L1 of a running engine"
         )
     for row in lower:
         yield from _readers(row.kind, f"tier {row.name} of profile {profile.name}", row.options)
@@ -80,7 +79,7 @@ def _readers(kind: str, place: str, options: Options) -> Iterator[tuple[Contents
     """Yield a reader for a tier; a disk tier has one for each replica's directory."""
     if kind not in READERS:
         raise ValueError(
-            f"{place}: of kind {kind!r}; kinds that can be read are {', '.join(READERS)}"
+            f"{place}: cannot read kind {kind!r}; kinds that can be read are {', '.join(READERS)}"
         )
     reader: ContentsReader = import_module(READERS[kind]).read_contents
     if kind == "disk":

@@ -34,8 +34,8 @@ def verify(
 
     if (room := largest_nbytes - HEADER_NBYTES) < 1:
         raise ValueError(
-            f"{contents.place} keeps at most {format_size(largest_nbytes)} of a block; that has no "
-            "room for a frame, so there is nothing to verify blocks by"
+            f"{contents.place} has values of at most {format_size(largest_nbytes)}; that is no "
+            "room for a frame, so there are no checksums to verify"
         )
     contents.verified = True
     framed, buffer = Framed(tier, block_nbytes=room), memoryview(bytearray(room))

@@ -50,8 +50,8 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
             largest = max(sizes.values())
             if largest > _LARGEST_VALUE_NBYTES:
                 raise ValueError(
-                    f"{options['url']} has a value of {format_size(largest)}; Redis keeps "
-                    f"{format_size(_LARGEST_VALUE_NBYTES)} at most"
+                    f"{options['url']} has a value of {format_size(largest)}; values of Redis "
+                    f"have at most {format_size(_LARGEST_VALUE_NBYTES)}"
                 )
             tier = _ReadOnlyTier(servers)
             verify_frames(tier, sizes, largest, contents, lambda _: "changed")

@@ -84,8 +84,8 @@ def plan(args: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
     count = sizes.in_memory(pod - engine, ranks)
     if not count:
         raise ValueError(
-            f"of the {format_size(pod)} of --pod-memory the engine takes {format_size(engine)}, "
-            f"and not one block of {format_size(sizes.slot_nbytes)} fits into the rest"
+            f"the engine takes {format_size(engine)} of --pod-memory ({format_size(pod)}); the "
+            f"rest has no room for one block of {format_size(sizes.slot_nbytes)}"
         )
     aibrix_rank = pod // ranks - engine
     figures = {

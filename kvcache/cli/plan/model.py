@@ -63,7 +63,7 @@ class Model:
             heads = f"{self.heads} heads, " if self.heads else ""
             raise ValueError(
                 f"{ranks} ranks cannot divide {heads}{self.kv_heads} KV heads: the heads must be a "
-                "multiple of the ranks, and of KV heads and ranks one a multiple of the other"
+                "multiple of the ranks, and one of KV heads and ranks a multiple of the other"
             )
         return self.layers * 2 * max(1, self.kv_heads // ranks) * self.head_dim
 
@@ -106,7 +106,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a model's configuration: it has no names in it")
+        raise ValueError(f"{file} is not a model's configuration: it is not a JSON object")
     names = config.get("architectures") or config.get("model_type") or "a model"
     name = excerpt(names[0] if isinstance(names, list) else names)
     for part in ("text_config", "llm_config"):  # of models with images or audio
@@ -158,7 +158,7 @@ def _number(config: Mapping[str, Any], keys: Sequence[str]) -> int:
         if (value := config.get(key)) is not None:
             if type(value) is not int or value < 0:
                 text = excerpt(repr(value))
-                raise ValueError(f"{key} is {text}, and not one whole number for all layers")
+                raise ValueError(f"{key} is {text}, not one whole number for all layers")
             if value > MAX_NUMBER:
                 raise ValueError(f"{key} is {value}; it is at most {MAX_NUMBER}")
             return value

@@ -48,8 +48,8 @@ def run(
     is_http = url.startswith(("http://", "https://"))
     if not is_http or not 0 < args.interval <= _LONGEST_INTERVAL_S:
         print(
-            f"top: URL is {redact(url)}, --interval is {args.interval}; they take http://... or "
-            f"https://..., and seconds above 0, to {_LONGEST_INTERVAL_S}",
+            f"top: URL is {redact(url)}, --interval is {args.interval}; URL begins with http:// or "
+            f"https://, and the interval is above 0 and at most {_LONGEST_INTERVAL_S} s",
             file=sys.stderr,
         )
         return 2
@@ -87,8 +87,8 @@ class _Monitor:
         now_s = self._clock()
         tiers: list[ScrapedTier] = []
         problem = (
-            "no numbers of kvcache there; the connector puts them on vLLM's page with the engine's "
-            "first steps, unless it runs with --disable-log-stats"
+            "the page has no metrics of kvcache; the connector adds them with the engine's first "
+            "steps, unless the engine runs with --disable-log-stats"
         )
         try:
             tiers = tiers_of(fetch(self._url, self._timeout_s))
