@@ -24,7 +24,7 @@ import pytest
 
 from kvcache.sizes import DiskSize
 from kvcache.tiers.disk import PAGE, DiskTier
-from kvcache.tiers.disk.records import Record
+from kvcache.tiers.disk.record_file import Record
 from tests.tiers.test_disk import capacity
 
 pytestmark = pytest.mark.bench

@@ -14,7 +14,7 @@ from kvcache.replica import Replica
 from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
-from kvcache.tiers.disk.reader import Reader
+from kvcache.tiers.disk.reader import DiskReader
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
 from tests.support.frames import BLOCK_NBYTES, kv_like_block
 from tests.tiers.test_disk import blocks, capacity, opened
@@ -50,7 +50,7 @@ def inspected(
 
 def damage(path: Path, key: bytes) -> None:
     """Change a byte of the block's payload."""
-    with closing(Reader(path)) as reader:
+    with closing(DiskReader(path)) as reader:
         [slot] = [record.slot for record in reader if record.key == key]
     with (path / "blocks").open("r+b") as file:
         file.seek(slot * FRAME + HEADER_NBYTES + 1000)

@@ -11,7 +11,7 @@ from kvcache import cli, host_memory
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.tiers.disk import DiskTier
-from kvcache.tiers.disk.reader import Reader
+from kvcache.tiers.disk.reader import DiskReader
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import frame_nbytes
 
@@ -141,7 +141,7 @@ def test_plan_capacities_are_those_of_real_tiers(
     DiskTier(
         block_nbytes=frame_nbytes(block), path=str(path), capacity=found["disk_nbytes"]
     ).close()
-    with closing(Reader(path)) as reader:
+    with closing(DiskReader(path)) as reader:
         slots = reader.geometry.slots
     assert slots <= found["disk_blocks"] <= slots + 1
 

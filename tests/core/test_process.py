@@ -20,7 +20,7 @@ from kvcache.slab import PAGE, Slab
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import DiskTier
-from kvcache.tiers.disk.reader import Reader as DiskReader
+from kvcache.tiers.disk.reader import DiskReader
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.core.test_metrics import Reader

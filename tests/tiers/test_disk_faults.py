@@ -13,7 +13,7 @@ import pytest
 
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
-from kvcache.tiers.disk.records import Record
+from kvcache.tiers.disk.record_file import Record
 from tests.support.forked_children import run_in_child
 from tests.tiers.test_disk import RECORD, blocks, capacity, held, opened
 

@@ -10,10 +10,10 @@ import pytest
 
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
-from kvcache.tiers.disk.files import shortage
-from kvcache.tiers.disk.locks import holder
-from kvcache.tiers.disk.reader import Reader
-from kvcache.tiers.disk.records import Record
+from kvcache.tiers.disk.directory import shortage
+from kvcache.tiers.disk.lock_file import find_owner
+from kvcache.tiers.disk.reader import DiskReader
+from kvcache.tiers.disk.record_file import Record
 from tests.tiers.test_disk import RECORD, USED, blocks, opened
 
 KEYS = keys_of("read", 5)
@@ -27,7 +27,7 @@ def tier(tmp_path: Path) -> Iterator[DiskTier]:
         yield tier
 
 
-def read(reader: Reader, keys: list[bytes]) -> list[bytes]:
+def read(reader: DiskReader, keys: list[bytes]) -> list[bytes]:
     buffers = [bytearray(PAGE) for _ in keys]
     lengths = reader.load(keys, [memoryview(buffer) for buffer in buffers])
     return [bytes(buffer[:n]) for buffer, n in zip(buffers, lengths, strict=True)]
@@ -43,7 +43,7 @@ def everything(path: Path) -> dict[str, tuple[bytes, int, int]]:
 
 def test_all_is_read_beside_the_owner_and_nothing_changes(tier: DiskTier, tmp_path: Path) -> None:
     before = everything(tmp_path)
-    with closing(Reader(tmp_path)) as reader:
+    with closing(DiskReader(tmp_path)) as reader:
         assert [(record.key, record.parent) for record in reader] == [
             (KEYS[0], b""), (KEYS[1], KEYS[0]), (KEYS[2], KEYS[1]),
         ]  # fmt: skip
@@ -53,16 +53,16 @@ def test_all_is_read_beside_the_owner_and_nothing_changes(tier: DiskTier, tmp_pa
         assert reader.store(KEYS[3:], blocks(KEYS[3:])) == [False, False]
         reader.remove(KEYS)
         assert read(reader, KEYS[:1]) == [block_of(KEYS[0], PAGE)]
-        assert all(map(reader.stands, KEYS[:3]))
+        assert all(map(reader.is_unchanged, KEYS[:3]))
     assert everything(tmp_path) == before
     assert tier.contains(KEYS[:3]) == [True] * 3
 
 
 def test_a_block_that_left_meanwhile_is_none(tier: DiskTier, tmp_path: Path) -> None:
-    with closing(Reader(tmp_path)) as reader:
+    with closing(DiskReader(tmp_path)) as reader:
         tier.remove(KEYS[2:3])
         assert read(reader, KEYS[1:3]) == [block_of(KEYS[1], PAGE), b""]
-        assert list(map(reader.stands, KEYS[1:3])) == [True, False]
+        assert list(map(reader.is_unchanged, KEYS[1:3])) == [True, False]
 
 
 def test_a_slot_written_again_while_it_is_read_is_none(
@@ -77,23 +77,23 @@ def test_a_slot_written_again_while_it_is_read_is_none(
         tier.store(KEYS[3:], blocks(KEYS[3:]))
         return pread(*arguments)  # type: ignore[arg-type]
 
-    with closing(Reader(tmp_path)) as reader:
+    with closing(DiskReader(tmp_path)) as reader:
         monkeypatch.setattr(os, "preadv", write_then_read)
         assert read(reader, KEYS[:3]) == [b"", b"", b""]
-        assert not any(map(reader.stands, KEYS[:3]))
+        assert not any(map(reader.is_unchanged, KEYS[:3]))
 
 
 def test_what_the_disk_does_not_give_is_none(tier: DiskTier, tmp_path: Path) -> None:
     os.truncate(tmp_path / "blocks", 2 * PAGE)
-    with closing(Reader(tmp_path)) as reader:
+    with closing(DiskReader(tmp_path)) as reader:
         found = read(reader, KEYS[:3])
         assert b"" in found
-        assert all(map(reader.stands, KEYS[:3]))
+        assert all(map(reader.is_unchanged, KEYS[:3]))
 
 
 def test_of_two_records_with_one_key_the_newer_counts(tier: DiskTier, tmp_path: Path) -> None:
     tier._records.write(Record(99, 7, PAGE, KEYS[0], b""))
-    with closing(Reader(tmp_path)) as reader:
+    with closing(DiskReader(tmp_path)) as reader:
         assert len(reader) == 3
         assert [record.slot for record in reader if record.key == KEYS[0]] == [7]
 
@@ -102,7 +102,7 @@ def test_records_that_do_not_verify_are_not_there(tier: DiskTier, tmp_path: Path
     with (tmp_path / "records").open("r+b") as file:
         file.seek(PAGE + RECORD + USED - 4)  # the checksum of the second
         file.write(b"\xff\xff\xff")
-    with closing(Reader(tmp_path)) as reader:
+    with closing(DiskReader(tmp_path)) as reader:
         assert len(reader) == 2
 
 
@@ -110,12 +110,12 @@ def test_records_that_do_not_verify_are_not_there(tier: DiskTier, tmp_path: Path
 def test_files_of_something_else_are_refused(page: bytes, tier: DiskTier, tmp_path: Path) -> None:
     (tmp_path / "records").write_bytes(page)
     with pytest.raises(ValueError, match="no disk tier that this version can read"):
-        Reader(tmp_path)
+        DiskReader(tmp_path)
 
 
 def test_an_empty_directory_is_refused_and_stays_empty(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No such file"):
-        Reader(tmp_path)
+        DiskReader(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -124,19 +124,19 @@ def test_a_reader_leaves_no_file_open(tier: DiskTier, tmp_path: Path) -> None:
         return len(list(Path("/proc/self/fd").iterdir()))
 
     before = files()
-    with closing(Reader(tmp_path)):
+    with closing(DiskReader(tmp_path)):
         assert files() == before + 3
     (tmp_path / "records").write_bytes(b"")
     with pytest.raises(ValueError, match="no disk tier"):
-        Reader(tmp_path)
+        DiskReader(tmp_path)
     assert files() == before
 
 
 def test_who_has_it_open_is_seen_without_a_lock(tmp_path: Path) -> None:
-    assert holder(tmp_path) is None
+    assert find_owner(tmp_path) is None
     with closing(opened(tmp_path / "a")), closing(opened(tmp_path / "b")):
-        assert holder(tmp_path / "a") == os.getpid()
-    assert holder(tmp_path / "a") is None
+        assert find_owner(tmp_path / "a") == os.getpid()
+    assert find_owner(tmp_path / "a") is None
 
 
 def test_room_is_what_is_free_and_what_the_tier_has(tier: DiskTier, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_sparse_records_are_read_without_their_holes(tier: DiskTier, tmp_path: P
         file.seek(0)
         file.write(page)
         file.truncate(1 << 43)
-    with closing(Reader(copy)) as reader:
+    with closing(DiskReader(copy)) as reader:
         assert reader.geometry.slots == 1 << 53
         assert [record.key for record in reader] == KEYS[:3]
 
@@ -173,4 +173,4 @@ def test_a_slot_larger_than_memory_is_one_error(tier: DiskTier, tmp_path: Path) 
     with (copy / "blocks").open("wb") as file:
         file.truncate(1 << 43)
     with pytest.raises(ValueError, match="cannot read a disk tier"):
-        Reader(copy)
+        DiskReader(copy)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from kvcache.process import bind_to_process
 from kvcache.tier import Tier
-from kvcache.tiers.disk import namespaces
-from kvcache.tiers.disk.places import open_directory, open_file
-from kvcache.tiers.disk.records import PAGE, Record, read_geometry, read_record, read_records
+from kvcache.tiers.disk import namespace_file
+from kvcache.tiers.disk.record_file import PAGE, Record, read_geometry, read_record, read_records
+from kvcache.tiers.disk.safe_open import open_directory, open_file
 
 
-class Reader(Tier):
+class DiskReader(Tier):
     """A tier that has what a disk tier's directory had when this was opened, and takes nothing.
 
     Args:
@@ -93,19 +93,19 @@ class Reader(Tier):
             got = os.preadv(self._block_file, [pages], record.slot * self.geometry.slot_nbytes)
         except OSError:
             got = 0
-        if got < record.nbytes or not self.stands(key):
+        if got < record.nbytes or not self.is_unchanged(key):
             return 0
         buffer[: record.nbytes] = pages[: record.nbytes]
         return record.nbytes
 
-    def about(self) -> dict[str, str]:
+    def descriptions(self) -> dict[str, str]:
         """The description of each namespace, by its hex; none where they cannot be read."""
         try:
-            return namespaces.read(self._folder, self._path)["about"]
+            return namespace_file.read(self._folder, self._path)["about"]
         except (OSError, ValueError):
             return {}
 
-    def stands(self, key: bytes) -> bool:
+    def is_unchanged(self, key: bytes) -> bool:
         """Whether the block is where it was when this was opened, and was not written again."""
         record = self._records[key]
         return read_record(self._record_file, self.geometry, record.slot) == record

@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 from kvcache.replica import Replica
 from kvcache.sizes import format_size
-from kvcache.tiers.disk import locks, namespaces
-from kvcache.tiers.disk.places import open_file, open_subdirectory
-from kvcache.tiers.disk.records import foreign_file, mark
+from kvcache.tiers.disk import lock_file, namespace_file
+from kvcache.tiers.disk.record_file import foreign_file, mark
+from kvcache.tiers.disk.safe_open import open_file, open_subdirectory
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def directory_name(index: int) -> str:
     return f"replica-{index}" if index else "."
 
 
-def directories(folder: int | Path) -> dict[int, str]:
+def replica_directories(folder: int | Path) -> dict[int, str]:
     """The directories of replicas that there are, by index; that of replica 0 always."""
     with os.scandir(folder) as entries:
         names = [match for entry in entries if (match := _NAME.fullmatch(entry.name))]
@@ -96,7 +96,7 @@ def reclaim(folder: int, path: Path, replica: Replica, share: Share) -> None:
         ValueError: when one of them runs and should not.
         OSError: for whatever the file system reports.
     """
-    for index, name in directories(folder).items():
+    for index, name in replica_directories(folder).items():
         if index == replica.index:
             continue
         try:
@@ -124,7 +124,7 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
         have = sum(os.fstat(files[name]).st_size for name in files.keys() - {"lock"})
         if "lock" in files:
             try:
-                locks.take(files["lock"], path)
+                lock_file.take(files["lock"], path)
             except ValueError:
                 if stays and have <= sum(share):
                     return
@@ -134,7 +134,7 @@ def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
                 cut(files["records"], files["blocks"], share)
             return
         # The records last: until they are gone, the next engine knows that the rest is a tier's.
-        for name in ("blocks", *namespaces.FILES, "lock", "records"):
+        for name in ("blocks", *namespace_file.FILES, "lock", "records"):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
         log.info(

@@ -37,10 +37,9 @@ from kvcache.process import bind_to_process
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
-from kvcache.tiers.disk import locks, namespaces
-from kvcache.tiers.disk.files import Directory
-from kvcache.tiers.disk.places import location
-from kvcache.tiers.disk.records import (
+from kvcache.tiers.disk import lock_file, namespace_file
+from kvcache.tiers.disk.directory import Directory
+from kvcache.tiers.disk.record_file import (
     KEY_NBYTES,
     PAGE,
     RECORD_NBYTES,
@@ -49,6 +48,7 @@ from kvcache.tiers.disk.records import (
     file_nbytes,
 )
 from kvcache.tiers.disk.replicas import Share
+from kvcache.tiers.disk.safe_open import expand_path
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class DiskTier(Tier):
         try:
             with ExitStack() as undo:
                 self._files = Directory(
-                    location(path), replica, Share(file_nbytes(slots), slots * self._slot_nbytes)
+                    expand_path(path), replica, Share(file_nbytes(slots), slots * self._slot_nbytes)
                 )
                 undo.callback(self._files.close)
                 self._open(slots, policy)
@@ -258,7 +258,7 @@ class DiskTier(Tier):
             if self._index.free_slots >= blocks:
                 return True
         with self._declined("store"):
-            locks.sign(self._files.lock)
+            lock_file.sign(self._files.lock)
             return not self._takes_nothing
         return False
 
@@ -281,13 +281,13 @@ class DiskTier(Tier):
         with self._call() as may:
             if not may:
                 raise ValueError("the tier is closed")
-            return namespaces.resolve(self._files.folder, self._files.path, namespace, about)
+            return namespace_file.resolve(self._files.folder, self._files.path, namespace, about)
 
     def forget(self, namespace: bytes) -> None:
         with self._call() as may:
             if not may:
                 raise ValueError("the tier is closed")
-            namespaces.forget(self._files.folder, self._files.path, namespace)
+            namespace_file.forget(self._files.folder, self._files.path, namespace)
 
     def usage(self) -> TierUsage:
         with self._lock:

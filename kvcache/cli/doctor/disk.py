@@ -32,16 +32,15 @@ _SHARE = 100  # writes at most 1/100 of the free space
 def check(row: Row, options: CheckOptions) -> Iterator[CheckResult]:
     """Check the directory's owner, whether it is writable, its room, and its speed."""
     from kvcache.profiles.tiers import override_of
-    from kvcache.tiers.disk.files import check as check_directory
-    from kvcache.tiers.disk.files import shortage
-    from kvcache.tiers.disk.locks import holder
-    from kvcache.tiers.disk.places import location
+    from kvcache.tiers.disk.directory import check_usable, shortage
+    from kvcache.tiers.disk.lock_file import find_owner
+    from kvcache.tiers.disk.safe_open import expand_path
 
     name = row.name
     try:
-        path = location(str(row.options["path"]))
+        path = expand_path(str(row.options["path"]))
         with suppress(OSError):  # the temporary file below raises it again
-            check_directory(path)
+            check_usable(path)
     except ValueError as error:
         yield fail(name, str(error), f"correct {override_of(name, 'path')}")
         return
@@ -49,7 +48,7 @@ def check(row: Row, options: CheckOptions) -> Iterator[CheckResult]:
     try:
         folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            if pid := holder(path):
+            if pid := find_owner(path):
                 yield ok(name, f"{path} is open in process {pid}, a running engine")
             capacity = int(str(row.options["capacity"]))
             if cause := shortage(folder, capacity):

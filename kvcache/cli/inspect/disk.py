@@ -11,12 +11,12 @@ from kvcache.cli.inspect.frames import verify as verify_frames
 
 def replicas(options: Mapping[str, object]) -> list[Mapping[str, object]]:
     """Return options for each directory that replicas of one engine have below a path."""
-    from kvcache.tiers.disk.places import location
-    from kvcache.tiers.disk.replicas import directories
+    from kvcache.tiers.disk.replicas import replica_directories
+    from kvcache.tiers.disk.safe_open import expand_path
 
-    path = location(str(options["path"]))
+    path = expand_path(str(options["path"]))
     try:
-        folders = [path / name for _, name in sorted(directories(path).items())]
+        folders = [path / name for _, name in sorted(replica_directories(path).items())]
     except OSError:  # read_contents raises the cause
         return [options]
     return [
@@ -32,12 +32,12 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
     Raises:
         ValueError: there is no disk tier, or it cannot be read.
     """
-    from kvcache.tiers.disk.locks import holder
-    from kvcache.tiers.disk.places import location
-    from kvcache.tiers.disk.reader import Reader
+    from kvcache.tiers.disk.lock_file import find_owner
+    from kvcache.tiers.disk.reader import DiskReader
+    from kvcache.tiers.disk.safe_open import expand_path
 
-    path = location(str(options["path"]))
-    with closing(Reader(path)) as reader:
+    path = expand_path(str(options["path"]))
+    with closing(DiskReader(path)) as reader:
         geometry = reader.geometry
         contents = TierContents(
             str(path),
@@ -46,16 +46,16 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
                 "slots": geometry.slots,
                 "slot_nbytes": geometry.slot_nbytes,
                 "blocks": len(reader),
-                "open_in_process": holder(path),
+                "open_in_process": find_owner(path),
             },
         )
         for record in reader:
             contents.namespace_of(record.key).add_block(record.nbytes)
-        for name, description in reader.about().items():
+        for name, description in reader.descriptions().items():
             contents.describe(name, description)
 
         def missing_reason(key: bytes) -> str:
-            return "unreadable" if reader.stands(key) else "changed"
+            return "unreadable" if reader.is_unchanged(key) else "changed"
 
         if verify:
             keys = [record.key for record in reader]

@@ -38,7 +38,7 @@ class BlockSizes:
 
     def on_disk(self, nbytes: int) -> int:
         """Return how many blocks fit on a disk, each with its frame and its record."""
-        from kvcache.tiers.disk.records import RECORD_NBYTES
+        from kvcache.tiers.disk.record_file import RECORD_NBYTES
         from kvcache.tiers.framed import frame_nbytes
 
         return nbytes // (frame_nbytes(self.block_nbytes) + RECORD_NBYTES)

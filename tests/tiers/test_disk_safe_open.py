@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvcache.testing import keys_of
-from kvcache.tiers.disk import PAGE, DiskTier, places
-from kvcache.tiers.disk.reader import Reader
+from kvcache.tiers.disk import PAGE, DiskTier, safe_open
+from kvcache.tiers.disk.reader import DiskReader
 from tests.tiers.test_disk import blocks, capacity, held, opened
 
 FILES = ["lock", "records", "blocks"]
@@ -106,7 +106,7 @@ def test_disk_tier_refuses_what_is_not_a_file_of_its_own(
         opened(kv)
     if name != "lock":
         with pytest.raises(ValueError, match=f"'{name}' is "):
-            Reader(kv)
+            DiskReader(kv)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -190,14 +190,14 @@ def test_disk_tier_uses_the_directory_that_it_opened(
 ) -> None:
     """A swap of names between two steps does not lead to other files."""
     (tmp_path / "other").mkdir()
-    check = places.check_directory
+    check = safe_open.check_ownership
 
     def swap(folder: int, path: Path) -> None:
         check(folder, path)
         kv.rename(tmp_path / "moved")
         (tmp_path / "other").rename(kv)
 
-    monkeypatch.setattr("kvcache.tiers.disk.files.check_directory", swap)
+    monkeypatch.setattr("kvcache.tiers.disk.directory.check_ownership", swap)
     with closing(opened(kv)) as tier:
         assert held(tier, KEYS) == [True] * 3
     assert not list(kv.iterdir())
@@ -219,7 +219,7 @@ def test_location_expands_home_and_variables(
 ) -> None:
     monkeypatch.setenv("HOME", "/srv/ours")
     monkeypatch.setenv("KV_ROOT", "/mnt/fast")
-    assert places.location(path) == Path.cwd() / means
+    assert safe_open.expand_path(path) == Path.cwd() / means
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ _NOT_FILES = {
 """What an attempt to open something else than a file fails with."""
 
 
-def location(path: str) -> Path:
+def expand_path(path: str) -> Path:
     """The absolute path that the option ``path`` means: ``~``, ``$NAME`` and ``${NAME}`` expanded.
 
     Raises ValueError when it is empty, or when a name in it is unknown.
@@ -133,7 +133,7 @@ def open_subdirectory(folder: int, name: str, path: Path, *, make: bool) -> int:
     )
 
 
-def check_directory(folder: int, path: Path) -> None:
+def check_ownership(folder: int, path: Path) -> None:
     """Refuse a directory of another user than root and ours; warn of one that others may write.
 
     Raises ValueError.

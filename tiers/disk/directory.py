@@ -24,21 +24,21 @@ from pathlib import Path
 from kvcache.process import bind_to_process
 from kvcache.replica import Replica
 from kvcache.sizes import format_size
-from kvcache.tiers.disk import locks
-from kvcache.tiers.disk.places import (
-    check_directory,
-    open_directory,
-    open_file,
-    open_subdirectory,
-)
-from kvcache.tiers.disk.records import PAGE, foreign_file
+from kvcache.tiers.disk import lock_file
+from kvcache.tiers.disk.record_file import PAGE, foreign_file
 from kvcache.tiers.disk.replicas import (
     Share,
     cut,
-    directories,
     directory_name,
     one_at_a_time,
     reclaim,
+    replica_directories,
+)
+from kvcache.tiers.disk.safe_open import (
+    check_ownership,
+    open_directory,
+    open_file,
+    open_subdirectory,
 )
 
 _MADE = os.O_RDWR | os.O_CREAT
@@ -69,13 +69,13 @@ class Directory:
         self._locked = False
         try:
             root = self._kept(open_directory(path, make=True))
-            check_directory(root, path)
+            check_ownership(root, path)
             with one_at_a_time(root, path, replica):
                 folder = root
                 if replica.index:
                     name = directory_name(replica.index)
                     folder = self._kept(open_subdirectory(root, name, path, make=True))
-                    check_directory(folder, self.path)
+                    check_ownership(folder, self.path)
                 self.folder = folder
                 self._open_files(folder, share)
                 reclaim(root, path, replica, share)
@@ -88,12 +88,12 @@ class Directory:
         """Lock the directory and open its files; change nothing before all of them are ours."""
         self.lock = self._kept(open_file(folder, "lock", self.path, _MADE))
         _refuse_foreign({"lock": self.lock}, self.path)
-        locks.take(self.lock, self.path)
+        lock_file.take(self.lock, self.path)
         self._locked = True
         self.records = self._kept(open_file(folder, "records", self.path, _MADE))
         self.blocks = self._kept(open_file(folder, "blocks", self.path, _MADE))
         _refuse_foreign({"records": self.records, "blocks": self.blocks}, self.path)
-        locks.sign(self.lock)
+        lock_file.sign(self.lock)
         for file in (self.lock, self.records, self.blocks):
             if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:  # it was there, for others to read
                 os.fchmod(file, 0o600)
@@ -143,7 +143,7 @@ class Directory:
             os.close(self._open.pop())
 
 
-def check(path: Path) -> None:
+def check_usable(path: Path) -> None:
     """Raise ``ValueError`` for a directory that a tier would refuse. Makes and changes nothing.
 
     Raises OSError for what the file system reports; a directory that is not there is no error.
@@ -154,7 +154,7 @@ def check(path: Path) -> None:
         return
     files: dict[str, int] = {}
     try:
-        check_directory(folder, path)
+        check_ownership(folder, path)
         for name in ("lock", "records", "blocks"):
             with suppress(FileNotFoundError):
                 files[name] = open_file(folder, name, path)
@@ -174,7 +174,7 @@ def _refuse_foreign(files: Mapping[str, int], path: Path) -> None:
 
 
 def _foreign(files: Mapping[str, int]) -> str | None:
-    if "lock" in files and not locks.is_lock(files["lock"]):
+    if "lock" in files and not lock_file.is_lock(files["lock"]):
         return "lock"
     if "records" in files and "blocks" in files:
         return foreign_file(files["records"], files["blocks"])
@@ -198,7 +198,7 @@ def shortage(path: Path, need: int, have: int | None = None) -> str | None:
 
 
 def _taken(path: Path) -> Iterator[int]:
-    for name in directories(path).values():
+    for name in replica_directories(path).values():
         for file in ("records", "blocks"):
             with suppress(OSError):
                 found = (path / name / file).lstat()

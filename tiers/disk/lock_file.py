@@ -28,7 +28,9 @@ def take(file: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         written = os.pread(file, _NBYTES, 0).decode(errors="replace").strip() or "?"
-        pid = _holder(os.fstat(file), held=True) or f"{written} (which cannot be seen from here)"
+        pid = (
+            _find_owner(os.fstat(file), held=True) or f"{written} (which cannot be seen from here)"
+        )
         raise ValueError(
             f"path is {str(path)!r}, which process {pid} has open; every tier needs a directory of "
             "its own"
@@ -40,18 +42,18 @@ def sign(file: int) -> None:
     os.pwrite(file, str(os.getpid()).ljust(_NBYTES).encode(), 0)
 
 
-def holder(path: Path) -> int | None:
+def find_owner(path: Path) -> int | None:
     """The process that has the directory open, if it can be seen from here.
 
     Takes no lock: that, however shortly, could refuse an engine that starts in this moment.
     """
     try:
-        return _holder((path / "lock").lstat(), held=False)
+        return _find_owner((path / "lock").lstat(), held=False)
     except OSError:
         return None
 
 
-def _holder(lock: os.stat_result, held: bool) -> int | None:
+def _find_owner(lock: os.stat_result, held: bool) -> int | None:
     """The process that has a lock on the file; ``held`` says that one has.
 
     The kernel names the process that took it. When that one has ended, a process that it started

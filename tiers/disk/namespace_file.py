@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvcache.keys import namespace_after_reset
-from kvcache.tiers.disk.places import open_file
+from kvcache.tiers.disk.safe_open import open_file
 
 NAME: Final = "spaces"
 _NEW: Final = "spaces.new"
