@@ -9,8 +9,8 @@ The files of a tier's directory, and the modules that define them::
     spaces    which namespaces were reset, and a description of each           namespace_file.py
 
 ``safe_open.py`` opens files and directories that other users may have changed, ``directory.py`` the
-files of a tier. ``replicas.py`` divides a path among the replicas of one engine. ``reader.py`` reads
-a directory while an engine has it open.
+files of a tier. ``replicas.py`` divides a path among the replicas of one engine. ``reader.py``
+reads a directory while an engine has it open.
 """
 
 from kvcache.tiers.disk.record_file import PAGE
