@@ -31,7 +31,7 @@ from kvcache.guards.front_tier import guard_front_tier
 from kvcache.lower.promotion import LowerTiers, Match
 from kvcache.lower.tier import LowerTier
 from kvcache.process import bind_to_process
-from kvcache.replay.recorder import SILENT, Recorder, careful
+from kvcache.replay.recorder import NULL_RECORDER, Recorder, guard_recorder
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 
@@ -66,12 +66,12 @@ class Stack(Closeable):
         name: str = "l1",
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
-        recorder: Recorder = SILENT,
+        recorder: Recorder = NULL_RECORDER,
     ) -> None:
         self.front = guard_front_tier(front)
         if lower:
             self.front.disable_admission()
-        self.recorder = careful(recorder)
+        self.recorder = guard_recorder(recorder)
         self.profile = profile
         self._block_tokens = block_tokens
         self._tier_name = TierName(name, kind or type(front).__name__)

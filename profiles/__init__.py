@@ -109,7 +109,7 @@ def open_stack(
                 )
             opened.callback(each.channel.stop)  # if a later tier fails to open
         try:
-            records = opened.enter_context(closing(recorder.opened(block_tokens)))
+            records = opened.enter_context(closing(recorder.open_recorder(block_tokens)))
         except ValueError as error:
             raise ProfileError(loaded.name, [str(error)]) from None
         first = loaded.tiers[0]

@@ -36,7 +36,6 @@ COMMANDS = {
 }
 
 EXTRAS = {
-    "matplotlib": "plot",
     "numba": "torch",
     "numpy": "torch",
     "opentelemetry": "otel",

@@ -1,4 +1,4 @@
-"""Capacities as people write them: in blocks, "10000", or in bytes, "64GiB"."""
+"""Capacities of the command line: in blocks, "10000", or in bytes, "64GiB"."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from kvcache.slab import slot_nbytes_for
 
 
 class Amount(NamedTuple):
-    """One capacity: a number of blocks, or of bytes; the other is 0."""
+    """A capacity in blocks or in bytes; the other number is 0.
+
+    Attributes:
+        text: as the user wrote it.
+        blocks: a number of blocks.
+        nbytes: a number of bytes.
+    """
 
     text: str
     blocks: int = 0
     nbytes: int = 0
 
 
-def amounts(text: str) -> list[Amount]:
-    """Capacities with commas between; for argparse."""
+def capacities(text: str) -> list[Amount]:
+    """Parse capacities separated by commas; for argparse."""
     return [_amount(each.strip()) for each in text.split(",")]
 
 
@@ -28,7 +34,7 @@ def _amount(text: str) -> Amount:
         return Amount(text, blocks=int(text))
     try:
         if text.isdecimal():
-            raise ValueError("it must hold a block at least")
+            raise ValueError("it must be at least one block")
         return Amount(text, nbytes=parse_size(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
@@ -36,8 +42,8 @@ def _amount(text: str) -> Amount:
         ) from None
 
 
-def bytes_each(text: str) -> int:
-    """What a block or a token takes; for argparse."""
+def block_nbytes(text: str) -> int:
+    """Parse the size of a block or a token; for argparse."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -45,24 +51,28 @@ def bytes_each(text: str) -> int:
 
 
 class BlockSize:
-    """What a block takes in L1, whose slots are whole pages of memory; ``nbytes`` if known."""
+    """The size of a block, and capacities in such blocks.
+
+    Args:
+        nbytes: bytes of a block; ``None`` if unknown. Its slot in L1 is a whole number of pages.
+    """
 
     def __init__(self, nbytes: int | None) -> None:
         self.nbytes = nbytes
 
     def blocks(self, amount: Amount) -> int:
-        """How many blocks are in it. Raises ValueError if none is."""
+        """Return how many blocks fit into a capacity; raises ValueError if none does."""
         if amount.blocks:
             return amount.blocks
         assert self.nbytes is not None
         count = amount.nbytes // slot_nbytes_for(self.nbytes)
         if not count:
-            takes = format_size(self.nbytes)
-            raise ValueError(f"a capacity of {amount.text} holds no block, which takes {takes}")
+            size = format_size(self.nbytes)
+            raise ValueError(f"a capacity of {amount.text} is less than one block ({size})")
         return count
 
-    def shown(self, blocks: int) -> str:
-        """``blocks`` for people: in bytes, if known."""
+    def format(self, blocks: int) -> str:
+        """Return ``blocks`` as text: as a size if the size of a block is known, else a number."""
         return f"{blocks:,}" if self.nbytes is None else format_size(blocks * self.nbytes)
 
 

@@ -1,5 +1,6 @@
-"""Replay: a trace of requests through the index and the policies of the live stack, without bytes.
+"""Replays a trace of requests through the live index and eviction policies, without bytes.
 
-``trace`` is the format, ``generators`` make traffic, ``simulate`` drives the indexes, ``belady`` is
-the optimum, ``jobs`` runs many of them at once.
+``trace`` reads the format; ``recorder`` writes it from a live engine; ``generators`` makes
+synthetic traffic; ``simulate`` drives the indexes; ``belady`` computes the optimum; ``oracle`` adds
+hints; ``jobs`` runs many replays in several processes.
 """

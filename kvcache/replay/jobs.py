@@ -1,7 +1,6 @@
-"""Many replays of one trace, in several processes.
+"""Runs many replays of one trace in several processes.
 
-Always true: results come in the order of what was asked for, whoever was done first, and each
-process has the trace once.
+Invariants: results are in the order of the jobs, and the trace is sent to each process once.
 """
 
 from __future__ import annotations
@@ -19,86 +18,91 @@ from kvcache.replay.belady import Optimum, optimum
 from kvcache.replay.simulate import Outcome, replay
 from kvcache.replay.trace import Trace
 
-LOOK_S = 0.1  # between two looks at how far the other processes are
+_POLL_S = 0.1  # between two progress reports of the other processes
 
 
 class ReplayJob(NamedTuple):
-    """Replay with a policy, or with knowledge of what comes (``policy`` is ``None``)."""
+    """A replay of the trace.
+
+    Attributes:
+        policy: name of the eviction policy; ``None`` computes the optimum.
+        capacities: blocks of each tier, L1 first; the optimum is that of their sum.
+    """
 
     policy: str | None
-    capacities: tuple[int, ...]  # blocks of each tier, L1 first; the optimum is of their sum
+    capacities: tuple[int, ...]
 
 
-Told = Callable[[int], None]
-"""Takes the number of requests replayed since it was last called."""
+Progress = Callable[[int], None]
+"""Receives the number of requests replayed since the last call."""
 
 
 class JobError(RuntimeError):
-    """A policy raised an exception, or a process ended before it was done."""
+    """A policy raised an exception, or a process ended too early."""
 
 
-def processors() -> int:
-    """How many this process may use."""
+def cpu_count() -> int:
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def run(
-    trace: Trace, jobs: Sequence[ReplayJob], processes: int, told: Told
+    trace: Trace, jobs: Sequence[ReplayJob], processes: int, progress: Progress
 ) -> list[Outcome | Optimum]:
-    """Do ``jobs``, at most ``processes`` at once; one process is this one.
+    """Run ``jobs``, at most ``processes`` at once; with one process, in this process.
 
     Raises:
-        JobError: when a policy fails; the others are not waited for.
+        JobError: as soon as a job fails; the remaining jobs are cancelled.
     """
     processes = min(processes, len(jobs))
     if processes <= 1:
-        return [_do(trace, job, told) for job in jobs]
-    context = multiprocessing.get_context("spawn")  # what threads there are is not copied
-    done: Synchronized[int] = context.Value("q", 0)
-    seen = 0
-    with ProcessPoolExecutor(processes, context, _begin, (trace, done)) as pool:
-        futures = [pool.submit(_work, job) for job in jobs]
+        return [_run_job(trace, job, progress) for job in jobs]
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+    replayed: Synchronized[int] = context.Value("q", 0)
+    reported = 0
+    with ProcessPoolExecutor(processes, context, _init_worker, (trace, replayed)) as pool:
+        futures = [pool.submit(_run_in_worker, job) for job in jobs]
         waiting = set(futures)
         while waiting:
-            ended, waiting = wait(waiting, LOOK_S)
-            told(done.value - seen)
-            seen = done.value
+            ended, waiting = wait(waiting, _POLL_S)
+            progress(replayed.value - reported)
+            reported = replayed.value
             if any(future.exception() for future in ended):
                 pool.shutdown(cancel_futures=True)
                 break
     try:
         return [future.result() for future in futures if not future.cancelled()]
     except BrokenProcessPool as error:
-        raise JobError("a process was ended from outside; was there enough memory?") from error
+        raise JobError("a worker process was killed; was there enough memory?") from error
 
 
-def _do(trace: Trace, job: ReplayJob, told: Told) -> Outcome | Optimum:
+def _run_job(trace: Trace, job: ReplayJob, progress: Progress) -> Outcome | Optimum:
     if job.policy is None:
-        found = optimum(trace, sum(job.capacities))
-        told(len(trace))
-        return found
+        result = optimum(trace, sum(job.capacities))
+        progress(len(trace))
+        return result
     try:
-        return replay(trace, job.policy, job.capacities, told)
-    except Exception as error:  # a policy of somebody else may raise anything
+        return replay(trace, job.policy, job.capacities, progress)
+    except Exception as error:  # a user's policy may raise anything
         raise JobError(f"policy {job.policy}: {type(error).__name__}: {error}") from error
 
 
-# In the other processes
+# In a worker process
 
 _trace: Trace
-_done: Synchronized[int]
+_replayed: Synchronized[int]
 
 
-def _begin(trace: Trace, done: Synchronized[int]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is answered by the one who started us
-    global _trace, _done
-    _trace, _done = trace, done
+def _init_worker(trace: Trace, replayed: Synchronized[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent process handles Ctrl-C
+    global _trace, _replayed
+    _trace, _replayed = trace, replayed
 
 
-def _work(job: ReplayJob) -> Outcome | Optimum:
-    return _do(_trace, job, _tell)
+def _run_in_worker(job: ReplayJob) -> Outcome | Optimum:
+    return _run_job(_trace, job, _count_replayed)
 
 
-def _tell(requests: int) -> None:
-    with _done.get_lock():
-        _done.value += requests
+def _count_replayed(requests: int) -> None:
+    with _replayed.get_lock():
+        _replayed.value += requests

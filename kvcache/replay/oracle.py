@@ -1,7 +1,7 @@
-"""Hints that are true: what a client could say who knows that a session is over.
+"""Perfect hints: what a client that knows the end of each session would report.
 
-Always true: nothing is said of a block that the trace asks for again; the same trace, share and
-seed give the same hints.
+Invariants: a hint never covers a block that a later request uses; the same trace, share and seed
+have the same hints.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from kvcache.replay.trace import Trace
 
 
 def with_hints(trace: Trace, share: float, seed: int = 0) -> Trace:
-    """``trace``, with hints that a share of its sessions are over, and those that it has.
+    """Return ``trace`` with hints at a share of the session ends, besides those that it has.
 
-    Where a request has last blocks that no later one asks for, it is the end of a session, or of a
-    branch of it.
+    A request ends a session, or a branch of one, if no later request uses its last blocks.
 
     Args:
-        trace: who asks for what.
-        share: of the requests that have such blocks, how many say so; 0 to 1.
-        seed: which of them.
+        trace: the requests.
+        share: of the session ends that get a hint, 0 to 1.
+        seed: selects which of them.
     """
     following, never = next_uses(trace), len(trace)
-    draw = Random(seed)
+    random = Random(seed)
     done = array("q")
-    for request, said in enumerate(trace.done):
-        start, at = trace.ends[request], trace.ends[request + 1]
-        end = at
+    for request, hinted in enumerate(trace.done):
+        start, end = trace.ends[request], trace.ends[request + 1]
+        at = end  # the first of the last blocks that are never used again
         while at > start and following[at - 1] == never:
             at -= 1
-        if at < end and draw.random() < share:
-            done.append(min(said, at - start))
+        if at < end and random.random() < share:
+            done.append(min(hinted, at - start))
         else:
-            done.append(said)
+            done.append(hinted)
     return replace(trace, done=done)

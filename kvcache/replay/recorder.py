@@ -1,14 +1,15 @@
-"""Records what a live engine asks for, so that `kvcache replay` can ask it again.
+"""Records the requests of a live engine to a file that ``kvcache replay`` reads.
 
-``KVCACHE_RECORD=file`` has every stack that is opened write a line for each request, in the format
-of ``kvcache.replay.trace``; lines are added to a file that is there, by several engines too.
+With ``KVCACHE_RECORD=file``, every stack appends a line per request, in the format of
+``kvcache.replay.trace``. Several engines may append to one file.
 
-Always true here:
+Invariants:
 
-* A file holds times, lengths, and of each key a short hash: nothing that a prompt could be read
-  from, and no key that a tier would answer to.
-* Whoever is recorded hands over a tuple and goes on. What cannot be written, since the file is full
-  or the disk is, or too many wait, is left out: said once in the log, and never an error.
+* The file holds times, lengths, and a short hash of each key. No prompt can be read from it, and no
+  key that a tier would accept.
+* A recorded request only puts a tuple into a queue. A line that cannot be written, because the file
+  or the disk is full or too many lines wait, is left out. The log reports the first such line; a
+  request never fails.
 * The file ends with a whole line, and is never larger than its limit.
 """
 
@@ -35,34 +36,37 @@ from kvcache.sizes import format_size, parse_size
 VARIABLE: Final = "KVCACHE_RECORD"
 LIMIT_VARIABLE: Final = "KVCACHE_RECORD_LIMIT"
 LIMIT: Final = "256MiB"
-QUEUE: Final = 1024  # requests that wait to be written, at most
-CLOSE_S: Final = 5.0  # to write what waits
-BREATH: Final = 64  # blocks after which a request's thread may run
-HASH_NBYTES: Final = 6  # a number that JSON readers take, and that ten million blocks do not share
+QUEUE_REQUESTS: Final = 1024
+"""Requests that may wait to be written; later ones are left out."""
+CLOSE_S: Final = 5.0
+"""How long ``close`` waits for the queue to be written: an engine must end even if a disk hangs."""
+_YIELD_BLOCKS: Final = 64  # the writer yields to request threads after this many blocks, ~0.1 ms
+_HASH_NBYTES: Final = 6  # JSON readers take 48-bit integers, and 10 million blocks hardly collide
 
 log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """What is told of every request. This one writes nothing."""
+    """Receives every request of a stack. This class ignores them."""
 
     def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
-        """A request asks for the blocks ``keys``, from its first.
+        """Record a request.
 
         Args:
-            keys: its chain, without a partial last block.
-            tokens: of its prompt; ``None`` if that is not known, as many as the blocks have.
+            keys: its chain, from the first block, without a partial last block.
+            tokens: tokens of its prompt; ``None`` if unknown: as many as the blocks have.
         """
 
     def close(self) -> None:
-        """Write what waits. Twice is allowed."""
+        """Write the requests that wait. May be called twice."""
 
 
-SILENT: Final = Recorder()
+NULL_RECORDER: Final = Recorder()
+"""A recorder that ignores all requests."""
 
 
-class Careful(Recorder):
-    """A third-party recorder, of which the first failure ends the recording and nothing else."""
+class GuardedRecorder(Recorder):
+    """Wraps a user's recorder: its first exception is logged and ends the recording."""
 
     def __init__(self, inner: Recorder) -> None:
         self._inner = inner
@@ -70,12 +74,12 @@ class Careful(Recorder):
 
     def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
         if not self._failed:
-            self._try(partial(self._inner.record, keys, tokens))
+            self._call(partial(self._inner.record, keys, tokens))
 
     def close(self) -> None:
-        self._try(self._inner.close)
+        self._call(self._inner.close)
 
-    def _try(self, call: Callable[[], None]) -> None:
+    def _call(self, call: Callable[[], None]) -> None:
         try:
             result_of(call)
         except TierError as error:
@@ -83,112 +87,134 @@ class Careful(Recorder):
             log.warning("kvcache: recorder %s: failed (%s); it records no more", kind, error)
 
 
-def careful(recorder: Recorder) -> Recorder:
-    """``recorder``, in a :class:`Careful` where it is not of this package."""
-    return recorder if type(recorder) in (Recorder, FileRecorder) else Careful(recorder)
+def guard_recorder(recorder: Recorder) -> Recorder:
+    """Return ``recorder``, wrapped in :class:`GuardedRecorder` if it is not of this package."""
+    return recorder if type(recorder) in (Recorder, FileRecorder) else GuardedRecorder(recorder)
 
 
 class FileRecorder(Recorder):
-    """Adds lines to ``path`` until it has ``limit`` bytes.
+    """Appends a line per request to a file, in a thread of its own.
+
+    Args:
+        path: the file; it is made if it does not exist.
+        block_tokens: tokens of a block; 0 if unknown: a block counts as one token.
+        limit: size in bytes at which the recording ends.
+        queue_requests: requests that may wait to be written.
 
     Raises:
-        OSError: when it cannot be opened for that, or is no regular file.
+        OSError: if the file cannot be opened for appending, or is not a regular file.
     """
 
-    def __init__(self, path: Path, *, block_tokens: int, limit: int) -> None:
+    def __init__(
+        self, path: Path, *, block_tokens: int, limit: int, queue_requests: int = QUEUE_REQUESTS
+    ) -> None:
         self._path = path
-        self._block_tokens = block_tokens or 1  # not known: a block counts as one
+        self._block_tokens = block_tokens or 1
         self._limit = limit
-        self._file = FileIO(path, "a", opener=_private)
-        # Time never goes back, and goes on where another engine left off.
+        self._queue_requests = queue_requests
+        self._file = FileIO(path, "a", opener=_open_private)
+        # A monotonic clock never goes back; from the wall clock at the start it continues the times
+        # of an earlier engine in the same file.
         self._zero_ns = time.time_ns() - time.monotonic_ns()
-        self._waiting: SimpleQueue[tuple[int, int, tuple[bytes, ...]] | None] = SimpleQueue()
-        self._left_out = 0
-        self._over = False  # nothing more is written
+        self._queue: SimpleQueue[tuple[int, int, tuple[bytes, ...]] | None] = SimpleQueue()
+        self._skipped = 0  # requests left out because the queue was full
+        self._stopped = False  # no further line is written
         self._thread = threading.Thread(target=self._write_all, name="kvcache-record", daemon=True)
         self._thread.start()
         bind_to_process(self)
 
     def record(self, keys: Sequence[bytes], tokens: int | None = None) -> None:
-        if self._over:
+        if self._stopped:
             return
-        if self._waiting.qsize() >= QUEUE:
-            self._left_out += 1
+        if self._queue.qsize() >= self._queue_requests:
+            self._skipped += 1
             return
         at_ms = (self._zero_ns + time.monotonic_ns()) // 1_000_000
         length = len(keys) * self._block_tokens if tokens is None else tokens
-        self._waiting.put((at_ms, length, tuple(keys)))
+        self._queue.put((at_ms, length, tuple(keys)))
 
     def close(self) -> None:
         if not self._file.closed:
-            self._waiting.put(None)
+            self._queue.put(None)
             self._thread.join(CLOSE_S)
             if self._thread.is_alive():
-                log.warning("kvcache: recording in %s hangs; it is left open", self._path)
+                log.warning(
+                    "kvcache: recorder: writing to %s hangs; closing without it", self._path
+                )
                 return
             self._file.close()
-            if self._left_out:
+            if self._skipped:
                 log.warning(
-                    "kvcache: %d requests came faster than %s could be written, and are not in it",
-                    self._left_out,
+                    "kvcache: recorder: queue full; %d requests are not in %s",
+                    self._skipped,
                     self._path,
                 )
 
-    # In the thread that writes
+    # In the writing thread
 
     def _write_all(self) -> None:
-        while (request := self._waiting.get()) is not None:
-            if self._over:
+        while (request := self._queue.get()) is not None:
+            if self._stopped:
                 continue
-            line = self._line(*request)
+            line = self.line(*request)
             size = os.fstat(self._file.fileno()).st_size
             if size + len(line) > self._limit:
-                self._stop(f"it has {format_size(size)}; {LIMIT_VARIABLE} allows more")
+                self._stop(f"it has {format_size(size)}, the limit {LIMIT_VARIABLE}")
                 continue
             try:
                 if self._file.write(line) != len(line):
                     os.ftruncate(self._file.fileno(), size)
-                    raise OSError("there was no room for a whole line")
+                    raise OSError("no room for a whole line")
             except OSError as error:
                 self._stop(str(error))
 
-    def _stop(self, why: str) -> None:
-        self._over = True
-        log.warning("kvcache: no more requests are recorded in %s: %s", self._path, why)
+    def _stop(self, cause: str) -> None:
+        self._stopped = True
+        log.warning(
+            "kvcache: recorder: writing to %s stopped (%s); later requests are not recorded",
+            self._path,
+            cause,
+        )
 
-    def _line(self, at_ms: int, tokens: int, keys: Sequence[bytes]) -> bytes:
+    def line(self, at_ms: int, tokens: int, keys: Sequence[bytes]) -> bytes:
+        """Return the line of a request."""
         numbers: list[int] = []
         for at, key in enumerate(keys, 1):
-            digest = blake2b(key, digest_size=HASH_NBYTES).digest()
+            digest = blake2b(key, digest_size=_HASH_NBYTES).digest()
             numbers.append(int.from_bytes(digest, "big"))
-            if not at % BREATH:
-                time.sleep(0)  # a request that waits for the interpreter goes first
+            if not at % _YIELD_BLOCKS:
+                time.sleep(0)  # releases the interpreter to a thread that serves a request
         fields = {
             "timestamp": at_ms,
             "input_length": tokens,
-            "output_length": 0,  # not known yet
+            "output_length": 0,  # unknown when the request arrives
             "hash_ids": numbers,
             "block_tokens": self._block_tokens,
         }
         return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
-def _private(path: str, flags: int) -> int:
-    """Open a regular file that only its owner may read, if it is made now; others keep their mode.
+def _open_private(path: str, flags: int) -> int:
+    """Open a regular file; a new file is readable by its owner only, others keep their mode.
 
-    Nothing else is opened: a pipe would make the engine wait for its reader.
+    A pipe is refused: opening it would make the engine wait for a reader.
     """
     return inputs.open_file(Path(path), flags, 0o600)
 
 
-def opened(block_tokens: int, environ: Mapping[str, str] = os.environ) -> Recorder:
-    """The recorder that the environment asks for, of blocks of so many tokens (0: not known).
+def open_recorder(block_tokens: int, environ: Mapping[str, str] = os.environ) -> Recorder:
+    """Return the recorder that the environment asks for; ``NULL_RECORDER`` if it asks for none.
 
-    Raises ValueError that names the variable, what it has and what is allowed.
+    Args:
+        block_tokens: tokens of a block; 0 if unknown.
+        environ: the variables.
+
+    Raises:
+        ValueError: with the variable, its value and the cause.
     """
     path = environ.get(VARIABLE)
     if not path:
-        return SILENT
+        return NULL_RECORDER
     given = environ.get(LIMIT_VARIABLE) or LIMIT
     try:
         limit = parse_size(given)

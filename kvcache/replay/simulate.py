@@ -1,17 +1,17 @@
-"""The live stack's calls on live indexes, for blocks that have no bytes.
+"""Replays a trace with the calls of a live stack, on live indexes, for blocks without bytes.
 
-For each request of a trace, what an engine's connector does for one that is computed at once::
+For each request, the calls that an engine's connector causes if the request is computed at once::
 
-    lower tiers:  contains, and what continues L1's prefix comes up into L1, up to a hole
-    L1:           access(chain), then reserve and publish what was not found; then the hint
-    lower tiers:  each is offered what L1 took, as far as it does not have it
+    lower tiers:  contains; blocks that continue L1's prefix are promoted, up to the first gap
+    L1:           access(chain), then reserve and publish of the missing blocks; then the hint
+    lower tiers:  each is offered the blocks that L1 stored and that it does not hold
 
-Always true here:
+Invariants:
 
-* The indexes and policies are those of ``kvcache.index`` and ``kvcache.eviction``; their clock is
-  the trace's.
-* A block counts as found where it was before the request came; L1 is asked first.
-* Nothing is ever late, skipped, dropped or failed: this is what the policy is worth, not the disk.
+* Indexes and policies are those of ``kvcache.index`` and ``kvcache.eviction``; their clock is the
+  trace's.
+* A block is a hit of the tier that held it before the request; L1 comes first.
+* No block is ever late, skipped, dropped or damaged: a replay measures the policy, not the disk.
 """
 
 from __future__ import annotations
@@ -20,21 +20,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from sys import maxsize
 
 from kvcache.eviction import Policy, policy_class
 from kvcache.index import Index
 from kvcache.replay.trace import Trace
 
-TICK = 256  # requests between two calls of `ticked`
+PROGRESS_REQUESTS = 256
+"""Requests between two calls of ``progress``: rare enough to cost nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierOutcome:
-    """What one tier did. Counts are in blocks."""
+    """What one tier did, in blocks.
+
+    Attributes:
+        capacity_blocks: blocks that the tier can hold.
+        hit_blocks: blocks found in this tier, and in no tier above it.
+        read_blocks: blocks copied out of it: from L1 to the engine, from a lower tier to L1.
+        written_blocks: blocks stored.
+        evicted_blocks: blocks evicted.
+        declined_blocks: blocks not stored, because the policy found other blocks worth more or
+            there was no room.
+    """
 
     capacity_blocks: int
-    hit_blocks: int  # found here, and in no tier above
-    read_blocks: int  # copied out of it: to the engine from L1, to L1 from a lower tier
+    hit_blocks: int
+    read_blocks: int
     written_blocks: int
     evicted_blocks: int
     declined_blocks: int
@@ -42,7 +54,17 @@ class TierOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One policy with tiers of these capacities, L1 first, over one trace."""
+    """The result of one policy over a trace.
+
+    Attributes:
+        policy: its name.
+        tiers: one outcome for each tier, L1 first.
+        requests: requests of the trace.
+        block_accesses: blocks that these looked up.
+        prompt_tokens: tokens of all prompts.
+        hit_tokens: prompt tokens in the blocks found.
+        cpu_s: processor time of the indexes and the policy.
+    """
 
     policy: str
     tiers: tuple[TierOutcome, ...]
@@ -50,16 +72,16 @@ class Outcome:
     block_accesses: int
     prompt_tokens: int
     hit_tokens: int
-    cpu_s: float  # of the indexes and the policy
+    cpu_s: float
 
     @property
     def hit_blocks(self) -> int:
-        """Found in any tier."""
+        """Blocks found in any tier."""
         return sum(tier.hit_blocks for tier in self.tiers)
 
     @property
     def us_per_block(self) -> float:
-        """Microseconds of processor time for each block that was asked for."""
+        """Microseconds of processor time for each block looked up."""
         return self.cpu_s / max(1, self.block_accesses) * 1e6
 
 
@@ -67,20 +89,20 @@ def replay(
     trace: Trace,
     policy: str,
     capacities: Sequence[int],
-    ticked: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Replay ``trace``.
 
     Args:
-        trace: who asks for what.
-        policy: the name of the policy of every tier.
+        trace: the requests.
+        policy: name or class path of the policy of every tier.
         capacities: blocks of each tier, L1 first.
-        ticked: called now and then with the number of requests replayed since it was last called.
+        progress: called now and then with the number of requests replayed since the last call.
     """
-    tiers = _Tiers(policy_class(policy), capacities)
+    tiers = SimulatedTiers(policy_class(policy), capacities)
     chains = trace.keys()
     hit_tokens = 0
-    begun = time.process_time()
+    start_s = time.process_time()
     for number, (now, tokens, chain, done) in enumerate(
         zip(trace.times_s, trace.tokens, chains, trace.done, strict=True), 1
     ):
@@ -88,67 +110,92 @@ def replay(
         if done < len(chain):
             tiers.front.mark_done(chain[done:])
         hit_tokens += min(found * trace.block_tokens, tokens)
-        if not number % TICK:
-            ticked(TICK)
-    spent = time.process_time() - begun
-    ticked(len(trace) % TICK)
+        if not number % PROGRESS_REQUESTS:
+            progress(PROGRESS_REQUESTS)
+    cpu_s = time.process_time() - start_s
+    progress(len(trace) % PROGRESS_REQUESTS)
     return Outcome(
         policy=policy,
-        tiers=tiers.outcome(),
+        tiers=tiers.outcomes(),
         requests=len(trace),
         block_accesses=len(trace.blocks),
         prompt_tokens=sum(trace.tokens),
         hit_tokens=hit_tokens,
-        cpu_s=spent,
+        cpu_s=cpu_s,
     )
 
 
-class _Tiers:
-    """An index for each tier."""
+class SimulatedTiers:
+    """An index for each tier.
 
-    def __init__(self, policy: type[Policy], capacities: Sequence[int]) -> None:
+    Args:
+        policy: makes the policy of a tier from its capacity.
+        capacities: blocks of each tier, L1 first.
+        step_blocks: blocks that the engine stores in L1 at once; the default is a whole request.
+
+    Attributes:
+        front: the index of L1.
+        lower: the indexes of the lower tiers.
+    """
+
+    def __init__(
+        self,
+        policy: Callable[[int], Policy],
+        capacities: Sequence[int],
+        step_blocks: int = maxsize,
+    ) -> None:
         self._now = 0.0
         indexes = [Index(policy(capacity), lambda: self._now) for capacity in capacities]
         for index, capacity in zip(indexes, capacities, strict=True):
             index.open_slots(capacity)
-        indexes[0].admission = len(indexes) == 1  # what L1 declines would reach no tier
+        indexes[0].admission = len(indexes) == 1  # a block that L1 declines would reach no tier
         self.front, *self.lower = indexes
+        self._step_blocks = step_blocks
+        # By tier: blocks found in it and in no tier above, and blocks read from it.
         self._hits = [0] * len(indexes)
         self._reads = [0] * len(indexes)
 
     def request(self, chain: list[bytes], now: float) -> int:
-        """A request for ``chain`` comes and is computed; how many of its blocks were found."""
+        """Serve a request: look ``chain`` up and store what is missing.
+
+        Returns:
+            the number of leading blocks that were found in any tier.
+        """
         self._now = now
-        front = self.front
-        sources = self._bring_up(chain) if self.lower else []
+        front, step = self.front, self._step_blocks
+        sources = self._promote(chain) if self.lower else []
         found = front.access(chain, 0)
         self._reads[0] += found
         for source in range(1, len(self._hits)):
-            below = sources[:found].count(source)
-            self._hits[source] += below
-            self._hits[0] -= below
+            promoted = sources[:found].count(source)
+            self._hits[source] += promoted
+            self._hits[0] -= promoted
         self._hits[0] += found
-        if found < len(chain):
-            positions, slots = front.reserve(chain[found:], chain[found - 1] if found else None)
+        for at in range(found, len(chain), step):
+            positions, slots = front.reserve(chain[at : at + step], chain[at - 1] if at else None)
             front.publish(slots)
             for index in self.lower:
-                _write(index, chain, [found + at for at in positions])
+                _write(index, chain, [at + position for position in positions])
         return found
 
-    def _bring_up(self, chain: list[bytes]) -> list[int]:
-        """Bring into L1 what lower tiers have; of each block, in which tier it was before."""
+    def _promote(self, chain: list[bytes]) -> list[int]:
+        """Promote blocks of lower tiers to L1.
+
+        Returns:
+            for each leading block that any tier holds, the number of the first tier that held it.
+        """
         front, sources = self.front, self._sources(chain)
         if not any(sources):
             return sources
         at = 0
-        for source, run in groupby(sources):
-            end = at + sum(1 for _ in run)
+        for source, blocks in groupby(sources):
+            end = at + sum(1 for _ in blocks)
             if source:
                 keys = chain[at:end]
                 positions, slots = front.reserve(keys, chain[at - 1] if at else None)
                 front.publish(slots)
                 self._reads[source] += len(slots)
-                for position in reversed(positions):  # as the disk does, one by one
+                for position in reversed(positions):  # the disk tier reads block by block
                     self.lower[source - 1].access([keys[position]], 0)
                 if len(slots) < len(keys):
                     break
@@ -165,7 +212,8 @@ class _Tiers:
             sources.append(source)
         return sources
 
-    def outcome(self) -> tuple[TierOutcome, ...]:
+    def outcomes(self) -> tuple[TierOutcome, ...]:
+        """Return what each tier did so far, L1 first."""
         return tuple(
             TierOutcome(
                 capacity_blocks=index.slots,
@@ -181,11 +229,11 @@ class _Tiers:
         )
 
 
-def _write(index: Index, chain: list[bytes], places: Sequence[int]) -> None:
-    """Offer the blocks at ``places`` of ``chain`` to a lower tier, a stretch at a time."""
-    new = [at for at in places if chain[at] not in index]
-    for _, stretch in groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
-        run = [at for _, at in stretch]
-        before = chain[run[0] - 1] if run[0] else None
-        index.access([chain[at] for at in run], 0)  # as the disk does
-        index.publish(index.reserve([chain[at] for at in run], before)[1])
+def _write(index: Index, chain: list[bytes], positions: Sequence[int]) -> None:
+    """Offer the blocks at ``positions`` of ``chain`` to a lower tier, a segment at a time."""
+    new = [at for at in positions if chain[at] not in index]
+    for _, segment in groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
+        places = [at for _, at in segment]
+        keys, parent = [chain[at] for at in places], chain[places[0] - 1] if places[0] else None
+        index.access(keys, 0)  # the disk tier counts a write as a use
+        index.publish(index.reserve(keys, parent)[1])

@@ -1,8 +1,8 @@
-"""Compares the index and its policies with vLLM's offloading manager on one trace, in turns.
+"""The index and its policies beside vLLM's own offloading manager: the same trace, in turns.
 
-Both do the bookkeeping of a request without copies: the look-up, a lease on the blocks to load,
-eviction, and slots for the absent blocks. The cost leaves out vLLM's scheduler, which also tracks
-the position of each key and collects events.
+Both do a request's bookkeeping and move no bytes: they look it up, take a lease on the blocks found
+as for a load, make room for the missing blocks and publish them. vLLM's scheduler also keeps the
+position of each key and collects events; this is left out.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, make_o
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
 from kvcache.eviction import POLICIES
-from tests.support.bookkeeping_cost import Serve, asked, in_turns
-from tests.support.eviction_traffic import Replay, with_conversation
+from kvcache.index import Index
+from tests.support.bookkeeping_cost import Serve, in_turns, requests
+from tests.support.traces import needs_conversation
 
-pytestmark = [pytest.mark.bench, with_conversation]
+pytestmark = [pytest.mark.bench, needs_conversation]
 
 
-def serve_with_kvcache(policy: str, slots: int) -> Serve:
-    replay, requests = Replay(POLICIES[policy], slots), asked()
-    index = replay.index
+def serving_with_index(policy: str, slots: int) -> Serve:
+    trace, now = requests(), 0.0
+    index = Index(POLICIES[policy](slots), lambda: now)
+    index.open_slots(slots)
 
     def serve(number: int) -> int:
-        request = requests[number]
-        keys, replay.now = request.keys, request.time
+        nonlocal now
+        now, keys = trace[number]
         held = index.access(keys, 0)
         if held:
             index.unpin(index.pin(keys[:held]))
         if held < len(keys):
-            _, slots = index.reserve(keys[held:], keys[held - 1] if held else None)
-            index.publish(slots)
+            _, reserved = index.reserve(keys[held:], keys[held - 1] if held else None)
+            index.publish(reserved)
         return held
 
     return serve
 
 
 @cache
-def vllm_keys() -> list[list[OffloadKey]]:
-    return [[make_offload_key(key, 0) for key in request.keys] for request in asked()]
+def offload_keys() -> list[list[OffloadKey]]:
+    return [[make_offload_key(key, 0) for key in keys] for _, keys in requests()]
 
 
-def serve_with_vllm(policy: str, slots: int) -> Serve:
-    manager, keys_of = CPUOffloadingManager(slots, policy), vllm_keys()
+def serving_with_vllm(policy: str, slots: int) -> Serve:
+    manager, keys_of = CPUOffloadingManager(slots, policy), offload_keys()
 
     def serve(number: int) -> int:
         keys, context = keys_of[number], ReqContext(str(number))
@@ -70,19 +72,19 @@ def serve_with_vllm(policy: str, slots: int) -> Serve:
 
 @pytest.mark.parametrize("slots", [1000, 10_000, 50_000])
 def test_gittins_beats_the_policies_of_vllm_in_hits_and_cost(slots: int) -> None:
-    makers = {
-        "`gittins`": partial(serve_with_kvcache, "gittins", slots),
-        "`lru`": partial(serve_with_kvcache, "lru", slots),
-        "vLLM's LRU": partial(serve_with_vllm, "lru", slots),
-        "vLLM's ARC": partial(serve_with_vllm, "arc", slots),
+    contenders = {
+        "`gittins`": partial(serving_with_index, "gittins", slots),
+        "`lru`": partial(serving_with_index, "lru", slots),
+        "vLLM's LRU": partial(serving_with_vllm, "lru", slots),
+        "vLLM's ARC": partial(serving_with_vllm, "arc", slots),
     }
-    costs = in_turns(makers, rounds=3)
+    costs = in_turns(contenders, rounds=3)
     print()
     for name, cost in costs.items():
-        per_request = f"{cost.p99:.0f} | {cost.most:.0f}"
-        print(f"| {name} | {slots} | {cost.hit_ratio:.1f} | {cost.each:.1f} | {per_request} |")
+        measured = f"{cost.hit_ratio:.1f} | {cost.us_per_block:.1f}"
+        print(f"| {name} | {slots} | {measured} | {cost.p99_us:.0f} | {cost.max_us:.0f} |")
     gittins, lru, vllm_lru, vllm_arc = costs.values()
-    assert abs(lru.hit_ratio - vllm_lru.hit_ratio) < 0.1, "the two served different requests"
+    assert abs(lru.hit_ratio - vllm_lru.hit_ratio) < 0.1, "they did not serve the same requests"
     assert gittins.hit_ratio > max(vllm_lru.hit_ratio, vllm_arc.hit_ratio)
-    assert gittins.each < min(vllm_lru.each, vllm_arc.each)
-    assert lru.each < vllm_lru.each / 2
+    assert gittins.us_per_block < min(vllm_lru.us_per_block, vllm_arc.us_per_block)
+    assert lru.us_per_block < vllm_lru.us_per_block / 2

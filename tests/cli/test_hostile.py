@@ -28,7 +28,7 @@ from kvcache import cli, inputs
 from kvcache.cli import doctor, redis_server, top
 from kvcache.cli.doctor.options import CheckOptions
 from kvcache.replay import trace
-trace.LINES = 1_000_000
+trace.MAX_LINES = 1_000_000
 inputs.WAIT_S = redis_server.WAIT_S = redis_server.QUIET_S = 0.5
 top.run = partial(top.run, timeout_s=0.5)
 doctor.run = partial(doctor.run, options=CheckOptions(tier_timeout_s=10.0, otlp_timeout_s=0.5))

@@ -121,7 +121,7 @@ assert hanging.acquire(timeout=30)
 stack.close()
 """
     _, err = run_script(script, "fstat", "closes", str(tmp_path / "trace"))
-    assert "hangs; it is left open" in err
+    assert "hangs; closing without it" in err
 
 
 def test_call_that_ends_after_close_can_still_write_its_buffers() -> None:

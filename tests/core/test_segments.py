@@ -9,8 +9,10 @@ import pytest
 
 from kvcache.eviction import Fifo, Gittins, Lru, Policy, Take
 from kvcache.index import Index
+from kvcache.replay.generators import generate
+from kvcache.replay.simulate import SimulatedTiers
 from kvcache.segments import SegmentTable
-from tests.support.eviction_traffic import GENERATORS, Replay
+from tests.support.traces import play
 
 
 def chain_of(blocks: int) -> list[bytes]:
@@ -135,12 +137,12 @@ def test_remove_of_the_last_child_ends_its_count() -> None:
 
 @pytest.mark.parametrize("policy", [Lru, Gittins])
 def test_evicted_blocks_are_freed_without_a_garbage_collection(policy: type[Policy]) -> None:
-    replay = Replay(policy, 200, 16)
+    trace, tiers = generate("chat", 1000), SimulatedTiers(policy, [200], step_blocks=16)
     gc.collect()
     gc.disable()
     try:
-        replay.play(GENERATORS["chat"](1000))
-        assert replay.index.evicted_blocks > 10 * 200
+        play(tiers, trace)
+        assert tiers.front.evicted_blocks > 10 * 200
         assert gc.collect() == 0
     finally:
         gc.enable()
@@ -148,12 +150,12 @@ def test_evicted_blocks_are_freed_without_a_garbage_collection(policy: type[Poli
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="every dictionary is looked at there")
 def test_garbage_collector_tracks_no_entry_per_block() -> None:
-    replay = Replay(Gittins, 200, 16)
-    replay.play(GENERATORS["chat"](1000))
-    assert isinstance(replay.policy, Gittins)
+    policy = Gittins(200)
+    tiers = SimulatedTiers(lambda _: policy, [200], step_blocks=16)
+    play(tiers, generate("chat", 1000))
     gc.collect()
-    assert not gc.is_tracked(replay.index.segments.first_slots)
-    assert not gc.is_tracked(replay.policy.run_ids)
-    stretches, runs = replay.index.segments.by_first_slot.values(), replay.policy.runs.values()
-    assert not any(gc.is_tracked(each.keys) or gc.is_tracked(each.slots) for each in stretches)
+    assert not gc.is_tracked(tiers.front.segments.first_slots)
+    assert not gc.is_tracked(policy.run_ids)
+    segments, runs = tiers.front.segments.by_first_slot.values(), policy.runs.values()
+    assert not any(gc.is_tracked(each.keys) or gc.is_tracked(each.slots) for each in segments)
     assert not any(gc.is_tracked(run.keys) for run in runs)

@@ -22,8 +22,8 @@ from kvcache.eviction.gittins.hazards import (
 )
 from kvcache.eviction.gittins.lru_budget import LruBudget
 from kvcache.index import Index
+from kvcache.replay.simulate import SimulatedTiers
 from kvcache.testing import evict_blocks
-from tests.support.eviction_traffic import Replay, Request
 from tests.support.fixed_hazards import FixedHazards
 
 chains = st.text("01", min_size=1, max_size=8)
@@ -98,14 +98,12 @@ def unlimited(capacity: int) -> LruBudget:
 
 
 def test_gittins_before_learning_evicts_as_lru() -> None:
-    traffic = [
-        Request(float(at), [b"%d/%d" % ((at * at) % 23, n) for n in range(3)]) for at in range(300)
-    ]
-    gittins, lru = Replay(Gittins, 40), Replay(Lru, 40)
-    for request in traffic:
-        gittins.play([request])
-        lru.play([request])
-        assert set(gittins.index.ready()) == set(lru.index.ready())
+    gittins, lru = SimulatedTiers(Gittins, [40]), SimulatedTiers(Lru, [40])
+    for at in range(300):
+        chain = [b"%d/%d" % ((at * at) % 23, n) for n in range(3)]
+        gittins.request(chain, float(at))
+        lru.request(chain, float(at))
+        assert set(gittins.front.ready()) == set(lru.front.ready())
 
 
 def test_reserve_of_blocks_worth_less_than_the_victims_declines_them() -> None:

@@ -1,8 +1,8 @@
-"""What every policy reaches on a recorded trace, in the real index.
+"""Hit ratios of the policies on a recorded trace, in the real index.
 
-The conversation trace, its second half after a first half that warms the index up. Traffic, clock
-and policies are deterministic, so the numbers are exact: a change of one is a change of behaviour.
-``tests/bench/test_eviction.py`` has the whole table.
+They are of the second half of the conversation trace; the first half warms the index up. Traffic,
+clock and policies are deterministic, so the numbers are exact: another number is another behaviour.
+``tests/bench/test_eviction.py`` prints the whole table.
 """
 
 from functools import cache
@@ -10,20 +10,22 @@ from functools import cache
 import pytest
 
 from kvcache.eviction import POLICIES
-from tests.support.eviction_traffic import Replay, belady, conversation, with_conversation
+from kvcache.replay.belady import optimum
+from kvcache.replay.simulate import SimulatedTiers
+from tests.support.traces import conversation, halves, needs_conversation, play
 
-pytestmark = with_conversation
+pytestmark = needs_conversation
 
 
 @cache
 def second_half(policy: str, slots: int, *, partial: bool) -> float:
-    requests = conversation(partial=partial)
-    half = len(requests) // 2
+    trace = conversation(partial=partial)
+    first, second = halves(trace)
     if policy == "belady":
-        return belady(requests, slots, half)
-    replay = Replay(POLICIES[policy], slots)
-    replay.play(requests[:half])
-    return replay.play(requests[half:])
+        return 100 * optimum(trace, slots, len(first)).hit_blocks / len(second.blocks)
+    tiers = SimulatedTiers(POLICIES[policy], [slots])
+    play(tiers, first)
+    return play(tiers, second)
 
 
 @pytest.mark.parametrize(
@@ -41,14 +43,14 @@ def second_half(policy: str, slots: int, *, partial: bool) -> float:
         ("belady", 10_000, 39.00),
     ],
 )
-def test_baselines_are_honest(policy: str, slots: int, ratio: float) -> None:
+def test_baseline_hit_ratios_are_exact(policy: str, slots: int, ratio: float) -> None:
     assert second_half(policy, slots, partial=True) == pytest.approx(ratio, abs=0.005)
 
 
 @pytest.mark.parametrize(
     ("slots", "bar"),
     [
-        (700, 7.0),  # here and with 1,100 a stake of a hundredth of the slots is lost each time
+        (700, 7.0),  # with 700 and 1,100 slots, a stake of 1 % of the slots is lost each time
         (1000, 8.0),
         (1100, 8.5),
         (3000, 13.8),
@@ -57,11 +59,11 @@ def test_baselines_are_honest(policy: str, slots: int, ratio: float) -> None:
         (30_000, 34.6),
     ],
 )
-def test_what_is_learned_with_partial_blocks(slots: int, bar: float) -> None:
+def test_gittins_with_partial_blocks_reaches_its_bar(slots: int, bar: float) -> None:
     assert second_half("gittins", slots, partial=True) >= bar
 
 
 @pytest.mark.parametrize(("slots", "share"), [(1000, 0.24), (5000, 0.24), (10_000, 0.12)])
-def test_what_is_learned_with_full_blocks(slots: int, share: float) -> None:
+def test_gittins_with_full_blocks_closes_its_share_of_the_gap(slots: int, share: float) -> None:
     lru, best = (second_half(name, slots, partial=False) for name in ("lru", "belady"))
     assert second_half("gittins", slots, partial=False) >= lru + share * (best - lru)

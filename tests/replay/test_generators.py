@@ -1,4 +1,4 @@
-"""Made-up traffic is the same for the same seed, is a trace like any other, and is what it says."""
+"""Generated traffic: the same for the same seed, a valid trace, and with the described reuse."""
 
 from collections import Counter
 
@@ -9,46 +9,46 @@ from kvcache.replay.generators import GENERATORS, generate
 from kvcache.replay.simulate import replay
 from kvcache.replay.trace import Trace
 
-each = pytest.mark.parametrize("name", GENERATORS)
+each_name = pytest.mark.parametrize("name", GENERATORS)
 
 
-def found(trace: Trace, policy: str, capacity: int) -> float:
+def hit_ratio(trace: Trace, policy: str, capacity: int) -> float:
     return replay(trace, policy, [capacity]).hit_blocks / len(trace.blocks)
 
 
-@each
-def test_a_seed_gives_one_trace(name: str) -> None:
+@each_name
+def test_generate_with_one_seed_is_repeatable(name: str) -> None:
     assert generate(name, 500, seed=4) == generate(name, 500, seed=4)
     assert generate(name, 500, seed=4) != generate(name, 500, seed=5)
     assert len(generate(name, 500)) == 500
 
 
-@each
-def test_a_block_stands_for_all_before_it(name: str) -> None:
+@each_name
+def test_generated_block_has_one_parent(name: str) -> None:
     trace = generate(name, 500, partial=True)
-    before: dict[int, int] = {}
+    parents: dict[int, int] = {}
     for tokens, chain in zip(trace.tokens, trace.chains(), strict=True):
         assert len(chain) == -(-tokens // trace.block_tokens)
         for parent, block in zip([-1, *chain], chain, strict=False):
-            assert before.setdefault(block, parent) == parent
+            assert parents.setdefault(block, parent) == parent
 
 
-@each
-def test_there_is_something_to_find_and_something_to_lose(name: str) -> None:
+@each_name
+def test_generated_traffic_has_hits_that_a_small_cache_loses(name: str) -> None:
     trace = generate(name, 3000)
-    most = found(trace, "lru", trace.distinct)
-    assert most > 0.2
-    assert found(trace, "lru", trace.distinct // 20) < 0.95 * most
+    highest = hit_ratio(trace, "lru", trace.distinct)
+    assert highest > 0.2
+    assert hit_ratio(trace, "lru", trace.distinct // 20) < 0.95 * highest
 
 
-def test_a_cycle_is_nothing_to_lru() -> None:
+def test_cyclic_traffic_has_no_hits_with_lru() -> None:
     trace = generate("cyclic", 4500)
     half = trace.distinct // 2
-    assert found(trace, "lru", half) < 0.01
+    assert hit_ratio(trace, "lru", half) < 0.01
     assert optimum(trace, half).hit_blocks / len(trace.blocks) > 0.25
 
 
-def test_taste_changes() -> None:
+def test_shift_traffic_changes_the_popular_documents() -> None:
     trace = generate("shift", 4000)
     parts = [Counter[int](), Counter[int](), Counter[int]()]  # of five minutes each
     for time_s, chain in zip(trace.times_s, trace.chains(), strict=True):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Collection
 
 from kvcache.cli.inspect.contents import TierContents
-from kvcache.cli.progress import Bar
+from kvcache.cli.progress import ProgressBar
 from kvcache.sizes import format_size
 from kvcache.tier import Tier
 
@@ -39,7 +39,7 @@ def verify(
         )
     contents.verified = True
     framed, buffer = Framed(tier, block_nbytes=room), memoryview(bytearray(room))
-    with Bar(sys.stderr, len(keys)) as bar:
+    with ProgressBar(sys.stderr, len(keys)) as bar:
         for key in keys:
             found = contents.namespace_of(key)
             rejected = framed.stats().rejected

@@ -1,30 +1,29 @@
-"""Replay a trace of requests through L1 as the live stack runs it, and say what it would find.
+"""Replay a trace of requests through L1 as a live stack runs it, and print the hit ratios.
 
-TRACE is a file of Mooncake's format (one JSON object a line; gzip too), "-" for the standard input.
-KVCACHE_RECORD=FILE makes a live engine write one. The index and the policies are those of the live
-stack; the optimum is Belady's, which knows what comes. Only full blocks are kept and counted, as in
-vLLM.
+TRACE is a file in Mooncake's format (one JSON object per line, optionally gzipped), or "-" for
+standard input. A live engine writes one with KVCACHE_RECORD=FILE. The index and the policies are
+those of the live stack; the optimum is Belady's, which knows the future. Only full blocks are
+stored and counted, as in vLLM.
 
-Exit code: 0 when done, 1 when a policy failed or a file could not be written, 2 for arguments that
-cannot work and for a trace that is not one.
+Exit code: 0 for success, 1 if a policy failed or a file could not be written, 2 for invalid
+arguments or an invalid trace.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvcache.cli.amounts import Amount, BlockSize, amounts, at_least, bytes_each
-from kvcache.cli.progress import Bar
+from kvcache.cli.amounts import Amount, BlockSize, at_least, block_nbytes, capacities
+from kvcache.cli.progress import ProgressBar
 from kvcache.cli.table import painter
 from kvcache.eviction import POLICIES
 from kvcache.inputs import open_input
-from kvcache.replay.trace import LINES, UNITS, USUAL_REQUESTS_PER_S
+from kvcache.replay.trace import MAX_LINES, PLAUSIBLE_REQUESTS_PER_S, TIME_UNITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,48 +34,55 @@ if TYPE_CHECKING:
 
     Results = Sequence[Outcome | Optimum]
 
-PLOTS = (".svg", ".html", ".png")
-WORTH_A_PROCESS = 300_000  # blocks asked for, in all; less is done sooner than one has started
+PLOT_SUFFIX = ".svg"
+PARALLEL_BLOCKS = 300_000
+"""Lookups of blocks, in all replays, from which other processes pay: starting one takes as long."""
 TRAFFIC = ("chat", "agent", "rag", "shift", "cyclic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `kvcache replay`."""
+    """Add the options of `kvcache replay`."""
     add = parser.add_argument
-    add("trace", nargs="?", metavar="TRACE", help='a file, or "-" for the standard input')
-    add("--generate", choices=TRAFFIC, help="make traffic up instead")
-    add("--requests", type=at_least(1), metavar="N", help="of made-up traffic (10000)")
-    add("--seed", type=at_least(0), metavar="N", help="of made-up traffic and of hints (0)")
+    add("trace", nargs="?", metavar="TRACE", help='a file, or "-" for standard input')
+    add("--generate", choices=TRAFFIC, help="generate traffic instead of reading a trace")
+    add("--requests", type=at_least(1), metavar="N", help="requests to generate (10000)")
+    add("--seed", type=at_least(0), metavar="N", help="of generated traffic and of hints (0)")
     add(
         "--policy", type=_policies, default=list(POLICIES), metavar="NAMES",
-        help=f'of {", ".join(POLICIES)}, "pkg.mod:Class", with commas between, or "all" (all)',
+        help=f'{", ".join(POLICIES)}, "pkg.mod:Class", several separated by commas, or "all" (all)',
     )  # fmt: skip
     add(
-        "--capacity", type=amounts, metavar="LIST",
-        help='of L1, in blocks ("10000") or bytes ("64GiB"), several with commas between '
+        "--capacity", type=capacities, metavar="LIST",
+        help='of L1, in blocks ("10000") or bytes ("64GiB"), several separated by commas '
         "(a tenth of the trace's distinct blocks)",
     )  # fmt: skip
-    add("--tiers", type=amounts, metavar="LIST", help="capacities of L1 and of each tier below it")
-    add("--bytes-per-token", type=bytes_each, metavar="SIZE", help="of KV cache, of all layers")
-    add("--bytes-per-block", type=bytes_each, metavar="SIZE", help="the same for a block")
+    add(
+        "--tiers", type=capacities, metavar="LIST",
+        help="capacities of L1 and of each lower tier, separated by commas",
+    )  # fmt: skip
+    add(
+        "--bytes-per-token", type=block_nbytes, metavar="SIZE",
+        help="of the KV cache of one token, all layers together",
+    )  # fmt: skip
+    add("--bytes-per-block", type=block_nbytes, metavar="SIZE", help="the same of one block")
     add(
         "--block-tokens", type=at_least(1), metavar="N",
-        help="tokens of a block (what the trace says, or 512)",
+        help="tokens of a block (the number in the trace, else 512)",
     )  # fmt: skip
     add(
-        "--time-unit", choices=UNITS, default="ms",
+        "--time-unit", choices=TIME_UNITS, default="ms",
         help="of the trace's timestamps (ms, as in Mooncake's format)",
     )  # fmt: skip
-    add("--partial", action="store_true", help="keep and count last blocks that are not full, too")
+    add("--partial", action="store_true", help="store and count partial last blocks as well")
     add(
         "--hints", type=_share, default=0.0, metavar="SHARE",
-        help="have so many of the sessions that end say so, 0 to 1 (0)",
+        help="of the ends of sessions that get a hint, 0 to 1 (0)",
     )  # fmt: skip
-    add("--processes", type=at_least(1), metavar="N", help="to use at most (all processors)")
-    add("--json", action="store_true", help="print a JSON object a line for each policy, capacity")
+    add("--processes", type=at_least(1), metavar="N", help="at most (the number of processors)")
+    add("--json", action="store_true", help="print a JSON object per line, policy and capacity")
     add(
-        "--plot", type=Path, metavar="FILE",
-        help="draw hits against DRAM around the capacity: .svg, .html or .png",
+        "--plot", type=Path, metavar="FILE.svg",
+        help="draw the hit ratio against DRAM, around the capacity",
     )  # fmt: skip
 
 
@@ -94,25 +100,32 @@ def _policies(text: str) -> list[str]:
     from kvcache.eviction import policy_class
 
     names = [name.strip() for name in text.split(",")]
-    every = [each for name in names for each in (POLICIES if name == "all" else [name])]
+    names = [each for name in names for each in (POLICIES if name == "all" else [name])]
     try:
-        for name in every:
+        for name in names:
             policy_class(name)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return list(dict.fromkeys(every))
+    return list(dict.fromkeys(names))
 
 
 class UsageError(ValueError):
-    """Arguments that do not go together; says what to change."""
+    """Arguments that do not go together; the message has what to change."""
 
 
-class Asked(NamedTuple):
-    """What to replay."""
+class ReplayPlan(NamedTuple):
+    """What to replay.
+
+    Attributes:
+        policies: names of the policies.
+        capacities: blocks of each tier, once for each replay.
+        marked: the position of the user's capacity; the other capacities are only for the plot.
+        size: size of a block.
+    """
 
     policies: list[str]
-    capacities: list[tuple[int, ...]]  # of L1, or of several tiers
-    marked: int  # which of them the user has; the others are there to be drawn
+    capacities: list[tuple[int, ...]]
+    marked: int
     size: BlockSize
 
 
@@ -124,80 +137,76 @@ def run(args: argparse.Namespace) -> int:
     try:
         check(args)
         trace = _trace(args)
-        asked = plan(args, trace)
+        replays = plan(args, trace)
     except (UsageError, TraceError) as error:
         print(f"kvcache replay: {error}", file=sys.stderr)
         return 2
-    every: list[str | None] = [None, *asked.policies]
-    work = [jobs.ReplayJob(policy, tiers) for tiers in asked.capacities for policy in every]
-    several = len(work) * len(trace.blocks) > WORTH_A_PROCESS
-    processes = args.processes or (jobs.processors() if several else 1)
+    policies: list[str | None] = [None, *replays.policies]  # None is the optimum
+    work = [jobs.ReplayJob(policy, tiers) for tiers in replays.capacities for policy in policies]
+    parallel = len(work) * len(trace.blocks) > PARALLEL_BLOCKS
+    processes = args.processes or (jobs.cpu_count() if parallel else 1)
     try:
-        with Bar(sys.stderr, len(work) * len(trace)) as bar:
+        with ProgressBar(sys.stderr, len(work) * len(trace)) as bar:
             results = jobs.run(trace, work, processes, bar.add)
     except jobs.JobError as error:
         print(f"kvcache replay: {error}", file=sys.stderr)
         return 1
-    return _say(args, trace, asked, results)
+    return _print_results(args, trace, replays, results)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what can be told to be wrong without a look at the trace."""
+    """Raise UsageError for arguments that are invalid whatever the trace is."""
     if (args.trace is None) == (args.generate is None):
-        raise UsageError("give a TRACE, or --generate traffic, and not both")
+        raise UsageError("pass either a TRACE or --generate")
     _check_traffic(args)
     if args.capacity and args.tiers:
-        raise UsageError("--tiers has the capacity of L1 already: leave --capacity out")
+        raise UsageError("--tiers includes the capacity of L1: leave --capacity out")
     if args.bytes_per_token and args.bytes_per_block:
-        raise UsageError("give --bytes-per-token or --bytes-per-block, not both")
-    given: list[Amount] = args.capacity or args.tiers or []
+        raise UsageError("pass either --bytes-per-token or --bytes-per-block")
+    amounts: list[Amount] = args.capacity or args.tiers or []
     if not (args.bytes_per_token or args.bytes_per_block):
-        for amount in given:
+        for amount in amounts:
             if amount.nbytes:
                 raise UsageError(
-                    f"{amount.text} is in bytes: say how many a block takes, with "
-                    "--bytes-per-token or --bytes-per-block, or give a number of blocks"
+                    f"{amount.text} is in bytes: pass the size of a block with --bytes-per-token "
+                    "or --bytes-per-block, or a number of blocks"
                 )
     if args.plot:
         _check_plot(args)
 
 
 def _check_traffic(args: argparse.Namespace) -> None:
-    if args.requests and args.requests > LINES:
-        raise UsageError(f"--requests is {args.requests:,}; it is at most {LINES:,}")
+    if args.requests and args.requests > MAX_LINES:
+        raise UsageError(f"--requests is {args.requests:,}; it must be at most {MAX_LINES:,}")
     if args.generate is None and args.requests:
-        raise UsageError("--requests is of made-up traffic: it goes with --generate")
+        raise UsageError("--requests needs --generate")
     if args.generate is None and not args.hints and args.seed is not None:
-        raise UsageError("--seed is of made-up traffic or hints: give --generate, or --hints")
+        raise UsageError("--seed needs --generate or --hints")
     if args.generate and args.time_unit != "ms":
-        raise UsageError("--time-unit is of a trace; made-up traffic has times of its own")
+        raise UsageError("--time-unit needs a TRACE: generated traffic has no timestamps to read")
     if args.generate and args.block_tokens:
-        raise UsageError("--block-tokens is of a trace; made-up traffic has blocks of 512 tokens")
+        raise UsageError("--block-tokens needs a TRACE: generated blocks have 512 tokens")
 
 
 def _check_plot(args: argparse.Namespace) -> None:
-    if args.plot.suffix not in PLOTS:
-        raise UsageError(f"--plot {args.plot}: the name ends in {', '.join(PLOTS)}")
+    if args.plot.suffix != PLOT_SUFFIX:
+        raise UsageError(f"--plot {args.plot}: the name must end in {PLOT_SUFFIX}")
     if args.tiers or len(args.capacity or ()) > 1:
-        raise UsageError("--plot draws around one --capacity of L1: give one, and no --tiers")
+        raise UsageError("--plot draws around one --capacity of L1: pass one, and no --tiers")
     if not args.plot.absolute().parent.is_dir():
-        raise UsageError(f"--plot {args.plot}: there is no such folder")
+        raise UsageError(f"--plot {args.plot}: no such directory")
     if args.plot.exists() and not (args.plot.is_file() or args.plot.is_dir()):
-        raise UsageError(f"--plot {args.plot}: it is there, and is no regular file")
-    if args.plot.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "a .png needs matplotlib: pip install 'kvcache[plot]'; .svg and .html do not"
-        )
+        raise UsageError(f"--plot {args.plot}: exists and is not a regular file")
 
 
 def _trace(args: argparse.Namespace) -> Trace:
     from kvcache.replay.oracle import with_hints
 
-    trace = _without_hints(args)
+    trace = _trace_without_hints(args)
     return with_hints(trace, args.hints, args.seed or 0) if args.hints else trace
 
 
-def _without_hints(args: argparse.Namespace) -> Trace:
+def _trace_without_hints(args: argparse.Namespace) -> Trace:
     from kvcache.replay.generators import generate
     from kvcache.replay.trace import read
 
@@ -207,7 +216,7 @@ def _without_hints(args: argparse.Namespace) -> Trace:
     stdin = args.trace == "-"
     name = "standard input" if stdin else args.trace
     try:
-        # Another command's output may be long in coming; a file by name is not.
+        # Standard input may be a pipe and slow; a file by name must be regular and readable now.
         with os.fdopen(os.dup(0), "rb") if stdin else open_input(Path(name)) as file:
             trace = read(
                 file, name, block_tokens=args.block_tokens, partial=args.partial,
@@ -215,63 +224,70 @@ def _without_hints(args: argparse.Namespace) -> Trace:
             )  # fmt: skip
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
-    _check_rate(trace, args.time_unit)
+    _warn_of_implausible_rate(trace, args.time_unit)
     return trace
 
 
-def _check_rate(trace: Trace, unit: str) -> None:
-    """Warn where the unit of the timestamps is probably not the one that was given."""
-    slowest, fastest = USUAL_REQUESTS_PER_S
+def _warn_of_implausible_rate(trace: Trace, unit: str) -> None:
+    """Warn if the timestamps are probably in another unit than ``unit``."""
+    slowest, fastest = PLAUSIBLE_REQUESTS_PER_S
     rate = trace.requests_per_s
     if rate is not None and not slowest <= rate <= fastest:
         print(
-            f"kvcache replay: {len(trace):,} requests, {rate:,.3g} a second, are implausible; the "
-            f"timestamps were read in {unit}: if they are in another unit, give --time-unit",
+            f"kvcache replay: implausible rate ({len(trace):,} requests, {rate:,.3g} a second); "
+            f"timestamps were read in {unit}, pass --time-unit if they are in another unit",
             file=sys.stderr,
         )
 
 
-def plan(args: argparse.Namespace, trace: Trace) -> Asked:
-    """Which capacities, in blocks of this trace."""
+def plan(args: argparse.Namespace, trace: Trace) -> ReplayPlan:
+    """Return what to replay, with capacities in blocks of this trace."""
     per_token = args.bytes_per_token
     size = BlockSize(per_token * trace.block_tokens if per_token else args.bytes_per_block)
     try:
-        given = [size.blocks(amount) for amount in args.capacity or args.tiers or ()]
+        blocks = [size.blocks(amount) for amount in args.capacity or args.tiers or ()]
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.tiers:
-        return Asked(args.policy, [tuple(given)], 0, size)
-    capacities = given or [max(1, trace.distinct // 10)]
+        return ReplayPlan(args.policy, [tuple(blocks)], 0, size)
+    blocks = blocks or [max(1, trace.distinct // 10)]
     if not args.plot:
-        return Asked(args.policy, [(capacity,) for capacity in capacities], 0, size)
-    drawn = around(capacities[0], trace.distinct)
-    return Asked(args.policy, [(n,) for n in drawn], drawn.index(capacities[0]), size)
+        return ReplayPlan(args.policy, [(capacity,) for capacity in blocks], 0, size)
+    plotted = capacities_around(blocks[0], trace.distinct)
+    return ReplayPlan(args.policy, [(n,) for n in plotted], plotted.index(blocks[0]), size)
 
 
-def around(capacity: int, enough: int) -> list[int]:
-    """`capacity`, its halves, and its doubles until all fits; three and five of them at most."""
-    smaller = {capacity >> halved for halved in range(1, 4)} - {0}
-    larger = [capacity << doubled for doubled in range(1, 6)]
+def capacities_around(capacity: int, enough: int) -> list[int]:
+    """Return the capacities to plot.
+
+    These are up to three halvings of `capacity`, `capacity` itself, and up to five doublings, until
+    `enough` blocks fit; always one doubling.
+    """
+    smaller = {capacity >> halvings for halvings in range(1, 4)} - {0}
+    larger = [capacity << doublings for doublings in range(1, 6)]
     needed = [each for each in larger if each // 2 < enough]
     return [*sorted(smaller), capacity, *(needed or larger[:1])]
 
 
-def _say(args: argparse.Namespace, trace: Trace, asked: Asked, results: Results) -> int:
-    from kvcache.cli.replay.results import Replayed
+def _print_results(
+    args: argparse.Namespace, trace: Trace, replays: ReplayPlan, results: Results
+) -> int:
+    """Print the results and write the plot; returns the exit code."""
+    from kvcache.cli.replay.results import ReplayResults
 
-    replayed = Replayed(trace, asked.size, results)
+    table = ReplayResults(trace, replays.size, results)
     if args.json:
-        for figures in replayed.figures():
-            print(json.dumps(figures))
+        for fields in table.json_objects():
+            print(json.dumps(fields))
     else:
         name = args.generate or ("standard input" if args.trace == "-" else Path(args.trace).name)
-        print(replayed.text(name, partial=args.partial, paint=painter(sys.stdout)))
+        print(table.text(name, partial=args.partial, paint=painter(sys.stdout)))
     if args.plot:
         from kvcache.cli.replay import plot
 
         title = args.generate or Path(args.trace).name
         try:
-            plot.write(replayed.curves(title, asked.marked), args.plot)
+            args.plot.write_text(plot.svg(table.plot(title, replays.marked)), encoding="utf-8")
         except OSError as error:
             print(f"kvcache replay: cannot write {args.plot}: {error.strerror}", file=sys.stderr)
             return 1

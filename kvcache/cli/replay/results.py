@@ -1,7 +1,8 @@
-"""What replays found: as JSON, as a table, and as the curves of a plot.
+"""The results of replays: as JSON, as a table, and as a plot.
 
-Ratios are of all blocks that were asked for; ratios of tokens are of all prompt tokens, those in a
-last block that is not full included, which cannot be found where such blocks are not kept.
+A hit ratio is a share of all blocks that were looked up, a token hit ratio one of all prompt
+tokens. The latter include tokens of partial last blocks, which are no hits where these blocks are
+not stored.
 """
 
 from __future__ import annotations
@@ -10,40 +11,46 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvcache.cli.amounts import BlockSize
-from kvcache.cli.replay.plot import OPTIMUM, Curves
+from kvcache.cli.replay.plot import OPTIMUM, HitRatioPlot
 from kvcache.cli.table import Painter, render
 from kvcache.replay.belady import Optimum
 from kvcache.replay.simulate import Outcome, TierOutcome
 from kvcache.replay.trace import Trace
 
 
-class Replayed:
-    """Results, in the order of capacities, each capacity's optimum first."""
+class ReplayResults:
+    """Results of several replays of one trace.
+
+    Args:
+        trace: the trace.
+        size: size of a block.
+        results: for each capacity, the optimum and then the outcome of each policy.
+    """
 
     def __init__(self, trace: Trace, size: BlockSize, results: Sequence[Outcome | Optimum]) -> None:
         self._trace = trace
         self._size = size
-        self._results: list[tuple[Optimum, list[Outcome]]] = []
+        self._by_capacity: list[tuple[Optimum, list[Outcome]]] = []
         for result in results:
             if isinstance(result, Optimum):
-                self._results.append((result, []))
+                self._by_capacity.append((result, []))
             else:
-                self._results[-1][1].append(result)
+                self._by_capacity[-1][1].append(result)
 
-    def _of_blocks(self, hits: int) -> float:
+    def _hit_ratio(self, hits: int) -> float:
         return hits / max(1, len(self._trace.blocks))
 
-    def _of_tokens(self, hits: int) -> float:
+    def _token_hit_ratio(self, hits: int) -> float:
         return hits / max(1, sum(self._trace.tokens))
 
-    def _each(self) -> Iterator[tuple[Optimum, Outcome]]:
-        for best, outcomes in self._results:
+    def _rows(self) -> Iterator[tuple[Optimum, Outcome]]:
+        for best, outcomes in self._by_capacity:
             for outcome in outcomes:
                 yield best, outcome
 
-    def figures(self) -> Iterator[dict[str, Any]]:
-        """What `kvcache replay --json` prints: an object for each capacity and policy."""
-        for best, outcome in self._each():
+    def json_objects(self) -> Iterator[dict[str, Any]]:
+        """Yield an object for each capacity and policy: the output of `kvcache replay --json`."""
+        for best, outcome in self._rows():
             yield {
                 "policy": outcome.policy,
                 "capacity_blocks": outcome.tiers[0].capacity_blocks,
@@ -51,24 +58,30 @@ class Replayed:
                 "block_accesses": outcome.block_accesses,
                 "block_tokens": self._trace.block_tokens,
                 "prompt_tokens": outcome.prompt_tokens,
-                "hit_ratio": self._of_blocks(outcome.hit_blocks),
-                "token_hit_ratio": self._of_tokens(outcome.hit_tokens),
-                "belady_hit_ratio": self._of_blocks(best.hit_blocks),
-                "belady_token_hit_ratio": self._of_tokens(best.hit_tokens),
+                "hit_ratio": self._hit_ratio(outcome.hit_blocks),
+                "token_hit_ratio": self._token_hit_ratio(outcome.hit_tokens),
+                "belady_hit_ratio": self._hit_ratio(best.hit_blocks),
+                "belady_token_hit_ratio": self._token_hit_ratio(best.hit_tokens),
                 "us_per_block": outcome.us_per_block,
                 "tiers": [self._tier(tier) for tier in outcome.tiers],
             }
 
     def _tier(self, tier: TierOutcome) -> dict[str, Any]:
-        found: dict[str, Any] = {name: getattr(tier, name) for name in TierOutcome.__slots__}
-        found["hit_ratio"] = self._of_blocks(tier.hit_blocks)
+        fields: dict[str, Any] = {name: getattr(tier, name) for name in TierOutcome.__slots__}
+        fields["hit_ratio"] = self._hit_ratio(tier.hit_blocks)
         if (nbytes := self._size.nbytes) is not None:
-            found["read_bytes"] = tier.read_blocks * nbytes
-            found["written_bytes"] = tier.written_blocks * nbytes
-        return found
+            fields["read_bytes"] = tier.read_blocks * nbytes
+            fields["written_bytes"] = tier.written_blocks * nbytes
+        return fields
 
     def text(self, name: str, *, partial: bool, paint: Painter) -> str:
-        """The same for people."""
+        """Return a table.
+
+        Args:
+            name: of the trace.
+            partial: partial last blocks were stored and counted.
+            paint: colours the table.
+        """
         trace, size = self._trace, self._size
         span_s = trace.times_s[-1] if len(trace) else 0.0
         span = f"{span_s / 60:,.0f} minutes" if span_s >= 120 else f"{span_s:,.3g} seconds"
@@ -78,8 +91,8 @@ class Replayed:
             f"{len(trace.blocks):,} {kind} of {trace.block_tokens} tokens, "
             f"{trace.distinct:,} of them distinct"
         )
-        tiers = max(len(outcome.tiers) for _, outcome in self._each())
-        hits = ["hits"] if tiers > 1 else []  # of one tier they are those of all
+        tiers = max(len(outcome.tiers) for _, outcome in self._rows())
+        hits = ["hits"] if tiers > 1 else []  # with one tier, its hits are all hits
         groups: list[tuple[str, list[str]]] = [
             ("", ["capacity", "policy"]),
             ("hit ratio", ["blocks", "tokens", "optimum"]),
@@ -88,42 +101,47 @@ class Replayed:
         ]
         rows = [
             [
-                " + ".join(size.shown(tier.capacity_blocks) for tier in outcome.tiers),
+                " + ".join(size.format(tier.capacity_blocks) for tier in outcome.tiers),
                 outcome.policy,
-                f"{self._of_blocks(outcome.hit_blocks):.2%}",
-                f"{self._of_tokens(outcome.hit_tokens):.2%}",
-                f"{self._of_blocks(best.hit_blocks):.2%}",
+                f"{self._hit_ratio(outcome.hit_blocks):.2%}",
+                f"{self._token_hit_ratio(outcome.hit_tokens):.2%}",
+                f"{self._hit_ratio(best.hit_blocks):.2%}",
                 *(
                     cell
                     for tier in outcome.tiers
                     for cell in (
-                        *(f"{self._of_blocks(tier.hit_blocks):.2%}" for _ in hits),
-                        size.shown(tier.read_blocks),
-                        size.shown(tier.written_blocks),
+                        *(f"{self._hit_ratio(tier.hit_blocks):.2%}" for _ in hits),
+                        size.format(tier.read_blocks),
+                        size.format(tier.written_blocks),
                     )
                 ),
                 f"{outcome.us_per_block:.2f}",
             ]
-            for best, outcome in self._each()
+            for best, outcome in self._rows()
         ]
         unit = "blocks" if size.nbytes is None else "bytes"
         foot = (
-            "blocks, optimum, hits: of the blocks asked for; tokens: of all prompt tokens; "
-            f"read, written: in {unit}"
+            "blocks, optimum, hits: share of all blocks looked up; "
+            f"tokens: share of all prompt tokens; read, written: {unit}"
         )
         table = render(groups, rows, paint=paint, strong="hit ratio")
         return f"{head}\n\n{table}\n{foot}"
 
-    def curves(self, title: str, marked: int) -> Curves:
-        """Hit ratios by capacity, where every result is of one tier."""
+    def plot(self, title: str, marked: int) -> HitRatioPlot:
+        """Return the hit ratios by capacity, for results of one tier.
+
+        Args:
+            title: of the plot.
+            marked: the position of the user's capacity.
+        """
         series: dict[str, list[float]] = {OPTIMUM: []}
         labels = []
-        for best, outcomes in self._results:
-            labels.append(self._size.shown(best.capacity_blocks))
-            series[OPTIMUM].append(self._of_blocks(best.hit_blocks))
+        for best, outcomes in self._by_capacity:
+            labels.append(self._size.format(best.capacity_blocks))
+            series[OPTIMUM].append(self._hit_ratio(best.hit_blocks))
             for outcome in outcomes:
-                found = series.setdefault(outcome.policy, [])
-                found.append(self._of_blocks(outcome.hit_blocks))
+                ratios = series.setdefault(outcome.policy, [])
+                ratios.append(self._hit_ratio(outcome.hit_blocks))
         unit = f", in blocks of {self._trace.block_tokens} tokens"
         axis = "DRAM" + (unit if self._size.nbytes is None else "")
-        return Curves(title, axis, labels, series, marked)
+        return HitRatioPlot(title, axis, labels, series, marked)
