@@ -1,4 +1,4 @@
-"""The vLLM connector: ``KVCacheConnector`` passes vLLM's calls to one of two halves.
+"""The vLLM connector: ``KVCacheConnector`` passes vLLM's calls to one of two sides.
 
 ::
 
@@ -254,6 +254,6 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Both
 
     def shutdown(self) -> None:
-        for half in ("scheduler_side", "worker_side"):
-            if hasattr(self, half):
-                getattr(self, half).close()
+        for side in ("scheduler_side", "worker_side"):
+            if hasattr(self, side):
+                getattr(self, side).close()

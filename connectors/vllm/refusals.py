@@ -1,7 +1,7 @@
 """The engines that kvcache is turned off for, each with its reason.
 
-Both halves of the connector ask. The scheduler's half has the config as the engine core changed it
-after it had started the workers. A worker's half has the config as its own process changed it while
+Both sides of the connector ask. The scheduler's side has the config as the engine core changed it
+after it had started the workers. A worker's side has the config as its own process changed it while
 it built the model, and the cache spec of every layer, where the scheduler has one for the group.
 """
 

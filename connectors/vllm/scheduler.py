@@ -1,4 +1,4 @@
-"""The scheduler's half of the vLLM connector: keys, leases and jobs; no tensors and no bytes.
+"""The scheduler's side of the vLLM connector: keys, leases and jobs; no tensors and no bytes.
 
 Invariants:
 
@@ -212,7 +212,7 @@ class SchedulerSide:
         if self.pending_loads.end_wait(request_id):
             self._spans.end_wait(request)
             return  # admitted before its async load, and it may have become suspect meanwhile
-        self._end_admission(request)  # vLLM preempted it
+        self._end_admission(request)  # vLLM may have preempted it
         blocks = list(self._group.block_ids(block_ids))
         admitted = self._admitted[request_id] = AdmittedRequest(request, blocks)
         pending = self.pending_loads.take(request_id)
@@ -296,6 +296,8 @@ class SchedulerSide:
         request = admitted.request
         # Drafted tokens may be rejected. Only blocks of known tokens have a hash.
         complete = self._group.complete_blocks(computed, len(request.block_hashes))
+        if complete <= admitted.offered:
+            return None  # most decode steps
         offered = admitted.unoffered(complete)
         if not offered or not self._adapters.keeps(request):
             return None

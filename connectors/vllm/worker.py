@@ -1,4 +1,4 @@
-"""The worker's half of the vLLM connector: copies whole pages between vLLM's KV cache and the slab.
+"""The worker's side of the vLLM connector: copies whole pages between vLLM's KV cache and the slab.
 
 Invariants:
 

@@ -12,7 +12,7 @@ from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
 from kvcache.slab import PAGE, Slab
 from tests.support.forked_children import methods_usable_in_child
 from tests.support.played_engine import BLOCK, Request, opened
-from tests.support.worker_half import side
+from tests.support.recording_worker import side
 
 pytestmark = pytest.mark.engine
 

@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.layer_sync import pass_mode
 from kvcache.connectors.vllm.messages import Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide
+from tests.support.recording_worker import NOWHERE, RecordingCopier, side, step
 from tests.support.reordering_device import ReorderingDevice
-from tests.support.worker_half import NOWHERE, Copier, side, step
 
 pytestmark = pytest.mark.engine
 
@@ -50,7 +50,7 @@ def test_pass_mode_of_an_unknown_context_is_none() -> None:
     assert pass_mode(SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=new)) is None
 
 
-def on_a_device(copier: Copier) -> WorkerSide:
+def on_a_device(copier: RecordingCopier) -> WorkerSide:
     return side(copier, device=ReorderingDevice(Random(0)))
 
 
@@ -65,13 +65,13 @@ def forward(worker: WorkerSide, mode: str | None, *waits: str) -> list[int]:
 
 
 def test_layers_that_the_last_pass_waited_for_are_announced() -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     assert forward(worker, "NONE", "one", "two") == []
     assert forward(worker, "NONE", "one", "two") == [0, 1]
 
 
 def test_layers_of_a_pass_without_loads_are_announced_next() -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     for name in ("one", "two"):
         worker.wait_for_layer(name)
     worker.load(Step(NOWHERE), "NONE")  # after the forward pass, as vLLM does without sync loads
@@ -80,7 +80,7 @@ def test_layers_of_a_pass_without_loads_are_announced_next() -> None:
 
 
 def test_layer_without_a_wait_is_loaded_before_the_next_pass() -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     forward(worker, "NONE", "two")
     assert forward(worker, "NONE", "one", "two") == [1]
     assert forward(worker, "NONE", "two") == [0, 1]
@@ -88,7 +88,7 @@ def test_layer_without_a_wait_is_loaded_before_the_next_pass() -> None:
 
 
 def test_pass_without_a_mode_announces_nothing_and_changes_nothing() -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     assert forward(worker, None, "one", "two") == []
     assert forward(worker, None, "one", "two") == []
     assert forward(worker, "NONE", "one", "two") == []
@@ -97,7 +97,7 @@ def test_pass_without_a_mode_announces_nothing_and_changes_nothing() -> None:
 
 
 def test_layers_are_expected_by_mode() -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     forward(worker, "NONE", "one", "two")
     assert forward(worker, "PIECEWISE", "one") == []
     assert forward(worker, "PIECEWISE", "one") == [0]
@@ -105,7 +105,7 @@ def test_layers_are_expected_by_mode() -> None:
 
 
 def test_wait_for_an_unknown_layer_waits_for_all() -> None:
-    copier = Copier()
+    copier = RecordingCopier()
     worker = on_a_device(copier)
     side().wait_for_layer("one")  # without a copier there is no copy to wait for
     worker.load(step(), "NONE")
@@ -119,7 +119,7 @@ def test_wait_for_an_unknown_layer_waits_for_all() -> None:
 def test_pass_that_skips_an_expected_wait_fails_its_loads_and_stores(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     assert not forward(worker, "NONE", "one", "two")
     assert not worker.take_failed_blocks()
     worker.take_received()
@@ -137,7 +137,7 @@ def test_pass_that_skips_an_expected_wait_fails_its_loads_and_stores(
 
 
 def test_pass_with_async_loads_alone_may_skip_waits(caplog: pytest.LogCaptureFixture) -> None:
-    worker = on_a_device(Copier())
+    worker = on_a_device(RecordingCopier())
     forward(worker, "NONE", "one", "two")
     later = Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")])
     worker.load(later, "NONE")
@@ -149,7 +149,7 @@ def test_pass_with_async_loads_alone_may_skip_waits(caplog: pytest.LogCaptureFix
 def test_pass_on_a_cpu_announces_nothing_and_may_skip_waits(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    worker = side(Copier())
+    worker = side(RecordingCopier())
     assert forward(worker, "NONE", "one", "two") == []
     assert forward(worker, "NONE", "one", "two") == []
     forward(worker, "NONE")

@@ -207,12 +207,12 @@ def test_copies_take_as_long_as_the_slowest_rank(played: PlayedEngine) -> None:
     assert copies == {("store", ""): [0.5], ("load", "copy_failed"): [0.125]}
 
 
-def test_report_is_due_when_no_request_is_left(played: PlayedEngine) -> None:
-    assert played.side._reports is not None
-    played.side._reports._clock = Clock()
+def test_report_is_due_when_no_request_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = opened(monkeypatch, 32, clock=Clock())
     assert played.side.report() is not None
     request = Request("a", 2 * BLOCK)
     played.admit(request, [1, 2])
     assert played.side.report() is None  # within the same second
     played.side.finish(request)
     assert played.side.report() is not None
+    played.side.close()

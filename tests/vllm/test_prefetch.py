@@ -58,7 +58,7 @@ class WaitingEngine(PlayedEngine):
     """An engine over L1 and one lower tier, which a test can hold back.
 
     Attributes:
-        now: the time of the scheduler's half, in seconds.
+        now: the time of the scheduler's side, in seconds.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

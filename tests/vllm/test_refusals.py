@@ -254,7 +254,7 @@ def test_worker_that_refuses_registers_nothing_and_returns_the_reason() -> None:
 
     connector = KVCacheConnector.__new__(KVCacheConnector)
     connector.refusal = "the reason"
-    connector.register_kv_caches({})  # without a worker's half, which it would fail without
+    connector.register_kv_caches({})  # it has no worker side, and must not call it
     assert connector.get_handshake_metadata() == Refusal("the reason")
 
 

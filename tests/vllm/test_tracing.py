@@ -16,8 +16,8 @@ from kvcache import telemetry
 from kvcache.connectors.vllm.messages import Acks, Step
 from kvcache.connectors.vllm.worker import WorkerSide
 from tests.support.played_engine import BLOCK, SHARD, PlayedEngine, Request, opened
-from tests.support.worker_half import Copier
-from tests.support.worker_half import side as worker_side
+from tests.support.recording_worker import RecordingCopier
+from tests.support.recording_worker import side as worker_side
 from tests.vllm.test_prefetch import WaitingEngine
 
 pytestmark = pytest.mark.engine
@@ -43,7 +43,7 @@ def below(monkeypatch: pytest.MonkeyPatch) -> Iterator[WaitingEngine]:
 
 
 def worker(*failing: int) -> WorkerSide:
-    return worker_side(Copier(*failing), rank=(0, 1), page_shape=(SHARD // 8,))
+    return worker_side(RecordingCopier(*failing), rank=(0, 1), page_shape=(SHARD // 8,))
 
 
 def run_request(

@@ -15,7 +15,7 @@ import torch
 from kvcache.connectors.vllm.messages import Acks, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, place_caches
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
-from tests.support.worker_half import NOWHERE, Copier, side, step
+from tests.support.recording_worker import NOWHERE, RecordingCopier, side, step
 
 pytestmark = pytest.mark.engine
 
@@ -139,7 +139,7 @@ def play(worker: WorkerSide, what: Step) -> tuple[set[int], dict[int, int], set[
 
 
 def test_step_that_succeeds_acks_every_job() -> None:
-    copier = Copier()
+    copier = RecordingCopier()
     assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
     assert copier.calls == [
         ("scatter", [0, 1, 2], [10, 11, 12]),
@@ -149,7 +149,7 @@ def test_step_that_succeeds_acks_every_job() -> None:
 
 
 def test_loads_of_the_forward_pass_fail_together_with_the_stores() -> None:
-    copier = Copier(0)
+    copier = RecordingCopier(0)
     assert play(side(copier), step()) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
     assert [name for name, *_ in copier.calls] == ["scatter"]
 
@@ -158,7 +158,7 @@ def test_loads_of_the_forward_pass_fail_together_with_the_stores() -> None:
     ("fails", "bad", "failed"), [(0, {10}, {2}), (1, {9}, {1}), (2, {11}, {3})]
 )
 def test_async_load_fails_by_itself(fails: int, bad: set[int], failed: set[int]) -> None:
-    copier = Copier(fails)
+    copier = RecordingCopier(fails)
     loads = [
         Transfer(1, [9], [0], awaited_by="one"),
         Transfer(2, [10], [1]),
@@ -170,7 +170,7 @@ def test_async_load_fails_by_itself(fails: int, bad: set[int], failed: set[int])
 
 
 def test_load_takes_its_share_of_the_copys_seconds() -> None:
-    worker = side(Copier())
+    worker = side(RecordingCopier())
     worker.load(step())
     worker.take_received()
     acks = worker.take_acks()
@@ -179,17 +179,17 @@ def test_load_takes_its_share_of_the_copys_seconds() -> None:
 
 
 def test_store_that_fails_reports_no_block() -> None:
-    assert play(side(Copier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
+    assert play(side(RecordingCopier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
 
 
 def test_step_after_a_failed_load_stores_again() -> None:
-    worker = side(Copier(0))
+    worker = side(RecordingCopier(0))
     play(worker, step())
     assert play(worker, step(number=1)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
 def test_worker_that_reports_a_failed_load_before_the_stores_fails_them() -> None:
-    copier = Copier(0)
+    copier = RecordingCopier(0)
     worker = side(copier)
     worker.load(step(number=5))
     worker.take_received()
@@ -201,7 +201,7 @@ def test_worker_that_reports_a_failed_load_before_the_stores_fails_them() -> Non
 
 
 def test_acks_have_the_seconds_of_started_copies_alone() -> None:
-    worker = side(Copier(0))
+    worker = side(RecordingCopier(0))
     worker.load(step())
     worker.store(step())
     worker.take_received()
@@ -223,8 +223,8 @@ def test_ack_comes_in_the_step_that_reports_its_request(
             return next(self.looks)
 
     load = Load()
-    monkeypatch.setattr(Copier, "_call", lambda *_: load)
-    worker = side(Copier())
+    monkeypatch.setattr(RecordingCopier, "_call", lambda *_: load)
+    worker = side(RecordingCopier())
     worker.load(Step(NOWHERE, loads=[Transfer(1, [10], [0], awaited_by="waits")]))
     assert (worker.take_received(), worker.take_acks()) == (set(), None)
     assert worker.take_received() == {"waits"}
@@ -232,14 +232,14 @@ def test_ack_comes_in_the_step_that_reports_its_request(
 
 
 def test_fence_has_the_fresh_blocks_of_the_step() -> None:
-    copier = Copier()
+    copier = RecordingCopier()
     side().fence(Step(NOWHERE, fresh=[7]))  # without a copier there is no copy to wait for
     side(copier).fence(Step(NOWHERE, fresh=[3, 4]))
     assert copier.calls == [("fence", [3, 4], [])]
 
 
 def test_empty_step_reports_its_end() -> None:
-    worker = side(Copier())
+    worker = side(RecordingCopier())
     assert play(worker, Step(NOWHERE)) == (set(), {}, set())
     worker.load(Step(NOWHERE, number=7))
     assert worker.take_acks() == Acks(step=7)

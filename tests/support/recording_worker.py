@@ -18,7 +18,7 @@ from kvcache.slab import SlabDescriptor
 from tests.support.played_engine import cache_config, full_attention
 
 
-class Copier:
+class RecordingCopier:
     """Records its calls in place of a page copier; those with a number in `failing` raise."""
 
     def __init__(self, *failing: int) -> None:
@@ -73,14 +73,14 @@ def step(memory: SlabShards = NOWHERE, number: int = 0) -> Step:
 
 
 def side(
-    copier: Copier | None = None,
+    copier: RecordingCopier | None = None,
     *,
     layers: Sequence[str] = ("one", "two"),
     rank: tuple[int, int] = (0, 0),
     page_shape: tuple[int, ...] = (2, 32, 8),
     device: Device | None = None,
 ) -> WorkerSide:
-    """Return a worker's half of 16 blocks; with ``copier``, its float32 caches are registered."""
+    """Return a worker's side of 16 blocks; with ``copier``, its float32 caches are registered."""
     config = cache_config(full_attention(), layers=layers)
     config.num_blocks = 16
     worker = WorkerSide(config, rank, 1, device=device, copier=copier)  # type: ignore[arg-type]
