@@ -40,7 +40,7 @@ class FakeBackend:
     name: str
     clock: Clock
     cost: Callable[[Direction | None, int], float]  # seconds of a run, by direction and bytes
-    alignment: int = 1  # supports runs whose sizes are a multiple of this
+    alignment: int = 1  # supports sizes that are multiples of this
     corrupts: Callable[[CopyBatch], bool] = lambda batch: False
     raises: Callable[[CopyBatch], bool] = lambda batch: False
     calls: list[CopyBatch] = field(default_factory=list)

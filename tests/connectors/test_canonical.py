@@ -1,7 +1,7 @@
-"""The canonical order against plain torch: every byte of slots and cache, touched or not.
+"""The canonical order against plain torch: every byte of slots and cache is checked.
 
-What was stored in it must be found by later versions, so the order is pinned here by what it means:
-``[tokens, layers, kv, heads, dim]``, or ``[tokens, layers, latent]``, dense.
+Later versions must find blocks that were stored in this order. So the tests define it by its
+meaning: ``[tokens, layers, kv, heads, dim]``, or ``[tokens, layers, latent]``, dense.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ GUARD = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
-def every_copy_is_shared() -> Iterator[None]:
-    """Small copies would all be made by the calling thread."""
+def share_every_copy() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "MIN_SHARED_NBYTES", 0)
         yield
 
 
 def canonical(placement: Placement, block: int) -> bytes:
-    """A block in canonical order, as torch puts it: by the names of axes, and by nothing else."""
+    """Make a block in canonical order with torch, from nothing but the names of axes."""
     whole = torch.empty(
         [*canonical_sizes(placement).values()], dtype=placement.tensors[0].tensor.dtype
     )
@@ -55,19 +54,19 @@ def canonical(placement: Placement, block: int) -> bytes:
             [axis.stride // step for axis in part.axes],
             tensor.storage_offset() + block * (part.block_axis.stride // step),
         )
-        # Axes of one name come together, in their order, and then the names in that of a block.
-        kept = [at for at, axis in enumerate(part.axes) if axis.name in names]
-        order = sorted(kept, key=lambda at: names.index(part.axes[at].name))
+        # Axes of one name become adjacent, in their order; names get the order of a block.
+        known = [at for at, axis in enumerate(part.axes) if axis.name in names]
+        order = sorted(known, key=lambda at: names.index(part.axes[at].name))
         target = whole.select(names.index("layers"), part.layer)
-        inside = inside.permute([*order, *(at for at in range(len(part.axes)) if at not in kept)])
+        inside = inside.permute([*order, *(at for at in range(len(part.axes)) if at not in known)])
         if "kv" in names and not any(axis.name == "kv" for axis in part.axes):
             target = target.select(names.index("kv") - 1, part.number)
         target.copy_(inside.reshape(target.shape))
     return bytes(whole.contiguous().view(torch.uint8).numpy())
 
 
-class Room:
-    """Slots anywhere in memory, with something before and after them; what `open_copier` asks."""
+class GuardedSlab:
+    """Slots with other memory before and after them. It has the attributes that copiers use."""
 
     def __init__(self, slots: int, slot_nbytes: int) -> None:
         self.slots, self.slot_nbytes = slots, slot_nbytes
@@ -80,7 +79,7 @@ class Room:
 
 
 def cache_bytes(placement: Placement) -> tuple[list[Any], list[Any]]:
-    """The memory that tensors lie in, and which bytes of it are no block's."""
+    """Return the memory of the tensors, and a mask of its bytes that belong to no block."""
     found: dict[int, tuple[Any, Any]] = {}
     for part in placement.tensors:
         tensor: Any = part.tensor
@@ -103,37 +102,37 @@ def check(
     threads: int = 1,
     device: ReorderingDevice | None = None,
 ) -> None:
-    """Gather, change everything, scatter to other blocks: both memories are right after each."""
+    """Gather, change the slots, and scatter to other blocks. Check both memories each time."""
     shard = slice(offset, offset + placement.block_nbytes)
-    room = Room(placement.blocks + 1, offset + placement.block_nbytes + tail)
-    slab = cast("Slab", room)
+    guarded = GuardedSlab(placement.blocks + 1, offset + placement.block_nbytes + tail)
+    slab = cast("Slab", guarded)
     copier = open_copier(
         placement, slab, device=device, order="canonical", offset=offset, threads=threads
     )
     random, count = Random(3), placement.blocks - (placement.blocks > 1)
     blocks = random.sample(range(placement.blocks), count)
-    slots = random.sample(range(room.slots), count)
+    slots = random.sample(range(guarded.slots), count)
     overwrite(layers, seed=5)
 
-    memory, (before, outside) = room.memory.copy(), cache_bytes(placement)
+    memory, (before, outside) = guarded.memory.copy(), cache_bytes(placement)
     copier.gather(blocks, slots).wait()
-    gathered, room.memory[:] = room.memory.copy(), memory
+    gathered, guarded.memory[:] = guarded.memory.copy(), memory
     for block, slot in zip(blocks, slots, strict=True):
-        room.rows[slot, shard] = np.frombuffer(canonical(placement, block), dtype=np.uint8)
-    np.testing.assert_array_equal(gathered, room.memory)
+        guarded.rows[slot, shard] = np.frombuffer(canonical(placement, block), dtype=np.uint8)
+    np.testing.assert_array_equal(gathered, guarded.memory)
     assert all(map(torch.equal, cache_bytes(placement)[0], before))
 
-    right = [canonical(placement, block) for block in range(placement.blocks)]
+    expected = [canonical(placement, block) for block in range(placement.blocks)]
     targets = random.sample(range(placement.blocks), count)
-    room.memory ^= 0xA5
-    memory = room.memory.copy()
+    guarded.memory ^= 0xA5
+    memory = guarded.memory.copy()
     copier.scatter(slots, targets).wait()
     for slot, target in zip(slots, targets, strict=True):
-        right[target] = room.rows[slot, shard].tobytes()
-    assert [canonical(placement, block) for block in range(placement.blocks)] == right
-    np.testing.assert_array_equal(room.memory, memory)
-    for now, then, free in zip(cache_bytes(placement)[0], before, outside, strict=True):
-        assert torch.equal(now[free], then[free])
+        expected[target] = guarded.rows[slot, shard].tobytes()
+    assert [canonical(placement, block) for block in range(placement.blocks)] == expected
+    np.testing.assert_array_equal(guarded.memory, memory)
+    for now, then, unused in zip(cache_bytes(placement)[0], before, outside, strict=True):
+        assert torch.equal(now[unused], then[unused])
     copier.close()
 
 
@@ -150,44 +149,48 @@ SHAPES = {  # tokens, heads, dim
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ALL)
-def test_the_bytes_of_a_canonical_block(name: str, shape: str, dtype: torch.dtype) -> None:
+def test_canonical_copies_order_the_bytes_by_meaning(
+    name: str, shape: str, dtype: torch.dtype
+) -> None:
     tokens, heads, dim = SHAPES[shape]
     g = Geometry(2, 5, tokens, 1 if name in LATENT else heads, dim, dtype)
     layers = ALL[name].make(g)
     placement = place(layers, ALL[name].layout)
     check(placement, layers, threads=1 + tokens % 2)
-    if name in KINDS:  # and the model of a block is right, which knows the names of axes
-        seen = [part for pair in keys_and_values(ALL[name], layers) for part in pair]
-        block = torch.stack([part[3] for part in seen], dim=1)  # [tokens, layers and kv, ...]
+    if name in KINDS:  # check `canonical` itself against views that know no names of axes
+        parts = [part for pair in keys_and_values(ALL[name], layers) for part in pair]
+        block = torch.stack([part[3] for part in parts], dim=1)  # [tokens, layers and kv, ...]
         assert canonical(placement, 3) == block.view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", ALL)
-def test_a_shard_of_a_slot(name: str, threads: int) -> None:
-    """Where nothing begins on a line, and shares of threads end anywhere."""
+def test_canonical_copies_of_an_unaligned_shard_change_nothing_else(
+    name: str, threads: int
+) -> None:
+    """No run begins on a cache line, and the shares of threads end anywhere."""
     g = Geometry(layers=3, blocks=5, tokens=16, heads=1 if name in LATENT else 2, dim=48)
     layers = ALL[name].make(g)
     check(place(layers, ALL[name].layout), layers, offset=4098, tail=6, threads=threads)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "paged-attention"])
-def test_beside_a_devices_work(name: str) -> None:
-    """By the same runs, none of them can_transpose."""
+def test_canonical_copies_on_a_device_use_the_same_order(name: str) -> None:
+    """A device copies the same runs and transposes none."""
     g = Geometry(layers=2, blocks=4, tokens=16, heads=1 if name in LATENT else 2, dim=48)
     layers = ALL[name].make(g)
     device = ReorderingDevice(Random(1))
     check(place(layers, ALL[name].layout), layers, offset=96, tail=32, device=device)
 
 
-def test_on_a_device_there_may_not_be_too_many_runs() -> None:
-    across = torch.zeros(4, 2, 8, 128, 16, dtype=torch.bfloat16, device="meta")
-    placement = place([across], Layout("ours", ("blocks kv heads dim tokens",)))
+def test_canonical_order_with_too_many_runs_for_a_device_raises() -> None:
+    tensor = torch.zeros(4, 2, 8, 128, 16, dtype=torch.bfloat16, device="meta")
+    placement = place([tensor], Layout("custom", ("blocks kv heads dim tokens",)))
     with pytest.raises(LayoutError, match="on meta: a block of it has 32768 runs of 2 bytes"):
         format_id(placement, "canonical")
 
 
-def test_too_many_runs_are_turned() -> None:
+def test_canonical_runs_on_a_cpu_are_transposed_if_there_are_too_many() -> None:
     g = Geometry(layers=1, blocks=2, tokens=1024, heads=8, dim=32)
     layers = KINDS["pair-hnd"].make(g)
     placement = place(layers, "pair-hnd")
@@ -200,8 +203,8 @@ AXES = ("blocks", "tokens", "heads", "dim", "kv", "tokens", "dim", "one")
 
 
 @st.composite
-def laid_out(draw: st.DrawFn) -> tuple[Placement, Any]:
-    """Any axes in any order, with gaps, in tensors that hold more than blocks."""
+def placements(draw: st.DrawFn) -> tuple[Placement, Any]:
+    """Draw tensors with any axes in any order, with gaps, and with memory beside the blocks."""
     names = draw(st.permutations(AXES))[: draw(st.integers(1, len(AXES)))]
     names = ["blocks", *(name for name in names if name != "blocks")]
     names = draw(st.permutations(names))
@@ -230,9 +233,11 @@ def laid_out(draw: st.DrawFn) -> tuple[Placement, Any]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(laid_out(), st.integers(0, 70), st.integers(0, 70), st.integers(1, 3))
-def test_any_axes_in_any_order(given: Any, offset: int, tail: int, threads: int) -> None:
-    placement, layers = given
+@given(placements(), st.integers(0, 70), st.integers(0, 70), st.integers(1, 3))
+def test_canonical_copies_of_any_axes_in_any_order(
+    drawn: Any, offset: int, tail: int, threads: int
+) -> None:
+    placement, layers = drawn
     nbytes = placement.element_nbytes
     begin, end = offset // nbytes * nbytes, tail // nbytes * nbytes
     check(placement, layers, offset=begin, tail=end, threads=threads)

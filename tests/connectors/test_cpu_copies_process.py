@@ -1,4 +1,4 @@
-"""Page copies and the process they are in: its cores, and what is installed."""
+"""CPU copies in a process: the CPUs of their threads, and an environment without numba."""
 
 import importlib.util
 import os
@@ -14,17 +14,17 @@ from kvcache.connectors.transfer import cpu
 AFFINITY = """
 import os, threading
 first, second, *_ = sorted(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {first})  # before numpy, whose threads inherit it
+os.sched_setaffinity(0, {first})  # before numpy, because its threads inherit it
 
-def elsewhere():
+def wait_on_second():
     os.sched_setaffinity(0, {second})
-    there.set()
+    waiting.set()
     threading.Event().wait()
 
-there = threading.Event()
-other = threading.Thread(target=elsewhere, daemon=True)
+waiting = threading.Event()
+other = threading.Thread(target=wait_on_second, daemon=True)
 other.start()
-there.wait()
+waiting.wait()
 
 import numpy as np
 from kvcache.connectors.transfer import cpu
@@ -34,26 +34,28 @@ from kvcache.connectors.layout.placement import BlockRun
 cpu.MIN_SHARED_NBYTES = 0
 memory = np.zeros(2, dtype=np.uint8)
 address = memory.ctypes.data
-sides = CopyGeometry([BlockRun(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1)
-copier = cpu.CpuCopier(sides, threads=2)
+geometry = CopyGeometry(
+    [BlockRun(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1
+)
+both = threading.Barrier(2)  # passed when the pool's thread has run its initializer
+copier = cpu.CpuCopier(geometry, threads=2, copy_share=lambda *_: both.wait())
 copier.gather([0], [0])
 (worker,) = [t for t in threading.enumerate() if t.name.startswith("kvcache-pages")]
-copier._pool.submit(int).result()  # it has run its initializer
 assert os.sched_getaffinity(worker.native_id) == {first, second}
 assert os.sched_getaffinity(0) == {first}
 copier.close()
 """
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_threads_may_run_wherever_the_process_may() -> None:
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_copy_threads_may_use_all_cpus_of_the_process() -> None:
     path = os.pathsep.join(sys.path)
     subprocess.run(
         [sys.executable, "-P", "-c", AFFINITY], env=os.environ | {"PYTHONPATH": path}, check=True
     )
 
 
-def test_says_what_to_install_when_numba_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_without_numba_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     spec = importlib.util.spec_from_file_location("pages_without_numba", cpu.__file__)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""What a layout is told from, what it is refused for, and where its runs of bytes are."""
+"""Layouts: how they are found from shapes, why they are refused, and where the runs lie."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def block_bytes(placement: Placement, block: int) -> bytes:
     )
 
 
-# Told from shapes
+# Found from shapes
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_layout_is_told_from_shapes_and_sizes(name: str) -> None:
+def test_place_finds_the_layout_from_shapes_and_sizes(name: str) -> None:
     kind = ALL[name]
     layers = kind.make(Geometry(heads=1 if name in LATENT else 3))
     sizes = {"tokens": 16} if name in KINDS else {"tokens": 16, "latent": 32}
@@ -64,51 +64,51 @@ AMBIGUOUS: dict[str, tuple[Any, dict[str, int], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_what_may_be_two_layouts_is_refused_and_not_guessed(name: str) -> None:
+def test_place_of_an_ambiguous_shape_raises_with_the_candidates(name: str) -> None:
     layer, sizes, layouts = AMBIGUOUS[name]
-    with pytest.raises(LayoutError, match="its layout may be") as refused:
+    with pytest.raises(LayoutError, match="its layout may be") as raised:
         place([layer], None, **sizes)
-    said = str(refused.value).partition("its layout may be")[2].partition("; pass")[0]
-    assert re.findall(r"[a-z-]+(?= \[)", said) == layouts
+    message = str(raised.value).partition("its layout may be")[2].partition("; pass")[0]
+    assert re.findall(r"[a-z-]+(?= \[)", message) == layouts
     for layout in layouts:
         assert place([layer], layout, **sizes).layout.name == layout
 
 
-def test_a_size_that_only_one_layout_can_have_tells_it() -> None:
+def test_place_with_a_size_of_one_candidate_finds_it() -> None:
     cache = torch.zeros(9, 1, 16, 64)
     assert place([cache], latent=64).layout.name == "mla-packed"
     assert place([cache], heads=1).layout.name == "packed"
     assert place([cache], dim=32).layout.name == "packed"
 
 
-def test_one_layer_that_can_be_told_tells_the_others() -> None:
+def test_place_with_one_unambiguous_layer_finds_the_layout_of_all() -> None:
     two, three = torch.zeros(2, 2, 16, 8, 4), torch.zeros(2, 3, 16, 8, 4)
     with pytest.raises(LayoutError, match="several block counts: 2, 3"):
-        place([two, three], tokens=16)  # kv-first it is, and then the counts differ
+        place([two, three], tokens=16)  # kv-first fits both, and then their block counts differ
 
 
-def test_an_unknown_layout_is_refused_with_what_was_seen_and_what_is_known() -> None:
+def test_place_of_an_unknown_shape_raises_with_the_shape_and_all_layouts() -> None:
     cache = torch.zeros(3, 9, 16, dtype=torch.float16).transpose(0, 2)
-    with pytest.raises(LayoutError) as refused:
+    with pytest.raises(LayoutError) as raised:
         place({"model.layers.0": cache, "model.layers.1": cache}, tokens=5)
-    said = str(refused.value)
-    assert said.startswith(
+    message = str(raised.value)
+    assert message.startswith(
         "layer model.layers.0 is torch.float16 of shape (16, 9, 3), strides (1, 16, 144),"
         " with {'tokens': 5}, which has no known layout"
     )
     for layout in LAYOUTS.values():
-        assert (str(layout) in said) == (layout.name != "opaque")
-    assert "layout='opaque'" in said
+        assert (str(layout) in message) == (layout.name != "opaque")
+    assert "layout='opaque'" in message
 
 
-WRONG: dict[str, tuple[Any, str, dict[str, int], str]] = {
+MISMATCHES: dict[str, tuple[Any, str, dict[str, int], str]] = {
     "no such name": (torch.zeros(9, 16, 4), "nhd", {}, "no layout 'nhd'; there are kv-first, "),
     "rank": (torch.zeros(2, 9, 16, 4), "kv-first", {}, "a tensor of it has 5 axes"),
     "not two": (torch.zeros(3, 9, 16, 8, 4), "kv-first", {}, "kv is 3, not 2"),
     "one tensor": (torch.zeros(9, 16, 8, 4), "pair", {}, "a layer of it has 2 tensors, not 1"),
     "size": (torch.zeros(9, 16, 4), "mla", {"tokens": 32}, "tokens is 16, not 32"),
     "no such axis": (torch.zeros(9, 16, 4), "mla", {"heads": 8}, "it has no axis heads"),
-    "odd": (torch.zeros(9, 2, 16, 5), "packed", {}, "kv.dim cannot have size 5"),
+    "odd size": (torch.zeros(9, 2, 16, 5), "packed", {}, "kv.dim cannot have size 5"),
     "empty": (torch.zeros(9, 0, 4), "mla", {}, "tokens cannot have size 0"),
     "K and V differ": (
         (torch.zeros(9, 2, 4, 16, 8), torch.zeros(9, 2, 64, 16)),
@@ -125,14 +125,14 @@ WRONG: dict[str, tuple[Any, str, dict[str, int], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_layout_that_does_not_fit_is_refused(name: str) -> None:
-    layer, layout, sizes, message = WRONG[name]
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_place_with_a_layout_that_does_not_fit_raises(name: str) -> None:
+    layer, layout, sizes, message = MISMATCHES[name]
     with pytest.raises(LayoutError, match=re.escape(message)):
         place([layer], layout, **sizes)
 
 
-def test_runs_too_short_to_be_copied_are_refused() -> None:
+def test_place_with_too_many_runs_raises() -> None:
     cache = torch.zeros(65, 65, 9).transpose(0, 2)
     with pytest.raises(LayoutError, match=rf"has {65 * 65} runs of 4 bytes; at most {MAX_RUNS}"):
         place([cache], "mla")
@@ -147,15 +147,15 @@ def test_runs_too_short_to_be_copied_are_refused() -> None:
         ([torch.ones(9, 16, 4)] * 2, "are the same memory"),
     ],
 )
-def test_layers_that_do_not_go_together_are_refused(layers: list[Any], message: str) -> None:
+def test_place_of_incompatible_layers_raises(layers: list[Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         place(layers, "mla")
 
 
-def test_a_layout_of_ones_own() -> None:
-    ours = Layout("ours", ("heads blocks tokens dim", "heads blocks tokens width"))
+def test_place_with_a_custom_layout_uses_its_axes() -> None:
+    custom = Layout("custom", ("heads blocks tokens dim", "heads blocks tokens width"))
     keys, values = torch.randn(2, 9, 16, 8), torch.randn(2, 9, 16, 4)
-    placement = place([(keys, values)], ours, tokens=16)
+    placement = place([(keys, values)], custom, tokens=16)
     assert placement.blocks == 9
     assert len(placement.runs()) == 4  # a run of K, and of V, for each head
     both = keys[:, 3].numpy().tobytes() + values[:, 3].numpy().tobytes()
@@ -172,22 +172,22 @@ def test_a_layout_of_ones_own() -> None:
         (("blocks tokens dim",) * 3, [(9, 16, 8)] * 3, "this layout has 3, and no others"),
     ],
 )
-def test_what_canonical_order_cannot_place_is_refused(
+def test_canonical_order_of_unsupported_tensors_raises(
     tensors: tuple[str, ...], shapes: list[tuple[int, ...]], wrong: str
 ) -> None:
     layer = [torch.zeros(shape) for shape in shapes]
-    placement = place([layer], Layout("ours", tensors))
+    placement = place([layer], Layout("custom", tensors))
     assert placement.block_nbytes == sum(tensor[0].nbytes for tensor in layer)
     with pytest.raises(LayoutError, match=wrong):
         canonical_format_id(placement)
 
 
-def test_a_layout_must_say_which_axis_is_blocks() -> None:
+def test_layout_without_an_axis_of_blocks_raises() -> None:
     with pytest.raises(LayoutError, match="one axis of 'tokens heads' must be blocks"):
-        Layout("ours", ("blocks tokens", "tokens heads"))
+        Layout("custom", ("blocks tokens", "tokens heads"))
 
 
-def test_the_page_has_every_layout() -> None:
+def test_documentation_lists_every_layout() -> None:
     page = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"(?m)^\| `([a-z-]+)` \| (.* \|)$", page))
     assert list(rows) == list(LAYOUTS)
@@ -197,12 +197,12 @@ def test_the_page_has_every_layout() -> None:
         assert re.findall(r"`(.*?)`", axes) == list(dict.fromkeys(layout.tensors))
 
 
-# Where it lies
+# Where the runs lie
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_runs_of_a_block_are_all_its_bytes(name: str) -> None:
-    """Marking them in every block marks the whole cache, each byte once."""
+def test_runs_of_all_blocks_cover_the_cache_once(name: str) -> None:
+    """Mark the runs of every block, and check that this marks every byte of the cache."""
     kind = ALL[name]
     g = Geometry(heads=1 if name in LATENT else 3)
     layers = kind.make(g)
@@ -236,12 +236,12 @@ RUNS = {  # of a block of a layer
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_block_is_copied_in_as_few_runs_as_it_lies_in(name: str) -> None:
+def test_runs_of_a_block_are_as_few_as_possible(name: str) -> None:
     placement = place(KINDS[name].make(Geometry(layers=1)), KINDS[name].layout)
     assert len(placement.runs()) == RUNS[name]
 
 
-def test_the_form_is_what_bytes_mean_and_not_how_they_are_reached() -> None:
+def test_format_id_depends_on_meaning_and_not_on_strides() -> None:
     g = Geometry(tokens=32)
     format_id = {name: tuple(place(k.make(g), k.layout).format_id) for name, k in KINDS.items()}
     assert format_id["kv-first"] == format_id["blocks-first"]  # K, then V, tokens by tokens
@@ -258,7 +258,7 @@ def test_the_form_is_what_bytes_mean_and_not_how_they_are_reached() -> None:
 
 @st.composite
 def strided(draw: st.DrawFn) -> tuple[Any, int]:
-    """A tensor with its axes in any order in memory, gaps between them, and its axis of blocks."""
+    """Draw a tensor with axes in any order in memory and gaps between, and its axis of blocks."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     order = draw(st.permutations(range(len(shape))))
     strides, step = [0] * len(shape), 1
@@ -273,8 +273,8 @@ def strided(draw: st.DrawFn) -> tuple[Any, int]:
 
 
 @given(strided())
-def test_the_runs_of_any_strides(given: tuple[Any, int]) -> None:
-    tensor, axis = given
+def test_runs_of_any_strides_are_in_memory_order(drawn: tuple[Any, int]) -> None:
+    tensor, axis = drawn
     names = [f"n{at}" for at in range(tensor.ndim)]
     names[axis] = "blocks"
     placement = place([tensor], Layout("any", (" ".join(names),)))
@@ -291,12 +291,12 @@ def test_the_runs_of_any_strides(given: tuple[Any, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 1), (8, 7, 1), (8, 8, 0)])
-def test_refuses_pages_that_cannot_be(shape: tuple[int, int, int]) -> None:
+def test_block_run_with_invalid_sizes_raises(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         BlockRun(0, *shape)
 
 
-def test_layouts_need_neither_torch_nor_numba() -> None:
+def test_import_of_placement_loads_no_torch_numba_or_numpy() -> None:
     code = "import sys, kvcache.connectors.layout.placement; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
