@@ -1,10 +1,9 @@
-"""The site: Sphinx builds it from these pages, which are plain Markdown and read as well without.
+"""Builds the site from the Markdown pages in this folder with Sphinx.
 
 `make docs` builds it strictly, into build/docs. Always true:
 
-* The sidebar has the pages that `index.md` links to in its lists, in that order. A page that is not
-  there is an error.
-* Building asks nothing of the network, and neither does a page that is looked at.
+* The sidebar has the pages in the lists of `index.md`, in that order. Any other page is an error.
+* The build uses no network, and neither do the pages in a browser.
 """
 
 import re
@@ -30,26 +29,26 @@ html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True  # as written: a default such as os.environ is nobody's business
+autodoc_preserve_defaults = True  # shows defaults as written, not values such as os.environ
 
-OTHERS = "array|collections|concurrent|io|opentelemetry|pathlib|typing"
+OTHER_LIBRARIES = "array|collections|concurrent|io|opentelemetry|pathlib|typing"
 
-# A reference to a name of ours that is on no page is an error. Others' names need not resolve: to
-# ask their pages would take the network.
+# A reference to a name of kvcache that is on no page is an error. Names of other libraries are not
+# resolved, since that needs the network.
 nitpicky = True
 nitpick_ignore = [("py:class", "kvcache.connectors.jobs.R")]  # a type variable
-nitpick_ignore_regex = [("py:(?:class|obj)", rf"(?:{OTHERS})(?:\..*)?")]
+nitpick_ignore_regex = [("py:(?:class|obj)", rf"(?:{OTHER_LIBRARIES})(?:\..*)?")]
 
 FILE_AS_TITLE = re.compile(r"\[[\w/-]+\.md\]\(")
-LISTED = re.compile(
+LIST_ITEM = re.compile(
     r"(?m)^\* \[(?P<title>.*?)\]\((?P<page>[\w/-]+)\.md\)|^\*\*(?P<caption>[\w ,]+)\*\*$"
 )
 
 
 def sidebar(index: str) -> str:
-    """The toctrees of what `index.md` lists: one for each bold line, of the links below it."""
+    """Return the toctrees of `index.md`: for each bold line, one with the links below it."""
     lines: list[str] = []
-    for found in LISTED.finditer(index):
+    for found in LIST_ITEM.finditer(index):
         if found["caption"]:
             lines += ["```", "", "```{toctree}", ":hidden:", f":caption: {found['caption']}", ""]
         else:
@@ -57,8 +56,8 @@ def sidebar(index: str) -> str:
     return "\n".join([*lines[2:], "```", ""])
 
 
-def listed(_: Sphinx, page: str, source: list[str]) -> None:
-    """Give the site what Markdown has no word for: the titles of pages, and which there are."""
+def prepare_page(_: Sphinx, page: str, source: list[str]) -> None:
+    """Add what Markdown cannot express: the titles of linked pages, and the toctrees."""
     source[0] = FILE_AS_TITLE.sub("[](", source[0])
     if page == "index":
         source[0] += "\n" + sidebar(source[0])
@@ -67,5 +66,5 @@ def listed(_: Sphinx, page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this."""
-    app.connect("source-read", listed)
+    """Register the hook; Sphinx calls this."""
+    app.connect("source-read", prepare_page)

@@ -1,8 +1,8 @@
-"""The rooms keep their order, and what is small and light stays so.
+"""The packages import each other in one direction, and the core stays small and is_core_import.
 
-Imports run one way, `kvcache <- tiers <- profiles <- connectors`; an import under TYPE_CHECKING
-or by a name in a string is an import. `imports_out_of_order` finds what breaks this in any tree,
-so that it is tried here on trees that do.
+The direction is `kvcache <- tiers <- profiles <- connectors`. An import under TYPE_CHECKING and a
+module name in a string count as imports. `imports_out_of_order` checks any tree, so that the tests
+can run it on trees that break the rule.
 """
 
 import ast
@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kvcache", "tiers", "profiles", "connectors")
-ROOF = re.compile(r"kvcache/(__main__|cli|cli/.*)\.py")
+PACKAGES = ("kvcache", "tiers", "profiles", "connectors")
+COMMAND_LINE = re.compile(r"kvcache/(__main__|cli|cli/.*)\.py")
 
-# The core stands on these and the standard library. Its contract suite is for those who test.
-LIGHT = sys.stdlib_module_names | {"opentelemetry"}
+# The core may import these; its contract suites may also import pytest.
+CORE_IMPORTS = sys.stdlib_module_names | {"opentelemetry"}
 HEAVY_OPENTELEMETRY = ("opentelemetry.sdk", "opentelemetry.exporter")
 ALSO_ALLOWED = {"kvcache/testing": {"pytest"}}
 
@@ -28,21 +28,21 @@ MACHINE_PATH = re.compile(rb"(?<![\w.~$-])/(?:home|root|tmp|work|workspace|Users
 
 
 def python_files(root: Path, *folders: str) -> Iterator[Path]:
-    """The files that lie in `folders` themselves; rglob does not follow the links to the rooms."""
+    """The Python files below `folders`; rglob does not follow the links between the packages."""
     for folder in folders:
         yield from sorted((root / folder).rglob("*.py"))
 
 
-def room_of(name: str) -> str | None:
-    """The room that holds the module of this dotted name; None for somebody else's module."""
+def package_of(name: str) -> str | None:
+    """The package of the module with this dotted name; None for a third-party module."""
     first, *rest = name.split(".")
     if first != "kvcache":
         return None
-    return rest[0] if rest and rest[0] in ROOMS else "kvcache"
+    return rest[0] if rest and rest[0] in PACKAGES else "kvcache"
 
 
 class Imports(ast.NodeVisitor):
-    """Collects (line, dotted name, run when the module is imported) of each import in a file."""
+    """Collects line, dotted name, and whether it runs at import time, of each import in a file."""
 
     def __init__(self, package: list[str]) -> None:
         self.package = package
@@ -59,25 +59,25 @@ class Imports(ast.NodeVisitor):
             self.found.append((node.lineno, ".".join([*parts, alias.name]), self.at_import))
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        rooms = "|".join(ROOMS[1:])
-        if isinstance(node.value, str) and re.fullmatch(rf"kvcache\.({rooms})[\w.:]*", node.value):
+        names = "|".join(PACKAGES[1:])
+        if isinstance(node.value, str) and re.fullmatch(rf"kvcache\.({names})[\w.:]*", node.value):
             self.found.append((node.lineno, node.value.replace(":", "."), False))
 
     def visit_If(self, node: ast.If) -> None:
         if "TYPE_CHECKING" in ast.unparse(node.test):
-            self._later(*node.body)
+            self._visit_deferred(*node.body)
             for other in node.orelse:
                 self.visit(other)
         else:
             self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._later(*ast.iter_child_nodes(node))
+        self._visit_deferred(*ast.iter_child_nodes(node))
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
-        self._later(*ast.iter_child_nodes(node))
+        self._visit_deferred(*ast.iter_child_nodes(node))
 
-    def _later(self, *nodes: ast.AST) -> None:
+    def _visit_deferred(self, *nodes: ast.AST) -> None:
         before, self.at_import = self.at_import, False
         for node in nodes:
             self.visit(node)
@@ -85,38 +85,42 @@ class Imports(ast.NodeVisitor):
 
 
 def imports_out_of_order(root: Path) -> list[str]:
-    """Say, for each import under `root` that breaks the order, where it is and what it breaks."""
-    complaints = []
-    for path in python_files(root, *ROOMS):
+    """Return place and reason of each import under `root` that is not allowed."""
+    problems = []
+    for path in python_files(root, *PACKAGES):
         file = path.relative_to(root).as_posix()
-        room, *rest = path.relative_to(root).with_suffix("").parts
-        package = ["kvcache"] if room == "kvcache" else ["kvcache", room]
-        imports = Imports(package + rest[:-1])
+        package, *rest = path.relative_to(root).with_suffix("").parts
+        parents = ["kvcache"] if package == "kvcache" else ["kvcache", package]
+        imports = Imports(parents + rest[:-1])
         imports.visit(ast.parse(path.read_text(encoding="utf-8"), file))
         for line, name, at_import in imports.found:
-            why = why_not(file, room, rest, name, at_import)
-            if why:
-                complaints.append(f"{file}:{line}: {name}: {why}")
-    return complaints
+            reason = refusal(file, package, rest, name, at_import)
+            if reason:
+                problems.append(f"{file}:{line}: {name}: {reason}")
+    return problems
 
 
-def why_not(file: str, room: str, rest: list[str], name: str, at_import: bool) -> str:
-    """Why this file may not import `name`; empty when it may."""
+def refusal(file: str, package: str, rest: list[str], name: str, at_import: bool) -> str:
+    """Return why this file may not import `name`; empty if it may."""
     first, folder = name.partition(".")[0], file.rpartition("/")[0]
-    if first in ROOMS[1:]:
-        return f"a room is imported as kvcache.{first}"
-    target = room_of(name)
-    light = target == "kvcache" or (
-        first in LIGHT | ALSO_ALLOWED.get(folder, set())
+    if first in PACKAGES[1:]:
+        return f"import it as kvcache.{first}"
+    target = package_of(name)
+    is_core_import = target == "kvcache" or (
+        first in CORE_IMPORTS | ALSO_ALLOWED.get(folder, set())
         and not name.startswith(HEAVY_OPENTELEMETRY)
     )
-    if ROOF.fullmatch(file):
-        return "the roof imports this inside functions only" if at_import and not light else ""
-    if room == "kvcache" and target is None and not light:
+    if COMMAND_LINE.fullmatch(file):
+        return (
+            "the command line imports this inside functions only"
+            if at_import and not is_core_import
+            else ""
+        )
+    if package == "kvcache" and target is None and not is_core_import:
         return "the core imports the standard library and the OpenTelemetry API"
-    if target is not None and ROOMS.index(target) > ROOMS.index(room):
-        return f"{room} may not import {target}"
-    if room == target == "tiers" and name.split(".")[2:3] != rest[:1]:
+    if target is not None and PACKAGES.index(target) > PACKAGES.index(package):
+        return f"{package} may not import {target}"
+    if package == target == "tiers" and name.split(".")[2:3] != rest[:1]:
         return "tiers do not import each other"
     return ""
 
@@ -126,7 +130,7 @@ def test_imports_run_one_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "source", "why"),
+    ("file", "source", "reason"),
     [
         ("kvcache/stack.py", "import kvcache.tiers.dram", "kvcache may not import tiers"),
         ("kvcache/stack.py", "from kvcache import profiles", "kvcache may not import profiles"),
@@ -136,7 +140,7 @@ def test_imports_run_one_way() -> None:
         ("kvcache/stack.py", "def f(): import torch", "the core imports"),
         ("kvcache/stack.py", "import pytest", "the core imports"),
         ("kvcache/stack.py", "from opentelemetry.sdk import trace", "the core imports"),
-        ("kvcache/stack.py", "import tiers", "imported as kvcache.tiers"),
+        ("kvcache/stack.py", "import tiers", "import it as kvcache.tiers"),
         ("kvcache/__main__.py", "import kvcache.profiles", "inside functions only"),
         (
             "kvcache/cli/demo/__init__.py",
@@ -153,12 +157,12 @@ def test_imports_run_one_way() -> None:
         ),
     ],
 )
-def test_an_import_out_of_order_is_found(tmp_path: Path, file: str, source: str, why: str) -> None:
+def test_import_out_of_order_is_found(tmp_path: Path, file: str, source: str, reason: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(source)
-    [complaint] = imports_out_of_order(tmp_path)
-    assert complaint.startswith(f"{file}:")
-    assert why in complaint
+    [problem] = imports_out_of_order(tmp_path)
+    assert problem.startswith(f"{file}:")
+    assert reason in problem
 
 
 @pytest.mark.parametrize(
@@ -176,23 +180,23 @@ def test_an_import_out_of_order_is_found(tmp_path: Path, file: str, source: str,
         ("connectors/vllm/worker.py", "from ..pages import Pages\nfrom kvcache import profiles"),
     ],
 )
-def test_an_import_in_order_is_let_be(tmp_path: Path, file: str, source: str) -> None:
+def test_import_in_order_is_accepted(tmp_path: Path, file: str, source: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(source)
     assert imports_out_of_order(tmp_path) == []
 
 
-@pytest.mark.parametrize("room", ROOMS[1:])
-def test_a_room_refuses_its_bare_name(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES[1:])
+def test_import_of_a_linked_package_by_its_bare_name_raises(package: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", f"import {room}"],
+        [sys.executable, "-c", f"import {package}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert f"ImportError: import kvcache.{room}, not {room}" in done.stderr
+    assert f"ImportError: import kvcache.{package}, not {package}" in done.stderr
 
 
-def test_importing_the_library_brings_nothing_heavy() -> None:
+def test_import_of_kvcache_loads_no_heavy_module() -> None:
     code = (
         "import sys; before = set(sys.modules); import kvcache; print(*set(sys.modules) - before)"
     )
@@ -208,18 +212,18 @@ def test_importing_the_library_brings_nothing_heavy() -> None:
     }  # fmt: skip
 
 
-def test_no_file_is_long() -> None:
+def test_no_file_is_longer_than_the_limit() -> None:
     lines = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in python_files(ROOT, *ROOMS, "tests")
+        for path in python_files(ROOT, *PACKAGES, "tests")
     }
     assert {file: n for file, n in lines.items() if n > MAX_LINES} == {}
 
 
 def machine_paths(root: Path) -> list[str]:
-    """Say, for each path of somebody's machine in what the project holds, where it is."""
+    """Return the place of each absolute path of a machine in the files of the project."""
     files = [path for kind in ("*.md", "*.toml", "*.yaml", "Makefile") for path in root.glob(kind)]
-    for folder in (*ROOMS, "tests", "docs", ".ci", ".github"):
+    for folder in (*PACKAGES, "tests", "docs", ".ci", ".github"):
         files += (root / folder).rglob("*")
     return [
         f"{path.relative_to(root)}:{number}: {match[0].decode()}"
@@ -230,11 +234,11 @@ def machine_paths(root: Path) -> list[str]:
     ]
 
 
-def test_no_file_names_a_place_on_somebodys_machine() -> None:
+def test_no_file_has_a_path_of_a_machine() -> None:
     assert machine_paths(ROOT) == []
 
 
-def test_a_place_on_somebodys_machine_is_found(tmp_path: Path) -> None:
+def test_path_of_a_machine_is_found(tmp_path: Path) -> None:
     home = Path("/", "home", "someone")
     (tmp_path / "README.md").write_text(f"one\nread it from {home}/models\n")
     assert machine_paths(tmp_path) == [f"README.md:2: {home}"]

@@ -1,14 +1,14 @@
-"""What the documents show is true: every fenced block in them is run, loaded or parsed.
+"""Every fenced block in the documents is executed, loaded or parsed.
 
-A block is checked by its language: python is executed (the blocks of one page share their names),
-toml with tiers in it is loaded as a profile, json is parsed, and in bash the commands that are
-ours or name something of ours are held against it. Output is ```text. A language that is in
-neither table is an error, so that no block goes unchecked by accident.
+The check depends on the language. Python blocks are executed, and the blocks of a page share their
+names. TOML with tiers is loaded as a profile. JSON is parsed. In bash, commands of this project are
+checked, and arguments that name parts of it. Output is marked ```text. A language that is in none
+of the tables is an error, so that no block is left out by accident.
 
-A page runs in a folder of its own. A block that begins with a comment that is a file's name is that
-file there from then on, for the other blocks to import and open; what `pytest FILE`, `python FILE`
-and `pip install .` are said to do with such files is done. What `kvcache plan` and a `replay` of
-made-up traffic print is on the page that calls them, but for what they measure.
+Each page runs in a folder of its own. A block that begins with a comment with a file name becomes
+that file, for later blocks to import and open; `pytest FILE`, `python FILE` and `pip install .` are
+executed. The output of `kvcache plan`, and of `replay` with generated traffic, must be on the page,
+except for measured times.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SHOWN_ONLY = {"diff", "text", "yaml", "{eval-rst}"}  # the last is read by the s
 
 
 def check_toml(example: Example) -> None:
-    """Load a profile; anything else need only be TOML."""
+    """Load a profile; other documents only have to be TOML."""
     if not {"tier", "extends"} & tomllib.loads(example.parsed).keys():
         return
     with TemporaryDirectory() as folder:
@@ -65,12 +65,12 @@ def check_json(example: Example) -> None:
 
 
 def check_bash(example: Example) -> None:
-    """Hold each command against what it names, as far as that is ours."""
+    """Check each command of this project, and the arguments that name parts of it."""
     for words in commands(example.parsed):
         match words:
             case ["kvcache", *arguments] | ["python", "-m", "kvcache", *arguments]:
                 parse_arguments(cli.parser(), arguments)
-                if prints_the_same_anywhere(arguments):
+                if has_fixed_output(arguments):
                     assert_printed(arguments, example.document.text)
             case ["make", *targets]:
                 for target in targets:
@@ -83,7 +83,7 @@ def check_bash(example: Example) -> None:
                 for config in values_of("--kv-transfer-config", arguments):
                     assert_connector(config)
             case _:
-                run_what_is_here(words)
+                run_on_page_files(words)
 
 
 CHECKS: dict[str, Evaluator] = {
@@ -95,7 +95,7 @@ CHECKS: dict[str, Evaluator] = {
 
 
 def commands(script: str) -> Iterator[list[str]]:
-    """Split a script into its commands' words, less variables before them and redirections."""
+    """Yield the words of each command of a script, without variables and redirections."""
     script = re.sub(r"\\\n", " ", script)
     script = re.sub(r"(?m)(^|\s)#.*$", "", script)
     lexer = shlex.shlex(script, posix=True, punctuation_chars=";&|<>\n")
@@ -114,34 +114,34 @@ def commands(script: str) -> Iterator[list[str]]:
         words = []
 
 
-def run_what_is_here(words: list[str]) -> None:
-    """Do what is said to be done with the files of the page."""
+def run_on_page_files(words: list[str]) -> None:
+    """Run a command that uses the files of the page."""
     match words:
         case ["pytest", file]:
             run_python("-m", "pytest", "-q", file)
         case ["python" | ".venv/bin/python", file]:
             run_python(file)
         case ["pip", "install", "."]:
-            install_what_is_here()
+            install_page_package()
 
 
 def run_python(*arguments: str) -> None:
-    """Run another interpreter that finds what this one finds; it must succeed.
+    """Run a Python interpreter with the same import path; it must succeed.
 
-    An engine that it starts asks nobody for anything.
+    Engines that it starts use no network.
     """
     path = os.pathsep.join(path for path in sys.path if path)
-    alone = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
         [sys.executable, "-P", *arguments],
-        env=os.environ | alone | {"PYTHONPATH": path},
+        env=os.environ | offline | {"PYTHONPATH": path},
         text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
 
 
-def install_what_is_here() -> None:
-    """Install the page's package into a folder that takes the page's place on the path."""
+def install_page_package() -> None:
+    """Install the page's package into a folder that replaces the page's on the import path."""
     here, there = Path.cwd(), Path("installed").absolute()
     offline = ("--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
     run_python("-m", "pip", "install", *offline, "--target", str(there), ".")
@@ -149,7 +149,7 @@ def install_what_is_here() -> None:
 
 
 def forget_modules(folder: Path) -> None:
-    """Have what was imported from ``folder`` imported anew."""
+    """Remove the modules of ``folder`` from sys.modules, so that they are imported again."""
     importlib.invalidate_caches()
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(f"{folder}{os.sep}"):
@@ -157,25 +157,25 @@ def forget_modules(folder: Path) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    said = StringIO()
+    output = StringIO()
     try:
-        with redirect_stderr(said), redirect_stdout(said):
+        with redirect_stderr(output), redirect_stdout(output):
             parser.parse_args(arguments)
     except SystemExit as stop:
         if stop.code:
-            raise AssertionError(said.getvalue()) from None
+            raise AssertionError(output.getvalue()) from None
 
 
-def prints_the_same_anywhere(arguments: Sequence[str]) -> bool:
-    """Whether a command needs nothing of the machine, and writes no file."""
-    given = set(arguments)
-    return ({"plan", "--pod-memory", "--bandwidth"} <= given) or (
-        {"replay", "--generate"} <= given and "--plot" not in given
+def has_fixed_output(arguments: Sequence[str]) -> bool:
+    """Whether the output of a command depends on no machine, and it writes no file."""
+    options = set(arguments)
+    return ({"plan", "--pod-memory", "--bandwidth"} <= options) or (
+        {"replay", "--generate"} <= options and "--plot" not in options
     )
 
 
 def assert_printed(arguments: Sequence[str], page: str) -> None:
-    """What the command prints is on the page, but for the last column of a replay, its times."""
+    """Check that the output is on the page, except for the times in a replay's last column."""
     printed = StringIO()
     with redirect_stdout(printed):
         assert cli.main(arguments) == 0
@@ -190,18 +190,17 @@ def assert_target(target: str) -> None:
 
 
 def assert_extras(argument: str) -> None:
-    """Check the extras of `kvcache[...]`, also where it is written `.[...]`.
+    """Check the extras of `kvcache[...]` and `.[...]`.
 
-    No index has kvcache: its name works only where it is installed, so what begins with an engine
-    begins with the checkout.
+    kvcache is on no package index: a page that installs an engine must install from the checkout.
     """
-    asked = re.match(r"(kvcache|\.)\[(.*?)\]", argument)
-    assert asked or not argument.startswith("kvcache"), f"no index has {argument}"
-    if asked:
-        extras = set(asked[2].split(","))
+    extra = re.match(r"(kvcache|\.)\[(.*?)\]", argument)
+    assert extra or not argument.startswith("kvcache"), f"no index has {argument}"
+    if extra:
+        extras = set(extra[2].split(","))
         assert not extras - EXTRAS, f"kvcache has no extra {sorted(extras - EXTRAS)}"
         first = extras & {"vllm", "engine", "torch"}
-        assert asked[1] == "." or not first, f"no index has {argument}; write .[...]"
+        assert extra[1] == "." or not first, f"no index has {argument}; write .[...]"
 
 
 def values_of(option: str, arguments: list[str]) -> Iterator[str]:
@@ -213,7 +212,7 @@ def values_of(option: str, arguments: list[str]) -> Iterator[str]:
 
 
 def assert_connector(config: str) -> None:
-    """Check that the JSON names a class that is there; reading the source needs no engine."""
+    """Check that the class in the JSON exists, by the source, which needs no engine."""
     wanted = json.loads(config)
     module, name = wanted["kv_connector_module_path"], wanted["kv_connector"]
     source = ROOT.joinpath(*module.split("."), "__init__.py").read_text(encoding="utf-8")
@@ -237,7 +236,7 @@ def fenced_blocks(document: Document) -> Iterable[Region]:
 
 
 def write_if_named(block: str) -> str:
-    """Write a block to the file that it begins with the name of, if it does; give the name."""
+    """Write a block to the file that its first comment names, if any; return the name."""
     name = re.match(r"# ([\w-]+\.\w+)\n", block)
     if not name:
         return ""
@@ -246,9 +245,9 @@ def write_if_named(block: str) -> str:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    """Check every block of a page, in order; the error names the page and the line.
+    """Check every block of a page, in order; an error names the page and the line.
 
-    What a block sets in the environment, and what it imports from ``folder``, ends with the page.
+    Environment variables that a block sets, and its imports from ``folder``, end with the page.
     """
     path = [str(folder), *sys.path]
     with chdir(folder), patch.dict(os.environ), patch.object(sys, "path", path):
@@ -276,14 +275,14 @@ def run_page(page: Path, folder: Path) -> None:
         for page in PAGES
     ],
 )
-def test_every_block_holds(page: Path, tmp_path: Path) -> None:
+def test_blocks_of_each_page_pass(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)
 
 
-def test_the_printed_tier_keeps_the_contract_in_a_frame(
+def test_tier_of_the_page_keeps_the_contract_inside_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the stack has it, in several threads too."""
+    """The stack uses the tier inside frames and from several threads."""
     run_page(ROOT / "docs/add-a-tier.md", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     printed = importlib.import_module("sqlite_tier").SqliteTier
@@ -313,7 +312,7 @@ MODULE = '"kv_connector_module_path":"kvcache.connectors.vllm"'
         ("text", "anything"),
     ],
 )
-def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
+def test_correct_block_passes(tmp_path: Path, language: str, block: str) -> None:
     (tmp_path / "page.md").write_text(f"# A page\n\n```{language}\n{block}\n```\n")
     run_page(tmp_path / "page.md", tmp_path)
 
@@ -342,13 +341,13 @@ def test_a_true_block_passes(tmp_path: Path, language: str, block: str) -> None:
         ("", "no language"),
     ],
 )
-def test_a_false_block_is_found(tmp_path: Path, language: str, block: str) -> None:
+def test_wrong_block_fails(tmp_path: Path, language: str, block: str) -> None:
     (tmp_path / "page.md").write_text(f"# A page\n\n```{language}\n{block}\n```\n")
     with pytest.raises((AssertionError, ValueError)):
         run_page(tmp_path / "page.md", tmp_path)
 
 
-def test_every_span_attribute_and_event_is_on_its_page() -> None:
+def test_spans_page_has_every_attribute_and_event() -> None:
     page = (ROOT / "docs/spans.md").read_text(encoding="utf-8")
     values = {v for k, v in vars(telemetry).items() if k.isupper() and isinstance(v, str)}
     rows = "".join(line for line in page.splitlines(True) if line.startswith("|"))

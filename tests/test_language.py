@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ("kvcache", "tiers", "profiles", "connectors")
+OTHER_PYTHON = ("docs", "tests")
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md")
 
 FORBIDDEN = re.compile(
@@ -130,12 +131,12 @@ def comments(text: str) -> Iterator[tuple[int, str]]:
 
 
 def word_findings(root: Path) -> Iterator[Finding]:
-    """Forbidden words. The strings of tests are test data, except for docstrings."""
-    for folder in (*SOURCE, "tests"):
+    """Forbidden words. Outside of `SOURCE`, strings are data, except for docstrings."""
+    for folder in (*SOURCE, *OTHER_PYTHON):
         for file, text in python_files(root, folder):
             tree = ast.parse(text)
             found = [*names(tree), *comments(text)]
-            found += strings(tree, docstrings_only=folder == "tests")
+            found += strings(tree, docstrings_only=folder not in SOURCE)
             yield from forbidden(file, found)
     for pattern in PAGES:
         for path in sorted(root.glob(pattern)):

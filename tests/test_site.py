@@ -1,4 +1,4 @@
-"""The site builds strictly, from any checkout and with no network, and asks for none when read."""
+"""The site builds strictly, without a network, and its pages load nothing from other hosts."""
 
 import os
 import re
@@ -17,15 +17,15 @@ import kvcache.profiles
 import kvcache.testing
 
 ROOT = Path(__file__).resolve().parent.parent
-LOADED = re.compile(
+LOADED_URL = re.compile(
     r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc="([^"]+)"|"""
     r"""<link\b(?=[^>]*\brel="(?:stylesheet|icon|preload|preconnect)")[^>]*\bhref="([^"]+)"|"""
     r"""(?:url\(|@import\s+)["']?([^"')\s]+)"""
 )
 
 
-def command() -> list[str]:
-    """How `make docs` calls Sphinx, less the two folders at its end."""
+def sphinx_command() -> list[str]:
+    """Return the command by which `make docs` runs Sphinx, without the two folders."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     [line] = re.findall(r"(?m)^\t\$\(BIN\)/python (-m sphinx .*)$", makefile)
     *options, source, target = shlex.split(line)
@@ -33,29 +33,29 @@ def command() -> list[str]:
     return [sys.executable, *options]
 
 
-SECRET = "a-secret-of-whoever-builds"
+SECRET = "a-secret-of-the-environment"
 
 
-def built(pages: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """Build ``pages``, as `make docs` does, into ``site``; proxies lead nowhere."""
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+def build_site(pages: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build ``pages`` into ``site`` like `make docs`, with proxies that refuse connections."""
+    no_proxy = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     return subprocess.run(
-        [*command(), str(pages), str(site)],
-        cwd=ROOT, env=os.environ | nowhere | {"SECRET": SECRET},
+        [*sphinx_command(), str(pages), str(site)],
+        cwd=ROOT, env=os.environ | no_proxy | {"SECRET": SECRET},
         text=True, check=False, capture_output=True,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly."""
+    """The site, build_site strictly."""
     site = tmp_path_factory.mktemp("site")
-    done = built(ROOT / "docs", site)
+    done = build_site(ROOT / "docs", site)
     assert done.returncode == 0, done.stderr
     return site
 
 
-def test_every_page_is_there_and_in_the_sidebar(site: Path) -> None:
+def test_site_has_every_page_in_its_sidebar(site: Path) -> None:
     sidebar = (site / "index.html").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / f"{page.stem}.html").exists()
@@ -66,7 +66,7 @@ def test_every_page_is_there_and_in_the_sidebar(site: Path) -> None:
         assert f'href="{page.stem}.html"' in decisions
 
 
-def test_what_is_public_is_in_the_reference(site: Path) -> None:
+def test_reference_has_every_public_name(site: Path) -> None:
     page = (site / "reference.html").read_text(encoding="utf-8")
     described = set(re.findall(r'<dt class="sig[^>]* id="([\w.]+)"', page))
     for module in (kvcache, kvcache.profiles, kvcache.testing):
@@ -76,25 +76,25 @@ def test_what_is_public_is_in_the_reference(site: Path) -> None:
     assert {"kvcache.eviction.Policy", "kvcache.Tier.load", "kvcache.Lease.end"} <= described
 
 
-def test_nothing_of_who_built_it_is_in_it(site: Path) -> None:
+def test_site_has_no_data_of_the_machine_that_built_it(site: Path) -> None:
     files = [file for file in site.rglob("*") if file.is_file() and ".doctrees" not in file.parts]
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
     assert [file for file in files if str(ROOT).encode() in file.read_bytes()] == []
 
 
-def test_a_page_that_is_looked_at_loads_nothing_from_elsewhere(site: Path) -> None:
+def test_pages_load_nothing_from_other_hosts(site: Path) -> None:
     loaded = [
         (file.name, found)
         for file in site.rglob("*")
         if file.suffix in {".html", ".css"}
-        for found in loads(file.read_text(encoding="utf-8"))
+        for found in loaded_urls(file.read_text(encoding="utf-8"))
     ]
     assert loaded
     assert [(name, place) for name, place in loaded if re.match(r"(?:https?:)?//", place)] == []
 
 
-def loads(text: str) -> list[str]:
-    return [next(filter(None, found)) for found in LOADED.findall(text)]
+def loaded_urls(text: str) -> list[str]:
+    return [next(filter(None, found)) for found in LOADED_URL.findall(text)]
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ def loads(text: str) -> list[str]:
         "body { background: url(https://x.example/a.png) }",
     ],
 )
-def test_what_is_loaded_from_elsewhere_is_found(text: str) -> None:
-    [place] = loads(text)
+def test_url_of_another_host_is_found(text: str) -> None:
+    [place] = loaded_urls(text)
     assert place.startswith("https://x.example/a.")
 
 
-def test_links_from_the_front_page_lead_somewhere() -> None:
-    """Sphinx sees to those between pages; these two are outside of its folder."""
+def test_links_of_readme_and_contributing_have_targets() -> None:
+    """Sphinx checks the links between pages of docs/ only."""
     for page in ("README.md", "CONTRIBUTING.md"):
         links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
         for place, _, heading in (link.partition("#") for link in links if "://" not in link):
@@ -123,12 +123,12 @@ def test_links_from_the_front_page_lead_somewhere() -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page, as GitHub makes them."""
+    """Return the anchors of a page, as GitHub makes them."""
     titles = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_the_picture_of_the_demo_is_of_the_run_that_the_page_has() -> None:
+def test_picture_of_the_demo_matches_the_quick_start() -> None:
     picture = (ROOT / "docs" / "images" / "demo.svg").read_text(encoding="utf-8")
     drawn = ["".join(text.itertext()) for text in ET.fromstring(picture)[2:]]
     page = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def test_terminal_output_is_drawn_in_its_colours() -> None:
     assert "fill" in green.attrib["style"]
 
 
-def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
+def test_build_reports_broken_links_and_references(tmp_path: Path) -> None:
     pages = tmp_path / "docs"
     shutil.copytree(ROOT / "docs", pages)
     with (pages / "vllm.md").open("a", encoding="utf-8") as page:
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
         page.write("\n```{eval-rst}\n.. autofunction:: kvcache.no_such_name\n\n")
         page.write(":func:`kvcache.no_such_reference`\n```\n")
     (pages / "lost.md").write_text("# Of a page that nothing lists\n", encoding="utf-8")
-    done = built(pages, tmp_path / "site")
+    done = build_site(pages, tmp_path / "site")
     assert done.returncode == 1
     for what in ("no-such-page", "no-such-heading", "no-such-picture", "no_such_name",
                  "no_such_reference", "lost.md"):  # fmt: skip

@@ -124,15 +124,15 @@ def test_take_of_a_filling_block_evicts_nothing() -> None:
 
 
 def test_remove_of_the_last_child_ends_its_count() -> None:
-    stretches = SegmentTable()
+    table = SegmentTable()
     for name in (b"x", b"y"):
-        stretches.add((name,), (int(name == b"y"),), b"parent")
-    assert stretches.child_counts == {b"parent": 2}
-    assert stretches.remove(b"x") == 0
-    assert stretches.child_counts == {b"parent": 1}
-    assert stretches.remove(b"y") == 1
-    assert stretches.child_counts == {}
-    stretches.check()
+        table.add((name,), (int(name == b"y"),), b"parent")
+    assert table.child_counts == {b"parent": 2}
+    assert table.remove(b"x") == 0
+    assert table.child_counts == {b"parent": 1}
+    assert table.remove(b"y") == 1
+    assert table.child_counts == {}
+    table.check()
 
 
 @pytest.mark.parametrize("policy", [Lru, Gittins])
