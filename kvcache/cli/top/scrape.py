@@ -112,23 +112,31 @@ def _limit_answer(connection: HTTPConnection) -> None:
 
 
 class _LimitedConnection(HTTPConnection):
+    """A connection that limits the server's answer."""
+
     def connect(self) -> None:
         super().connect()
         _limit_answer(self)
 
 
 class _LimitedTlsConnection(HTTPSConnection):
+    """A TLS connection that limits the server's answer."""
+
     def connect(self) -> None:
         super().connect()
         _limit_answer(self)
 
 
 class _HttpHandler(HTTPHandler):
+    """Opens http URLs with a limited connection."""
+
     def http_open(self, req: Request) -> HTTPResponse:
         return self.do_open(_LimitedConnection, req)
 
 
 class _HttpsHandler(HTTPSHandler):
+    """Opens https URLs with a limited connection."""
+
     def https_open(self, req: Request) -> HTTPResponse:
         return self.do_open(_LimitedTlsConnection, req)
 
