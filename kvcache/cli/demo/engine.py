@@ -183,7 +183,9 @@ def start(setup: EngineSetup) -> Any:
         # Without a size, vLLM on CPU requires most of the host's memory to be free. The value does
         # not matter: `num_gpu_blocks_override` determines what vLLM allocates.
         options["kv_cache_memory_bytes"] = 1 << 20
-        options["dtype"] = cpu_dtype()
+        import torch
+
+        options["dtype"] = cpu_dtype(torch.backends.cpu.get_cpu_capability())
     return LLM(
         model=setup.model,
         skip_tokenizer_init=True,
@@ -196,15 +198,13 @@ def start(setup: EngineSetup) -> Any:
     )
 
 
-def cpu_dtype() -> str:
-    """Return the dtype to compute in on this CPU.
+def cpu_dtype(capability: str) -> str:
+    """Return the dtype to compute in on a CPU with this PyTorch `capability`, such as "AVX2".
 
     Without instructions for bfloat16, PyTorch multiplies one number at a time: on AVX2, that is
     five times slower than float32.
     """
-    import torch
-
-    return "auto" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "float32"
+    return "auto" if capability.startswith("AVX512") else "float32"
 
 
 def ask(engine: Any, prompt: list[int], tokens: int) -> Answer:
