@@ -2,8 +2,8 @@
 
 Always true here:
 
-* Only the methods of ``Channel`` call the tier's methods. Each checks what the tier returns, and
-  raises ``TierError`` for whatever the tier does wrong.
+* Only ``Channel`` and its ``TierNamespace`` call the tier's methods. They check what the tier
+  returns, and raise ``TierError`` for whatever the tier does wrong.
 * After ``close`` no call begins.
 * Each counter is increased in one place.
 """
