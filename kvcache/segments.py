@@ -6,6 +6,8 @@
     segments   a b c | d e f    the one before it; eviction shortens it, a drop cuts it in two
                      | x y      two segments have the parent `c`
 
+All chains form a radix tree, with a segment as each edge.
+
 Always true here:
 
 * Every block is in exactly one segment. A segment has 1 to ``_MAX_BLOCKS`` blocks. A short segment
