@@ -19,6 +19,7 @@ import pytest
 
 import kvcache
 from tests.install_engine import ENGINE_VERSION
+from tests.support import marks
 
 pytestmark = pytest.mark.wheel
 
@@ -49,6 +50,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is published: the sdist, and the wheel, built by way of it."""
+    marks.require("wheel")
     tree, dist = tmp_path_factory.mktemp("tree") / "kvcache", tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*NOT_PUBLISHED))
     run(sys.executable, "-m", "build", "--outdir", dist, cwd=tree)
