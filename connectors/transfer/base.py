@@ -65,7 +65,9 @@ class CompletedCopy:
 
 
 class PageCopier(ABC):
-    """Copies blocks between the pages of one rank and its shards of the slots. Thread-safe.
+    """Copies blocks between the pages of one rank and its shards of the slots.
+
+    Thread-safe, unless a subclass restricts it.
 
     `gather` and `scatter` take two sequences of equal length and copy the i-th block to or from
     the i-th slot. They raise ValueError when the lengths differ or when a target appears twice,

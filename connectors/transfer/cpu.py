@@ -36,12 +36,13 @@ except ImportError as error:
         " or 'kvcache[vllm]', which has them too"
     ) from error
 
-# How far ahead short runs are prefetched, in whole runs. In canonical order, runs of 256 bytes to
-# 2 KiB were gathered at 1.07 to 1.37 of one contiguous copy, and with 4 KiB at 0.99 to 1.02.
+# The prefetch of short runs is this far ahead, rounded to whole runs. In canonical order, runs of
+# 256 bytes to 2 KiB were gathered at 1.07 to 1.37 of one contiguous copy; with 4 KiB, at 0.99 to
+# 1.02.
 _SHORT_RUNS_PREFETCH_NBYTES = 8192
 
 MIN_SHARED_NBYTES = 2 << 20
-"""The least bytes of a copy that several threads share. Of smaller ones, waking a second thread
+"""The least bytes of a copy that several threads share. For fewer bytes, waking a second thread
 costs more than it saves."""
 
 
@@ -132,7 +133,7 @@ def _sorted_by_source(
 
 
 def compile_kernels() -> None:
-    """Compile everything that a copy of runs as is needs, so that no request waits for it."""
+    """Compile what a copy without transposes needs, so that no request waits for it."""
     compile_copy_share(frozenset())
 
 

@@ -61,11 +61,11 @@ class Rig:
         self.streams = [torch.cuda.Stream(device) for _ in range(2)]
         self.factor = torch.randn((8192, 8192), dtype=torch.bfloat16, device=device)
 
-    def use(self, mechanism: Any) -> None:
-        """Make `mechanism` copy runs of all sizes."""
+    def use(self, backend: Any) -> None:
+        """Make `backend` copy runs of all sizes."""
         from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_SIZES
 
-        took = {self.cuda.selector.default: 1.0, mechanism: 0.01}
+        took = {self.cuda.selector.default: 1.0, backend: 0.01}
         self.cuda.selector.choose(
             {(direction, size): took for direction in DIRECTIONS for size in RUN_SIZES}
         )
@@ -155,10 +155,10 @@ def print_floors(rig: Rig) -> int:
 
 def print_backends(rig: Rig, page: int) -> None:
     """Print the ratios of each backend for pages of this size."""
-    mechanisms = {mechanism.name: mechanism for mechanism in rig.cuda.selector.enabled}
-    rows = {(by, name): row for by in mechanisms for name, row in rig.rows().items()}
-    took = measure(rows, ROUNDS // 3, before=lambda key: rig.use(mechanisms[key[0]]))
-    for by in mechanisms:
+    by_name = {backend.name: backend for backend in rig.cuda.selector.enabled}
+    rows = {(by, name): row for by in by_name for name, row in rig.rows().items()}
+    took = measure(rows, ROUNDS // 3, before=lambda key: rig.use(by_name[key[0]]))
+    for by in by_name:
         ratios = (took[by, name][1] / took[by, name][0] for name in FLOORS)
         print(f"{page >> 10:4} KiB by {by:22}", *(f"{ratio:15.2f}" for ratio in ratios))
 
