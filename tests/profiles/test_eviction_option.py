@@ -1,4 +1,4 @@
-"""A profile says which policy a tier has: one of ours, or a class path."""
+"""The option ``eviction``: a shipped policy or a class path."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -30,7 +30,7 @@ def load(tmp_path: Path, eviction: str) -> object:
 
 
 @pytest.mark.parametrize("eviction", [*POLICIES, f"{__name__}:Ours"])
-def test_a_policy_that_is_known(tmp_path: Path, eviction: str) -> None:
+def test_known_policy_is_accepted(tmp_path: Path, eviction: str) -> None:
     assert load(tmp_path, eviction) == eviction
     assert isinstance(policy_class(eviction)(10), Policy)
 
@@ -48,7 +48,7 @@ def test_a_policy_that_is_known(tmp_path: Path, eviction: str) -> None:
         (":", "cannot import :"),
     ],
 )
-def test_a_policy_that_is_not(tmp_path: Path, eviction: str, says: str) -> None:
+def test_unknown_policy_is_refused(tmp_path: Path, eviction: str, says: str) -> None:
     with pytest.raises(ProfileError) as error:
         load(tmp_path, eviction)
     assert says in str(error.value)
@@ -56,21 +56,21 @@ def test_a_policy_that_is_not(tmp_path: Path, eviction: str, says: str) -> None:
     assert f'eviction = "{eviction}"' in str(error.value)
 
 
-def test_what_is_no_name_at_all(tmp_path: Path) -> None:
+def test_policy_that_is_not_text_is_refused(tmp_path: Path) -> None:
     profile = tmp_path / "ours.toml"
     profile.write_text(ROW.replace('"{}"', "3"))
     with pytest.raises(ProfileError, match=r"takes one of .* or a class of your own"):
         load_profile(str(profile), environ={})
 
 
-def test_a_url_in_its_place_is_neither_imported_nor_repeated_with_its_password() -> None:
+def test_url_as_policy_is_neither_imported_nor_repeated() -> None:
     said = r'no policy is called "redis://\*\*\*@host"'
     with pytest.raises(ValueError, match=said) as caught:
         policy_option("redis://user:hunter2@host")
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_name_is_not_known_outside_of_profiles_either() -> None:
+def test_policy_class_with_an_unknown_name_raises() -> None:
     said = r'no policy is called "lfu"; there are "gittins", .*pkg\.mod:Class'
     with pytest.raises(ValueError, match=said):
         policy_class("lfu")

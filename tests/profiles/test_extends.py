@@ -1,4 +1,4 @@
-"""A profile that extends another: rows by name, values with their places, clear errors."""
+"""Profiles that extend another: merging by name, places of values, errors."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def extending(text: str) -> str:
     return 'extends = "base.toml"\n' + text
 
 
-def test_a_row_of_a_known_name_changes_options_and_keeps_the_rest(file: Path, base: Path) -> None:
+def test_tier_of_a_known_name_changes_only_its_options(file: Path, base: Path) -> None:
     profile = read(file, extending('[[tier]]\nname = "l2"\ndeadline_s = 2\n'))
     assert profile.name == "ours"
     assert profile.bases == (base,)
@@ -34,7 +34,7 @@ def test_a_row_of_a_known_name_changes_options_and_keeps_the_rest(file: Path, ba
     assert profile.tiers[1].options == {"codec": "zstd", "deadline_s": 2.0}
 
 
-def test_every_value_keeps_its_place(file: Path, base: Path) -> None:
+def test_every_value_keeps_its_file_and_line(file: Path, base: Path) -> None:
     text = extending('[[tier]]\nname = "l1"\ncount = 7\n')
     profile = read(file, text, {"KVCACHE__L1__FAST": "true"})
     places = {s.option.name: s.place for row in profile.tiers for s in row.settings}
@@ -46,13 +46,13 @@ def test_every_value_keeps_its_place(file: Path, base: Path) -> None:
     }
 
 
-def test_what_is_new_comes_last_in_its_own_order(file: Path, base: Path) -> None:
+def test_new_tiers_come_last_in_file_order(file: Path, base: Path) -> None:
     more = OTHER + LOWER.replace('"l2"', '"l0"') + '[[tier]]\nname = "l1"\ncount = 2\n'
     profile = read(file, extending(more))
     assert [row.name for row in profile.tiers] == ["l1", "l2", "l3", "l0"]
 
 
-def test_another_kind_replaces_the_row_in_its_place(file: Path, base: Path) -> None:
+def test_another_kind_replaces_the_tier_in_its_place(file: Path, base: Path) -> None:
     base.write_text(GOOD + LOWER + 'codec = "zstd"\n' + OTHER)
     kind = "tests.support.empty_tiers:Other"
     with pytest.raises(ProfileError, match=r"cannot import tests\.support\.empty_tiers:Other"):
@@ -65,17 +65,17 @@ def test_another_kind_replaces_the_row_in_its_place(file: Path, base: Path) -> N
     assert [(row.name, row.kind) for row in profile.tiers][1] == ("l2", kind)
     assert profile.tiers[1].options == {"path": "/d", "capacity": GIB}
     assert len(profile.tiers) == 3
-    same = read(file, extending(LOWER + "calls = 3\n"))  # the same kind says nothing new
+    same = read(file, extending(LOWER + "calls = 3\n"))  # the same kind changes nothing
     assert same.tiers[1].options == {"codec": "zstd", "calls": 3}
 
 
-def test_a_tier_of_the_base_can_be_left_out_and_put_elsewhere(file: Path, base: Path) -> None:
+def test_tier_of_the_base_can_be_moved(file: Path, base: Path) -> None:
     text = 'extends = "base.toml"\nwithout = ["l2"]\n'
     assert [row.name for row in read(file, text).tiers] == ["l1"]
     assert [row.name for row in read(file, text + OTHER + LOWER).tiers] == ["l1", "l3", "l2"]
 
 
-def test_a_shipped_profile_can_be_extended_under_its_own_name(tmp_path: Path) -> None:
+def test_file_with_the_name_of_a_shipped_profile_can_extend_it(tmp_path: Path) -> None:
     path = tmp_path / "l1-disk.toml"
     path.write_text('extends = "l1-disk"\n[[tier]]\nname = "disk"\npath = "/fast"\n')
     profile = load_profile(str(path), {})
@@ -83,7 +83,7 @@ def test_a_shipped_profile_can_be_extended_under_its_own_name(tmp_path: Path) ->
     assert profile.bases == (load_profile("l1-disk", {}).path,)
 
 
-def test_a_base_may_extend_another_from_its_own_folder(tmp_path: Path) -> None:
+def test_base_extends_a_path_relative_to_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "all.toml").write_text(GOOD + "count = 1\nratio = 1\n")
     (tmp_path / "site" / "rack.toml").write_text(
@@ -98,7 +98,7 @@ def test_a_base_may_extend_another_from_its_own_folder(tmp_path: Path) -> None:
     assert [path.name for path in profile.bases] == ["rack.toml", "all.toml"]
 
 
-# What is wrong
+# Problems
 
 WRONG = [
     ("extends = 3\n", 1, "extends = 3: takes a shipped name, or a path from this file"),
@@ -116,15 +116,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "line", "says"), WRONG)
-def test_what_is_wrong_has_its_line(
-    file: Path, base: Path, text: str, line: int, says: str
-) -> None:
+def test_problem_names_its_line(file: Path, base: Path, text: str, line: int, says: str) -> None:
     problem = only_problem(file, text)
     assert problem.startswith(f"{file}, line {line}: ")
     assert says in problem
 
 
-def test_a_circle_is_shown(tmp_path: Path) -> None:
+def test_circle_of_extends_is_reported(tmp_path: Path) -> None:
     names = ("a.toml", "b.toml", "c.toml")
     for name, extends in zip(names, ("b.toml", "c.toml", "b.toml"), strict=True):
         (tmp_path / name).write_text(f'extends = "{extends}"\n')
@@ -136,7 +134,7 @@ def test_a_circle_is_shown(tmp_path: Path) -> None:
     assert problem.endswith(f"goes in a circle: {b} extends {c} extends {b}")
 
 
-def test_what_is_wrong_in_the_base_has_the_place_in_the_base(file: Path, base: Path) -> None:
+def test_problem_in_the_base_names_the_line_in_the_base(file: Path, base: Path) -> None:
     base.write_text("version = 1\n" + GOOD + "rome = 1\n")
     found = problems(file, extending('[[tier]]\nname = "l1"\ncount = "x"\n'))
     assert [problem.split(": ")[0] for problem in found] == [
@@ -146,12 +144,12 @@ def test_what_is_wrong_in_the_base_has_the_place_in_the_base(file: Path, base: P
     ]
 
 
-def test_a_base_that_is_not_toml_is_named(file: Path, base: Path) -> None:
+def test_base_that_is_not_toml_is_named(file: Path, base: Path) -> None:
     base.write_text("tier = [")
     assert only_problem(file, extending("")).startswith(f"{base} is not TOML: ")
 
 
-def test_two_rows_of_one_name_in_one_file_are_still_refused(file: Path, base: Path) -> None:
+def test_two_tiers_of_one_name_in_one_file_are_refused(file: Path, base: Path) -> None:
     found = problems(file, extending(2 * f'[[tier]]\nname = "l1"\nkind = "{FRONT}"\ncount = 2\n'))
     assert f"{file}, line 7: " in found[0]
     assert "two tiers have this name" in found[0]

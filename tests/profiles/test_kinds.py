@@ -1,4 +1,4 @@
-"""A tier's kind is a shipped name, an installed one or a class path; anything else is refused."""
+"""Kinds: shipped names, names of installed packages, class paths, and errors for all others."""
 
 from importlib import metadata
 from pathlib import Path
@@ -29,14 +29,14 @@ WRONG_KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "wrong", "more"), WRONG_KINDS)
-def test_a_wrong_kind_is_refused(file: Path, kind: str, wrong: str, more: str) -> None:
+def test_wrong_kind_is_refused(file: Path, kind: str, wrong: str, more: str) -> None:
     problem = only_problem(file, GOOD.replace(FRONT, kind))
     assert problem.startswith(f'{file}, line 3: kind = "{kind}": ')
     assert wrong in problem
     assert more in problem
 
 
-def test_a_module_that_breaks_while_imported_is_named_with_the_cause(
+def test_module_that_fails_to_import_is_named_with_the_cause(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_tier_of_ours.py").write_text("1 / 0\n")
@@ -45,7 +45,7 @@ def test_a_module_that_breaks_while_imported_is_named_with_the_cause(
     assert "cannot import broken_tier_of_ours:Tier (ZeroDivisionError: division by zero)" in problem
 
 
-def test_a_module_that_ends_the_process_while_imported_is_named(
+def test_module_that_exits_while_imported_is_named(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "ending_tier_of_ours.py").write_text("raise SystemExit('no licence')\n")
@@ -54,9 +54,7 @@ def test_a_module_that_ends_the_process_while_imported_is_named(
     assert "cannot import ending_tier_of_ours:Tier (SystemExit: no licence)" in problem
 
 
-def test_a_missing_optional_package_says_what_to_install(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_names_the_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiers.KINDS, "far", ("no_such_package.far:FarTier", "far"))
     problem = only_problem(file, GOOD.replace(FRONT, "far"))
     assert "pip install 'kvcache[far]'" in problem
@@ -64,16 +62,14 @@ def test_a_missing_optional_package_says_what_to_install(
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
-    """Have these names and class paths in the entry-point group."""
+    """Register these names and class paths in the entry-point group."""
     found = metadata.EntryPoints(
         metadata.EntryPoint(name, path, tiers.GROUP) for name, path in points
     )
     monkeypatch.setattr(tiers, "entry_points", lambda group: found.select(group=group))
 
 
-def test_an_installed_package_gives_short_names(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_installed_package_registers_kinds(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, ("acme", FRONT), ("acme", FRONT), ("dram", "no_such_package:Dram"))
     assert read(file, GOOD.replace(FRONT, "acme")).tiers[0].cls is Front
     assert load_profile("l1-only", {}).tiers[0].cls is DramTier
@@ -82,9 +78,7 @@ def test_an_installed_package_gives_short_names(
     assert 'did you mean "acme"?' in problem
 
 
-def test_one_short_name_for_two_classes_is_refused(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kind_of_two_packages_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, ("acme", FRONT), ("acme", "other.pkg:Tier"))
     problem = only_problem(file, GOOD.replace(FRONT, "acme"))
     assert 'several packages register it; write one of "other.pkg:Tier", "tests.support' in problem

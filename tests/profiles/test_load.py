@@ -1,4 +1,4 @@
-"""Profiles are read exactly; whatever is wrong with one is said at once, with its place."""
+"""Loading profiles: names and paths, values and types, overrides, and errors with their places."""
 
 import pickle
 from pathlib import Path
@@ -15,10 +15,10 @@ from tests.support.profile_files import FRONT, GIB, GOOD, HEAD, only_problem, pr
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
 
-# Which profile
+# Finding the profile
 
 
-def test_the_default_is_l1_only_and_takes_half_of_the_memory() -> None:
+def test_default_profile_is_l1_only_with_half_of_the_memory() -> None:
     profile = load_profile(environ={})
     assert profile.name == "l1-only"
     (row,) = profile.tiers
@@ -32,14 +32,14 @@ def test_every_shipped_profile_loads() -> None:
         assert load_profile(name, {}).name == name
 
 
-def test_a_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "_SHIPPED_FOLDER", tmp_path)
     (tmp_path / "fresh.toml").write_text(GOOD)
     assert shipped() == ["fresh"]
     assert load_profile("fresh", {}).tiers[0].cls is Front
 
 
-def test_the_argument_wins_over_the_variable_and_that_over_the_default(
+def test_argument_overrides_variable_and_variable_overrides_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ours", "theirs"):
@@ -52,9 +52,7 @@ def test_the_argument_wins_over_the_variable_and_that_over_the_default(
     assert load_profile().name == "theirs"
 
 
-def test_a_path_has_a_slash_or_ends_in_toml(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_has_a_slash_or_ends_in_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("plain", "other.toml"):
         Path(name).write_text(GOOD)
@@ -65,7 +63,7 @@ def test_a_path_has_a_slash_or_ends_in_toml(
 @pytest.mark.parametrize(
     ("profile", "near"), [("l1-onyl", True), ("L1-Only", True), ("l1_only", True), ("nope", False)]
 )
-def test_an_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> None:
+def test_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> None:
     with pytest.raises(ProfileError) as caught:
         load_profile(profile, {})
     says = str(caught.value)
@@ -75,34 +73,34 @@ def test_an_unknown_profile_lists_the_shipped_ones(profile: str, near: bool) -> 
     assert ('did you mean "l1-only"?' in says) is near
 
 
-def test_a_wrong_profile_in_the_variable_names_the_variable(tmp_path: Path) -> None:
+def test_unknown_profile_in_the_variable_names_the_variable(tmp_path: Path) -> None:
     for profile, why in (("nope", "no such profile"), (str(tmp_path / "no.toml"), "cannot read")):
         with pytest.raises(ProfileError, match=f": environment variable KVCACHE_PROFILE: {why}"):
             load_profile(None, {"KVCACHE_PROFILE": profile})
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
     for path, why in ((tmp_path / "no.toml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ProfileError, match=rf"cannot read {path}: {why}"):
             load_profile(f"{path}", {})
 
 
-def test_a_syntax_error_keeps_its_line(file: Path) -> None:
+def test_syntax_error_names_its_line(file: Path) -> None:
     says = only_problem(file, GOOD + "order = lru\n")
     assert says.startswith(f"{file} is not TOML: ")
     assert "line 5" in says
 
 
-def test_a_file_that_is_not_text_is_named(file: Path) -> None:
+def test_binary_file_is_named(file: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ProfileError, match=r"ours\.toml is not TOML: .*utf-8"):
         load_profile(str(file), {})
 
 
-# What it says
+# Its values
 
 
-def test_options_have_their_types(file: Path) -> None:
+def test_options_are_converted_to_their_types(file: Path) -> None:
     text = HEAD + (
         'room = "50%"\ncount = 7\nratio = 2\nfast = true\npath = "/a=b"\n'
         'order = "s3fifo"\nlevel = 2\n'
@@ -134,27 +132,27 @@ def test_options_have_their_types(file: Path) -> None:
         ("LEVEL", "2", 2),
     ],
 )
-def test_a_variable_overrides_the_file(file: Path, option: str, text: str, value: object) -> None:
+def test_variable_overrides_the_file(file: Path, option: str, text: str, value: object) -> None:
     row = read(file, GOOD, {f"KVCACHE__L1__{option}": text}).tiers[0]
     assert row.options == {"room": GIB} | {option.lower(): value}
     assert type(row.options[option.lower()]) is type(value)
 
 
-def test_a_variable_can_give_what_is_required(file: Path) -> None:
+def test_variable_can_set_a_required_option(file: Path) -> None:
     assert read(file, HEAD, {"KVCACHE__L1__ROOM": "1GiB"}).tiers[0].options == {"room": GIB}
 
 
-def test_a_tier_name_with_separators_has_its_variable(file: Path) -> None:
+def test_tier_name_with_separators_has_a_variable(file: Path) -> None:
     text = GOOD.replace('"l1"', '"near-by_1"')
     row = read(file, text, {"KVCACHE__NEAR_BY_1__COUNT": "2"}).tiers[0]
     assert row.options["count"] == 2
 
 
-def test_other_variables_are_not_overrides(file: Path) -> None:
+def test_variables_without_the_prefix_are_no_overrides(file: Path) -> None:
     read(file, GOOD, {"KVCACHE_LOG": "x", "XKVCACHE__L1__COUNT": "x", "PATH": "/bin"})
 
 
-# What is wrong with a value: at line 5 of the file, or in a variable
+# Wrong values: at line 5 of the file, or in a variable
 
 WRONG_VALUES = [
     ("room", '"lots"', "lots", 'not a size; write "10GiB", "512MB", "80%"'),
@@ -179,7 +177,7 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize(("option", "toml", "text", "says"), WRONG_VALUES)
-def test_a_wrong_value_is_refused_in_file_and_variable(
+def test_wrong_value_is_refused_in_file_and_variable(
     file: Path, option: str, toml: str, text: str, says: str
 ) -> None:
     head = HEAD if option == "room" else GOOD
@@ -207,12 +205,14 @@ def test_a_wrong_value_is_refused_in_file_and_variable(
         ("room", "2024-01-01", "not a size"),
     ],
 )
-def test_a_file_is_held_to_its_own_types(file: Path, option: str, toml: str, says: str) -> None:
+def test_file_values_must_have_the_types_of_the_options(
+    file: Path, option: str, toml: str, says: str
+) -> None:
     head = HEAD if option == "room" else GOOD
     assert says in only_problem(file, f"{head}{option} = {toml}\n")
 
 
-# What is wrong with the rest of a file
+# Other errors of a file
 
 WRONG_FILES = [
     ("", None, "lists no tier", '[[tier]], kind = "dram"'),
@@ -237,7 +237,7 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(("text", "line", "wrong", "allowed"), WRONG_FILES)
-def test_a_wrong_file_is_refused(
+def test_wrong_file_is_refused(
     file: Path, text: str, line: int | None, wrong: str, allowed: str
 ) -> None:
     problem = next(problem for problem in problems(file, text) if wrong in problem)
@@ -246,14 +246,14 @@ def test_a_wrong_file_is_refused(
     assert allowed in problem
 
 
-def test_an_inline_table_has_no_line_and_is_still_read(file: Path) -> None:
+def test_inline_table_is_read_without_a_line(file: Path) -> None:
     text = f'tier = [{{name = "l1", kind = "{FRONT}", room = "1GiB", count = COUNT}}]\n'
     assert read(file, text.replace("COUNT", "3")).tiers[0].options["count"] == 3
     problem = only_problem(file, text.replace("COUNT", "true"))
     assert problem == f"{file}: count = true: takes a whole number"
 
 
-def test_below_the_first_a_tier_has_the_options_of_what_is_around_it(file: Path) -> None:
+def test_lower_tier_has_the_options_of_its_wrappers(file: Path) -> None:
     lower = '[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:Lower"\n'
     text = GOOD + lower + 'codec = "zstd"\nqueue = "1MiB"\n'
     _, row = read(file, text, {"KVCACHE__L2__DEADLINE_S": "2"}).tiers
@@ -265,12 +265,12 @@ def test_below_the_first_a_tier_has_the_options_of_what_is_around_it(file: Path)
     assert "no such option" in problem
 
 
-def test_a_tier_may_not_take_the_stacks_own_names_below(file: Path) -> None:
+def test_lower_tier_with_an_option_name_of_the_stack_is_refused(file: Path) -> None:
     problem = only_problem(file, GOOD + GOOD.replace('"l1"', '"l2"'))
     assert 'its options "level" have names that the stack uses' in problem
 
 
-def test_the_first_tier_lends_its_memory(file: Path) -> None:
+def test_first_tier_must_be_a_front_tier(file: Path) -> None:
     text = GOOD.replace("Front", "Lower").replace('room = "1GiB"\n', "")
     problem = only_problem(file, text)
     assert problem.startswith(f'{file}, line 3: kind = "tests.support.empty_tiers:Lower": ')
@@ -278,7 +278,7 @@ def test_the_first_tier_lends_its_memory(file: Path) -> None:
     assert "Lower is no subclass of kvcache.tier.FrontTier" in problem
 
 
-def test_names_are_unique_as_variables_too(file: Path) -> None:
+def test_names_that_share_a_variable_are_refused(file: Path) -> None:
     text = GOOD.replace('"l1"', '"a-b"') + GOOD.replace('"l1"', '"a_b"')
     problem = problems(file, text)[0]
     assert problem.startswith(f'{file}, line 6: name = "a_b": two tiers have this name')
@@ -302,7 +302,7 @@ WRONG_OVERRIDES = [
 
 
 @pytest.mark.parametrize(("variable", "wrong", "more"), WRONG_OVERRIDES)
-def test_a_wrong_override_is_refused(file: Path, variable: str, wrong: str, more: str) -> None:
+def test_wrong_override_is_refused(file: Path, variable: str, wrong: str, more: str) -> None:
     problem = only_problem(file, GOOD, {variable: "5GiB"})
     assert problem.startswith(f"environment variable {variable}")
     assert '"5GiB"' in problem
@@ -310,10 +310,10 @@ def test_a_wrong_override_is_refused(file: Path, variable: str, wrong: str, more
     assert more in problem
 
 
-# All at once
+# All errors at once
 
 
-def test_one_error_lists_everything(file: Path) -> None:
+def test_error_lists_every_problem(file: Path) -> None:
     text = (
         "version = 2\n\n# a comment\n[[tier]]\nname = 'l1'\n"
         f"kind = '{FRONT}'\nroom = 'lots'\norder = 'lfru'\nrome = 1\n"
@@ -333,11 +333,11 @@ def test_one_error_lists_everything(file: Path) -> None:
     ]
 
 
-def test_an_override_does_not_hide_what_is_wrong_in_the_file(file: Path) -> None:
+def test_override_does_not_hide_a_problem_of_the_file(file: Path) -> None:
     assert "lots" in only_problem(file, HEAD + 'room = "lots"\n', {"KVCACHE__L1__ROOM": "1GiB"})
 
 
-def test_the_error_crosses_processes() -> None:
+def test_error_can_be_pickled() -> None:
     error = ProfileError("ours", ["a is wrong", "b is wrong"])
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error) == 'profile "ours": 2 problems:\n  a is wrong\n  b is wrong'

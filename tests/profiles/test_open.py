@@ -1,4 +1,4 @@
-"""Opening a profile: the stack is what the profile says, or there is one error and nothing open."""
+"""Opening a profile: the stack has the profile's tiers, or one error is raised and nothing is open."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def ours(tmp_path: Path, text: str) -> str:
     return str(file)
 
 
-def test_a_stack_is_opened_keeps_blocks_and_gives_them_back(tmp_path: Path) -> None:
+def test_open_stack_keeps_blocks(tmp_path: Path) -> None:
     profile = ours(tmp_path, DRAM.replace("CAPACITY", "8MiB"))
     with open_stack(profile, block_nbytes=MIB) as stack:
         assert stack.stats().profile == "ours"
@@ -53,7 +53,7 @@ def test_a_stack_is_opened_keeps_blocks_and_gives_them_back(tmp_path: Path) -> N
             assert bytes(lease.views[0]) == b"k" * MIB
 
 
-def test_the_variables_choose_profile_and_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_select_profile_and_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCACHE_PROFILE", "l1-only")
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", "10%")
     with open_stack(block_nbytes=MIB) as stack:
@@ -87,7 +87,7 @@ def test_open_stack_of_replicas_divides_shares_of_memory_and_the_disk(
 @pytest.mark.parametrize(
     ("capacity", "asks"), [("50%", "20MiB"), ("11MiB", "11MiB"), ("41MiB", "41MiB")]
 )
-def test_more_memory_than_is_free_is_refused(tmp_path: Path, capacity: str, asks: str) -> None:
+def test_size_above_free_memory_is_refused(tmp_path: Path, capacity: str, asks: str) -> None:
     profile = ours(tmp_path, DRAM.replace("CAPACITY", capacity))
     with pytest.raises(ProfileError) as caught:
         open_stack(profile, block_nbytes=MIB)
@@ -98,13 +98,13 @@ def test_more_memory_than_is_free_is_refused(tmp_path: Path, capacity: str, asks
     assert 'at most "10MiB" or "25%" fits' in problem
 
 
-def test_more_memory_in_a_variable_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_above_free_memory_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", "64GiB")
     with pytest.raises(ProfileError, match=r"variable KVCACHE__L1__CAPACITY: .* asks for 64GiB"):
         open_stack(block_nbytes=MIB)
 
 
-def test_what_a_constructor_refuses_names_file_and_tier(tmp_path: Path) -> None:
+def test_value_error_of_a_constructor_names_file_and_tier(tmp_path: Path) -> None:
     profile = ours(tmp_path, DRAM.replace("CAPACITY", "1MiB"))
     with pytest.raises(ProfileError) as caught:
         open_stack(profile, block_nbytes=2 * MIB)
@@ -114,13 +114,13 @@ def test_what_a_constructor_refuses_names_file_and_tier(tmp_path: Path) -> None:
 
 
 class Unmade(FaultyTier):
-    """A tier that cannot be made."""
+    """A tier with a constructor that raises."""
 
     def __init__(self) -> None:
         raise SystemExit("no such\nserver, password=hunter2")
 
 
-def test_a_constructor_that_raises_anything_names_file_and_tier(tmp_path: Path) -> None:
+def test_any_exception_of_a_constructor_names_file_and_tier(tmp_path: Path) -> None:
     below = '[[tier]]\nname = "{}"\nkind = "{}"\n'
     file = ours(
         tmp_path,
@@ -146,7 +146,7 @@ class Unreadable(FaultyTier):
         raise ZeroDivisionError("no size")
 
 
-def test_an_attribute_that_raises_anything_names_file_and_tier(tmp_path: Path) -> None:
+def test_any_exception_of_an_attribute_names_file_and_tier(tmp_path: Path) -> None:
     lower = f'[[tier]]\nname = "l2"\nkind = "{__name__}:Unreadable"\n'
     text = DRAM.replace("CAPACITY", "1MiB") + lower
     with pytest.raises(ProfileError) as raised:
@@ -155,7 +155,7 @@ def test_an_attribute_that_raises_anything_names_file_and_tier(tmp_path: Path) -
     assert 'tier "l2": ZeroDivisionError: no size' in said
 
 
-def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
+def test_open_tiers_are_closed_when_a_later_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[Front] = []
@@ -174,7 +174,7 @@ def test_what_was_opened_is_closed_when_the_stack_cannot_be_made(
     assert len(closed) == 1
 
 
-def test_the_bare_name_is_not_importable() -> None:
+def test_package_is_not_importable_by_its_bare_name() -> None:
     run = subprocess.run(
         [
             sys.executable,

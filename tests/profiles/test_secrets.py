@@ -1,4 +1,4 @@
-"""A profile names where a secret is; one that was written into it all the same is not repeated."""
+"""Secrets: a profile names the variable that has one; a secret written into it is never repeated."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SECRET = "hunter2-correct-horse"
 
 
 class Guarded(Front):
-    """Is let in by what a variable has, and has options that only sound like secrets."""
+    """Reads its password from a variable, and has options that resemble secrets."""
 
     def __init__(
         self, *, block_nbytes: int, password_env: str = "", token_file: str = "",
@@ -28,7 +28,7 @@ class Guarded(Front):
 
 
 class Open(Front):
-    """Takes what no profile may hold."""
+    """Takes a secret as an option."""
 
     def __init__(self, *, block_nbytes: int, password: str) -> None:
         super().__init__(block_nbytes=block_nbytes, room=Size(1))
@@ -45,19 +45,19 @@ def with_option(name: str) -> type:
     "name", ["password", "redis_password", "passwd", "secret", "secret_key", "api_key", "apikey",
              "access_key", "auth_token", "token", "credentials"],
 )  # fmt: skip
-def test_a_class_that_takes_a_secret_is_refused(name: str) -> None:
+def test_class_with_a_secret_option_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^Odd takes {name}, but .* with {name}_env, the name"):
         options_of(with_option(name))
 
 
-def test_its_kind_is_what_is_wrong(file: Path) -> None:
+def test_secret_option_is_reported_at_the_kind(file: Path) -> None:
     text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Open") + f'password = "{SECRET}"\n'
     problem = only_problem(file, text)
     assert problem.startswith(f'{file}, line 3: kind = "tests.profiles.test_secrets:Open": Open ')
     assert "a profile must not hold a secret" in problem
 
 
-def test_names_of_variables_and_what_only_sounds_like_a_secret_are_options(file: Path) -> None:
+def test_options_that_resemble_secrets_are_accepted(file: Path) -> None:
     assert list(options_of(Guarded)) == [
         "password_env", "token_file", "block_tokens", "tokenizer", "bypass", "home", "use_auth",
     ]  # fmt: skip
@@ -67,7 +67,7 @@ def test_names_of_variables_and_what_only_sounds_like_a_secret_are_options(file:
     assert row.settings[0].where == f'{file}, line 4: password_env = "KV_PASSWORD"'
 
 
-def test_a_password_in_the_place_of_a_name_is_refused_and_not_repeated(file: Path) -> None:
+def test_password_in_place_of_a_variable_name_is_refused_and_not_repeated(file: Path) -> None:
     text = HEAD.replace(FRONT, "tests.profiles.test_secrets:Guarded")
     problem = only_problem(file, text + f'password_env = "{SECRET}"\n')
     assert problem == (
@@ -76,7 +76,7 @@ def test_a_password_in_the_place_of_a_name_is_refused_and_not_repeated(file: Pat
     )
 
 
-def test_a_password_in_a_url_is_refused_and_not_repeated(file: Path) -> None:
+def test_password_in_a_url_is_refused_and_not_repeated(file: Path) -> None:
     problem = only_problem(file, GOOD + f'path = "redis://:{SECRET}@host"\n')
     assert problem.startswith(f'{file}, line 5: path = "redis://***@host": holds a password')
     problem = only_problem(file, GOOD, {"KVCACHE__L1__PATH": f"redis://me:{SECRET}@host"})
@@ -100,21 +100,21 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("line", WRITTEN)
-def test_no_problem_repeats_a_secret(file: Path, line: str) -> None:
+def test_problems_contain_no_secret(file: Path, line: str) -> None:
     for text in (GOOD + line, line + GOOD, f"without = [{{ {line.strip()} }}]\n" + GOOD):
         for problem in problems(file, text):
             assert SECRET not in problem
             assert problem.startswith(f"{file}, line ")
 
 
-def test_no_variable_with_a_secret_is_repeated(file: Path) -> None:
+def test_messages_contain_no_secret_of_a_variable(file: Path) -> None:
     for variable in ("KVCACHE__L1__PASSWORD", "KVCACHE__REDIS__PASSWORD", "KVCACHE__L1__TOKEN"):
         problem = only_problem(file, GOOD, {variable: SECRET})
         assert SECRET not in problem
         assert variable in problem
 
 
-def test_what_is_no_secret_is_shown() -> None:
+def test_value_that_is_no_secret_is_shown() -> None:
     assert show({"a": [1, "b"]}) == '{"a": [1, "b"]}'
     assert show("redis://host:6379/1") == '"redis://host:6379/1"'
     assert show_option("path", "/a@b") == 'path = "/a@b"'
@@ -122,13 +122,13 @@ def test_what_is_no_secret_is_shown() -> None:
 
 
 class Talkative(Front):
-    """Repeats in its error what it was given elsewhere."""
+    """Raises an error that contains the value of another option."""
 
     def __init__(self, *, block_nbytes: int) -> None:
         raise ValueError(f"cannot reach redis://me:{SECRET}@host: password={SECRET}\x1b[31m")
 
 
-def test_an_error_of_a_class_has_no_secret(file: Path) -> None:
+def test_error_of_a_class_has_no_secret(file: Path) -> None:
     file.write_text(HEAD.replace(FRONT, "tests.profiles.test_secrets:Talkative"))
     with pytest.raises(ProfileError) as caught:
         open_stack(str(file), block_nbytes=4096)

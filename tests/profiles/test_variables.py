@@ -1,4 +1,4 @@
-"""Which environment variables are kvcache's, and what is said of those that look like it."""
+"""Environment variables: kvcache's own, those of Kubernetes, and warnings about unknown ones."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("ten_gib")
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# As Kubernetes sets them, of Services called kvcache, kvcache-redis, kvcache-profile, kvcache--l1.
+# As Kubernetes sets them for Services named kvcache, kvcache-redis, kvcache-profile, kvcache--l1.
 KUBERNETES = {
     "KVCACHE_SERVICE_HOST": "10.0.0.1",
     "KVCACHE_SERVICE_PORT": "8080",
@@ -74,7 +74,7 @@ def test_override_of_an_option_called_as_kubernetes_calls_is_an_override(
 
 
 def test_unknown_names_are_said_beside_what_is_wrong(file: Path) -> None:
-    """A misspelt KVCACHE_PROFILE is why the tier of an override is not there."""
+    """A misspelt KVCACHE_PROFILE explains why the tier of an override does not exist."""
     environ = {"KVCACHE_PROFIL": "l1-disk", "KVCACHE__DISK__PATH": "/d"}
     with pytest.raises(ProfileError) as caught:
         load_profile(None, environ)
@@ -180,6 +180,6 @@ def test_pages_and_sources_use_no_variable_that_is_not_listed() -> None:
             r"(?<!\w)KVCACHE_[A-Z]+(?:_[A-Z]+)*(?![A-Z_a-z0-9])", path.read_text()
         )
     }
-    examples = {"KVCACHE_REDIS_PORT", "KVCACHE_PORT", "KVCACHE_PROFIL"}  # what is not read
+    examples = {"KVCACHE_REDIS_PORT", "KVCACHE_PORT", "KVCACHE_PROFIL"}  # not read
     assert set(shown) - set(VARIABLES) - examples == set()
     assert unknown_variables(dict.fromkeys(VARIABLES, "")) == ()

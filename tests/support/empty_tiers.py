@@ -1,4 +1,4 @@
-"""Tiers for profiles to name: they have constructors and hold nothing."""
+"""Tiers without blocks, for profiles that tests load: only their constructors matter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Lower(Tier):
-    """Is no front tier."""
+    """A lower tier."""
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         return [False for _ in keys]
@@ -90,14 +90,14 @@ class Front(FrontTier):
 
 
 class Unreadable(Front):
-    """Its annotation is imported for type checkers alone."""
+    """The annotation of its option is imported for type checkers only."""
 
     def __init__(self, *, block_nbytes: int, path: Path) -> None:
         self.block_nbytes = block_nbytes
 
 
 class Unfinished(Tier):
-    """Lacks two of the verbs."""
+    """Lacks two of the required methods."""
 
     contains = Lower.contains
     remove = Lower.remove

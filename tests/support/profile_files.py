@@ -1,4 +1,4 @@
-"""Profiles to read in tests, and what is said about them."""
+"""Profiles for tests to load, and their problems."""
 
 from collections.abc import Mapping
 from pathlib import Path
