@@ -1,4 +1,4 @@
-"""Opening a profile: the stack has the profile's tiers, or one error is raised and nothing is open."""
+"""Opening a profile: a stack with the tiers of the profile, or one error and nothing left open."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Secrets: a profile names the variable that has one; a secret written into it is never repeated."""
+"""Secrets: a profile names the variable that has one; messages never repeat a written secret."""
 
 from pathlib import Path
 
