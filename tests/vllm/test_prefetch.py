@@ -170,6 +170,7 @@ def test_engine_finds_blocks_of_an_earlier_engine_on_disk(
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", str(8 * SHARD * len(RANKS)))
     monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "kv"))
     monkeypatch.setenv("KVCACHE__DISK__CAPACITY", str(16 * (SHARD * len(RANKS) + 2 * PAGE)))
+    monkeypatch.setenv("KVCACHE__DISK__DEADLINE_S", str(LONG))
     request = Request("a", 2 * BLOCK + 1)
 
     def run_engine(identity: dict[str, Any]) -> int | None:
@@ -185,6 +186,7 @@ def test_engine_finds_blocks_of_an_earlier_engine_on_disk(
         engine.admit(request, [0, 1, 2])
         for store in engine.step((request, request.num_tokens)).stores:
             engine.ack(store)
+        assert engine.stack.flush(LONG)
         side.close()
         request.num_computed_tokens = 0
         return tokens
