@@ -25,12 +25,12 @@ import pytest
 from kvcache.sizes import DiskSize
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.disk.record_file import Record
-from tests.tiers.test_disk import capacity
+from tests.support.disk_tiers import capacity_for
 
 pytestmark = pytest.mark.bench
 
 TOTAL, THREADS = 1 << 30, 4
-CALLERS, PIECE = 2, 16 << 20  # concurrent calls, and bytes per call, as the stack makes them
+CALLERS, CALL_NBYTES = 2, 16 << 20  # concurrent calls, and bytes per call, as the stack makes them
 PAIRS = 9  # the bar applies to their median
 
 Direction = Literal["read", "write"]
@@ -47,16 +47,16 @@ class DiskBench:
         mapped = memoryview(mmap.mmap(self.memory, THREADS * block))
         mapped[:] = os.urandom(THREADS * block)
         self.views = [mapped[at * block : (at + 1) * block] for at in range(THREADS)]
-        size = capacity(self.count, block)
+        size = capacity_for(self.count, block)
         self.tier = DiskTier(block_nbytes=block, path=str(path), capacity=size, threads=THREADS)
-        self.first = self.rate(self.tier.store, self.keys())
+        self.first_pass = self.rate(self.tier.store, self.keys())
 
     def keys(self) -> list[bytes]:
         return [os.urandom(32) for _ in range(self.count)]
 
     def rate(self, verb: Verb, keys: list[bytes]) -> float:
         """Return the bytes per second of two callers."""
-        each = PIECE // self.block
+        each = CALL_NBYTES // self.block
         views = [self.views[at % THREADS] for at in range(each)]
 
         def call(first: int) -> None:
@@ -86,8 +86,8 @@ class DiskBench:
 
 @pytest.fixture(params=[1 << 20, 2 << 20], ids=["1MiB", "2MiB"])
 def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DiskBench]:
-    with closing(DiskBench(tmp_path / "kv", request.param)) as made:
-        yield made
+    with closing(DiskBench(tmp_path / "kv", request.param)) as bench:
+        yield bench
     shutil.rmtree(tmp_path / "kv")
 
 
@@ -97,24 +97,28 @@ def test_disk_reaches_the_speed_of_fio(bench: DiskBench) -> None:
         "write": ("store", bench.tier.store),
         "read": ("load", bench.tier.load),
     }
-    ours: dict[Direction, list[float]] = {way: [] for way in ways}
-    fios: dict[Direction, list[float]] = {way: [] for way in ways}
+    tier_rates: dict[Direction, list[float]] = {way: [] for way in ways}
+    fio_rates: dict[Direction, list[float]] = {way: [] for way in ways}
     for turn in range(PAIRS):
         keys = bench.keys()
         for way, (_, verb) in ways.items():
             if turn % 2:
-                fios[way].append(bench.fio(way))
-            ours[way].append(bench.rate(verb, keys))
+                fio_rates[way].append(bench.fio(way))
+            tier_rates[way].append(bench.rate(verb, keys))
             if not turn % 2:
-                fios[way].append(bench.fio(way))
-    print(f"\n{bench.block >> 20} MiB: the first pass over the file {bench.first / 1e9:.2f} GB/s")
+                fio_rates[way].append(bench.fio(way))
+    print(
+        f"\n{bench.block >> 20} MiB: the first pass over the file {bench.first_pass / 1e9:.2f} GB/s"
+    )
     ratios = []
     for way, (name, _) in ways.items():
-        pairs = sorted(one / two for one, two in zip(ours[way], fios[way], strict=True))
+        pairs = sorted(
+            rate / fio for rate, fio in zip(tier_rates[way], fio_rates[way], strict=True)
+        )
         ratios.append(statistics.median(pairs))
         print(
-            f"{name}: {statistics.median(ours[way]) / 1e9:.2f} GB/s, "
-            f"fio {statistics.median(fios[way]) / 1e9:.2f}; "
+            f"{name}: {statistics.median(tier_rates[way]) / 1e9:.2f} GB/s, "
+            f"fio {statistics.median(fio_rates[way]) / 1e9:.2f}; "
             f"ratio {ratios[-1]:.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f})"
         )
     assert min(ratios) >= 0.85
@@ -127,33 +131,34 @@ def test_direct_io_takes_half_the_cpu_time_of_buffered_io(tmp_path: Path) -> Non
     """
     used: dict[str, list[float]] = {}
     with closing(DiskBench(tmp_path / "kv", 2 << 20, 256 << 20)) as bench:
-        files = bench.tier._files
-        direct = files.blocks
-        if not fcntl.fcntl(direct, fcntl.F_GETFL) & os.O_DIRECT:
+        directory = bench.tier.directory
+        direct_fd = directory.blocks_fd
+        if not fcntl.fcntl(direct_fd, fcntl.F_GETFL) & os.O_DIRECT:
             pytest.skip("the file system has no direct I/O")
-        buffered = files._kept(os.open(files.path / "blocks", os.O_RDWR | os.O_CLOEXEC))
+        flags = os.O_RDWR | os.O_CLOEXEC
+        buffered_fd = directory.close_later(os.open(directory.path / "blocks", flags))
 
         def cpu_seconds(verb: Verb, keys: list[bytes]) -> float:
             """Return the CPU seconds per GiB of all threads, in user and kernel mode."""
-            os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(buffered_fd, 0, 0, os.POSIX_FADV_DONTNEED)
             begun = time.process_time()
             bench.rate(verb, keys)
-            os.fsync(buffered)
+            os.fsync(buffered_fd)
             return (time.process_time() - begun) * 2**30 / (bench.count * bench.block)
 
         for _ in range(PAIRS):
-            for way, files.blocks in (("direct", direct), ("buffered", buffered)):
+            for mode, directory.blocks_fd in (("direct", direct_fd), ("buffered", buffered_fd)):
                 keys = bench.keys()
-                used.setdefault(f"{way} store", []).append(cpu_seconds(bench.tier.store, keys))
-                used.setdefault(f"{way} load", []).append(cpu_seconds(bench.tier.load, keys))
+                used.setdefault(f"{mode} store", []).append(cpu_seconds(bench.tier.store, keys))
+                used.setdefault(f"{mode} load", []).append(cpu_seconds(bench.tier.load, keys))
     print()
     ratios = []
     for verb in ("store", "load"):
-        ours, others = used[f"direct {verb}"], used[f"buffered {verb}"]
-        ratios.append(statistics.median(a / b for a, b in zip(ours, others, strict=True)))
+        direct, buffered = used[f"direct {verb}"], used[f"buffered {verb}"]
+        ratios.append(statistics.median(a / b for a, b in zip(direct, buffered, strict=True)))
         print(
-            f"{verb}: {statistics.median(ours):.3f} s/GiB, buffered "
-            f"{statistics.median(others):.3f}; ratio {ratios[-1]:.2f}"
+            f"{verb}: {statistics.median(direct):.3f} s/GiB, buffered "
+            f"{statistics.median(buffered):.3f}; ratio {ratios[-1]:.2f}"
         )
     assert max(ratios) <= 0.5
 
@@ -161,16 +166,16 @@ def test_direct_io_takes_half_the_cpu_time_of_buffered_io(tmp_path: Path) -> Non
 def test_index_of_200000_blocks_is_read_back_in_a_second(tmp_path: Path) -> None:
     blocks = 200_000
     reopen = partial(
-        DiskTier, block_nbytes=PAGE, path=str(tmp_path), capacity=DiskSize(capacity(blocks))
+        DiskTier, block_nbytes=PAGE, path=str(tmp_path), capacity=DiskSize(capacity_for(blocks))
     )
     with closing(reopen()) as tier:
         for slot in range(blocks):
-            tier._records.write(Record(slot + 1, slot, PAGE, os.urandom(64), b""))
+            tier.records.write(Record(slot + 1, slot, PAGE, os.urandom(64), b""))
     rate = 0.0
     for _ in range(5):
         begun = time.process_time()  # CPU time, so that other processes do not count
         with closing(reopen()) as tier:
             rate = max(rate, blocks / (time.process_time() - begun))
-            assert len(tier._index) == blocks
+            assert len(tier.index) == blocks
     print(f"{rate:,.0f} blocks/s")
     assert rate >= 200_000

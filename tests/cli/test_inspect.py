@@ -16,8 +16,8 @@ from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
 from kvcache.tiers.disk.reader import DiskReader
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
+from tests.support.disk_tiers import blocks_of, capacity_for, open_disk
 from tests.support.frames import BLOCK_NBYTES, kv_like_block
-from tests.tiers.test_disk import blocks, capacity, opened
 
 NAMESPACES = [namespace({"model": model}) for model in ("a", "b")]
 FRAME = frame_nbytes(BLOCK_NBYTES)
@@ -26,7 +26,7 @@ FRAME = frame_nbytes(BLOCK_NBYTES)
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Framed]:
     """An open tier with three blocks of one namespace and one of another."""
-    path, size = tmp_path / "kv", capacity(8, FRAME)
+    path, size = tmp_path / "kv", capacity_for(8, FRAME)
     inner = DiskTier(block_nbytes=FRAME, path=str(path), capacity=size)
     with closing(Framed(inner, block_nbytes=BLOCK_NBYTES, codec="zstd")) as tier:
         for name, count in zip(NAMESPACES, (3, 1), strict=True):
@@ -149,9 +149,9 @@ def test_inspect_profile_reads_its_lower_tiers(
 def test_inspect_counts_keys_without_a_namespace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with closing(opened(tmp_path / "kv")) as tier:
+    with closing(open_disk(tmp_path / "kv")) as tier:
         keys = keys_of("bare", 2)
-        tier.store(keys, blocks(keys))
+        tier.store(keys, blocks_of(keys))
     assert cli.main(["inspect", str(tmp_path / "kv"), "--json"]) == 0
     [found] = json.loads(capsys.readouterr().out)["tiers"]
     assert found["namespaces"] == {"": {"blocks": 2, "nbytes": 2 * PAGE}}
@@ -163,7 +163,7 @@ def test_inspect_counts_keys_without_a_namespace(
 def test_inspect_empty_tier_says_that_it_holds_no_blocks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened(tmp_path / "kv").close()
+    open_disk(tmp_path / "kv").close()
     assert cli.main(["inspect", str(tmp_path / "kv")]) == 0
     assert "It holds no blocks." in capsys.readouterr().out
 
@@ -232,11 +232,11 @@ def test_inspect_path_of_several_replicas_reads_each(
             tier = DiskTier(
                 block_nbytes=PAGE,
                 path=str(tmp_path),
-                capacity=DiskSize(2 * capacity(8)),
+                capacity=DiskSize(2 * capacity_for(8)),
                 replica=Replica(index, 2),
             )
             stack.enter_context(closing(tier))
-            tier.store(keys[index:], blocks(keys[index:]))
+            tier.store(keys[index:], blocks_of(keys[index:]))
         assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["tiers"]
     assert [(each["tier"], each["blocks"]) for each in found] == [

@@ -12,8 +12,8 @@ import pytest
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import HEADER_NBYTES, Framed, frame_nbytes
+from tests.support.disk_tiers import capacity_for
 from tests.support.frames import BLOCK_NBYTES, CODEC_OFFSET, Codec, get, kv_like_block, put
-from tests.tiers.test_disk import capacity
 from tests.tiers.test_framed_damage import (
     CHECKSUM_OFFSET,
     ELEMENT_OFFSET,
@@ -43,14 +43,14 @@ class FramedDisk:
         self.tier = self._opened()
         for key, block in zip(KEYS, BLOCKS, strict=True):
             put(self.tier, key, block)
-        [self._slot] = self.inner._index.pin(KEYS[1:2])
-        self.inner._index.unpin([self._slot])
+        [self._slot] = self.inner.index.pin(KEYS[1:2])
+        self.inner.index.unpin([self._slot])
         self.frame = self.read()
         payload = self.frame[PAYLOAD_OFFSET:CHECKSUM_OFFSET]
         self.used_nbytes = frame_nbytes(int.from_bytes(payload, "little"))  # of the slot
 
     def _opened(self) -> Framed:
-        inner = DiskTier(block_nbytes=SLOT, path=str(self._path), capacity=capacity(3, SLOT))
+        inner = DiskTier(block_nbytes=SLOT, path=str(self._path), capacity=capacity_for(3, SLOT))
         return Framed(inner, block_nbytes=NBYTES, codec=self._codec)
 
     @property
@@ -80,7 +80,7 @@ class FramedDisk:
         assert get(self.tier, KEYS[1], NBYTES) is None
         assert self.tier.contains(KEYS) == [True, False, True]
         assert self.tier.stats().rejected.total() == before + rejected
-        assert self.inner._index.pinned_slots == 0
+        assert self.inner.index.pinned_slots == 0
         self.reopen()
         assert self.tier.contains(KEYS) == [True, False, True]
 

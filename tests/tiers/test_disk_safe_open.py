@@ -1,4 +1,4 @@
-"""A disk tier's directory that others have touched: refused by name, and nothing is changed."""
+"""DiskTier with files that other users changed: it raises, names the file, and changes nothing."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import pytest
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier, safe_open
 from kvcache.tiers.disk.reader import DiskReader
-from tests.tiers.test_disk import blocks, capacity, held, opened
+from tests.support.disk_tiers import blocks_of, capacity_for, load_hits, open_disk
 
 FILES = ["lock", "records", "blocks"]
 KEYS = keys_of("a", 3)
@@ -22,19 +22,19 @@ def make_fifo(file: Path) -> None:
 
 
 def make_socket(file: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        here = Path.cwd()
-        os.chdir(file.parent)  # a socket's whole path has 108 bytes at most
+    with socket.socket(socket.AF_UNIX) as listener:
+        previous = Path.cwd()
+        os.chdir(file.parent)  # the path of a socket has at most 108 bytes
         try:
-            made.bind(file.name)
+            listener.bind(file.name)
         finally:
-            os.chdir(here)
+            os.chdir(previous)
 
 
 @pytest.fixture
-def precious(tmp_path: Path) -> Iterator[Path]:
-    """A file elsewhere, which stays as it is."""
-    file = tmp_path / "precious"
+def outside_file(tmp_path: Path) -> Iterator[Path]:
+    """A file outside the tier's directory, which must not change."""
+    file = tmp_path / "outside"
     file.write_text("not a cache")
     file.chmod(0o640)
     yield file
@@ -43,51 +43,51 @@ def precious(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def kv(tmp_path: Path) -> Path:
-    """The directory of a tier that was closed, with three blocks."""
-    with closing(opened(tmp_path / "kv")) as tier:
-        tier.store(KEYS, blocks(KEYS))
+    """The directory of a closed tier with three blocks."""
+    with closing(open_disk(tmp_path / "kv")) as tier:
+        tier.store(KEYS, blocks_of(KEYS))
     return tmp_path / "kv"
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", ["0123456789" * 9, "x" * 4096, "12 monkeys"])
-def test_disk_tier_refuses_a_foreign_file_and_leaves_it(
+def test_disk_with_foreign_file_raises_and_keeps_it(
     tmp_path: Path, name: str, content: str
 ) -> None:
     (tmp_path / name).write_text(content)
     (tmp_path / name).chmod(0o644)
     with pytest.raises(ValueError, match=f"path is '{tmp_path}', where '{name}' was not written"):
-        opened(tmp_path)
+        open_disk(tmp_path)
     assert (tmp_path / name).read_text() == content
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_disk_tier_refuses_a_file_that_replaced_one_of_its_own(kv: Path, name: str) -> None:
+def test_disk_with_replaced_file_raises_and_keeps_it(kv: Path, name: str) -> None:
     try:
         os.setxattr(kv / name, "user.test", b"1")
     except OSError:
-        pytest.skip("this file system keeps no attributes")
+        pytest.skip("the file system keeps no extended attributes")
     (kv / name).unlink()
     (kv / name).write_text("x" * 8192)
     with pytest.raises(ValueError, match=f"'{name}' was not written by kvcache"):
-        opened(kv)
+        open_disk(kv)
     assert (kv / name).read_text() == "x" * 8192
 
 
-def test_disk_tier_that_was_copied_keeps_its_blocks(kv: Path) -> None:
-    """A copy of the file of blocks has no mark."""
+def test_disk_with_copied_files_keeps_its_blocks(kv: Path) -> None:
+    """A copy of `blocks` has no mark."""
     for name in FILES:
         content = (kv / name).read_bytes()
         (kv / name).rename(kv / f"{name}.old")
         (kv / name).write_bytes(content)
-    with closing(opened(kv)) as tier:
-        assert held(tier, KEYS) == [True] * 3
+    with closing(open_disk(kv)) as tier:
+        assert load_hits(tier, KEYS) == [True] * 3
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    ("plant", "what"),
+    ("plant", "kind"),
     [
         (lambda file, other: file.symlink_to(other), "a symbolic link"),
         (lambda file, other: file.symlink_to("/nowhere/at/all"), "a symbolic link"),
@@ -97,20 +97,20 @@ def test_disk_tier_that_was_copied_keeps_its_blocks(kv: Path) -> None:
         (lambda file, other: make_socket(file), "a socket or a pipe"),
     ],
 )
-def test_disk_tier_refuses_what_is_not_a_file_of_its_own(
-    kv: Path, precious: Path, name: str, plant: Callable[[Path, Path], None], what: str
+def test_disk_with_link_or_special_file_raises_and_names_its_kind(
+    kv: Path, outside_file: Path, name: str, plant: Callable[[Path, Path], None], kind: str
 ) -> None:
     (kv / name).unlink()
-    plant(kv / name, precious)
-    with pytest.raises(ValueError, match=f"path is '{kv}', where '{name}' is {what}; move it away"):
-        opened(kv)
+    plant(kv / name, outside_file)
+    with pytest.raises(ValueError, match=f"path is '{kv}', where '{name}' is {kind}; move it away"):
+        open_disk(kv)
     if name != "lock":
         with pytest.raises(ValueError, match=f"'{name}' is "):
             DiskReader(kv)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_disk_tier_refuses_a_file_of_another_user(
+def test_disk_with_file_of_another_user_raises_value_error(
     kv: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user, real = os.geteuid(), os.fstat
@@ -123,10 +123,10 @@ def test_disk_tier_refuses_a_file_of_another_user(
 
     monkeypatch.setattr(os, "fstat", fstat)
     with pytest.raises(ValueError, match=rf"is a file of user 12345 \(this process is user {user}"):
-        opened(kv)
+        open_disk(kv)
 
 
-def test_disk_tier_refuses_the_directory_of_another_user(
+def test_disk_in_directory_of_another_user_raises_value_error(
     kv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.geteuid():
@@ -134,34 +134,34 @@ def test_disk_tier_refuses_the_directory_of_another_user(
     else:
         os.chown(kv, 12345, -1)
     with pytest.raises(ValueError, match=rf"path is '{kv}', which belongs to user \d+; it must"):
-        opened(kv)
+        open_disk(kv)
 
 
-def test_disk_tier_warns_of_a_directory_that_others_may_write(
+def test_disk_in_directory_writable_by_others_warns(
     kv: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for mode, warned in ((0o777, 1), (0o770, 2), (0o1777, 2), (0o755, 2)):
         kv.chmod(mode)
-        with closing(opened(kv)) as tier:
-            assert held(tier, KEYS) == [True] * 3
+        with closing(open_disk(kv)) as tier:
+            assert load_hits(tier, KEYS) == [True] * 3
         assert len(caplog.records) == warned
-    assert "other users may rename and delete its files (mode 0777)" in caplog.text
+    assert "other users can rename and delete its files (mode 0777)" in caplog.text
 
 
-def test_disk_tier_follows_the_links_of_its_own_user(kv: Path, tmp_path: Path) -> None:
+def test_disk_path_with_links_of_its_user_is_followed(kv: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(kv)
     (tmp_path / "here").symlink_to(".")
     (tmp_path / "relative").symlink_to("../" + tmp_path.name + "/link")
     for path in ("link", "relative", "here/link", "kv/../link"):
-        with closing(opened(tmp_path / path)) as tier:
-            assert held(tier, KEYS) == [True] * 3
+        with closing(open_disk(tmp_path / path)) as tier:
+            assert load_hits(tier, KEYS) == [True] * 3
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ValueError, match=r"cannot be used: .*Too many levels of symbolic links"):
-        opened(tmp_path / "loop" / "kv")
+        open_disk(tmp_path / "loop" / "kv")
 
 
 @pytest.mark.parametrize("below", ["", "kv"])
-def test_disk_tier_does_not_follow_the_link_of_another_user(
+def test_disk_path_with_link_of_another_user_raises_value_error(
     kv: Path, tmp_path: Path, below: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path if below else kv)
@@ -170,25 +170,25 @@ def test_disk_tier_does_not_follow_the_link_of_another_user(
     else:
         os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
     with pytest.raises(ValueError, match=r"where 'link' is a symbolic link of user \d+; links of"):
-        opened(tmp_path / "link" / below)
+        open_disk(tmp_path / "link" / below)
 
 
-def test_disk_tier_makes_its_directories_for_its_user_alone(tmp_path: Path) -> None:
+def test_disk_creates_directories_for_its_user_alone(tmp_path: Path) -> None:
     umask = os.umask(0)
     try:
-        opened(tmp_path / "new" / "parent" / "kv").close()
+        open_disk(tmp_path / "new" / "parent" / "kv").close()
     finally:
         os.umask(umask)
-    made = tmp_path / "new"
-    modes = {path.stat().st_mode & 0o777 for path in (made, made / "parent", made / "parent/kv")}
+    new = tmp_path / "new"
+    modes = {path.stat().st_mode & 0o777 for path in (new, new / "parent", new / "parent/kv")}
     assert modes == {0o700}
-    assert {file.stat().st_mode & 0o777 for file in (made / "parent/kv").iterdir()} == {0o600}
+    assert {file.stat().st_mode & 0o777 for file in (new / "parent/kv").iterdir()} == {0o600}
 
 
-def test_disk_tier_uses_the_directory_that_it_opened(
+def test_disk_directory_swapped_after_open_has_no_effect(
     kv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A swap of names between two steps does not lead to other files."""
+    """Renaming the directory between two steps does not lead to other files."""
     (tmp_path / "other").mkdir()
     check = safe_open.check_ownership
 
@@ -198,15 +198,15 @@ def test_disk_tier_uses_the_directory_that_it_opened(
         (tmp_path / "other").rename(kv)
 
     monkeypatch.setattr("kvcache.tiers.disk.directory.check_ownership", swap)
-    with closing(opened(kv)) as tier:
-        assert held(tier, KEYS) == [True] * 3
+    with closing(open_disk(kv)) as tier:
+        assert load_hits(tier, KEYS) == [True] * 3
     assert not list(kv.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("path", "means"),
+    ("path", "expanded"),
     [
-        ("~/kv", "/srv/ours/kv"),
+        ("~/kv", "/srv/home/kv"),
         ("$KV_ROOT/kv", "/mnt/fast/kv"),
         ("/data/${KV_ROOT}x", "/data//mnt/fastx"),
         ("a/~/b", "a/~/b"),
@@ -214,53 +214,51 @@ def test_disk_tier_uses_the_directory_that_it_opened(
         (".", "."),
     ],
 )
-def test_location_expands_home_and_variables(
-    path: str, means: str, monkeypatch: pytest.MonkeyPatch
+def test_expand_path_replaces_home_and_variables(
+    path: str, expanded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/srv/ours")
+    monkeypatch.setenv("HOME", "/srv/home")
     monkeypatch.setenv("KV_ROOT", "/mnt/fast")
-    assert safe_open.expand_path(path) == Path.cwd() / means
+    assert safe_open.expand_path(path) == Path.cwd() / expanded
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("", "path is ''; it takes a directory"),
         ("  ", "it takes a directory"),
         ("/a\0b", "it takes a directory"),
         ("$KV_NOT_SET/kv", "the environment variable 'KV_NOT_SET' is not set"),
         ("/mnt/${KV_EMPTY}", "the environment variable 'KV_EMPTY' is not set"),
-        ("~nobody-of-that-name/kv", "there is no such home directory"),
+        ("~no-such-user/kv", "there is no such home directory"),
     ],
 )
-def test_disk_tier_refuses_a_path_that_means_nothing(
-    path: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_disk_with_invalid_path_raises_value_error(
+    path: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KV_EMPTY", "")
-    with pytest.raises(ValueError, match=says):
-        DiskTier(block_nbytes=PAGE, path=path, capacity=capacity(4))
+    with pytest.raises(ValueError, match=message):
+        DiskTier(block_nbytes=PAGE, path=path, capacity=capacity_for(4))
     assert not list(tmp_path.iterdir())
 
 
-def test_disk_tier_of_an_older_format_starts_empty(
-    kv: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_disk_with_older_format_starts_empty(kv: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "kvcache")
     with (kv / "records").open("r+b") as records:
         records.write(b"kvcdisk1")
-    with closing(opened(kv)) as tier:
-        assert held(tier, KEYS) == [False] * 3
+    with closing(open_disk(kv)) as tier:
+        assert load_hits(tier, KEYS) == [False] * 3
     assert "of another format or block size deleted" in caplog.text
 
 
-def test_disk_tier_opens_the_files_of_the_release_before(kv: Path) -> None:
-    """Its files of blocks have no mark, and their records do not say that they have."""
+def test_disk_with_unmarked_blocks_file_of_previous_release_keeps_blocks(kv: Path) -> None:
+    """That release did not mark `blocks`, and its `records` do not claim a mark."""
     with suppress(OSError):
         os.removexattr(kv / "blocks", "user.kvcache")
     with (kv / "records").open("r+b") as records:
         records.seek(24)
         records.write(bytes(1))
     os.truncate(kv / "blocks", 3 * PAGE)
-    with closing(opened(kv)) as tier:
-        assert held(tier, KEYS) == [True] * 3
+    with closing(open_disk(kv)) as tier:
+        assert load_hits(tier, KEYS) == [True] * 3

@@ -1,4 +1,4 @@
-"""File systems that are full or become read-only under a disk tier; for who may mount them."""
+"""DiskTier on small file systems that are full or become read-only; needs the right to mount."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcache.testing import keys_of
-from tests.tiers.test_disk import blocks, held, opened
+from tests.support.disk_tiers import blocks_of, load_hits, open_disk
 
 SLOTS = 20
 
@@ -36,13 +36,13 @@ def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
             and run("mount", "-o", "loop", str(image), str(path))
         )
     if not ready:
-        pytest.skip(f"only who may mount can have a small {request.param}")
+        pytest.skip(f"this user cannot mount a small {request.param}")
     yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)  # also with a file left open
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # also with an open file
 
 
 def fill(path: Path) -> None:
-    """Leave no room, as somebody else who writes to the same disk."""
+    """Fill the file system with another file."""
     try:
         with (path / "other").open("wb", buffering=0) as other:
             while True:
@@ -52,50 +52,50 @@ def fill(path: Path) -> None:
             raise
 
 
-def test_a_disk_that_is_full_before_start_is_no_place(small: Path) -> None:
+def test_disk_opened_on_full_file_system_raises_value_error(small: Path) -> None:
     fill(small)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"cannot be used: .*No space left|are free"):
-            opened(small / "kv", SLOTS)
+            open_disk(small / "kv", SLOTS)
     (small / "other").unlink()
-    opened(small / "kv", SLOTS).close()
+    open_disk(small / "kv", SLOTS).close()
 
 
-def test_a_disk_that_is_full_after_start_takes_what_was_promised(small: Path) -> None:
+def test_disk_on_file_system_filled_after_start_stores_up_to_capacity(small: Path) -> None:
     keys = keys_of("a", 3 * SLOTS)
-    with closing(opened(small / "kv", SLOTS)) as tier:
+    with closing(open_disk(small / "kv", SLOTS)) as tier:
         fill(small)
         for at in range(0, len(keys), SLOTS):
-            now = keys[at : at + SLOTS]
-            assert tier.store(now, blocks(now)) == [True] * SLOTS
-            assert held(tier, now) == [True] * SLOTS
-    with closing(opened(small / "kv", SLOTS)) as tier:  # what it had counts as room
-        assert held(tier, now) == [True] * SLOTS
+            piece = keys[at : at + SLOTS]
+            assert tier.store(piece, blocks_of(piece)) == [True] * SLOTS
+            assert load_hits(tier, piece) == [True] * SLOTS
+    with closing(open_disk(small / "kv", SLOTS)) as tier:  # its own files count as room
+        assert load_hits(tier, piece) == [True] * SLOTS
     with pytest.raises(ValueError, match=r"asks for .*KiB at .*, where .*KiB are free"):
-        opened(small / "kv", SLOTS + 20)
-    opened(small / "kv", SLOTS).close()
+        open_disk(small / "kv", SLOTS + 20)
+    open_disk(small / "kv", SLOTS).close()
 
 
-def test_a_read_only_file_system_is_no_place(small: Path) -> None:
+def test_disk_opened_on_read_only_file_system_raises_value_error(small: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
     with pytest.raises(ValueError, match=r"cannot be used: .*Read-only"):
-        opened(small / "kv", SLOTS)
+        open_disk(small / "kv", SLOTS)
 
 
 @pytest.mark.parametrize("small", ["ext4"], indirect=True)
-def test_a_file_system_that_becomes_read_only(small: Path) -> None:
-    """As ext4 makes itself when the disk below fails: it declines, and all that is there stays."""
+def test_disk_on_file_system_that_becomes_read_only_keeps_its_blocks(small: Path) -> None:
+    """ext4 makes itself read-only when its disk fails."""
     old, new = keys_of("old", SLOTS), keys_of("new", 5)
-    with closing(opened(small / "kv", SLOTS)) as tier:
-        assert all(tier.store(old, blocks(old)))
+    with closing(open_disk(small / "kv", SLOTS)) as tier:
+        assert all(tier.store(old, blocks_of(old)))
         os.sync()
         subprocess.run(["mount", "-o", "remount,abort", str(small)], check=True)
-        assert tier.store(new, blocks(new)) == [False] * 5
-        assert held(tier, new) == [False] * 5
-        assert held(tier, old) == [True] * SLOTS
+        assert tier.store(new, blocks_of(new)) == [False] * 5
+        assert load_hits(tier, new) == [False] * 5
+        assert load_hits(tier, old) == [True] * SLOTS
         tier.remove(old[:1])
         assert tier.contains(old[:2]) == [False, True]
-        assert tier._index.pinned_slots == 0
-        tier._index.check()
+        assert tier.index.pinned_slots == 0
+        tier.index.check()
     with pytest.raises(ValueError, match=r"cannot be used: .*Read-only"):
-        opened(small / "kv", SLOTS)
+        open_disk(small / "kv", SLOTS)

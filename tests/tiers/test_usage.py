@@ -14,15 +14,15 @@ from kvcache.testing import block_of, keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import PAGE, Framed, frame_nbytes
+from tests.support.disk_tiers import capacity_for
 from tests.support.frames import DictTier
 from tests.support.wrong_results import EXCEPTIONS
-from tests.tiers.test_disk import capacity
 
 FRAME = frame_nbytes(PAGE)
 
 
 def test_framed_usage_over_disk_counts_bytes_evictions_and_rejections(tmp_path: Path) -> None:
-    room = capacity(4, FRAME)
+    room = capacity_for(4, FRAME)
     disk = DiskTier(block_nbytes=FRAME, path=str(tmp_path), capacity=room)
     with closing(Framed(disk, block_nbytes=PAGE)) as tier:
         assert tier.usage() == TierUsage(0, 4 * FRAME, 0)

@@ -1,13 +1,13 @@
-"""The files of a disk tier's directory: which process has them, and what they take of a disk.
+"""The open files of a disk tier's directory, and the space that they take.
 
 Always true here:
 
-* One process has the directory open, from :class:`Directory` to its ``close``, or its own end. A
-  process that it forked does not have it.
-* Nothing is changed in a directory where a file of the tier's is not the tier's.
-* Nobody but the owner can read the files, also when they were there before.
-* Space is taken when it is asked for and not when it is written to. What the file system needs to
-  keep account of it comes on top.
+* One process has the directory open, from the construction of :class:`TierDirectory` to its
+  ``close`` or to the end of the process. A forked child does not have it open.
+* If one of the files was not written by a tier, nothing in the directory is changed.
+* Only the owner can read the files, also if they existed with other permissions.
+* Space is allocated when the tier is opened, not when blocks are written. The file system's own
+  metadata comes on top.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kvcache.process import bind_to_process
 from kvcache.replica import Replica
 from kvcache.sizes import format_size
 from kvcache.tiers.disk import lock_file
-from kvcache.tiers.disk.record_file import PAGE, foreign_file
+from kvcache.tiers.disk.record_file import PAGE, find_foreign_file
 from kvcache.tiers.disk.replicas import (
-    Share,
-    cut,
-    directory_name,
-    one_at_a_time,
-    reclaim,
+    FileSizes,
+    reclaim_space,
     replica_directories,
+    replica_directory,
+    startup_lock,
+    truncate_files,
 )
 from kvcache.tiers.disk.safe_open import (
     check_ownership,
@@ -41,166 +41,190 @@ from kvcache.tiers.disk.safe_open import (
     open_subdirectory,
 )
 
-_MADE = os.O_RDWR | os.O_CREAT
+_CREATE = os.O_RDWR | os.O_CREAT
 
 
-class Directory:
-    """A directory of one tier's own, made if it is not there.
+class TierDirectory:
+    """A tier's directory with its files; created if it does not exist.
 
     Args:
-        path: where; absolute.
-        replica: which one of the engine's, of how many. Others than the first have a directory
+        path: the absolute path that the replicas of one engine share.
+        replica: which replica this is, of how many. Replicas other than the first have a directory
             below ``path``.
-        share: what its files may have of the disk; what they have beyond is given up.
+        sizes: the size that the files may have; a larger file is cut.
 
     Attributes:
         path: the directory of this replica.
-        folder: the open directory.
-        lock, records, blocks: the files, by number.
+        folder_fd: the descriptor of the directory.
+        lock_fd, records_fd, blocks_fd: the descriptors of the files.
 
     Raises:
-        ValueError: when it is no directory, or cannot be trusted, or another process has it open.
-        OSError: for whatever else the file system says.
+        ValueError: the path is not a directory, or cannot be trusted, or another process has it
+            open.
+        OSError: the file system reported another error.
     """
 
-    def __init__(self, path: Path, replica: Replica, share: Share) -> None:
-        self.path = path / directory_name(replica.index)
-        self._open: list[int] = []
+    def __init__(self, path: Path, replica: Replica, sizes: FileSizes) -> None:
+        self.path = path / replica_directory(replica.index)
+        self._fds: list[int] = []
         self._locked = False
         try:
-            root = self._kept(open_directory(path, make=True))
-            check_ownership(root, path)
-            with one_at_a_time(root, path, replica):
-                folder = root
+            root_fd = self.close_later(open_directory(path, make=True))
+            check_ownership(root_fd, path)
+            with startup_lock(root_fd, path, replica):
+                self.folder_fd = root_fd
                 if replica.index:
-                    name = directory_name(replica.index)
-                    folder = self._kept(open_subdirectory(root, name, path, make=True))
-                    check_ownership(folder, self.path)
-                self.folder = folder
-                self._open_files(folder, share)
-                reclaim(root, path, replica, share)
+                    name = replica_directory(replica.index)
+                    self.folder_fd = self.close_later(
+                        open_subdirectory(root_fd, name, path, make=True)
+                    )
+                    check_ownership(self.folder_fd, self.path)
+                self._open_files(sizes)
+                reclaim_space(root_fd, path, replica, sizes)
         except BaseException:
             self.close()
             raise
         bind_to_process(self)
 
-    def _open_files(self, folder: int, share: Share) -> None:
-        """Lock the directory and open its files; change nothing before all of them are ours."""
-        self.lock = self._kept(open_file(folder, "lock", self.path, _MADE))
-        _refuse_foreign({"lock": self.lock}, self.path)
-        lock_file.take(self.lock, self.path)
+    def _open_files(self, sizes: FileSizes) -> None:
+        """Lock the directory and open its files. Before all are checked, change none of them."""
+        self.lock_fd = self._open("lock")
+        _refuse_foreign_files({"lock": self.lock_fd}, self.path)
+        lock_file.acquire(self.lock_fd, self.path)
         self._locked = True
-        self.records = self._kept(open_file(folder, "records", self.path, _MADE))
-        self.blocks = self._kept(open_file(folder, "blocks", self.path, _MADE))
-        _refuse_foreign({"records": self.records, "blocks": self.blocks}, self.path)
-        lock_file.sign(self.lock)
-        for file in (self.lock, self.records, self.blocks):
-            if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:  # it was there, for others to read
-                os.fchmod(file, 0o600)
-        cut(self.records, self.blocks, share)
+        self.records_fd = self._open("records")
+        self.blocks_fd = self._open("blocks")
+        files = {"records": self.records_fd, "blocks": self.blocks_fd}
+        _refuse_foreign_files(files, self.path)
+        lock_file.write_pid(self.lock_fd)
+        for fd in (self.lock_fd, self.records_fd, self.blocks_fd):
+            if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077:  # it existed, readable for others
+                os.fchmod(fd, 0o600)
+        truncate_files(self.records_fd, self.blocks_fd, sizes)
 
-    def _kept(self, file: int) -> int:
-        """Have ``file`` closed with the directory."""
-        self._open.append(file)
-        return file
+    def _open(self, name: str) -> int:
+        return self.close_later(open_file(self.folder_fd, name, self.path, _CREATE))
+
+    def close_later(self, fd: int) -> int:
+        """Close ``fd`` together with the directory; return it."""
+        self._fds.append(fd)
+        return fd
 
     def check_room(self, need: int) -> None:
-        """Raise ``ValueError`` where the two files cannot have ``need`` bytes together."""
-        have = sum(os.fstat(file).st_blocks * 512 for file in (self.records, self.blocks))
-        if why := shortage(self.path, need, have):
-            raise ValueError(why)
+        """Raise ``ValueError`` if the two files cannot have ``need`` bytes together."""
+        allocated = sum(os.fstat(fd).st_blocks * 512 for fd in (self.records_fd, self.blocks_fd))
+        if problem := shortage(self.path, need, allocated):
+            raise ValueError(problem)
 
-    def take_blocks(self, nbytes: int) -> None:
-        """Give the file of blocks its space; from now on it is direct where it can be."""
-        os.ftruncate(self.blocks, nbytes)
-        os.posix_fallocate(self.blocks, 0, nbytes)
-        flags = fcntl.fcntl(self.blocks, fcntl.F_GETFL)
+    def allocate_blocks(self, nbytes: int) -> None:
+        """Allocate the space of the file ``blocks``, and use direct I/O on it where possible."""
+        fd = self.blocks_fd
+        os.ftruncate(fd, nbytes)
+        os.posix_fallocate(fd, 0, nbytes)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         try:
-            fcntl.fcntl(self.blocks, fcntl.F_SETFL, flags | os.O_DIRECT)
-            os.preadv(self.blocks, [memoryview(mmap.mmap(-1, PAGE))], 0)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+            os.preadv(fd, [memoryview(mmap.mmap(-1, PAGE))], 0)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            fcntl.fcntl(self.blocks, fcntl.F_SETFL, flags)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
     def close(self) -> None:
         """Close the files. Closing twice is allowed."""
         if self._locked:
-            # Closing it is not enough where another process has inherited it.
-            fcntl.flock(self.lock, fcntl.LOCK_UN)
+            # A process that inherited the file would keep the lock if it were only closed here.
+            fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
             self._locked = False
-        while self._open:
-            os.close(self._open.pop())
+        while self._fds:
+            os.close(self._fds.pop())
 
     def _release_in_child(self) -> None:
-        """In a child: close its copies; the lock would else last as long as the child.
+        """In a forked child: close the child's copies of the files, which would keep the lock.
 
-        A ``close`` that was bound before the fork runs here as it is, and must not unlock what has
-        the lock's number by then.
+        A bound ``close`` from before the fork may run in the child. It must not unlock the parent's
+        file, nor a file that has the descriptor's number by then.
         """
         self._locked = False
-        while self._open:
-            os.close(self._open.pop())
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 def check_usable(path: Path) -> None:
-    """Raise ``ValueError`` for a directory that a tier would refuse. Makes and changes nothing.
+    """Check a directory as a tier would that opens it; create and change nothing.
 
-    Raises OSError for what the file system reports; a directory that is not there is no error.
+    A directory that does not exist is usable.
+
+    Raises:
+        ValueError: a tier would refuse the directory.
+        OSError: the file system reported another error.
     """
     try:
-        folder = open_directory(path, make=False)
+        folder_fd = open_directory(path, make=False)
     except FileNotFoundError:
         return
     files: dict[str, int] = {}
     try:
-        check_ownership(folder, path)
+        check_ownership(folder_fd, path)
         for name in ("lock", "records", "blocks"):
             with suppress(FileNotFoundError):
-                files[name] = open_file(folder, name, path)
-        _refuse_foreign(files, path)
+                files[name] = open_file(folder_fd, name, path)
+        _refuse_foreign_files(files, path)
     finally:
-        for file in (folder, *files.values()):
-            os.close(file)
+        for fd in (folder_fd, *files.values()):
+            os.close(fd)
 
 
-def _refuse_foreign(files: Mapping[str, int], path: Path) -> None:
-    """Raise ``ValueError`` if one of the files that a tier has in ``path`` is not a tier's."""
-    if name := _foreign(files):
+def _refuse_foreign_files(files: Mapping[str, int], path: Path) -> None:
+    """Raise ``ValueError`` if a file was not written by a tier.
+
+    Args:
+        files: descriptors, by name.
+        path: the directory.
+    """
+    if name := _find_foreign(files):
         raise ValueError(
             f"path is {str(path)!r}, where {name!r} was not written by kvcache; move it away, or "
             "give the tier a directory of its own"
         )
 
 
-def _foreign(files: Mapping[str, int]) -> str | None:
-    if "lock" in files and not lock_file.is_lock(files["lock"]):
+def _find_foreign(files: Mapping[str, int]) -> str | None:
+    if "lock" in files and not lock_file.is_lock_file(files["lock"]):
         return "lock"
     if "records" in files and "blocks" in files:
-        return foreign_file(files["records"], files["blocks"])
+        return find_foreign_file(files["records"], files["blocks"])
     return "blocks" if "blocks" in files and os.fstat(files["blocks"]).st_size else None
 
 
-def shortage(path: Path, need: int, have: int | None = None) -> str | None:
-    """Why a tier's files in ``path`` cannot have ``need`` bytes together; ``None`` if they can.
+def shortage(path: Path, need: int, allocated: int | None = None) -> str | None:
+    """Return why a tier's files in ``path`` cannot have ``need`` bytes; ``None`` if they can.
 
-    ``have`` is what they have already, by default all that replicas have there. Opens nothing.
-    Raises OSError where ``path`` is not there.
+    Args:
+        path: an existing directory.
+        need: bytes of the files ``records`` and ``blocks`` together.
+        allocated: bytes that they have already; by default those of all replicas below ``path``.
+
+    Raises:
+        OSError: ``path`` does not exist.
     """
     space = os.statvfs(path)
-    fits = space.f_bavail * space.f_frsize + (sum(_taken(path)) if have is None else have)
-    if need <= fits:
+    if allocated is None:
+        allocated = sum(_allocated_nbytes(path))
+    room = space.f_bavail * space.f_frsize + allocated
+    if need <= room:
         return None
     return (
-        f"capacity asks for {format_size(need)} at {str(path)!r}, where {format_size(fits)} are "
+        f"capacity asks for {format_size(need)} at {str(path)!r}, where {format_size(room)} are "
         "free"
     )
 
 
-def _taken(path: Path) -> Iterator[int]:
+def _allocated_nbytes(path: Path) -> Iterator[int]:
+    """Yield the allocated bytes of each file of each replica, without opening it."""
     for name in replica_directories(path).values():
         for file in ("records", "blocks"):
             with suppress(OSError):
-                found = (path / name / file).lstat()
-                if stat.S_ISREG(found.st_mode):
-                    yield found.st_blocks * 512
+                status = (path / name / file).lstat()
+                if stat.S_ISREG(status.st_mode):
+                    yield status.st_blocks * 512

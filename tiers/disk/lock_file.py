@@ -1,4 +1,4 @@
-"""Which process has a disk tier's directory open: a lock on one of its files."""
+"""The file ``lock`` of a tier's directory: a lock for one process, and the id of that process."""
 
 from __future__ import annotations
 
@@ -9,55 +9,59 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_NBYTES = 32
-_WRITTEN = re.compile(rb"(\d+ *)?")
+_CONTENT_NBYTES = 32
+_CONTENT = re.compile(rb"(\d+ *)?")
 
 
-def is_lock(file: int) -> bool:
-    """Whether a file has what :func:`sign` writes, or nothing."""
-    written = os.pread(file, _NBYTES + 1, 0)
-    return len(written) <= _NBYTES and _WRITTEN.fullmatch(written) is not None
+def is_lock_file(fd: int) -> bool:
+    """Whether a file has what :func:`write_pid` writes, or nothing."""
+    content = os.pread(fd, _CONTENT_NBYTES + 1, 0)
+    return len(content) <= _CONTENT_NBYTES and _CONTENT.fullmatch(content) is not None
 
 
-def take(file: int, path: Path) -> None:
-    """Lock the file, in the directory ``path``, until it is closed or unlocked.
+def acquire(fd: int, path: Path) -> None:
+    """Lock the file in the directory ``path``, until it is closed or unlocked.
 
-    Raises ValueError when it is locked.
+    Raises:
+        ValueError: another process has locked it; the message names that process.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        written = os.pread(file, _NBYTES, 0).decode(errors="replace").strip() or "?"
-        pid = (
-            _find_owner(os.fstat(file), held=True) or f"{written} (which cannot be seen from here)"
-        )
+        written_pid = os.pread(fd, _CONTENT_NBYTES, 0).decode(errors="replace").strip() or "?"
+        owner = _find_owner(os.fstat(fd), locked=True)
+        pid = owner or f"{written_pid} (which cannot be seen from here)"
         raise ValueError(
             f"path is {str(path)!r}, which process {pid} has open; every tier needs a directory of "
             "its own"
         ) from None
 
 
-def sign(file: int) -> None:
-    """Write into a file that was locked which process has locked it."""
-    os.pwrite(file, str(os.getpid()).ljust(_NBYTES).encode(), 0)
+def write_pid(fd: int) -> None:
+    """Write the id of this process into the file, which this process has locked."""
+    os.pwrite(fd, str(os.getpid()).ljust(_CONTENT_NBYTES).encode(), 0)
 
 
 def find_owner(path: Path) -> int | None:
-    """The process that has the directory open, if it can be seen from here.
+    """Return the process that has the directory ``path`` open, if this process can see it.
 
-    Takes no lock: that, however shortly, could refuse an engine that starts in this moment.
+    This takes no lock: even a short one could make an engine that starts now fail.
     """
     try:
-        return _find_owner((path / "lock").lstat(), held=False)
+        return _find_owner((path / "lock").lstat(), locked=False)
     except OSError:
         return None
 
 
-def _find_owner(lock: os.stat_result, held: bool) -> int | None:
-    """The process that has a lock on the file; ``held`` says that one has.
+def _find_owner(lock: os.stat_result, locked: bool) -> int | None:
+    """Return the process that has locked a file.
 
-    The kernel names the process that took it. When that one has ended, a process that it started
-    has the lock, and has the file open.
+    The kernel names the process that took the lock. If that process has ended, a child of it that
+    inherited the open file has the lock.
+
+    Args:
+        lock: the file's status.
+        locked: whether the file is known to be locked.
     """
     file = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
     with suppress(OSError):
@@ -66,16 +70,16 @@ def _find_owner(lock: os.stat_result, held: bool) -> int | None:
                 case [_, "FLOCK", _, "WRITE", pid, where, *_] if where == file:
                     if Path("/proc", pid).exists():
                         return int(pid)
-                    held = True
-    return next(_having_open(lock), None) if held else None
+                    locked = True
+    return next(_processes_with_open(lock), None) if locked else None
 
 
-def _having_open(file: os.stat_result) -> Iterator[int]:
-    """Other processes that have a file open, as far as they can be seen."""
+def _processes_with_open(file: os.stat_result) -> Iterator[int]:
+    """Yield the other processes that have a file open, of those that this process can see."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
-            with suppress(OSError):  # of another user, or it has ended
-                for opened in (process / "fd").iterdir():
+            with suppress(OSError):  # the process belongs to another user, or has ended
+                for open_file in (process / "fd").iterdir():
                     with suppress(OSError):
-                        if os.path.samestat(opened.stat(), file):
+                        if os.path.samestat(open_file.stat(), file):
                             yield int(process.name)

@@ -1,10 +1,11 @@
-"""The file ``spaces``: which namespaces were reset, and what people may know of each.
+"""The file ``spaces`` of a tier's directory: which namespaces were reset, and their descriptions.
 
-A JSON object: ``reset`` has the random bytes of the last reset of a namespace, ``about`` the
-description of each, under the name it has in this directory; both by hex.
+A JSON object with two tables, keyed by the hex of a namespace: ``reset`` has the random bytes of
+the namespace's last reset; ``about`` has the description of each namespace, under the name that it
+has in this directory.
 
 Always true here: the file is replaced as a whole, and is on the disk when a call returns. So a
-reset outlasts the end of the process at any moment, and a power cut.
+reset survives the end of the process at any moment, and a power cut.
 """
 
 from __future__ import annotations
@@ -19,62 +20,67 @@ from kvcache.keys import namespace_after_reset
 from kvcache.tiers.disk.safe_open import open_file
 
 NAME: Final = "spaces"
-_NEW: Final = "spaces.new"
-FILES: Final = (NAME, _NEW)
-DESCRIBED: Final = 256  # namespaces at most, those opened last
+_NEW_NAME: Final = "spaces.new"
+FILE_NAMES: Final = (NAME, _NEW_NAME)
+MAX_DESCRIPTIONS: Final = 256
+"""Descriptions of more namespaces are deleted, the oldest first."""
 _RESET_NBYTES: Final = 16
-_MOST_NBYTES: Final = 16 << 20
+_MAX_FILE_NBYTES: Final = 16 << 20
+
+Tables = dict[str, dict[str, str]]
 
 
-def resolve(folder: int, path: Path, namespace: bytes, about: str) -> bytes:
-    """What ``namespace`` is called in a directory; ``about`` is kept there under that name.
+def resolve(folder_fd: int, path: Path, namespace: bytes, about: str) -> bytes:
+    """Return the name that ``namespace`` has in a directory; keep ``about`` under that name.
 
-    ``folder`` is the open directory, and ``path`` its path, for messages.
+    Args:
+        folder_fd: the open directory.
+        path: its path, for messages.
+        namespace: the namespace as the connector computed it.
+        about: its description, as JSON; "" keeps none.
 
     Raises:
-        OSError, ValueError: when it cannot be known whether the namespace was reset.
+        OSError, ValueError: it cannot be found out whether the namespace was reset.
     """
-    found = read(folder, path)
-    called = namespace_after_reset(
-        namespace, bytes.fromhex(found["reset"].get(namespace.hex(), ""))
-    )
-    described = found["about"]
-    if about and described.get(called.hex()) != about:
-        described.pop(called.hex(), None)
-        described[called.hex()] = about
-        while len(described) > DESCRIBED:
-            del described[next(iter(described))]
-        _write(folder, found)
-    return called
+    tables = read(folder_fd, path)
+    name = namespace_after_reset(namespace, bytes.fromhex(tables["reset"].get(namespace.hex(), "")))
+    descriptions = tables["about"]
+    if about and descriptions.get(name.hex()) != about:
+        descriptions.pop(name.hex(), None)  # so that the new one is the last
+        descriptions[name.hex()] = about
+        while len(descriptions) > MAX_DESCRIPTIONS:
+            del descriptions[next(iter(descriptions))]
+        _write(folder_fd, tables)
+    return name
 
 
-def forget(folder: int, path: Path, namespace: bytes) -> None:
-    """Give ``namespace`` another name in a directory, from the next opening on.
+def reset(folder_fd: int, path: Path, namespace: bytes) -> None:
+    """Change the name that :func:`resolve` returns for ``namespace`` from now on.
 
     Raises:
-        OSError, ValueError: when that cannot be read or written.
+        OSError, ValueError: the file cannot be read or written.
     """
-    found = read(folder, path)
-    found["reset"][namespace.hex()] = os.urandom(_RESET_NBYTES).hex()
-    _write(folder, found)
+    tables = read(folder_fd, path)
+    tables["reset"][namespace.hex()] = os.urandom(_RESET_NBYTES).hex()
+    _write(folder_fd, tables)
 
 
-def read(folder: int, path: Path) -> dict[str, dict[str, str]]:
-    """What the file has; nothing where there is none.
+def read(folder_fd: int, path: Path) -> Tables:
+    """Return the two tables; empty ones if there is no file.
 
     Raises:
-        OSError: when it cannot be read.
-        ValueError: when it is not a file of this tier, or is damaged.
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or was not written by a tier.
     """
     try:
-        file = open_file(folder, NAME, path, os.O_RDONLY)
+        fd = open_file(folder_fd, NAME, path, os.O_RDONLY)
     except FileNotFoundError:
         return {"reset": {}, "about": {}}
-    with os.fdopen(file, "rb") as opened:
-        text = opened.read(_MOST_NBYTES)
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(_MAX_FILE_NBYTES)
     try:
-        found: Any = json.loads(text)
-        tables = {name: dict(found[name]) for name in ("reset", "about")}
+        content: Any = json.loads(text)
+        tables = {name: dict(content[name]) for name in ("reset", "about")}
         if all(isinstance(each, str) for table in tables.values() for each in table.values()):
             return tables
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -82,13 +88,13 @@ def read(folder: int, path: Path) -> dict[str, dict[str, str]]:
     raise ValueError(f"{str(path / NAME)!r} is damaged; delete it together with the blocks there")
 
 
-def _write(folder: int, found: dict[str, dict[str, str]]) -> None:
-    with suppress(FileNotFoundError):  # a killed process left it
-        os.unlink(_NEW, dir_fd=folder)
+def _write(folder_fd: int, tables: Tables) -> None:
+    with suppress(FileNotFoundError):  # a process that was killed may have left one
+        os.unlink(_NEW_NAME, dir_fd=folder_fd)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(_NEW, flags, 0o600, dir_fd=folder), "wb") as file:
-        file.write(json.dumps(found).encode())
+    with os.fdopen(os.open(_NEW_NAME, flags, 0o600, dir_fd=folder_fd), "wb") as file:
+        file.write(json.dumps(tables).encode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(_NEW, NAME, src_dir_fd=folder, dst_dir_fd=folder)
-    os.fsync(folder)
+    os.replace(_NEW_NAME, NAME, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    os.fsync(folder_fd)

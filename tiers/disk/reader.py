@@ -1,10 +1,10 @@
-"""What a disk tier holds, read from outside: also while an engine has the tier open.
+"""Reads the directory of a disk tier, also while an engine has it open.
 
 Always true here:
 
-* Nothing is written, made or locked, and space that others count on is not taken.
-* A block is given only if its record stayed as it was while it was read. The tier clears a record
-  before it writes to the slot, so such a block is whole.
+* Nothing is written, created or locked, and no space is taken from the tier.
+* A block is returned only if its record did not change while the block was read. The tier clears a
+  record before it writes to the slot, so such a block is whole.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from kvcache.tiers.disk.safe_open import open_directory, open_file
 
 
 class DiskReader(Tier):
-    """A tier that has what a disk tier's directory had when this was opened, and takes nothing.
+    """A read-only tier with the blocks that a directory had when this was opened.
 
     Args:
         path: the directory.
 
     Attributes:
-        geometry: bytes of a slot, and how many slots there are.
+        geometry: bytes of a slot, and the number of slots.
 
     Raises:
-        ValueError: where there is no disk tier of this version, or it is not ours to read.
+        ValueError: the directory has no disk tier of this version, or cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        self._files: list[int] = []
+        self._fds: list[int] = []
         try:
-            folder = open_directory(path.absolute(), make=False)
-            self._files.append(folder)
-            self._folder, self._path = folder, path
-            self._record_file = self._open(folder, "records", path)
-            self._block_file = self._open(folder, "blocks", path, os.O_DIRECT)
-            geometry = read_geometry(self._record_file)
-            space = os.fstat(self._block_file).st_size
-            if geometry is None or geometry.slot_nbytes not in range(PAGE, space + 1, PAGE):
+            self._path = path
+            self._folder_fd = open_directory(path.absolute(), make=False)
+            self._fds.append(self._folder_fd)
+            self._records_fd = self._open("records")
+            self._blocks_fd = self._open("blocks", os.O_DIRECT)
+            geometry = read_geometry(self._records_fd)
+            blocks_nbytes = os.fstat(self._blocks_fd).st_size
+            if geometry is None or geometry.slot_nbytes not in range(PAGE, blocks_nbytes + 1, PAGE):
                 raise ValueError(f"{str(path)!r} has no disk tier that this version can read")
             self.geometry = geometry
             self._records = {
-                record.key: record for record in sorted(read_records(self._record_file, geometry))
+                record.key: record for record in sorted(read_records(self._records_fd, geometry))
             }
-            self._memory = mmap.mmap(-1, geometry.slot_nbytes)
-        except (OSError, OverflowError) as error:  # a slot may be larger than any memory
+            self._buffer = mmap.mmap(-1, geometry.slot_nbytes)
+        except (OSError, OverflowError) as error:  # Overflow: a slot larger than memory
             self.close()
             raise ValueError(f"cannot read a disk tier at {str(path)!r}: {error}") from error
         except ValueError:
@@ -60,19 +60,22 @@ class DiskReader(Tier):
             raise
         bind_to_process(self)
 
-    def _open(self, folder: int, name: str, path: Path, flags: int = 0) -> int:
-        """Open to read; past the page cache, which the tier's own writes go past, where it can."""
+    def _open(self, name: str, flags: int = 0) -> int:
+        """Open a file to read; without ``flags`` if the file system does not support them.
+
+        The tier's own writes bypass the page cache, so reads should too (``O_DIRECT``).
+        """
         try:
-            file = open_file(folder, name, path, os.O_RDONLY | flags)
+            fd = open_file(self._folder_fd, name, self._path, os.O_RDONLY | flags)
         except OSError as error:
             if not flags or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            file = open_file(folder, name, path, os.O_RDONLY)
-        self._files.append(file)
-        return file
+            fd = open_file(self._folder_fd, name, self._path, os.O_RDONLY)
+        self._fds.append(fd)
+        return fd
 
     def __iter__(self) -> Iterator[Record]:
-        """The records, oldest first; of two with one key the newer one."""
+        """The records, oldest first; of two with the same key, the newer one."""
         return iter(self._records.values())
 
     def __len__(self) -> int:
@@ -88,27 +91,29 @@ class DiskReader(Tier):
         record = self._records.get(key)
         if record is None or record.nbytes > len(buffer):
             return 0
-        pages = memoryview(self._memory)[: -(-record.nbytes // PAGE) * PAGE]
+        pages = memoryview(self._buffer)[: -(-record.nbytes // PAGE) * PAGE]
         try:
-            got = os.preadv(self._block_file, [pages], record.slot * self.geometry.slot_nbytes)
+            read_nbytes = os.preadv(
+                self._blocks_fd, [pages], record.slot * self.geometry.slot_nbytes
+            )
         except OSError:
-            got = 0
-        if got < record.nbytes or not self.is_unchanged(key):
+            read_nbytes = 0
+        if read_nbytes < record.nbytes or not self.is_unchanged(key):
             return 0
         buffer[: record.nbytes] = pages[: record.nbytes]
         return record.nbytes
 
     def descriptions(self) -> dict[str, str]:
-        """The description of each namespace, by its hex; none where they cannot be read."""
+        """The description of each namespace, by its hex; empty if they cannot be read."""
         try:
-            return namespace_file.read(self._folder, self._path)["about"]
+            return namespace_file.read(self._folder_fd, self._path)["about"]
         except (OSError, ValueError):
             return {}
 
     def is_unchanged(self, key: bytes) -> bool:
-        """Whether the block is where it was when this was opened, and was not written again."""
+        """Whether the block is still in the slot that it had when this was opened."""
         record = self._records[key]
-        return read_record(self._record_file, self.geometry, record.slot) == record
+        return read_record(self._records_fd, self.geometry, record.slot) == record
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
@@ -116,8 +121,8 @@ class DiskReader(Tier):
         return [False] * len(keys)
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Does nothing: what is damaged is for the tier's owner to remove."""
+        """Do nothing: only the engine that has the tier open removes blocks."""
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.pop())
+        while self._fds:
+            os.close(self._fds.pop())

@@ -1,16 +1,19 @@
-"""The file of records: which block is in which slot of the file of blocks.
+"""The file ``records`` of a tier's directory: which block is in which slot of the file ``blocks``.
 
-A page of geometry (magic, bytes of a slot, slots, whether the file of blocks is marked), then 256
-bytes per slot, zeros where there is no block. Little-endian, in a record: slot (4), generation (8),
-bytes of the block (8), bytes of the key (1), bytes of the key before it (1), the keys (64 each), a
-CRC-32 of all that (4), zeros.
+::
+
+    page of geometry   magic (8), bytes of a slot (8), slots (8), whether ``blocks`` is marked (1)
+    a record per slot  slot (4), generation (8), bytes of the block (8), bytes of the key (1), bytes
+                       of the parent's key (1), the key (64), the parent's key (64), CRC-32 of all
+                       that (4), zeros up to 256; zeros if the slot has no block
+
+Numbers are little-endian; numbers in brackets are bytes.
 
 Always true here:
 
-* Files of another slot size count as empty, as do records that do not verify. With another number
-  of slots, blocks in the slots that stay are kept.
-* A record that was cleared, or stood for a slot that the file of blocks does not reach, never
-  comes back.
+* A file for another slot size counts as empty, as does a record that does not verify. With another
+  number of slots, the blocks in the remaining slots are kept.
+* A record that was cleared, or that is of a slot beyond the end of ``blocks``, never comes back.
 """
 
 from __future__ import annotations
@@ -22,28 +25,30 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-PAGE = 4096  # what direct I/O goes by
+PAGE = 4096  # the unit of direct I/O
 RECORD_NBYTES = 256
-KEY_NBYTES = 64  # at most
+KEY_NBYTES = 64
+"""Bytes of the longest key."""
 
 _MAGIC = b"kvcdisk2"
+_MAGIC_OF_ALL_VERSIONS = _MAGIC[:-1]
 _GEOMETRY = struct.Struct("<8sQQ")
 _PAGE = struct.Struct("<8sQQ?")
 _MARK = "user.kvcache"
 _FIELDS = struct.Struct(f"<IQQBB{KEY_NBYTES}s{KEY_NBYTES}s")
 _CRC = struct.Struct("<I")
-_WHOLE = struct.Struct(f"<{_FIELDS.size}sI{RECORD_NBYTES - _FIELDS.size - _CRC.size}x")
-_READ_NBYTES = 1 << 20  # at a time
-_BEYOND = 1 << 64  # every offset
+_RECORD = struct.Struct(f"<{_FIELDS.size}sI{RECORD_NBYTES - _FIELDS.size - _CRC.size}x")
+_READ_NBYTES = 1 << 20
+_BEYOND_ALL_OFFSETS = 1 << 64
 
 
 def file_nbytes(slots: int) -> int:
-    """Bytes of a file with records for so many slots."""
+    """Bytes of a file with records for ``slots`` slots."""
     return PAGE + slots * RECORD_NBYTES
 
 
 class Record(NamedTuple):
-    """Whose block is in a slot. Records sort by age, the oldest first."""
+    """The block in a slot. Records sort by age, the oldest first."""
 
     generation: int  # higher is newer
     slot: int
@@ -53,152 +58,161 @@ class Record(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What the two files were made for."""
+    """The sizes that the files of a tier were made for."""
 
     slot_nbytes: int
     slots: int
 
 
-def read_geometry(file: int) -> Geometry | None:
-    """What a file of records says of itself; ``None`` if it is no such file."""
-    page = os.pread(file, _GEOMETRY.size, 0)
+def read_geometry(fd: int) -> Geometry | None:
+    """Return the geometry that a file of records contains; ``None`` if it is no such file."""
+    page = os.pread(fd, _GEOMETRY.size, 0)
     if len(page) < _GEOMETRY.size:
         return None
     magic, slot_nbytes, slots = _GEOMETRY.unpack(page)
     return Geometry(slot_nbytes, slots) if magic == _MAGIC else None
 
 
-def foreign_file(records: int, blocks: int | None) -> str | None:
-    """Which of the two files of a tier no version of the tier has written; ``None`` if both are.
+def find_foreign_file(records_fd: int, blocks_fd: int | None) -> str | None:
+    """Return which of a tier's two files was not written by a tier; ``None`` if both were.
 
-    ``blocks`` is None where there is no such file.
+    The page of geometry identifies ``records``. An extended attribute, if the file system keeps
+    any, identifies ``blocks``; a copy of the file has lost it, and is identified by its size.
 
-    The records speak for the file of blocks beside them. Where the file system keeps attributes it
-    has a mark as well; a copy without it is told by its size.
+    Args:
+        records_fd: the file ``records``.
+        blocks_fd: the file ``blocks``; ``None`` if it does not exist.
     """
-    page = os.pread(records, _PAGE.size, 0)
+    page = os.pread(records_fd, _PAGE.size, 0)
     magic, slot_nbytes, slots, marked = _PAGE.unpack(page.ljust(_PAGE.size, b"\0"))
-    ours = magic[:-1] == _MAGIC[:-1]  # of any version
-    if page.strip(b"\0") and not ours:  # zeros: its process was killed when it had made the file
+    is_records = magic[: len(_MAGIC_OF_ALL_VERSIONS)] == _MAGIC_OF_ALL_VERSIONS
+    # Zeros: the process was killed after it had created the file.
+    if page.strip(b"\0") and not is_records:
         return "records"
-    nbytes = 0 if blocks is None else os.fstat(blocks).st_size
-    if (
-        blocks is None
-        or not nbytes
-        or (ours and (not marked or nbytes == slots * slot_nbytes or _is_marked(blocks)))
-    ):
+    nbytes = 0 if blocks_fd is None else os.fstat(blocks_fd).st_size
+    if blocks_fd is None or not nbytes:
+        return None
+    if is_records and (not marked or nbytes == slots * slot_nbytes or _is_marked(blocks_fd)):
         return None
     return "blocks"
 
 
-def _is_marked(blocks: int) -> bool:
+def _is_marked(blocks_fd: int) -> bool:
     try:
-        return bool(os.getxattr(blocks, _MARK))
+        return bool(os.getxattr(blocks_fd, _MARK))
     except OSError:
         return False
 
 
-def mark(blocks: int) -> bool:
-    """Mark the file of blocks as ours; False where its file system keeps no attributes."""
+def mark_blocks(blocks_fd: int) -> bool:
+    """Mark ``blocks`` as a tier's; return False if its file system keeps no attributes."""
     try:
-        os.setxattr(blocks, _MARK, _MAGIC)
+        os.setxattr(blocks_fd, _MARK, _MAGIC)
     except OSError:
         return False
     return True
 
 
-def read_records(file: int, geometry: Geometry) -> Iterator[Record]:
-    """Every record that verifies, by slot. A file takes as long as it has data, not holes."""
-    begin, end = PAGE, file_nbytes(geometry.slots)
-    while (begin := _next_data(file, begin)) < end:
-        piece = os.pread(file, min(_READ_NBYTES, end - begin), begin)
-        if len(piece) < RECORD_NBYTES:
-            return  # cut, by who opened the tier with another geometry
-        at = (begin - PAGE) // RECORD_NBYTES
-        for fields, crc in _WHOLE.iter_unpack(piece[: len(piece) // RECORD_NBYTES * RECORD_NBYTES]):
-            if record := _verified(fields, crc, at, geometry.slot_nbytes):
+def read_records(fd: int, geometry: Geometry) -> Iterator[Record]:
+    """Yield every record that verifies, by slot. The time depends on the data, not on holes."""
+    offset, end = PAGE, file_nbytes(geometry.slots)
+    while (offset := _next_data(fd, offset)) < end:
+        data = os.pread(fd, min(_READ_NBYTES, end - offset), offset)
+        if len(data) < RECORD_NBYTES:
+            return  # another process opened the tier with fewer slots, and cut the file
+        slot = (offset - PAGE) // RECORD_NBYTES
+        for fields, crc in _RECORD.iter_unpack(data[: len(data) // RECORD_NBYTES * RECORD_NBYTES]):
+            if record := _unpack(fields, crc, slot, geometry.slot_nbytes):
                 yield record
-            at += 1
-        begin += _READ_NBYTES
+            slot += 1
+        offset += _READ_NBYTES
 
 
-def _next_data(file: int, begin: int) -> int:
-    """Where the next page with data begins, at ``begin`` or behind it; beyond all if there is none.
+def _next_data(fd: int, offset: int) -> int:
+    """Return where the next page with data begins, at ``offset`` or later.
 
-    A file system without holes answers with ``begin``.
+    If there is none, this is a number larger than all offsets. A file system without holes returns
+    ``offset``.
     """
     try:
-        return os.lseek(file, begin, os.SEEK_DATA) // PAGE * PAGE
+        return os.lseek(fd, offset, os.SEEK_DATA) // PAGE * PAGE
     except OSError as error:
         if error.errno == errno.ENXIO:
-            return _BEYOND
-        return begin
+            return _BEYOND_ALL_OFFSETS
+        return offset
 
 
-def read_record(file: int, geometry: Geometry, slot: int) -> Record | None:
-    """The record of one slot; ``None`` if there is none that verifies."""
-    piece = os.pread(file, RECORD_NBYTES, file_nbytes(slot))
-    if len(piece) < RECORD_NBYTES:
+def read_record(fd: int, geometry: Geometry, slot: int) -> Record | None:
+    """Return the record of one slot; ``None`` if there is none that verifies."""
+    data = os.pread(fd, RECORD_NBYTES, file_nbytes(slot))
+    if len(data) < RECORD_NBYTES:
         return None
-    fields, crc = _WHOLE.unpack(piece)
-    return _verified(fields, crc, slot, geometry.slot_nbytes)
+    fields, crc = _RECORD.unpack(data)
+    return _unpack(fields, crc, slot, geometry.slot_nbytes)
 
 
-def _verified(fields: bytes, crc: int, at: int, slot_nbytes: int) -> Record | None:
-    """The record that these bytes are, in slot ``at``."""
+def _unpack(fields: bytes, crc: int, slot: int, slot_nbytes: int) -> Record | None:
+    """Return the record that was read for ``slot``, if it verifies."""
     if crc == zlib.crc32(fields):
-        slot, generation, nbytes, size, size_after, key, parent = _FIELDS.unpack(fields)
-        if slot == at and max(size, size_after) <= KEY_NBYTES and nbytes <= slot_nbytes:
-            return Record(generation, slot, nbytes, key[:size], parent[:size_after])
+        own_slot, generation, nbytes, key_size, parent_size, key, parent = _FIELDS.unpack(fields)
+        if own_slot == slot and max(key_size, parent_size) <= KEY_NBYTES and nbytes <= slot_nbytes:
+            return Record(generation, slot, nbytes, key[:key_size], parent[:parent_size])
     return None
 
 
-class Records:
-    """The records of ``slots`` slots.
+class RecordFile:
+    """The records of an open tier.
 
     Args:
-        file: its number, open to read and write.
+        fd: the file ``records``, open to read and write.
         slot_nbytes: bytes of a slot.
-        slots: how many the file of blocks will have.
-        blocks: the number of the file of blocks, as large as it was before.
+        slots: how many slots the file ``blocks`` will have.
+        blocks_fd: the file ``blocks``, still with the size that it had before.
 
     Attributes:
-        kept: whether the records that were there are of slots of this size, and count.
+        kept: whether the file had records for slots of this size, which are kept.
 
     Raises:
-        OSError: when there is no room for it, or it cannot be read.
+        OSError: the file cannot be read, or the file system has no room for it.
     """
 
-    def __init__(self, file: int, slot_nbytes: int, slots: int, blocks: int) -> None:
-        self._file = file
+    def __init__(self, fd: int, slot_nbytes: int, slots: int, blocks_fd: int) -> None:
+        self._fd = fd
         self._geometry = Geometry(slot_nbytes, slots)
-        was = read_geometry(file)
-        written = os.fstat(blocks).st_size
-        self.kept = was is not None and was.slot_nbytes == slot_nbytes
-        whole = min(slots, was.slots, written // slot_nbytes) if was and self.kept else 0
-        # Cut and grown again: what was behind reads as zeros, now and after the next start.
-        os.ftruncate(file, file_nbytes(whole))
-        os.posix_fallocate(file, 0, file_nbytes(slots))
-        os.pwrite(file, _PAGE.pack(_MAGIC, *self._geometry, mark(blocks)), 0)
-        if was != self._geometry:
-            os.fdatasync(file)  # before blocks are there that this page speaks for
+        previous = read_geometry(fd)
+        blocks_nbytes = os.fstat(blocks_fd).st_size
+        self.kept = previous is not None and previous.slot_nbytes == slot_nbytes
+        kept_slots = 0
+        if previous and self.kept:
+            kept_slots = min(slots, previous.slots, blocks_nbytes // slot_nbytes)
+        # Cutting and extending the file makes all records beyond the kept slots zeros.
+        os.ftruncate(fd, file_nbytes(kept_slots))
+        os.posix_fallocate(fd, 0, file_nbytes(slots))
+        os.pwrite(fd, _PAGE.pack(_MAGIC, *self._geometry, mark_blocks(blocks_fd)), 0)
+        if previous != self._geometry:
+            os.fdatasync(fd)  # the page must be on the disk before blocks that it describes
 
     def __iter__(self) -> Iterator[Record]:
-        """Every record that verifies, by slot."""
-        return read_records(self._file, self._geometry)
+        """Yield every record that verifies, by slot."""
+        return read_records(self._fd, self._geometry)
 
     def write(self, record: Record) -> None:
-        """Name the block that is in a slot."""
-        sizes = len(record.key), len(record.parent)
+        """Write the record of ``record.slot``."""
         fields = _FIELDS.pack(
-            record.slot, record.generation, record.nbytes, *sizes, record.key, record.parent
+            record.slot,
+            record.generation,
+            record.nbytes,
+            len(record.key),
+            len(record.parent),
+            record.key,
+            record.parent,
         )
-        self._put(record.slot, _WHOLE.pack(fields, zlib.crc32(fields)))
+        self._write(record.slot, _RECORD.pack(fields, zlib.crc32(fields)))
 
     def clear(self, slot: int) -> None:
-        """Say that there is none in it."""
-        self._put(slot, bytes(RECORD_NBYTES))
+        """Record that ``slot`` has no block."""
+        self._write(slot, bytes(RECORD_NBYTES))
 
-    def _put(self, slot: int, record: bytes) -> None:
-        if os.pwrite(self._file, record, file_nbytes(slot)) < len(record):
-            raise OSError(errno.EIO, "a record was written in part")
+    def _write(self, slot: int, data: bytes) -> None:
+        if os.pwrite(self._fd, data, file_nbytes(slot)) < len(data):
+            raise OSError(errno.EIO, "only a part of a record was written")

@@ -1,16 +1,16 @@
-"""The directories of the replicas of one engine, which have one ``path`` and one capacity together.
+"""The directories of the replicas of one engine, which share a path and a capacity.
 
 ::
 
-    path/             lock, records and blocks of replica 0, the only one as a rule
+    path/             lock, records and blocks of replica 0; usually there is no other replica
     path/replica-1/   the same of replica 1; and so on
 
 Always true here:
 
-* The files below ``path`` never exceed the capacity, whatever number of replicas ran before. Each
-  replica, before it takes space, cuts down or deletes what replicas that no longer run have left.
-* What a replica that runs has open is not touched. If it has more than its share, or is none of
-  the replicas that there are now, this one does not start.
+* The files below ``path`` never exceed the capacity, whatever number of replicas ran before. Before
+  a replica allocates space, it cuts or deletes the files of replicas that no longer run.
+* Files of a replica that runs are not changed. If a running replica has more than its share, or its
+  number is not below the number of replicas now, the new one does not start.
 """
 
 from __future__ import annotations
@@ -29,125 +29,128 @@ from typing import NamedTuple
 from kvcache.replica import Replica
 from kvcache.sizes import format_size
 from kvcache.tiers.disk import lock_file, namespace_file
-from kvcache.tiers.disk.record_file import foreign_file, mark
+from kvcache.tiers.disk.record_file import find_foreign_file, mark_blocks
 from kvcache.tiers.disk.safe_open import open_file, open_subdirectory
 
 log = logging.getLogger(__name__)
 
-OPENING_S = 60.0  # how long one replica waits for others to start
+STARTUP_TIMEOUT_S = 60.0
+"""How long a replica waits for other replicas to open their directories."""
 _RETRY_S = 0.02
 _NAME = re.compile(r"replica-([1-9][0-9]*)")
-_CANNOT_LOCK = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_LOCK_UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class Share(NamedTuple):
-    """Bytes that one replica's files may have."""
+class FileSizes(NamedTuple):
+    """The bytes that the files of one replica may have."""
 
     records: int
     blocks: int
 
 
-def directory_name(index: int) -> str:
-    """The directory of a replica, as seen from ``path``."""
+def replica_directory(index: int) -> str:
+    """Return the directory of a replica, relative to ``path``."""
     return f"replica-{index}" if index else "."
 
 
 def replica_directories(folder: int | Path) -> dict[int, str]:
-    """The directories of replicas that there are, by index; that of replica 0 always."""
+    """Return the existing directories of replicas, by index; replica 0 is always included."""
     with os.scandir(folder) as entries:
         names = [match for entry in entries if (match := _NAME.fullmatch(entry.name))]
     return {0: "."} | {int(match[1]): match[0] for match in names}
 
 
 @contextmanager
-def one_at_a_time(folder: int, path: Path, replica: Replica) -> Iterator[None]:
-    """Have no other replica start meanwhile.
+def startup_lock(folder_fd: int, path: Path, replica: Replica) -> Iterator[None]:
+    """Let one replica at a time open its directory.
 
-    Raises ValueError when others take longer than ``OPENING_S``.
+    Raises:
+        ValueError: other replicas had the lock for :data:`STARTUP_TIMEOUT_S`.
     """
-    until = time.monotonic() + OPENING_S
+    until = time.monotonic() + STARTUP_TIMEOUT_S
     while True:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             if time.monotonic() > until:
                 raise ValueError(
                     f"path is {str(path)!r}, which another engine has been opening for "
-                    f"{OPENING_S:.0f} s"
+                    f"{STARTUP_TIMEOUT_S:.0f} s"
                 ) from None
             time.sleep(_RETRY_S)
         except OSError as error:
-            # NFS cannot lock a directory; of one replica the lock on its files is enough.
-            if error.errno not in _CANNOT_LOCK or replica.count > 1:
+            # NFS cannot lock a directory. With one replica, the lock on its files is enough.
+            if error.errno not in _LOCK_UNSUPPORTED or replica.count > 1:
                 raise
             yield
             return
     try:
         yield
     finally:
-        fcntl.flock(folder, fcntl.LOCK_UN)
+        fcntl.flock(folder_fd, fcntl.LOCK_UN)
 
 
-def reclaim(folder: int, path: Path, replica: Replica, share: Share) -> None:
-    """Cut down, or delete, what other replicas than this one have left in ``path``.
+def reclaim_space(folder_fd: int, path: Path, replica: Replica, sizes: FileSizes) -> None:
+    """Cut or delete the files that other replicas have left in ``path``.
 
     Raises:
-        ValueError: when one of them runs and should not.
-        OSError: for whatever the file system reports.
+        ValueError: a replica runs that has more than its share, or that should not run.
+        OSError: the file system reported an error.
     """
-    for index, name in replica_directories(folder).items():
+    for index, name in replica_directories(folder_fd).items():
         if index == replica.index:
             continue
         try:
-            other = open_subdirectory(folder, name, path, make=False)
+            other_fd = open_subdirectory(folder_fd, name, path, make=False)
         except ValueError:
-            continue  # something else has that name
+            continue  # it is not a directory
         try:
-            _reclaim(other, path / name, index < replica.count, share)
+            _reclaim_replica(other_fd, path / name, index < replica.count, sizes)
         finally:
-            os.close(other)
+            os.close(other_fd)
         if index >= replica.count:
-            with suppress(OSError):  # somebody else's files are in it
-                os.rmdir(name, dir_fd=folder)
+            with suppress(OSError):  # it contains other files
+                os.rmdir(name, dir_fd=folder_fd)
 
 
-def _reclaim(folder: int, path: Path, stays: bool, share: Share) -> None:
-    """Do so in one directory: to its share if it ``stays``, else altogether."""
+def _reclaim_replica(folder_fd: int, path: Path, in_use: bool, sizes: FileSizes) -> None:
+    """Cut the files of one replica if its number is ``in_use`` now; otherwise delete them."""
     files: dict[str, int] = {}
     try:
         for name in ("lock", "records", "blocks"):
             with suppress(FileNotFoundError):
-                files[name] = open_file(folder, name, path)
-        if "records" not in files or foreign_file(files["records"], files.get("blocks")):
-            return  # not a tier's
-        have = sum(os.fstat(files[name]).st_size for name in files.keys() - {"lock"})
+                files[name] = open_file(folder_fd, name, path)
+        if "records" not in files or find_foreign_file(files["records"], files.get("blocks")):
+            return  # another program wrote it
+        nbytes = sum(os.fstat(files[name]).st_size for name in files.keys() - {"lock"})
         if "lock" in files:
             try:
-                lock_file.take(files["lock"], path)
+                lock_file.acquire(files["lock"], path)
             except ValueError:
-                if stays and have <= sum(share):
+                if in_use and nbytes <= sum(sizes):
                     return
                 raise
-        if stays:
+        if in_use:
             if "blocks" in files:
-                cut(files["records"], files["blocks"], share)
+                truncate_files(files["records"], files["blocks"], sizes)
             return
-        # The records last: until they are gone, the next engine knows that the rest is a tier's.
-        for name in ("blocks", *namespace_file.FILES, "lock", "records"):
+        # `records` is last: while it exists, the next engine knows that the files are a tier's.
+        for name in ("blocks", *namespace_file.FILE_NAMES, "lock", "records"):
             with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=folder)
+                os.unlink(name, dir_fd=folder_fd)
         log.info(
-            "kvcache: disk tier at %s: %s of a former replica deleted", path, format_size(have)
+            "kvcache: disk tier at %s: %s of a former replica deleted", path, format_size(nbytes)
         )
     finally:
-        for file in files.values():
-            os.close(file)
+        for fd in files.values():
+            os.close(fd)
 
 
-def cut(records: int, blocks: int, share: Share) -> None:
-    """Give up what the files have beyond a share."""
-    mark(blocks)  # a copy of another size than its records say would else be no tier's
-    for file, nbytes in ((records, share.records), (blocks, share.blocks)):
-        if os.fstat(file).st_size > nbytes:
-            os.ftruncate(file, nbytes)
+def truncate_files(records_fd: int, blocks_fd: int, sizes: FileSizes) -> None:
+    """Cut the files to ``sizes``; a smaller file stays as it is."""
+    # Without the mark, a copied file would be identified by its size, which changes here.
+    mark_blocks(blocks_fd)
+    for fd, nbytes in ((records_fd, sizes.records), (blocks_fd, sizes.blocks)):
+        if os.fstat(fd).st_size > nbytes:
+            os.ftruncate(fd, nbytes)

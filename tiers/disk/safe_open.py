@@ -1,12 +1,12 @@
-"""Where a disk tier's files are, and that they are the tier's own: others may have been there.
+"""Opens files and directories that other users may have changed, and checks what they are.
 
 Always true here:
 
-* A file or a directory is opened once, relative to its open directory, and is checked by its
-  descriptor. What happens to names afterwards changes nothing.
-* A symbolic link is followed only on the way to the directory, and only when its owner is root or
-  the user of this process. Below the directory no link is followed.
-* A file that is used is regular, belongs to the user of this process, and has no second name.
+* A file or a directory is opened once, relative to its open parent directory, and is checked by its
+  descriptor. So renaming it afterwards has no effect.
+* A symbolic link is followed only on the way to the tier's directory, and only if it belongs to
+  root or to the user of this process. No link is followed below the directory.
+* A file that is written is a regular file, belongs to the user of this process, and has one name.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
-_MOST_LINKS = 40  # the kernel's own limit
-_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOT_FILES = {
+_MAX_LINKS = 40  # the kernel's own limit
+_PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_KIND_BY_ERRNO = {
     errno.ELOOP: "a symbolic link",
     errno.EISDIR: "a directory",
     errno.ENXIO: "a socket or a pipe",
     errno.ENODEV: "a device",
 }
-"""What an attempt to open something else than a file fails with."""
+"""What a path is, by the error that opening it as a file raises."""
 
 
 def expand_path(path: str) -> Path:
-    """The absolute path that the option ``path`` means: ``~``, ``$NAME`` and ``${NAME}`` expanded.
+    """Return the option ``path`` as an absolute path; expand ``~``, ``$NAME`` and ``${NAME}``.
 
-    Raises ValueError when it is empty, or when a name in it is unknown.
+    Raises:
+        ValueError: ``path`` is empty, or names a user or a variable that does not exist.
     """
     if not path.strip() or "\0" in path:
         raise ValueError(f'path is {path!r}; it takes a directory, such as "/var/cache/kvcache"')
@@ -55,75 +56,84 @@ def expand_path(path: str) -> Path:
 
 
 def open_directory(path: Path, *, make: bool) -> int:
-    """Open the directory ``path``, which is absolute, and return its descriptor.
+    """Open the directory ``path`` and return its descriptor.
 
-    ``make`` makes what is missing of it, for this user alone, whatever the umask allows.
+    Args:
+        path: an absolute path.
+        make: create missing directories, with access for this user alone, whatever the umask.
 
     Raises:
-        ValueError: when ``path`` is no directory, or a link in it belongs to another user.
-        OSError: for whatever else the file system reports.
+        ValueError: ``path`` is not a directory, or a link on the way belongs to another user.
+        OSError: the file system reported another error.
     """
-    at, links = os.open("/", _LOOK), 0
-    todo = list(reversed(path.parts[1:]))
+    folder_fd, links = os.open("/", _PATH_FLAGS), 0
+    parts = list(reversed(path.parts[1:]))  # the next one is last
     try:
-        while todo:
-            part = todo.pop()
-            found = _part(at, part, make)
-            if stat.S_ISLNK(os.fstat(found).st_mode):
+        while parts:
+            part = parts.pop()
+            fd = _open_part(folder_fd, part, make)
+            if stat.S_ISLNK(os.fstat(fd).st_mode):
                 try:
-                    target = _target(found, path, part)
+                    target = _read_link(fd, path, part)
                 finally:
-                    os.close(found)
-                if (links := links + 1) > _MOST_LINKS:
+                    os.close(fd)
+                if (links := links + 1) > _MAX_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-                todo += reversed(target.parts[target.is_absolute() :])
+                parts += reversed(target.parts[target.is_absolute() :])
                 if not target.is_absolute():
                     continue
-                found = os.open("/", _LOOK)
-            os.close(at)
-            at = found
-        if not stat.S_ISDIR(os.fstat(at).st_mode):
+                fd = os.open("/", _PATH_FLAGS)
+            os.close(folder_fd)
+            folder_fd = fd
+        if not stat.S_ISDIR(os.fstat(folder_fd).st_mode):
             raise ValueError(f"path is {str(path)!r}, which is not a directory")
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder_fd)
     finally:
-        os.close(at)
+        os.close(folder_fd)
 
 
-def _part(folder: int, part: str, make: bool) -> int:
-    """A descriptor of what ``part`` names in ``folder``, a link itself if it is one."""
+def _open_part(folder_fd: int, part: str, make: bool) -> int:
+    """Return a descriptor of ``part`` in a directory; of the link itself if it is a link."""
     try:
-        return os.open(part, _LOOK, dir_fd=folder)
+        return os.open(part, _PATH_FLAGS, dir_fd=folder_fd)
     except FileNotFoundError:
         if not make:
             raise
-    with suppress(FileExistsError):  # another process made it meanwhile
-        os.mkdir(part, 0o700, dir_fd=folder)
-    return os.open(part, _LOOK, dir_fd=folder)
+    with suppress(FileExistsError):  # another process created it in the meantime
+        os.mkdir(part, 0o700, dir_fd=folder_fd)
+    return os.open(part, _PATH_FLAGS, dir_fd=folder_fd)
 
 
-def _target(link: int, path: Path, part: str) -> Path:
-    owner = os.fstat(link).st_uid
+def _read_link(link_fd: int, path: Path, part: str) -> Path:
+    """Return the target of an open link; refuse a link of another user."""
+    owner = os.fstat(link_fd).st_uid
     if owner not in (0, os.geteuid()):
         raise ValueError(
             f"path is {str(path)!r}, where {part!r} is a symbolic link of user {owner}; links of "
             f"root and of user {os.geteuid()}, which this process is, are followed"
         )
-    return Path(os.readlink("", dir_fd=link))
+    return Path(os.readlink("", dir_fd=link_fd))
 
 
-def open_subdirectory(folder: int, name: str, path: Path, *, make: bool) -> int:
-    """Open the directory ``name`` in ``folder``, whose path is ``path``; no link to one.
+def open_subdirectory(folder_fd: int, name: str, path: Path, *, make: bool) -> int:
+    """Open the directory ``name`` in an open directory, and return its descriptor.
+
+    Args:
+        folder_fd: the parent directory.
+        name: the name in it; a link is refused.
+        path: the path of the parent directory, for messages.
+        make: create the directory if it does not exist.
 
     Raises:
-        ValueError: when it is something else.
-        FileNotFoundError: when it is not there and ``make`` is false.
+        ValueError: ``name`` is not a directory.
+        FileNotFoundError: it does not exist, and ``make`` is false.
     """
     if make:
         with suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=folder)
+            os.mkdir(name, 0o700, dir_fd=folder_fd)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(name, flags, dir_fd=folder)
+        return os.open(name, flags, dir_fd=folder_fd)
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
@@ -133,12 +143,13 @@ def open_subdirectory(folder: int, name: str, path: Path, *, make: bool) -> int:
     )
 
 
-def check_ownership(folder: int, path: Path) -> None:
-    """Refuse a directory of another user than root and ours; warn of one that others may write.
+def check_ownership(folder_fd: int, path: Path) -> None:
+    """Check that a directory belongs to this user or root; warn if others can write to it.
 
-    Raises ValueError.
+    Raises:
+        ValueError: it belongs to another user.
     """
-    found = os.fstat(folder)
+    found = os.fstat(folder_fd)
     if found.st_uid not in (0, os.geteuid()):
         raise ValueError(
             f"path is {str(path)!r}, which belongs to user {found.st_uid}; it must belong to user "
@@ -146,40 +157,47 @@ def check_ownership(folder: int, path: Path) -> None:
         )
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         log.warning(
-            "kvcache: disk tier at %s: other users may rename and delete its files (mode %04o); "
-            "blocks can get lost, and are never read from files of theirs",
+            "kvcache: disk tier at %s: other users can rename and delete its files (mode %04o); "
+            "blocks can be lost, but files of other users are never read",
             path,
             stat.S_IMODE(found.st_mode),
         )
 
 
-def open_file(folder: int, name: str, path: Path, flags: int = os.O_RDWR) -> int:
-    """Open a file in the directory ``folder``, whose path is ``path``, and check what it is.
+def open_file(folder_fd: int, name: str, path: Path, flags: int = os.O_RDWR) -> int:
+    """Open a file in an open directory, check what it is, and return its descriptor.
+
+    Args:
+        folder_fd: the directory.
+        name: the name in it.
+        path: the path of the directory, for messages.
+        flags: how to open the file.
 
     Raises:
-        ValueError: when it is not a regular file with one name, or, opened to write, not ours.
-        OSError: for whatever else the file system reports.
+        ValueError: it is not a regular file with one name; or it is opened to write, and belongs to
+            another user.
+        OSError: the file system reported another error.
     """
-    safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would wait for its other end
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a FIFO would wait for its writer
     try:
-        file = os.open(name, flags | safe, 0o600, dir_fd=folder)
+        fd = os.open(name, flags | safe, 0o600, dir_fd=folder_fd)
     except OSError as error:
-        if error.errno not in _NOT_FILES:
+        if error.errno not in _KIND_BY_ERRNO:
             raise
-        what = _NOT_FILES[error.errno]
+        kind = _KIND_BY_ERRNO[error.errno]
     else:
-        found, user = os.fstat(file), os.geteuid()
+        found, user = os.fstat(fd), os.geteuid()
         if stat.S_ISREG(found.st_mode) and found.st_nlink < 2:
             if found.st_uid == user or not flags & os.O_RDWR:
-                os.set_blocking(file, True)  # reads and writes are as they would be without
-                return file
-            what = f"a file of user {found.st_uid} (this process is user {user})"
+                os.set_blocking(fd, True)
+                return fd
+            kind = f"a file of user {found.st_uid} (this process is user {user})"
         elif found.st_nlink > 1:
-            what = "a file with several names (hard links)"
+            kind = "a file with several names (hard links)"
         else:
-            what = "not a regular file"
-        os.close(file)
+            kind = "not a regular file"
+        os.close(fd)
     raise ValueError(
-        f"path is {str(path)!r}, where {name!r} is {what}; move it away, or give the tier a "
+        f"path is {str(path)!r}, where {name!r} is {kind}; move it away, or give the tier a "
         "directory of its own"
     )
