@@ -42,8 +42,8 @@ from kvcache.keys import Keys, common_prefix_len
 
 # Longest epoch. Few blocks are reused within seconds, so a finer age would change little.
 _EPOCH_S = 4.0
-# An epoch has at most this share of the slots, so that the edge of what LRU would hold is precise.
-# With a sixteenth, some random traffic loses 0.2 points against LRU.
+# Epochs per filling of the tier, at least: so precise is the edge of what LRU would hold. With 16,
+# some random traffic loses 0.2 points against LRU.
 _EPOCHS_PER_FILLING = 32
 # An epoch has at most this many blocks, so that ages stay precise in a large tier.
 _MAX_EPOCH_BLOCKS = 512

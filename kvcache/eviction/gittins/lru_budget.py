@@ -25,8 +25,9 @@ from collections import OrderedDict
 
 from kvcache.eviction.gittins.epochs import Cohort, Epoch
 
-# Blocks that may be missing for each hit won. With 2, the policy stays LRU at 1,000 slots of the
-# conversation trace; with 6, random traffic loses up to 0.3 points against LRU.
+# Blocks that may be missing for each hit won. With 2, the policy gains little at 1,000 slots of the
+# conversation trace (5.7 % instead of 8.8 %, LRU 4.9 %); with 6, random traffic loses up to 0.3
+# points against LRU.
 _MISSING_PER_HIT_WON = 5.0
 # The stake as a share of the slots: what can be lost before anything was won. 0.02 loses more than
 # 0.2 points against LRU on some random traffic.
