@@ -212,6 +212,47 @@ def test_import_of_kvcache_loads_no_heavy_module() -> None:
     }  # fmt: skip
 
 
+def parts_in_circles(root: Path) -> set[str]:
+    """The modules and packages of the core that import each other in a circle.
+
+    A package counts as one part. ``kvcache/__init__.py`` and the command line import many others,
+    and no part of the core imports them.
+    """
+    arrows: dict[str, set[str]] = {}
+    for path in python_files(root, "kvcache"):
+        part, *rest = path.relative_to(root / "kvcache").with_suffix("").parts
+        if part in ("__init__", "__main__", "cli"):
+            continue
+        imports = Imports(["kvcache", part, *rest][:-1])
+        imports.visit(ast.parse(path.read_text(encoding="utf-8")))
+        names = [name.split(".") for _, name, _ in imports.found]
+        targets = {name[1] for name in names if name[0] == "kvcache" and len(name) > 1}
+        arrows.setdefault(part, set()).update(targets - {part})
+    reached = {part: set(targets) for part, targets in arrows.items()}
+    for _ in reached:  # each round follows one more arrow
+        for targets in reached.values():
+            targets.update(*(reached.get(target, set()) for target in list(targets)))
+    return {part for part, targets in reached.items() if part in targets}
+
+
+def test_core_has_no_circle_of_imports() -> None:
+    assert parts_in_circles(ROOT) == set()
+
+
+def test_circle_between_packages_is_found(tmp_path: Path) -> None:
+    sources = {
+        "lower/tier.py": "from kvcache.guards.calls import check",
+        "lower/pool.py": "import threading",
+        "guards/front.py": "from kvcache.lower.pool import Pool",
+        "guards/calls.py": "from kvcache import secrets",
+        "secrets.py": "import re",
+    }
+    for file, source in sources.items():
+        (tmp_path / "kvcache" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "kvcache" / file).write_text(source)
+    assert parts_in_circles(tmp_path) == {"guards", "lower"}
+
+
 def test_no_file_is_longer_than_the_limit() -> None:
     lines = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())

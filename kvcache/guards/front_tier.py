@@ -18,9 +18,9 @@ from typing import Any, Final, TypeVar
 
 from kvcache.events import BlockEvents
 from kvcache.guards.calls import TierError, answers_per_key, as_count, result_of
-from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import bind_to_process
 from kvcache.tier import FrontTier, Lease, TierStats
+from kvcache.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 

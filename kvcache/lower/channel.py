@@ -20,9 +20,9 @@ from kvcache.events import BlockEvents
 from kvcache.guards.calls import answers_per_key, byte_count_reader, result_of
 from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
 from kvcache.lower.namespace import TierNamespace
-from kvcache.lower.worker_pool import WorkerPool
 from kvcache.stats import LowerStats, TierName, usage_of
 from kvcache.tier import Tier, TierUsage
+from kvcache.worker_pool import WorkerPool
 
 USAGE_TIMEOUT_S: Final = 0.5
 

@@ -29,10 +29,11 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.lower.latency import ComputeModel
+from kvcache.lower.pending_call import PendingCall
 from kvcache.lower.tier import LowerTier
-from kvcache.lower.worker_pool import PendingCall, WorkerPool
 from kvcache.process import bind_to_process
 from kvcache.tier import FrontTier, Lease
+from kvcache.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 

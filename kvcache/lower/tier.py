@@ -28,12 +28,13 @@ from kvcache.guards.front_tier import guard_front_tier
 from kvcache.lower.channel import Channel
 from kvcache.lower.circuit_breaker import CircuitBreaker
 from kvcache.lower.latency import LatencyModel
-from kvcache.lower.worker_pool import LOAD, PendingCall
+from kvcache.lower.pending_call import PendingCall
 from kvcache.lower.write_behind import WriteBehind
 from kvcache.process import bind_to_process
 from kvcache.sizes import Size
 from kvcache.stats import LowerStats
 from kvcache.tier import FrontTier, Lease, Tier
+from kvcache.worker_pool import LOAD
 
 log = logging.getLogger(__name__)
 

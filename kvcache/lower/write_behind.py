@@ -22,8 +22,8 @@ from opentelemetry.trace import Span
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, describe_error
 from kvcache.lower.channel import Channel
-from kvcache.lower.worker_pool import STORE
 from kvcache.tier import FrontTier, Lease
+from kvcache.worker_pool import STORE
 
 log = logging.getLogger(__name__)
 

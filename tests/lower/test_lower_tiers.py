@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvcache import Match
-from kvcache.lower.worker_pool import LOAD
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
+from kvcache.worker_pool import LOAD
 from tests.support.failing_parts import FaultyTier
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER, StackUnderTest

@@ -30,7 +30,6 @@ from typing import TypeVar
 
 from kvcache.eviction import LOWER_TIER_DEFAULT, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
-from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import bind_to_process
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
@@ -48,6 +47,7 @@ from kvcache.tiers.disk.record_file import (
 )
 from kvcache.tiers.disk.replicas import FileSizes
 from kvcache.tiers.disk.safe_open import expand_path
+from kvcache.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,6 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
 from kvcache.keys import DIGEST_NBYTES, namespace_after_reset
-from kvcache.lower.worker_pool import WorkerPool
 from kvcache.process import bind_to_process
 from kvcache.tier import Tier
 from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Cluster, Node, OneServer, ServerGroup
@@ -45,6 +44,7 @@ from kvcache.tiers.redis.resp import (
     command,
 )
 from kvcache.tiers.redis.sentinel import Watched
+from kvcache.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
