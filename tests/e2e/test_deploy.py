@@ -206,7 +206,7 @@ def test_container_completes_chats_and_finds_its_blocks_after_a_reset(
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == prompt // block * block > 0
     assert counted(server.get("/metrics"), "tier_lookups_total", tier="l1", result="hit") > 0
     log = server.log.read_text()
-    assert f"kvcache: profile {started.container.environment['KVCACHE_PROFILE']}" in log
+    assert f"kvcache: connector: profile {started.container.environment['KVCACHE_PROFILE']}" in log
     assert not re.search("(WARNING|ERROR).*kvcache", log)
 
 

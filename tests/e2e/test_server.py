@@ -70,7 +70,7 @@ def test_hit_is_in_usage_and_metrics(server: OpenAIServer) -> None:
     assert server.complete(asked) == 0
     assert_metrics_of_l1(server.get("/metrics"), hits=5, stored=10)
     log = server.log.read_text()
-    assert "kvcache: profile l1-only" in log
+    assert "kvcache: connector: profile l1-only" in log
     assert not re.search("(WARNING|ERROR).*kvcache: ", log)
 
 

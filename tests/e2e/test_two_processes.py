@@ -42,7 +42,7 @@ def test_completions_equal_those_of_a_large_cache(
         separate_processes.two_turns
     )
     assert separate.result_of(separate_processes.hit_tokens) > 0
-    assert "kvcache: profile l1-only" in separate.output  # in the format of vLLM's log
+    assert "kvcache: connector: profile l1-only" in separate.output  # in the format of vLLM's log
     assert not re.search("(WARNING|ERROR).*kvcache: ", separate.output)  # in any of the processes
 
 
