@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from kvcache.secrets import redact
 
 if TYPE_CHECKING:
-    from kvcache.tiers.redis.resp import Said, Wire
+    from kvcache.tiers.redis.resp import AnyReply, RespConnection
     from kvcache.tiers.redis.sockets import Address
 
 WAIT_S = 10.0
@@ -46,11 +46,11 @@ class ServerError(Exception):
 class RedisServers:
     """Connections to one server, or to each primary of a cluster."""
 
-    def __init__(self, wires: Sequence[Wire]) -> None:
-        self._wires = wires
-        self._wire_of: dict[bytes, Wire] = {}
-        for wire in wires:
-            self._ask(wire, b"CLIENT", b"NO-TOUCH", b"ON")
+    def __init__(self, connections: Sequence[RespConnection]) -> None:
+        self._connections = connections
+        self._connection_of: dict[bytes, RespConnection] = {}
+        for connection in connections:
+            self._ask(connection, b"CLIENT", b"NO-TOUCH", b"ON")
 
     def sizes(self, pattern: bytes) -> Iterator[tuple[bytes, int]]:
         """Yield the keys that match ``pattern`` and have a string, and its bytes.
@@ -62,21 +62,23 @@ class RedisServers:
         """
         from kvcache.tiers.redis.resp import command
 
-        for wire in self._wires:
-            for names in self._names(wire, pattern):
+        for connection in self._connections:
+            for names in self._names(connection, pattern):
                 commands = [command(b"STRLEN", name) for name in names]
-                for name, nbytes in zip(names, wire.exchange(commands, _deadline()), strict=True):
+                for name, nbytes in zip(
+                    names, connection.exchange(commands, _deadline()), strict=True
+                ):
                     if isinstance(nbytes, int) and nbytes:
-                        self._wire_of[name] = wire
+                        self._connection_of[name] = connection
                         yield name, nbytes
-                if len(self._wire_of) > MAX_KEYS:
+                if len(self._connection_of) > MAX_KEYS:
                     raise ServerError(f"its list of keys has more than {MAX_KEYS:,} blocks")
 
-    def _names(self, wire: Wire, pattern: bytes) -> Iterator[list[bytes]]:
+    def _names(self, connection: RespConnection, pattern: bytes) -> Iterator[list[bytes]]:
         cursor, last_s = b"0", time.monotonic()
         while True:
             reply = self._ask(
-                wire, b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % _SCAN_COUNT
+                connection, b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % _SCAN_COUNT
             )
             match reply:
                 case [bytes(cursor), list(names)] if all(isinstance(n, bytes) for n in names):
@@ -95,22 +97,24 @@ class RedisServers:
         """Read a value of ``sizes``; return its bytes, 0 if it is absent or does not fit."""
         from kvcache.tiers.redis.resp import command
 
-        (nbytes,) = self._wire_of[name].exchange([command(b"GET", name, into=into)], _deadline())
+        (nbytes,) = self._connection_of[name].exchange(
+            [command(b"GET", name, into=into)], _deadline()
+        )
         return nbytes if isinstance(nbytes, int) else 0
 
     def beginning(self, name: bytes, nbytes: int) -> bytes:
         """Return the first ``nbytes`` bytes of a string on any server; empty if it is absent."""
-        for wire in self._wires:
-            reply = self._ask(wire, b"GETRANGE", name, b"0", b"%d" % (nbytes - 1))
+        for connection in self._connections:
+            reply = self._ask(connection, b"GETRANGE", name, b"0", b"%d" % (nbytes - 1))
             if isinstance(reply, bytes) and reply:
                 return reply
         return b""
 
     def memory(self) -> ServerMemory | None:
         """Return the memory of a single server; None if it hides it, and for a cluster."""
-        if len(self._wires) > 1:
+        if len(self._connections) > 1:
             return None
-        reply = self._ask(self._wires[0], b"INFO", b"memory")
+        reply = self._ask(self._connections[0], b"INFO", b"memory")
         if not isinstance(reply, bytes):
             return None
         lines = (line.partition(b":") for line in reply.splitlines())
@@ -119,12 +123,12 @@ class RedisServers:
             return ServerMemory(
                 int(facts[b"used_memory"]),
                 int(facts[b"maxmemory"]),
-                self._wires[0].readable(facts[b"maxmemory_policy"]),
+                self._connections[0].printable(facts[b"maxmemory_policy"]),
             )
         return None
 
-    def _ask(self, wire: Wire, *words: bytes) -> Said:
-        return wire.say(*words, deadline=_deadline())
+    def _ask(self, connection: RespConnection, *words: bytes) -> AnyReply:
+        return connection.call(*words, deadline=_deadline())
 
 
 @contextmanager
@@ -138,45 +142,47 @@ def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
         import_module("redis")
     except ImportError as error:
         raise ValueError(f"redis needs packages: pip install 'kvcache[redis]' ({error})") from error
-    from kvcache.tiers.redis.connect import LoginError, read_url
-    from kvcache.tiers.redis.resp import WireError
+    from kvcache.tiers.redis.connect import ConnectionRejectedError, parse_url
+    from kvcache.tiers.redis.resp import ProtocolError
 
-    read_url(str(options["url"]))  # raises for an invalid URL
+    parse_url(str(options["url"]))  # raises for an invalid URL
     try:
         with ExitStack() as opened:
-            yield RedisServers([opened.enter_context(closing(wire)) for wire in _wires(options)])
-    except (LoginError, OSError, ServerError, WireError) as error:
+            yield RedisServers([opened.enter_context(closing(each)) for each in _connect(options)])
+    except (ConnectionRejectedError, OSError, ServerError, ProtocolError) as error:
         raise ValueError(f"{options['url']} cannot be read: {redact(str(error))}") from None
 
 
-def _wires(options: Mapping[str, object]) -> Iterator[Wire]:
+def _connect(options: Mapping[str, object]) -> Iterator[RespConnection]:
     """Yield a connection to each server that has keys."""
-    from kvcache.tiers.redis.cluster import slots_of
-    from kvcache.tiers.redis.connect import Login, read_password, read_url
-    from kvcache.tiers.redis.sentinel import Watched
+    from kvcache.tiers.redis.cluster import fetch_slot_ranges
+    from kvcache.tiers.redis.connect import Connector, parse_url, read_password
+    from kvcache.tiers.redis.sentinel import SentinelMaster
 
     def option(name: str) -> str:
         return str(options.get(name, ""))
 
-    def login(prefix: str) -> Login:
+    def connector(prefix: str) -> Connector:
         variable = f"{prefix}password_env"
         password = read_password(option(variable), variable)
         ca_file, cert_file, key_file = map(option, ("ca_file", "cert_file", "key_file"))
-        database, username = 0 if prefix else place.database, option(f"{prefix}username")
-        return Login(place.tls, database, username, password, ca_file, cert_file, key_file)
+        database, username = 0 if prefix else target.database, option(f"{prefix}username")
+        return Connector(target.tls, database, username, password, ca_file, cert_file, key_file)
 
-    place = read_url(option("url"))
-    server_login = login("")
-    addresses: Sequence[Address] = place.addresses[:1]
-    if place.master:
-        sentinel_login = login("sentinel_")
-        master = Watched(place.addresses, place.master, sentinel_login, sentinel_login, 1)
-        addresses = [master.find(_deadline())]
+    target = parse_url(option("url"))
+    server_connector = connector("")
+    addresses: Sequence[Address] = target.addresses[:1]
+    if target.master:
+        sentinel_connector = connector("sentinel_")
+        master = SentinelMaster(
+            target.addresses, target.master, sentinel_connector, sentinel_connector, 1
+        )
+        addresses = [master.find_master(_deadline())]
     elif options.get("cluster"):
-        ranges = slots_of(server_login, place.addresses[0], _deadline())
+        ranges = fetch_slot_ranges(server_connector, target.addresses[0], _deadline())
         addresses = list(dict.fromkeys(address for _, _, address in ranges))
     for address in addresses:
-        yield server_login.connect(address, _deadline())
+        yield server_connector.connect(address, _deadline())
 
 
 def _deadline() -> float:

@@ -14,10 +14,10 @@ from kvcache import cli
 from kvcache.keys import namespace, namespaced_key
 from kvcache.testing import keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
-from kvcache.tiers.redis import RedisTier, about_name_of, name_of
+from kvcache.tiers.redis import RedisTier, block_name, description_name
 from tests.support import redis_servers
+from tests.support.faulty_servers import FaultyServer, replying
 from tests.support.frames import BLOCK_NBYTES, kv_like_block
-from tests.support.hostile_servers import Hostile, saying
 from tests.support.redis_servers import Server
 
 NAMESPACES = [namespace({"model": model}) for model in ("a", "b")]
@@ -74,7 +74,7 @@ def test_inspect_redis_counts_namespaces(
 def test_inspect_redis_verify_finds_a_damaged_block_and_keeps_it(
     filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled.client().setrange(name_of(KEYS[1]), 5000, b"damage")
+    filled.client().setrange(block_name(KEYS[1]), 5000, b"damage")
     before = filled.client().dbsize()
     code, found = inspected(capsys, filled.url, "--verify")
     assert code == 1
@@ -86,7 +86,7 @@ def test_inspect_redis_verify_finds_a_damaged_block_and_keeps_it(
 def test_inspect_redis_does_not_extend_a_block_s_life(
     filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = name_of(KEYS[0])
+    name = block_name(KEYS[0])
     filled.client().expire(name, 1000)
     expiry = filled.client().expiretime(name) if has_expiretime(filled) else None
     assert inspected(capsys, filled.url, "--verify")[0] == 0
@@ -117,7 +117,7 @@ def test_inspect_redis_verify_of_values_without_a_frame_ends_with_code_2(
     filled: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled.client().flushall()
-    filled.client().set(name_of(KEYS[0]), "short")
+    filled.client().set(block_name(KEYS[0]), "short")
     assert cli.main(["inspect", filled.url, "--verify"]) == 2
     assert "no room for a frame" in capsys.readouterr().err
 
@@ -157,7 +157,7 @@ def test_inspect_redis_described_namespace_has_its_identity(
     about = {"model": "chat", "weights": "commit 12"}
     with closing(RedisTier(url=filled.url, timeout_s=30)) as tier:
         assert tier.resolve(NAMESPACES[0], json.dumps(about)) == NAMESPACES[0]
-    filled.client().set(about_name_of(NAMESPACES[1]), "no JSON")
+    filled.client().set(description_name(NAMESPACES[1]), "no JSON")
     _, found = inspected(capsys, filled.url)
     assert found["namespaces"][NAMESPACES[0].hex()]["identity"] == about
     assert "identity" not in found["namespaces"][NAMESPACES[1].hex()]
@@ -187,7 +187,9 @@ def test_inspect_redis_error_that_contains_the_password_is_redacted(
 ) -> None:
     monkeypatch.setenv("OUR_REDIS_PASSWORD", "correct-horse-77")
     profile = tmp_path / "redis.toml"
-    with Hostile(saying(b"-ERR unknown \x1b[31m 'AUTH' with 'correct-horse-77'\r\n")) as server:
+    with FaultyServer(
+        replying(b"-ERR unknown \x1b[31m 'AUTH' with 'correct-horse-77'\r\n")
+    ) as server:
         profile.write_text(
             '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
             f'[[tier]]\nname = "far"\nkind = "redis"\nurl = "{server.url}"\n'

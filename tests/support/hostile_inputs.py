@@ -1,4 +1,4 @@
-"""Hostile inputs for commands: files, and servers with invalid or endless answers."""
+"""FaultyServer inputs for commands: files, and servers with invalid or endless answers."""
 
 from __future__ import annotations
 

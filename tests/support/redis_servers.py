@@ -81,7 +81,7 @@ class Server:
         self.socket = str(folder / "s")
         self.tls = "--tls-port" in options
         self._binary = binary or binaries()[0]
-        self._options = [option.replace("PORT", str(self.port)) for option in options]
+        self.options = [option.replace("PORT", str(self.port)) for option in options]
         self._process: subprocess.Popen[bytes] | None = None
         self.login: dict[str, Any] = {}
 
@@ -104,7 +104,7 @@ class Server:
         return [
             "--bind", "127.0.0.1", *port, "--unixsocket", self.socket,
             "--dir", str(self.folder), "--save", "", "--appendonly", "no",
-            "--repl-diskless-sync-delay", "0", *self._options,
+            "--repl-diskless-sync-delay", "0", *self.options,
         ]  # fmt: skip
 
     def _answers(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDERS = ("kvcache", "tiers", "profiles", "connectors")
 LOGGED = {"warning", "error", "exception"}
-COLLECTED = {"_add_problem": 1, "Refused": 1, "TierError": 1}
+COLLECTED = {"_add_problem": 1, "ErrorReply": 1, "TierError": 1}
 """Functions that take a message, and the position of that argument."""
 CAUGHT = {"RejectedError"}
 """Exceptions that are not messages: the tier that raises one also catches it."""

@@ -15,10 +15,11 @@ pytest.importorskip("redis")
 from redis.crc import key_slot
 
 from kvcache.testing import keys_of
-from kvcache.tiers.redis import RedisTier, name_of
-from kvcache.tiers.redis.cluster import Cluster, Node
-from kvcache.tiers.redis.connect import Login
-from kvcache.tiers.redis.resp import Refused, Reply
+from kvcache.tiers.redis import RedisTier, block_name
+from kvcache.tiers.redis.cluster import Cluster
+from kvcache.tiers.redis.connect import Connector
+from kvcache.tiers.redis.node import Node, RefreshGate
+from kvcache.tiers.redis.resp import ErrorReply, Reply
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
 from tests.support.redis_servers import Server, agrees, eventually
@@ -41,7 +42,9 @@ def tier(nodes: list[Server]) -> Iterator[RedisTier]:
 
 def at(node: int, keys: Sequence[bytes] = KEYS) -> list[bool]:
     """Which keys are at a node, as the cluster was made."""
-    return [16384 * node // 3 <= key_slot(name_of(key)) < 16384 * (node + 1) // 3 for key in keys]
+    return [
+        16384 * node // 3 <= key_slot(block_name(key)) < 16384 * (node + 1) // 3 for key in keys
+    ]
 
 
 def not_at(node: int) -> list[bool]:
@@ -59,7 +62,7 @@ def tried(tier: RedisTier) -> list[bool]:
 def test_each_key_is_at_its_node(tier: RedisTier, nodes: list[Server]) -> None:
     assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
     for number, node in enumerate(nodes):
-        there = {name_of(key) for key, its in zip(KEYS, at(number), strict=True) if its}
+        there = {block_name(key) for key, its in zip(KEYS, at(number), strict=True) if its}
         assert set(node.client().keys("*")) == there
     assert loaded(tier, KEYS[::-1]) == [True] * len(KEYS)
 
@@ -80,22 +83,24 @@ def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(
     nodes: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    ask = Node.ask
+    execute = Node.execute
 
     def counted(node: Node, *arguments: Any) -> list[Reply]:
         asked.append(node.address.port)
-        return ask(node, *arguments)
+        return execute(node, *arguments)
 
     with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=0.5)) as tier:
         tier.store(KEYS, blocks(KEYS))
-        monkeypatch.setattr(Node, "ask", counted)
-        monkeypatch.setattr("kvcache.tiers.redis.cluster._PAUSE_S", 3600)
+        monkeypatch.setattr(Node, "execute", counted)
+        monkeypatch.setattr(Node, "retry_pause_s", 3600)
+        monkeypatch.setattr(RefreshGate, "interval_s", 3600)
         with nodes[2].stopped():
             for _ in range(5):
                 assert loaded(tier, KEYS) == not_at(2)
         assert asked.count(nodes[2].port) == 1  # once, and then it rests
         assert asked.count(nodes[0].port) == 5
-        monkeypatch.setattr("kvcache.tiers.redis.cluster._PAUSE_S", 0.1)
+        monkeypatch.setattr(Node, "retry_pause_s", 0.1)
+        monkeypatch.setattr(RefreshGate, "interval_s", 0.1)
         eventually(lambda: all(tried(tier)), "it is asked again")
 
 
@@ -122,7 +127,7 @@ def answers_at_all(tier: RedisTier) -> bool:
 def test_a_slot_that_moves_is_missed_for_a_while(tier: RedisTier, nodes: list[Server]) -> None:
     source, target = nodes[0].client(), nodes[2].client()
     key = next(key for key, its in zip(KEYS, at(0), strict=True) if its)
-    slot = key_slot(name_of(key))
+    slot = key_slot(block_name(key))
     ids = {
         client: client.execute_command("CLUSTER", "MYID").decode() for client in (source, target)
     }
@@ -131,7 +136,7 @@ def test_a_slot_that_moves_is_missed_for_a_while(tier: RedisTier, nodes: list[Se
     target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
     source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
     assert loaded(tier, KEYS) == [True] * len(KEYS)
-    source.migrate("127.0.0.1", nodes[2].port, [name_of(key)], 0, 5000)
+    source.migrate("127.0.0.1", nodes[2].port, [block_name(key)], 0, 5000)
     missed = [each != key for each in KEYS]
     assert loaded(tier, KEYS) == missed  # the source says ASK
     assert tier.store([key], blocks([key])) == [False]
@@ -144,7 +149,7 @@ def test_a_slot_that_moves_is_missed_for_a_while(tier: RedisTier, nodes: list[Se
 
 
 def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
-    replica = Server(tmp_path / "replica", *nodes[0]._options)
+    replica = Server(tmp_path / "replica", *nodes[0].options)
     try:
         replica.start()
         client = replica.client()
@@ -173,17 +178,17 @@ def test_an_old_map_is_asked_for_once_a_second_however_many_calls_there_are(
     asked: list[float] = []
     here = Address("127.0.0.1", 1)
 
-    def slots_of(*_: object) -> list[tuple[int, int, Address]]:
+    def fetch_slot_ranges(*_: object) -> list[tuple[int, int, Address]]:
         asked.append(now)
         return [(0, 16383, here)]
 
-    monkeypatch.setattr("kvcache.tiers.redis.cluster.slots_of", slots_of)
+    monkeypatch.setattr("kvcache.tiers.redis.cluster.fetch_slot_ranges", fetch_slot_ranges)
     monkeypatch.setattr("time.monotonic", lambda: now)
-    cluster = Cluster(here, Login(), 1)
+    cluster = Cluster(here, Connector(), 1)
     for tenths in range(31):
         now = 100 + tenths / 10
-        assert [type(node) for node in cluster.nodes_of([b"name"], now + 1)] == [Node]
-        cluster.heard(Refused("MOVED", "MOVED 5 127.0.0.1:1"))
+        assert [type(node) for node in cluster.nodes_for([b"name"], now + 1)] == [Node]
+        cluster.observe_error(ErrorReply("MOVED", "MOVED 5 127.0.0.1:1"))
     monkeypatch.undo()
     assert asked == [100, 101, 102, 103]
 
@@ -200,7 +205,7 @@ def test_a_cluster_lets_in_who_has_the_password(
         assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
         assert loaded(tier, KEYS) == [True] * len(KEYS)
     monkeypatch.setenv("OUR_REDIS_PASSWORD", "another")
-    with pytest.raises(ValueError, match="the server there refuses: redis cluster at"):
+    with pytest.raises(ValueError, match="the server rejects the tier: redis cluster at"):
         RedisTier(url=nodes[0].url, password_env="OUR_REDIS_PASSWORD", **options)
 
 
@@ -220,13 +225,16 @@ def test_cluster_without_a_node_that_answers_is_logged_once_and_when_it_is_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gone = Address("127.0.0.1", redis_servers.free_port())
-    monkeypatch.setattr("kvcache.tiers.redis.cluster._PAUSE_S", 0)
-    cluster = Cluster(gone, Login(), 1)
+    monkeypatch.setattr(RefreshGate, "interval_s", 0)
+    monkeypatch.setattr(Node, "retry_pause_s", 0)
+    cluster = Cluster(gone, Connector(), 1)
     for _ in range(3):
-        [refused] = cluster.nodes_of([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
-        assert isinstance(refused, Refused)
+        [refused] = cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
+        assert isinstance(refused, ErrorReply)
     [warning] = [record.getMessage() for record in caplog.records]
     assert "no server is known (redis cluster at 127.0.0.1" in warning
-    monkeypatch.setattr("kvcache.tiers.redis.cluster.slots_of", lambda *_: [(0, 16383, gone)])
-    cluster.nodes_of([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
+    monkeypatch.setattr(
+        "kvcache.tiers.redis.cluster.fetch_slot_ranges", lambda *_: [(0, 16383, gone)]
+    )
+    cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
     assert caplog.records[-1].getMessage() == "kvcache: redis: a server is known again"

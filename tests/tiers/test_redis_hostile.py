@@ -22,11 +22,19 @@ from kvcache.profiles import ProfileError, open_stack
 from kvcache.testing import keys_of
 from kvcache.tiers.redis import RedisTier
 from kvcache.tiers.redis.cluster import Cluster
-from kvcache.tiers.redis.connect import Login
-from kvcache.tiers.redis.resp import Refused, WireError
+from kvcache.tiers.redis.connect import Connector
+from kvcache.tiers.redis.resp import ErrorReply, ProtocolError
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
-from tests.support.hostile_servers import Act, Hostile, dripping, empty, flooding, saying, silent
+from tests.support.faulty_servers import (
+    Behaviour,
+    FaultyServer,
+    dripping,
+    empty,
+    flooding,
+    replying,
+    silent,
+)
 from tests.support.redis_servers import eventually
 
 PASSWORD = "correct-horse-battery-77"
@@ -35,7 +43,7 @@ TIMEOUT_S = 0.5
 PATIENCE_S = 5.0  # ten timeouts: what had no deadline took for ever
 ROOM_NBYTES = 200 << 20  # of memory: what had no limit took all there was
 
-ENDLESS: dict[str, Act] = {
+ENDLESS: dict[str, Behaviour] = {
     "silent": silent,
     "dripping a line": dripping(b"+O"),
     "dripping lines": dripping(b"+OK\r\n"),
@@ -84,11 +92,11 @@ def profile(folder: Path, url: str, more: str = "") -> str:
     ids=["plain", "password", "cluster", "sentinel"],
 )
 def test_open_stack_with_an_endless_server_opens_in_time_and_memory(
-    act: Act, more: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    act: Behaviour, more: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     said, before, begun = "", memory_nbytes(), time.monotonic()
-    with Hostile(act) as server:
+    with FaultyServer(act) as server:
         url = server.url
         if more == "sentinel":
             url, more = f"redis+sentinel://127.0.0.1:{server.port}/mymaster", ""
@@ -104,64 +112,64 @@ def test_open_stack_with_an_endless_server_opens_in_time_and_memory(
 
 
 @pytest.mark.parametrize("act", ENDLESS.values(), ids=ENDLESS)
-def test_wire_say_with_an_endless_server_raises_in_time(act: Act) -> None:
-    with Hostile(act) as server, closing(connect(server)) as wire:
+def test_wire_say_with_an_endless_server_raises_in_time(act: Behaviour) -> None:
+    with FaultyServer(act) as server, closing(connect(server)) as wire:
         begun = time.monotonic()
-        with suppress(WireError, OSError):
+        with suppress(ProtocolError, OSError):
             while True:  # a flood of whole replies answers for a while
-                wire.say(b"CLUSTER", b"SLOTS", deadline=begun + TIMEOUT_S)
+                wire.call(b"CLUSTER", b"SLOTS", deadline=begun + TIMEOUT_S)
         assert time.monotonic() - begun < PATIENCE_S
 
 
-def connect(server: Hostile) -> Any:
-    return Login().connect(Address("127.0.0.1", server.port), deadline())
+def connect(server: FaultyServer) -> Any:
+    return Connector().connect(Address("127.0.0.1", server.port), deadline())
 
 
 @pytest.mark.parametrize(
     ("reply", "says"),
     [
         (b"*1\r\n" * 8 + b":1\r\n", None),
-        (b"*1\r\n" * 9 + b":1\r\n", "lists within lists"),
-        (b"*1\r\n" * 100_000, "lists within lists"),
+        (b"*1\r\n" * 9 + b":1\r\n", "lists nested deeper"),
+        (b"*1\r\n" * 100_000, "lists nested deeper"),
         (b"$1000000\r\n" + b"x" * 1_000_000 + b"\r\n", None),
-        (b"$100000000\r\n", "longer than"),
-        (b"*100000000\r\n", "longer than"),
-        (b"*" + b"9" * 400 + b"\r\n", "longer than"),
-        (b"*16\r\n" + (b"$1100000\r\n" + b"x" * 1_100_000 + b"\r\n") * 16, "longer than"),
-        (b"*100000\r\n" + b"*4\r\n:1\r\n:1\r\n:1\r\n:1\r\n" * 100_000, "longer than"),
+        (b"$100000000\r\n", "has more than"),
+        (b"*100000000\r\n", "has more than"),
+        (b"*" + b"9" * 400 + b"\r\n", "has more than"),
+        (b"*16\r\n" + (b"$1100000\r\n" + b"x" * 1_100_000 + b"\r\n") * 16, "has more than"),
+        (b"*100000\r\n" + b"*4\r\n:1\r\n:1\r\n:1\r\n:1\r\n" * 100_000, "has more than"),
         (b"%1\r\n", "a reply begins with"),
         (b"$-2\r\n", "a reply begins with"),
-        (b"+" + b"x" * 10_000, "a line without an end"),
+        (b"+" + b"x" * 10_000, "a line is too long"),
     ],
 )
 def test_wire_say_takes_a_reply_within_the_limits_and_no_other(
     reply: bytes, says: str | None
 ) -> None:
-    with Hostile(saying(reply)) as server, closing(connect(server)) as wire:
+    with FaultyServer(replying(reply)) as server, closing(connect(server)) as wire:
         until = time.monotonic() + redis_servers.PATIENCE_S
         if says is None:
-            assert wire.say(b"CLUSTER", b"SLOTS", deadline=until)
+            assert wire.call(b"CLUSTER", b"SLOTS", deadline=until)
         else:
-            with pytest.raises(WireError, match=says):
-                wire.say(b"CLUSTER", b"SLOTS", deadline=until)
+            with pytest.raises(ProtocolError, match=says):
+                wire.call(b"CLUSTER", b"SLOTS", deadline=until)
 
 
 def test_tls_handshake_that_drips_ends_at_the_deadline() -> None:
-    with Hostile(dripping(b"\x16\x03\x03\x40\x00")) as server:
+    with FaultyServer(dripping(b"\x16\x03\x03\x40\x00")) as server:
         begun = time.monotonic()
         with pytest.raises(OSError, match=r"timed out|in time"):
-            Login(tls=True).connect(Address("127.0.0.1", server.port), deadline())
+            Connector(tls=True).connect(Address("127.0.0.1", server.port), deadline())
         assert time.monotonic() - begun < PATIENCE_S
 
 
 def test_server_that_does_not_read_ends_the_call_at_the_deadline() -> None:
     big = memoryview(bytes(64 << 20))
     with (
-        Hostile(saying(b":0\r\n")) as server,
+        FaultyServer(replying(b":0\r\n")) as server,
         closing(RedisTier(url=server.url, timeout_s=TIMEOUT_S)) as tier,
     ):
-        server.act = silent
-        tier._servers.close()  # the connection that was made at start
+        server.behaviour = silent
+        tier.servers.close()  # the connection that was made at start
         begun = time.monotonic()
         with pytest.raises(ConnectionError):
             tier.store(KEYS[:1], [big])
@@ -169,13 +177,13 @@ def test_server_that_does_not_read_ends_the_call_at_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("act", [silent, dripping(b"+O"), dripping(b"*1\r\n")])
-def test_tier_after_greetings_that_hang_recovers(act: Act, tmp_path: Path) -> None:
+def test_tier_after_greetings_that_hang_recovers(act: Behaviour, tmp_path: Path) -> None:
     """As many as the tier has threads: each used to be lost with the first greeting that hung."""
-    with Hostile(empty) as server:
+    with FaultyServer(empty) as server:
         more = 'password_env = "OUR_PASSWORD"\ncalls = 2\ndeadline_s = 0.6'
         with open_stack(profile(tmp_path, server.url, more), block_nbytes=4096) as stack:
-            server.act = act
-            for sock in list(server._open):
+            server.behaviour = act
+            for sock in list(server.sockets):
                 sock.shutdown(socket.SHUT_RDWR)
 
             def ask(keys: list[bytes]) -> None:
@@ -185,7 +193,7 @@ def test_tier_after_greetings_that_hang_recovers(act: Act, tmp_path: Path) -> No
             for at in range(6):
                 ask(keys_of(f"hangs {at}", 1))
             hung = server.connections
-            server.act = empty
+            server.behaviour = empty
 
             def answers() -> bool:
                 ask(keys_of("again", 1))
@@ -210,12 +218,12 @@ def test_tier_after_greetings_that_hang_recovers(act: Act, tmp_path: Path) -> No
 )
 def test_slots_at_an_address_that_cannot_be_are_not_learnt(host: bytes, port: int) -> None:
     said = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$%d\r\n%b\r\n:%d\r\n" % (len(host), host, port)
-    with Hostile(saying(b"+OK\r\n", said)) as server:
-        login = Login(password=PASSWORD)
+    with FaultyServer(replying(b"+OK\r\n", said)) as server:
+        login = Connector(password=PASSWORD)
         cluster = Cluster(Address("127.0.0.1", server.port), login, 1)
-        [refused] = cluster.nodes_of([b"name"], deadline())
-        assert isinstance(refused, Refused)
-        assert "an address that cannot be one" in refused.text
+        [refused] = cluster.nodes_for([b"name"], deadline())
+        assert isinstance(refused, ErrorReply)
+        assert "an invalid address" in refused.text
         assert PASSWORD not in refused.text
 
 
@@ -224,21 +232,21 @@ def test_slots_that_cannot_be_are_not_learnt(ranges: list[tuple[int, int]]) -> N
     said = b"*%d\r\n" % len(ranges)
     for first, last in ranges:
         said += b"*3\r\n:%d\r\n:%d\r\n*2\r\n$9\r\n127.0.0.1\r\n:7000\r\n" % (first, last)
-    with Hostile(saying(said)) as server:
-        cluster = Cluster(Address("127.0.0.1", server.port), Login(), 1)
-        [refused] = cluster.nodes_of([b"name"], deadline())
-        assert isinstance(refused, Refused)
-        assert "slots that there cannot be" in refused.text
+    with FaultyServer(replying(said)) as server:
+        cluster = Cluster(Address("127.0.0.1", server.port), Connector(), 1)
+        [refused] = cluster.nodes_for([b"name"], deadline())
+        assert isinstance(refused, ErrorReply)
+        assert "has invalid slots" in refused.text
 
 
 def test_moved_to_any_number_of_places_makes_a_limited_number_of_nodes() -> None:
-    cluster = Cluster(Address("127.0.0.1", 1), Login(), 1)
+    cluster = Cluster(Address("127.0.0.1", 1), Connector(), 1)
     for port in range(1, 3000):
-        cluster.heard(Refused("MOVED", f"MOVED 5 127.0.0.1:{port}"))
+        cluster.observe_error(ErrorReply("MOVED", f"MOVED 5 127.0.0.1:{port}"))
     for wrong in ("", "x", "5", "5 h", "5 h:x", "-5 h:1", "99999 h:1", "5 h h:1", "5 h:99999"):
-        cluster.heard(Refused("MOVED", f"MOVED {wrong}"))
-    assert len(cluster._nodes) == 1024
-    assert [str(at) for at, node in enumerate(cluster._slots) if node] == ["5"]
+        cluster.observe_error(ErrorReply("MOVED", f"MOVED {wrong}"))
+    assert len(cluster.nodes) == 1024
+    assert [str(at) for at, node in enumerate(cluster.slots) if node] == ["5"]
     cluster.close()
 
 
@@ -253,19 +261,19 @@ def test_cluster_whose_known_nodes_all_hang_is_found_again_at_its_seed() -> None
         return b"*%d\r\n%s" % (len(ports), b"".join(nodes))
 
     with ExitStack() as opened:
-        hanging = [opened.enter_context(Hostile(silent)).port for _ in range(16)]
-        seed = opened.enter_context(Hostile(saying(its_map(*hanging))))
+        hanging = [opened.enter_context(FaultyServer(silent)).port for _ in range(16)]
+        seed = opened.enter_context(FaultyServer(replying(its_map(*hanging))))
         cluster = opened.enter_context(
-            closing(Cluster(Address("127.0.0.1", seed.port), Login(), 1))
+            closing(Cluster(Address("127.0.0.1", seed.port), Connector(), 1))
         )
-        cluster.nodes_of([b"a"], deadline())
-        assert len(cluster._nodes) == len(hanging)
-        seed.act = saying(its_map(seed.port))
-        cluster.heard(Refused("NOANSWER", ""))
+        cluster.nodes_for([b"a"], deadline())
+        assert len(cluster.nodes) == len(hanging)
+        seed.behaviour = replying(its_map(seed.port))
+        cluster.observe_error(ErrorReply("NOANSWER", ""))
 
         def found() -> bool:
-            cluster.nodes_of([b"a"], deadline())
-            return [node.address.port for node in cluster._nodes.values()] == [seed.port]
+            cluster.nodes_for([b"a"], deadline())
+            return [node.address.port for node in cluster.nodes.values()] == [seed.port]
 
         eventually(found, "the seed is asked")
 
@@ -298,7 +306,7 @@ def test_password_that_a_server_repeats_reaches_no_message(
     more = 'password_env = "OUR_PASSWORD"\n' + "cluster = true\n" * cluster
     replies = [b"+OK\r\n", said] if greeted else [said]
     texts = []
-    with Hostile(saying(*replies)) as server:
+    with FaultyServer(replying(*replies)) as server:
         try:
             with (
                 open_stack(profile(tmp_path, server.url, more), block_nbytes=4096) as stack,
@@ -319,7 +327,7 @@ def test_error_at_run_time_is_logged_once_for_each_kind_and_for_few_kinds(
 ) -> None:
     replies = [b"-E%b \x1b]0;title\x07 %b\r\n" % (b"X" * n, b"y" * 400) for n in range(30)]
     with (
-        Hostile(saying(*[b":0\r\n"] * 64, *replies)) as server,
+        FaultyServer(replying(*[b":0\r\n"] * 64, *replies)) as server,
         closing(RedisTier(url=server.url, timeout_s=30)) as tier,
     ):
         for _ in range(30):
@@ -343,14 +351,16 @@ def test_server_that_refuses_for_a_while_is_no_error_at_start(
     refusal: bytes, passes: bool, kind: str
 ) -> None:
     """A full or loading server comes back: the engine starts, and finds it again."""
-    with Hostile(saying(refusal)) as server:
+    with FaultyServer(replying(refusal)) as server:
         url = {
             "database": f"{server.url}/1",
             "cluster": server.url,
             "sentinel": f"redis+sentinel://127.0.0.1:{server.port}/mymaster",
         }[kind]
         refused = (
-            nullcontext() if passes else pytest.raises(ValueError, match=r"refuses: .*(WRO|NOP)")
+            nullcontext()
+            if passes
+            else pytest.raises(ValueError, match=r"rejects the tier: .*(WRO|NOP)")
         )
         with refused:
             RedisTier(url=url, cluster=kind == "cluster", timeout_s=30).close()

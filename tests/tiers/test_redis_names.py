@@ -14,8 +14,8 @@ pytest.importorskip("redis")
 from kvcache.tiers.redis import sockets
 from kvcache.tiers.redis.sockets import Address, open_socket
 from tests.support import redis_servers
+from tests.support.faulty_servers import FaultyServer, silent
 from tests.support.forked_children import run_in_child
-from tests.support.hostile_servers import Hostile, silent
 
 
 def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
@@ -31,7 +31,7 @@ def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
         return getaddrinfo("127.0.0.1", port, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    with Hostile(silent) as server:
+    with FaultyServer(silent) as server:
         place = Address("cache.example", server.port)
         for _ in range(3):
             with pytest.raises(TimeoutError, match=r"'cache\.example' was not resolved in time"):
@@ -51,7 +51,7 @@ def test_name_resolution_without_a_thread_fails_and_is_begun_again(
         return getaddrinfo("127.0.0.1", port, **options)
 
     getaddrinfo = socket.getaddrinfo
-    with Hostile(silent) as server:
+    with FaultyServer(silent) as server:
         monkeypatch.setattr(socket, "getaddrinfo", resolves)
         place = Address("cache.example", server.port)
         with monkeypatch.context() as scarce:
@@ -76,11 +76,11 @@ def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
         open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
-    with Hostile(silent) as server:
+    with FaultyServer(silent) as server:
         place = Address("cache.example", server.port)
         with pytest.raises(TimeoutError):
             open_socket(place, None, time.monotonic() + 0.01)
-        with sockets._lock:  # a thread of the parent has it when the child begins
+        with sockets.lookups_lock:  # a thread of the parent has it when the child begins
             run_in_child(child)
         over.set()
 

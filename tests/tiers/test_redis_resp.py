@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache.testing import block_of, keys_of
-from kvcache.tiers.redis import RedisTier, name_of, resp
-from tests.support.scripted_redis import Hangup, Scripted
+from kvcache.tiers.redis import RedisTier, block_name, resp
+from tests.support.scripted_redis import CloseConnection, ScriptedRedis
 
 NBYTES = 4096
 KEYS = keys_of("wire", 4)
-NAMES = [name_of(key) for key in KEYS]
+NAMES = [block_name(key) for key in KEYS]
 CLEAN = b"\xa5" * NBYTES
 
 
@@ -54,7 +55,7 @@ def once(answer: Callable[[list[bytes]], bytes], at: int) -> Callable[[list[byte
     return script
 
 
-def opened(server: Scripted, **options: Any) -> RedisTier:
+def opened(server: ScriptedRedis, **options: Any) -> RedisTier:
     return RedisTier(url=server.url, **({"timeout_s": 30} | options))
 
 
@@ -69,7 +70,7 @@ def loaded(tier: RedisTier) -> list[bool]:
 
 
 def hang_up(data: bytes) -> bytes:
-    raise Hangup(data)
+    raise CloseConnection(data)
 
 
 SURPRISES: dict[str, Callable[[list[bytes]], bytes]] = {
@@ -95,7 +96,7 @@ SURPRISES: dict[str, Callable[[list[bytes]], bytes]] = {
 def test_a_surprise_ends_the_connection_and_what_follows_on_it(
     surprise: Callable[[list[bytes]], bytes], at: int
 ) -> None:
-    with Scripted(once(surprise, at)) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(once(surprise, at)) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * at + [False] * (4 - at)
         assert server.connections == 1
         assert loaded(tier) == [True] * 4
@@ -106,14 +107,17 @@ def test_a_surprise_ends_the_connection_and_what_follows_on_it(
 def test_a_surprise_at_the_first_key_is_a_failed_call(
     surprise: Callable[[list[bytes]], bytes],
 ) -> None:
-    with Scripted(once(surprise, 0)) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(once(surprise, 0)) as server, closing(opened(server)) as tier:
         with pytest.raises(ConnectionError):
             loaded(tier)
         assert loaded(tier) == [True] * 4
 
 
 def test_an_error_for_one_key_is_that_keys_and_the_connection_goes_on() -> None:
-    with Scripted(once(lambda _: b"-ERR no\r\n", 1)) as server, closing(opened(server)) as tier:
+    with (
+        ScriptedRedis(once(lambda _: b"-ERR no\r\n", 1)) as server,
+        closing(opened(server)) as tier,
+    ):
         assert loaded(tier) == [True, False, True, True]
         assert loaded(tier) == [True] * 4
         assert server.connections == 1
@@ -123,7 +127,7 @@ def test_an_error_for_one_key_is_that_keys_and_the_connection_goes_on() -> None:
 def test_what_comes_after_the_last_reply_is_nobodys_answer(wrong: bytes) -> None:
     """Two replies to one command: the second must not be taken for the next call's first."""
     script = once(lambda words: right(words) + wrong, 3)
-    with Scripted(script) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(script) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * 4
         assert loaded(tier) == [True] * 4
         assert server.connections == 2
@@ -133,9 +137,9 @@ def test_a_value_that_is_longer_than_its_buffer_is_read_past_and_removed() -> No
     def long(words: list[bytes]) -> bytes:
         return value(b"$4096\r\n" * 100_000) if words[:2] == [b"GET", NAMES[1]] else right(words)
 
-    with Scripted(long) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(long) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True, False, True, True]
-        assert server.heard[-1] == [b"UNLINK", NAMES[1]]
+        assert server.commands[-1] == [b"UNLINK", NAMES[1]]
         assert server.connections == 1
 
 
@@ -145,21 +149,21 @@ def test_a_thousand_keys_are_one_round_trip() -> None:
     def last(_: list[bytes]) -> bytes:  # nothing is said before everything was asked
         return b":1\r\n" * 1000 if next(replies) == 1000 else b""
 
-    with Scripted(last) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(last) as server, closing(opened(server)) as tier:
         assert tier.contains(keys) == [True] * 1000
-        assert [words[1] for words in server.heard] == [name_of(key) for key in keys]
+        assert [words[1] for words in server.commands] == [block_name(key) for key in keys]
 
 
 def test_no_more_is_asked_for_than_the_window_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    send = resp.Wire._send
+    sent: list[int] = []  # commands, by the calls of sendmsg
+    sendmsg = socket.socket.sendmsg
 
-    def counted(self: resp.Wire, parts: list[bytes | memoryview], deadline: float) -> None:
-        sent.append(len(parts))
-        send(self, parts, deadline)
+    def counted(self: socket.socket, buffers: list[memoryview]) -> int:
+        sent.append(b"".join(buffers).count(b"GET"))
+        return sendmsg(self, buffers)
 
-    with Scripted(right) as server, closing(opened(server)) as tier:
-        monkeypatch.setattr(resp.Wire, "_send", counted)
+    with ScriptedRedis(right) as server, closing(opened(server)) as tier:
+        monkeypatch.setattr(socket.socket, "sendmsg", counted)
         for blocks, sends in ((1, [2, 1, 1, 0]), (3, [3, 1, 0, 0]), (9, [4, 0, 0, 0])):
             monkeypatch.setattr(resp, "WINDOW_NBYTES", blocks * NBYTES)
             assert loaded(tier) == [True] * 4
@@ -171,33 +175,33 @@ def test_a_server_that_drips_holds_nobody_past_the_deadline() -> None:
     over = threading.Event()
 
     def drip(_: list[bytes]) -> bytes:
-        server._open[-1].sendall(b"$4096\r\n")
+        server.sockets[-1].sendall(b"$4096\r\n")
         while not over.wait(0.02):
-            server._open[-1].sendall(b"x")
+            server.sockets[-1].sendall(b"x")
         return b""
 
-    with Scripted(once(drip, 0)) as server, closing(opened(server, timeout_s=0.5)) as tier:
+    with ScriptedRedis(once(drip, 0)) as server, closing(opened(server, timeout_s=0.5)) as tier:
         with pytest.raises(ConnectionError, match=r"no answer in time|timed out"):
             loaded(tier)
         over.set()
 
 
 def test_a_connection_that_fails_is_tried_once_in_a_call() -> None:
-    with Scripted(right) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(right) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * 4
-        server.hangs_up = True
+        server.closes_connections = True
         for connections in (2, 3):
-            tier._servers.close()
+            tier.servers.close()
             with pytest.raises(ConnectionError):
                 loaded(tier)
             assert server.connections == connections
 
 
 @pytest.fixture(scope="module")
-def noise() -> Iterator[tuple[Scripted, RedisTier, list[bytes]]]:
+def noise() -> Iterator[tuple[ScriptedRedis, RedisTier, list[bytes]]]:
     said: list[bytes] = []
     with (
-        Scripted(lambda _: hang_up(said[0])) as server,
+        ScriptedRedis(lambda _: hang_up(said[0])) as server,
         closing(RedisTier(url=server.url, timeout_s=30)) as tier,
     ):
         yield server, tier, said
@@ -208,7 +212,7 @@ PIECES = st.sampled_from([b"$", b"+", b"-", b":", b"*", b"\r\n", b"4096", b"-1",
 
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join))
 def test_noise_is_a_miss_or_a_value_as_announced(
-    noise: tuple[Scripted, RedisTier, list[bytes]], data: bytes
+    noise: tuple[ScriptedRedis, RedisTier, list[bytes]], data: bytes
 ) -> None:
     _, tier, said = noise
     said[:] = [data]

@@ -18,13 +18,13 @@ import redis
 
 from kvcache import cli
 from kvcache.testing import keys_of
-from kvcache.tiers.redis import RedisTier, name_of
-from kvcache.tiers.redis.connect import Login
-from kvcache.tiers.redis.resp import Refused
-from kvcache.tiers.redis.sentinel import Watched
+from kvcache.tiers.redis import RedisTier, block_name
+from kvcache.tiers.redis.connect import Connector
+from kvcache.tiers.redis.resp import ErrorReply
+from kvcache.tiers.redis.sentinel import SentinelMaster
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
-from tests.support.hostile_servers import Hostile, saying, silent
+from tests.support.faulty_servers import FaultyServer, replying, silent
 from tests.support.redis_servers import Sentinel, Server, eventually
 from tests.tiers.test_redis_faults import blocks, loaded
 
@@ -73,10 +73,10 @@ def test_sentinel_fails_over_and_the_tier_follows(
             eventually(lambda: all(tried(tier)), "the other one is the master, and is asked")
             assert loaded(tier, KEYS) == [True] * len(KEYS)
             assert replica.client().info("replication")["role"] == "master"
-        [change] = [r.getMessage() for r in caplog.records if "instead of" in r.getMessage()]
+        [change] = [r.getMessage() for r in caplog.records if "moved from" in r.getMessage()]
         assert change == (
-            f"kvcache: redis: 127.0.0.1:{replica.port} is the master mymaster now, instead of "
-            f"127.0.0.1:{master.port} (Sentinel); blocks go there"
+            f"kvcache: redis: master mymaster moved from 127.0.0.1:{master.port} to "
+            f"127.0.0.1:{replica.port} (Sentinel); blocks go there"
         )
 
 
@@ -97,10 +97,10 @@ def test_master_that_becomes_a_replica_is_looked_up_again(
             old.client().replicaof("127.0.0.1", new.port)
             if closes:  # and the engine only asks, which a replica answers
                 old.client().client_kill_filter(_type="normal", skipme=True)
-                eventually(lambda: tier.contains(KEYS) and "instead of" in caplog.text, "it moves")
+                eventually(lambda: tier.contains(KEYS) and "moved from" in caplog.text, "it moves")
             eventually(lambda: all(tried(tier)), "blocks are stored in the new master")
-            assert "instead of" in caplog.text
-            assert new.client().exists(*map(name_of, KEYS)) == len(KEYS)
+            assert "moved from" in caplog.text
+            assert new.client().exists(*map(block_name, KEYS)) == len(KEYS)
             assert loaded(tier, KEYS) == [True] * len(KEYS)
 
 
@@ -115,12 +115,12 @@ def begins(sentinel: Sentinel) -> bool:
 
 def test_sentinel_that_hangs_or_is_gone_leaves_it_to_the_next(alone: Watch) -> None:
     data, sentinels = alone
-    with Hostile(silent) as hangs:
+    with FaultyServer(silent) as hangs:
         ports = [hangs.port, redis_servers.free_port(), sentinels[0].port]
         places = [Address("127.0.0.1", port) for port in ports]
-        watched = Watched(places, "mymaster", Login(), Login(), 1)
+        watched = SentinelMaster(places, "mymaster", Connector(), Connector(), 1)
         for _ in range(3):
-            assert watched.find(time.monotonic() + 2).port == data[0].port
+            assert watched.find_master(time.monotonic() + 2).port == data[0].port
         assert hangs.connections == 1  # the one that answered is asked first the next time
 
 
@@ -150,7 +150,7 @@ def test_master_that_is_down_at_start_is_found_when_it_is_up(tmp_path: Path) -> 
             "it is seen to be down",
         )
         with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
-            with pytest.raises(ConnectionError, match="says that the master mymaster is down"):
+            with pytest.raises(ConnectionError, match="reports that the master mymaster is down"):
                 tier.contains(KEYS)
             data[0].start()
             eventually(lambda: all(tried(tier)), "it is found")
@@ -186,7 +186,7 @@ def test_sentinel_and_master_have_passwords_of_their_own(
         }
         with closing(RedisTier(**options)) as tier:
             assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
-            assert "of-the-" not in repr(vars(tier)) + repr(vars(tier._servers))
+            assert "of-the-" not in repr(vars(tier)) + repr(vars(tier.servers))
         for wrong in ("password_env", "sentinel_password_env"):
             other = {"password_env": "OUR_SENTINEL_PASSWORD"}.get(wrong, "OUR_REDIS_PASSWORD")
             with pytest.raises(ValueError, match="WRONGPASS") as caught:
@@ -198,9 +198,9 @@ def test_sentinel_and_master_have_passwords_of_their_own(
 def test_sentinel_and_plain_redis_are_not_taken_for_each_other(alone: Watch) -> None:
     data, sentinels = alone
     for path in ("", "/3"):
-        with pytest.raises(ValueError, match=r"is it a Sentinel\? then url is redis\+sentinel://"):
+        with pytest.raises(ValueError, match=r"if it is a Sentinel, url is redis\+sentinel://"):
             RedisTier(url=f"redis://127.0.0.1:{sentinels[0].port}{path}", timeout_s=5)
-    with pytest.raises(ValueError, match=r"is it no Sentinel\? then url is redis://"):
+    with pytest.raises(ValueError, match="if it is not a Sentinel, url is redis://"):
         RedisTier(url=f"redis+sentinel://127.0.0.1:{data[0].port}/mymaster", timeout_s=5)
     with pytest.raises(ValueError, match="ERR unknown command"):
         RedisTier(url=sentinels[0].url, cluster=True, timeout_s=5)
@@ -216,32 +216,32 @@ def test_master_of_another_name_is_an_error_at_start(alone: Watch) -> None:
     ("said", "says"),
     [
         (b"*0\r\n", "does not watch a master mymaster; it watches none"),
-        (b":1\r\n", "does not say which masters"),
-        (b"*1\r\n:1\r\n", "does not say which masters"),
-        (b"*1\r\n*2\r\n$4\r\nname\r\n$8\r\nmymaster\r\n", "does not say which masters"),
-        (b"*1\r\n*3\r\n:1\r\n:2\r\n:3\r\n", "does not say which masters"),
-        (b"*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n:1\r\n", "lists within lists"),
+        (b":1\r\n", "answer to SENTINEL MASTERS is invalid"),
+        (b"*1\r\n:1\r\n", "answer to SENTINEL MASTERS is invalid"),
+        (b"*1\r\n*2\r\n$4\r\nname\r\n$8\r\nmymaster\r\n", "answer to SENTINEL MASTERS is invalid"),
+        (b"*1\r\n*3\r\n:1\r\n:2\r\n:3\r\n", "answer to SENTINEL MASTERS is invalid"),
+        (b"*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n:1\r\n", "lists nested deeper"),
         (b"-ERR no\r\n", "ERR no"),
-        (b"+OK\r\n", "does not say which masters"),
+        (b"+OK\r\n", "answer to SENTINEL MASTERS is invalid"),
     ],
 )
 def test_sentinel_that_answers_oddly_is_one_error(said: bytes, says: str) -> None:
-    with Hostile(saying(said)) as server:
+    with FaultyServer(replying(said)) as server:
         place = Address("127.0.0.1", server.port)
-        watched = Watched([place], "mymaster", Login(), Login(), 1)
-        [refused] = watched.nodes_of([b"name"], deadline())
-        assert isinstance(refused, Refused)
+        watched = SentinelMaster([place], "mymaster", Connector(), Connector(), 1)
+        [refused] = watched.nodes_for([b"name"], deadline())
+        assert isinstance(refused, ErrorReply)
         assert says in refused.text
 
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_master_that_no_sentinel_knows_is_final_when_all_have_answered(gone: bool) -> None:
-    with Hostile(saying(b"*0\r\n")) as server:
+    with FaultyServer(replying(b"*0\r\n")) as server:
         ports = [server.port, redis_servers.free_port()] if gone else [server.port]
         places = [Address("127.0.0.1", port) for port in ports]
-        watched = Watched(places, "mymaster", Login(), Login(), 1)
-        [refused] = watched.nodes_of([b"name"], deadline())
-        assert isinstance(refused, Refused)
+        watched = SentinelMaster(places, "mymaster", Connector(), Connector(), 1)
+        [refused] = watched.nodes_for([b"name"], deadline())
+        assert isinstance(refused, ErrorReply)
         assert refused.code == ("NOANSWER" if gone else "LOGIN")
 
 

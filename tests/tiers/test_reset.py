@@ -189,7 +189,7 @@ def test_store_namespace_that_was_reset_reads_its_mark(
             for key in keys[1:3]:
                 assert tier.store([key], [memoryview(b"block")]) == [True]
             assert reads() == 1
-            monkeypatch.setattr("kvcache.tiers.redis.tier._USE_RESET_S", 0.0)
+            tier.reset_read_interval_s = 0.0
             assert tier.store(keys[3:], [memoryview(b"block")]) == [True]
             assert reads() == 2
 

@@ -1,5 +1,5 @@
-"""Blocks in Redis or Valkey: one server, a cluster, or a server that Sentinels name."""
+"""A tier on Redis or Valkey: one server, a cluster, or a master that Sentinels name."""
 
-from .tier import RedisTier, about_name_of, name_of
+from .tier import RedisTier, block_name, description_name
 
-__all__ = ["RedisTier", "about_name_of", "name_of"]
+__all__ = ["RedisTier", "block_name", "description_name"]

@@ -1,11 +1,10 @@
-"""Where a server is, and how a connection to it is made, with what a profile says.
+"""Parses a server's URL and options, and makes authenticated connections.
 
-Always true:
+Always true here:
 
-* A password is read from the environment and is in no message, log or ``repr``. A URL that holds
-  one is refused, and not repeated.
-* A connection is there, with its greeting over, by the deadline of the call that needs it, or not
-  at all.
+* A password is read from the environment, and is in no message, log or ``repr``. A URL with a
+  password is refused, and not repeated.
+* A connection is authenticated by the deadline of the call that needs it, or the call fails.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kvcache.secrets import may_be_secret, redact
-from kvcache.tiers.redis.resp import MAX_CLIENTS, Refused, Wire, WireError, command
+from kvcache.tiers.redis.resp import MAX_CLIENTS, ErrorReply, ProtocolError, RespConnection, command
 from kvcache.tiers.redis.sockets import Address, open_socket
 
 FORMS = (
@@ -28,30 +27,31 @@ FORMS = (
 
 SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 
-_USUAL_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
-_MASTER = re.compile(r"[A-Za-z0-9._-]+")
-_PASSES = {MAX_CLIENTS, "LOADING", "BUSY", "MASTERDOWN"}
-"""Codes with which a server refuses everybody, and not for good."""
+_VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+_MASTER_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_TEMPORARY_ERRORS = {MAX_CLIENTS, "LOADING", "BUSY", "MASTERDOWN"}
+"""Codes with which a server rejects every connection for a while."""
 
 
-class LoginError(Exception):
-    """The server is there and refuses the connection: trying again does not help."""
+class ConnectionRejectedError(Exception):
+    """The server rejects the connection, and would reject it again."""
 
 
-def error_of(refused: Refused) -> WireError | LoginError:
-    """What to raise where a server refuses what a connection begins with."""
-    return (WireError if refused.code in _PASSES else LoginError)(refused.text)
+def error_from(reply: ErrorReply) -> ProtocolError | ConnectionRejectedError:
+    """Return the exception for an error during login."""
+    temporary = reply.code in _TEMPORARY_ERRORS
+    return (ProtocolError if temporary else ConnectionRejectedError)(reply.text)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What a URL says.
+class ServerUrl:
+    """The parts of a URL.
 
     Attributes:
-        addresses: the server; any node of a cluster; with ``master`` the Sentinels.
-        tls: whether connections are by TLS.
-        database: its number.
-        master: the name that Sentinels have for the server; "" without Sentinels.
+        addresses: the server, or any node of a cluster; with ``master``, the Sentinels.
+        tls: whether connections use TLS.
+        database: the number of the database.
+        master: the name of the master that the Sentinels watch; "" without Sentinels.
     """
 
     addresses: tuple[Address, ...]
@@ -61,8 +61,8 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
-    """What a connection takes beside an address. No message repeats one of ``secrets``."""
+class Connector:
+    """Makes connections with the same options. No message contains one of ``secrets``."""
 
     tls: bool = False
     database: int = 0
@@ -73,53 +73,54 @@ class Login:
     key_file: str = ""
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
-    def connect(self, address: Address, deadline: float) -> Wire:
-        """A connection that is authenticated and at its database by ``deadline``.
+    def connect(self, address: Address, deadline: float) -> RespConnection:
+        """Return a connection that is authenticated, with the database selected.
 
         Raises:
-            LoginError: the server refused us, or is not who it should be.
-            OSError, WireError: it cannot be reached, or does not speak Redis's protocol.
+            ConnectionRejectedError: the server rejected the login, or its certificate is invalid.
+            OSError: the server cannot be reached by ``deadline``.
+            ProtocolError: it does not speak Redis's protocol.
         """
         secrets = {self.password, *self.secrets}
         try:
-            sock = open_socket(address, self.context() if self.tls else None, deadline)
+            sock = open_socket(address, self.tls_context() if self.tls else None, deadline)
         except ssl.SSLCertVerificationError as error:
-            raise LoginError(redact(str(error), *secrets)) from None
+            raise ConnectionRejectedError(redact(str(error), *secrets)) from None
         try:
-            wire = Wire(sock, secrets)
-            self._greet(wire, deadline)
+            connection = RespConnection(sock, secrets)
+            self._log_in(connection, deadline)
         except BaseException:
             sock.close()
             raise
-        return wire
+        return connection
 
-    def _greet(self, wire: Wire, deadline: float) -> None:
+    def _log_in(self, connection: RespConnection, deadline: float) -> None:
         commands = []
         if self.password:
             user = [self.username.encode()] if self.username else []
             commands.append(command(b"AUTH", *user, os.fsencode(self.password)))
         if self.database:
             commands.append(command(b"SELECT", b"%d" % self.database))
-        for reply in wire.exchange(commands, deadline):
-            if isinstance(reply, Refused):
-                raise error_of(reply)
+        for reply in connection.exchange(commands, deadline):
+            if isinstance(reply, ErrorReply):
+                raise error_from(reply)
             if reply != 1:
-                raise WireError("the greeting is not answered with OK")
+                raise ProtocolError("the server did not answer the login with OK")
 
     def check_certificates(self) -> None:
-        """Raise ValueError if the files do not hold what a handshake takes."""
+        """Raise ValueError if the files cannot be used for TLS."""
         try:
-            self.context()
+            self.tls_context()
         except OSError as error:
             raise ValueError(
-                f"ca_file, cert_file or key_file does not hold what TLS takes: {error}"
+                f"ca_file, cert_file or key_file cannot be used for TLS: {error}"
             ) from None
 
-    def context(self) -> ssl.SSLContext:
-        """What a handshake takes, read from the files as they are now: certificates are renewed.
+    def tls_context(self) -> ssl.SSLContext:
+        """Return the TLS context; reads the files each time, since certificates are renewed.
 
         Raises:
-            OSError: the files are not what they should be.
+            OSError: a file cannot be read or used.
         """
         context = ssl.create_default_context(cafile=self.ca_file or None)
         if self.cert_file:
@@ -128,13 +129,17 @@ class Login:
         return context
 
 
-def read_url(url: str) -> Place:
-    """What ``url`` says. Raises ValueError that repeats none of what may be a password."""
+def parse_url(url: str) -> ServerUrl:
+    """Return the parts of ``url``.
+
+    Raises:
+        ValueError: ``url`` is invalid; the message contains nothing that may be a password.
+    """
     query = parse_qsl(url.partition("?")[2], keep_blank_values=True)
     if "@" in url or any(may_be_secret(name) or "user" in name.lower() for name, _ in query):
         raise ValueError(
-            "url holds a user or a password, which are not for a profile: give username, and in "
-            "password_env the name of the environment variable that has the password"
+            "url contains a user or a password; set username, and set password_env to the name of "
+            "the environment variable that has the password"
         )
     scheme, mark, rest = url.partition("://")
     hosts, slash, path = rest.partition("/")
@@ -149,37 +154,37 @@ def read_url(url: str) -> Place:
     if parts.scheme == "unix":
         if parts.netloc or not parts.path.startswith("/"):
             raise ValueError(f"url has no absolute path; write {FORMS}")
-        return Place((Address(path=unquote(parts.path)),), database=_database(parts, ""))
-    addresses = [_address(host, 26379 if sentinel else 6379) for host in (parts.netloc, *others)]
+        return ServerUrl((Address(path=unquote(parts.path)),), database=_parse_database(parts, ""))
+    addresses = [_parse_host(host, 26379 if sentinel else 6379) for host in (parts.netloc, *others)]
     master, number = "", parts.path.strip("/")
     if sentinel:
         master, _, number = number.partition("/")
-        if not _MASTER.fullmatch(master):
+        if not _MASTER_NAME.fullmatch(master):
             raise ValueError(f"url does not name the master that Sentinel watches; write {FORMS}")
     tls = parts.scheme.startswith("rediss")
-    return Place(tuple(addresses), tls, _database(parts, number), master)
+    return ServerUrl(tuple(addresses), tls, _parse_database(parts, number), master)
 
 
-def _address(host: str, usual_port: int) -> Address:
+def _parse_host(host: str, default_port: int) -> Address:
     try:
         parts = urlsplit(f"//{host}")
         port = parts.port
-        whole = parts.netloc == host and "," not in host
+        valid = parts.netloc == host and "," not in host
     except ValueError:
-        whole, port = False, None
-    if not whole:
+        valid, port = False, None
+    if not valid:
         raise ValueError(f"url has no valid host and port; write {FORMS}")
     if not parts.hostname:
         raise ValueError(f"url has no host; write {FORMS}")
-    return Address(parts.hostname, port or usual_port)
+    return Address(parts.hostname, port or default_port)
 
 
-def _database(parts: SplitResult, number: str) -> int:
+def _parse_database(parts: SplitResult, number: str) -> int:
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme == "unix":
         number = query.pop("db", "")
     if query or parts.fragment:
-        raise ValueError(f"url has more after it than belongs there; write {FORMS}")
+        raise ValueError(f"url has unknown parameters; write {FORMS}")
     number = number or "0"
     if not (number.isascii() and number.isdigit()):
         raise ValueError(f"url has a database that is not a number; write {FORMS}")
@@ -187,24 +192,26 @@ def _database(parts: SplitResult, number: str) -> int:
 
 
 def read_password(variable: str, option: str = "password_env") -> str:
-    """The password in an environment variable, none for ``""``. Raises ValueError if it is empty.
+    """Return the password in the environment variable ``variable``; "" for no variable.
 
-    A name that does not look like one may be a password written in the wrong place.
+    Raises:
+        ValueError: the variable is not set or empty. The message contains its name only if that
+            looks like the name of a variable; otherwise it may be a password.
     """
     if not variable:
         return ""
     password = os.environ.get(variable, "")
     if not password:
-        which = f"{variable!r}" if _USUAL_NAME.fullmatch(variable) else "a name"
+        shown = f"{variable!r}" if _VARIABLE_NAME.fullmatch(variable) else "a name"
         raise ValueError(
-            f"{option} is {which}, and there is no such environment variable, or it is empty; "
+            f"{option} is {shown}, and this environment variable is not set, or empty; "
             "it takes the name of the variable that has the password"
         )
     return password
 
 
 def check_files(**files: str) -> None:
-    """Raise ValueError for one that cannot be read."""
+    """Raise ValueError for the first option with a path that is not a readable file."""
     for name, path in files.items():
         if path and not (Path(path).is_file() and os.access(path, os.R_OK)):
-            raise ValueError(f"{name} is {path!r}, which is no file that can be read")
+            raise ValueError(f"{name} is {path!r}, which is not a readable file")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
-_lookups: dict[tuple[str, int], Future[list[Any]]] = {}
-"""Name resolutions in progress. One that hangs is waited for again, and not started again."""
+lookups: dict[tuple[str, int], Future[list[Any]]] = {}
+"""Name resolutions in progress. If one hangs, later calls wait for it, and start no other."""
 
-_lock = threading.Lock()
+lookups_lock = threading.Lock()
+"""Guards ``lookups``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +31,44 @@ class Address:
         return self.path or f"{self.host}:{self.port}"
 
 
-def left(deadline: float) -> float:
-    """Seconds until ``deadline``. Raises TimeoutError when there are none."""
+def remaining_s(deadline: float) -> float:
+    """Return the seconds until ``deadline``; raise TimeoutError if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError("no answer in time")
     return seconds
 
 
-def halfway(deadline: float) -> float:
-    """The deadline of an attempt that leaves time for another one."""
-    return deadline - left(deadline) / 2
+def half_deadline(deadline: float) -> float:
+    """Return a deadline after half of the remaining time, which leaves time for a second try."""
+    return deadline - remaining_s(deadline) / 2
 
 
 def open_socket(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
-    """A socket that is connected to ``address``, with ``tls`` past the handshake.
+    """Return a connected socket; with ``tls`` the handshake is complete.
+
+    Args:
+        address: where to connect.
+        tls: the context of a TLS connection; ``None`` connects without TLS.
+        deadline: a time of ``time.monotonic()``.
 
     Raises:
-        OSError: it cannot be had by ``deadline``, a time of ``time.monotonic()``.
+        OSError: there was no connection by ``deadline``.
     """
     if address.path:
-        return _connected(socket.AF_UNIX, address.path, deadline)
-    *others, last = _resolved(address.host, address.port, deadline)
-    for family, _, _, _, where in others:
+        return _connect(socket.AF_UNIX, address.path, deadline)
+    *others, last = _resolve(address.host, address.port, deadline)
+    for family, _, _, _, socket_address in others:
         try:
-            sock = _connected(family, where, halfway(deadline))
+            sock = _connect(family, socket_address, half_deadline(deadline))
             break
         except OSError:
             continue
     else:
-        sock = _connected(last[0], last[4], deadline)
+        sock = _connect(last[0], last[4], deadline)
     try:
         if tls is not None:
-            sock.settimeout(left(deadline))  # of the whole handshake, not of each read in it
+            sock.settimeout(remaining_s(deadline))  # for the whole handshake, not for each read
             sock = tls.wrap_socket(sock, server_hostname=address.host)
     except BaseException:
         sock.close()
@@ -70,11 +76,11 @@ def open_socket(address: Address, tls: ssl.SSLContext | None, deadline: float) -
     return sock
 
 
-def _connected(family: int, where: Any, deadline: float) -> socket.socket:
+def _connect(family: int, socket_address: Any, deadline: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(left(deadline))
-        sock.connect(where)
+        sock.settimeout(remaining_s(deadline))
+        sock.connect(socket_address)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -84,53 +90,55 @@ def _connected(family: int, where: Any, deadline: float) -> socket.socket:
     return sock
 
 
-def _resolved(host: str, port: int, deadline: float) -> list[Any]:
-    """What ``getaddrinfo`` gives. It takes no timeout, so a name is resolved in a thread."""
+def _resolve(host: str, port: int, deadline: float) -> list[Any]:
+    """Return the result of ``getaddrinfo``, which has no timeout, so a thread calls it."""
     try:
         ip_address(host)
     except ValueError:
         pass
     else:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    place = host, port
-    with _lock:
-        lookup = _lookups.get(place)
+    name = host, port
+    with lookups_lock:
+        lookup = lookups.get(name)
         if lookup is None:
-            lookup, name = Future(), "kvcache-redis-resolve"
-            thread = threading.Thread(target=_look_up, args=place, name=name, daemon=True)
+            lookup = Future()
+            thread = threading.Thread(
+                target=_look_up, args=name, name="kvcache-redis-resolve", daemon=True
+            )
             try:
                 thread.start()
-            except RuntimeError as error:  # the system has no thread left
+            except RuntimeError as error:  # the process or the system has too many threads
                 raise OSError(f"the name {host!r} was not resolved: {error}") from None
-            _lookups[place] = lookup
+            lookups[name] = lookup
     try:
-        return lookup.result(left(deadline))
+        return lookup.result(remaining_s(deadline))
     except TimeoutError:
         raise TimeoutError(f"the name {host!r} was not resolved in time") from None
 
 
 def _look_up(host: str, port: int) -> None:
-    found: list[Any] = []
+    result: list[Any] = []
     error: BaseException | None = None
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        error = OSError(f"{host!r} is not a name of a host")
-    except BaseException as failed:  # noqa: BLE001 - raised where the result is asked for
+        error = OSError(f"{host!r} is not a valid host name")
+    except BaseException as failed:  # noqa: BLE001 - raised by the calls that wait for the result
         error = failed
-    with _lock:
-        lookup = _lookups.pop((host, port))
+    with lookups_lock:
+        lookup = lookups.pop((host, port))
     if error is not None:
         lookup.set_exception(error)
     else:
-        lookup.set_result(found)
+        lookup.set_result(result)
 
 
 def _begin_child() -> None:
-    """Forget, in a forked child, what threads of its parent resolve: they do not run there."""
-    global _lock
-    _lock = threading.Lock()
-    _lookups.clear()
+    """In a forked child: drop the lookups of the parent's threads, which do not run here."""
+    global lookups_lock
+    lookups_lock = threading.Lock()
+    lookups.clear()
 
 
 os.register_at_fork(after_in_child=_begin_child)

@@ -1,21 +1,19 @@
-"""Blocks in a Redis or Valkey server, or a cluster of them, for every engine that can reach it.
+"""The tier on Redis or Valkey: one server, a cluster, or a master that Sentinels name.
 
-Sentinels may say which server it is.
-
-::
+All engines that reach the servers share the blocks. The keys in the server::
 
     kvcache:1:<namespace, hex>:<key, hex>  ->  one value: a block in its frame
-    kvcache:1:reset:<namespace, hex>       ->  random bytes, once it was reset
-    kvcache:1:about:<namespace, hex>       ->  a JSON object that says what the namespace is
+    kvcache:1:reset:<namespace, hex>       ->  random bytes, once the namespace was reset
+    kvcache:1:about:<namespace, hex>       ->  a JSON object that describes the namespace
 
 Always true here:
 
-* One key and one value per block, written by one ``SET ... NX``: there is no half of a block, and
-  of engines that write the same one, one does.
-* A call ends ``timeout_s`` after it began, whatever it waits for: a name, a connection, the
-  greeting, a reply. No buffer is touched after that.
-* What a server says of one key is that key's miss or decline, logged once for each kind of error.
-  A call of which no key was answered is a ConnectionError.
+* A block is one key with one value, written by one ``SET ... NX``. So no block is stored in part,
+  and if several engines write the same block, the first one does.
+* A call ends within ``timeout_s``, whatever it waits for: name resolution, a connection, the login,
+  a reply. No buffer is used after that.
+* A server's error for one key is a miss or a decline of that key, and is logged once for each code.
+  A call without any answer raises ConnectionError.
 """
 
 from __future__ import annotations
@@ -32,45 +30,45 @@ from kvcache import telemetry
 from kvcache.keys import DIGEST_NBYTES, namespace_after_reset
 from kvcache.process import bind_to_process
 from kvcache.tier import Tier
-from kvcache.tiers.redis.cluster import LOGIN, NO_ANSWER, Cluster, Node, OneServer, ServerGroup
-from kvcache.tiers.redis.connect import Login, check_files, read_password, read_url
+from kvcache.tiers.redis.cluster import Cluster
+from kvcache.tiers.redis.connect import Connector, check_files, parse_url, read_password
+from kvcache.tiers.redis.node import NO_ANSWER, REJECTED, Node, ServerGroup, SingleServer
 from kvcache.tiers.redis.resp import (
     MAX_CLIENTS,
     TOO_LONG,
     UNKNOWN_COMMAND,
     Command,
-    Refused,
+    ErrorReply,
     Reply,
     command,
 )
-from kvcache.tiers.redis.sentinel import Watched
+from kvcache.tiers.redis.sentinel import SentinelMaster
 from kvcache.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
-_NOBODY = {
-    NO_ANSWER, LOGIN, MAX_CLIENTS, UNKNOWN_COMMAND,
+_SERVER_ERRORS = {
+    NO_ANSWER, REJECTED, MAX_CLIENTS, UNKNOWN_COMMAND,
     "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "NOAUTH",
 }  # fmt: skip
-"""Codes that speak of a whole server: it will say the same of every key."""
+"""Codes of errors of a whole server, which it returns for every key."""
 
-_FOR_GOOD = {LOGIN, UNKNOWN_COMMAND, "NOAUTH", "NOPERM", "MOVED"}
-"""Codes that waiting does not mend: an error at start."""
+_PERMANENT_ERRORS = {REJECTED, UNKNOWN_COMMAND, "NOAUTH", "NOPERM", "MOVED"}
+"""Codes of errors that do not pass by waiting: the tier cannot be opened."""
 
-_USUAL = {"MOVED", "ASK", "TRYAGAIN", NO_ANSWER, LOGIN}
-"""Codes that a cluster answers with in the course of its life, or that a node has logged."""
+_UNLOGGED_ERRORS = {"MOVED", "ASK", "TRYAGAIN", NO_ANSWER, REJECTED}
+"""Codes that are normal in a cluster, or that :class:`Node` has logged."""
 
-_UNFIT = {TOO_LONG, "WRONGTYPE"}
-"""Codes for a value that is none of ours."""
+_FOREIGN_VALUE_ERRORS = {TOO_LONG, "WRONGTYPE"}
+"""Codes for a value that no tier has written."""
 
-_NODES_AT_ONCE = 32
-_MOST_TOLD = 16  # kinds of errors: a server may make up any number
-_ABOUT_S = 30 * 86400  # that a description stays after an engine opened its namespace
-_USE_RESET_S = 60.0
-_TIMEOUT_S = 3600
+_CLUSTER_THREADS = 32  # nodes that one call asks at the same time
+_MAX_LOGGED_CODES = 16  # a hostile server can invent any number of codes
+_DESCRIPTION_TTL_S = 30 * 86400  # after an engine opened the namespace
+_MAX_TIMEOUT_S = 3600
 
 RESET_NBYTES = 16
-"""Random bytes that say which reset of a namespace was the last."""
+"""The random bytes that identify the last reset of a namespace."""
 
 
 class RedisTier(Tier):
@@ -78,29 +76,33 @@ class RedisTier(Tier):
 
     Args:
         url: ``redis://HOST[:PORT][/DATABASE]``, ``rediss://...`` for TLS, or
-            ``unix:///PATH[?db=DATABASE]``; of a cluster any node. With Sentinel
+            ``unix:///PATH[?db=DATABASE]``; for a cluster, any node. With Sentinel
             ``redis+sentinel://HOST[:PORT][,HOST[:PORT]...]/MASTER[/DATABASE]``, or
-            ``rediss+sentinel://...`` for TLS to both. No user, no password.
-        cluster: whether it is a cluster.
-        username: for ACLs; "" is the default user.
-        password_env: the environment variable that has the password; "" is none.
-        sentinel_username: for ACLs of the Sentinels; "" is the default user.
-        sentinel_password_env: the environment variable that has the Sentinels' password; "" is
-            none.
+            ``rediss+sentinel://...`` for TLS to both. Without user and password.
+        cluster: whether the server is a cluster.
+        username: the user for ACLs; "" is the default user.
+        password_env: the environment variable with the password; "" is no password.
+        sentinel_username: the user for ACLs of the Sentinels; "" is the default user.
+        sentinel_password_env: the environment variable with the Sentinels' password; "" is no
+            password.
         ca_file: certificates to trust instead of the system's.
-        cert_file: our certificate, where the server asks for one.
-        key_file: its key.
-        ttl_s: seconds after which a block that nobody has loaded is gone; 0 keeps it for as long
-            as the server likes.
-        connections: to a node at once.
-        timeout_s: after which a call ends.
+        cert_file: the client's certificate, if the server requires one.
+        key_file: the key of that certificate.
+        ttl_s: seconds until a block expires that no engine loads; 0 never expires it.
+        connections: the number of connections to a node at the same time.
+        timeout_s: seconds after which a call ends.
+
+    Attributes:
+        servers: the servers, for tests and tools.
+        reset_read_interval_s: seconds between reads of the key that a reset left.
 
     Raises:
-        ValueError: for an option that cannot be, and where the server can be reached but refuses
-            us. One that cannot be reached is a warning: it may come back.
+        ValueError: an option is invalid, or the server rejects the tier. A server that cannot be
+            reached is logged instead, because it may come back.
     """
 
-    call_nbytes = 4 << 20  # what comes is still in a processor's cache when it is verified
+    call_nbytes = 4 << 20  # so that data is still in the CPU's cache when it is verified
+    reset_read_interval_s: float = 60.0
 
     def __init__(
         self,
@@ -118,241 +120,257 @@ class RedisTier(Tier):
         connections: int = 4,
         timeout_s: float = 1.0,
     ) -> None:
-        place = read_url(url)
-        if cluster and place.master:
+        target = parse_url(url)
+        if cluster and target.master:
             raise ValueError("cluster is true; a cluster is not watched by Sentinel")
-        if cluster and (place.database or place.addresses[0].path):
-            raise ValueError("cluster is true; a cluster has hosts, and no database but 0")
-        if not place.master and (sentinel_username or sentinel_password_env):
+        if cluster and (target.database or target.addresses[0].path):
+            raise ValueError("cluster is true; a cluster has TCP hosts, and only database 0")
+        if not target.master and (sentinel_username or sentinel_password_env):
             raise ValueError(
                 "sentinel_username and sentinel_password_env are for a url with redis+sentinel://"
             )
-        if not place.tls and (ca_file or cert_file or key_file):
+        if not target.tls and (ca_file or cert_file or key_file):
             raise ValueError("ca_file, cert_file and key_file are for a url with rediss://")
         if ttl_s < 0:
-            raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, or 0 for no end")
+            raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, or 0 to never expire")
         if connections < 1:
             raise ValueError(f"connections is {connections}; it must be at least 1")
-        if not 0 < timeout_s <= _TIMEOUT_S:  # nan is not
-            raise ValueError(f"timeout_s is {timeout_s}; it takes seconds above 0, to {_TIMEOUT_S}")
+        if not 0 < timeout_s <= _MAX_TIMEOUT_S:  # false for nan
+            raise ValueError(
+                f"timeout_s is {timeout_s}; it takes seconds above 0, to {_MAX_TIMEOUT_S}"
+            )
         check_files(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
         password = read_password(password_env)
-        watch_password = read_password(sentinel_password_env, "sentinel_password_env")
-        login, asking = (
-            Login(
-                place.tls, number, user, its, ca_file, cert_file, key_file,
-                secrets=(password, watch_password),
+        sentinel_password = read_password(sentinel_password_env, "sentinel_password_env")
+        connector, sentinel_connector = (
+            Connector(
+                target.tls, database, user, own_password, ca_file, cert_file, key_file,
+                secrets=(password, sentinel_password),
             )
-            for number, user, its in (
-                (place.database, username, password), (0, sentinel_username, watch_password)
+            for database, user, own_password in (
+                (target.database, username, password), (0, sentinel_username, sentinel_password)
             )
         )  # fmt: skip
-        if place.tls:
-            login.check_certificates()
-        self._servers: ServerGroup
-        if place.master:
-            self._servers = Watched(place.addresses, place.master, asking, login, connections)
+        if target.tls:
+            connector.check_certificates()
+        self.servers: ServerGroup
+        if target.master:
+            self.servers = SentinelMaster(
+                target.addresses, target.master, sentinel_connector, connector, connections
+            )
         elif cluster:
-            self._servers = Cluster(place.addresses[0], login, connections)
+            self.servers = Cluster(target.addresses[0], connector, connections)
         else:
-            self._servers = OneServer(Node(place.addresses[0], login, connections))
-        self._place = place
+            self.servers = SingleServer(Node(target.addresses[0], connector, connections))
+        self._target = target
         ttl = str(ttl_s).encode()
         self._get = (b"GETEX", b"EX", ttl) if ttl_s else (b"GET",)
         self._ttl = (b"EX", ttl) if ttl_s else ()
-        self._reset: bytes | None = None  # where the last reset of our namespace is, if it had one
-        self._reset_used = 0.0
+        self._reset_key: bytes | None = None  # the key in the server that the last reset left
+        self._reset_read_at = 0.0
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
-        self._told: set[str] = set()
+        self._logged_codes: set[str] = set()
         self._closed = False
-        self._threads = WorkerPool("redis", _NODES_AT_ONCE if cluster else 0)  # for its other nodes
+        self._threads = WorkerPool(
+            "redis", _CLUSTER_THREADS if cluster else 0
+        )  # for all nodes but one
         try:
-            self._greet()
+            self._check_server()
         except BaseException:
             self.close()
             raise
         bind_to_process(self)
 
-    def _greet(self) -> None:
-        """See whether a server that can be reached lets us in and is what the profile says."""
-        names = [b"kvcache:1:start:%d" % at for at in range(64)]  # some in any part of a cluster
-        replies = self._ask("EXISTS", names, [command(b"EXISTS", name) for name in names])
+    def _check_server(self) -> None:
+        """Raise ValueError if the server rejects the tier, or is of another kind than ``url``."""
+        names = [b"kvcache:1:start:%d" % at for at in range(64)]  # keys of every node of a cluster
+        replies = self._execute("EXISTS", names, [command(b"EXISTS", name) for name in names])
         for reply in replies:
-            if isinstance(reply, Refused) and reply.code in _FOR_GOOD:
+            if isinstance(reply, ErrorReply) and reply.code in _PERMANENT_ERRORS:
                 raise ValueError(
-                    f"url is right, and the server there refuses: {reply.text}{self._hint(reply)}"
+                    f"url is valid, but the server rejects the tier: {reply.text}"
+                    f"{self._hint(reply)}"
                 )
 
-    def _hint(self, refused: Refused) -> str:
-        """What else the server may be, as far as its error tells."""
-        if refused.code == "MOVED":
-            return "; is it a cluster? then set cluster = true"
-        if "ERR unknown command" not in refused.text:
+    def _hint(self, error: ErrorReply) -> str:
+        """Return what to change if the server is of another kind than ``url`` says."""
+        if error.code == "MOVED":
+            return "; if it is a cluster, set cluster = true"
+        if "ERR unknown command" not in error.text:
             return ""
-        if self._place.master:
-            return "; is it no Sentinel? then url is redis://HOST:PORT"
-        return "; is it a Sentinel? then url is redis+sentinel://HOST:PORT/MASTER"
+        if self._target.master:
+            return "; if it is not a Sentinel, url is redis://HOST:PORT"
+        return "; if it is a Sentinel, url is redis+sentinel://HOST:PORT/MASTER"
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        names = [name_of(key) for key in keys]
-        replies = self._answers("EXISTS", names, [command(b"EXISTS", name) for name in names])
+        names = [block_name(key) for key in keys]
+        replies = self._request("EXISTS", names, [command(b"EXISTS", name) for name in names])
         return [reply == 1 for reply in replies]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        """As the contract says. What is there and cannot be a block is removed, or it would be in
-        the way of the block for ever."""
-        names = [name_of(key) for key in keys]
+        """As the contract says; a value that cannot be a block is removed, to make room for one."""
+        names = [block_name(key) for key in keys]
         verb, *options = self._get
         commands = [
             command(verb, name, *options, into=view) for name, view in zip(names, into, strict=True)
         ]
-        replies = self._answers(verb.decode(), names, commands)
-        unfit = [
+        replies = self._request(verb.decode(), names, commands)
+        foreign = [
             key
             for key, reply in zip(keys, replies, strict=True)
-            if reply == 0 or (isinstance(reply, Refused) and reply.code in _UNFIT)
+            if reply == 0 or (isinstance(reply, ErrorReply) and reply.code in _FOREIGN_VALUE_ERRORS)
         ]
-        if unfit:
-            self.remove(unfit)
+        if foreign:
+            self.remove(foreign)
         return [reply if isinstance(reply, int) else 0 for reply in replies]
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
-        names = [name_of(key) for key in keys]
+        names = [block_name(key) for key in keys]
         commands = [
             command(b"SET", name, block, b"NX", *self._ttl)
             for name, block in zip(names, blocks, strict=True)
         ]
-        if self._reset is not None and time.monotonic() - self._reset_used >= _USE_RESET_S:
-            # Read now and then what a reset left: a server evicts what is read least.
-            self._reset_used = time.monotonic()
-            names.append(self._reset)
-            commands.append(command(b"GET", self._reset, into=memoryview(bytearray(RESET_NBYTES))))
-        replies = self._answers("SET", names, commands)[: len(keys)]
-        return [reply is None or reply == 1 for reply in replies]  # None: it was there
+        if (
+            self._reset_key is not None
+            and time.monotonic() - self._reset_read_at >= self.reset_read_interval_s
+        ):
+            # A server evicts the keys that are read least, and must keep this one.
+            self._reset_read_at = time.monotonic()
+            names.append(self._reset_key)
+            commands.append(
+                command(b"GET", self._reset_key, into=memoryview(bytearray(RESET_NBYTES)))
+            )
+        replies = self._request("SET", names, commands)[: len(keys)]
+        return [reply is None or reply == 1 for reply in replies]  # None: the key exists already
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        names = [name_of(key) for key in keys]
-        self._answers("UNLINK", names, [command(b"UNLINK", name) for name in names])
+        names = [block_name(key) for key in keys]
+        self._request("UNLINK", names, [command(b"UNLINK", name) for name in names])
 
     def resolve(self, namespace: bytes, about: str) -> bytes:
-        found = bytearray(RESET_NBYTES)
-        name = reset_name_of(namespace)
-        [reply] = self._answers("GET", [name], [command(b"GET", name, into=memoryview(found))])
+        reset = bytearray(RESET_NBYTES)
+        name = reset_name(namespace)
+        [reply] = self._request("GET", [name], [command(b"GET", name, into=memoryview(reset))])
         if reply is not None and reply != RESET_NBYTES:
-            text = reply.text if isinstance(reply, Refused) else "it has another length"
-            raise ConnectionError(f"whether the namespace was reset cannot be read: {text}")
+            text = reply.text if isinstance(reply, ErrorReply) else "the value has another length"
+            raise ConnectionError(f"cannot read whether the namespace was reset: {text}")
         if reply:
-            self._reset = name
-        called = namespace_after_reset(namespace, bytes(found) if reply else b"")
+            self._reset_key = name
+        resolved = namespace_after_reset(namespace, bytes(reset) if reply else b"")
         if about:
-            name, ttl_s = about_name_of(called), max(_ABOUT_S, self._ttl_s)
-            told = command(b"SET", name, about.encode(), b"EX", b"%d" % ttl_s)
-            self._answers("SET", [name], [told])
-        return called
+            name, ttl_s = description_name(resolved), max(_DESCRIPTION_TTL_S, self._ttl_s)
+            set_description = command(b"SET", name, about.encode(), b"EX", b"%d" % ttl_s)
+            self._request("SET", [name], [set_description])
+        return resolved
 
     def forget(self, namespace: bytes) -> None:
-        """As the contract says. Engines that run keep what they have until they open it again."""
-        name = reset_name_of(namespace)
-        [reply] = self._answers("SET", [name], [command(b"SET", name, os.urandom(RESET_NBYTES))])
+        """As the contract says. Engines that run now still find the old blocks."""
+        name = reset_name(namespace)
+        [reply] = self._request("SET", [name], [command(b"SET", name, os.urandom(RESET_NBYTES))])
         if reply != 1:
-            text = reply.text if isinstance(reply, Refused) else "no answer"
-            raise ConnectionError(f"the reset cannot be written: {text}")
-        self._reset = name
+            text = reply.text if isinstance(reply, ErrorReply) else "no answer"
+            raise ConnectionError(f"cannot write the reset: {text}")
+        self._reset_key = name
 
     def close(self) -> None:
         self._closed = True
-        self._servers.close()
+        self.servers.close()
         self._threads.close(0.0)
 
-    def _answers(
+    def _request(
         self, verb: str, names: Sequence[bytes], commands: Sequence[Command]
     ) -> list[Reply]:
-        """The reply to each command. Raises ConnectionError if nobody replied to any."""
+        """Return the replies; raise ConnectionError if no server answered any command."""
         if self._closed:
-            return [Refused(NO_ANSWER, "the tier is closed")] * len(names)
-        replies = self._ask(verb, names, commands)
-        refused = [reply for reply in replies if isinstance(reply, Refused)]
-        if refused and len(refused) == len(replies) and all(r.code in _NOBODY for r in refused):
-            raise ConnectionError(refused[0].text)
+            return [ErrorReply(NO_ANSWER, "the tier is closed")] * len(names)
+        replies = self._execute(verb, names, commands)
+        errors = [reply for reply in replies if isinstance(reply, ErrorReply)]
+        if errors and len(errors) == len(replies) and all(e.code in _SERVER_ERRORS for e in errors):
+            raise ConnectionError(errors[0].text)
         return replies
 
-    def _ask(self, verb: str, names: Sequence[bytes], commands: Sequence[Command]) -> list[Reply]:
-        """The reply to each command, of each node in its own thread when there are several."""
+    def _execute(
+        self, verb: str, names: Sequence[bytes], commands: Sequence[Command]
+    ) -> list[Reply]:
+        """Return the reply to each command; ask several nodes at the same time, in threads."""
         deadline = time.monotonic() + self._timeout_s
         replies: list[Reply] = [None] * len(names)
         shares: dict[Node, list[int]] = {}
-        for at, node in enumerate(self._servers.nodes_of(names, deadline)):
+        for at, node in enumerate(self.servers.nodes_for(names, deadline)):
             if isinstance(node, Node):
                 shares.setdefault(node, []).append(at)
             else:
                 replies[at] = node
 
-        above = telemetry.current_span()  # threads do not know it
+        parent_span = telemetry.current_span()  # not known in other threads
 
-        def ask(node: Node, share: Sequence[int]) -> None:
-            span = self._call(above, verb, node, len(share))
-            answers = node.ask([commands[at] for at in share], deadline)
-            wrong = next((reply.code for reply in answers if isinstance(reply, Refused)), None)
-            status = {"db.response.status_code": wrong} if wrong else {}
-            telemetry.end_span(span, status, error=wrong)
+        def execute_on(node: Node, share: Sequence[int]) -> None:
+            span = self._start_span(parent_span, verb, node, len(share))
+            answers = node.execute([commands[at] for at in share], deadline)
+            error = next((reply.code for reply in answers if isinstance(reply, ErrorReply)), None)
+            status = {"db.response.status_code": error} if error else {}
+            telemetry.end_span(span, status, error=error)
             for at, reply in zip(share, answers, strict=True):
                 replies[at] = reply
 
-        asked: list[Future[None]] = []
+        calls: list[Future[None]] = []
         try:
             for node, share in [*shares.items()][1:]:
-                asked.append(self._threads.submit(ask, node, share))
+                calls.append(self._threads.submit(execute_on, node, share))
             for node, share in [*shares.items()][:1]:
-                ask(node, share)
+                execute_on(node, share)
         finally:
-            wait(asked)  # they write into the caller's memory
-        for answer in asked:
-            answer.result()
+            wait(calls)  # they use the caller's memory
+        for call in calls:
+            call.result()
         for reply in replies:
-            if isinstance(reply, Refused):
-                self._heard(reply)
+            if isinstance(reply, ErrorReply):
+                self._observe_error(reply)
         return replies
 
-    def _call(self, above: Span, verb: str, node: Node, count: int) -> Span:
-        """A span of one exchange with a server, by OpenTelemetry's conventions for Redis."""
-        if not above.is_recording():
+    def _start_span(self, parent: Span, verb: str, node: Node, count: int) -> Span:
+        """Start a span for one exchange, by OpenTelemetry's conventions for Redis."""
+        if not parent.is_recording():
             return INVALID_SPAN
         address = node.address
         name = f"PIPELINE {verb}" if count > 1 else verb
         attributes: dict[str, str | int] = {
             "db.system.name": "redis",
             "db.operation.name": name,
-            "db.namespace": str(self._place.database),
+            "db.namespace": str(self._target.database),
             "server.address": address.path or address.host,
         }
         if not address.path:
             attributes["server.port"] = address.port
         if count > 1:
             attributes["db.operation.batch.size"] = count
-        return telemetry.start_client_child(above, name, attributes)
+        return telemetry.start_client_child(parent, name, attributes)
 
-    def _heard(self, refused: Refused) -> None:
-        self._servers.heard(refused)
-        new = refused.code not in _USUAL and refused.code not in self._told
-        if new and len(self._told) < _MOST_TOLD:
-            self._told.add(refused.code)
-            log.warning("kvcache: redis answers %s", refused.text)
-
-
-def name_of(key: bytes) -> bytes:
-    """What a block is called in the server: its namespace and its key, for people to read."""
-    namespace, own = key[:DIGEST_NBYTES].hex(), key[DIGEST_NBYTES:].hex()
-    return f"kvcache:1:{namespace}:{own}".encode()
+    def _observe_error(self, error: ErrorReply) -> None:
+        self.servers.observe_error(error)
+        new = error.code not in _UNLOGGED_ERRORS and error.code not in self._logged_codes
+        if new and len(self._logged_codes) < _MAX_LOGGED_CODES:
+            self._logged_codes.add(error.code)
+            log.warning(
+                "kvcache: redis: a server returned an error (%s); its keys are missed or declined",
+                error.text,
+            )
 
 
-def reset_name_of(namespace: bytes) -> bytes:
-    """Where the last reset of a namespace is."""
+def block_name(key: bytes) -> bytes:
+    """Return the key of a block in the server: its namespace and its key, in hex."""
+    namespace, block = key[:DIGEST_NBYTES].hex(), key[DIGEST_NBYTES:].hex()
+    return f"kvcache:1:{namespace}:{block}".encode()
+
+
+def reset_name(namespace: bytes) -> bytes:
+    """Return the key in the server that has the last reset of a namespace."""
     return f"kvcache:1:reset:{namespace.hex()}".encode()
 
 
-def about_name_of(called: bytes) -> bytes:
-    """Where the description of a namespace is, by the name that it has here."""
-    return f"kvcache:1:about:{called.hex()}".encode()
+def description_name(resolved: bytes) -> bytes:
+    """Return the key in the server that has the description of a resolved namespace."""
+    return f"kvcache:1:about:{resolved.hex()}".encode()

@@ -26,7 +26,7 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
         ValueError: the server cannot be reached, or is not a Redis server.
     """
     with connected(options) as servers:
-        from kvcache.tiers.redis import about_name_of
+        from kvcache.tiers.redis import description_name
 
         contents = TierContents(str(options["url"]), "redis", {})
         sizes: dict[bytes, int] = {}
@@ -36,7 +36,7 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
         for key, nbytes in sizes.items():
             contents.namespace_of(key).add_block(nbytes)
         for namespace in contents.namespaces:
-            name = about_name_of(bytes.fromhex(namespace))
+            name = description_name(bytes.fromhex(namespace))
             if description := servers.beginning(name, _DESCRIPTION_NBYTES):
                 contents.describe(namespace, description)
         contents.facts["blocks"] = len(sizes)
@@ -68,10 +68,11 @@ class _ReadOnlyTier(Tier):
         return [True] * len(keys)
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        from kvcache.tiers.redis import name_of
+        from kvcache.tiers.redis import block_name
 
         return [
-            self._servers.load(name_of(key), buffer) for key, buffer in zip(keys, into, strict=True)
+            self._servers.load(block_name(key), buffer)
+            for key, buffer in zip(keys, into, strict=True)
         ]
 
     def store(
