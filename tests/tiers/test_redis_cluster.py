@@ -1,4 +1,4 @@
-"""A real cluster: each key at its node, and what becomes of it when slots and nodes move."""
+"""RedisTier with a real cluster: slots, failing nodes, moves, and errors."""
 
 from __future__ import annotations
 
@@ -40,46 +40,48 @@ def tier(nodes: list[Server]) -> Iterator[RedisTier]:
         yield tier
 
 
-def at(node: int, keys: Sequence[bytes] = KEYS) -> list[bool]:
+def keys_at(node: int, keys: Sequence[bytes] = KEYS) -> list[bool]:
     """Which keys are at a node, as the cluster was made."""
     return [
         16384 * node // 3 <= key_slot(block_name(key)) < 16384 * (node + 1) // 3 for key in keys
     ]
 
 
-def not_at(node: int) -> list[bool]:
-    return [not each for each in at(node)]
+def keys_elsewhere(node: int) -> list[bool]:
+    return [not each for each in keys_at(node)]
 
 
-def tried(tier: RedisTier) -> list[bool]:
-    """What is loaded; nothing while nobody answers."""
+def try_load(tier: RedisTier) -> list[bool]:
+    """Load; return all False while the tier fails."""
     try:
         return loaded(tier, KEYS)
     except ConnectionError:
         return [False] * len(KEYS)
 
 
-def test_each_key_is_at_its_node(tier: RedisTier, nodes: list[Server]) -> None:
+def test_cluster_store_puts_each_key_at_the_node_of_its_slot(
+    tier: RedisTier, nodes: list[Server]
+) -> None:
     assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
     for number, node in enumerate(nodes):
-        there = {block_name(key) for key, its in zip(KEYS, at(number), strict=True) if its}
-        assert set(node.client().keys("*")) == there
+        expected = {block_name(key) for key, own in zip(KEYS, keys_at(number), strict=True) if own}
+        assert set(node.client().keys("*")) == expected
     assert loaded(tier, KEYS[::-1]) == [True] * len(KEYS)
 
 
-def test_a_node_that_dies_takes_its_blocks_and_no_others(
+def test_cluster_with_killed_node_misses_only_its_blocks(
     tier: RedisTier, nodes: list[Server]
 ) -> None:
     tier.store(KEYS, blocks(KEYS))
-    nodes[1].kill()  # the one that the URL names
-    assert loaded(tier, KEYS) == not_at(1)
-    assert tier.store(KEYS, blocks(KEYS)) == not_at(1)
+    nodes[1].kill()  # the node that the URL names
+    assert loaded(tier, KEYS) == keys_elsewhere(1)
+    assert tier.store(KEYS, blocks(KEYS)) == keys_elsewhere(1)
     nodes[1].start()
     eventually(lambda: all(tier.store(KEYS, blocks(KEYS))), "it is asked again")
     assert loaded(tier, KEYS) == [True] * len(KEYS)
 
 
-def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(
+def test_cluster_with_hanging_node_asks_it_once_per_pause(
     nodes: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -96,15 +98,17 @@ def test_a_node_that_hangs_keeps_nobody_waiting_for_the_others(
         monkeypatch.setattr(RefreshGate, "interval_s", 3600)
         with nodes[2].stopped():
             for _ in range(5):
-                assert loaded(tier, KEYS) == not_at(2)
-        assert asked.count(nodes[2].port) == 1  # once, and then it rests
+                assert loaded(tier, KEYS) == keys_elsewhere(2)
+        assert asked.count(nodes[2].port) == 1  # once, then the pause begins
         assert asked.count(nodes[0].port) == 5
         monkeypatch.setattr(Node, "retry_pause_s", 0.1)
         monkeypatch.setattr(RefreshGate, "interval_s", 0.1)
-        eventually(lambda: all(tried(tier)), "it is asked again")
+        eventually(lambda: all(try_load(tier)), "it is asked again")
 
 
-def test_all_nodes_gone_is_a_failure(tier: RedisTier, nodes: list[Server]) -> None:
+def test_cluster_with_all_nodes_killed_raises_and_recovers(
+    tier: RedisTier, nodes: list[Server]
+) -> None:
     for node in nodes:
         node.kill()
     for _ in range(3):
@@ -112,21 +116,23 @@ def test_all_nodes_gone_is_a_failure(tier: RedisTier, nodes: list[Server]) -> No
             tier.contains(KEYS)
     for node in nodes:
         node.start()
-    eventually(lambda: answers_at_all(tier), "it is found again")
+    eventually(lambda: can_look_up(tier), "it is found again")
     eventually(lambda: all(tier.store(KEYS, blocks(KEYS))), "it takes blocks again")
     assert answers(tier, KEYS)
 
 
-def answers_at_all(tier: RedisTier) -> bool:
+def can_look_up(tier: RedisTier) -> bool:
     try:
         return tier.contains(KEYS) == [False] * len(KEYS)
     except ConnectionError:
         return False
 
 
-def test_a_slot_that_moves_is_missed_for_a_while(tier: RedisTier, nodes: list[Server]) -> None:
+def test_cluster_with_moving_slot_misses_its_blocks_until_moved(
+    tier: RedisTier, nodes: list[Server]
+) -> None:
     source, target = nodes[0].client(), nodes[2].client()
-    key = next(key for key, its in zip(KEYS, at(0), strict=True) if its)
+    key = next(key for key, own in zip(KEYS, keys_at(0), strict=True) if own)
     slot = key_slot(block_name(key))
     ids = {
         client: client.execute_command("CLUSTER", "MYID").decode() for client in (source, target)
@@ -137,18 +143,18 @@ def test_a_slot_that_moves_is_missed_for_a_while(tier: RedisTier, nodes: list[Se
     source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
     assert loaded(tier, KEYS) == [True] * len(KEYS)
     source.migrate("127.0.0.1", nodes[2].port, [block_name(key)], 0, 5000)
-    missed = [each != key for each in KEYS]
-    assert loaded(tier, KEYS) == missed  # the source says ASK
+    all_but_moved = [each != key for each in KEYS]
+    assert loaded(tier, KEYS) == all_but_moved  # the source replies ASK
     assert tier.store([key], blocks([key])) == [False]
 
     for client in (target, source, nodes[1].client()):
         client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
-    assert loaded(tier, KEYS) in (missed, [True] * len(KEYS))  # the source says MOVED, and where
+    assert loaded(tier, KEYS) in (all_but_moved, [True] * len(KEYS))  # MOVED
     assert loaded(tier, KEYS) == [True] * len(KEYS)
     assert tier.store([key], blocks([key])) == [True]
 
 
-def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
+def test_cluster_after_failover_loads_from_the_replica(tmp_path: Path, nodes: list[Server]) -> None:
     replica = Server(tmp_path / "replica", *nodes[0].options)
     try:
         replica.start()
@@ -159,32 +165,32 @@ def test_a_replica_takes_over(tmp_path: Path, nodes: list[Server]) -> None:
         client.execute_command("CLUSTER", "REPLICATE", primary)
         with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=5)) as tier:
             tier.store(KEYS, blocks(KEYS))
-            eventually(lambda: client.dbsize() == sum(at(0)), "it has the blocks")
+            eventually(lambda: client.dbsize() == sum(keys_at(0)), "it has the blocks")
             eventually(
                 lambda: client.info("replication")["master_link_status"] == "up", "it follows"
             )
             nodes[0].kill()
-            assert loaded(tier, KEYS) == not_at(0)
-            eventually(lambda: all(tried(tier)), "it has taken over")
+            assert loaded(tier, KEYS) == keys_elsewhere(0)
+            eventually(lambda: all(try_load(tier)), "it has taken over")
             assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
     finally:
         replica.kill()
 
 
-def test_an_old_map_is_asked_for_once_a_second_however_many_calls_there_are(
+def test_cluster_with_outdated_map_fetches_it_once_a_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
     asked: list[float] = []
-    here = Address("127.0.0.1", 1)
+    address = Address("127.0.0.1", 1)
 
     def fetch_slot_ranges(*_: object) -> list[tuple[int, int, Address]]:
         asked.append(now)
-        return [(0, 16383, here)]
+        return [(0, 16383, address)]
 
     monkeypatch.setattr("kvcache.tiers.redis.cluster.fetch_slot_ranges", fetch_slot_ranges)
     monkeypatch.setattr("time.monotonic", lambda: now)
-    cluster = Cluster(here, Connector(), 1)
+    cluster = Cluster(address, Connector(), 1)
     for tenths in range(31):
         now = 100 + tenths / 10
         assert [type(node) for node in cluster.nodes_for([b"name"], now + 1)] == [Node]
@@ -193,7 +199,7 @@ def test_an_old_map_is_asked_for_once_a_second_however_many_calls_there_are(
     assert asked == [100, 101, 102, 103]
 
 
-def test_a_cluster_lets_in_who_has_the_password(
+def test_cluster_with_password_accepts_it_and_rejects_another(
     nodes: list[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OUR_REDIS_PASSWORD", "a password")
@@ -209,7 +215,7 @@ def test_a_cluster_lets_in_who_has_the_password(
         RedisTier(url=nodes[0].url, password_env="OUR_REDIS_PASSWORD", **options)
 
 
-def test_a_cluster_and_one_server_are_not_taken_for_each_other(
+def test_tier_with_wrong_cluster_option_raises_value_error(
     tmp_path: Path, nodes: list[Server]
 ) -> None:
     with pytest.raises(ValueError, match="set cluster = true"):
@@ -221,20 +227,20 @@ def test_a_cluster_and_one_server_are_not_taken_for_each_other(
         RedisTier(url=alone.url, cluster=True, timeout_s=5)
 
 
-def test_cluster_without_a_node_that_answers_is_logged_once_and_when_it_is_over(
+def test_cluster_without_reachable_node_logs_begin_and_end_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gone = Address("127.0.0.1", redis_servers.free_port())
+    unreachable = Address("127.0.0.1", redis_servers.free_port())
     monkeypatch.setattr(RefreshGate, "interval_s", 0)
     monkeypatch.setattr(Node, "retry_pause_s", 0)
-    cluster = Cluster(gone, Connector(), 1)
+    cluster = Cluster(unreachable, Connector(), 1)
     for _ in range(3):
-        [refused] = cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
-        assert isinstance(refused, ErrorReply)
+        [error] = cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
+        assert isinstance(error, ErrorReply)
     [warning] = [record.getMessage() for record in caplog.records]
     assert "no server is known (redis cluster at 127.0.0.1" in warning
     monkeypatch.setattr(
-        "kvcache.tiers.redis.cluster.fetch_slot_ranges", lambda *_: [(0, 16383, gone)]
+        "kvcache.tiers.redis.cluster.fetch_slot_ranges", lambda *_: [(0, 16383, unreachable)]
     )
     cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
     assert caplog.records[-1].getMessage() == "kvcache: redis: a server is known again"

@@ -1,4 +1,4 @@
-"""What a real server does in its life: full, read-only, slow, killed, started again."""
+"""RedisTier with a real server that is full, read-only, slow, killed or restarted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def blocks(keys: Sequence[bytes]) -> list[memoryview]:
 
 
 def loaded(tier: RedisTier, keys: Sequence[bytes]) -> list[bool]:
-    """Which blocks came; those are whole and their own, and of the others nothing was written."""
+    """Load; return which are hits. Checks their bytes, and that a miss writes nothing."""
     into = [bytearray(CLEAN) for _ in keys]
     written = tier.load(keys, [memoryview(buffer) for buffer in into])
     for key, nbytes, buffer in zip(keys, written, into, strict=True):
@@ -47,15 +47,15 @@ def loaded(tier: RedisTier, keys: Sequence[bytes]) -> list[bool]:
     return [bool(nbytes) for nbytes in written]
 
 
-def test_a_person_can_read_what_is_there(tier: RedisTier, server: Server) -> None:
-    space, key = keys_of("space", 1)[0], keys_of("key", 1)[0]
-    tier.store([space + key], blocks([key]))
+def test_store_names_the_key_by_namespace_and_key_in_hex(tier: RedisTier, server: Server) -> None:
+    namespace, key = keys_of("namespace", 1)[0], keys_of("key", 1)[0]
+    tier.store([namespace + key], blocks([key]))
     [name] = server.client().keys("*")
-    assert name.decode() == f"kvcache:1:{space.hex()}:{key.hex()}"
+    assert name.decode() == f"kvcache:1:{namespace.hex()}:{key.hex()}"
     assert server.client().get(name) == block_of(key, NBYTES)
 
 
-def test_a_database_is_chosen_by_the_url(server: Server) -> None:
+def test_url_selects_the_database(server: Server) -> None:
     keys = keys_of("database", 1)
     for url in (f"{server.url}/3", f"unix://{server.socket}?db=3"):
         with closing(RedisTier(url=url)) as tier:
@@ -64,7 +64,7 @@ def test_a_database_is_chosen_by_the_url(server: Server) -> None:
     assert server.client().info("keyspace").keys() == {"db3"}
 
 
-def test_what_is_loaded_stays_and_what_is_not_goes(server: Server) -> None:
+def test_ttl_is_renewed_by_load_and_not_by_lookup_or_store(server: Server) -> None:
     keys = keys_of("ttl", 3)
     client = server.client()
     with closing(RedisTier(url=server.url, ttl_s=1000, timeout_s=30)) as tier:
@@ -74,22 +74,22 @@ def test_what_is_loaded_stays_and_what_is_not_goes(server: Server) -> None:
             client.expire(block_name(key), 500)
         assert tier.contains(keys[:1]) == [True]
         assert loaded(tier, keys[1:2]) == [True]
-        tier.store(keys[2:], blocks(keys[2:]))  # it is there: nothing to do
-        left = [client.ttl(block_name(key)) > 900 for key in keys]
-        assert left == [False, True, False]
+        tier.store(keys[2:], blocks(keys[2:]))  # exists already
+        renewed = [client.ttl(block_name(key)) > 900 for key in keys]
+        assert renewed == [False, True, False]
         client.pexpire(block_name(keys[0]), 1)
         eventually(lambda: tier.contains(keys) == [False, True, True], "it expires")
         assert loaded(tier, keys) == [False, True, True]
 
 
-def test_without_ttl_nothing_expires(tier: RedisTier, server: Server) -> None:
-    keys = keys_of("for ever", 1)
+def test_without_ttl_a_block_never_expires(tier: RedisTier, server: Server) -> None:
+    keys = keys_of("forever", 1)
     tier.store(keys, blocks(keys))
     assert loaded(tier, keys) == [True]
     assert server.client().ttl(block_name(keys[0])) == -1
 
 
-def test_a_full_server_declines_serves_what_it_has_and_recovers(
+def test_full_server_declines_stores_and_serves_loads(
     tier: RedisTier, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = keys_of("old", 3), keys_of("new", 3)
@@ -100,11 +100,11 @@ def test_a_full_server_declines_serves_what_it_has_and_recovers(
     assert loaded(tier, old + new) == [True] * 3 + [False] * 3
     server.client().config_set("maxmemory", "0")
     assert tier.store(new, blocks(new)) == [True] * 3
-    [said] = [record.message for record in caplog.records]
-    assert "OOM" in said
+    [message] = [record.message for record in caplog.records]
+    assert "OOM" in message
 
 
-def test_what_the_server_evicts_is_missed_and_nothing_is_mixed_up(server: Server) -> None:
+def test_blocks_evicted_by_the_server_are_missed(server: Server) -> None:
     client = server.client()
     client.config_set("maxmemory", client.info("memory")["used_memory"] + (4 << 20))
     client.config_set("maxmemory-policy", "allkeys-lru")
@@ -114,12 +114,12 @@ def test_what_the_server_evicts_is_missed_and_nothing_is_mixed_up(server: Server
             tier.store(keys[at : at + 8], blocks(keys[at : at + 8]))
         held = tier.contains(keys)
         assert 0 < sum(held) < 160
-        came = loaded(tier, keys)  # replies take memory too: more may go meanwhile
-        assert any(came)
-        assert not any(there and not was for there, was in zip(came, held, strict=True))
+        hits = loaded(tier, keys)  # replies take memory too: more blocks may be evicted
+        assert any(hits)
+        assert not any(hit and not was_held for hit, was_held in zip(hits, held, strict=True))
 
 
-def test_a_replica_is_read_and_takes_over_when_it_is_told(tmp_path: Path) -> None:
+def test_replica_serves_loads_and_accepts_stores_once_promoted(tmp_path: Path) -> None:
     keys, new = keys_of("replica", 3), keys_of("new", 3)
     with (
         redis_servers.server(tmp_path / "a") as primary,
@@ -138,10 +138,8 @@ def test_a_replica_is_read_and_takes_over_when_it_is_told(tmp_path: Path) -> Non
             assert loaded(tier, keys + new) == [True] * 6
 
 
-def test_after_read_only_the_next_call_makes_a_connection_of_its_own(
-    tier: RedisTier, server: Server
-) -> None:
-    """A name may stand for another server after a fail-over; the old connection never learns."""
+def test_call_after_readonly_uses_a_new_connection(tier: RedisTier, server: Server) -> None:
+    """After a failover the host name may lead to another server; old connections do not."""
     keys = keys_of("demoted", 2)
     server.client().replicaof("127.0.0.1", 1)
     assert tier.store(keys, blocks(keys)) == [False] * 2
@@ -153,20 +151,20 @@ def test_after_read_only_the_next_call_makes_a_connection_of_its_own(
     assert not after & known
 
 
-def test_one_key_of_another_type_is_one_miss_and_makes_room(
+def test_load_of_value_of_another_type_misses_and_removes_it(
     tier: RedisTier, server: Server
 ) -> None:
     keys = keys_of("type", 3)
     tier.store(keys, blocks(keys))
     server.client().delete(block_name(keys[1]))
-    server.client().lpush(block_name(keys[1]), "somebody's list")
+    server.client().lpush(block_name(keys[1]), "a list")
     assert loaded(tier, keys) == [True, False, True]
     assert tier.store(keys, blocks(keys)) == [True] * 3
     assert loaded(tier, keys) == [True] * 3
 
 
 @pytest.mark.parametrize("nbytes", [0, NBYTES + 1, 8 * NBYTES])
-def test_a_value_that_is_no_block_is_one_miss_and_makes_room(
+def test_load_of_empty_or_too_long_value_misses_and_removes_it(
     tier: RedisTier, server: Server, nbytes: int
 ) -> None:
     keys = keys_of("length", 3)
@@ -176,7 +174,7 @@ def test_a_value_that_is_no_block_is_one_miss_and_makes_room(
     assert tier.contains(keys) == [True, False, True]
 
 
-def test_a_restart_costs_one_failed_call_at_most(tier: RedisTier, server: Server) -> None:
+def test_server_restart_fails_at_most_one_call(tier: RedisTier, server: Server) -> None:
     keys = keys_of("restart", 3)
     tier.store(keys, blocks(keys))
     server.kill()
@@ -187,13 +185,13 @@ def test_a_restart_costs_one_failed_call_at_most(tier: RedisTier, server: Server
     assert tier.contains(keys) == [False] * 3
     assert tier.store(keys, blocks(keys)) == [True] * 3
     server.kill()
-    server.start()  # between two calls: the connection that is left is dead
+    server.start()  # between two calls: the idle connection is closed
     assert loaded(tier, keys) == [False] * 3
     assert tier.store(keys, blocks(keys)) == [True] * 3
     assert loaded(tier, keys) == [True] * 3
 
 
-def test_a_server_that_is_not_there_at_start_is_a_warning(
+def test_server_down_at_start_is_a_warning(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = keys_of("late", 2)
@@ -209,7 +207,7 @@ def test_a_server_that_is_not_there_at_start_is_a_warning(
         assert "reachable again" in caplog.records[-1].message
 
 
-def test_a_server_that_hangs_ends_the_call_and_writes_nothing_afterwards(server: Server) -> None:
+def test_hanging_server_ends_the_call_and_writes_nothing_afterwards(server: Server) -> None:
     keys = keys_of("hang", 3)
     with closing(RedisTier(url=server.url, timeout_s=0.3)) as tier:
         tier.store(keys, blocks(keys))
@@ -222,7 +220,7 @@ def test_a_server_that_hangs_ends_the_call_and_writes_nothing_afterwards(server:
         eventually(server.client().ping, "it goes on")
         assert into == [CLEAN] * 3
         eventually(lambda: answers(tier, keys), "it is asked again")
-        assert loaded(tier, keys) == [True] * 3  # each its own: nothing of the calls before
+        assert loaded(tier, keys) == [True] * 3  # no reply of an earlier call
         assert into == [CLEAN] * 3
 
 
@@ -233,23 +231,23 @@ def answers(tier: RedisTier, keys: Sequence[bytes]) -> bool:
         return False
 
 
-def test_killed_and_started_again_under_load(server: Server) -> None:
-    """Four threads go on through three deaths: never a wrong byte, never stuck, and it recovers."""
-    over = threading.Event()
-    deaths = 3
+def test_server_killed_under_load_never_returns_wrong_bytes(server: Server) -> None:
+    """Four threads work through three kills: no wrong byte, no hang, and the tier recovers."""
+    done = threading.Event()
+    kills = 3
 
     with closing(RedisTier(url=server.url, timeout_s=5)) as tier:
 
         def work(thread: int) -> None:
             if thread == 4:
-                for _ in range(deaths):
+                for _ in range(kills):
                     eventually(lambda: server.client().dbsize() > 8, "blocks arrive")
                     server.kill()
                     server.start()
-                over.set()
+                done.set()
                 return
             turn = 0
-            while not over.is_set():
+            while not done.is_set():
                 keys = keys_of(f"under load {turn % 10}", 4)
                 turn += 1
                 try:
@@ -260,7 +258,9 @@ def test_killed_and_started_again_under_load(server: Server) -> None:
                 except ConnectionError:
                     continue
                 for key, nbytes, buffer in zip(keys, written, into, strict=True):
-                    assert not nbytes or buffer == block_of(key, NBYTES), "another's bytes"
+                    assert not nbytes or buffer == block_of(key, NBYTES), (
+                        "the bytes of another block"
+                    )
 
         run_in_threads(5, work)
         keys = keys_of("afterwards", 4)
@@ -268,7 +268,7 @@ def test_killed_and_started_again_under_load(server: Server) -> None:
         assert loaded(tier, keys) == [True] * 4
 
 
-def test_no_more_connections_than_were_asked_for(server: Server) -> None:
+def test_connections_are_bounded_and_closed_with_the_tier(server: Server) -> None:
     keys = keys_of("connections", 4)
     with closing(RedisTier(url=server.url, connections=2, timeout_s=30)) as tier:
 
@@ -282,7 +282,8 @@ def test_no_more_connections_than_were_asked_for(server: Server) -> None:
         assert 1 <= sum(client["cmd"] in {"get", "set"} for client in clients) <= 2
         tier.close()
         eventually(
-            lambda: not any(c["cmd"] == "get" for c in server.client().client_list()), "it lets go"
+            lambda: not any(c["cmd"] == "get" for c in server.client().client_list()),
+            "the connections are closed",
         )
         assert tier.contains(keys) == [False] * 4
         assert tier.store(keys, blocks(keys)) == [False] * 4

@@ -1,5 +1,4 @@
-"""A server that is slow, endless, nested or talkative costs its own answers: no time, no memory,
-no secret, and not the tier."""
+"""RedisTier with hostile servers: time and memory are bounded, and no secret gets out."""
 
 from __future__ import annotations
 
@@ -40,10 +39,10 @@ from tests.support.redis_servers import eventually
 PASSWORD = "correct-horse-battery-77"
 KEYS = keys_of("hostile", 2)
 TIMEOUT_S = 0.5
-PATIENCE_S = 5.0  # ten timeouts: what had no deadline took for ever
-ROOM_NBYTES = 200 << 20  # of memory: what had no limit took all there was
+MAX_WAIT_S = 5.0  # ten timeouts; a call without a deadline would take forever
+MAX_GROWTH_NBYTES = 200 << 20  # a reply without a limit would take all memory
 
-ENDLESS: dict[str, Behaviour] = {
+ENDLESS_REPLIES: dict[str, Behaviour] = {
     "silent": silent,
     "dripping a line": dripping(b"+O"),
     "dripping lines": dripping(b"+OK\r\n"),
@@ -69,12 +68,12 @@ def deadline() -> float:
 
 
 def memory_nbytes() -> int:
-    """The most that this process ever had."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def profile(folder: Path, url: str, more: str = "") -> str:
-    file = folder / "ours.toml"
+    file = folder / "redis.toml"
     file.write_text(
         '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1MiB"\n'
         f'[[tier]]\nname = "redis"\nkind = "redis"\nurl = "{url}"\ntimeout_s = {TIMEOUT_S}\n{more}'
@@ -85,17 +84,17 @@ def profile(folder: Path, url: str, more: str = "") -> str:
 # Deadlines and limits
 
 
-@pytest.mark.parametrize("act", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("act", ENDLESS_REPLIES.values(), ids=ENDLESS_REPLIES)
 @pytest.mark.parametrize(
     "more",
     ["", 'password_env = "OUR_PASSWORD"', "cluster = true", "sentinel"],
     ids=["plain", "password", "cluster", "sentinel"],
 )
-def test_open_stack_with_an_endless_server_opens_in_time_and_memory(
+def test_open_stack_with_endless_replies_is_bounded_in_time_and_memory(
     act: Behaviour, more: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    said, before, begun = "", memory_nbytes(), time.monotonic()
+    message, before, begun = "", memory_nbytes(), time.monotonic()
     with FaultyServer(act) as server:
         url = server.url
         if more == "sentinel":
@@ -103,22 +102,22 @@ def test_open_stack_with_an_endless_server_opens_in_time_and_memory(
         try:
             with open_stack(profile(tmp_path, url, more), block_nbytes=4096):
                 pass
-        except ProfileError as error:  # what is not what was asked may be refused for good
-            said = str(error)
-        assert len(said) < 1000
+        except ProfileError as error:  # an invalid reply may be a permanent error
+            message = str(error)
+        assert len(message) < 1000
         assert server.connections
-    assert time.monotonic() - begun < PATIENCE_S
-    assert memory_nbytes() - before < ROOM_NBYTES
+    assert time.monotonic() - begun < MAX_WAIT_S
+    assert memory_nbytes() - before < MAX_GROWTH_NBYTES
 
 
-@pytest.mark.parametrize("act", ENDLESS.values(), ids=ENDLESS)
-def test_wire_say_with_an_endless_server_raises_in_time(act: Behaviour) -> None:
+@pytest.mark.parametrize("act", ENDLESS_REPLIES.values(), ids=ENDLESS_REPLIES)
+def test_connection_call_with_endless_replies_raises_in_time(act: Behaviour) -> None:
     with FaultyServer(act) as server, closing(connect(server)) as wire:
         begun = time.monotonic()
         with suppress(ProtocolError, OSError):
-            while True:  # a flood of whole replies answers for a while
+            while True:  # a flood of whole replies answers some calls
                 wire.call(b"CLUSTER", b"SLOTS", deadline=begun + TIMEOUT_S)
-        assert time.monotonic() - begun < PATIENCE_S
+        assert time.monotonic() - begun < MAX_WAIT_S
 
 
 def connect(server: FaultyServer) -> Any:
@@ -126,7 +125,7 @@ def connect(server: FaultyServer) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("reply", "says"),
+    ("reply", "message"),
     [
         (b"*1\r\n" * 8 + b":1\r\n", None),
         (b"*1\r\n" * 9 + b":1\r\n", "lists nested deeper"),
@@ -142,43 +141,43 @@ def connect(server: FaultyServer) -> Any:
         (b"+" + b"x" * 10_000, "a line is too long"),
     ],
 )
-def test_wire_say_takes_a_reply_within_the_limits_and_no_other(
-    reply: bytes, says: str | None
+def test_connection_call_with_reply_beyond_the_limits_raises(
+    reply: bytes, message: str | None
 ) -> None:
     with FaultyServer(replying(reply)) as server, closing(connect(server)) as wire:
         until = time.monotonic() + redis_servers.PATIENCE_S
-        if says is None:
+        if message is None:
             assert wire.call(b"CLUSTER", b"SLOTS", deadline=until)
         else:
-            with pytest.raises(ProtocolError, match=says):
+            with pytest.raises(ProtocolError, match=message):
                 wire.call(b"CLUSTER", b"SLOTS", deadline=until)
 
 
-def test_tls_handshake_that_drips_ends_at_the_deadline() -> None:
+def test_connect_with_dripping_tls_handshake_ends_at_the_deadline() -> None:
     with FaultyServer(dripping(b"\x16\x03\x03\x40\x00")) as server:
         begun = time.monotonic()
         with pytest.raises(OSError, match=r"timed out|in time"):
             Connector(tls=True).connect(Address("127.0.0.1", server.port), deadline())
-        assert time.monotonic() - begun < PATIENCE_S
+        assert time.monotonic() - begun < MAX_WAIT_S
 
 
-def test_server_that_does_not_read_ends_the_call_at_the_deadline() -> None:
-    big = memoryview(bytes(64 << 20))
+def test_store_to_server_that_does_not_read_ends_at_the_deadline() -> None:
+    large = memoryview(bytes(64 << 20))
     with (
         FaultyServer(replying(b":0\r\n")) as server,
         closing(RedisTier(url=server.url, timeout_s=TIMEOUT_S)) as tier,
     ):
         server.behaviour = silent
-        tier.servers.close()  # the connection that was made at start
+        tier.servers.close()  # closes the connection made at start
         begun = time.monotonic()
         with pytest.raises(ConnectionError):
-            tier.store(KEYS[:1], [big])
-        assert time.monotonic() - begun < PATIENCE_S
+            tier.store(KEYS[:1], [large])
+        assert time.monotonic() - begun < MAX_WAIT_S
 
 
 @pytest.mark.parametrize("act", [silent, dripping(b"+O"), dripping(b"*1\r\n")])
-def test_tier_after_greetings_that_hang_recovers(act: Behaviour, tmp_path: Path) -> None:
-    """As many as the tier has threads: each used to be lost with the first greeting that hung."""
+def test_stack_after_logins_that_hang_recovers(act: Behaviour, tmp_path: Path) -> None:
+    """There are more logins that hang than the tier has threads."""
     with FaultyServer(empty) as server:
         more = 'password_env = "OUR_PASSWORD"\ncalls = 2\ndeadline_s = 0.6'
         with open_stack(profile(tmp_path, server.url, more), block_nbytes=4096) as stack:
@@ -192,17 +191,20 @@ def test_tier_after_greetings_that_hang_recovers(act: Behaviour, tmp_path: Path)
 
             for at in range(6):
                 ask(keys_of(f"hangs {at}", 1))
-            hung = server.connections
+            hung_connections = server.connections
             server.behaviour = empty
 
             def answers() -> bool:
                 ask(keys_of("again", 1))
-                return not stack.stats().lower[0].breaker_open and server.connections > hung
+                return (
+                    not stack.stats().lower[0].breaker_open
+                    and server.connections > hung_connections
+                )
 
-            eventually(answers, "the tier is asked again and answers")
+            eventually(answers, "the tier is used again")
 
 
-# What a server says of other servers
+# Addresses and slots that a server returns
 
 
 @pytest.mark.parametrize(
@@ -216,42 +218,42 @@ def test_tier_after_greetings_that_hang_recovers(act: Behaviour, tmp_path: Path)
         (PASSWORD.encode(), 7000),
     ],
 )
-def test_slots_at_an_address_that_cannot_be_are_not_learnt(host: bytes, port: int) -> None:
-    said = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$%d\r\n%b\r\n:%d\r\n" % (len(host), host, port)
-    with FaultyServer(replying(b"+OK\r\n", said)) as server:
+def test_cluster_with_invalid_address_in_slots_returns_an_error(host: bytes, port: int) -> None:
+    reply = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$%d\r\n%b\r\n:%d\r\n" % (len(host), host, port)
+    with FaultyServer(replying(b"+OK\r\n", reply)) as server:
         login = Connector(password=PASSWORD)
         cluster = Cluster(Address("127.0.0.1", server.port), login, 1)
-        [refused] = cluster.nodes_for([b"name"], deadline())
-        assert isinstance(refused, ErrorReply)
-        assert "an invalid address" in refused.text
-        assert PASSWORD not in refused.text
+        [error] = cluster.nodes_for([b"name"], deadline())
+        assert isinstance(error, ErrorReply)
+        assert "an invalid address" in error.text
+        assert PASSWORD not in error.text
 
 
 @pytest.mark.parametrize("ranges", [[(0, 16384)], [(5, 4)], [(0, 16383), (0, 16383)]])
-def test_slots_that_cannot_be_are_not_learnt(ranges: list[tuple[int, int]]) -> None:
-    said = b"*%d\r\n" % len(ranges)
+def test_cluster_with_invalid_slots_returns_an_error(ranges: list[tuple[int, int]]) -> None:
+    reply = b"*%d\r\n" % len(ranges)
     for first, last in ranges:
-        said += b"*3\r\n:%d\r\n:%d\r\n*2\r\n$9\r\n127.0.0.1\r\n:7000\r\n" % (first, last)
-    with FaultyServer(replying(said)) as server:
+        reply += b"*3\r\n:%d\r\n:%d\r\n*2\r\n$9\r\n127.0.0.1\r\n:7000\r\n" % (first, last)
+    with FaultyServer(replying(reply)) as server:
         cluster = Cluster(Address("127.0.0.1", server.port), Connector(), 1)
-        [refused] = cluster.nodes_for([b"name"], deadline())
-        assert isinstance(refused, ErrorReply)
-        assert "has invalid slots" in refused.text
+        [error] = cluster.nodes_for([b"name"], deadline())
+        assert isinstance(error, ErrorReply)
+        assert "has invalid slots" in error.text
 
 
-def test_moved_to_any_number_of_places_makes_a_limited_number_of_nodes() -> None:
+def test_cluster_after_many_moved_errors_has_a_bounded_number_of_nodes() -> None:
     cluster = Cluster(Address("127.0.0.1", 1), Connector(), 1)
     for port in range(1, 3000):
         cluster.observe_error(ErrorReply("MOVED", f"MOVED 5 127.0.0.1:{port}"))
-    for wrong in ("", "x", "5", "5 h", "5 h:x", "-5 h:1", "99999 h:1", "5 h h:1", "5 h:99999"):
-        cluster.observe_error(ErrorReply("MOVED", f"MOVED {wrong}"))
+    for invalid in ("", "x", "5", "5 h", "5 h:x", "-5 h:1", "99999 h:1", "5 h h:1", "5 h:99999"):
+        cluster.observe_error(ErrorReply("MOVED", f"MOVED {invalid}"))
     assert len(cluster.nodes) == 1024
     assert [str(at) for at, node in enumerate(cluster.slots) if node] == ["5"]
     cluster.close()
 
 
-def test_cluster_whose_known_nodes_all_hang_is_found_again_at_its_seed() -> None:
-    def its_map(*ports: int) -> bytes:
+def test_cluster_with_all_known_nodes_hanging_is_found_at_its_seed() -> None:
+    def slot_map(*ports: int) -> bytes:
         share = 16384 // len(ports)
         nodes = [
             b"*3\r\n:%d\r\n:%d\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n"
@@ -262,13 +264,13 @@ def test_cluster_whose_known_nodes_all_hang_is_found_again_at_its_seed() -> None
 
     with ExitStack() as opened:
         hanging = [opened.enter_context(FaultyServer(silent)).port for _ in range(16)]
-        seed = opened.enter_context(FaultyServer(replying(its_map(*hanging))))
+        seed = opened.enter_context(FaultyServer(replying(slot_map(*hanging))))
         cluster = opened.enter_context(
             closing(Cluster(Address("127.0.0.1", seed.port), Connector(), 1))
         )
         cluster.nodes_for([b"a"], deadline())
         assert len(cluster.nodes) == len(hanging)
-        seed.behaviour = replying(its_map(seed.port))
+        seed.behaviour = replying(slot_map(seed.port))
         cluster.observe_error(ErrorReply("NOANSWER", ""))
 
         def found() -> bool:
@@ -278,33 +280,33 @@ def test_cluster_whose_known_nodes_all_hang_is_found_again_at_its_seed() -> None
         eventually(found, "the seed is asked")
 
 
-# What a server says to people
+# Texts that a server sends
 
 ECHOES = {
     "whole": PASSWORD,
     "twice": f"{PASSWORD}{PASSWORD}",
     "cut, as Redis cuts arguments": PASSWORD[:-3],
-    "with controls around it": f"\x1b[31m{PASSWORD}\x1b[0m",
+    "with control characters around it": f"\x1b[31m{PASSWORD}\x1b[0m",
 }
 
 
 @pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
 @pytest.mark.parametrize("kind", ["-ERR unknown command 'AUTH', with '{}'", "{}", "-{} no", "+{}"])
 @pytest.mark.parametrize("cluster", [False, True])
-@pytest.mark.parametrize("greeted", [False, True])
-def test_password_that_a_server_repeats_reaches_no_message(
+@pytest.mark.parametrize("after_login", [False, True])
+def test_password_repeated_by_a_server_is_in_no_message(
     echo: str,
     kind: str,
     cluster: bool,
-    greeted: bool,
+    after_login: bool,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     exported: InMemorySpanExporter,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    said = kind.format(echo).encode() + b"\r\n"
+    reply = kind.format(echo).encode() + b"\r\n"
     more = 'password_env = "OUR_PASSWORD"\n' + "cluster = true\n" * cluster
-    replies = [b"+OK\r\n", said] if greeted else [said]
+    replies = [b"+OK\r\n", reply] if after_login else [reply]
     texts = []
     with FaultyServer(replying(*replies)) as server:
         try:
@@ -322,7 +324,7 @@ def test_password_that_a_server_repeats_reaches_no_message(
         assert not any(char in text for char in "\x1b\x00")
 
 
-def test_error_at_run_time_is_logged_once_for_each_kind_and_for_few_kinds(
+def test_tier_logs_one_error_of_each_code_for_few_codes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     replies = [b"-E%b \x1b]0;title\x07 %b\r\n" % (b"X" * n, b"y" * 400) for n in range(30)]
@@ -332,13 +334,13 @@ def test_error_at_run_time_is_logged_once_for_each_kind_and_for_few_kinds(
     ):
         for _ in range(30):
             assert tier.contains(KEYS[:1]) == [False]
-    said = [record.getMessage() for record in caplog.records]
-    assert 1 < len(said) <= 16
-    assert all(text.isprintable() and len(text) < 600 for text in said)
+    messages = [record.getMessage() for record in caplog.records]
+    assert 1 < len(messages) <= 16
+    assert all(text.isprintable() and len(text) < 600 for text in messages)
 
 
 @pytest.mark.parametrize(
-    ("refusal", "passes"),
+    ("reply", "temporary"),
     [
         (b"-ERR max number of clients reached\r\n", True),
         (b"-LOADING Redis is loading the dataset in memory\r\n", True),
@@ -347,27 +349,25 @@ def test_error_at_run_time_is_logged_once_for_each_kind_and_for_few_kinds(
     ],
 )
 @pytest.mark.parametrize("kind", ["database", "cluster", "sentinel"])
-def test_server_that_refuses_for_a_while_is_no_error_at_start(
-    refusal: bytes, passes: bool, kind: str
-) -> None:
-    """A full or loading server comes back: the engine starts, and finds it again."""
-    with FaultyServer(replying(refusal)) as server:
+def test_tier_with_temporary_error_at_start_opens(reply: bytes, temporary: bool, kind: str) -> None:
+    """A full or loading server recovers, so the engine starts without it."""
+    with FaultyServer(replying(reply)) as server:
         url = {
             "database": f"{server.url}/1",
             "cluster": server.url,
             "sentinel": f"redis+sentinel://127.0.0.1:{server.port}/mymaster",
         }[kind]
-        refused = (
+        expectation = (
             nullcontext()
-            if passes
+            if temporary
             else pytest.raises(ValueError, match=r"rejects the tier: .*(WRO|NOP)")
         )
-        with refused:
+        with expectation:
             RedisTier(url=url, cluster=kind == "cluster", timeout_s=30).close()
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
+def _no_resolver_thread_remains() -> Iterator[None]:
     yield
     hung = [each for each in threading.enumerate() if each.name == "kvcache-redis-resolve"]
     for thread in hung:

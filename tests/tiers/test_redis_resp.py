@@ -1,4 +1,4 @@
-"""What a server may answer: every surprise is a miss and ends the connection it came on."""
+"""RESP2 replies: an invalid reply is a miss and closes its connection."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def value(data: bytes) -> bytes:
 
 
 def block(name: bytes) -> bytes:
-    """What belongs under a name."""
+    """Return the block of a key in the server."""
     return block_of(KEYS[NAMES.index(name)], NBYTES)
 
 
-def right(words: list[bytes]) -> bytes:
+def correct_reply(words: list[bytes]) -> bytes:
     match words[0]:
         case b"GET":
             return value(block(words[1]))
@@ -46,11 +46,11 @@ def right(words: list[bytes]) -> bytes:
 
 
 def once(answer: Callable[[list[bytes]], bytes], at: int) -> Callable[[list[bytes]], bytes]:
-    """All right but for the answer to the command ``at``."""
+    """Return a script with correct replies, except to command number ``at``."""
     count = itertools.count()
 
     def script(words: list[bytes]) -> bytes:
-        return answer(words) if next(count) == at else right(words)
+        return answer(words) if next(count) == at else correct_reply(words)
 
     return script
 
@@ -60,12 +60,12 @@ def opened(server: ScriptedRedis, **options: Any) -> RedisTier:
 
 
 def loaded(tier: RedisTier) -> list[bool]:
-    """Which blocks came; those are whole and their own."""
+    """Load; return which are hits. Checks their bytes."""
     into = [bytearray(CLEAN) for _ in KEYS]
     written = tier.load(KEYS, [memoryview(buffer) for buffer in into])
     for key, nbytes, buffer in zip(KEYS, written, into, strict=True):
         assert nbytes in (0, NBYTES)
-        assert not nbytes or buffer == block_of(key, NBYTES), "another's bytes"
+        assert not nbytes or buffer == block_of(key, NBYTES), "the bytes of another block"
     return [bool(nbytes) for nbytes in written]
 
 
@@ -73,47 +73,47 @@ def hang_up(data: bytes) -> bytes:
     raise CloseConnection(data)
 
 
-SURPRISES: dict[str, Callable[[list[bytes]], bytes]] = {
-    "gone": lambda _: hang_up(b""),
-    "gone in the number": lambda _: hang_up(b"$40"),
-    "gone in the value": lambda words: hang_up(value(block(words[1]))[:2000]),
-    "gone before the end of the value": lambda words: hang_up(value(block(words[1]))[:-1]),
+INVALID_REPLIES: dict[str, Callable[[list[bytes]], bytes]] = {
+    "closed": lambda _: hang_up(b""),
+    "closed within the number": lambda _: hang_up(b"$40"),
+    "closed within the value": lambda words: hang_up(value(block(words[1]))[:2000]),
+    "closed before the end of the value": lambda words: hang_up(value(block(words[1]))[:-1]),
     "a value that is too short": lambda words: b"$4096\r\n" + block(words[1])[1:] + b"\r\n+OK\r\n",
     "a value that is too long": lambda words: b"$4096\r\n" + block(words[1]) + b"!\r\n",
-    "no such kind": lambda _: b"%1\r\n",
+    "unknown kind": lambda _: b"%1\r\n",
     "a list": lambda _: b"*1\r\n:1\r\n",
-    "a message nobody asked for": lambda _: b">2\r\n$1\r\na\r\n$1\r\nb\r\n",
-    "no number": lambda _: b"$4o96\r\n",
-    "a number below nothing": lambda _: b"$-4096\r\n",
-    "a number with room": lambda _: b"$ 4096\r\n",
+    "a push message": lambda _: b">2\r\n$1\r\na\r\n$1\r\nb\r\n",
+    "an invalid number": lambda _: b"$4o96\r\n",
+    "a negative number": lambda _: b"$-4096\r\n",
+    "a number with a space": lambda _: b"$ 4096\r\n",
     "an empty line": lambda _: b"\r\n",
     "a line without an end": lambda _: b"+" + b"x" * 5000,
 }
 
 
-@pytest.mark.parametrize("surprise", SURPRISES.values(), ids=SURPRISES)
+@pytest.mark.parametrize("invalid_reply", INVALID_REPLIES.values(), ids=INVALID_REPLIES)
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_surprise_ends_the_connection_and_what_follows_on_it(
-    surprise: Callable[[list[bytes]], bytes], at: int
+def test_invalid_reply_misses_it_and_the_following_keys(
+    invalid_reply: Callable[[list[bytes]], bytes], at: int
 ) -> None:
-    with ScriptedRedis(once(surprise, at)) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(once(invalid_reply, at)) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * at + [False] * (4 - at)
         assert server.connections == 1
         assert loaded(tier) == [True] * 4
         assert server.connections == 2
 
 
-@pytest.mark.parametrize("surprise", SURPRISES.values(), ids=SURPRISES)
-def test_a_surprise_at_the_first_key_is_a_failed_call(
-    surprise: Callable[[list[bytes]], bytes],
+@pytest.mark.parametrize("invalid_reply", INVALID_REPLIES.values(), ids=INVALID_REPLIES)
+def test_invalid_first_reply_fails_the_call(
+    invalid_reply: Callable[[list[bytes]], bytes],
 ) -> None:
-    with ScriptedRedis(once(surprise, 0)) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(once(invalid_reply, 0)) as server, closing(opened(server)) as tier:
         with pytest.raises(ConnectionError):
             loaded(tier)
         assert loaded(tier) == [True] * 4
 
 
-def test_an_error_for_one_key_is_that_keys_and_the_connection_goes_on() -> None:
+def test_error_for_one_key_misses_it_and_keeps_the_connection() -> None:
     with (
         ScriptedRedis(once(lambda _: b"-ERR no\r\n", 1)) as server,
         closing(opened(server)) as tier,
@@ -123,19 +123,23 @@ def test_an_error_for_one_key_is_that_keys_and_the_connection_goes_on() -> None:
         assert server.connections == 1
 
 
-@pytest.mark.parametrize("wrong", [value(b"?" * NBYTES), value(b"?"), b"+OK\r\n"])
-def test_what_comes_after_the_last_reply_is_nobodys_answer(wrong: bytes) -> None:
-    """Two replies to one command: the second must not be taken for the next call's first."""
-    script = once(lambda words: right(words) + wrong, 3)
+@pytest.mark.parametrize("extra", [value(b"?" * NBYTES), value(b"?"), b"+OK\r\n"])
+def test_data_after_the_last_reply_closes_the_connection(extra: bytes) -> None:
+    """A second reply to a command must not be used as the first reply of the next call."""
+    script = once(lambda words: correct_reply(words) + extra, 3)
     with ScriptedRedis(script) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * 4
         assert loaded(tier) == [True] * 4
         assert server.connections == 2
 
 
-def test_a_value_that_is_longer_than_its_buffer_is_read_past_and_removed() -> None:
+def test_value_longer_than_its_buffer_is_discarded_and_removed() -> None:
     def long(words: list[bytes]) -> bytes:
-        return value(b"$4096\r\n" * 100_000) if words[:2] == [b"GET", NAMES[1]] else right(words)
+        return (
+            value(b"$4096\r\n" * 100_000)
+            if words[:2] == [b"GET", NAMES[1]]
+            else correct_reply(words)
+        )
 
     with ScriptedRedis(long) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True, False, True, True]
@@ -143,10 +147,10 @@ def test_a_value_that_is_longer_than_its_buffer_is_read_past_and_removed() -> No
         assert server.connections == 1
 
 
-def test_a_thousand_keys_are_one_round_trip() -> None:
+def test_lookup_of_1000_keys_is_one_round_trip() -> None:
     keys, replies = keys_of("many", 1000), itertools.count(1)
 
-    def last(_: list[bytes]) -> bytes:  # nothing is said before everything was asked
+    def last(_: list[bytes]) -> bytes:  # no reply before the last command
         return b":1\r\n" * 1000 if next(replies) == 1000 else b""
 
     with ScriptedRedis(last) as server, closing(opened(server)) as tier:
@@ -154,7 +158,7 @@ def test_a_thousand_keys_are_one_round_trip() -> None:
         assert [words[1] for words in server.commands] == [block_name(key) for key in keys]
 
 
-def test_no_more_is_asked_for_than_the_window_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exchange_sends_no_more_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []  # commands, by the calls of sendmsg
     sendmsg = socket.socket.sendmsg
 
@@ -162,7 +166,7 @@ def test_no_more_is_asked_for_than_the_window_holds(monkeypatch: pytest.MonkeyPa
         sent.append(b"".join(buffers).count(b"GET"))
         return sendmsg(self, buffers)
 
-    with ScriptedRedis(right) as server, closing(opened(server)) as tier:
+    with ScriptedRedis(correct_reply) as server, closing(opened(server)) as tier:
         monkeypatch.setattr(socket.socket, "sendmsg", counted)
         for blocks, sends in ((1, [2, 1, 1, 0]), (3, [3, 1, 0, 0]), (9, [4, 0, 0, 0])):
             monkeypatch.setattr(resp, "WINDOW_NBYTES", blocks * NBYTES)
@@ -171,23 +175,23 @@ def test_no_more_is_asked_for_than_the_window_holds(monkeypatch: pytest.MonkeyPa
             sent.clear()
 
 
-def test_a_server_that_drips_holds_nobody_past_the_deadline() -> None:
-    over = threading.Event()
+def test_load_from_dripping_server_ends_at_the_deadline() -> None:
+    done = threading.Event()
 
     def drip(_: list[bytes]) -> bytes:
         server.sockets[-1].sendall(b"$4096\r\n")
-        while not over.wait(0.02):
+        while not done.wait(0.02):
             server.sockets[-1].sendall(b"x")
         return b""
 
     with ScriptedRedis(once(drip, 0)) as server, closing(opened(server, timeout_s=0.5)) as tier:
         with pytest.raises(ConnectionError, match=r"no answer in time|timed out"):
             loaded(tier)
-        over.set()
+        done.set()
 
 
-def test_a_connection_that_fails_is_tried_once_in_a_call() -> None:
-    with ScriptedRedis(right) as server, closing(opened(server)) as tier:
+def test_call_with_failing_connection_tries_once() -> None:
+    with ScriptedRedis(correct_reply) as server, closing(opened(server)) as tier:
         assert loaded(tier) == [True] * 4
         server.closes_connections = True
         for connections in (2, 3):
@@ -199,23 +203,23 @@ def test_a_connection_that_fails_is_tried_once_in_a_call() -> None:
 
 @pytest.fixture(scope="module")
 def noise() -> Iterator[tuple[ScriptedRedis, RedisTier, list[bytes]]]:
-    said: list[bytes] = []
+    next_reply: list[bytes] = []
     with (
-        ScriptedRedis(lambda _: hang_up(said[0])) as server,
+        ScriptedRedis(lambda _: hang_up(next_reply[0])) as server,
         closing(RedisTier(url=server.url, timeout_s=30)) as tier,
     ):
-        yield server, tier, said
+        yield server, tier, next_reply
 
 
 PIECES = st.sampled_from([b"$", b"+", b"-", b":", b"*", b"\r\n", b"4096", b"-1", b"0", b"x" * 4096])
 
 
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join))
-def test_noise_is_a_miss_or_a_value_as_announced(
+def test_random_reply_is_a_miss_or_the_announced_value(
     noise: tuple[ScriptedRedis, RedisTier, list[bytes]], data: bytes
 ) -> None:
-    _, tier, said = noise
-    said[:] = [data]
+    _, tier, next_reply = noise
+    next_reply[:] = [data]
     buffer = bytearray(CLEAN)
     try:
         [written] = tier.load(KEYS[:1], [memoryview(buffer)])

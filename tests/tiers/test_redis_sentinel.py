@@ -1,4 +1,4 @@
-"""Real Sentinels: the master that they name, and what a failover costs."""
+"""RedisTier with real Sentinels: the master that they name, failovers, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.tiers.test_redis_faults import blocks, loaded
 
 KEYS = keys_of("watched", 8)
 
-Watch = tuple[list[Server], list[Sentinel]]
+ServersAndSentinels = tuple[list[Server], list[Sentinel]]
 
 
 def url_of(sentinels: Sequence[Sentinel], path: str = "mymaster") -> str:
@@ -42,8 +42,8 @@ def deadline() -> float:
     return time.monotonic() + redis_servers.PATIENCE_S
 
 
-def tried(tier: RedisTier) -> list[bool]:
-    """What is stored; nothing while the tier fails."""
+def try_store(tier: RedisTier) -> list[bool]:
+    """Store; return all False while the tier fails."""
     try:
         return tier.store(KEYS, blocks(KEYS))
     except ConnectionError:
@@ -51,13 +51,13 @@ def tried(tier: RedisTier) -> list[bool]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServersAndSentinels]:
     """One server and one Sentinel: no failover."""
-    with redis_servers.watched(tmp_path_factory.mktemp("alone"), count=1, replicas=0) as watch:
-        yield watch
+    with redis_servers.watched(tmp_path_factory.mktemp("alone"), count=1, replicas=0) as servers:
+        yield servers
 
 
-def test_sentinel_fails_over_and_the_tier_follows(
+def test_tier_after_failover_uses_the_new_master(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with redis_servers.watched(tmp_path) as (data, sentinels):
@@ -66,11 +66,11 @@ def test_sentinel_fails_over_and_the_tier_follows(
             assert tier.store(KEYS, blocks(KEYS)) == [True] * len(KEYS)
             assert master.client().dbsize() == len(KEYS)
             eventually(lambda: replica.client().dbsize() == len(KEYS), "the replica has them")
-            sentinels[0].kill()  # the one that was asked
+            sentinels[0].kill()  # the Sentinel that was asked
             master.kill()
             with pytest.raises(ConnectionError):
                 tier.contains(KEYS)
-            eventually(lambda: all(tried(tier)), "the other one is the master, and is asked")
+            eventually(lambda: all(try_store(tier)), "the other one is the master, and is asked")
             assert loaded(tier, KEYS) == [True] * len(KEYS)
             assert replica.client().info("replication")["role"] == "master"
         [change] = [r.getMessage() for r in caplog.records if "moved from" in r.getMessage()]
@@ -81,31 +81,31 @@ def test_sentinel_fails_over_and_the_tier_follows(
 
 
 @pytest.mark.parametrize("closes", [False, True], ids=["READONLY", "closed connection"])
-def test_master_that_becomes_a_replica_is_looked_up_again(
+def test_tier_with_master_demoted_to_replica_finds_the_new_master(
     closes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sentinel does both to the old master itself, eight seconds after the failover."""
+    """Sentinel itself does this to the old master eight seconds after a failover."""
     with redis_servers.watched(tmp_path, count=1) as (data, sentinels):
         old, new = data
         with closing(RedisTier(url=url_of(sentinels), timeout_s=5)) as tier:
             assert tier.contains(KEYS) == [False] * len(KEYS)
-            eventually(lambda: begins(sentinels[0]), "a failover begins")
+            eventually(lambda: begin_failover(sentinels[0]), "a failover begins")
             eventually(
                 lambda: sentinels[0].client().sentinel_masters()["mymaster"]["port"] == new.port,
                 "Sentinel names the new master",
             )
             old.client().replicaof("127.0.0.1", new.port)
-            if closes:  # and the engine only asks, which a replica answers
+            if closes:  # then a lookup succeeds on the replica
                 old.client().client_kill_filter(_type="normal", skipme=True)
                 eventually(lambda: tier.contains(KEYS) and "moved from" in caplog.text, "it moves")
-            eventually(lambda: all(tried(tier)), "blocks are stored in the new master")
+            eventually(lambda: all(try_store(tier)), "blocks are stored in the new master")
             assert "moved from" in caplog.text
             assert new.client().exists(*map(block_name, KEYS)) == len(KEYS)
             assert loaded(tier, KEYS) == [True] * len(KEYS)
 
 
-def begins(sentinel: Sentinel) -> bool:
-    """Begin a failover by hand; a Sentinel declines until it knows the replica well enough."""
+def begin_failover(sentinel: Sentinel) -> bool:
+    """Begin a failover; return whether the Sentinel accepted: it must know the replica."""
     try:
         sentinel.client().execute_command("SENTINEL", "FAILOVER", "mymaster")
     except redis.ResponseError:
@@ -113,18 +113,20 @@ def begins(sentinel: Sentinel) -> bool:
     return True
 
 
-def test_sentinel_that_hangs_or_is_gone_leaves_it_to_the_next(alone: Watch) -> None:
+def test_find_master_with_sentinel_down_or_hanging_asks_the_next(
+    alone: ServersAndSentinels,
+) -> None:
     data, sentinels = alone
-    with FaultyServer(silent) as hangs:
-        ports = [hangs.port, redis_servers.free_port(), sentinels[0].port]
-        places = [Address("127.0.0.1", port) for port in ports]
-        watched = SentinelMaster(places, "mymaster", Connector(), Connector(), 1)
+    with FaultyServer(silent) as hanging:
+        ports = [hanging.port, redis_servers.free_port(), sentinels[0].port]
+        addresses = [Address("127.0.0.1", port) for port in ports]
+        master = SentinelMaster(addresses, "mymaster", Connector(), Connector(), 1)
         for _ in range(3):
-            assert watched.find_master(time.monotonic() + 2).port == data[0].port
-        assert hangs.connections == 1  # the one that answered is asked first the next time
+            assert master.find_master(time.monotonic() + 2).port == data[0].port
+        assert hanging.connections == 1  # the Sentinel that answered is asked first afterwards
 
 
-def test_sentinels_that_are_not_there_at_start_are_a_warning_and_are_found_later(
+def test_tier_with_sentinels_down_at_start_warns_and_finds_them_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with redis_servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
@@ -137,11 +139,11 @@ def test_sentinels_that_are_not_there_at_start_are_a_warning_and_are_found_later
                 tier.contains(KEYS)
             assert len(caplog.records) == 1
             sentinels[0].start()
-            eventually(lambda: all(tried(tier)), "the master is found")
+            eventually(lambda: all(try_store(tier)), "the master is found")
             assert data[0].client().dbsize() == len(KEYS)
 
 
-def test_master_that_is_down_at_start_is_found_when_it_is_up(tmp_path: Path) -> None:
+def test_tier_with_master_down_at_start_finds_it_later(tmp_path: Path) -> None:
     with redis_servers.watched(tmp_path, count=1, replicas=0) as (data, sentinels):
         data[0].kill()
         sentinel = sentinels[0].client()
@@ -153,10 +155,10 @@ def test_master_that_is_down_at_start_is_found_when_it_is_up(tmp_path: Path) -> 
             with pytest.raises(ConnectionError, match="reports that the master mymaster is down"):
                 tier.contains(KEYS)
             data[0].start()
-            eventually(lambda: all(tried(tier)), "it is found")
+            eventually(lambda: all(try_store(tier)), "it is found")
 
 
-def test_database_of_the_url_is_selected_at_the_master(alone: Watch) -> None:
+def test_tier_selects_the_database_of_the_url_at_the_master(alone: ServersAndSentinels) -> None:
     data, sentinels = alone
     data[0].client().flushall()
     with closing(RedisTier(url=url_of(sentinels, "mymaster/3"), timeout_s=5)) as tier:
@@ -164,7 +166,7 @@ def test_database_of_the_url_is_selected_at_the_master(alone: Watch) -> None:
     assert data[0].client().info("keyspace").keys() == {"db3"}
 
 
-def test_sentinel_and_master_have_passwords_of_their_own(
+def test_tier_uses_separate_passwords_for_sentinel_and_master(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OUR_REDIS_PASSWORD", "of-the-master")
@@ -195,7 +197,7 @@ def test_sentinel_and_master_have_passwords_of_their_own(
             assert "of-the-" not in str(caught.value)
 
 
-def test_sentinel_and_plain_redis_are_not_taken_for_each_other(alone: Watch) -> None:
+def test_tier_with_url_of_the_wrong_kind_raises_a_hint(alone: ServersAndSentinels) -> None:
     data, sentinels = alone
     for path in ("", "/3"):
         with pytest.raises(ValueError, match=r"if it is a Sentinel, url is redis\+sentinel://"):
@@ -206,14 +208,14 @@ def test_sentinel_and_plain_redis_are_not_taken_for_each_other(alone: Watch) -> 
         RedisTier(url=sentinels[0].url, cluster=True, timeout_s=5)
 
 
-def test_master_of_another_name_is_an_error_at_start(alone: Watch) -> None:
+def test_tier_with_unknown_master_name_raises_value_error(alone: ServersAndSentinels) -> None:
     _, sentinels = alone
     with pytest.raises(ValueError, match="does not watch a master theirs; it watches mymaster"):
         RedisTier(url=url_of(sentinels, "theirs"), timeout_s=5)
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("reply", "message"),
     [
         (b"*0\r\n", "does not watch a master mymaster; it watches none"),
         (b":1\r\n", "answer to SENTINEL MASTERS is invalid"),
@@ -225,28 +227,28 @@ def test_master_of_another_name_is_an_error_at_start(alone: Watch) -> None:
         (b"+OK\r\n", "answer to SENTINEL MASTERS is invalid"),
     ],
 )
-def test_sentinel_that_answers_oddly_is_one_error(said: bytes, says: str) -> None:
-    with FaultyServer(replying(said)) as server:
-        place = Address("127.0.0.1", server.port)
-        watched = SentinelMaster([place], "mymaster", Connector(), Connector(), 1)
-        [refused] = watched.nodes_for([b"name"], deadline())
-        assert isinstance(refused, ErrorReply)
-        assert says in refused.text
+def test_sentinel_with_invalid_reply_returns_one_error(reply: bytes, message: str) -> None:
+    with FaultyServer(replying(reply)) as server:
+        address = Address("127.0.0.1", server.port)
+        master = SentinelMaster([address], "mymaster", Connector(), Connector(), 1)
+        [error] = master.nodes_for([b"name"], deadline())
+        assert isinstance(error, ErrorReply)
+        assert message in error.text
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_master_that_no_sentinel_knows_is_final_when_all_have_answered(gone: bool) -> None:
+@pytest.mark.parametrize("one_down", [False, True])
+def test_unknown_master_is_a_permanent_error_only_if_all_sentinels_answered(one_down: bool) -> None:
     with FaultyServer(replying(b"*0\r\n")) as server:
-        ports = [server.port, redis_servers.free_port()] if gone else [server.port]
-        places = [Address("127.0.0.1", port) for port in ports]
-        watched = SentinelMaster(places, "mymaster", Connector(), Connector(), 1)
-        [refused] = watched.nodes_for([b"name"], deadline())
-        assert isinstance(refused, ErrorReply)
-        assert refused.code == ("NOANSWER" if gone else "LOGIN")
+        ports = [server.port, redis_servers.free_port()] if one_down else [server.port]
+        addresses = [Address("127.0.0.1", port) for port in ports]
+        master = SentinelMaster(addresses, "mymaster", Connector(), Connector(), 1)
+        [error] = master.nodes_for([b"name"], deadline())
+        assert isinstance(error, ErrorReply)
+        assert error.code == ("NOANSWER" if one_down else "LOGIN")
 
 
-def test_inspect_and_doctor_take_a_sentinel_url(
-    alone: Watch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_and_doctor_accept_a_sentinel_url(
+    alone: ServersAndSentinels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, sentinels = alone
     data[0].client().flushall()
