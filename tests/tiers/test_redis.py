@@ -1,4 +1,4 @@
-"""Blocks in a real Redis: the contract, and what a server may do to them."""
+"""RedisTier with real servers: the contract of tiers, and forked children."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -35,7 +35,7 @@ class TestRedisTier(TierTests):
     pass
 
 
-class TestTtl(TierTests):
+class TestRedisTierWithTtl(TierTests):
     @pytest.fixture
     def tier(self, server: Server) -> Iterator[RedisTier]:
         server.client().flushall()
@@ -43,7 +43,7 @@ class TestTtl(TierTests):
             yield tier
 
 
-class TestFramed(TierTests):
+class TestFramedRedis(TierTests):
     @pytest.fixture
     def tier(self, server: Server) -> Iterator[Framed]:
         server.client().flushall()
@@ -58,7 +58,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
         yield nodes
 
 
-class TestCluster(TierTests):
+class TestRedisCluster(TierTests):
     @pytest.fixture
     def tier(self, nodes: list[Server]) -> Iterator[RedisTier]:
         for node in nodes:
@@ -67,7 +67,7 @@ class TestCluster(TierTests):
             yield tier
 
 
-def test_tier_in_a_child_is_refused_and_the_parent_keeps_its_connections(
+def test_tier_in_forked_child_raises_and_parent_keeps_its_connections(
     tier: RedisTier, server: Server
 ) -> None:
     keys = keys_of("parent", 4)
@@ -79,6 +79,6 @@ def test_tier_in_a_child_is_refused_and_the_parent_keeps_its_connections(
     buffers = [bytearray(4096) for _ in keys]
     assert tier.load(keys, [memoryview(buffer) for buffer in buffers]) == [4096] * 4
     assert buffers == blocks
-    mine = {client["id"] for client in server.client().client_list() if client["cmd"] == "get"}
-    assert mine
-    assert mine <= before
+    own = {client["id"] for client in server.client().client_list() if client["cmd"] == "get"}
+    assert own
+    assert own <= before

@@ -1,4 +1,4 @@
-"""Who is let in, what a profile may say, and that a password is nowhere to be read."""
+"""RedisTier: logins, invalid options, URLs, and passwords that appear nowhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RIGHTS = "~kvcache:* +get +getex +set +exists +unlink +select"
 
 @pytest.fixture(autouse=True)
 def _variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUR_REDIS_PASSWORD", PASSWORD)
+    monkeypatch.setenv("REDIS_TEST_PASSWORD", PASSWORD)
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("WRONG_PASSWORD", PASSWORD[:-1])
 
@@ -41,8 +41,8 @@ def _no_password_in_the_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]
     assert PASSWORD[:-1] not in caplog.text
 
 
-def locked(server: Server, *more: str) -> None:
-    """Let in nobody without the password, and the user "kv" to what a tier needs and no further."""
+def require_password(server: Server, *more: str) -> None:
+    """Require the password, and create a user "kv" with only the rights that a tier needs."""
     client = server.client()
     client.execute_command("ACL", "SETUSER", "kv", "on", f">{PASSWORD}", *RIGHTS.split(), *more)
     client.config_set("requirepass", PASSWORD)
@@ -52,7 +52,7 @@ def locked(server: Server, *more: str) -> None:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with redis_servers.server(tmp_path_factory.mktemp("guarded")) as server:
-        locked(server)
+        require_password(server)
         yield server
 
 
@@ -60,9 +60,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("username", ["", "default", "kv"])
-def test_the_password_lets_in(guarded: Server, username: str) -> None:
-    keys = keys_of(f"let in {username}", 2)
-    options: dict[str, Any] = {"username": username, "password_env": "OUR_REDIS_PASSWORD"}
+def test_tier_with_password_logs_in(guarded: Server, username: str) -> None:
+    keys = keys_of(f"login {username}", 2)
+    options: dict[str, Any] = {"username": username, "password_env": "REDIS_TEST_PASSWORD"}
     for ttl_s in (0, 100):
         with closing(RedisTier(url=f"{guarded.url}/0", ttl_s=ttl_s, **options)) as tier:
             assert tier.store(keys, blocks(keys)) == [True, True]
@@ -74,40 +74,42 @@ def test_the_password_lets_in(guarded: Server, username: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("username", "variable"), [("", ""), ("", "WRONG_PASSWORD"), ("nobody", "OUR_REDIS_PASSWORD")]
+    ("username", "variable"), [("", ""), ("", "WRONG_PASSWORD"), ("unknown", "REDIS_TEST_PASSWORD")]
 )
-def test_who_is_not_let_in_hears_so_at_start(guarded: Server, username: str, variable: str) -> None:
+def test_tier_with_wrong_login_raises_value_error(
+    guarded: Server, username: str, variable: str
+) -> None:
     with pytest.raises(ValueError, match="the server rejects the tier") as caught:
         RedisTier(url=guarded.url, username=username, password_env=variable)
     assert PASSWORD[:-1] not in str(caught.value)
 
 
-def test_a_user_without_the_rights_hears_so_at_start(guarded: Server) -> None:
+def test_tier_without_rights_raises_value_error(guarded: Server) -> None:
     client = guarded.client()
     client.execute_command("ACL", "SETUSER", "reader", "on", f">{PASSWORD}", "~*", "+get")
     with pytest.raises(ValueError, match="NOPERM"):
-        RedisTier(url=guarded.url, username="reader", password_env="OUR_REDIS_PASSWORD")
+        RedisTier(url=guarded.url, username="reader", password_env="REDIS_TEST_PASSWORD")
 
 
-def test_a_user_who_may_only_read_is_declined(
+def test_tier_with_read_only_user_declines_stores(
     guarded: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = keys_of("only reads", 2)
     client = guarded.client()
     client.execute_command("ACL", "SETUSER", "half", "on", f">{PASSWORD}", "~*", "+get", "+exists")
     with closing(
-        RedisTier(url=guarded.url, username="half", password_env="OUR_REDIS_PASSWORD")
+        RedisTier(url=guarded.url, username="half", password_env="REDIS_TEST_PASSWORD")
     ) as tier:
         assert tier.store(keys, blocks(keys)) == [False, False]
         assert loaded(tier, keys) == [False, False]
     assert sum("NOPERM" in record.message for record in caplog.records) == 1
 
 
-def test_a_password_that_is_changed_under_way_is_a_failure(tmp_path: Path) -> None:
+def test_tier_after_password_change_raises_connection_error(tmp_path: Path) -> None:
     keys = keys_of("changed", 1)
     with redis_servers.server(tmp_path / "redis") as server:
-        locked(server)
-        with closing(RedisTier(url=server.url, password_env="OUR_REDIS_PASSWORD")) as tier:
+        require_password(server)
+        with closing(RedisTier(url=server.url, password_env="REDIS_TEST_PASSWORD")) as tier:
             server.kill()
             server.login = {}
             server.start()
@@ -117,9 +119,9 @@ def test_a_password_that_is_changed_under_way_is_a_failure(tmp_path: Path) -> No
             assert PASSWORD not in str(caught.value)
 
 
-# What is refused at start, and nowhere repeats a password
+# Invalid options, and errors without passwords
 
-WRONG = [
+INVALID_OPTIONS = [
     ({"url": f"redis://:{PASSWORD}@localhost"}, "password_env"),
     ({"url": f"redis://user:{PASSWORD}@localhost:6379/0"}, "password_env"),
     ({"url": f"redis://{PASSWORD}@localhost"}, "password_env"),
@@ -142,7 +144,7 @@ WRONG = [
     ({"url": "redis+sentinel://localhost/a", "cluster": True}, "not watched by Sentinel"),
     ({"url": "redis://localhost,other"}, "no valid host and port"),
     ({"sentinel_username": "kv"}, "redis+sentinel://"),
-    ({"sentinel_password_env": "OUR_REDIS_PASSWORD"}, "redis+sentinel://"),
+    ({"sentinel_password_env": "REDIS_TEST_PASSWORD"}, "redis+sentinel://"),
     (
         {"url": "redis+sentinel://localhost/a", "sentinel_password_env": "EMPTY"},
         "sentinel_password_env is 'EMPTY'",
@@ -172,18 +174,20 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), WRONG)
-def test_what_cannot_be_is_refused(options: dict[str, Any], says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+@pytest.mark.parametrize(("options", "message"), INVALID_OPTIONS)
+def test_tier_with_invalid_option_raises_value_error(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         RedisTier(**({"url": "redis://localhost:1"} | options))
     assert PASSWORD not in str(caught.value)
     assert caught.value.__cause__ is None
-    # and in a profile, which refuses what it knows to be a password itself, on its line
+    # A profile raises it too, with the line, and recognises some passwords itself.
     with pytest.raises(ProfileError) as caught:
         open_stack(profile(tmp_path, options), block_nbytes=4096)
     (problem,) = caught.value.problems
-    line = r'ours\.toml, line (5: tier "redis"|[89]): '
-    by_tier = re.search(line, problem) and says in problem
+    line = r'redis\.toml, line (5: tier "redis"|[89]): '
+    by_tier = re.search(line, problem) and message in problem
     assert by_tier or re.search(
         r"line [89]: (url|password_env) = .*(no place|takes the name)", problem
     )
@@ -195,7 +199,7 @@ def profile(folder: Path, options: dict[str, Any]) -> str:
     lines.append('[[tier]]\nname = "redis"\nkind = "redis"')
     for name, value in ({"url": "redis://localhost:1"} | options).items():
         lines.append(f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}")
-    file = folder / "ours.toml"
+    file = folder / "redis.toml"
     file.write_text("\n".join(lines))
     return str(file)
 
@@ -211,7 +215,7 @@ def profile(folder: Path, options: dict[str, Any]) -> str:
         {"url": f"redis://:{PASSWORD}@localhost", "timeout_s": "soon"},
     ],
 )
-def test_an_option_that_is_not_known_is_not_repeated_with_its_password(
+def test_unknown_option_is_reported_without_its_password(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ProfileError) as caught:
@@ -226,7 +230,7 @@ def test_an_option_that_is_not_known_is_not_repeated_with_its_password(
 
 
 @pytest.mark.parametrize(
-    ("url", "means"),
+    ("url", "parts"),
     [
         ("redis://localhost", ServerUrl((Address("localhost", 6379),))),
         ("redis://cache.example:7000/2", ServerUrl((Address("cache.example", 7000),), database=2)),
@@ -244,18 +248,18 @@ def test_an_option_that_is_not_known_is_not_repeated_with_its_password(
         ),
     ],
 )  # fmt: skip
-def test_a_url_means(url: str, means: ServerUrl) -> None:
-    assert parse_url(url) == means
+def test_parse_url_returns_its_parts(url: str, parts: ServerUrl) -> None:
+    assert parse_url(url) == parts
 
 
-def test_a_database_that_is_not_there_is_an_error_at_start(guarded: Server) -> None:
+def test_tier_with_unknown_database_raises_value_error(guarded: Server) -> None:
     with pytest.raises(ValueError, match="DB index is out of range"):
-        RedisTier(url=f"{guarded.url}/9999", password_env="OUR_REDIS_PASSWORD")
+        RedisTier(url=f"{guarded.url}/9999", password_env="REDIS_TEST_PASSWORD")
 
 
-def test_every_option_is_one_that_a_profile_can_write() -> None:
+def test_options_of_tier_have_types_of_a_profile() -> None:
     assert {option.hint for option in options_of(RedisTier).values()} <= {str, int, float, bool}
 
 
-def test_a_login_does_not_show_its_password() -> None:
+def test_connector_repr_has_no_password() -> None:
     assert PASSWORD not in repr(Connector(password=PASSWORD))

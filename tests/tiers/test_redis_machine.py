@@ -33,8 +33,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-class InServer(dict[bytes, bytes]):
-    """What a tier holds, a block at a time, as if it were a dictionary."""
+class ServerDict(dict[bytes, bytes]):
+    """The blocks of a tier as a dictionary."""
 
     def __init__(self, tier: RedisTier) -> None:
         self._tier = tier
@@ -56,10 +56,10 @@ class InServer(dict[bytes, bytes]):
         return default
 
 
-def test_the_stack_is_right_whatever_goes_wrong_on_the_way(server: Server) -> None:
+def test_stack_over_redis_with_injected_faults_keeps_its_invariants(server: Server) -> None:
     with closing(RedisTier(url=server.url, timeout_s=30)) as redis_tier:
 
-        class FaultsBeforeAServer(Faults):
+        class FaultsOverRedis(Faults):
             @initialize(
                 slots=st.integers(1, 10),
                 blocks_per_call=st.integers(1, 4),
@@ -68,10 +68,10 @@ def test_the_stack_is_right_whatever_goes_wrong_on_the_way(server: Server) -> No
             def open(self, slots: int, blocks_per_call: int, queue: int) -> None:
                 super().open(slots, blocks_per_call, queue)
                 server.client().flushall()
-                self.tier.held = InServer(redis_tier)
+                self.tier.held = ServerDict(redis_tier)
 
         run_state_machine_as_test(
-            FaultsBeforeAServer,
+            FaultsOverRedis,
             settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
         )
 

@@ -1,4 +1,4 @@
-"""Resolving the name of a server takes no longer than the call that needs it has."""
+"""open_socket: name resolution ends by the deadline of its call."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from tests.support.faulty_servers import FaultyServer, silent
 from tests.support.forked_children import run_in_child
 
 
-def test_name_resolution_that_hangs_ends_at_the_deadline_and_is_not_repeated(
+def test_hanging_name_resolution_ends_at_the_deadline_and_is_not_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    over = threading.Event()
-    asked: list[str] = []
+    released = threading.Event()
+    resolved: list[str] = []
     getaddrinfo = socket.getaddrinfo
 
     def hangs(host: str, port: int, **options: Any) -> list[Any]:
-        asked.append(host)
-        over.wait(redis_servers.PATIENCE_S)
+        resolved.append(host)
+        released.wait(redis_servers.PATIENCE_S)
         return getaddrinfo("127.0.0.1", port, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
     with FaultyServer(silent) as server:
-        place = Address("cache.example", server.port)
+        address = Address("cache.example", server.port)
         for _ in range(3):
             with pytest.raises(TimeoutError, match=r"'cache\.example' was not resolved in time"):
-                open_socket(place, None, time.monotonic() + 0.05)
-        over.set()
-        open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
-    assert len(asked) <= 2  # one that hung, and one more if that was over before the last call
+                open_socket(address, None, time.monotonic() + 0.05)
+        released.set()
+        open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S).close()
+    assert len(resolved) <= 2  # a second one only if the first ended before the last call
 
 
-def test_name_resolution_without_a_thread_fails_and_is_begun_again(
+def test_name_resolution_without_a_thread_raises_and_can_be_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def no_thread(_: threading.Thread) -> None:
@@ -53,39 +53,39 @@ def test_name_resolution_without_a_thread_fails_and_is_begun_again(
     getaddrinfo = socket.getaddrinfo
     with FaultyServer(silent) as server:
         monkeypatch.setattr(socket, "getaddrinfo", resolves)
-        place = Address("cache.example", server.port)
-        with monkeypatch.context() as scarce:
-            scarce.setattr(threading.Thread, "start", no_thread)
+        address = Address("cache.example", server.port)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
             with pytest.raises(OSError, match="can't start new thread"):
-                open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S)
-        open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
+                open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S)
+        open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S).close()
 
 
-def test_name_resolution_in_a_child_waits_for_none_of_its_parent(
+def test_name_resolution_in_forked_child_does_not_wait_for_the_parents(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    over = threading.Event()
+    released = threading.Event()
     getaddrinfo = socket.getaddrinfo
 
     def hangs(_: str, port: int, **options: Any) -> list[Any]:
-        over.wait(redis_servers.PATIENCE_S)
+        released.wait(redis_servers.PATIENCE_S)
         return getaddrinfo("127.0.0.1", port, **options)
 
     def child() -> None:
-        over.set()
-        open_socket(place, None, time.monotonic() + redis_servers.PATIENCE_S).close()
+        released.set()
+        open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S).close()
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
     with FaultyServer(silent) as server:
-        place = Address("cache.example", server.port)
+        address = Address("cache.example", server.port)
         with pytest.raises(TimeoutError):
-            open_socket(place, None, time.monotonic() + 0.01)
-        with sockets.lookups_lock:  # a thread of the parent has it when the child begins
+            open_socket(address, None, time.monotonic() + 0.01)
+        with sockets.lookups_lock:  # as if another thread held it at the fork
             run_in_child(child)
-        over.set()
+        released.set()
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
-def test_name_that_no_host_can_have_is_an_os_error(host: str) -> None:
+def test_invalid_host_name_raises_os_error(host: str) -> None:
     with pytest.raises(OSError, match=r"name|label"):
         open_socket(Address(host), None, time.monotonic() + redis_servers.PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Calls to a server are spans as OpenTelemetry has them for Redis, under whoever caused them."""
+"""RedisTier: client spans by OpenTelemetry's conventions, below the span of the call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("redis")
 
 from kvcache.tiers.redis import RedisTier
 
-SECRET = "a-password-nobody-may-see"
+SECRET = "a-secret-password"
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +34,35 @@ def store(tier: RedisTier, keys: list[bytes]) -> None:
     assert tier.store(keys, [memoryview(block_of(key, 64)) for key in keys]) == [True] * len(keys)
 
 
-def seen(exported: InMemorySpanExporter, call: Any) -> tuple[ReadableSpan, list[ReadableSpan]]:
-    """The span around a call, and those of it."""
+def spans_of(exported: InMemorySpanExporter, call: Any) -> tuple[ReadableSpan, list[ReadableSpan]]:
+    """Return a span around a call, and the spans of the call."""
     exported.clear()
-    above = telemetry.start_span("kvcache.tier.load", None)
-    with telemetry.use_span(above):
+    parent = telemetry.start_span("kvcache.tier.load", None)
+    with telemetry.use_span(parent):
         call()
-    above.end()
-    *below, around = exported.get_finished_spans()
-    assert around.name == "kvcache.tier.load"
-    assert around.context is not None
-    for span in below:
+    parent.end()
+    *children, ended = exported.get_finished_spans()
+    assert ended.name == "kvcache.tier.load"
+    assert ended.context is not None
+    for span in children:
         assert span.parent is not None
-        assert span.parent.span_id == around.context.span_id
+        assert span.parent.span_id == ended.context.span_id
         assert span.kind is SpanKind.CLIENT
-    return around, list(below)
+    return ended, list(children)
 
 
-@pytest.mark.parametrize("way", ["tcp", "unix"])
-def test_an_exchange_is_a_client_span(
-    server: Server, exported: InMemorySpanExporter, way: str
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_call_makes_a_client_span(
+    server: Server, exported: InMemorySpanExporter, transport: str
 ) -> None:
-    url = f"{server.url}/3" if way == "tcp" else f"unix://{server.socket}?db=3"
-    keys = keys_of(way, 3)
+    url = f"{server.url}/3" if transport == "tcp" else f"unix://{server.socket}?db=3"
+    keys = keys_of(transport, 3)
     where: dict[str, Any] = {"server.address": str(server.socket)}
-    if way == "tcp":
+    if transport == "tcp":
         where = {"server.address": "127.0.0.1", "server.port": server.port}
     with closing(RedisTier(url=url, timeout_s=30)) as tier:
-        assert exported.get_finished_spans() == ()  # nobody asked for it
-        _, [several] = seen(exported, lambda: store(tier, keys))
+        assert exported.get_finished_spans() == ()  # opening the tier makes no span
+        _, [several] = spans_of(exported, lambda: store(tier, keys))
         assert several.name == "PIPELINE SET"
         assert dict(several.attributes or {}) == where | {
             "db.system.name": "redis",
@@ -71,12 +71,14 @@ def test_an_exchange_is_a_client_span(
             "db.namespace": "3",
         }
         buffer = memoryview(bytearray(64))
-        _, [one] = seen(exported, lambda: tier.load(keys[:1], [buffer]))
+        _, [one] = spans_of(exported, lambda: tier.load(keys[:1], [buffer]))
         assert one.name == "GET"
         assert "db.operation.batch.size" not in (one.attributes or {})
 
 
-def test_a_server_that_is_gone_is_an_error(tmp_path: Path, exported: InMemorySpanExporter) -> None:
+def test_call_to_unreachable_server_ends_its_span_with_an_error(
+    tmp_path: Path, exported: InMemorySpanExporter
+) -> None:
     with redis_servers.server(tmp_path) as server:
         tier = RedisTier(url=server.url, timeout_s=5)
 
@@ -85,17 +87,17 @@ def test_a_server_that_is_gone_is_an_error(tmp_path: Path, exported: InMemorySpa
             tier.contains(keys_of("a", 2))
 
     with closing(tier):
-        _, [span] = seen(exported, ask)
+        _, [span] = spans_of(exported, ask)
     assert span.name == "PIPELINE EXISTS"
     assert span.status.status_code is StatusCode.ERROR
     assert (span.attributes or {})["error.type"] == "NOANSWER"
 
 
-def test_a_clusters_nodes_are_siblings_in_whatever_thread(
+def test_call_to_a_cluster_makes_a_span_for_each_node(
     tmp_path: Path, exported: InMemorySpanExporter
 ) -> None:
     with redis_servers.cluster(tmp_path) as nodes:
         with closing(RedisTier(url=nodes[0].url, cluster=True, timeout_s=30)) as tier:
-            _, spans = seen(exported, lambda: tier.contains(keys_of("a", 60)))
+            _, spans = spans_of(exported, lambda: tier.contains(keys_of("a", 60)))
         ports = {(span.attributes or {})["server.port"] for span in spans}
         assert ports == {node.port for node in nodes}

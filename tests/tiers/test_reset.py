@@ -1,4 +1,4 @@
-"""A reset outlasts its process: what was stored before it is found by no stack opened later."""
+"""Resets survive the process: a stack opened later finds no block from before a reset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support import redis_servers
 
 NBYTES = 32 << 10
 KEYS = keys_of("chain", 12)
-SPACE = keys_of("namespace", 1)[0]
+NAMESPACE = keys_of("namespace", 1)[0]
 ROOT = Path(__file__).resolve().parents[2]
 
 Opened = Callable[..., Stack]
@@ -64,10 +64,10 @@ def profile(
 
 @pytest.fixture
 def opened(profile: str) -> Iterator[Opened]:
-    """Opens a stack, as the next engine on the same tier; the one before it is closed."""
+    """Closes the previous stack and opens the next one on the same tier."""
     last: list[Stack] = []
 
-    def opened(namespace: bytes = SPACE) -> Stack:
+    def opened(namespace: bytes = NAMESPACE) -> Stack:
         if last:
             last.pop().close()
         last.append(open_stack(profile, block_nbytes=NBYTES, namespace=namespace))
@@ -79,7 +79,7 @@ def opened(profile: str) -> Iterator[Opened]:
         stack.close()
 
 
-def test_clear_next_stack_finds_nothing_of_before(opened: Opened) -> None:
+def test_clear_hides_blocks_from_the_next_stack(opened: Opened) -> None:
     stack = opened()
     put(stack)
     assert stack.clear()
@@ -87,18 +87,18 @@ def test_clear_next_stack_finds_nothing_of_before(opened: Opened) -> None:
     assert found(opened()) == 0
 
 
-def test_clear_next_stack_finds_what_was_stored_after_it_was_opened(opened: Opened) -> None:
+def test_blocks_stored_after_clear_are_found_only_after_reopening(opened: Opened) -> None:
     stack = opened()
     put(stack)
     stack.clear()
-    put(stack)  # under a namespace of its own: the weights may be others
+    put(stack)  # under a separate namespace: the weights may differ
     stack = opened()
     assert found(stack) == 0
     put(stack)
     assert found(opened()) == len(KEYS)
 
 
-def test_clear_twice_in_two_lives_forgets_both(opened: Opened) -> None:
+def test_clear_in_two_processes_hides_blocks_of_both(opened: Opened) -> None:
     for _ in range(2):
         stack = opened()
         assert found(stack) == 0
@@ -107,7 +107,7 @@ def test_clear_twice_in_two_lives_forgets_both(opened: Opened) -> None:
     assert found(opened()) == 0
 
 
-def test_clear_leaves_other_namespaces(opened: Opened) -> None:
+def test_clear_keeps_other_namespaces(opened: Opened) -> None:
     other = keys_of("another", 1)[0]
     put(opened(other))
     put(stack := opened())
@@ -115,7 +115,7 @@ def test_clear_leaves_other_namespaces(opened: Opened) -> None:
     assert found(opened(other)) == len(KEYS)
 
 
-def test_clear_without_a_namespace_is_durable_too(opened: Opened) -> None:
+def test_clear_without_a_namespace_is_durable(opened: Opened) -> None:
     stack = opened(b"")
     put(stack)
     assert found(opened(b"")) == len(KEYS)
@@ -123,7 +123,7 @@ def test_clear_without_a_namespace_is_durable_too(opened: Opened) -> None:
     assert found(opened(b"")) == 0
 
 
-def test_clear_before_anything_was_asked_is_durable(opened: Opened) -> None:
+def test_clear_before_any_call_is_durable(opened: Opened) -> None:
     put(opened())
     assert opened().clear()
     assert found(opened()) == 0
@@ -132,8 +132,8 @@ def test_clear_before_anything_was_asked_is_durable(opened: Opened) -> None:
 KILLED = f"""
 import os, signal
 from kvcache.profiles import open_stack
-from tests.tiers.test_reset import KEYS, SPACE, put
-stack = open_stack(os.environ["PROFILE"], block_nbytes={NBYTES}, namespace=SPACE)
+from tests.tiers.test_reset import KEYS, NAMESPACE, put
+stack = open_stack(os.environ["PROFILE"], block_nbytes={NBYTES}, namespace=NAMESPACE)
 stack.front.slab.wait_populated()
 put(stack)
 assert stack.clear()
@@ -141,24 +141,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_clear_process_killed_right_after_next_stack_finds_nothing(
-    profile: str, opened: Opened
-) -> None:
+def test_clear_before_a_kill_is_durable(profile: str, opened: Opened) -> None:
     environment = os.environ | {"PROFILE": profile, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", KILLED], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     assert found(opened()) == 0
 
 
-def test_clear_shared_server_engine_that_runs_keeps_its_own(
+def test_clear_on_shared_server_keeps_blocks_of_running_stacks(
     profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until it is opened again, as docs/vllm.md has it."""
+    """They lose them when they are opened again (docs/vllm.md)."""
     if profile != "l1-redis":
         pytest.skip("a directory has one engine")
     with ExitStack() as running:
         first, second = (
-            running.enter_context(open_stack(profile, block_nbytes=NBYTES, namespace=SPACE))
+            running.enter_context(open_stack(profile, block_nbytes=NBYTES, namespace=NAMESPACE))
             for _ in range(2)
         )
         for stack in (first, second):
@@ -166,14 +164,14 @@ def test_clear_shared_server_engine_that_runs_keeps_its_own(
         put(second)
         first.clear()
         assert found(second) == len(KEYS)
-        with open_stack(profile, block_nbytes=NBYTES, namespace=SPACE) as third:
+        with open_stack(profile, block_nbytes=NBYTES, namespace=NAMESPACE) as third:
             assert found(third) == 0
 
 
-def test_store_namespace_that_was_reset_reads_its_mark(
+def test_store_after_reset_reads_the_reset_key_once_per_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once a minute: else a server that is full may evict it before the blocks of before."""
+    """A full server could otherwise evict the key before the old blocks."""
     keys = keys_of("block", 4)
     with redis_servers.server(tmp_path / "redis") as server:
 
@@ -185,7 +183,7 @@ def test_store_namespace_that_was_reset_reads_its_mark(
         with closing(tier):
             assert tier.store(keys[:1], [memoryview(b"block")]) == [True]
             assert reads() == 0
-            tier.forget(SPACE)
+            tier.forget(NAMESPACE)
             for key in keys[1:3]:
                 assert tier.store([key], [memoryview(b"block")]) == [True]
             assert reads() == 1
@@ -194,15 +192,15 @@ def test_store_namespace_that_was_reset_reads_its_mark(
             assert reads() == 2
 
 
-def test_open_stack_identity_is_shown_by_inspect(
+def test_identity_of_open_stack_is_shown_by_inspect(
     profile: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {"model": "chat", "weights": "digest 1234", "config": "x" * 1000}
-    with open_stack(profile, block_nbytes=NBYTES, namespace=SPACE, identity=fields) as stack:
+    with open_stack(profile, block_nbytes=NBYTES, namespace=NAMESPACE, identity=fields) as stack:
         stack.front.slab.wait_populated()
         put(stack)
     assert cli.main(["inspect", "--profile", profile, "--json"]) == 0
     [tier] = json.loads(capsys.readouterr().out)["tiers"]
-    shown = tier["namespaces"][SPACE.hex()]["identity"]
+    shown = tier["namespaces"][NAMESPACE.hex()]["identity"]
     assert shown["config"].startswith("digest ")
     assert shown | {"config": ""} == fields | {"config": ""}
