@@ -11,6 +11,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from kvcache import host_memory
 from kvcache.eviction import POLICIES, Eviction, policy_class
+from kvcache.lower.tier import LowerTier
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
@@ -18,17 +19,17 @@ from kvcache.sizes import FORMS, DiskSize, Size, parse_size
 STACK_ARGUMENTS = (
     "about",
     "block_nbytes",
-    "breaker",
     "clock",
     "element_nbytes",
     "front",
     "kind",
     "name",
-    "namespace",
-    "piece_nbytes",
     "replica",
 )
 """Keyword arguments that the stack passes. They are no options of a profile."""
+
+LOWER_TIER_ARGUMENTS = ("breaker", "namespace", "piece_nbytes")
+"""Further ones of ``LowerTier`` alone. A tier of your own may have options with these names."""
 
 _TYPE_TEXTS: dict[object, str] = {
     Size: f"a size: {FORMS}",
@@ -63,10 +64,11 @@ def options_of(cls: type) -> dict[str, Option]:
         raise ValueError(
             f"the annotations of {cls.__qualname__} cannot be read ({error})"
         ) from error
+    passed = {*STACK_ARGUMENTS, *(LOWER_TIER_ARGUMENTS if cls is LowerTier else ())}
     options = {
         name: Option(name, hints.get(name), parameter.default is parameter.empty, parameter.default)
         for name, parameter in inspect.signature(cls).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in STACK_ARGUMENTS
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in passed
     }
     secrets.refuse_secret_options(
         cls, [name for name, option in options.items() if option.hint is str]

@@ -265,6 +265,15 @@ def test_lower_tier_has_the_options_of_its_wrappers(file: Path) -> None:
     assert "no such option" in problem
 
 
+def test_lower_tier_may_have_options_named_like_internal_arguments(file: Path) -> None:
+    lower = '[[tier]]\nname = "l2"\nkind = "tests.support.empty_tiers:LowerWithNamespace"\n'
+    options = {"namespace": "team", "breaker": 7, "piece_nbytes": 9}
+    text = GOOD + lower + "".join(f"{name} = {value!r}\n" for name, value in options.items())
+    _, row = read(file, text, {}).tiers
+    assert row.options_for(row.cls) == options
+    assert row.options_for(LowerTier) == {}
+
+
 def test_lower_tier_with_an_option_name_of_the_stack_is_refused(file: Path) -> None:
     problem = only_problem(file, GOOD + GOOD.replace('"l1"', '"l2"'))
     assert 'its options "level" have names that the stack uses' in problem

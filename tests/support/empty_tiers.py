@@ -34,6 +34,13 @@ class Lower(Tier):
         pass
 
 
+class LowerWithNamespace(Lower):
+    """A lower tier with options that are named like arguments of ``LowerTier``."""
+
+    def __init__(self, *, namespace: str, breaker: int = 0, piece_nbytes: int = 0) -> None:
+        self.arguments = (namespace, breaker, piece_nbytes)
+
+
 class Front(FrontTier):
     """A front tier with an option of every type."""
 
