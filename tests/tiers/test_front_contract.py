@@ -1,4 +1,4 @@
-"""Each test of the front tier's contract fails on some front tier that is wrong.
+"""FrontTierTests: each of its tests fails on some faulty front tier.
 
 A wrong tier is L1 with one thing changed; test_dram.py shows that L1 itself passes.
 """
@@ -19,7 +19,7 @@ ROOM = FrontTierTests.room_blocks
 
 
 class WrongDram(DramTier):
-    """Wrong in nothing yet."""
+    """A correct tier; each subclass has one fault."""
 
     def __init__(self) -> None:
         super().__init__(block_nbytes=NBYTES, capacity=Size(ROOM * NBYTES))
@@ -123,7 +123,7 @@ class ForgetsPins(WrongDram):
 
 
 class HeadFirst(WrongDram):
-    """Gives up a whole chain where its tail would do, and the chain that goes on, too."""
+    """Evicts the head of a chain before its tail, and a chain that is being continued."""
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         held = list(self.index.ready())
@@ -133,7 +133,7 @@ class HeadFirst(WrongDram):
 
 
 class DropFreesTheSlot(WrongDram):
-    """A dropped block's slot is given out while it is read."""
+    """Lends the slot of a dropped block that is still being read."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         with self.lock:
@@ -172,7 +172,7 @@ class HoldsWhatIsReady(WrongDram):
         return super().pin_any([key for key in keys if self.contains([key])[0]])
 
 
-class HoldPublishes(WrongDram):
+class PinAnyPublishes(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
         with self.lock:
@@ -183,7 +183,7 @@ class HoldPublishes(WrongDram):
         return slot in self.index.filling().values()
 
 
-class ForgetsHolds(WrongDram):
+class ForgetsPinAny(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
         with self.lock:
@@ -191,7 +191,7 @@ class ForgetsHolds(WrongDram):
         return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
 
 
-class HoldEndsOften(WrongDram):
+class PinAnyEndsOften(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
         return LeaseThatEndsOften(
@@ -199,14 +199,14 @@ class HoldEndsOften(WrongDram):
         )
 
 
-class HoldNeverEnds(WrongDram):
+class PinAnyNeverEnds(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         lease = super().pin_any(keys)
         return Lease(lease.keys, lease.slots, lease.positions, self._view, lambda lease, bad: None)
 
 
-class HoldGivesUpWhatIsFilled(HoldPublishes):
-    """The end of a hold takes the slot from who fills it."""
+class PinAnyFreesFillingSlots(PinAnyPublishes):
+    """The end of ``pin_any`` frees the slot of a block that is being filled."""
 
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         return WrongDram.pin_any(self, keys)
@@ -263,27 +263,27 @@ WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     RefusesAKeyTwice: {"test_reserve_of_a_key_twice_lends_one_slot"},
     HoldsUpToAHole: {"test_pin_any_lends_all_held_and_filling_blocks"},
     HoldsWhatIsReady: {"test_pin_any_lends_all_held_and_filling_blocks"},
-    HoldPublishes: {"test_pin_any_lends_all_held_and_filling_blocks"},
-    ForgetsHolds: {
+    PinAnyPublishes: {"test_pin_any_lends_all_held_and_filling_blocks"},
+    ForgetsPinAny: {
         "test_block_under_pin_any_is_not_evicted",
         "test_clear_keeps_the_slots_under_pin_any",
     },
-    HoldEndsOften: {"test_lease_end_twice_raises"},
-    HoldNeverEnds: {
+    PinAnyEndsOften: {"test_lease_end_twice_raises"},
+    PinAnyNeverEnds: {
         "test_block_under_pin_any_is_not_evicted",
         "test_clear_keeps_the_slots_under_pin_any",
     },
-    HoldGivesUpWhatIsFilled: {"test_pin_any_that_ends_first_leaves_filling_blocks"},
+    PinAnyFreesFillingSlots: {"test_pin_any_that_ends_first_leaves_filling_blocks"},
     FailureFreesWhatIsHeld: {"test_pin_any_of_a_failed_block_frees_its_slot_at_the_end"},
     ClearFreesEverySlot: {"test_clear_keeps_the_slots_under_pin_any"},
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_FRONTS, ids=lambda wrong: wrong.__name__)
-def test_a_wrong_front_tier_fails(wrong: type[WrongDram]) -> None:
+def test_front_tier_tests_on_faulty_tier_fail(wrong: type[WrongDram]) -> None:
     assert failing_tests(FrontTierTests, wrong) >= WRONG_FRONTS[wrong]
 
 
-def test_every_test_can_fail() -> None:
+def test_front_tier_tests_each_fail_on_some_faulty_tier() -> None:
     only_fronts = suite_test_names(FrontTierTests) - suite_test_names(TierTests)
     assert set().union(*WRONG_FRONTS.values()) == only_fronts
