@@ -125,7 +125,7 @@ def written(engine: Engine) -> set[bytes]:
     """Return the keys that the disk holds of this engine's namespace."""
     [lower] = engine.stack.lower.tiers
     space = lower.namespace
-    held = list(lower.channel.tier.inner._index.ready())
+    held = list(lower.channel.tier.inner.index.ready())
     return {name[len(space) :] for name in held if name.startswith(space)}
 
 
