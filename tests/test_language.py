@@ -4,9 +4,6 @@
 * A log message is a literal that begins with "kvcache: " and is logged in one place only, so that
   a search for it finds the code.
 * No prose names an unnamed person where it should name a part (`FORBIDDEN`).
-
-`language_exceptions.txt` lists the files that still break a rule, one a line. A listed file that
-breaks none is an error.
 """
 
 import ast
@@ -32,8 +29,6 @@ FORBIDDEN = re.compile(
 PREFIX = "kvcache: "
 LOGGERS = {"log", "logger", "_log"}
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
-
-EXCEPTIONS = frozenset(Path(__file__).with_name("language_exceptions.txt").read_text().split())
 
 
 class Finding(NamedTuple):
@@ -157,13 +152,8 @@ def findings(root: Path) -> list[Finding]:
     return sorted([*class_findings(root), *log_findings(root), *word_findings(root)])
 
 
-def test_files_outside_the_exception_list_keep_the_rules() -> None:
-    assert [f"{each.file}:{each.line}: {each.problem}" for each in findings(ROOT)
-            if each.file not in EXCEPTIONS] == []  # fmt: skip
-
-
-def test_exception_list_has_only_files_that_break_a_rule() -> None:
-    assert EXCEPTIONS - {each.file for each in findings(ROOT)} == set()
+def test_source_tests_and_pages_keep_the_rules() -> None:
+    assert list(findings(ROOT)) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LMCache's side of a comparison: a process of its own, whose Python has ``lmcache`` and torch.
+"""LMCache's side of a comparison: a separate process, in an environment with ``lmcache`` and torch.
 
 ``lmcache_side.py URL BLOCK_NBYTES BLOCKS``
 
