@@ -21,7 +21,7 @@ class BlockEvents:
         """These blocks cannot be found any more."""
 
     def observed(self, keys: Sequence[bytes], held: Sequence[object]) -> None:
-        """The tier answered, for each of ``keys``, whether it holds it: the truth of ``held``."""
+        """The tier reported which of ``keys`` it holds: ``held`` has a truth value for each."""
 
     def cleared(self) -> None:
         """All blocks were removed."""

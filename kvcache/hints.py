@@ -4,7 +4,8 @@ Always true here:
 
 * A hint changes the order of evictions and nothing else. It is no promise, and a hint on a block
   that is not held has no effect.
-* ``mark_done`` speaks for one caller. When the block is used again or gets a child, the mark ends.
+* ``mark_done`` speaks for one caller: the mark ends when the block is used again. A marked block
+  stays while it has a child or is under lease.
 * At most one slot in ``SLOTS_PER_PROTECTED_BLOCK`` is protected at a time. Further blocks are
   refused and counted. When nothing else can be evicted, protected blocks are evicted too.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 SLOTS_PER_PROTECTED_BLOCK = 4
 
-_MAX_SKIPPED = 64  # after so many done blocks in a row that must stay, a search for victims ends
+_MAX_SKIPPED = 64  # a search for victims ends after this many blocks that must stay
 
 
 class Hints:
@@ -27,7 +28,7 @@ class Hints:
     """
 
     def __init__(self) -> None:
-        self._done: OrderedDict[bytes, None] = OrderedDict()  # in the order of eviction
+        self._done: OrderedDict[bytes, None] = OrderedDict()  # the next victim first
         self._protected: dict[bytes, float] = {}  # the time at which the protection ends
         self.refused_blocks = 0
 
@@ -64,7 +65,7 @@ class Hints:
                 self.refused_blocks += 1
 
     def clear_done(self, keys: Sequence[bytes]) -> None:
-        """Take back the done mark of ``keys``, which are used again."""
+        """Remove the done mark of ``keys``, which are used again."""
         if self._done:
             for key in keys:
                 self._done.pop(key, None)

@@ -16,8 +16,8 @@ Always true here:
 * A READY block is evicted only when it is not pinned and no block that continues it is in the
   index: a chain loses its tail before its head, whatever the policy answers.
 * Cost is linear in the number of blocks of a call.
-* A policy may be any class: an exception or a wrong result of it costs no slot. ``fallback`` then
-  makes a replacement from the READY blocks.
+* A policy may be any class. If it raises or returns a wrong result, no slot is lost, and
+  ``fallback`` makes a replacement from the READY blocks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Index:
 
     Attributes:
         events: is notified when blocks become READY and when READY blocks are removed.
-        segments, pins, policy: all blocks, pin counts by slot, the policy in use; to read only.
+        segments: all blocks; to read only.
+        pins: pin counts by slot; to read only.
+        policy: the policy in use; to read only.
         admission: whether the policy may decline blocks that are not worth a slot.
         slots: how many slots are open.
         lookup_blocks, hit_blocks, ...: counts, as in ``kvcache.TierStats``.
@@ -317,12 +319,12 @@ class Index:
             self.events.removed(evicted)
 
     def mark_done(self, keys: Sequence[bytes]) -> None:
-        """Evict those of ``keys`` that are held before all other blocks."""
+        """Mark the held blocks of ``keys`` as done: they are evicted before all others."""
         self._may_have_hints = True
         self.hints.mark_done([key for key in keys if key in self.segments.first_slots])
 
     def protect(self, keys: Sequence[bytes], seconds: float) -> None:
-        """Evict those of ``keys`` that are held after all other blocks, for so many seconds."""
+        """Protect the held blocks of ``keys`` for ``seconds``: all others are evicted first."""
         held = [key for key in keys if key in self.segments.first_slots]
         now = self._clock()
         self._may_have_hints = True
@@ -362,7 +364,7 @@ class Index:
         ready, filling = self.ready(), self.filling()
         self.hints.discard(ready)
         self.hints.discard(filling)
-        self._pin(filling.values())  # for their lease, which unpins them when it ends
+        self._pin(filling.values())  # the lease that fills them unpins them at its end
         for slot in (*ready.values(), *filling.values()):
             self._release_slot(slot)
         self.segments.clear()

@@ -207,7 +207,7 @@ def _lower_values(tier: LowerStats) -> TierValues:
 
 
 class HasStats(Protocol):
-    """A stack, as far as its counters are concerned."""
+    """An object with the counters of a stack."""
 
     def stats(self) -> StackStats:
         """Return the counters now."""
@@ -216,8 +216,8 @@ class HasStats(Protocol):
 class StatsCollector:
     """The metric values of all registered stacks, read once per collection.
 
-    A collection asks for every metric once, so the collector reads the stacks again when it is
-    asked for a metric that it has already returned. Stacks with equal attributes are summed.
+    A collection observes each metric once. The second observation of a metric therefore begins a
+    new collection, and the stacks are read again. Stacks with equal attributes are summed.
     """
 
     def __init__(self) -> None:
@@ -299,7 +299,7 @@ duration_histogram = _meter.create_histogram(
 # Durations, recorded as they happen
 
 Duration = tuple[TierName, str, str, float]
-"""Of one call: the tier, the operation, the error ("" if none), and the seconds."""
+"""One call: its tier, operation, error ("" if none) and seconds."""
 
 MAX_UNTAKEN: Final = 1024
 """Durations that a ``Timer`` keeps for :meth:`Timer.take`; beyond that it forgets the oldest."""

@@ -15,7 +15,7 @@ Always true here:
 * Inside a segment, every block but the last has a child. The last one has a child when a segment
   has it as parent.
 * Eviction takes blocks from the tail of a chain. It never takes a block that is pinned, is being
-  filled, or has a child in the index or on its way there, whatever the policy offers.
+  filled, or has a child in the index or is about to get one, whatever the policy offers.
 * Most operations cost one step per segment, not per block.
 * A table with an entry per block has bytes and integers only, and a segment keeps its keys and
   slots in tuples, so Python's garbage collector has nothing to scan.
@@ -55,7 +55,7 @@ class Segment:
         self.ready = False
 
     def slots_for(self, keys: Keys, start: int) -> Slots:
-        """The slots of ``keys[start:]``, as far as this segment has them in this order.
+        """The slots of the leading ``keys[start:]`` that this segment has in this order.
 
         ``keys[start]`` must be in this segment.
         """
@@ -70,8 +70,8 @@ class SegmentTable:
     Attributes:
         first_slots: for each key, the first slot of its segment.
         by_first_slot: the segments, by their first slot.
-        child_counts: for each key that segments have as parent, how many do; the key itself need
-            not be in the index.
+        child_counts: for each parent of a segment, how many segments continue it; the parent itself
+            may be absent from the index.
         filling: the first slots of the segments that are not ready.
     """
 
@@ -105,7 +105,7 @@ class SegmentTable:
         self.child_counts[parent] = self.child_counts.get(parent, 0) + 1
 
     def remove_child(self, parent: bytes) -> None:
-        """Count one child of ``parent`` less."""
+        """Count one child of ``parent`` fewer."""
         if (remaining := self.child_counts[parent] - 1) > 0:
             self.child_counts[parent] = remaining
         else:
@@ -123,7 +123,7 @@ class SegmentTable:
         while done < len(slots):
             slot = slots[done]
             segment = self.by_first_slot.get(slot)
-            if segment is None:  # a part of what was reserved is published: cut the segment
+            if segment is None:  # only part of a segment is published: cut it
                 whole = next(
                     each for each in map(self.by_first_slot.__getitem__, filling)
                     if slot in each.slots
@@ -188,7 +188,7 @@ class SegmentTable:
         return slot
 
     def _cut(self, segment: Segment, at: int) -> Segment:
-        """Make the blocks from position ``at`` on a segment of their own, and return it."""
+        """Split a segment: move its blocks from position ``at`` to a new one, and return that."""
         keys, slots = segment.keys[at:], segment.slots[at:]
         segment.keys, segment.slots = segment.keys[:at], segment.slots[:at]
         self.add(keys, slots, segment.keys[-1])
@@ -257,7 +257,7 @@ class EvictionPass:
         self.is_protected: Callable[[bytes], bool] | None = None
 
     def take(self, offered: Sequence[bytes]) -> int:
-        """Evict the last of the offered blocks, as many as may go and are needed.
+        """Evict offered blocks, the last one first, until ``need`` is met or a block must stay.
 
         Returns:
             how many were evicted.
@@ -289,7 +289,7 @@ class EvictionPass:
         return len(offered) - end
 
     def _count_evictable(self, segment: Segment, offered: Sequence[bytes]) -> int:
-        """How many of the last blocks of both may go, checked block by block."""
+        """How many of the last ``offered`` blocks are at the segment's tail and may be evicted."""
         child_counts, count = self._table.child_counts, 0
         if not segment.ready:
             return 0

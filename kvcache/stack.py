@@ -3,11 +3,12 @@
 1. Only the stack knows the prefix rule, the write policy, the spans, and the holders of leases.
 2. ``match`` returns a value that ``fetch`` takes. The lease that ``fetch`` returns is pinned in L1
    and may be shorter than the match, never longer. Report only fetched blocks to an engine.
-3. When L1 alone has the answer, it is computed in the caller's thread: the future is done at once.
+3. A call that needs no lower tier runs in the caller's thread and returns a completed future.
 4. Blocks of lower tiers are promoted to L1 by ``kvcache.lower.promotion``, if loading them is
    expected to be faster than computing them.
-5. When the lease of a store ends, its blocks are queued for write-behind to every lower tier; for a
-   tier with ``writes = "hot"`` when they are used again. Promoted blocks are not written down.
+5. When the lease of a store ends, its blocks are queued for write-behind to every lower tier. A
+   tier with ``writes = "hot"`` gets a block only after its second use. Promoted blocks are not
+   queued.
 6. A span of ``kvcache.load`` or ``kvcache.store`` lasts as long as its lease, so that it covers the
    copies made under it.
 """
@@ -196,9 +197,9 @@ class Stack(Closeable):
         Args:
             blocks: blocks that the step computed, over all prompts.
             seconds: the duration of the step.
-            depth: how many blocks of its prompt precede a computed block, as the mean over them:
-                attention takes longer the more there are. ``None`` if one prompt was computed from
-                its first block.
+            depth: the number of blocks before a computed block in its prompt, averaged over the
+                computed blocks: a deeper block takes longer, since its attention reads more.
+                ``None`` if one prompt was computed from its first block.
         """
         if blocks > 0:
             self.lower.compute_model.observe(blocks, seconds, depth)
@@ -223,7 +224,8 @@ class Stack(Closeable):
             parent: the key that ``keys[0]`` continues; ``None`` for the first block of a chain.
             context: the parent of the span; ``None`` for the current span.
         """
-        # Read before the reserve: a block of before a ``clear`` is not written under the new name.
+        # Read before reserving: a ``clear`` in between replaces the namespaces, and these blocks
+        # must not be written under the new ones.
         namespaces = [lower.namespace for lower in self.lower.tiers]
         lease = self.front.reserve(keys, parent)
         if not lease.keys:
@@ -252,7 +254,7 @@ class Stack(Closeable):
         soon: bool = False,
         context: Context | None = None,
     ) -> None:
-        """Give a hint on the future use of a chain. It orders evictions and promises nothing.
+        """Record a hint on the future use of a chain. It orders evictions and promises nothing.
 
         Args:
             keys: the chain, in order; with ``done``, the segment that is not needed any more.
@@ -280,13 +282,13 @@ class Stack(Closeable):
             self._prefetch(keys, lambda: telemetry.start_linked(context, telemetry.PREFETCH))
 
     def clear(self) -> bool:
-        """Remove every block of every tier. Leases that are out end as usual, and publish nothing.
+        """Remove every block of every tier. Leases that have not ended will publish nothing.
 
-        When it returns, this stack finds no earlier block. The lower tiers forget them for good, in
-        parallel, within the longest of their deadlines.
+        When it returns, this stack finds no earlier block. The lower tiers forget the earlier
+        blocks in parallel, within the longest of their deadlines.
 
         Returns:
-            ``True`` if all lower tiers did, so that a later stack finds no earlier block either.
+            ``True`` if all lower tiers have done so; a later stack then finds none either.
         """
         # Lower tiers first, so that no block is promoted after L1 was cleared.
         pending = [(lower, lower.start_clear()) for lower in self.lower.tiers]
@@ -329,9 +331,9 @@ class Stack(Closeable):
     def close(self, flush_s: float = 5.0) -> None:
         """Finish queued writes for at most ``flush_s`` seconds, then close every tier.
 
-        All lower tiers together have 2 seconds more to close. A tier that hangs after that is left
-        open, with the memory that it was lent, and a warning is logged; its threads do not keep the
-        process from exiting. Closing twice is allowed.
+        All lower tiers together have 2 seconds more to close. A tier that still hangs is left
+        open, its memory is not freed, and a warning is logged; its threads do not keep the process
+        from exiting. Closing twice is allowed.
         """
         metrics.unregister_stack(self)
         self.lower.close(flush_s)

@@ -29,7 +29,7 @@ class LowerStats:
     skipped_blocks: int  # not looked up, or held but not loaded: computing them is faster
     stored_blocks: int  # written to the tier
     known_blocks: int  # not written: the tier held them already
-    declined_blocks: int  # offered to the tier, which did not take them
+    declined_blocks: int  # offered, but the tier declined them or the call failed
     dropped_blocks: int  # not offered: the write queue was full or the circuit breaker open
     withheld_blocks: int  # not offered yet: ``writes = "hot"`` waits for a second use
     queued_nbytes: int  # waiting to be written

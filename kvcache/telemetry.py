@@ -185,7 +185,7 @@ def trace_headers(span: Span) -> dict[str, str]:
 
 
 def context_from_headers(headers: Mapping[str, str] | None) -> Context:
-    """Return the context that ``headers`` name; an empty one, for a new trace, without any."""
+    """Return the context in ``headers``; without headers an empty one, which begins a trace."""
     return _propagator.extract(headers, Context()) if headers else Context()
 
 

@@ -27,17 +27,17 @@ from kvcache.slab import Slab
 
 
 class LeaseError(RuntimeError):
-    """A lease was ended a second time, or was given a key that it does not hold."""
+    """A lease was ended twice, or ended with a failed key that it does not hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierUsage:
-    """What a tier reports of itself; ``None`` where it does not know."""
+    """A tier's report of its usage; ``None`` for a number that the tier does not know."""
 
     used_nbytes: int | None = None
     limit_nbytes: int | None = None
-    evicted_blocks: int | None = None  # to make room, since the tier was opened
-    rejected_blocks: Mapping[str, int] = field(default_factory=dict)  # corrupt, by reason
+    evicted_blocks: int | None = None  # evicted to make room since opening
+    rejected_blocks: Mapping[str, int] = field(default_factory=dict)  # corrupt blocks, by reason
 
 
 class Tier(ABC):
@@ -65,7 +65,7 @@ class Tier(ABC):
 
         Args:
             keys: consecutive blocks of a chain; each is useful only with the one before it.
-            blocks: the bytes of each block; their number is the block's size.
+            blocks: the bytes of each block.
             parent: the key that ``keys[0]`` continues; ``None`` if there is none or it is unknown.
                 A tier can use it to choose what to evict when it is full.
 
@@ -85,8 +85,8 @@ class Tier(ABC):
         """Return the bytes with which the keys of ``namespace`` begin in this tier.
 
         The stack calls this once, before the first key of a namespace. By default the result is
-        ``namespace``. After :meth:`forget`, each later opening of the tier must return another
-        name, the same one every time: as long as ``namespace``, or 32 bytes if that is empty.
+        ``namespace``. After :meth:`forget`, every later opening of the tier must return the same
+        new name. It is as long as ``namespace``, or has 32 bytes if ``namespace`` is empty.
 
         Args:
             namespace: a namespace, as the stack was opened with it.
@@ -108,7 +108,7 @@ class Tier(ABC):
         raise NotImplementedError
 
     def usage(self) -> TierUsage:
-        """Return what the tier knows of itself, for metrics; by default, nothing.
+        """Return the usage of the tier, for metrics; by default, nothing.
 
         It may be called at any time, also during other calls and after ``close``, and must return
         at once. If it does not, the stack reports the previous values.
@@ -243,8 +243,8 @@ class TierStats:
     used_blocks: int  # held, readable or being filled
     pinned_slots: int  # slots lent by leases that have not ended
     block_nbytes: int
-    lookup_blocks: int  # blocks that requests asked for
-    hit_blocks: int  # of these, held in the leading part of the request
+    lookup_blocks: int  # looked up by requests
+    hit_blocks: int  # looked up and in the prefix that was held
     stored_blocks: int  # published
     declined_blocks: int  # not reserved: not admitted, or no slot could be freed
     failed_blocks: int  # freed by a lease that failed while filling
@@ -266,7 +266,7 @@ class FrontTier(Tier):
 
     @abstractmethod
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:
-        """Record that a request asks for ``chain[start:]``.
+        """Record that a request looks up ``chain[start:]``.
 
         Args:
             chain: the request's whole chain from its first block, for the eviction policy.
@@ -285,8 +285,8 @@ class FrontTier(Tier):
             parent: the key that ``keys[0]`` continues; ``None`` for the first block of a chain.
 
         Returns:
-            a lease, empty if there is nothing to fill. If there is not room for all blocks, the
-            leading ones get it.
+            a lease, empty if there is nothing to fill. If not all blocks fit, only the leading
+            ones get slots.
         """
 
     @abstractmethod
@@ -301,7 +301,7 @@ class FrontTier(Tier):
         """
 
     def disable_admission(self) -> None:
-        """Accept every block that there is room for from now on, whatever the eviction policy says.
+        """From now on, accept every block that fits, even one that the eviction policy declines.
 
         The stack calls this when there are lower tiers: they receive only what this tier accepts.
         """
