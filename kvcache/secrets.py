@@ -28,7 +28,7 @@ MAX_CHARS = 500
 """The most characters that ``redact`` returns."""
 
 _START = 8
-"""A beginning of a secret with so many characters is hidden like the whole."""
+"""A secret that is cut off after at least this many characters is hidden too."""
 
 _POINTERS = ("_env", "_file")  # the value of such a name is the place of a secret, not a secret
 _PART = r"pas+w|pass|pwd|secret|token|credential|auth|jwt|signature"
@@ -121,7 +121,7 @@ def redact(text: str, *known: str) -> str:
 
 
 def _hide_beginnings(text: str, secret: str) -> str:
-    """Return ``text`` without ``secret`` and beginnings of it, as a server may cut it off."""
+    """Return ``text`` without ``secret``, also where it is cut off."""
     start, rest_of_secret = secret[:_START], secret[_START:]
     before, *parts = text.split(start)
     kept = [before]

@@ -27,7 +27,7 @@ from kvcache.slab import Slab
 
 
 class LeaseError(RuntimeError):
-    """A lease was ended twice, or ended with a failed key that it does not hold."""
+    """A lease was used after its end, or ended with a failed key that it does not hold."""
 
 
 @dataclass(frozen=True, slots=True)

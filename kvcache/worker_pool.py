@@ -4,8 +4,8 @@ Always true here:
 
 * A thread takes the oldest queued load, and a store only when no load is queued.
 * A job runs or is dropped, exactly once.
-* A thread survives whatever its job raises. Threads are daemons: a call that hangs does not keep
-  the process from exiting.
+* A thread continues after any exception of a job. Threads are daemons: a call that hangs does not
+  keep the process from exiting.
 """
 
 from __future__ import annotations

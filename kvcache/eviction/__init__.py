@@ -34,7 +34,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 DEFAULT = Eviction("gittins")
-# A lower tier is not asked for blocks that L1 has, so a learned policy there sees misleading ages.
+# The stack looks up in a lower tier only what L1 lacks: a policy would learn misleading ages there.
 LOWER_TIER_DEFAULT = Eviction("lru")
 
 

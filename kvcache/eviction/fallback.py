@@ -12,7 +12,7 @@ from kvcache.guards.calls import describe_error, raised_by_signal
 log = logging.getLogger(__name__)
 
 Chains = Iterable[tuple[Sequence[bytes], bytes | None]]
-"""Segments of chains, oldest first: their keys, and the key that each segment continues."""
+"""Segments of chains, oldest first: the keys and the parent of each."""
 
 Fallback = Callable[[Policy, BaseException, int, Chains, float], Policy]
 """Returns the replacement, given the failed policy, its exception, the number of slots, the held

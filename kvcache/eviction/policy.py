@@ -7,15 +7,15 @@ together.
 
 For each request the index calls, in this order::
 
-    access(chain, held)      at lookup, with the whole prompt; again if the request has to wait
+    access(chain, held)      at a lookup, with the whole prompt; repeated while the request waits
     admit(keys, parent)      before any copy, when a segment does not fit into the free slots
     evict(count, take)       right after admit, to free as many slots as are still missing
     add(keys, parent)        when a segment has been stored
 
 Invariants of a policy:
 
-* A key that ``take`` took is no longer held, and is not offered again. A key that was offered and
-  not taken is still held.
+* A key that ``take`` evicted is no longer held, and is not offered again. A key that was offered
+  and not evicted is still held.
 * The state is a bounded number of entries per block of capacity, whatever the traffic.
 * The same calls have the same results: no randomness, no clock of its own.
 
@@ -33,8 +33,9 @@ from collections.abc import Callable, Sequence
 Take = Callable[[Sequence[bytes]], int]
 """Evicts blocks from the tail of the segment that it is given; returns how many.
 
-It never takes more than the ``count`` of the ``evict`` call in total. If it takes fewer blocks than
-it could, the last remaining block has to stay for now: it is pinned, or another block continues it.
+In total it evicts at most the ``count`` of the ``evict`` call. If it evicts fewer blocks than were
+offered before that count is reached, the last remaining block has to stay for now: it is pinned or
+protected, or another block continues it.
 """
 
 

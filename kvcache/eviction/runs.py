@@ -197,7 +197,7 @@ class RunPolicy(Policy):
 
     @abstractmethod
     def _queues_to_evict(self) -> Sequence[RunQueue]:
-        """All queues: the one to evict from, then those to use if all of its tails must stay."""
+        """All queues, best first; a later one is used only while every tail before it must stay."""
 
     def _offer_size(self, queue: RunQueue, run: ChainRun, count: int) -> int:
         """Return how many blocks of ``run``, at most ``count``, may be evicted now.

@@ -13,7 +13,7 @@ from itertools import islice
 
 from kvcache.eviction.runs import ChainRun, RunPolicy, RunQueue
 
-_MAX_USES = 3  # a larger count would only delay eviction; the paper's counter has two bits
+_MAX_USES = 3  # the paper's counter has two bits; a larger count would only delay eviction
 
 
 class S3Fifo(RunPolicy):

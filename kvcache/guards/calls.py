@@ -63,7 +63,7 @@ def answers_per_key(
 
     Args:
         call: returns an iterable.
-        keys: how many keys were asked for.
+        keys: how many keys the caller passed.
         read: converts a result, and raises if it has a wrong type or value.
 
     Raises:

@@ -4,8 +4,8 @@ Always true here:
 
 * No method raises, except for an exception that a signal raised. A failure counts as a miss or a
   decline, and is logged once per method.
-* A lease has keys that were asked for, in their order, each in a slot of its own. Any other lease
-  is ended as failed.
+* A lease has only keys that the caller passed, in the same order, each in its own slot. Any other
+  lease is ended as failed.
 * A front tier of this package is called directly, without a guard.
 """
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Front = TypeVar("Front", bound=FrontTier)
 
-CLOSE_S: Final = 2.0  # a call of the tier's ``close`` may take so long
+CLOSE_S: Final = 2.0  # the longest wait for the tier's ``close``
 _exempt: set[type[FrontTier]] = set()
 
 

@@ -60,7 +60,7 @@ class Channel:
         self.tier = tier
         self.tier_name = TierName(name, kind)
         self.tier_namespace = TierNamespace(tier, namespace, about)
-        self.events = BlockEvents()  # notified of what the tier reports to hold
+        self.events = BlockEvents()  # notified of the blocks that the tier reports to hold
         self.tier_attributes = {telemetry.TIER: name, telemetry.KIND: kind}
         self.deadline_s = deadline_s
         self.blocks_per_call = blocks_per_call
@@ -70,7 +70,7 @@ class Channel:
             self.tier_name, self.tier_attributes, breaker or CircuitBreaker(clock)
         )
         self.workers = WorkerPool(name, calls)
-        # For ``usage`` and ``close``, which must be possible while every worker hangs in a call.
+        # For ``usage`` and ``close``, which must work while every other worker hangs in a call.
         self.control_worker = WorkerPool(f"{name}-control", 1)
         self._usage = TierUsage()  # the tier's last answer
         self._pending_usage: Future[TierUsage] | None = None
@@ -143,7 +143,7 @@ class Channel:
         blocks: Sequence[memoryview],
         parent: bytes | None,
     ) -> list[bool]:
-        """Offer the blocks of a chain to the tier; return which of them it took.
+        """Offer the blocks of a chain to the tier; return for each whether the tier holds it now.
 
         ``parent`` is the key before ``keys[0]``.
         """
@@ -158,7 +158,7 @@ class Channel:
     def _notify_observed(
         self, namespace: bytes, keys: Sequence[bytes], held: Sequence[bool]
     ) -> None:
-        """Notify the subscriber of which ``keys`` the tier holds, unless a reset came between."""
+        """Notify the subscriber which ``keys`` the tier holds, unless a reset replaced them."""
         if namespace == self.namespace:
             self.events.observed(keys, held)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 
 _DECAY = 0.7  # of the weight of older samples, per new sample: the last few samples dominate
-_DEPTH_DECAY = 0.99  # slower for the cost of depth, because only rare long prompts show it
-_MAX_EXTRAPOLATION = 4  # times the depth of the deepest sample, for the cost of depth
+_DEPTH_DECAY = 0.99  # slower, because only rare long prompts show the cost of depth
+_MAX_EXTRAPOLATION = 4  # of the cost of depth, as a multiple of the deepest sample's depth
 
 
 class LatencyModel:
@@ -69,7 +69,7 @@ class ComputeModel:
     The context of a step is the number of blocks before each computed block, summed over the
     computed blocks, because attention reads them. For one prompt it grows with the square of the
     length. The slope is the least-squares fit of ``seconds = a * blocks + slope * context`` to the
-    last hundred steps or so, of which the few of long prompts weigh most. The line then fits
+    last hundred steps or so; the few steps with long prompts weigh most. The line then fits
     ``seconds - slope * context`` of the last few steps. Steps that all have one depth cannot
     separate the two costs, and give a slope of 0.
 

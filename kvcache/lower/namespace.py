@@ -34,7 +34,7 @@ class TierNamespace:
         self._about = about
         self._name: bytes | None = None  # the tier's name of the shared namespace, once resolved
         self._tier_lock = threading.Lock()  # held while the tier resolves or forgets
-        self.forget_pending = False  # the shared namespace was reset, and the tier may not know it
+        self.forget_pending = False  # it was reset, and the tier has not forgotten it
 
     def names(self, namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
         """Return the tier's names of the blocks ``keys`` of ``namespace``.
@@ -68,7 +68,7 @@ class TierNamespace:
         self.current = os.urandom(len(self.current) or DIGEST_NBYTES)
 
     def forget(self) -> bool:
-        """Have the tier forget the shared namespace if a reset left it.
+        """Make the tier forget the shared namespace, if it was reset.
 
         Returns:
             ``False`` if the tier does not support that.

@@ -2,8 +2,8 @@
 
 Always true here:
 
-* Every pending call is answered, cancelled or failed exactly once. At the deadline its caller gives
-  up; the call itself goes on, because nothing can interrupt it.
+* Every pending call is answered, cancelled or failed exactly once. At the deadline its caller stops
+  waiting; the call itself continues, because nothing can interrupt it.
 * The outcome of every call is recorded in the tier's health once: by the thread that made the call,
   or at the deadline.
 """
@@ -97,7 +97,7 @@ class PendingCall(Generic[T]):
         return sum(answer == expected for answer in self.future.result())
 
     def wait(self) -> Sequence[T] | None:
-        """Return the answers, one per key; ``None`` without any by the deadline. Call it once."""
+        """Return the answers, one per key; ``None`` after the deadline or a failure. Call once."""
         try:
             return self.future.result(timeout=self._deadline_s)
         except TimeoutError:

@@ -2,14 +2,14 @@
 
 1. Single flight: of several requests that want a block, one reads it and the others wait for that
    read. ``reads_in_flight`` has the reads.
-2. A slot is pinned before its block is read. A promoted prefix ends at the first block that could
-   not be had, so no block is ever taken for its neighbour.
-3. Blocks are promoted where that is expected to take less time than computing them, by what was
-   measured of both. While either was not measured, they are promoted, which measures it.
-4. No request waits longer for a promotion than computing the blocks would take, where that is
-   known, nor longer for one answer than the tier's deadline.
-5. A tier that is slower than computing is read every few seconds without a request that waits for
-   it, to notice when it is fast again.
+2. A slot is pinned before its block is read. A promoted prefix ends before the first block that
+   could not be loaded.
+3. Blocks are promoted if, by the durations measured so far, loading is faster than computing. Until
+   both are measured, blocks are promoted, which measures loading.
+4. A request waits for a promotion at most as long as computing the blocks would take, if that is
+   known, and for each call at most until the tier's deadline.
+5. A tier that is slower than computing is still read every few seconds, in the background, to
+   notice when it becomes faster.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PIECES_IN_FLIGHT = 2  # of one promotion: the tier reads one while the next is 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest prefix of ``keys[start:]`` that is held: ``blocks`` of them."""
+    """The tiers hold the first ``blocks`` blocks of ``keys[start:]``."""
 
     keys: Sequence[bytes]
     start: int
@@ -66,9 +66,9 @@ class _Piece:
     """Consecutive blocks that one call promotes; their slots are pinned.
 
     Attributes:
-        pin: the lease on the blocks' slots, of those blocks that have one.
+        pin: the lease on the slots; a block without a slot is not in it.
         read: this promotion's read of the blocks that no other promotion reads.
-        other_reads: the reads of other promotions that bring the rest (single flight).
+        other_reads: other promotions' reads of the remaining blocks (single flight).
         all_pinned: whether L1 had a slot for every block.
         reads_all: whether ``read`` covers every block.
     """
@@ -90,7 +90,7 @@ class _Piece:
         return not wait(reads, timeout_s).not_done
 
     def wait_read(self, timeout_s: float) -> bool:
-        """Wait for the reads, to their deadline; return whether promotion can go on after them."""
+        """Wait for the reads until their deadline; return whether promotion can continue."""
         answered = self.read is None or self.read.wait() is not None
         return answered and not wait(self.other_reads, timeout_s).not_done
 
@@ -113,8 +113,8 @@ class LowerTiers:
         self.tiers = tuple(tiers)
         self._front = front
         self._clock = clock
-        # Threads that wait for tiers: none for L1 alone; otherwise all are started now, because a
-        # process that is exiting cannot start any.
+        # Threads that wait for lower tiers. All start now, because a process that is exiting cannot
+        # start threads.
         self._waiters = WorkerPool("stack", _WAITING_THREADS if tiers else 0)
         self._lock = threading.Lock()
         self.reads_in_flight: dict[bytes, Future[None]] = {}  # by the key of each block being read
@@ -133,8 +133,8 @@ class LowerTiers:
     def close(self, flush_s: float) -> None:
         """Flush the write queues for ``flush_s`` at most, and close all tiers at the same time.
 
-        Closing has :data:`CLOSE_TIMEOUT_S` more, for all tiers together. A tier that hangs then is
-        left open, with the memory that was lent to it.
+        All tiers together then have :data:`CLOSE_TIMEOUT_S` to close. A tier that still hangs is
+        left open, and its memory is not freed.
         """
         flush_until = time.monotonic() + flush_s
         close_until = flush_until + CLOSE_TIMEOUT_S
@@ -181,7 +181,7 @@ class LowerTiers:
         return Match(match.keys, match.start, blocks, (*(0,) * match.blocks, *found[:worth]))
 
     def _blocks_worth_promoting(self, sources: Sequence[int], depth: int) -> int:
-        """Return how many leading blocks to promote, so that loads and computing take least.
+        """Return how many leading blocks to promote so that loading and computing take least time.
 
         Args:
             sources: the tier of each block.
@@ -211,7 +211,7 @@ class LowerTiers:
     # Promotion
 
     def promote(self, match: Match, span: Span, patience_s: float | None = None) -> Lease:
-        """Copy the blocks of ``match`` that L1 lacks into it, and pin the prefix that it then has.
+        """Copy the blocks of ``match`` that L1 lacks to L1, and pin the prefix that L1 then holds.
 
         Args:
             match: a result of :meth:`find`.
@@ -290,7 +290,7 @@ class LowerTiers:
             tier.end_load_span(calls, len(keys) - start, span, gave_up=bool(in_flight))
 
         def record_outcome() -> None:
-            """Record the remaining reads in the tier's health, and how long all of them took."""
+            """Record the remaining reads in the tier's health, and the duration of all reads."""
             for piece in in_flight:
                 piece.wait_read(deadline_s)
             if tier and all(piece.reads_all for piece in pieces):
@@ -313,8 +313,8 @@ class LowerTiers:
     def _start_piece(
         self, tier: LowerTier | None, keys: Sequence[bytes], parent: bytes | None, span: Span
     ) -> _Piece:
-        """Pin ``keys``, and start to read those that L1 neither has nor is being filled with."""
-        with self._lock:  # single flight: one of two promotions reserves, the other finds its read
+        """Pin ``keys``, and start to read those that L1 neither holds nor is filling."""
+        with self._lock:  # single flight: one promotion reserves a block, others find its read
             lease = self._front.reserve(keys, parent)
             reserved = set(lease.keys)
             other_reads = {

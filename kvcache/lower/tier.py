@@ -3,14 +3,13 @@
 1. The stack calls a tier in two places: ``LowerTier._start_call`` and ``WriteBehind._write``. Both
    have the same deadline, circuit breaker and failure rule: whatever the tier raises or returns, a
    failure is a counted miss or decline, never an exception.
-2. A call that misses its deadline goes on. The memory that it was given stays under lease until it
-   ends.
+2. A call that misses its deadline continues. Its memory stays under lease until it ends.
 3. Loads run before stores.
 4. The durations of lookups and loads are measured, to compare them with computing.
-5. A block's name in the tier is its namespace and its key, joined. A reset gives the stack a
-   namespace that no other stack has, so that it finds no earlier block; and it has the tier forget
-   the earlier namespace, so that no later stack finds one either. The latter holds once
-   ``finish_clear`` has returned ``True``, however the process ends.
+5. A block's name in the tier is its namespace and its key, joined. A reset moves the stack to a
+   new random namespace, so that it finds no earlier block. The tier then forgets the earlier
+   namespace, so that no later stack finds one either, however the process ends; this holds once
+   ``finish_clear`` has returned ``True``.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PIECE_NBYTES: Final = 16 << 20
-"""The most bytes of one call. A call has one deadline, and a load may wait for a running store."""
+"""The most bytes of one call. It bounds the time that a load waits for a running store."""
 
 REMEASURE_S: Final = 5.0
 """How often a skipped tier is read anyway, to measure whether it is still slower than computing."""
@@ -64,8 +63,8 @@ class LowerTier:
         calls: how many calls run at once.
         writes: which blocks are written: all that an engine stores, or (``"hot"``) those that are
             used a second time.
-        if_slower: what a request does when loading is expected to take longer than computing:
-            compute, or load all the same.
+        if_slower: whether a request computes or loads blocks for which loading is predicted to take
+            longer.
         kind: the tier's kind in the profile; "" is the name of its class.
         clock: the current time in seconds.
         piece_nbytes: the most bytes of one call.
@@ -161,8 +160,8 @@ class LowerTier:
     def load(self, lease: Lease, span: Span) -> PendingCall[int]:
         """Start to fill ``lease`` with the blocks that the tier holds.
 
-        The lease ends when the call ends, however late, or at once if no call is made. ``span`` is
-        the one span of all loads from this tier for one request; :meth:`end_load_span` ends it.
+        The lease ends when the call ends, however late, or immediately if no call is made. ``span``
+        covers all loads from this tier for one request; :meth:`end_load_span` ends it.
         """
         namespace, block_nbytes = self.namespace, self._front.block_nbytes
 
@@ -195,7 +194,7 @@ class LowerTier:
             calls: the loads that were started.
             requested: how many blocks the request wanted from this tier.
             span: the span.
-            gave_up: whether the request stopped waiting, because computing is faster by now.
+            gave_up: whether the request stopped waiting because computing had become faster.
         """
         loaded = sum(call.count_equal(self._front.block_nbytes) for call in calls)
         counts = {
@@ -320,7 +319,7 @@ class LowerTier:
     def finish_clear(self, call: PendingCall[bool]) -> bool:
         """Wait for ``call`` of :meth:`start_clear`; return whether the tier forgot the blocks.
 
-        If not, this logs a warning, and the tier is asked again before each write.
+        If not, a warning is logged, and the next writes ask the tier again.
         """
         if call.wait() == [True] or not self.channel.tier_namespace.forget_pending:
             return True

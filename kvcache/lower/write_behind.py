@@ -83,11 +83,11 @@ class WriteBehind:
                 self.withheld.popitem(last=False)
 
     def enqueue_reused(self, keys: Sequence[bytes], failed: Collection[bytes], cause: Span) -> None:
-        """Queue those of ``keys`` that were withheld, because a request has used them in L1.
+        """Queue the withheld blocks of ``keys``, which a request has used in L1.
 
         Args:
             keys: the blocks of a load that has ended.
-            failed: those of them that could not be copied to the engine.
+            failed: the keys of blocks that could not be copied to the engine.
             cause: the span of the load, which has not ended.
         """
         if not self.withheld:
@@ -162,7 +162,7 @@ class WriteBehind:
             self._leave_queue(len(lease))  # last, so that flush() returns after all counters
 
     def _write(self, lease: Lease, parents: Parents, namespace: bytes, cause: Span) -> None:
-        """Offer the tier those blocks of ``lease`` that it lacks, and end the lease."""
+        """Offer the tier the blocks of ``lease`` that it lacks, and end the lease."""
         span = telemetry.start_linked(cause, telemetry.TIER_STORE)
         begun = self._channel.clock()
         new, stored, error, why = len(lease), 0, "", ""

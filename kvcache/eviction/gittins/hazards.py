@@ -84,8 +84,8 @@ class Hazards:
         at_risk: blocks that reached an octave, by class and octave, as of the last learning.
         arrivals: blocks that reached an octave since the last learning, by class, as differences
             from each octave to the next; the policy adds to it.
-        begun: blocks that were used since the last learning, by class: they reached octave 0. It is
-            apart from ``arrivals`` because it is incremented most often.
+        begun: blocks that were used since the last learning, and so reached octave 0, by class.
+            Separate from ``arrivals`` because it is incremented most often.
         tables: worth at the start of each octave and at the end of the last one, by class.
     """
 
@@ -98,10 +98,10 @@ class Hazards:
         # The counts of a class are halved when this many of its blocks were at risk in octave 0:
         # some fillings of the tier, and enough for a hazard where the tier is small.
         self._halve_blocks = 3.0 * capacity + 5000
-        # Since the last learning: time, lookups in that time, and the blocks that they asked for.
-        self._seconds = 0.0
-        self._lookups = 0
-        self._blocks = 0
+        # Since the last learning:
+        self._seconds = 0.0  # time
+        self._lookups = 0  # lookups
+        self._blocks = 0  # blocks looked up
         self._learn_blocks = _FIRST_LEARN_BLOCKS  # learn when `_blocks` reaches this
         self._merged = 0  # octaves 0 to this one are learned as one
 
@@ -127,7 +127,7 @@ class Hazards:
         Args:
             seconds: how long the epoch lasted.
             lookups: lookups in it.
-            blocks: blocks that these asked for.
+            blocks: blocks looked up in it.
 
         Returns:
             whether ``tables`` changed.

@@ -42,18 +42,19 @@ from kvcache.keys import Keys, common_prefix_len
 
 # Longest epoch. Few blocks are reused within seconds, so a finer age would change little.
 _EPOCH_S = 4.0
-# Epochs per filling of the tier, at least: so precise is the edge of what LRU would hold. With 16,
-# some random traffic loses 0.2 points against LRU.
+# Least number of epochs in which the tier fills once. More epochs tell more precisely which blocks
+# LRU would hold: with 16, some random traffic loses 0.2 points against LRU.
 _EPOCHS_PER_FILLING = 32
 # An epoch has at most this many blocks, so that ages stay precise in a large tier.
 _MAX_EPOCH_BLOCKS = 512
-# Epochs that move to another octave at once. Bounds the time of the first lookup after a silence.
+# Most epochs that move to another octave in one lookup. Bounds the time of the first lookup after a
+# silence.
 _MAX_MOVES = 256
 # Up to the end of this octave, ~2 min, the next use of a prefetched block is still the request that
 # caused the prefetch.
 _PREFETCH_OCTAVE = 17
-# Known keys beyond the slots: per slot, and at least. With four per slot, hit ratios differ by at
-# most 0.4 points in both directions, and the state is 1.7 times as large.
+# Known keys beyond the slots: this many per slot, but not fewer than the minimum. With four per
+# slot, hit ratios differ by at most 0.4 points either way, and the state is 1.7 times as large.
 _HISTORY_PER_SLOT, _MIN_HISTORY = 2, 24_000
 MAX_USES = 16
 """Uses of a block are counted up to this number, where the last class begins."""
@@ -70,8 +71,8 @@ class KnownRuns(VictimRanking):
 
     Attributes:
         known_limit: see above.
-        run_ids: the id of the run of each known key. Integers, unlike references to runs, are
-            nothing that Python's garbage collector has to visit.
+        run_ids: the id of the run of each known key. Python's garbage collector need not visit
+            integers, unlike references to runs.
         runs: runs by id.
     """
 
@@ -85,7 +86,7 @@ class KnownRuns(VictimRanking):
         self.run_ids: dict[bytes, int] = {}
         self.runs: dict[int, RankedRun] = {}
         self._last_run_id = 0
-        # All runs that have keys to forget, the first to forget first; others may be in it as well.
+        # Every run that has keys to forget, the next one first. Other runs may be in it too.
         self._forget_order: OrderedDict[RankedRun, None] = OrderedDict()
         self.epochs_by_octave: list[OrderedDict[Epoch, None]] = [
             OrderedDict() for _ in range(OCTAVE_COUNT)
@@ -93,12 +94,10 @@ class KnownRuns(VictimRanking):
         self.budget.recent[self.current_epoch] = None
         self.open_cohorts: list[Cohort | None] = [None] * CLASS_COUNT  # by class
         self._epoch_blocks = max(1, min(capacity // _EPOCHS_PER_FILLING, _MAX_EPOCH_BLOCKS))
-        # The current epoch ends at this time, or after this many more blocks.
-        self._epoch_end_s = 0.0
-        self._epoch_room = 0
-        # Lookups in the current epoch, and the blocks that they asked for.
-        self._lookups = 0
-        self._looked_up = 0
+        self._epoch_end_s = 0.0  # the current epoch ends at this time,
+        self._epoch_room = 0  # or after this many more blocks
+        self._lookups = 0  # in the current epoch
+        self._looked_up = 0  # blocks looked up in the current epoch
 
     # Runs
 
@@ -143,11 +142,10 @@ class KnownRuns(VictimRanking):
         return run
 
     def _cut(self, run: RankedRun, keys: Keys, at: int) -> tuple[Keys, int, int]:
-        """Take the blocks that ``run`` shares with ``keys[at:]`` out of it: they are used now.
+        """Remove from ``run`` the blocks that it shares with ``keys[at:]``: they are used now.
 
         Returns:
-            the blocks; the number of leading ones that the index holds; their uses, this one
-            included.
+            the blocks; how many leading ones the index holds; their uses, including this one.
         """
         run_keys = run.keys
         first = 0
@@ -170,10 +168,10 @@ class KnownRuns(VictimRanking):
         return taken, held, uses
 
     def _count_use(self, run: RankedRun, count: int, held: int) -> int:
-        """Count a use of ``count`` blocks of ``run``, of which ``held`` are held.
+        """Count a use of ``count`` blocks of ``run``; the index holds ``held`` of them.
 
         Returns:
-            their uses, this one included.
+            their uses, including this one.
         """
         cohort = run.cohort
         octave = cohort.epoch.octave
@@ -272,7 +270,7 @@ class KnownRuns(VictimRanking):
             epoch.cohorts.clear()
 
     def _start_epoch(self, now: float) -> None:
-        """Advance the time of everything that is known to ``now``."""
+        """Start an epoch at ``now``, and move older epochs to the octaves of their new age."""
         last, budget = self.current_epoch, self.budget
         self.current_epoch = Epoch(now)
         budget.recent[self.current_epoch] = None

@@ -59,9 +59,10 @@ class LruBudget:
         recent_blocks: known blocks in all of them.
         missing: known blocks in all of them that the tier does not hold.
         hits_won: hits won minus hits lost against LRU; at most the capacity.
-        looked_up: blocks looked up, halved from time to time, as the next two are.
-        lru_hits: of these, blocks that LRU would have had.
-        late_reuses: of these, known blocks that LRU would not have had any more.
+        looked_up: blocks looked up. Halved from time to time, together with ``lru_hits`` and
+            ``late_reuses``.
+        lru_hits: looked-up blocks that LRU would have held.
+        late_reuses: looked-up known blocks that LRU would no longer have held.
         allowed_missing: blocks that may be missing now.
     """
 
@@ -82,7 +83,7 @@ class LruBudget:
         self._stake = self.allowed_missing = self._base_stake
 
     def add_blocks(self, cohort: Cohort, blocks: int, missing: int) -> None:
-        """Add known ``blocks`` to a cohort, of which ``missing`` are not held; may be negative."""
+        """Add known ``blocks`` to a cohort, ``missing`` of them not held. Both may be negative."""
         epoch = cohort.epoch
         cohort.blocks += blocks
         epoch.blocks += blocks
@@ -97,10 +98,10 @@ class LruBudget:
             self.missing += blocks
 
     def take_used(self, cohort: Cohort, held: int, missing: int) -> None:
-        """Take blocks that are looked up out of their cohort; ``add_current`` adds them again.
+        """Remove looked-up blocks from their cohort; ``add_current`` adds them again.
 
         Args:
-            cohort: where they are.
+            cohort: the cohort.
             held: blocks that the tier holds: hits.
             missing: known blocks that it does not hold.
         """

@@ -33,9 +33,13 @@ _MAX_APPEND_BLOCKS = 256
 _CLASS_BY_USES = [NEW, NEW, REUSED_2, REUSED_2, *[REUSED_4] * 12, REUSED_16, REUSED_16]
 
 _Admission = tuple[list[tuple[int, float]], int, int]
-"""What ``admit`` decided: runs of the incoming blocks as (blocks, worth), with worth that never
-rises; how many of the blocks must be admitted whatever they are worth; how many are admitted."""
-_ADMIT_ALL: _Admission = ([], maxsize, 0)  # of an eviction that `admit` was not called for
+"""What ``admit`` decided:
+
+* runs of the incoming blocks, as (blocks, worth); worth never rises from one run to the next;
+* how many incoming blocks must be admitted, whatever they are worth;
+* how many incoming blocks are admitted.
+"""
+_ADMIT_ALL: _Admission = ([], maxsize, 0)  # for an eviction without a call of `admit`
 
 
 class _LastBlocks:
@@ -50,10 +54,10 @@ class _LastBlocks:
 
     def __init__(self) -> None:
         self.separate = True
-        # Requests of which the last block but one was reused, and of which the last block was. A
-        # start of 8 keeps the class until some requests were observed.
+        # Requests with a reused last block but one. A start of 8 keeps the class until some
+        # requests were observed.
         self._reached = 8.0
-        self._reused = 0.0
+        self._reused = 0.0  # requests with a reused last block
 
     def observe(self, run: RankedRun, remaining: int) -> None:
         """Count a use of all blocks of ``run`` but the last ``remaining`` ones."""
