@@ -270,9 +270,9 @@ class Stack(Closeable):
             ValueError: for hints that contradict each other, or an impossible time.
         """
         if not 0 <= keep < float("inf"):
-            raise ValueError(f"keep is {keep}; it takes seconds")
+            raise ValueError(f"keep is {keep}; it must be a number of seconds, 0 or more")
         if done and (keep or soon):
-            raise ValueError("done is true, and so is keep or soon; it is one or the other")
+            raise ValueError("done excludes keep and soon")
         if done:
             self.front.mark_done(keys)
         if keep:

@@ -40,7 +40,7 @@ class MappedVariable:
 class NoEffect:
     """A variable without effect, with the reason.
 
-    ``already_so`` has the values that ask for what kvcache does anyway.
+    ``already_so`` has the values that request what kvcache always does.
     """
 
     text: str
@@ -89,13 +89,13 @@ _MAPPED: dict[str, MappedVariable] = {
 
 _SHARED = "`l1-redis` has a server that engines share"
 
-# Variables without effect, by reason. NAME=a,b: kvcache does what the values a and b ask for.
+# Variables without effect, by reason. NAME=a,b: kvcache already does what a and b request.
 _WITHOUT_EFFECT: dict[str, str] = {
     "L1 is always there; `0` is refused": "L1_CACHE_ENABLED=1,true",
     "L1 is in this machine's DRAM": "DEVICE=cpu",
     "it is 1, AIBrix's default": "S3FIFO_SMALL_TO_MAIN_PROMO_THRESHOLD=1",
     "it is 0.3, AIBrix's default": "S3FIFO_SMALL_FIFO_CAPACITY_RATIO=0.3",
-    "AIBrix's backends are not here; below L1 are the tiers of the profile, in l1-only none": (
+    "kvcache has none of AIBrix's backends; the profile lists the lower tiers (l1-only has none)": (
         "L2_CACHE_BACKEND"
     ),
     "a namespace is made of weights, settings, data types and layout: engines that differ in these "
@@ -104,7 +104,7 @@ _WITHOUT_EFFECT: dict[str, str] = {
     ),
     "AIBrix ignores it too; `codec` of a tier compresses": "L2_CACHE_COMPRESSION",
     "batches are cut by bytes": "L2_CACHE_OP_BATCH",
-    "an answer has one deadline, however many tokens it covers: `deadline_s` of a tier": (
+    "a call has one deadline, whatever its number of tokens: `deadline_s` of a tier": (
         "L2_CACHE_PER_TOKEN_TIMEOUT_MS"
     ),
     "no tier asks AIBrix's meta service for its servers": (
@@ -116,12 +116,14 @@ _WITHOUT_EFFECT: dict[str, str] = {
         "L2_CACHE_INGESTION_MAX_INFLIGHT_TOKENS"
     ),
     "each tier has its own threads: its `calls`": "L2_CACHE_NUM_ASYNC_WORKERS",
-    "lower tiers are asked for every block that L1 lacks, and used where that is faster than "
+    "every block that L1 lacks is looked up in the lower tiers, and loaded if that is faster than "
     "computing: `if_slower` of a tier": "DOUBLE_GET_THRESHOLD",
-    "a block is the engine's: vLLM's `--block-size`": "BLOCK_SIZE=-1",
+    "the engine sets the size of a block: vLLM's `--block-size`": "BLOCK_SIZE=-1",
     "blocks are not moved in chunks of tokens": "CHUNK_SIZE",
-    "sequences are never cut": "MAX_SEQ_LEN=-1",
-    "every block from below L1 is verified, bytes and key, always": "TOKEN_VALIDATION_ENABLED",
+    "sequences of any length are kept": "MAX_SEQ_LEN=-1",
+    "the bytes and the key of every block from a lower tier are always verified": (
+        "TOKEN_VALIDATION_ENABLED"
+    ),
     "spans have the time of every operation, whenever a collector reads them": (
         "TIME_MEASUREMENT_ENABLED BREAKDOWN_MEASUREMENT_ENABLED PROFILING_ENABLED=0,false"
         " PROFILING_SERVER_ADDRESS"
@@ -168,7 +170,7 @@ VARIABLES: dict[str, MappedVariable | NoEffect] = _MAPPED | _without_effect(_WIT
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """The effect of the variables that are set: a sentence, or a part of one, for each."""
+    """The effect of the variables that are set, a phrase for each."""
 
     taken: tuple[str, ...] = ()
     overruled: tuple[str, ...] = ()
@@ -189,11 +191,11 @@ class AibrixSettings:
     """AIBrix's variables of an environment, read before the tiers are known.
 
     Attributes:
-        requests: the options that they ask for.
-        already_so: sentences for variables that ask for what kvcache does anyway.
+        requests: the options that they set.
+        already_so: sentences for variables that request what kvcache always does.
         no_effect: variables without effect, each with the reason.
         problems: sentences for variables with wrong values.
-        disabled_by: the variable that asks for no L1, with its value; "" if none does.
+        disabled_by: the variable that disables L1, with its value; "" without one.
     """
 
     requests: tuple[RequestedOption, ...]

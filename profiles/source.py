@@ -113,7 +113,7 @@ def read_file(path: Path, origin: str = "", chain: tuple[Path, ...] = ()) -> Pro
     real = _real(path)
     if real in chain:
         circle = " extends ".join(map(str, [*chain[chain.index(real) :], real]))
-        return ProfileFile(path, problems=[f"{origin}goes in a circle: {circle}"])
+        return ProfileFile(path, problems=[f"{origin}is circular: {circle}"])
     if len(chain) == MAX_LEVELS:
         return ProfileFile(
             path, problems=[f"{origin}is the {MAX_LEVELS + 1}th file that extends another"]

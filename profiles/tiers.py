@@ -196,7 +196,7 @@ class _RowReader:
         if rows and (front := rows[0]) and not issubclass(front.cls, FrontTier):
             self._add_problem(
                 tables[0].where("kind"),
-                'the first tier lends its memory to the engine; "dram" does, '
+                'the first tier must lend its memory to the engine, as "dram" does; '
                 f"{front.cls.__qualname__} is no subclass of kvcache.tier.FrontTier",
             )
 

@@ -130,7 +130,7 @@ class TierHealth:
     def record_success(self, span: Span) -> None:
         """Record that a call to the tier succeeded; ``span`` is the call's span."""
         if self.breaker.record_success():
-            log.warning("kvcache: tier %s: circuit breaker closed; it is called again", self._name)
+            log.warning("kvcache: tier %s: circuit breaker closed; calls resume", self._name)
             span.add_event(telemetry.BREAKER_CLOSED, self._tier_attributes)
 
     def record_failure(self, operation: str, error: str, why: str, span: Span) -> None:
@@ -150,8 +150,7 @@ class TierHealth:
             span.add_event(telemetry.TIER_FAILED, event)
         if self.breaker.record_failure():
             log.warning(
-                "kvcache: tier %s: circuit breaker opened (%s failed: %s: %s); "
-                "it is not called for a while",
+                "kvcache: tier %s: circuit breaker opened (%s failed: %s: %s); calls pause",
                 self._name, operation, error, why,
             )  # fmt: skip
             span.add_event(telemetry.BREAKER_OPENED, self._tier_attributes)

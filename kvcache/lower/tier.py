@@ -120,7 +120,7 @@ class LowerTier:
             min(wanted, limit),
             only_reused=writes == "hot",
             queue_option=(
-                "the tier's queue" if wanted < limit else "L1's capacity (it holds 1/4 of L1)"
+                "the tier's queue" if wanted < limit else "L1's capacity (the queue holds 1/4)"
             ),
         )
         self._front = front
@@ -324,8 +324,8 @@ class LowerTier:
         if call.wait() == [True] or not self.channel.tier_namespace.forget_pending:
             return True
         log.warning(
-            "kvcache: tier %s: a reset was not written (%s); an engine that is started later may "
-            "find blocks from before it",
+            "kvcache: tier %s: a reset was not written (%s); an engine that starts later may find "
+            "blocks from before the reset",
             self.name,
             call.error or ("not called" if call.future.cancelled() else "not supported"),
         )

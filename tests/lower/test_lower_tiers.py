@@ -244,12 +244,12 @@ def test_tier_that_recovers_is_called_again(caplog: pytest.LogCaptureFixture) ->
     for _ in range(3):
         assert under_test.fetch_count(keys) == 0
     assert "kvcache: tier l2: circuit breaker opened (contains failed: OSError: " in caplog.text
-    assert "; it is not called for a while" in caplog.text
+    assert "; calls pause" in caplog.text
     under_test.tiers[0].fault = ""
     assert under_test.fetch_count(keys) == 0
     clock.now = 1.0
     assert under_test.fetch_count(keys) == 2
-    assert "kvcache: tier l2: circuit breaker closed; it is called again" in caplog.text
+    assert "kvcache: tier l2: circuit breaker closed; calls resume" in caplog.text
     under_test.check_invariants()
     under_test.stack.close()
 

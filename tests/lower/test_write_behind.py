@@ -19,7 +19,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("queue", "holds", "option"),
     [
-        (Size(1 << 30), 4, "L1's capacity (it holds 1/4 of L1)"),
+        (Size(1 << 30), 4, "L1's capacity (the queue holds 1/4)"),
         (Size(3 * PAGE), 3, "the tier's queue"),
     ],
 )

@@ -155,7 +155,7 @@ def test_disabled_l1_is_refused_unless_kvcache_sets_its_size(file: Path) -> None
         report = report_of(load_profile(None, off | ours))
         assert report.overruled[0].startswith(f"{P}L1_CACHE_ENABLED (there is an L1")
         assert report.no_effect[0].startswith(
-            f"{P}L2_CACHE_BACKEND (AIBrix's backends are not here"
+            f"{P}L2_CACHE_BACKEND (kvcache has none of AIBrix's backends"
         )
 
 

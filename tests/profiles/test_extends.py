@@ -104,7 +104,7 @@ WRONG = [
     ("extends = 3\n", 1, "extends = 3: takes a shipped name, or a path from this file"),
     ('extends = "l1-dsik"\n', 1, 'did you mean "l1-disk"?'),
     ('extends = "./nothing.toml"\n', 1, "cannot read"),
-    ('extends = "ours.toml"\n', 1, "goes in a circle"),
+    ('extends = "ours.toml"\n', 1, "is circular"),
     ('without = ["l2"]\n' + GOOD, 1, "removes tiers of a base, but there is no extends"),
     (extending('without = "l2"\n'), 2, 'takes a list of tiers, such as ["disk"]'),
     (extending('without = ["l9"]\n'), 2, 'the base has no tier "l9"; it has "l1", "l2"'),
@@ -131,7 +131,7 @@ def test_circle_of_extends_is_reported(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert problem.startswith(f"{tmp_path / 'c.toml'}, line 1: ")
     b, c = tmp_path / "b.toml", tmp_path / "c.toml"
-    assert problem.endswith(f"goes in a circle: {b} extends {c} extends {b}")
+    assert problem.endswith(f"is circular: {b} extends {c} extends {b}")
 
 
 def test_problem_in_the_base_names_the_line_in_the_base(file: Path, base: Path) -> None:

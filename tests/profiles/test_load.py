@@ -283,7 +283,7 @@ def test_first_tier_must_be_a_front_tier(file: Path) -> None:
     text = GOOD.replace("Front", "Lower").replace('room = "1GiB"\n', "")
     problem = only_problem(file, text)
     assert problem.startswith(f'{file}, line 3: kind = "tests.support.empty_tiers:Lower": ')
-    assert "the first tier lends its memory" in problem
+    assert "the first tier must lend its memory" in problem
     assert "Lower is no subclass of kvcache.tier.FrontTier" in problem
 
 

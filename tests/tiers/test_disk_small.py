@@ -71,7 +71,7 @@ def test_disk_on_file_system_filled_after_start_stores_up_to_capacity(small: Pat
             assert load_hits(tier, piece) == [True] * SLOTS
     with closing(open_disk(small / "kv", SLOTS)) as tier:  # its own files count as room
         assert load_hits(tier, piece) == [True] * SLOTS
-    with pytest.raises(ValueError, match=r"asks for .*KiB at .*, where .*KiB are free"):
+    with pytest.raises(ValueError, match=r"needs .*KiB at .*, but only .*KiB are free"):
         open_disk(small / "kv", SLOTS + 20)
     open_disk(small / "kv", SLOTS).close()
 

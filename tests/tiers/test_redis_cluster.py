@@ -238,9 +238,9 @@ def test_cluster_without_reachable_node_logs_begin_and_end_once(
         [error] = cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
         assert isinstance(error, ErrorReply)
     [warning] = [record.getMessage() for record in caplog.records]
-    assert "no server is known (redis cluster at 127.0.0.1" in warning
+    assert "no server found (redis cluster at 127.0.0.1" in warning
     monkeypatch.setattr(
         "kvcache.tiers.redis.cluster.fetch_slot_ranges", lambda *_: [(0, 16383, unreachable)]
     )
     cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
-    assert caplog.records[-1].getMessage() == "kvcache: redis: a server is known again"
+    assert caplog.records[-1].getMessage() == "kvcache: redis: server found again"

@@ -76,7 +76,7 @@ def test_tier_after_failover_uses_the_new_master(
         [change] = [r.getMessage() for r in caplog.records if "moved from" in r.getMessage()]
         assert change == (
             f"kvcache: redis: master mymaster moved from 127.0.0.1:{master.port} to "
-            f"127.0.0.1:{replica.port} (Sentinel); blocks go there"
+            f"127.0.0.1:{replica.port} (Sentinel); calls follow it"
         )
 
 

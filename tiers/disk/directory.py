@@ -215,8 +215,8 @@ def shortage(path: Path, need: int, allocated: int | None = None) -> str | None:
     if need <= room:
         return None
     return (
-        f"capacity asks for {format_size(need)} at {str(path)!r}, where {format_size(room)} are "
-        "free"
+        f"capacity needs {format_size(need)} at {str(path)!r}, "
+        f"but only {format_size(room)} are free"
     )
 
 

@@ -109,8 +109,8 @@ def _read_link(link_fd: int, path: Path, part: str) -> Path:
     owner = os.fstat(link_fd).st_uid
     if owner not in (0, os.geteuid()):
         raise ValueError(
-            f"path is {str(path)!r}, where {part!r} is a symbolic link of user {owner}; links of "
-            f"root and of user {os.geteuid()}, which this process is, are followed"
+            f"path is {str(path)!r}, where {part!r} is a symbolic link of user {owner}; only "
+            f"links of root and of this process's user {os.geteuid()} are followed"
         )
     return Path(os.readlink("", dir_fd=link_fd))
 
@@ -152,8 +152,8 @@ def check_ownership(folder_fd: int, path: Path) -> None:
     found = os.fstat(folder_fd)
     if found.st_uid not in (0, os.geteuid()):
         raise ValueError(
-            f"path is {str(path)!r}, which belongs to user {found.st_uid}; it must belong to user "
-            f"{os.geteuid()}, which this process is, or to root"
+            f"path is {str(path)!r}, which belongs to user {found.st_uid}; it must belong to root "
+            f"or to this process's user {os.geteuid()}"
         )
     if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         log.warning(

@@ -1,4 +1,4 @@
-"""One server and its connections, and what every kind of server group needs.
+"""One server and its connections, and the parts that all kinds of server group share.
 
 Always true here:
 
@@ -144,7 +144,7 @@ class Node:
 
 
 class RefreshGate:
-    """Lets one call at a time refresh what is known of the servers, once per ``interval_s``."""
+    """Lets one call at a time refresh the list of servers, once per ``interval_s``."""
 
     interval_s: float = 1.0
 
@@ -168,7 +168,7 @@ class RefreshGate:
 
 
 class OutageLog:
-    """Logs when no server is known, and when one is known again, once for each outage.
+    """Logs the beginning and the end of each time without a known server.
 
     A rejected connection is not logged here: it is an error at start, and in the call that fails.
     """
@@ -180,20 +180,20 @@ class OutageLog:
         """Record that no server was found, because of ``error``."""
         if not self._ongoing and error.code == NO_ANSWER:
             log.warning(
-                "kvcache: redis: no server is known (%s); its blocks count as misses until one "
-                "is", error.text,
+                "kvcache: redis: no server found (%s); blocks count as misses until one is found",
+                error.text,
             )  # fmt: skip
             self._ongoing = True
 
     def end(self) -> None:
         """Record that a server was found."""
         if self._ongoing:
-            log.warning("kvcache: redis: a server is known again")
+            log.warning("kvcache: redis: server found again")
             self._ongoing = False
 
 
 class ServerGroup(Protocol):
-    """The servers of a tier: which one has which key."""
+    """The servers of a tier: it maps each key to a server."""
 
     def nodes_for(self, names: Sequence[bytes], deadline: float) -> list[Node | ErrorReply]:
         """Return the server of each name, or the reason why none is known."""

@@ -140,7 +140,7 @@ class SentinelMaster:
                 self._node = Node(address, self._connector, self._connections)
         if previous is not None:
             log.warning(
-                "kvcache: redis: master %s moved from %s to %s (Sentinel); blocks go there",
+                "kvcache: redis: master %s moved from %s to %s (Sentinel); calls follow it",
                 self._name,
                 previous.address,
                 address,
