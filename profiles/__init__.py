@@ -57,12 +57,12 @@ def open_stack(
         block_tokens: tokens of a block, for spans; 0 if unknown.
         ranks: the ranks of the engine.
         identity: the fields that ``namespace`` is the digest of; ``kvcache inspect`` shows them.
-        replica: the number of this engine among those that one command started on this host. They
-            divide shares of memory and the capacity of a disk.
+        replica: the number of this engine among those that one command started on this host. These
+            engines divide shares of memory and the capacity of a disk.
 
     Raises:
-        ProfileError: if the profile is invalid, asks for more memory than is free, or one of its
-            tiers cannot be opened.
+        ProfileError: if the profile is invalid, needs more memory than is free, or one of its tiers
+            cannot be opened.
     """
     loaded = load_profile(profile, ranks=ranks, replicas=replica.count)
     if report := loaded.aibrix:
@@ -156,7 +156,7 @@ def _log_shares(profile: Profile, replica: Replica) -> None:
 
 
 def _open(profile: Profile, row: Row, arguments: Mapping[str, object]) -> Tier:
-    """Construct the tier of a row. It gets those of ``arguments`` that its constructor has."""
+    """Construct the tier of a row, with the ``arguments`` that its constructor has."""
     parameters = inspect.signature(row.cls).parameters
     known: dict[str, Any] = {name: arguments[name] for name in arguments if name in parameters}
     with _located_errors(profile, row):

@@ -1,4 +1,4 @@
-"""``ProfileError``, and how a problem of a profile is put into words.
+"""``ProfileError``, and the functions that format a problem of a profile.
 
 Invariant: a ``ProfileError`` lists every problem that was found, not only the first one, and
 contains no secret.

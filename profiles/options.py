@@ -29,7 +29,7 @@ STACK_ARGUMENTS = (
 """Keyword arguments that the stack passes. They are no options of a profile."""
 
 LOWER_TIER_ARGUMENTS = ("breaker", "namespace", "piece_nbytes")
-"""Further ones of ``LowerTier`` alone. A tier of your own may have options with these names."""
+"""Keyword arguments of ``LowerTier`` that are no options. Your own tier may use these names."""
 
 _TYPE_TEXTS: dict[object, str] = {
     Size: f"a size: {FORMS}",
@@ -116,7 +116,7 @@ def convert(given: object, hint: object, replicas: int = 1) -> object:
 
 
 def _eviction(given: object) -> str:
-    """Return the name of the policy. A class path is imported, so that its errors show at start."""
+    """Return the policy's name. A class path is imported, so that its errors appear at start."""
     if not isinstance(given, str) or (given not in POLICIES and ":" not in given):
         raise ValueError(f"takes {allowed_values(Eviction)}{nearest(given, POLICIES)}")
     policy_class(given)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import parse_qsl, urlsplit
 
-_POINTERS = ("_env", "_file")  # suffixes of options that say where a secret is
+_POINTERS = ("_env", "_file")  # suffixes of options that name the place of a secret
 
 _SECRET_NAME = re.compile(
     r"(^|_)(password|passwd|passphrase|pass|pwd|pw|secret|token|credentials?|(api|access)_?key)(_|$)"
@@ -17,7 +17,7 @@ _PASSWORD_IN_URL = re.compile(r"://[^/@]*:[^/@]*@")
 
 
 def refuse_secret_options(cls: type, names: Iterable[str]) -> None:
-    """Raise ValueError if an option of ``cls`` of type str would hold a secret, by its name."""
+    """Raise ValueError if one of ``names``, options of ``cls`` of type str, is that of a secret."""
     for name in names:
         if _SECRET_NAME.search(name) and not name.endswith(_POINTERS):
             raise ValueError(
@@ -29,8 +29,8 @@ def refuse_secret_options(cls: type, names: Iterable[str]) -> None:
 def refuse_secret_value(name: str, value: object) -> None:
     """Raise ValueError if ``value`` of the option ``name`` holds a secret.
 
-    A URL with a password does, and so may the value of a ``*_env`` option that cannot be the name
-    of a variable.
+    A secret is a URL with a password, or a value of a ``*_env`` option that cannot be the name of a
+    variable.
     """
     if name.endswith("_env") and value and not _VARIABLE_NAME.fullmatch(str(value)):
         raise ValueError("takes the name of the environment variable that has the secret")
@@ -48,6 +48,6 @@ def _has_secret(text: str) -> bool:
     try:
         parts = urlsplit(text)
     except ValueError:
-        return False  # the tier that connects to it reports what is wrong
+        return False  # the tier that connects to it reports the error
     given = parse_qsl(f"{parts.query}&{parts.fragment}", keep_blank_values=True)
     return any(_SECRET_NAME.search(name.lower()) for name, value in given if value)

@@ -2,10 +2,10 @@
 
 Invariants:
 
-* Every value keeps the file and the line that it was given in, along the whole chain of files.
+* Every value keeps the file and the line where it is written, along the whole chain of files.
 * A place always names the file. It names a line only where scanning the text found one: TOML's
   parser reports no lines, and a table may be written inline.
-* Only the keys above the tiers are checked here.
+* Only the keys above the first ``[[tier]]`` are checked here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SHIPPED_FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class GivenValue:
-    """A value as written, and its place; ``shipped`` if a shipped profile gave it."""
+    """A value as written, and its place; ``shipped`` if it is from a shipped profile."""
 
     value: object
     place: str
@@ -235,7 +235,7 @@ class _FileReader:
     def _remaining_tables(
         self, document: Mapping[str, object], base: Sequence[TierTable]
     ) -> Sequence[TierTable] | None:
-        """Return the tables of ``base`` that ``without`` does not name; None if it is wrong."""
+        """Return the tables of ``base`` that ``without`` does not name; None if it is invalid."""
         removed, names = document.get("without", []), [table.name for table in base]
         if not isinstance(removed, list):
             self._add_problem(

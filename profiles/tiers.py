@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def where(self) -> str:
-        """Its place, with the option and the value as written."""
+        """The place, the option and the value as written, for messages."""
         return f"{self.place}: {show_option(self.option.name, self.given)}"
 
 
@@ -72,7 +72,8 @@ class Row:
         cls: its class.
         settings: the options that were set.
         where: the file and line of its [[tier]].
-        accepted: all options of the row: of the class, and of ``WRAPPERS`` for a lower tier.
+        accepted: the options that the row may set: those of the class, and for a lower tier those
+            of ``WRAPPERS`` too.
     """
 
     name: str
@@ -88,11 +89,11 @@ class Row:
         return {setting.option.name: setting.value for setting in self.settings}
 
     def locate(self, error: str) -> str:
-        """Prefix an error text of the tier's class with the place of the option it is about.
+        """Prefix an error text of the tier's class with the place of its option.
 
-        That is the first option that the text names. If it names none, the place is the row, with
-        the variables that changed it. The value is not repeated: only the class knows whether it
-        is a secret.
+        The option is the first one that the text names. If the text names none, the place is the
+        row, with the variables that changed it. The value is left out: only the class knows
+        whether it is a secret.
         """
         by_position = {
             found.start(): setting
@@ -113,10 +114,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RequestedOption:
-    """An option that a variable of another library asks for.
+    """An option that a variable of another library sets.
 
-    It is of the first tier, or of the tiers ``below`` it. It overrides the default of a shipped
-    profile, but neither a user's file nor a ``KVCACHE__`` variable.
+    It applies to the first tier, or to the tiers ``below`` it. It overrides the default of a
+    shipped profile, but neither a user's file nor a ``KVCACHE__`` variable.
     """
 
     place: str
@@ -180,7 +181,7 @@ class _RowReader:
     def rows(self, tables: Sequence[TierTable]) -> list[Row]:
         rows = [self._row(number, table) for number, table in enumerate(tables)]
         known = [_variable(name) for name in self._names]
-        for variable, text in self._overrides.items():  # those that no row used
+        for variable, text in self._overrides.items():  # variables that no row used
             self._add_problem(
                 f"{VARIABLE} {show_option(variable, text)}",
                 "no such tier; the form is KVCACHE__<TIER>__<OPTION>, and the tiers here are "

@@ -18,10 +18,10 @@ VARIABLES: Mapping[str, str] = {
     "KVCACHE_PROFILE": "the profile: a shipped name, or a path",
     "KVCACHE_IDENTITY": "replaces the digest of weights in a block's identity",
     recorder.VARIABLE: "a file to which each request is recorded, for `kvcache replay`",
-    recorder.LIMIT_VARIABLE: "bytes of that file at most",
+    recorder.LIMIT_VARIABLE: "the largest size of that file",
     "KVCACHE_COMPILE": "`0` builds a wheel without compiled modules",
-    "KVCACHE_TRACE": "of tests and benchmarks: the file of Mooncake's conversation trace",
-    "KVCACHE_BENCH_LMCACHE_PYTHON": "of benchmarks: the interpreter of an environment with LMCache",
+    "KVCACHE_TRACE": "for tests and benchmarks: the file of Mooncake's conversation trace",
+    "KVCACHE_BENCH_LMCACHE_PYTHON": "for benchmarks: the interpreter of an environment with LMCache",
 }
 """Every variable of kvcache and its effect; docs/profiles.md has the same table."""
 

@@ -51,7 +51,7 @@ class TierDirectory:
         path: the absolute path that the replicas of one engine share.
         replica: which replica this is, of how many. Replicas other than the first have a directory
             below ``path``.
-        sizes: the size that the files may have; a larger file is cut.
+        sizes: the most bytes of each file; a larger file is cut.
 
     Attributes:
         path: the directory of this replica.
@@ -87,7 +87,7 @@ class TierDirectory:
         bind_to_process(self)
 
     def _open_files(self, sizes: FileSizes) -> None:
-        """Lock the directory and open its files. Before all are checked, change none of them."""
+        """Lock the directory and open its files; change a file only after all are checked."""
         self.lock_fd = self._open("lock")
         _refuse_foreign_files({"lock": self.lock_fd}, self.path)
         lock_file.acquire(self.lock_fd, self.path)
@@ -111,7 +111,7 @@ class TierDirectory:
         return fd
 
     def check_room(self, need: int) -> None:
-        """Raise ``ValueError`` if the two files cannot have ``need`` bytes together."""
+        """Raise ``ValueError`` if the disk has no room for ``need`` bytes of the two files."""
         allocated = sum(os.fstat(fd).st_blocks * 512 for fd in (self.records_fd, self.blocks_fd))
         if problem := shortage(self.path, need, allocated):
             raise ValueError(problem)

@@ -5,7 +5,7 @@ the namespace's last reset; ``about`` has the description of each namespace, und
 has in this directory.
 
 Always true here: the file is replaced as a whole, and is on the disk when a call returns. So a
-reset survives the end of the process at any moment, and a power cut.
+reset survives a killed process and a power cut.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME: Final = "spaces"
 _NEW_NAME: Final = "spaces.new"
 FILE_NAMES: Final = (NAME, _NEW_NAME)
 MAX_DESCRIPTIONS: Final = 256
-"""Descriptions of more namespaces are deleted, the oldest first."""
+"""The most descriptions that the file keeps; the oldest are deleted first."""
 _RESET_NBYTES: Final = 16
 _MAX_FILE_NBYTES: Final = 16 << 20
 
@@ -40,7 +40,7 @@ def resolve(folder_fd: int, path: Path, namespace: bytes, about: str) -> bytes:
         about: its description, as JSON; "" keeps none.
 
     Raises:
-        OSError, ValueError: it cannot be found out whether the namespace was reset.
+        OSError, ValueError: the file cannot be read or written.
     """
     tables = read(folder_fd, path)
     name = namespace_after_reset(namespace, bytes.fromhex(tables["reset"].get(namespace.hex(), "")))

@@ -11,8 +11,8 @@ Numbers are little-endian; numbers in brackets are bytes.
 
 Always true here:
 
-* A file for another slot size counts as empty, as does a record that does not verify. With another
-  number of slots, the blocks in the remaining slots are kept.
+* A file for another slot size counts as empty; so does a record that does not verify. If only the
+  number of slots changes, the blocks in the remaining slots are kept.
 * A record that was cleared, or that is of a slot beyond the end of ``blocks``, never comes back.
 """
 
@@ -58,7 +58,7 @@ class Record(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """The sizes that the files of a tier were made for."""
+    """The size and the number of slots for which a tier's files were created."""
 
     slot_nbytes: int
     slots: int

@@ -1,4 +1,4 @@
-"""Opens files and directories that other users may have changed, and checks what they are.
+"""Opens files and directories that other users may have changed, and checks their kind and owner.
 
 Always true here:
 
@@ -30,7 +30,7 @@ _KIND_BY_ERRNO = {
     errno.ENXIO: "a socket or a pipe",
     errno.ENODEV: "a device",
 }
-"""What a path is, by the error that opening it as a file raises."""
+"""The kind of a path, by the error that opening it as a file raises."""
 
 
 def expand_path(path: str) -> Path:
@@ -165,7 +165,7 @@ def check_ownership(folder_fd: int, path: Path) -> None:
 
 
 def open_file(folder_fd: int, name: str, path: Path, flags: int = os.O_RDWR) -> int:
-    """Open a file in an open directory, check what it is, and return its descriptor.
+    """Open a file in an open directory, check its kind and owner, and return its descriptor.
 
     Args:
         folder_fd: the directory.

@@ -4,13 +4,13 @@ Always true here:
 
 * Disk space is allocated when the tier is opened, and never exceeds ``capacity``. A full tier
   evicts by its policy, the tail of a chain before its head, after a restart too.
-* A record names a block only while the block is whole: it is cleared before its slot is written,
-  and written afterwards. So the process may be killed at any moment. Nothing is synced to the disk:
-  after a power cut a record may exist without its block, which the frames around this tier detect.
-* No lock is held while bytes are read or written. A slot is freed only when no read or write of it
-  is in progress, and the files are closed only when no call is.
-* No block is evicted for one that cannot be written: a disk that becomes read-only keeps its
-  blocks.
+* A record names a block only while the block is whole: the tier clears the record before it writes
+  the slot, and writes the record afterwards. So the process may be killed at any moment. Nothing is
+  synced to the disk: after a power cut a record may exist without its block, which the frames
+  around this tier detect.
+* No lock is held while bytes are read or written. A slot is freed only after its reads and writes
+  have ended, and the files are closed only after all calls have ended.
+* No block is evicted while writes fail: a disk that becomes read-only keeps its blocks.
 * An error of the disk is a decline or a miss. One error of each kind is logged per minute. A block
   that cannot be read is removed, so that it can be stored again.
 """
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Space beside slots and records: the lock file, the page of geometry, and the unused part of the
+# Bytes besides slots and records: the lock file, the page of geometry, and the unused part of the
 # last page of records.
 _FIXED_NBYTES = 3 * PAGE
 _NO_SLOT_WRITABLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # errors that do not depend on a slot
@@ -67,19 +67,21 @@ class DiskTier(Tier):
         block_nbytes: bytes of the largest value; larger ones are declined.
         path: a directory for this tier alone, created if it does not exist. ``~`` and ``$NAME`` in
             it are expanded.
-        capacity: bytes of disk to allocate. With less than before a restart the tier keeps the
-            blocks that fit; with another ``block_nbytes`` it starts empty.
+        capacity: bytes of disk to allocate. After a restart with a smaller capacity the tier keeps
+            the blocks that fit; with another ``block_nbytes`` it starts empty.
         eviction: the eviction policy: a shipped one by name, or a class path.
-        threads: reads and writes at the same time, of all calls together.
+        threads: the most reads and writes at the same time, of all calls together.
         replica: the replica on this host that uses the tier. Each replica has its own directory
             below ``path``, and an equal share of ``capacity``.
         clock: the current time in seconds, for the eviction policy and the rate of log messages.
 
     Attributes:
         close_timeout_s: how long ``close`` waits for calls in progress.
-        directory, index, records, pool, bounce_buffers: the open files, the state of the slots, the
-            records, the threads, and buffers for memory that direct I/O cannot use; for tests and
-            tools.
+        directory: the open files; this and the next ones are for tests and tools.
+        index: the state of the slots.
+        records: the records.
+        pool: the threads.
+        bounce_buffers: buffers for memory that direct I/O cannot use.
 
     Raises:
         ValueError: ``path`` cannot be used or is in use, the file system has no room, or
@@ -167,7 +169,7 @@ class DiskTier(Tier):
         self._generation = 1  # of the next block
         for record in sorted(self.records):  # the oldest first
             if older := newest.pop(record.key, None):
-                self.records.clear(older.slot)  # or a restart finds it once the newer is evicted
+                self.records.clear(older.slot)  # else a restart finds it after the newer is evicted
             newest[record.key] = record
             self._nbytes[record.slot] = record.nbytes
             self._generation = record.generation + 1
@@ -258,7 +260,7 @@ class DiskTier(Tier):
             return self.contains(keys)
 
     def _can_write(self, blocks: int) -> bool:
-        """Whether blocks may be evicted to store ``blocks`` others: not while writes fail.
+        """Whether the tier may evict to store ``blocks`` new blocks: not while writes fail.
 
         A small write shows whether the file system accepts writes, before any block is evicted. If
         a later write fails, the slot stays free, and is tried again until a write succeeds.
@@ -334,7 +336,7 @@ class DiskTier(Tier):
                 self._no_calls.notify_all()
 
     def _run_all(self, futures: list[Future[T]], calls: Sequence[Callable[[], T]]) -> None:
-        """Run ``calls`` in the pool and wait for all of them, also if this is interrupted.
+        """Run ``calls`` in the pool and wait until all have ended, even if interrupted.
 
         Appends a future for each call; a pool that is closed cancels it.
         """

@@ -13,22 +13,22 @@
         40    4056   zeros
       4096           payload, then zeros up to a multiple of 4 KiB
 
-The header takes a whole page, so the payload starts on a page and every frame is whole pages, as
-direct I/O requires. A tier that keeps whole pages would lose that page to a shorter header too; at
-2 MiB it is 0.2 %.
+The header takes a whole page, so that the payload starts on a page and every frame is whole pages,
+as direct I/O requires. In a tier that keeps whole pages, a shorter header would save nothing; for a
+block of 2 MiB the page is 0.2 %.
 
 With codec zstd, byte planes are separated: the payload has the first byte of every element, then
 the second, and so on; the last plane (the highest byte) is one zstd frame, the others are raw.
 
 Always true here:
 
-* A frame describes itself: how it is read depends on no option of the reader.
+* A frame describes itself: the reader needs no options.
 * A frame is verified before any of its bytes reaches a caller's buffer.
 * The size that zstd data claims is checked before memory is allocated for it.
 
-XXH3 runs at 14 times the speed of ``zlib.crc32``, the fastest 32-bit checksum of the standard
-library, on 2 MiB, and faster than the copy that it guards; hence the dependency on ``xxhash``. It
-finds damage and mistakes. It does not stop a forger.
+The checksum is XXH3 because on 2 MiB it is 14 times as fast as ``zlib.crc32``, the fastest 32-bit
+checksum of the standard library, and faster than the copy that it guards; hence the dependency on
+``xxhash``. It detects damage and mistakes, not forgery.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ MAX_CONCURRENT_CALLS: Final = 4
 
 @dataclass(slots=True)
 class FrameStats:
-    """What passed through the frames since the tier was opened.
+    """Counts of stored and loaded blocks since the tier was opened.
 
     ``rejected`` counts blocks by reason: ``length`` (cut or extended), ``magic``, ``version``,
     ``header`` (fields that no version writes), ``size`` (larger than the buffer), ``padding`` (not
@@ -46,10 +46,10 @@ class FrameStats:
     verified_blocks: int = 0
     stored_raw_blocks: int = 0
     stored_compressed_blocks: int = 0
-    stored_raw_nbytes: int = 0  # of the blocks that the inner tier stored
-    stored_frame_nbytes: int = 0  # of their frames
-    loaded_raw_nbytes: int = 0  # of the blocks that verified
-    loaded_frame_nbytes: int = 0  # of their frames
+    stored_raw_nbytes: int = 0  # raw bytes of the blocks that the inner tier stored
+    stored_frame_nbytes: int = 0  # bytes of these blocks' frames
+    loaded_raw_nbytes: int = 0  # raw bytes of the loaded blocks that verified
+    loaded_frame_nbytes: int = 0  # bytes of these blocks' frames
     rejected: Counter[str] = field(default_factory=Counter)
 
 
@@ -95,7 +95,7 @@ class Framed(Tier):
         self.codec = codec
         self._level = level if codec == "zstd" else None
         self._element_nbytes = element_nbytes
-        # A workspace is made when it is first needed; None is one that was not made yet.
+        # A workspace is created when it is first needed; None stands for one not created yet.
         self._workspaces: queue.LifoQueue[Workspace | None] = queue.LifoQueue()
         for _ in range(MAX_CONCURRENT_CALLS):
             self._workspaces.put(None)
@@ -192,7 +192,7 @@ class Framed(Tier):
 
     @contextmanager
     def _workspace(self) -> Iterator[Workspace]:
-        """Lend a workspace to this call alone; wait while all of them are in use."""
+        """Lend a workspace to this call alone; wait while all are in use."""
         workspace = self._workspaces.get()
         try:
             if workspace is None:

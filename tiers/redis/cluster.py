@@ -1,10 +1,10 @@
-"""A Redis cluster: the nodes, and which of them has which slot.
+"""A Redis cluster: its nodes, and the map of slots to nodes.
 
 Always true here:
 
 * No call waits for a node that failed within the last second.
-* The map of slots is fetched again, by one call at a time, while a node fails or an error says that
-  the map is out of date.
+* While a node fails, or after an error that shows an outdated map, one call at a time fetches the
+  map of slots again.
 * An address that a server returns is checked before it is used, and the number of nodes is bounded.
 """
 
@@ -33,7 +33,7 @@ SlotRange = tuple[int, int, Address]
 
 
 class Cluster:
-    """A group of servers of which each has some slots of keys.
+    """A group of servers; each has a part of the slots.
 
     Args:
         seed: the address of any node.
@@ -101,12 +101,12 @@ class Cluster:
                 return
             nodes = sorted(self.nodes.values(), key=lambda node: node.failing)
             addresses = [*(node.address for node in nodes), self._seed]
-            if self._last_refresh_failed:  # if all nodes hang, no time is left for the last address
+            if self._last_refresh_failed:  # if all nodes hang, the last address gets no time
                 addresses = [self._seed, *addresses]
             self._last_refresh_failed = True
             for address in dict.fromkeys(addresses):
                 try:
-                    # Half of the remaining time: if this node hangs, another one can be asked.
+                    # Half of the remaining time: leaves time for another node if this one hangs.
                     ranges = fetch_slot_ranges(self._connector, address, half_deadline(deadline))
                     self._replace_map(ranges)
                 except (OSError, ConnectionRejectedError, ProtocolError) as error:

@@ -6,11 +6,11 @@ Always true here:
   :class:`ProtocolError`, and the connection is not used again.
 * A payload is sent from the caller's memory and received into it. Only the few bytes that arrive
   together with the first line of a reply are copied.
-* At most two commands are sent and not answered, or as many as fit in ``WINDOW_NBYTES``. This keeps
-  a server busy, without filling its memory with replies or exceeding a CPU's cache.
+* At most two commands, or as many as fit in ``WINDOW_NBYTES``, wait for a reply. This keeps a
+  server busy, without filling its memory with replies or exceeding a CPU's cache.
 * No wait exceeds the deadline, a time of ``time.monotonic()``.
 * The bytes of a reply and the depth of its lists are limited while it is read.
-* Text of a server gets into messages through :meth:`RespConnection.printable` only.
+* Messages contain a server's text only as :meth:`RespConnection.printable` returns it.
 """
 
 from __future__ import annotations

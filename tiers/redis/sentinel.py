@@ -2,11 +2,11 @@
 
 Always true here:
 
-* The Sentinels are asked before the first call, and again after a failure, a ``READONLY`` or a
-  connection that the server closed: by one call at a time, and at most once a second.
+* The tier asks the Sentinels before the first call, and again after a failure, a ``READONLY`` or a
+  connection that the server closed; one call at a time does so, at most once a second.
 * redis-py chooses the master from the Sentinels' answers. The answers come over
   :class:`RespConnection`, so the deadline of the call and the limits of a reply apply.
-* After another server became the master, no connection to the old one is used again.
+* After a failover, no connection to the old master is used again.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class SentinelMaster:
 
 
 class _SentinelQuery:
-    """The question to one Sentinel, with the method that redis-py calls."""
+    """A query to one Sentinel, with the method that redis-py calls."""
 
     def __init__(self, address: Address, connector: Connector, deadline: float) -> None:
         self.address = address

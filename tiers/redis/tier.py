@@ -9,9 +9,9 @@ All engines that reach the servers share the blocks. The keys in the server::
 Always true here:
 
 * A block is one key with one value, written by one ``SET ... NX``. So no block is stored in part,
-  and if several engines write the same block, the first one does.
-* A call ends within ``timeout_s``, whatever it waits for: name resolution, a connection, the login,
-  a reply. No buffer is used after that.
+  and if several engines write the same block, only the first write has an effect.
+* A call ends within ``timeout_s``, including name resolution, connecting, login and replies. No
+  buffer is used after that.
 * A server's error for one key is a miss or a decline of that key, and is logged once for each code.
   A call without any answer raises ConnectionError.
 """
@@ -183,7 +183,7 @@ class RedisTier(Tier):
         bind_to_process(self)
 
     def _check_server(self) -> None:
-        """Raise ValueError if the server rejects the tier, or is of another kind than ``url``."""
+        """Raise ValueError if the server rejects the tier, or is not of the kind in ``url``."""
         names = [b"kvcache:1:start:%d" % at for at in range(64)]  # keys of every node of a cluster
         replies = self._execute("EXISTS", names, [command(b"EXISTS", name) for name in names])
         for reply in replies:
@@ -194,7 +194,7 @@ class RedisTier(Tier):
                 )
 
     def _hint(self, error: ErrorReply) -> str:
-        """Return what to change if the server is of another kind than ``url`` says."""
+        """Return a remedy for the message if the server is not of the kind in ``url``."""
         if error.code == "MOVED":
             return "; if it is a cluster, set cluster = true"
         if "ERR unknown command" not in error.text:
