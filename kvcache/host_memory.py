@@ -1,4 +1,4 @@
-"""The memory that this process may use, the part of it that is free, and the files that say so.
+"""The memory that this process may use and the free part of it, with the files that report them.
 
 Always true: every result is the smallest of the host's number and those of the control groups, from
 the process's own group up to the mounted root (cgroup v2 and v1, also nested or in a cgroup
@@ -86,8 +86,8 @@ def _limited_groups(root: Path) -> Iterator[tuple[Path, _CgroupFiles, int]]:
             own_group = mount / PurePosixPath(path).relative_to(mounted)
         except ValueError:
             own_group = mount
-        # A host's path under a container's mount does not exist; its parents still lead up to the
-        # mount, which in that case is the process's own group.
+        # A host's path does not exist under a container's mount. Its parents lead to the mount,
+        # which is then the process's own group.
         for group in (own_group, *own_group.parents):
             text = _read(group / files.limit)
             if text.isdigit():  # "max": no limit

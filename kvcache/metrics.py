@@ -1,4 +1,4 @@
-"""Every metric: its name and unit, and which counters of a stack give its values.
+"""Every metric: its name and unit, and the counters of a stack that are its values.
 
 Always true here:
 
@@ -140,7 +140,7 @@ BUCKETS: Final = (
 
 # From counters to metric values
 
-# For each metric, its value by the value of its attribute; the key is "" for a metric without one.
+# The values of each metric, by the value of its attribute; "" for a metric without attributes.
 TierValues = Mapping[Metric, Mapping[str, int]]
 
 

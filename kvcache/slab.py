@@ -54,7 +54,7 @@ class SlabError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class SlabDescriptor:
-    """What another process on this host needs to attach. Picklable; it keeps no file open."""
+    """The data with which another process on this host attaches. Picklable; keeps no file open."""
 
     path: str
     name: str

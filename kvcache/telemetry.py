@@ -120,7 +120,7 @@ def start_linked(cause: Span | Context | None, name: str) -> Span:
 
     Args:
         cause: a span, which may have ended, or the context that has it; ``None`` is the current
-            context. A context without a span gives a span without a link.
+            context. If the context has no span, the new span has no link.
 
     Returns:
         ``INVALID_SPAN`` if the cause is not sampled.

@@ -39,7 +39,7 @@ class WorkerPool:
 
     Args:
         name: part of the threads' names.
-        threads: how many jobs run at once; with 0, every job is dropped.
+        threads: how many jobs run in parallel; with 0, every job is dropped.
 
     Raises:
         RuntimeError: when a thread cannot be started.

@@ -21,7 +21,9 @@ VARIABLES: Mapping[str, str] = {
     recorder.LIMIT_VARIABLE: "the largest size of that file",
     "KVCACHE_COMPILE": "`0` builds a wheel without compiled modules",
     "KVCACHE_TRACE": "for tests and benchmarks: the file of Mooncake's conversation trace",
-    "KVCACHE_BENCH_LMCACHE_PYTHON": "for benchmarks: the interpreter of an environment with LMCache",
+    "KVCACHE_BENCH_LMCACHE_PYTHON": (
+        "for benchmarks: the interpreter of an environment with LMCache"
+    ),
 }
 """Every variable of kvcache and its effect; docs/profiles.md has the same table."""
 

@@ -15,8 +15,8 @@ Chains = Iterable[tuple[Sequence[bytes], bytes | None]]
 """Segments of chains, oldest first: the keys and the parent of each."""
 
 Fallback = Callable[[Policy, BaseException, int, Chains, float], Policy]
-"""Returns the replacement, given the failed policy, its exception, the number of slots, the held
-segments and the time."""
+"""Returns the replacement. Its arguments are the failed policy, its exception, the number of slots,
+the held segments and the time."""
 
 
 def lru(failed: Policy, error: BaseException, slots: int, held: Chains, now: float) -> Policy:

@@ -38,7 +38,7 @@ class Channel:
         about: a JSON object that describes the namespace to people.
         deadline_s: how long a caller waits for one answer.
         blocks_per_call: the most blocks of one call.
-        calls: how many calls run at once.
+        calls: how many calls run in parallel.
         clock: the current time in seconds.
         breaker: the circuit breaker; ``None`` is one with the default settings.
     """

@@ -60,7 +60,7 @@ class LowerTier:
         about: a JSON object that describes the namespace to people.
         deadline_s: how long a caller waits for one answer.
         queue: bytes of blocks that may wait to be written; at most a quarter of L1.
-        calls: how many calls run at once.
+        calls: how many calls run in parallel.
         writes: which blocks are written: all that an engine stores, or (``"hot"``) those that are
             used a second time.
         if_slower: whether a request computes or loads blocks for which loading is predicted to take

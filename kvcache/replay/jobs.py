@@ -49,7 +49,7 @@ def cpu_count() -> int:
 def run(
     trace: Trace, jobs: Sequence[ReplayJob], processes: int, progress: Progress
 ) -> list[Outcome | Optimum]:
-    """Run ``jobs``, at most ``processes`` at once; with one process, in this process.
+    """Run ``jobs``, at most ``processes`` in parallel; with one process, in this process.
 
     Raises:
         JobError: as soon as a job fails; the remaining jobs are cancelled.

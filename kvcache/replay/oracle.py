@@ -1,4 +1,4 @@
-"""Perfect hints: what a client that knows the end of each session would report.
+"""Perfect hints: those of a client that knows the end of each session.
 
 Invariants: a hint never covers a block that a later request uses; the same trace, share and seed
 have the same hints.
@@ -21,8 +21,8 @@ def with_hints(trace: Trace, share: float, seed: int = 0) -> Trace:
 
     Args:
         trace: the requests.
-        share: of the session ends that get a hint, 0 to 1.
-        seed: selects which of them.
+        share: the share of session ends that get a hint, 0 to 1.
+        seed: selects these session ends.
     """
     following, never = next_uses(trace), len(trace)
     random = Random(seed)

@@ -7,9 +7,8 @@ Invariants:
 
 * The file holds times, lengths, and a short hash of each key. No prompt can be read from it, and no
   key that a tier would accept.
-* A recorded request only puts a tuple into a queue. A line that cannot be written, because the file
-  or the disk is full or too many lines wait, is left out. The log reports the first such line; a
-  request never fails.
+* To record a request only puts a tuple into a queue. If the file or the disk is full, or too many
+  lines wait, the line is left out. The first such line is logged; a request never fails.
 * The file ends with a whole line, and is never larger than its limit.
 """
 
@@ -54,7 +53,7 @@ class Recorder:
 
         Args:
             keys: its chain, from the first block, without a partial last block.
-            tokens: tokens of its prompt; ``None`` if unknown: as many as the blocks have.
+            tokens: tokens of its prompt; ``None`` if unknown: the tokens of the full blocks count.
         """
 
     def close(self) -> None:
@@ -203,7 +202,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def open_recorder(block_tokens: int, environ: Mapping[str, str] = os.environ) -> Recorder:
-    """Return the recorder that the environment asks for; ``NULL_RECORDER`` if it asks for none.
+    """Return the recorder that the environment configures, or ``NULL_RECORDER`` without one.
 
     Args:
         block_tokens: tokens of a block; 0 if unknown.

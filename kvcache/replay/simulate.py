@@ -1,6 +1,6 @@
 """Replays a trace with the calls of a live stack, on live indexes, for blocks without bytes.
 
-For each request, the calls that an engine's connector causes if the request is computed at once::
+For each request, the calls that an engine's connector makes if one step computes the request::
 
     lower tiers:  contains; blocks that continue L1's prefix are promoted, up to the first gap
     L1:           access(chain), then reserve and publish of the missing blocks; then the hint
@@ -32,7 +32,7 @@ PROGRESS_REQUESTS = 256
 
 @dataclass(frozen=True, slots=True)
 class TierOutcome:
-    """What one tier did, in blocks.
+    """The counts of one tier, in blocks.
 
     Attributes:
         capacity_blocks: blocks that the tier can hold.
@@ -60,7 +60,7 @@ class Outcome:
         policy: its name.
         tiers: one outcome for each tier, L1 first.
         requests: requests of the trace.
-        block_accesses: blocks that these looked up.
+        block_accesses: blocks that all requests looked up.
         prompt_tokens: tokens of all prompts.
         hit_tokens: prompt tokens in the blocks found.
         cpu_s: processor time of the indexes and the policy.
@@ -97,7 +97,7 @@ def replay(
         trace: the requests.
         policy: name or class path of the policy of every tier.
         capacities: blocks of each tier, L1 first.
-        progress: called now and then with the number of requests replayed since the last call.
+        progress: called from time to time with the number of requests replayed since its last call.
     """
     tiers = SimulatedTiers(policy_class(policy), capacities)
     chains = trace.keys()
@@ -131,7 +131,7 @@ class SimulatedTiers:
     Args:
         policy: makes the policy of a tier from its capacity.
         capacities: blocks of each tier, L1 first.
-        step_blocks: blocks that the engine stores in L1 at once; the default is a whole request.
+        step_blocks: blocks that the engine stores in L1 per step; the default is a whole request.
 
     Attributes:
         front: the index of L1.
@@ -156,7 +156,7 @@ class SimulatedTiers:
         self._reads = [0] * len(indexes)
 
     def request(self, chain: list[bytes], now: float) -> int:
-        """Serve a request: look ``chain`` up and store what is missing.
+        """Serve a request: look ``chain`` up and store the missing blocks.
 
         Returns:
             the number of leading blocks that were found in any tier.
@@ -213,7 +213,7 @@ class SimulatedTiers:
         return sources
 
     def outcomes(self) -> tuple[TierOutcome, ...]:
-        """Return what each tier did so far, L1 first."""
+        """Return the counts of each tier so far, L1 first."""
         return tuple(
             TierOutcome(
                 capacity_blocks=index.slots,

@@ -52,7 +52,7 @@ _EXAMPLE = '{"timestamp": 1200, "input_length": 1300, "hash_ids": [0, 7, 8]}'
 
 
 class TraceError(ValueError):
-    """A trace that cannot be used; the message has the line, its content, and what is allowed."""
+    """A trace is invalid; the message has the line, its content, and the allowed values."""
 
 
 class Request(NamedTuple):
@@ -79,7 +79,7 @@ class Trace:
         block_tokens: tokens of a block.
         times_s: when each request arrived, in seconds after the first.
         tokens: tokens of each prompt.
-        ends: where the blocks of each request start in ``blocks``, and where the last ones end.
+        ends: the start of each request's blocks in ``blocks``, and the end of the last ones.
         blocks: the blocks of all requests.
         distinct: number of distinct blocks.
         done: for each request, the first of its blocks that will not be used again; the number of

@@ -27,8 +27,8 @@ from kvcache.eviction.policy import Policy
 _INFINITE_WORTH = float("inf")
 
 Victim = tuple[float, Cohort, bool]
-"""The worth of a cohort, the cohort, and whether to evict its newest runs first, because worth
-rises with age there."""
+"""A cohort's worth, the cohort, and whether worth rises with age there: then its newest runs are
+evicted first."""
 
 
 class VictimRanking(Policy):
@@ -40,11 +40,10 @@ class VictimRanking(Policy):
         budget: how far the ranking may deviate from LRU.
 
     Attributes:
-        hazards: see above.
-        budget: see above.
+        hazards, budget: the arguments.
         current_epoch: the epoch of all blocks that are used or stored now.
         queues: cohorts that have runs to evict from, by class and octave.
-        octaves_in_use: no epoch has reached the octave of this number, or a later one, yet.
+        octaves_in_use: the number of octaves, from the first, that epochs have reached.
     """
 
     def __init__(self, capacity: int, hazards: Hazards, budget: LruBudget) -> None:
@@ -53,14 +52,14 @@ class VictimRanking(Policy):
         self.current_epoch = Epoch(0.0)
         self.queues = [[CohortQueue() for _ in range(OCTAVE_COUNT)] for _ in range(CLASS_COUNT)]
         self.octaves_in_use = 1
-        # Queues by the lowest worth that a block in them can have: that worth, whether worth rises
-        # with age there, class, octave, queue.
+        # Sorted: (lowest worth that a block in the queue can have, whether worth rises with age
+        # there, class, octave, queue).
         self._ranked_queues: list[tuple[float, bool, int, int, CohortQueue]] = []
-        # The part of `_ranked_queues` from this octave on: there are the blocks that LRU would not
-        # hold. -1: not computed.
+        # The part of `_ranked_queues` from `_late_octave` on: it has the blocks that LRU would not
+        # hold. With a `_late_octave` of -1 it is not computed.
         self._late_queues = self._ranked_queues
         self._late_octave = -1
-        # The cohorts found last, by `protect_recent`, and the highest worth of them.
+        # The cohorts found last, by `protect_recent`, and their highest worth.
         self._victims: dict[bool, Victim | None] = {}
         self._max_victim_worth = -1.0
         self._victims_stale = True  # search again before the next eviction
