@@ -46,9 +46,9 @@ class Index:
 
     Attributes:
         events: is notified when blocks become READY and when READY blocks are removed.
-        segments: all blocks; to read only.
-        pins: pin counts by slot; to read only.
-        policy: the policy in use; to read only.
+        segments: all blocks; to read only, as are the next two.
+        pins: pin counts by slot.
+        policy: the policy in use.
         admission: whether the policy may decline blocks that are not worth a slot.
         slots: how many slots are open.
         lookup_blocks, hit_blocks, ...: counts, as in ``kvcache.TierStats``.

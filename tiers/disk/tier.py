@@ -78,9 +78,7 @@ class DiskTier(Tier):
     Attributes:
         close_timeout_s: how long ``close`` waits for calls in progress.
         directory: the open files; this and the next ones are for tests and tools.
-        index: the state of the slots.
-        records: the records.
-        pool: the threads.
+        index, records, pool: the state of the slots, the records, and the threads.
         bounce_buffers: buffers for memory that direct I/O cannot use.
 
     Raises:
