@@ -1,18 +1,18 @@
 """Copies between an engine's blocks and leased slots, from their start to the last rank's ack.
 
-A connector for any engine keeps these books, in the process of the engine's scheduler. A *job* is
-one copy, a load or a store, of which every rank makes the part of its own shard. An *ack* is a
-rank's report that its part has ended, well or not.
+A connector for any engine uses this module in the process of the engine's scheduler. A *job* is one
+copy, a load or a store; each rank copies its own shard. An *ack* is a rank's report that its part
+has succeeded or failed.
 
 Invariants:
 
 1. The lease of a job ends once, when every rank has acknowledged the job. If one rank failed, the
    job failed: the blocks of a load are dropped, those of a store are not published, and the request
    offers its blocks again.
-2. When a load fails, every store under way fails, also one that the same acks end: it may have
-   read what was computed from blocks that the load did not write.
-3. A request may end at any time. Its jobs go on until their last ack, so no slot is reused while a
-   rank may still copy it.
+2. When a load fails, every store in progress fails, also one that the same acks end: it may have
+   read blocks computed from blocks that the load did not write.
+3. A request may end at any time. Its jobs continue until their last ack, so no slot is reused while
+   a rank may still copy it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _NO_SECONDS: Mapping[int, float] = MappingProxyType({})
 
 @dataclass(slots=True, eq=False)
 class AdmittedRequest(Generic[R]):
-    """A request to which the engine has given blocks.
+    """A request that has blocks of the engine.
 
     Attributes:
         request: the engine's own object.
         blocks: the engine's numbers of its blocks, in the order of its tokens.
         offered: leading blocks that were offered to the stack.
-        first_suspect: position of its first suspect block (`SuspectBlocks`), from which on it
-            stores nothing; ``None`` if there is none.
+        first_suspect: position of its first suspect block (`SuspectBlocks`): it stores no block
+            from there on; ``None`` if there is none.
         examined: whether the blocks that the request did not compute were checked for suspects.
     """
 
@@ -78,7 +78,7 @@ class Job(Generic[R]):
 
 
 class Jobs(Generic[R]):
-    """The jobs under way. Each is copied by ``ranks`` ranks."""
+    """The jobs in progress. Each is copied by ``ranks`` ranks."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
@@ -131,7 +131,7 @@ class Jobs(Generic[R]):
         return job
 
     def fail_stores(self) -> None:
-        """Fail every store under way: blocks that it may depend on were not loaded."""
+        """Fail every store in progress: blocks that it may depend on were not loaded."""
         for job in self._jobs.values():
             job.failed |= job.operation == "store"
 
@@ -146,7 +146,7 @@ class Jobs(Generic[R]):
         Args:
             acks: by number of the job, how many ranks acknowledge it now.
             failed: numbers of the jobs that failed on one of them.
-            seconds: by number of the job, what its copy took on the slowest of them.
+            seconds: by number of the job, the duration of its copy on the slowest rank.
 
         Returns:
             the jobs that ended.

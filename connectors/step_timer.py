@@ -1,7 +1,7 @@
-"""How long an engine computes the blocks of prompts: `Stack.observe_compute` is fed with it.
+"""Measures how long an engine computes blocks of prompts, for `Stack.observe_compute`.
 
-A step lasts from when it was built, or from when the one before it ended if that was later, until
-it has ended. An engine may build a step before the one before it has ended.
+A step begins when it is built, or when the step before it ends if that is later, and lasts until it
+has ended. An engine may build a step before the previous one has ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class StepTime(NamedTuple):
-    """What `Stack.observe_compute` takes: blocks computed, seconds, and mean depth in blocks."""
+    """Arguments of `Stack.observe_compute`: computed blocks, seconds, mean depth in blocks."""
 
     blocks: float
     seconds: float
@@ -37,7 +37,7 @@ class StepTimer:
         Args:
             step: its number; numbers rise.
             prefills: of each prompt that it computes, the tokens before and the tokens computed.
-                Empty if the step also waits for something else, such as a load.
+                Empty if the step also waits for other work, such as a load.
         """
         tokens = sum(count for _, count in prefills)
         context = sum(count * (before + count / 2) for before, count in prefills)

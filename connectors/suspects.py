@@ -1,9 +1,9 @@
-"""Suspect blocks: after a failed load or a reset they may not hold what their keys say.
+"""Suspect blocks: after a failed load or a reset, their bytes may not match their keys.
 
-An engine that has a prefix cache of its own, or that builds a step before the one before it is
-reported, needs these books beside its jobs. It learns of a failed load with the report of that
-step. By then it may have run the next step on the blocks that the load did not write, and other
-requests may have found them in its prefix cache.
+An engine needs this module besides its jobs if it has its own prefix cache, or builds a step before
+the previous one is reported. It learns of a failed load only from the report of that step. By then
+it may have run the next step on the blocks that the load did not write, and other requests may have
+found them in its prefix cache.
 
 Invariants:
 
@@ -65,7 +65,7 @@ class SuspectBlocks:
     def load_failed(
         self, blocks: Collection[int], requests: Iterable[AdmittedRequest[Any]]
     ) -> None:
-        """Make ``blocks``, which a load did not write, and all that depends on them suspect."""
+        """Make ``blocks``, which a load did not write, and their dependents suspect."""
         dependent = set(blocks)
         affected = [*requests, *(ended for _, ended in self._ended)]
         grew = True

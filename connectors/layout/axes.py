@@ -9,8 +9,8 @@ A layout has one word for each axis of each tensor of a layer, in the order of t
 
 Invariants:
 
-* A layout follows from shapes. Strides only say where an axis lies in memory, so tensors that
-  differ in strides alone have the same layout.
+* A layout follows from shapes. Strides only place an axis in memory, so tensors that differ only in
+  strides have the same layout.
 * Tensors that match no layout, or several, are refused with a description of the tensors and of
   the layouts. A layout is never guessed.
 """

@@ -223,9 +223,9 @@ class TrialSize:
     scratch_nbytes: int = 2 * MIN_RUNS * RUN_SIZES[-1]
     """Bytes on each side, twice what a copy needs: the other half must stay unchanged."""
     runs: int = 512
-    """The most runs of a copy: so many that the cost of a call does not hide the cost of a run."""
+    """The most runs of a copy: enough that the cost of a call does not hide the cost of a run."""
     rounds: int = 5
-    """Their median counts, so that the first one may compile a kernel."""
+    """The trial uses their median, so the first one may compile a kernel."""
 
 
 FULL_TRIAL: Final = TrialSize()
@@ -267,7 +267,7 @@ class TrialScratch(Protocol):
         """As `PinnedRanges.batch`."""
 
     def seconds(self, work: Callable[[], None]) -> float:
-        """Call `work` and return how long the device took for what it queued."""
+        """Call `work`, and return how long the device took for the work that it queued."""
 
 
 class _BackendError(Exception):

@@ -7,13 +7,13 @@ runs, one after another.
 * `gather` copies pages into slots: a store. `scatter` copies slots into pages: a load.
 * Work that the engine begins after an awaited `scatter` sees the loaded pages. For a layer that
   the engine has announced, this holds only after its call of `wait_for_layer`.
-* `fence` holds the engine's later work back until no copy uses the blocks that it will overwrite.
+* `fence` makes the engine's later work wait until no copy uses the blocks that it will overwrite.
 * `pin_slots` pins memory of the slab, where a device copies faster from pinned memory.
 
 Invariants of every copier:
 
 - Only whole pages are copied. Nothing outside them is read or written.
-- A call that is refused for its arguments has copied nothing. After an exception no part of the
+- A call with invalid arguments copies nothing. After an exception no part of the
   copy is in flight.
 - After `close` returns no copy runs and none can begin, so the memory may be unmapped.
 """
@@ -111,14 +111,14 @@ class PageCopier(ABC):
             return self._scatter(sources, targets, awaited, announced)
 
     def wait_for_layer(self, layer: int | None = None) -> None:
-        """Hold the engine back until the awaited pages of `layer` are loaded; None: of all layers.
+        """Make the engine wait until the awaited pages of `layer` are loaded; None: of all layers.
 
         Any thread of the engine may call this. A thread that computes on a stream of its own must.
         """
         return  # nothing to wait for, if copies are done when a call returns
 
     def fence(self, blocks: Collection[int]) -> None:
-        """Hold the engine back until no copy uses `blocks`, which it is about to overwrite."""
+        """Make the engine wait until no copy uses `blocks`, which it is about to overwrite."""
         return  # nothing to wait for, if copies are done when a call returns
 
     def pin_slots(self, slots: int) -> None:

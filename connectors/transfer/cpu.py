@@ -133,7 +133,7 @@ def _sorted_by_source(
 
 
 def compile_kernels() -> None:
-    """Compile what a copy without transposes needs, so that no request waits for it."""
+    """Compile the functions of a copy without transposes, so that no request waits for them."""
     compile_copy_share(frozenset())
 
 

@@ -216,7 +216,7 @@ def compile_transpose(widths: frozenset[int]) -> Callable[..., None]:
     def transpose_run(
         target: int, source: int, transpose: Any, scratch: Any, next_source: int
     ) -> None:
-        """Copy one run as the row `transpose` of the table of transposes says.
+        """Copy one run as described by the row `transpose` of the table of transposes.
 
         Its columns are: bytes of a cell, rows and columns of the source, bytes from row to row
         and from column to column in the source, and the same two in the target.

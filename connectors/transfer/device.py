@@ -14,7 +14,7 @@ Invariants:
 * Work that the engine queues after an awaited `scatter` begins when the pages are loaded. Announced
   layers are the exception: their pages are loaded for work that the engine queues after
   `wait_for_layer` of that layer, `gather` or `fence`.
-* A `scatter` that is not awaited delays no awaited one.
+* A `scatter` that is not awaited never delays an awaited one.
 * Nothing writes a page while a store reads it. Loads wait for the store. So does the engine, if it
   passes the blocks that it will overwrite to `fence`.
 * No slot is used after its copy is done, also when a call raises.
@@ -40,8 +40,8 @@ MIN_CALL_NBYTES: Final = 8 << 20
 PCIe, several times what starting the call takes."""
 
 MAX_CALLS: Final = 8
-"""The most calls of one load. Of a large load the forward pass then waits for one eighth before it
-begins; halving that would double the calls."""
+"""The most calls of one load. With a large load, the forward pass then waits for one eighth of it
+before it begins; halving that would double the calls."""
 
 CopyArguments = tuple[Integers, Integers, Integers]
 """Target addresses, source addresses and byte counts, as `CopyStream.copy` takes them."""

@@ -1,16 +1,16 @@
 """LoRA adapters: the digest of an adapter's files goes into the keys of its requests' blocks.
 
-vLLM's hashes have an adapter's name and path, and its files may be replaced under both. Workers
+vLLM's hashes cover an adapter's name and path, but not its files, which may change. Workers
 read the files when they first need the adapter, and again after they dropped it, at times that the
 scheduler does not know.
 
 Invariants:
 
-1. Blocks of an adapter are kept if its files are older than this engine: whenever a worker read
-   them, it read what the digest covers.
-2. If the files, or a link on the way to them, are younger, or change, nothing of that adapter is
-   found or kept until the engine is restarted. One warning is logged. What a step has stored is
-   published after the files were checked again.
+1. Blocks of an adapter are kept if its files are older than this engine: every worker then read the
+   files that the digest covers.
+2. If the files, or a link to them, are younger or change, no block of that adapter is found or kept
+   until the engine is restarted, and one warning is logged. The blocks that a step stored are
+   published only after another check of the files.
 3. A snapshot of a Hugging Face cache is identified by its commit, however young it is.
 """
 
@@ -120,7 +120,7 @@ class Adapters:
         """Whether the files of an adapter in use have changed.
 
         Call it when a step has ended, before its stores are published. ``done`` is whether no store
-        is under way.
+        is in progress.
         """
         changed = False
         for name in self._used:
@@ -179,7 +179,7 @@ def _name(lora: LoRARequest) -> _Name:
 
 
 def _stamp(files: Iterable[Path], links: Iterable[Path]) -> _Stamp:
-    """Return values of which one changes when a file is replaced or written."""
+    """Return values; at least one of them changes when a file is replaced or written."""
     found = [*(file.stat() for file in files), *(link.lstat() for link in links)]
     return tuple(
         (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns)

@@ -53,8 +53,8 @@ def host_name() -> str:
 def replica_of(parallel: ParallelConfig) -> Replica:
     """Return which of the replicas that one command started on this host an engine is.
 
-    vLLM replaces the parallel config of a dense model's replica by that of an engine alone. It
-    leaves the rank on the host and the number of all replicas, which may be on several hosts.
+    vLLM replaces the parallel config of a dense model's replica by that of a single engine. It
+    keeps the rank on the host and the number of all replicas, which may be on several hosts.
     """
     if getattr(parallel, "data_parallel_external_lb", False):
         return ALONE  # each was started by a command of its own, with an environment of its own
@@ -67,7 +67,7 @@ def replica_of(parallel: ParallelConfig) -> Replica:
 
 
 def recomputes_failed_loads(vllm_config: VllmConfig) -> bool:
-    """Whether this vLLM computes blocks correctly again that could not be loaded.
+    """Whether this vLLM correctly recomputes blocks that could not be loaded.
 
     With async scheduling it keeps the placeholders of tokens that were computed from those blocks,
     and its second model runner continues at the old position (vLLM 0.25 to 0.33 at least).

@@ -1,4 +1,4 @@
-"""KV events: which blocks the tiers hold, for routers that send a request where its prefix is.
+"""KV events: which blocks the tiers hold, for routers that send requests by prefix.
 
 ::
 
@@ -9,11 +9,11 @@
 
 Invariants:
 
-1. An event describes itself: every stored block has its tokens, its parent block, and what else
-   its hash covers. A block that was never described is not announced.
-2. A block is announced once, and its removal only after that. What is announced of L1 is what L1
-   holds. What is announced of a lower tier is what that tier was seen to hold: what it evicts by
-   itself is removed when a request asks for that block and the tier misses it.
+1. An event describes itself: every stored block has its tokens, its parent block, and the extra
+   keys of its hash. A block that was never described is not announced.
+2. A block is announced once, and its removal only after that. The announced blocks of L1 are those
+   that L1 holds. A block of a lower tier is announced when the stack stores it or finds it there.
+   If the tier evicts the block by itself, its removal is announced when a request misses it.
 3. Tables are bounded: by the slots of L1, and for each lower tier by ``MOST_ANNOUNCED`` blocks.
    Beyond that, the blocks that were seen longest ago are removed.
 4. With events off, nothing is recorded, and a request costs one empty call.
@@ -83,14 +83,14 @@ def events_of(vllm_config: VllmConfig, group: CacheGroup, stack: Stack) -> Event
 
 @dataclass(frozen=True, slots=True)
 class _BlockDescription:
-    """What an event has of a block.
+    """The fields of a block in an event.
 
     Attributes:
         hash: vLLM's, of the block.
         parent_hash: vLLM's, of the block before; ``None`` for the first block of a chain.
         parent: key of the block before.
         lora: id and name of the adapter.
-        extra: what else the hash covers.
+        extra: extra keys of the hash.
     """
 
     hash: bytes
@@ -248,6 +248,6 @@ class StackEvents(EventSource):
             )
 
     def _event(self, name: str, **fields: object) -> KVCacheEvent:
-        """Return an event with those of its fields that this vLLM has."""
+        """Return an event with the fields that this vLLM supports."""
         kind = getattr(self._kv_events, name)
         return kind(**{name: fields[name] for name in kind.__struct_fields__ if name in fields})

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
-    """A KV cache group of which blocks are kept.
+    """A KV cache group with blocks that kvcache keeps.
 
     Attributes:
         index: its place among vLLM's groups, and in every sequence by group.
@@ -40,12 +40,12 @@ class CacheGroup:
         return by_group[self.index]
 
     def complete_blocks(self, tokens: int, hashes: int) -> int:
-        """Return how many blocks ``tokens`` complete, of those that vLLM's ``hashes`` cover."""
+        """Return how many blocks ``tokens`` tokens complete; at most those in ``hashes``."""
         by_tokens, by_hashes = tokens // self.block_tokens, hashes // self.hashes_per_block
         return min(by_hashes, by_tokens)  # faster than min()
 
     def hashes(self, block_hashes: list[bytes], first: int, end: int) -> list[bytes]:
-        """Return the hashes of blocks ``first`` to ``end``: of each the last one that it spans."""
+        """Return the hashes of blocks ``first`` to ``end``: the last hash that each block spans."""
         per = self.hashes_per_block
         return block_hashes[first * per + per - 1 : end * per : per]
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def shard_offsets(shards: Mapping[Rank, Shard], ranks: int) -> dict[Rank, int]:
-    """Return by rank where its shard begins in a slot, in bytes.
+    """Return the offset of each rank's shard within a slot, in bytes.
 
     Raises:
         RuntimeError: if one of ``ranks`` is missing, or is on another host.

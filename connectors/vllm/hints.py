@@ -1,4 +1,4 @@
-"""Hints: what a caller knows of the future of a conversation, sent with a request::
+"""Hints: a caller's advice about the future of a conversation, sent with a request::
 
     "kv_transfer_params": {"kvcache": {"done": true}}
 

@@ -1,10 +1,11 @@
-"""Identity: what must be equal in two engines before one finds the other's blocks.
+"""Identity: the fields that two engines must share before one finds the other's blocks.
 
-1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers all
-   else that changes the bytes of a block: the weights that were loaded, the configuration, data
-   types, attention, layout, ranks. docs/vllm.md lists it, and what is left out with the reasons.
-2. It depends on what was loaded and not on where that was: the same files at another path, or on
-   another host, are the same model.
+1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers
+   everything else that changes the bytes of a block: the loaded weights, the configuration, data
+   types, attention, layout, ranks. docs/vllm.md lists its parts, and the settings that it leaves
+   out with the reasons.
+2. It depends on the loaded files, not on their place: the same files at another path, or on another
+   host, are the same model.
 3. Weights that cannot be identified are shared with no other process: the namespace then has a
    random part.
 """
@@ -34,7 +35,7 @@ SCHEMA: Final = 2  # version of a block's bytes; a new version is a new namespac
 UNSHARED: Final = "not shared"  # the field with the reason why the weights are not identified
 
 _STARTING_S = 0.1
-"""The least time from a process's start until it loads weights. The kernel counts a process's age
+"""The minimum time from a process's start until it loads weights. The kernel counts a process's age
 in hundredths of a second, and an engine may start right after the files were written."""
 
 _LOADERS = "vllm.model_executor.model_loader."

@@ -32,9 +32,9 @@ class Shard(KVConnectorHandshakeMetadata):
     Attributes:
         nbytes: of the part.
         host: which host the worker is on (`host_name`).
-        format_id: how this device's attention lays the bytes out.
+        format_id: the order in which this device's attention stores the bytes.
         element_nbytes: bytes of a number.
-        async_copies: whether copies go on beside the engine's steps.
+        async_copies: whether copies run in parallel to the engine's steps.
     """
 
     nbytes: int
@@ -110,7 +110,7 @@ class Acks(KVConnectorWorkerMetadata):
         ranks: by job, how many ranks acknowledge it.
         failed: jobs that failed on one of these ranks.
         step: number of the step that has ended; 0 if none. A job may end in a later step.
-        seconds: by job, what the copies took on the slowest rank.
+        seconds: by job, the duration of the copies on the slowest rank.
     """
 
     ranks: dict[int, int] = field(default_factory=dict)

@@ -8,11 +8,11 @@
 
 Invariants:
 
-1. A report has what was counted since the one before it: the sum of the reports is the count. A
+1. A report has the counts since the previous report: the sum of the reports is the total. A
    gauge has its value at the time of the report.
 2. A report is ``{metric's name: {(tier, type, the metric's own attribute): number, or seconds of
    each call}}``, of plain types.
-3. Names begin with ``vllm:``, as those of vLLM's own connectors do. vLLM unregisters metrics by
+3. Names begin with ``vllm:``, like those of vLLM's own connectors. vLLM unregisters metrics by
    that prefix when a process constructs a second engine.
 """
 
@@ -66,7 +66,7 @@ def labels_of(metric: Metric) -> list[str]:
 
 
 class Stats(KVConnectorStats):
-    """What was counted in some time; ``data`` is as in invariant 2."""
+    """The counts of an interval; ``data`` is as in invariant 2."""
 
     def add(self, metric: Metric, labels: tuple[str, ...], value: Any) -> None:
         """Add ``value``: a number, or a list of seconds for a histogram."""

@@ -1,8 +1,9 @@
-"""Pending loads: blocks that the connector has reported to vLLM as hits, and vLLM not yet taken.
+"""Pending loads: hits that the connector reported to vLLM and that vLLM has not used yet.
 
 Invariants:
 
-1. The blocks of a pending load are pinned in L1 until vLLM takes it, or it is cancelled.
+1. The blocks of a pending load are pinned in L1 until vLLM admits its request, or the load is
+   cancelled.
 2. A load that would delay the step of other requests is async: vLLM schedules its request when the
    load has ended. Copies that are made within the step are never async: they would delay a later
    step as much.
@@ -22,7 +23,7 @@ LONG_LOAD_S: Final = 0.005  # a step of a large model takes about 20 ms
 
 @dataclass(frozen=True, slots=True)
 class PendingLoad:
-    """The blocks of ``lease``, of which the first is block ``start`` of the request."""
+    """The blocks of ``lease``; the first one is block ``start`` of the request."""
 
     start: int
     lease: Lease
@@ -33,7 +34,7 @@ class PendingLoads:
     """The pending loads, by request id, and the requests that wait for an async load.
 
     Args:
-        async_copies: whether the workers copy beside the engine's steps.
+        async_copies: whether the workers copy in parallel to the engine's steps.
         long_load_s: a load that is expected to take longer is async, if other requests run.
     """
 
@@ -52,7 +53,7 @@ class PendingLoads:
 
     @property
     def waiting(self) -> Collection[str]:
-        """Ids of the requests that wait for an async load which vLLM has taken."""
+        """Ids of the requests that vLLM admitted and that wait for their async load."""
         return self._waiting
 
     def blocks(self, request_id: str, start: int) -> int | None:
@@ -61,12 +62,12 @@ class PendingLoads:
         return len(load.lease) if load is not None and load.start == start else None
 
     def add(self, request_id: str, start: int, lease: Lease, *, others: bool) -> None:
-        """Add what ``lease`` pinned; ``others`` is whether other requests run."""
+        """Add the blocks that ``lease`` pinned; ``others`` is whether other requests run."""
         is_async = self.prefers_async(len(lease), others=others)
         self._loads[request_id] = PendingLoad(start, lease, is_async)
 
     def prefers_async(self, blocks: int, *, others: bool) -> bool:
-        """Whether a load of so many blocks would be async."""
+        """Whether a load of this many blocks would be async."""
         if not self._async_copies or not others:
             return False
         return (self._latency.optimistic(blocks) or 0.0) > self._long_load_s
@@ -91,12 +92,12 @@ class PendingLoads:
         return waited
 
     def cancel(self, request_id: str) -> None:
-        """End the lease of a pending load that vLLM does not take, and any wait."""
+        """End the lease of a pending load that vLLM does not use, and any wait."""
         self._waiting.discard(request_id)
         load = self._loads.pop(request_id, None)
         if load is not None:
             load.lease.end()
 
     def observe(self, blocks: int, seconds: float) -> None:
-        """Learn that a load of so many blocks took so long."""
+        """Observe the duration of a load, to predict that of later ones."""
         self._latency.observe(blocks, seconds)

@@ -1,8 +1,9 @@
-"""The engines that kvcache is turned off for, each with its reason.
+"""The engines for which kvcache is turned off, each with its reason.
 
-Both sides of the connector ask. The scheduler's side has the config as the engine core changed it
-after it had started the workers. A worker's side has the config as its own process changed it while
-it built the model, and the cache spec of every layer, where the scheduler has one for the group.
+Both sides of the connector call this module. The scheduler's side has the config that the engine
+core changed after it started the workers. A worker's side has the config that its own process
+changed while it built the model, and the cache spec of every layer; the scheduler has one spec for
+the group.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _resume_refusal(vllm_config: VllmConfig) -> str | None:
     """Return why this engine cannot start in the middle of a prompt.
 
     vLLM then clears ``enable_prefix_caching`` itself. A user may clear it for any model, so the
-    flag alone does not show which. Other settings show vLLM's own decision:
+    flag alone does not show the reason. Other settings show vLLM's own decision:
 
     * ``is_prefix_caching_supported`` is false for pooling over the whole prompt and for models with
       an encoder;
@@ -77,7 +78,7 @@ def _parallel_refusal(vllm_config: VllmConfig) -> str | None:
 
 
 def _match_unit_refusal(vllm_config: VllmConfig, block_tokens: int) -> str | None:
-    """Return why hits that end inside a block cannot be had together with asynchronous copies.
+    """Return why hits that end inside a block exclude asynchronous copies.
 
     vLLM's second model runner copies such a block into a new one before it calls the connector. A
     store of an earlier step may still read that new block, and the connector cannot delay vLLM's

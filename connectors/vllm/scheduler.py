@@ -2,18 +2,18 @@
 
 Invariants:
 
-1. The connector answers vLLM with blocks that are pinned in L1, and no others. Their lease is a
+1. The connector reports to vLLM only blocks that are pinned in L1. Their lease is a
    *pending load* until vLLM admits the request (then it is the lease of a job), asks for another
    start, or finishes the request.
 2. A hit that is loaded within the step leaves at least one token to compute. An async load may
    cover the whole prompt: vLLM then recomputes its last token.
 3. Every complete block of an admitted request is offered to the stack once its KV is computed:
    blocks of prompt and answer, and those that vLLM found in its own prefix cache.
-4. What depends on a block that was not loaded is not published, however late vLLM reports the
-   failure (`connectors/jobs.py`, `connectors/suspects.py`).
+4. No block that depends on a failed load is published, even if vLLM reports the failure late
+   (`connectors/jobs.py`, `connectors/suspects.py`).
 5. A load that would delay the step of other requests is async: vLLM schedules its request when the
    load has ended. Copies that are made within the step are never async.
-6. After `reset`, nothing that was computed before it is found or published.
+6. After `reset`, no block that was computed before it is found or published.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class SchedulerSide:
     Attributes:
         refusal: why this engine keeps and finds no blocks; ``None`` if it does.
         stack: ``None`` until `open`, and where the engine is refused.
-        pending_loads: what vLLM knows as hits and has not loaded yet.
-        events: what vLLM publishes of the stack as KV events.
+        pending_loads: hits that were reported to vLLM and are not loaded yet.
+        events: the stack's KV events, which vLLM publishes.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SchedulerSide:
         bind_to_process(self)
 
     def _refuse(self, reason: str) -> None:
-        """Keep and find nothing for as long as this engine runs."""
+        """Keep and find no block until this engine ends."""
         self.refusal = reason
         log.warning("kvcache: connector: off (%s); no block is kept or found", reason)
 
@@ -151,7 +151,7 @@ class SchedulerSide:
     # Before vLLM admits a request
 
     def add_request(self, request: Request) -> None:
-        """Start to promote what lower tiers have of a request that waits in vLLM's queue."""
+        """Start to promote the blocks in lower tiers for a request that waits in vLLM's queue."""
         if self.stack is None or request.skip_reading_prefix_cache:
             return
         self._spans.start(request)
@@ -204,7 +204,7 @@ class SchedulerSide:
         Args:
             request: the request.
             block_ids: all that it has, by KV cache group.
-            tokens: those of its pending load that vLLM takes.
+            tokens: the tokens of its pending load that vLLM uses.
         """
         if self.stack is None:
             return
@@ -330,7 +330,7 @@ class SchedulerSide:
 
     @property
     def copying(self) -> bool:
-        """Whether a job is under way: vLLM has to step until it has ended."""
+        """Whether a job is in progress: vLLM has to step until it has ended."""
         return bool(self._jobs)
 
     def fail_loads(self, blocks: Collection[int]) -> None:
@@ -356,7 +356,7 @@ class SchedulerSide:
 
     @property
     def requests(self) -> set[str]:
-        """Ids of the requests that something is kept for, apart from spans and jobs."""
+        """Ids of the requests in any table, apart from those of spans and jobs."""
         pending = self.pending_loads
         return {*self._prefetches, *pending, *pending.waiting, *self._admitted}
 
@@ -380,7 +380,7 @@ class SchedulerSide:
         return self.stack.stats() if self.stack is not None else None
 
     def report(self) -> Stats | None:
-        """Return what was counted since the last report, once a second and when no request runs."""
+        """Return the counts since the last report, once a second and when no request runs."""
         return self._reports.take(now=not self._admitted) if self._reports is not None else None
 
     def close(self) -> None:

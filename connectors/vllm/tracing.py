@@ -2,8 +2,8 @@
 
 Invariants:
 
-1. A request has at most one span, and everything that is done for it has a span below.
-2. The span has how many tokens came from which tier, and the seconds for which the request waited:
+1. A request has at most one span; the spans of all operations for the request are below it.
+2. The span has the number of tokens from each tier, and the seconds for which the request waited:
    for lower tiers, for an async load, and for the copy of a load within its step.
 3. vLLM's own span of the request is in the same trace: under the same caller, or under this span.
 4. Without a tracer that records, a request costs a microsecond and adds nothing to the messages to
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _RequestSpan:
-    """The span of a request, and what it will be ended with.
+    """The span of a request, and the values to set at its end.
 
     Attributes:
         sources: by block of the prompt, the number of the tier that it was promoted from for this
@@ -169,7 +169,7 @@ class RequestSpans:
 
 
 def _outer_id(request_id: str) -> str:
-    """Return the request id as the caller knows it: vLLM appends eight hexadecimal digits."""
+    """Return the caller's request id: vLLM appends eight hexadecimal digits to it."""
     if os.environ.get("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0") != "0":
         return request_id
     return re.sub(r"-[0-9a-f]{8}$", "", request_id)

@@ -1,4 +1,4 @@
-"""The digest of weight files: equal where the files are, cheap at any size.
+"""The digest of weight files: equal for equal files, cheap at any size.
 
 1. It depends on names, sizes and bytes alone: not on the path, the times of the files or the host.
    Two hosts that mount the same files at different places get the same digest.
@@ -210,7 +210,7 @@ def _digest_pieces(file: int, pieces: list[tuple[int, int]]) -> bytes:
 
 
 def sampled_pieces(begin: int, end: int, between: int = 2) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of what is read between ``begin`` and ``end``, in bytes.
+    """Yield offset and length of the parts to read between ``begin`` and ``end``, in bytes.
 
     ``between`` is the number of pages between the first page and the last one.
     """

@@ -4,11 +4,11 @@ Invariants:
 
 1. A worker has no keys and no policy: a step names the block and the slot of every copy.
 2. Loads come before the forward pass, stores after it. On a CPU they have ended when the step ends.
-   On a GPU they go on beside the next steps: a job is acknowledged when its last page is copied,
-   and before vLLM writes a block that it has reused, it waits until no copy reads that block.
-3. A copy that fails raises nothing: its blocks are reported to vLLM, its job as failed. A step of
-   which a load failed publishes no store, because what it computed may depend on blocks that were
-   not loaded. That also holds if vLLM asks for the report before the step's stores begin.
+   On a GPU they run in parallel to the next steps: a job is acknowledged when its last page is
+   copied, and vLLM waits until no copy reads a reused block before it writes to that block.
+3. A failed copy raises no exception: its blocks are reported to vLLM, and its job as failed. If a
+   load of a step failed, the step publishes no store, because its blocks may depend on blocks that
+   were not loaded. That also holds if vLLM asks for the report before the step's stores begin.
 4. On a GPU a forward pass waits for a layer's pages when it asks for that layer (layer-wise load).
    It waits before it starts for the layers that it is not expected to ask for (`LayerSync`). If a
    pass skips a wait that was expected, its loaded blocks are reported as failed and its stores are
@@ -61,7 +61,7 @@ class _StartedTransfer:
 
 
 class WorkerSide:
-    """One per rank. Attaches the slab at the first copy, when a step says where it is.
+    """One per rank. Attaches the slab at the first copy, when a step has its descriptor.
 
     Args:
         kv_cache_config: the worker's.
@@ -288,7 +288,7 @@ class WorkerSide:
 
 
 def host_format() -> str:
-    """Return what sets the bytes of a page apart on a CPU, beyond what its tensor shows.
+    """Return the properties of a CPU that change the bytes of a page, but not its tensor.
 
     Attention packs keys and values for the instruction set that it runs on.
     """
@@ -306,8 +306,7 @@ def place_caches(caches: dict[str, torch.Tensor], blocks: int) -> Placement:
             a block. Only their attention knows what the other axes mean, so pages are opaque.
         blocks: of the engine's cache.
 
-    Raises:
-        LayoutError: if a cache does not have so many blocks, or cannot be copied run by run.
+    Raises: LayoutError: if a cache does not have this many blocks, or cannot be copied run by run.
     """
     for name, cache in caches.items():
         if not cache.shape[0] or cache.shape[0] % blocks:
