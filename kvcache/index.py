@@ -14,7 +14,7 @@ Always true here:
 * A slot is free, or has a key, or is an orphan. The three together are the open slots.
 * A slot under lease is FILLING or pinned, and is never given to another key.
 * A READY block is evicted only when it is not pinned and no block that continues it is in the
-  index: a chain loses its tail before its head, whatever the policy answers.
+  index: a chain loses its tail before its head, under every policy.
 * Cost is linear in the number of blocks of a call.
 * A policy may be any class. If it raises or returns a wrong result, no slot is lost, and
   ``fallback`` makes a replacement from the READY blocks.

@@ -55,7 +55,7 @@ def _begin_child() -> None:
         # would unmap memory that the child does not have, or log out of a server.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
         kind: Any = type(each)
-        # A third-party subclass may refuse either step; the other objects are handled all the same.
+        # A third-party subclass may refuse either step; the other objects must still be handled.
         with suppress(Exception):
             getattr(kind, _RELEASE, bool)(each)
         with suppress(Exception):

@@ -120,7 +120,7 @@ class WorkerPool:
         """Take no more jobs, and end the threads once the queue is empty. Idempotent.
 
         Waits ``timeout_s`` for the threads, but never for the calling thread itself. A thread that
-        has not ended by then goes on until its job returns.
+        has not ended by then continues until its job returns.
         """
         with self._lock:
             closed, self._closed = self._closed, True

@@ -3,7 +3,7 @@
 Always true here:
 
 * Only ``Channel`` and its ``TierNamespace`` call the tier's methods. They check what the tier
-  returns, and raise ``TierError`` for whatever the tier does wrong.
+  returns, and raise ``TierError`` for every failure of the tier.
 * After ``close`` no call begins.
 * Each counter is increased in one place.
 """
@@ -115,7 +115,7 @@ class Channel:
             self._usage = pending.result()
         return self._usage
 
-    # The tier's methods. Each raises TierError for whatever the tier does wrong, and nothing else.
+    # The tier's methods. Each raises TierError for every failure of the tier, and nothing else.
 
     def contains(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
         """Return, for each of ``keys`` in ``namespace``, whether the tier reports to hold it."""

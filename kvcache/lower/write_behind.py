@@ -57,8 +57,8 @@ class WriteBehind:
         self._only_reused = only_reused
         self._queue_option = queue_option
         self._full_queue_logged = False
-        # The withheld blocks: namespace and parent by key, oldest first. L1 has at most as many
-        # blocks as slots, and a block that has left L1 cannot be written any more.
+        # The withheld blocks: namespace and parent by key, oldest first. There are at most as many
+        # as slots of L1, because a block that has left L1 can no longer be written.
         self.withheld: OrderedDict[bytes, tuple[bytes, bytes | None]] = OrderedDict()
         self._lock = threading.Lock()
         self._queue_empty = threading.Condition(self._lock)
@@ -101,7 +101,7 @@ class WriteBehind:
             self.enqueue(parents, namespace, cause)
 
     def enqueue(self, parents: Parents, namespace: bytes, cause: Span) -> None:
-        """Queue as many of the first blocks as the queue has room for, and drop the others.
+        """Queue the leading blocks for which the queue has room, and drop the others.
 
         The arguments are those of :meth:`enqueue_stored`.
         """
