@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kvcache bench`."""
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="for each copy (all processors)")
-    add("--blocks", type=int, default=256, help="of 2 MiB, copied in each round (256)")
-    add("--rounds", type=int, default=9, help="to take medians of (9)")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="threads of a copy (all cores)")
+    add("--blocks", type=int, default=256, help="blocks of 2 MiB in each round (256)")
+    add("--rounds", type=int, default=9, help="rounds to measure (9)")
 
 
 def run(args: argparse.Namespace) -> int:

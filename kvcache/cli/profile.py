@@ -1,7 +1,7 @@
 """List, show and check profiles.
 
   list    the shipped profiles
-  show    the values that an engine started now would use, and the source of each
+  show    the values that an engine would use now, and the source of each
   check   list every problem of files, without the environment
   schema  the JSON schema of a profile, for editors
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )  # fmt: skip
             sub.add_argument(
                 "--ranks", type=int, default=1, metavar="N",
-                help="of the engine; AIBrix's variables set memory for each (1)",
+                help="ranks of the engine; AIBrix's variables set the memory of each (1)",
             )  # fmt: skip
         if name == "check":
             sub.add_argument("files", nargs="+", metavar="FILE")
@@ -119,7 +119,7 @@ def schema(args: argparse.Namespace) -> int:
 
 _ACTIONS = {
     "list": (list_, "list the shipped profiles"),
-    "show": (show, "show the values that an engine started now would use"),
+    "show": (show, "show the values that an engine would use now"),
     "check": (check, "list every problem of files"),
     "schema": (schema, "print the JSON schema of a profile"),
 }

@@ -1,8 +1,8 @@
 """Read the Redis or Valkey servers of a tier, for commands.
 
 Always true: reading a value does not count as a use of it on servers with `CLIENT NO-TOUCH` (7.2
-and later; older ones count it in their LRU). An answer has the tier's limits, a deadline and a
-number of bytes; a list of keys has limits here.
+and later; older ones count it in their LRU). An answer has the tier's limits: a deadline and a
+number of bytes. This module limits lists of keys.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="PATH", help="a folder, or a name in the local Hugging Face cache")
     # The chats of a single user never evict each other.
     add("--users", type=at_least(2), default=6, metavar="N", help="(6)")
-    add("--turns", type=at_least(2), default=4, metavar="N", help="of each user (4)")
+    add("--turns", type=at_least(2), default=4, metavar="N", help="turns of each user (4)")
     add(
         "--system-tokens", type=at_least(1), default=128, metavar="N",
         help="length of the system prompt that all users share (128)",

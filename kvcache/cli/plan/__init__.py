@@ -31,16 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-heads", type=int, help="overrides num_key_value_heads")
     add("--head-dim", type=int, help="elements of a head; overrides the config's")
     add("--latent-dim", type=int, help="MLA: kv_lora_rank + qk_rope_head_dim")
-    add("--dtype", choices=_DTYPES, default="auto", help="of the KV cache (auto: the model's)")
+    add(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="data type of the KV cache (auto: the model's)",
+    )
     add("--block-tokens", type=int, default=16, help="the engine's block size (16)")
     add("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="ranks (1)")
     add("--pod-memory", metavar="P", help="memory of the pod (this container's limit)")
     add("--engine-memory", metavar="E", help="memory of the whole engine (half of P)")
     add("--prefix-tokens", type=int, default=4096, help="length of a shared prefix (4096)")
     add("--prefill-tokens-per-s", type=float, help="the engine's speed, to compare with loading")
-    add("--bandwidth", metavar="SIZE", help="of loads from L1, per second (measured here)")
+    add("--bandwidth", metavar="SIZE", help="bytes loaded from L1 per second (measured here)")
     add("--disk", metavar="SIZE", help="capacity of a disk tier")
-    add("--disk-bandwidth", metavar="SIZE", help="of reads from the disk, per second")
+    add("--disk-bandwidth", metavar="SIZE", help="bytes read from the disk per second")
     add("--json", action="store_true", help="print one JSON object")
 
 

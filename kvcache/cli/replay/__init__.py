@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 PLOT_SUFFIX = ".svg"
 PARALLEL_BLOCKS = 300_000
-"""Lookups of blocks, in all replays, from which other processes pay: starting one takes as long."""
+"""The least lookups, in all replays, for which other processes are started: starting one takes as
+long."""
 TRAFFIC = ("chat", "agent", "rag", "shift", "cyclic")
 
 
@@ -46,14 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("trace", nargs="?", metavar="TRACE", help='a file, or "-" for standard input')
     add("--generate", choices=TRAFFIC, help="generate traffic instead of reading a trace")
     add("--requests", type=at_least(1), metavar="N", help="requests to generate (10000)")
-    add("--seed", type=at_least(0), metavar="N", help="of generated traffic and of hints (0)")
+    add("--seed", type=at_least(0), metavar="N", help="seed of generated traffic and of hints (0)")
     add(
         "--policy", type=_policies, default=list(POLICIES), metavar="NAMES",
         help=f'{", ".join(POLICIES)}, "pkg.mod:Class", several separated by commas, or "all" (all)',
     )  # fmt: skip
     add(
         "--capacity", type=capacities, metavar="LIST",
-        help='of L1, in blocks ("10000") or bytes ("64GiB"), several separated by commas '
+        help='capacity of L1, in blocks ("10000") or bytes ("64GiB"), several separated by commas '
         "(a tenth of the trace's distinct blocks)",
     )  # fmt: skip
     add(
@@ -62,23 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--bytes-per-token", type=block_nbytes, metavar="SIZE",
-        help="of the KV cache of one token, all layers together",
+        help="bytes of one token's KV cache, all layers together",
     )  # fmt: skip
-    add("--bytes-per-block", type=block_nbytes, metavar="SIZE", help="the same of one block")
+    add(
+        "--bytes-per-block", type=block_nbytes, metavar="SIZE", help="bytes of one block's KV cache"
+    )
     add(
         "--block-tokens", type=at_least(1), metavar="N",
         help="tokens of a block (the number in the trace, else 512)",
     )  # fmt: skip
     add(
         "--time-unit", choices=TIME_UNITS, default="ms",
-        help="of the trace's timestamps (ms, as in Mooncake's format)",
+        help="unit of the trace's timestamps (ms, as in Mooncake's format)",
     )  # fmt: skip
     add("--partial", action="store_true", help="store and count partial last blocks as well")
     add(
         "--hints", type=_share, default=0.0, metavar="SHARE",
-        help="of the ends of sessions that get a hint, 0 to 1 (0)",
+        help="share of ended sessions that get a hint, 0 to 1 (0)",
     )  # fmt: skip
-    add("--processes", type=at_least(1), metavar="N", help="at most (the number of processors)")
+    add(
+        "--processes", type=at_least(1), metavar="N", help="processes to use at most (one per core)"
+    )
     add("--json", action="store_true", help="print a JSON object per line, policy and capacity")
     add(
         "--plot", type=Path, metavar="FILE.svg",
