@@ -119,7 +119,7 @@ def test_schema_describes_options_with_the_docstring_of_their_class() -> None:
     (disk,) = [one for one in schema()["$defs"]["below"]["allOf"]
                if one["if"]["properties"]["kind"]["const"] == "disk"]  # fmt: skip
     options = disk["then"]["properties"]
-    described = "a directory of this tier's own, made if it is not there."
+    described = "a directory for this tier alone, created if it does not exist."
     assert options["path"]["description"].startswith(described)
     assert options["queue"]["default"] == "256MiB"
     assert options["codec"]["enum"] == ["none", "zstd"]

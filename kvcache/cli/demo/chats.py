@@ -1,6 +1,6 @@
 """The demo's traffic: several users, each with a document of their own.
 
-Users send prompts in turns, round robin. A user's prompt starts with the system prompt, which all share, and
+Users send prompts round robin. A user's prompt starts with the system prompt, which all share, and
 the user's document; it grows by one message and one answer each turn. Tokens are random ids from a
 seed: equal `Chats` send every engine the same prompts, as long as the engines return the same
 answers.

@@ -1,4 +1,4 @@
-"""Compare three engines' answers to the same chats: equality, speed, and the cache that had them.
+"""Compare three engines' answers to the same chats: equality, speed and cached tokens.
 
 No I/O: turns in, figures and text out. The three TTFT figures are medians over the same turns: the
 prompt has `LONG_PROMPT` tokens or more, the small cache alone lacked almost all of it, and kvcache
