@@ -57,7 +57,7 @@ class AdmittedRequest(Generic[R]):
 
 @dataclass(slots=True)
 class Job(Generic[R]):
-    """A copy under way: engine block ``blocks[i]`` and slot ``slots[i]``, for every i.
+    """A copy in progress: engine block ``blocks[i]`` and slot ``slots[i]``, for every i.
 
     Attributes:
         first: position of the job's first block among the blocks of ``request``.

@@ -139,5 +139,5 @@ class WorkerPool:
             try:
                 job()
             except BaseException:
-                log.exception("kvcache: worker pool: a job failed unexpectedly; its thread goes on")
+                log.exception("kvcache: worker pool: a job failed; its thread continues")
             del job, on_drop  # releases the blocks they refer to before the next get() waits

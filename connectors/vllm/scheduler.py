@@ -242,7 +242,7 @@ class SchedulerSide:
         self._spans.finish(request)
 
     def _end_admission(self, request: Request) -> AdmittedRequest[Request] | None:
-        """Forget the blocks of a request. Steps under way may still compute them."""
+        """Forget the blocks of a request. Steps in progress may still compute them."""
         admitted = self._admitted.pop(request.request_id, None)
         if admitted is not None:
             self._suspects.request_ended(admitted, self._step)
