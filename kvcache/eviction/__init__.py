@@ -22,7 +22,7 @@ from kvcache.guards.calls import describe_error, raised_by_signal
 from kvcache.secrets import hide_in_url
 
 Eviction = NewType("Eviction", str)
-"""A policy's name or class path: the type of a tier's option ``eviction``."""
+"""The type of a tier's option ``eviction``, a policy's name or class path."""
 
 POLICIES: dict[str, type[Policy]] = {
     "gittins": Gittins,
