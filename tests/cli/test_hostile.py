@@ -122,8 +122,8 @@ def test_command_with_a_hostile_server_prints_one_message(name: str, tmp_path: P
     [
         (["top", "ftp://me:hunter2@host/?pw=hunter2"], "URL is ftp://***@host/?pw=***"),
         (["inspect", "http://me:hunter2@host"], "http://***@host"),
-        (["inspect", "redis://me:hunter2@host"], "url holds a user or a password"),
-        (["inspect", "redis://host?pw=hunter2"], "url holds a user or a password"),
+        (["inspect", "redis://me:hunter2@host"], "url contains a user or a password"),
+        (["inspect", "redis://host?pw=hunter2"], "url contains a user or a password"),
         (["profile", "show", "--pw=hunter2"], "--pw=***"),
         (["profile", "show", "redis://me:hunter2@host/x"], "no such profile"),
         (["top", "--interval", "x", "http://me:hunter2@h"], "--interval"),

@@ -222,13 +222,16 @@ def test_close_during_populate_stops_it(monkeypatch: pytest.MonkeyPatch) -> None
     before = set(threading.enumerate())  # slabs of other tests may still be populated
     owned = WaitedForSlab.create(4096, PAGE)
     ready: list[int] = []
+    third = threading.Event()
 
     def wait_for_close(slots: int) -> None:
         ready.append(slots)
         if slots == 3:
+            third.set()
             assert WaitedForSlab.waited_for.wait(60)
 
     owned.populate(wait_for_close)
+    assert third.wait(60)
     owned.close()
     assert ready == [1, 2, 3]
     assert set(threading.enumerate()) <= before
