@@ -1,8 +1,7 @@
-"""Compiles what every look-up goes through, with mypyc, into a wheel.
+"""Compiles the modules on the path of a lookup into a wheel, with mypyc.
 
-The rest of how kvcache is built stands in pyproject.toml. A checkout that is installed as editable
-runs these modules as they are written, and so does a wheel that is built with KVCACHE_COMPILE=0, or
-where no C compiler is.
+pyproject.toml has the rest of the build. An editable install runs these modules uncompiled, and so
+does a wheel that is built with KVCACHE_COMPILE=0 or without a C compiler.
 """
 
 import os
@@ -23,10 +22,10 @@ MODULES = (
 
 
 def compiled() -> list[Extension]:
-    """The modules, translated to C."""
+    """Return the modules, translated to C."""
     from mypyc.build import mypycify
 
-    # What these import is looked at for its types, and is no concern of this.
+    # mypy reads the imported modules for their types only, and reports no errors in them.
     files = [f"kvcache/{module}.py" for module in MODULES]
     options = ["--follow-imports=silent", *files]
     extensions = mypycify(options, group_name="kvcache", debug_level="0")
