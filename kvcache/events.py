@@ -18,7 +18,7 @@ class BlockEvents:
         """These blocks can be found from now on."""
 
     def removed(self, keys: Collection[bytes]) -> None:
-        """These blocks cannot be found any more."""
+        """The tier no longer holds these blocks."""
 
     def observed(self, keys: Sequence[bytes], held: Sequence[object]) -> None:
         """The tier reported which of ``keys`` it holds: ``held`` has a truth value for each."""

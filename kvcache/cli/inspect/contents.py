@@ -56,7 +56,7 @@ class TierContents:
         return self.namespaces.setdefault(name, NamespaceContents())
 
     def describe(self, name: str, description: str | bytes) -> None:
-        """Set the identity of the namespace ``name``. Ignores what is not a JSON object."""
+        """Set the identity of the namespace ``name``, if ``description`` is a JSON object."""
         try:
             fields = json.loads(description)
             check_document(fields)
