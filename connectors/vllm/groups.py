@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptGroup:
+    """A group of blocks that kvcache keeps: those of vLLM's groups that need the same blocks.
+
+    Attributes:
+        index: its number among the kept groups; chain groups come first.
+        members: numbers of vLLM's groups.
+        block_tokens: tokens of a block.
+        hashes_per_block: block hashes of vLLM that one block spans.
+    """
+
+    index: int
+    members: tuple[int, ...]
+    block_tokens: int
+    hashes_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
 class CacheGroup:
     """A KV cache group with blocks that kvcache keeps.
 
@@ -70,6 +87,12 @@ def kept_group(kv_cache_config: KVCacheConfig) -> CacheGroup:
     return CacheGroup(
         0, group.layer_names, group.kv_cache_spec, block_tokens, block_tokens // hash_tokens
     )
+
+
+def kept_groups(kv_cache_config: KVCacheConfig) -> tuple[KeptGroup, ...]:
+    """Return the kept groups of a config that `groups_refusal` does not refuse."""
+    group = kept_group(kv_cache_config)
+    return (KeptGroup(0, (0,), group.block_tokens, group.hashes_per_block),)
 
 
 def groups_refusal(kv_cache_config: KVCacheConfig) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvcache.connectors.vllm.compat import host_name, replica_of
+from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Rank, Shard, SlabShards
+from kvcache.connectors.vllm.pieces import cut_blocks
 from kvcache.keys import namespace
 from kvcache.slab import Slab
 from kvcache.stack import Stack
@@ -18,15 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def shard_offsets(shards: Mapping[Rank, Shard], ranks: int) -> dict[Rank, int]:
-    """Return the offset of each rank's shard within a slot, in bytes.
-
-    Raises:
-        RuntimeError: if one of ``ranks`` is missing, or is on another host.
-    """
+def check_ranks(shards: Mapping[Rank, Shard], ranks: int) -> None:
+    """Raise RuntimeError if one of ``ranks`` is missing, or is on another host."""
     if len(shards) != ranks:
         raise RuntimeError(f"kvcache: {len(shards)} of {ranks} workers described their blocks")
-    offsets, end = dict[Rank, int](), 0
     for rank, shard in sorted(shards.items()):
         if shard.host != host_name():
             raise RuntimeError(
@@ -34,43 +31,51 @@ def shard_offsets(shards: Mapping[Rank, Shard], ranks: int) -> dict[Rank, int]:
                 f"another host ({shard.host}) than the scheduler ({host_name()}); L1 is memory "
                 "that one host shares, so all ranks of an engine must be on it"
             )
-        offsets[rank] = end
-        end += shard.nbytes
-    return offsets
 
 
 def open_sharded_stack(
     open_stack: Callable[..., Stack],
     shards: Mapping[Rank, Shard],
     parallel: ParallelConfig,
+    groups: Sequence[KeptGroup],
     *,
     identity: Mapping[str, object],
     model: str,
-    block_tokens: int,
-) -> tuple[Stack, SlabShards]:
-    """Open a stack of blocks that have one shard for each rank.
+) -> tuple[Stack, SlabShards, tuple[int, ...]]:
+    """Open a stack with a block for each part of the blocks of ``groups``.
 
     Args:
         open_stack: opens it, as `kvcache.profiles.open_stack` does.
         shards: by rank.
         parallel: vLLM's parallel config.
-        identity: fields of the namespace, apart from the formats of the shards.
+        groups: the kept groups.
+        identity: fields of the namespace, apart from the formats and parts of blocks.
         model: its served name, which `kvcache inspect` shows.
-        block_tokens: tokens of a block.
+
+    Returns:
+        the stack, its slab with the pieces in it, and the parts of a block of each group.
 
     Raises:
         RuntimeError: if a rank is missing, or is on another host.
         ProfileError: if the profile is wrong.
     """
-    offsets = shard_offsets(shards, parallel.world_size)
-    block_nbytes = sum(shard.nbytes for shard in shards.values())
-    formats = {f"rank {rank}": shard.format_id for rank, shard in shards.items()}
+    check_ranks(shards, parallel.world_size)
+    cut = cut_blocks(shards, groups)
+    fields: dict[str, object] = dict(identity)
+    fields |= {f"rank {rank}": shard.format_id for rank, shard in shards.items()}
+    if len(groups) > 1:
+        fields["parts"] = [
+            f"vLLM groups {', '.join(map(str, group.members))} in {parts} parts"
+            for group, parts in zip(groups, cut.parts, strict=True)
+        ]
+    if any(not where.stores for piece in cut.pieces for where in piece.ranks.values()):
+        fields["replicas"] = {f"rank {rank}": [*each.replicas] for rank, each in shards.items()}
     stack = open_stack(
-        block_nbytes=block_nbytes,
-        namespace=namespace({**identity, **formats}),
-        identity={"model": model, **identity, **formats},
+        block_nbytes=cut.slot_nbytes,
+        namespace=namespace(fields),
+        identity={"model": model, **fields},
         element_nbytes=max(shard.element_nbytes for shard in shards.values()),
-        block_tokens=block_tokens,
+        block_tokens=groups[0].block_tokens,
         ranks=len(shards),
         replica=replica_of(parallel),
     )
@@ -81,7 +86,7 @@ def open_sharded_stack(
         stack.profile,
         slab.slots * slab.slot_nbytes / 2**30,
         slab.slots,
-        block_tokens,
-        block_nbytes,
+        groups[0].block_tokens,
+        cut.slot_nbytes,
     )
-    return stack, SlabShards(slab, offsets)
+    return stack, SlabShards(slab, cut.pieces), cut.parts

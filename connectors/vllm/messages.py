@@ -27,21 +27,25 @@ Rank = tuple[int, int]  # (pipeline rank, tensor rank)
 
 @dataclass(frozen=True, slots=True)
 class Shard(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, in vLLM's handshake at start: one rank's part of a block.
+    """Worker to scheduler, in vLLM's handshake at start: one rank's shard of the blocks.
 
     Attributes:
-        nbytes: of the part.
+        nbytes: of the shard of one block of each of vLLM's groups, without padding; 0 where this
+            rank has no layer of a group.
         host: which host the worker is on (`host_name`).
         format_id: the order in which this device's attention stores the bytes.
         element_nbytes: bytes of a number.
         async_copies: whether copies run in parallel to the engine's steps.
+        replicas: how many consecutive tensor ranks have the same bytes, for each of vLLM's groups;
+            empty if no rank has the bytes of another one.
     """
 
-    nbytes: int
+    nbytes: tuple[int, ...]
     host: str
     format_id: str
     element_nbytes: int = 2
     async_copies: bool = False
+    replicas: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,51 @@ class Refusal(KVConnectorHandshakeMetadata):
 
 
 @dataclass(frozen=True, slots=True)
+class PieceOfRank:
+    """Where one rank has a piece.
+
+    Attributes:
+        begin: first byte of the piece in the rank's shard of a block of the member. A shard is the
+            pages of its layers, one after another.
+        end: the byte after the last one.
+        offset: of the piece in a slot, in bytes.
+        stores: whether the rank stores the piece. If not, another rank stores the same bytes, and
+            this rank loads them.
+    """
+
+    begin: int
+    end: int
+    offset: int
+    stores: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The bytes that one part of a kept group's block has of one of vLLM's groups.
+
+    Attributes:
+        group: number of the kept group.
+        member: number of vLLM's group.
+        part: number of the part.
+        ranks: where each rank has the piece; without the ranks that have no byte of it.
+    """
+
+    group: int
+    member: int
+    part: int
+    ranks: Mapping[Rank, PieceOfRank]
+
+
+@dataclass(frozen=True, slots=True)
 class SlabShards:
-    """Scheduler to workers: the slab, and the offset of each rank's shard within a slot."""
+    """Scheduler to workers: the slab, and the pieces of blocks that its slots hold.
+
+    Attributes:
+        pieces: in the order of kept groups, then of parts, then of members.
+    """
 
     slab: SlabDescriptor
-    offsets: Mapping[Rank, int]
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +114,8 @@ class Transfer:
         trace: context of the lease's span; empty if that is not recorded.
         awaited_by: of an async load, the request that vLLM schedules when it has ended; ``None``
             for a load that the forward pass of its own step waits for.
+        pieces: ``(number of a piece, how many of the next entries are of it)``; by default, all
+            entries are of piece 0.
     """
 
     job: int
@@ -77,6 +123,11 @@ class Transfer:
     slots: list[int]
     trace: dict[str, str] = field(default_factory=dict)
     awaited_by: str | None = None
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            self.pieces.append((0, len(self.blocks)))
 
     @classmethod
     def of(cls, job: Job[Any], awaited_by: str | None = None) -> Transfer:

@@ -32,7 +32,7 @@ from kvcache.connectors.suspects import SuspectBlocks
 from kvcache.connectors.vllm.adapters import Adapters
 from kvcache.connectors.vllm.compat import recomputes_failed_loads
 from kvcache.connectors.vllm.events import EventSource, events_of
-from kvcache.connectors.vllm.groups import NO_GROUP, kept_group
+from kvcache.connectors.vllm.groups import NO_GROUP, kept_group, kept_groups
 from kvcache.connectors.vllm.handshake import open_sharded_stack
 from kvcache.connectors.vllm.hints import HintReader
 from kvcache.connectors.vllm.messages import Acks, Rank, Refusal, Shard, SlabShards, Step, Transfer
@@ -94,6 +94,7 @@ class SchedulerSide:
         self._long_load_s = long_load_s
         self._open_stack = open_stack
         self._group = NO_GROUP if self.refusal else kept_group(kv_cache_config)
+        self._kept_groups = () if self.refusal else kept_groups(kv_cache_config)
         self._adapters = adapters or Adapters.of(vllm_config, trusted="explicit" in identity)
         self._spans = RequestSpans(vllm_config.model_config.served_model_name, clock)
         self.stack: Stack | None = None
@@ -133,13 +134,13 @@ class SchedulerSide:
                 self._refuse(handshake.reason)
                 return
         shards = {rank: each for rank, each in handshakes.items() if isinstance(each, Shard)}
-        stack, self._slab_shards = open_sharded_stack(
+        stack, self._slab_shards, _parts = open_sharded_stack(
             self._open_stack,
             shards,
             self._parallel,
+            self._kept_groups,
             identity=self._identity,
             model=self._spans.model,
-            block_tokens=self._group.block_tokens,
         )
         async_copies = all(shard.async_copies for shard in shards.values())
         self.pending_loads = PendingLoads(async_copies=async_copies, long_load_s=self._long_load_s)

@@ -117,7 +117,7 @@ class WorkerSide:
         self._layers = {name: number for number, name in enumerate(names)}
         where = host_format() if self.device is None else placement.device.partition(":")[0]
         self._shard = Shard(
-            placement.block_nbytes,
+            (placement.block_nbytes,),
             host_name(),
             f"{format_id(placement)} {where}",
             placement.element_nbytes,
@@ -220,7 +220,7 @@ class WorkerSide:
                 telemetry.DIRECTION: started.operation,
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
                 telemetry.REQUESTED: blocks,
-                telemetry.PAYLOAD: blocks * (self._shard.nbytes if self._shard else 0),
+                telemetry.PAYLOAD: blocks * (self._shard.nbytes[0] if self._shard else 0),
             },
             error=error,
             ended_ns=started.started_ns + round(started.copy.seconds * 1e9),
@@ -234,7 +234,7 @@ class WorkerSide:
             self._placement,
             slab,
             device=self.device,
-            offset=memory.offsets[self._rank],
+            offset=memory.pieces[0].ranks[self._rank].offset,
             threads=self._threads,
         )
         slab.populate(self.copier.pin_slots)

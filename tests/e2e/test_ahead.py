@@ -59,7 +59,7 @@ class AsyncScheduling:
             )
         self.connector: Any = self.scheduler.connector
         self.connector.set_xfer_handshake_metadata_pp_aware(
-            {(0, 0): Shard(NBYTES, host_name(), "form")}
+            {(0, 0): Shard((NBYTES,), host_name(), "form")}
         )
         self.side = self.connector.scheduler_side
         self.front = self.side.stack.front

@@ -55,7 +55,7 @@ class MiniatureEngine:
             {},
             long_load_s=random.choice((-1.0, 1.0)),  # all loads are long, or none is
         )
-        shard = Shard(4096, host_name(), "form", async_copies=self.workers.async_copies)
+        shard = Shard((4096,), host_name(), "form", async_copies=self.workers.async_copies)
         self.side.open({(0, rank): shard for rank in RANKS})
         assert self.side.stack is not None
         self.front = self.side.stack.front

@@ -60,7 +60,8 @@ def full_attention_group() -> CacheGroup:
 
 def shards(host: str | None = None, *, async_copies: bool = False) -> dict[tuple[int, int], Shard]:
     return {
-        rank: Shard(SHARD, host or host_name(), "form", async_copies=async_copies) for rank in RANKS
+        rank: Shard((SHARD,), host or host_name(), "form", async_copies=async_copies)
+        for rank in RANKS
     }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from kvcache.connectors.transfer.base import CompletedCopy
 from kvcache.connectors.transfer.streams import Device
-from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
+from kvcache.connectors.vllm.messages import Piece, PieceOfRank, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide
 from kvcache.slab import SlabDescriptor
 from tests.support.played_engine import cache_config, full_attention
@@ -60,7 +60,15 @@ class RecordingCopier:
         return CompletedCopy(1.0)
 
 
-NOWHERE = SlabShards(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), {(0, 0): 0})
+def one_piece(
+    slab: SlabDescriptor, nbytes: int, *, offset: int = 0, rank: tuple[int, int] = (0, 0)
+) -> SlabShards:
+    """Return the memory of one group, with a piece of so many bytes of one rank."""
+    piece = Piece(0, 0, 0, {rank: PieceOfRank(0, nbytes, offset)})
+    return SlabShards(slab, (piece,))
+
+
+NOWHERE = one_piece(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, 4096), 4096)
 
 
 def step(memory: SlabShards = NOWHERE, number: int = 0) -> Step:

@@ -8,11 +8,11 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.vllm.messages import SlabShards, Step, Transfer
+from kvcache.connectors.vllm.messages import Step, Transfer
 from kvcache.slab import PAGE, Slab
 from tests.support.forked_children import methods_usable_in_child
 from tests.support.played_engine import BLOCK, Request, opened
-from tests.support.recording_worker import side
+from tests.support.recording_worker import one_piece, side
 
 pytestmark = pytest.mark.engine
 
@@ -34,8 +34,9 @@ def test_worker_side_in_a_forked_child_refuses_calls() -> None:
     worker.register(pages)
     shard = worker.shard()
     assert shard is not None
-    slab = Slab.create(2, -(-shard.nbytes // PAGE) * PAGE)
-    memory = SlabShards(slab.descriptor, {(0, 0): 0})
+    [nbytes] = shard.nbytes
+    slab = Slab.create(2, -(-nbytes // PAGE) * PAGE)
+    memory = one_piece(slab.descriptor, nbytes)
     worker.load(Step(memory))
     worker.store(Step(memory, stores=[Transfer(1, [3], [1])]))
     assert worker.copier is not None

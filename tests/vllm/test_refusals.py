@@ -305,12 +305,12 @@ def test_scheduler_of_full_attention_of_several_sizes_is_not_refused(
 def test_open_without_a_rank_raises() -> None:
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
     with pytest.raises(RuntimeError, match="1 of 2 workers"):
-        side.open({(0, 0): Shard(SHARD, host_name(), "form")})
+        side.open({(0, 0): Shard((SHARD,), host_name(), "form")})
 
 
 def test_open_with_a_rank_on_another_host_raises() -> None:
     side = SchedulerSide(engine_config(), cache_config(full_attention()), {})
-    elsewhere = shards() | {(0, 1): Shard(SHARD, "elsewhere", "form")}
+    elsewhere = shards() | {(0, 1): Shard((SHARD,), "elsewhere", "form")}
     with pytest.raises(RuntimeError, match=r"tensor rank 1 is on another host \(elsewhere\)"):
         side.open(elsewhere)
 

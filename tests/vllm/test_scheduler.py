@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 
+from kvcache.connectors.vllm.messages import PieceOfRank
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 from tests.support.played_engine import (  # fmt: skip
     BLOCK,
@@ -55,7 +56,11 @@ def test_step_has_the_offset_of_each_shard(played: PlayedEngine) -> None:
     request = Request("a", BLOCK)
     played.admit(request, [0])
     memory = played.step((request, BLOCK)).memory
-    assert memory.offsets == {(0, 0): 0, (0, 1): SHARD}
+    [piece] = memory.pieces
+    assert (piece.group, piece.member, piece.part) == (0, 0, 0)
+    assert piece.ranks == {
+        (0, 0): PieceOfRank(0, SHARD, 0), (0, 1): PieceOfRank(0, SHARD, SHARD)
+    }  # fmt: skip
     assert memory.slab.slot_nbytes >= 2 * SHARD
 
 

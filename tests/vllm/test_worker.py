@@ -15,7 +15,7 @@ import torch
 from kvcache.connectors.vllm.messages import Acks, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.worker import WorkerSide, place_caches
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
-from tests.support.recording_worker import NOWHERE, RecordingCopier, side, step
+from tests.support.recording_worker import NOWHERE, RecordingCopier, one_piece, side, step
 
 pytestmark = pytest.mark.engine
 
@@ -258,8 +258,8 @@ def registered() -> tuple[WorkerSide, dict[str, torch.Tensor]]:
     "memory",
     [
         NOWHERE,
-        SlabShards(SlabDescriptor("/proc/self/fd/0", "kvcache-other", 8, 4096), {(0, 0): 0}),
-        SlabShards(NOWHERE.slab, {(0, 1): 0}),
+        one_piece(SlabDescriptor("/proc/self/fd/0", "kvcache-other", 8, 4096), 4096),
+        one_piece(NOWHERE.slab, 4096, rank=(0, 1)),
     ],
     ids=["nothing there", "other memory", "not of this rank"],
 )
@@ -277,19 +277,20 @@ def test_pages_are_copied_to_the_shard_of_their_rank_and_back() -> None:
     shard = worker.shard()
     assert shard is not None
     page = caches["one"][0].nbytes
-    assert shard.nbytes == 2 * page  # the alias is not counted
-    slab = Slab.create(4, slot_nbytes_for(3 * shard.nbytes))
-    memory = SlabShards(slab.descriptor, {(0, 0): shard.nbytes})  # the second of three ranks
+    [nbytes] = shard.nbytes
+    assert nbytes == 2 * page  # the alias is not counted
+    slab = Slab.create(4, slot_nbytes_for(3 * nbytes))
+    memory = one_piece(slab.descriptor, nbytes, offset=nbytes)  # the second of three ranks
     computed = {name: cache.clone() for name, cache in caches.items()}
     stored = Step(memory, stores=[Transfer(1, [5, 9], [3, 0])])
     assert play(worker, stored) == (set(), {1: 1}, set())
     for slot, block in [(3, 5), (0, 9)]:
         view = bytes(slab.view(slot))
-        end = 2 * shard.nbytes
-        assert view[shard.nbytes : end] == b"".join(
+        end = 2 * nbytes
+        assert view[nbytes:end] == b"".join(
             tensor_bytes(computed[name][block]) for name in ("one", "two")
         )
-        assert not any(view[: shard.nbytes])
+        assert not any(view[:nbytes])
         assert not any(view[end:])
     for cache in caches.values():
         cache.zero_()
