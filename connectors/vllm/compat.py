@@ -1,21 +1,116 @@
-"""What the connector depends on in vLLM and its host: version, logging, hosts, replicas, policy."""
+"""What the connector depends on in vLLM and its host: names, version, logging, hosts, replicas.
+
+`VLLM_NAMES` lists the names of vLLM that changed in a supported version, or that vLLM may change
+without notice.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from kvcache.replica import ALONE, Replica
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 log = logging.getLogger(__name__)
 
-OLDEST_VLLM = (0, 29)
+Version = tuple[int, int]
+
+OLDEST_VLLM: Final[Version] = (0, 29)
+
+_BASE = "distributed.kv_transfer.kv_connector.v1.base"
+_FAILED_LOADS = f"{_BASE}:KVConnectorTransferResults.failed_recving"
+_STATES = "v1.core.sched.output:KVConnectorBlockState.boundary_state_offloads"
+_LIVE_TABLES = "v1.core.sched.output:KVConnectorBlockState.get_block_ids"
+
+VLLM_NAMES: Final[Mapping[str, Version]] = {
+    # Loads and stores of several groups
+    f"{_BASE}:SupportsHMA.request_finished_all_groups": (0, 29),
+    f"{_BASE}:KVConnectorBase_V1.get_transfer_results": (0, 30),
+    _FAILED_LOADS: (0, 30),
+    _STATES: (0, 29),
+    _LIVE_TABLES: (0, 30),
+    f"{_BASE}:KVConnectorBase_V1.get_loaded_kv_cache_group_ids": (0, 32),
+    # Groups and the cache specs of layers
+    "v1.kv_cache_interface:KVCacheConfig.hash_block_size": (0, 32),
+    "v1.core.kv_cache_utils:resolve_kv_cache_block_sizes": (0, 29),
+    "v1.kv_cache_interface:KVCacheGroupSpec.enable_kv_transfer": (0, 29),
+    "v1.kv_cache_interface:SlidingWindowSpec.extra_retained_tokens": (0, 29),
+    "v1.kv_cache_interface:MambaSpec.mamba_cache_mode": (0, 29),
+    "v1.kv_cache_interface:MambaSpec.tp_replicated": (0, 29),
+    "v1.kv_cache_interface:AttentionSpec.max_tp_shards": (0, 31),
+    # KV events
+    "v1.kv_cache_interface:get_kv_cache_spec_kind": (0, 29),
+    "v1.kv_cache_interface:get_kv_cache_spec_sliding_window": (0, 29),
+    "v1.core.kv_cache_utils:maybe_convert_block_hash": (0, 29),
+    "v1.core.kv_cache_utils:generate_block_hash_extra_keys": (0, 29),
+    "v1.core.kv_cache_utils:to_event_extra_keys": (0, 31),
+    # Metrics
+    "v1.metrics.cache_hit_source:CacheHitSource.HOST": (0, 32),
+}
+"""By ``module:name`` below ``vllm``: the first minor version that has it, 0.29 or later."""
+
+
+@cache
+def has_name(name: str) -> bool:
+    """Whether the installed vLLM has a name of `VLLM_NAMES`.
+
+    The names decide, not the version: a build from source may have any version number.
+    """
+    module, _, path = name.partition(":")
+    try:
+        found: Any = import_module(f"vllm.{module}")
+    except ImportError:
+        return False
+    for part in path.split("."):
+        fields = getattr(found, "__dataclass_fields__", {})
+        if part not in fields and not hasattr(found, part):
+            return False
+        found = getattr(found, part, None)
+    return True
+
+
+def hooks_refusal(specs: Sequence[str], *, states: bool) -> str | None:
+    """Return why this vLLM lacks a hook that several KV cache groups, or a special one, need.
+
+    Args:
+        specs: the names of the groups' cache specs.
+        states: whether one of them keeps states.
+    """
+    import vllm
+
+    hooks = {_FAILED_LOADS: "report failed loads of them", _LIVE_TABLES: "list their blocks"}
+    if states:
+        hooks[_STATES] = "hand their states to a connector"
+    for name, ability in hooks.items():
+        if not has_name(name):
+            since = ".".join(map(str, VLLM_NAMES[name]))
+            return (
+                f"its KV cache groups are {', '.join(specs)}, and vLLM {vllm.__version__} cannot "
+                f"{ability}; vLLM {since} can"
+            )
+    return None
+
+
+def hash_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Return how many tokens each block hash of a request adds to the one before it."""
+    if (tokens := getattr(kv_cache_config, "hash_block_size", None)) is not None:
+        return int(tokens)
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) == 1:
+        return int(groups[0].kv_cache_spec.block_size)
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    return int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1])
 
 
 def check_version(version: str) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm import plugin
+import vllm
+
+from kvcache.connectors.vllm import compat, plugin
 from kvcache.connectors.vllm.compat import (
+    VLLM_NAMES,
     check_version,
+    has_name,
+    hash_tokens,
+    hooks_refusal,
     host_name,
     replica_of,
     warn_unless_recomputing,
@@ -39,6 +47,83 @@ def test_check_version_of_an_old_vllm_raises_with_both_versions(version: str) ->
     with pytest.raises(ImportError, match=r"needs vLLM 0\.29 or newer; this is ") as caught:
         check_version(version)
     assert version in str(caught.value)
+
+
+@pytest.mark.parametrize("name", VLLM_NAMES)
+def test_vllm_name_exists_since_its_version(name: str) -> None:
+    numbers = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    assert numbers is not None
+    assert has_name(name) == (tuple(map(int, numbers.groups())) >= VLLM_NAMES[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no.such.module:name", "config:NoClass", "v1.kv_cache_interface:KVCacheConfig.no_such_field"],
+)
+def test_vllm_name_that_does_not_exist_is_missing(name: str) -> None:
+    assert not has_name(name)
+
+
+def test_hooks_refusal_of_a_vllm_with_all_hooks_is_none() -> None:
+    if not has_name("v1.core.sched.output:KVConnectorBlockState.get_block_ids"):
+        pytest.skip("vLLM before 0.30")
+    assert hooks_refusal(["FullAttentionSpec", "MambaSpec"], states=True) is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "states", "message"),
+    [
+        (
+            "KVConnectorTransferResults.failed_recving",
+            False,
+            "FullAttentionSpec, MambaSpec, and vLLM 0.29.0 cannot report failed loads of them; ",
+        ),
+        ("KVConnectorBlockState.get_block_ids", False, "cannot list their blocks; vLLM 0.30 can"),
+        ("KVConnectorBlockState.boundary_state_offloads", True, "cannot hand their states to a "),
+        ("KVConnectorBlockState.boundary_state_offloads", False, None),
+    ],
+)
+def test_hooks_refusal_of_an_older_vllm_names_groups_and_versions(
+    monkeypatch: pytest.MonkeyPatch, missing: str, states: bool, message: str | None
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.29.0")
+    monkeypatch.setattr(compat, "has_name", lambda name: not name.endswith(missing))
+    refusal = hooks_refusal(["FullAttentionSpec", "MambaSpec"], states=states)
+    assert refusal is None if message is None else message in (refusal or "")
+
+
+def attention(block_size: int, window: int | None = None) -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    fields = {"num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+    if window is None:
+        return FullAttentionSpec(block_size=block_size, **fields)
+    return SlidingWindowSpec(block_size=block_size, sliding_window=window, **fields)
+
+
+@pytest.mark.parametrize(("match_unit", "tokens"), [(None, 16), (8, 8)])
+def test_hash_tokens_of_several_groups_are_vllms(match_unit: int | None, tokens: int) -> None:
+    """Also where the config does not have them, before 0.32."""
+    from vllm.config import VllmConfig
+
+    config = VllmConfig()
+    config.cache_config.enable_prefix_caching = True
+    config.cache_config.prefix_match_unit = match_unit
+    specs = (attention(48), attention(32, window=64))
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    assert hash_tokens(config, SimpleNamespace(kv_cache_groups=groups)) == tokens
+
+
+def test_hash_tokens_of_one_group_are_those_of_a_block() -> None:
+    groups = [SimpleNamespace(kv_cache_spec=attention(32))]
+    assert hash_tokens(SimpleNamespace(), SimpleNamespace(kv_cache_groups=groups)) == 32
+
+
+def test_hash_tokens_in_the_config_are_used() -> None:
+    groups = [SimpleNamespace(kv_cache_spec=attention(32))] * 2
+    config = SimpleNamespace(kv_cache_groups=groups, hash_block_size=16)
+    assert hash_tokens(SimpleNamespace(), config) == 16
 
 
 def test_host_name_is_stable_and_has_three_parts() -> None:
