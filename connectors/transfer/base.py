@@ -2,7 +2,8 @@
 
 A block lies in the engine's cache in one or more runs of bytes per layer (`BlockRun`). A slot
 holds one block of all ranks. This rank's shard begins at `offset` in the slot and consists of those
-runs, one after another.
+runs, one after another (`CopyGeometry`). An engine with blocks of several kinds has one geometry
+for each kind, and a call names the geometry of every block.
 
 * `gather` copies pages into slots: a store. `scatter` copies slots into pages: a load.
 * Work that the engine begins after an awaited `scatter` sees the loaded pages. For a layer that
@@ -26,7 +27,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,36 +65,55 @@ class CompletedCopy:
         return
 
 
+@dataclass(frozen=True, slots=True)
+class CopyRows:
+    """The blocks and slots of a copy that have one geometry. `geometry` is its number."""
+
+    geometry: int
+    blocks: Integers
+    slots: Integers
+
+
 class PageCopier(ABC):
     """Copies blocks between the pages of one rank and its shards of the slots.
 
     Thread-safe, unless a subclass restricts it.
 
     `gather` and `scatter` take two sequences of equal length and copy the i-th block to or from
-    the i-th slot. They raise ValueError when the lengths differ or when a target appears twice,
-    IndexError for a block or slot that does not exist, and RuntimeError after `close`. A subclass
-    implements `_gather` and `_scatter`, which get validated arguments.
+    the i-th slot. `geometries` has pairs: the number of a geometry, and how many of the next
+    blocks have it; by default all have the first one. They raise ValueError when the lengths
+    differ or when a target appears twice with one geometry, IndexError for a block, slot or
+    geometry that does not exist, and RuntimeError after `close`. A subclass implements `_gather`
+    and `_scatter`, which get validated arguments.
 
     Copies of pages are ordered with the engine's work: a copy sees what the engine had begun to
     write before the call. The caller must not touch the slots until the copy is done.
     """
 
-    def __init__(self, *, blocks: int, slots: int) -> None:
-        self._counts = {"block": blocks, "slot": slots}
+    def __init__(self, *geometries: CopyGeometry) -> None:
+        if not geometries:
+            raise ValueError("there are no pages to copy")
+        self.geometries = geometries
         self._running = 0
         self._closed = False
         self._condition = threading.Condition()
         bind_to_process(self)
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> Copy:
+    def gather(
+        self,
+        blocks: Sequence[int],
+        slots: Sequence[int],
+        geometries: Sequence[tuple[int, int]] | None = None,
+    ) -> Copy:
         """Copy the engine's pages of `blocks` into `slots`."""
         with self._in_flight():
-            return self._gather(*self._validated(block=blocks, slot=slots))
+            return self._gather(self._rows("slot", blocks, slots, geometries))
 
     def scatter(
         self,
         slots: Sequence[int],
         blocks: Sequence[int],
+        geometries: Sequence[tuple[int, int]] | None = None,
         *,
         awaited: bool = True,
         announced: Collection[int] = (),
@@ -107,8 +127,8 @@ class PageCopier(ABC):
                 their pages before that call.
         """
         with self._in_flight():
-            sources, targets = self._validated(slot=slots, block=blocks)
-            return self._scatter(sources, targets, awaited, announced)
+            rows = self._rows("block", blocks, slots, geometries)
+            return self._scatter(rows, awaited, announced)
 
     def wait_for_layer(self, layer: int | None = None) -> None:
         """Make the engine wait until the awaited pages of `layer` are loaded; None: of all layers.
@@ -137,29 +157,43 @@ class PageCopier(ABC):
             self._condition.wait_for(lambda: not self._running)
 
     @abstractmethod
-    def _gather(self, blocks: Integers, slots: Integers) -> Copy: ...
+    def _gather(self, rows: Sequence[CopyRows]) -> Copy: ...
 
     @abstractmethod
     def _scatter(
-        self, slots: Integers, blocks: Integers, awaited: bool, announced: Collection[int]
+        self, rows: Sequence[CopyRows], awaited: bool, announced: Collection[int]
     ) -> Copy: ...
 
-    def _validated(self, **rows: Sequence[int]) -> tuple[Integers, Integers]:
-        """Validate `source=numbers, target=numbers` and return both as arrays."""
-        (source, sources), (target, targets) = rows.items()
-        if len(sources) != len(targets):
-            raise ValueError(
-                f"{len(sources)} {source}s do not pair up with {len(targets)} {target}s"
-            )
-        arrays = integers(sources), integers(targets)
-        for noun, numbers in zip(rows, arrays, strict=True):
-            count = self._counts[noun]
-            if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
-                invalid = next(number for number in numbers.tolist() if not 0 <= number < count)
-                raise IndexError(f"{noun} {invalid} does not exist: there are {count}, from 0")
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"a {target} is the target of two copies: {list(targets)}")
-        return arrays
+    def _rows(
+        self,
+        target: Literal["block", "slot"],
+        blocks: Sequence[int],
+        slots: Sequence[int],
+        geometries: Sequence[tuple[int, int]] | None,
+    ) -> list[CopyRows]:
+        """Validate the arguments of a copy, and return its rows, one entry for each pair."""
+        if len(blocks) != len(slots):
+            raise ValueError(f"{len(blocks)} blocks do not pair up with {len(slots)} slots")
+        pairs = [(0, len(blocks))] if geometries is None else geometries
+        if (named := sum(count for _, count in pairs)) != len(blocks):
+            raise ValueError(f"geometries are named for {named} of {len(blocks)} blocks")
+        all_blocks, all_slots = integers(blocks), integers(slots)
+        rows, targets, begin = [], dict[int, set[int]](), 0
+        for number, count in pairs:
+            _check_numbers("geometry", integers([number]), len(self.geometries))
+            geometry, end = self.geometries[number], begin + count
+            row = CopyRows(number, all_blocks[begin:end], all_slots[begin:end])
+            _check_numbers("block", row.blocks, geometry.blocks)
+            _check_numbers("slot", row.slots, geometry.slots)
+            seen = targets.setdefault(number, set())
+            earlier = len(seen)
+            seen.update((blocks if target == "block" else slots)[begin:end])
+            if len(seen) - earlier < count:
+                everything = list(blocks if target == "block" else slots)
+                raise ValueError(f"a {target} is the target of two copies: {everything}")
+            rows.append(row)
+            begin = end
+        return rows or [CopyRows(0, all_blocks, all_slots)]
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:
@@ -181,7 +215,8 @@ class CopyGeometry:
     A block exists if all `runs` have it. `shard_offsets` are the offsets of the runs in the shard,
     in bytes; by default the runs follow each other. Slot s begins at
     `slab_address + s * slot_nbytes`, and the shard `offset` bytes after that. The engine's memory
-    and the slab must not overlap.
+    and the slab must not overlap. `transposes` has a `Transpose` for a gather of each run; it is
+    empty if runs are copied as they are.
 
     Attributes:
         blocks: how many blocks all runs have.
@@ -201,6 +236,7 @@ class CopyGeometry:
         slots: int,
         slot_nbytes: int,
         offset: int = 0,
+        transposes: Sequence[Sequence[int]] = (),
     ) -> None:
         if not runs:
             raise ValueError("there are no pages to copy")
@@ -213,6 +249,7 @@ class CopyGeometry:
         self.slab_address, self.slots, self.slot_nbytes = slab_address, slots, slot_nbytes
         self.blocks = min(run.count for run in runs)
         self.nbytes = integers([run.nbytes for run in runs])
+        self.transposes = transposes
         self.layers = integers([run.layer for run in runs])
         self.engine = (
             integers([run.address for run in runs]),
@@ -222,6 +259,12 @@ class CopyGeometry:
             integers([slab_address + offset + begin for begin in shard_offsets]),
             integers([slot_nbytes] * len(runs)),
         )
+
+
+def _check_numbers(noun: str, numbers: Integers, count: int) -> None:
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
+        invalid = next(number for number in numbers.tolist() if not 0 <= number < count)
+        raise IndexError(f"{noun} {invalid} does not exist: there are {count}, from 0")
 
 
 def check_shard(offset: int, nbytes: int, slot_nbytes: int) -> None:

@@ -3,6 +3,8 @@
 Invariant, besides those of `transfer.base`: a copy is done when the call returns.
 """
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ try:
     from kvcache.connectors.transfer.base import (
         CompletedCopy,
         CopyGeometry,
+        CopyRows,
         Integers,
         PageCopier,
         integers,
@@ -55,31 +58,21 @@ class CpuCopier(PageCopier):
 
     def __init__(
         self,
-        geometry: CopyGeometry,
-        *,
-        transposes: Sequence[Sequence[int]] = (),
+        *geometries: CopyGeometry,
         threads: int = 1,
         copy_share: Callable[..., None] | None = None,
     ) -> None:
         """Prepare the copies.
 
         Args:
-            transposes: for each run, a `Transpose` for gathers; empty if runs are copied as is.
+            geometries: of the blocks, one for each kind.
             threads: how many threads share a copy.
             copy_share: a replacement for the compiled function, for tests.
         """
         if threads < 1:
             raise ValueError(f"threads={threads} must be at least 1")
-        super().__init__(blocks=geometry.blocks, slots=geometry.slots)
-        gather = np.array(transposes, dtype=np.int64).reshape(len(transposes), 7)
-        # The rows of one side are the columns of the other.
-        scatter = gather[:, [0, 2, 1, 6, 5, 4, 3]]
-        nbytes = gather[:, :3].prod(axis=1) if transposes else geometry.nbytes
-        self._gather_runs = _sorted_by_source(nbytes, gather, geometry.slab, geometry.engine)
-        self._scatter_runs = _sorted_by_source(nbytes, scatter, geometry.engine, geometry.slab)
-        self._block_nbytes = int(nbytes.sum())
-        widths = piece_widths(cell for cell, *_ in transposes)
-        self._copy_share = copy_share or compile_copy_share(widths)
+        super().__init__(*geometries)
+        self._sorted_runs = [_SortedRuns(geometry, copy_share) for geometry in geometries]
         self._threads = threads
         # The pool starts its threads with their first share, so none if `threads` is 1.
         self._pool = ThreadPoolExecutor(
@@ -90,28 +83,56 @@ class CpuCopier(PageCopier):
         super().close()
         self._pool.shutdown()
 
-    def _gather(self, blocks: Integers, slots: Integers) -> CompletedCopy:
-        return self._copy(slots, blocks, *self._gather_runs)
-
-    def _scatter(self, slots: Integers, blocks: Integers, *_options: object) -> CompletedCopy:
-        return self._copy(blocks, slots, *self._scatter_runs)
-
-    def _copy(self, *arguments: Integers) -> CompletedCopy:
-        """Copy. The arguments are those of `copy_share`, without the range of bytes."""
+    def _gather(self, rows: Sequence[CopyRows]) -> CompletedCopy:
         begin = time.perf_counter()
-        total = len(arguments[0]) * self._block_nbytes
+        for row in rows:
+            runs = self._sorted_runs[row.geometry]
+            self._copy(runs, row.slots, row.blocks, *runs.gather)
+        return CompletedCopy(time.perf_counter() - begin)
+
+    def _scatter(self, rows: Sequence[CopyRows], *_options: object) -> CompletedCopy:
+        begin = time.perf_counter()
+        for row in rows:
+            runs = self._sorted_runs[row.geometry]
+            self._copy(runs, row.blocks, row.slots, *runs.scatter)
+        return CompletedCopy(time.perf_counter() - begin)
+
+    def _copy(self, runs: _SortedRuns, *arguments: Integers) -> None:
+        """Copy. The arguments are those of `copy_share`, without the range of bytes."""
+        total = len(arguments[0]) * runs.block_nbytes
         count = 1 if total < MIN_SHARED_NBYTES else self._threads
         own, *others = pairwise([total * cut // count for cut in range(count + 1)])
         submitted = [
-            (self._pool.submit(self._copy_share, *arguments, *share), share) for share in others
+            (self._pool.submit(runs.copy_share, *arguments, *share), share) for share in others
         ]
-        self._copy_share(*arguments, *own)
+        runs.copy_share(*arguments, *own)
         for future, share in submitted:
             if future.cancel():  # no thread of the pool was free to begin it
-                self._copy_share(*arguments, *share)
+                runs.copy_share(*arguments, *share)
             else:
                 future.result()
-        return CompletedCopy(time.perf_counter() - begin)
+
+
+class _SortedRuns:
+    """The runs of a geometry as the arguments of `copy_share`, and the function that copies them.
+
+    Attributes:
+        gather: arguments of a copy into slots.
+        scatter: arguments of a copy into pages.
+        block_nbytes: bytes of a block.
+    """
+
+    def __init__(self, geometry: CopyGeometry, copy_share: Callable[..., None] | None) -> None:
+        transposes = geometry.transposes
+        gather = np.array(transposes, dtype=np.int64).reshape(len(transposes), 7)
+        # The rows of one side are the columns of the other.
+        scatter = gather[:, [0, 2, 1, 6, 5, 4, 3]]
+        nbytes = gather[:, :3].prod(axis=1) if transposes else geometry.nbytes
+        self.gather = _sorted_by_source(nbytes, gather, geometry.slab, geometry.engine)
+        self.scatter = _sorted_by_source(nbytes, scatter, geometry.engine, geometry.slab)
+        self.block_nbytes = int(nbytes.sum())
+        widths = piece_widths(cell for cell, *_ in transposes)
+        self.copy_share = copy_share or compile_copy_share(widths)
 
 
 def _sorted_by_source(

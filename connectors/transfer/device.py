@@ -27,11 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvcache.connectors.transfer.base import CopyGeometry, Integers, PageCopier
+from kvcache.connectors.transfer.base import CopyGeometry, CopyRows, Integers, PageCopier
 from kvcache.connectors.transfer.pinning import SlabPinning
 from kvcache.connectors.transfer.streams import CopyStream, Device, StreamEvent
 
@@ -75,12 +76,15 @@ class _DeviceCopy:
 class DeviceCopier(PageCopier):
     """Copies on three streams: stores, awaited loads, and loads that are not awaited."""
 
-    def __init__(self, geometry: CopyGeometry, device: Device) -> None:
-        super().__init__(blocks=geometry.blocks, slots=geometry.slots)
-        self._geometry = geometry
+    def __init__(self, *geometries: CopyGeometry, device: Device) -> None:
+        super().__init__(*geometries)
         self._device = device
-        self._layer_nbytes = np.bincount(geometry.layers, geometry.nbytes)
-        self._pinning = SlabPinning(geometry, device)
+        layers = 1 + max(int(geometry.layers.max()) for geometry in geometries)
+        self._layer_nbytes = [  # of each layer, for each geometry
+            np.bincount(geometry.layers, geometry.nbytes, minlength=layers)
+            for geometry in geometries
+        ]
+        self._pinning = SlabPinning(geometries[0], device)
         self._store_stream = device.new_stream()
         self._load_stream = device.new_stream()
         self._background_stream = device.new_stream()
@@ -89,24 +93,20 @@ class DeviceCopier(PageCopier):
         # calls. Earlier loads precede it in the stream.
         self._layer_loaded: dict[int, StreamEvent] = {}
 
-    def _gather(self, blocks: Integers, slots: Integers) -> _DeviceCopy:
+    def _gather(self, rows: Sequence[CopyRows]) -> _DeviceCopy:
         self.wait_for_layer()
-        rows = (slots, *self._geometry.slab, blocks, *self._geometry.engine)
-        read = frozenset(blocks.tolist())
-        copy = self._copy(self._store_stream, rows, read, self._layers_per_call(0, ()))
+        copy = self._copy(self._store_stream, "gather", rows, self._layers_per_call(rows, ()))
         self._stores = [*self._stores_in_flight(), copy]
         return copy
 
     def _scatter(
-        self, slots: Integers, blocks: Integers, awaited: bool, announced: Collection[int]
+        self, rows: Sequence[CopyRows], awaited: bool, announced: Collection[int]
     ) -> _DeviceCopy:
-        written = frozenset(blocks.tolist())
         stream = self._load_stream if awaited else self._background_stream
-        for store in self._stores_reading(written):
+        for store in self._stores_reading(_blocks_of(rows)):
             stream.wait_for(store.end)
-        calls = self._layers_per_call(len(blocks), announced if awaited else ())
-        rows = (blocks, *self._geometry.engine, slots, *self._geometry.slab)
-        copy = self._copy(stream, rows, written, calls)
+        calls = self._layers_per_call(rows, announced if awaited else ())
+        copy = self._copy(stream, "scatter", rows, calls)
         if awaited:
             if not set(calls[0]) <= set(announced):
                 self._device.engine_stream().wait_for(copy.ends[0])
@@ -143,13 +143,16 @@ class DeviceCopier(PageCopier):
     def _stores_in_flight(self) -> list[_DeviceCopy]:
         return [store for store in self._stores if not store.done]
 
-    def _layers_per_call(self, blocks: int, announced: Collection[int]) -> list[list[int]]:
-        """Distribute all layers of a copy of `blocks` blocks over calls.
+    def _layers_per_call(
+        self, rows: Sequence[CopyRows], announced: Collection[int]
+    ) -> list[list[int]]:
+        """Distribute all layers of a copy over calls.
 
         The first call has every layer that is not announced. The announced ones follow in order,
         in calls of at least MIN_CALL_NBYTES, at most MAX_CALLS calls.
         """
-        nbytes = (blocks * self._layer_nbytes).tolist()
+        sizes = [len(row.blocks) * self._layer_nbytes[row.geometry] for row in rows]
+        nbytes = np.sum(sizes, axis=0).tolist()
         least = max(MIN_CALL_NBYTES, sum(nbytes) / MAX_CALLS)
         calls: list[list[int]] = [[]]
         size = 0
@@ -164,16 +167,12 @@ class DeviceCopier(PageCopier):
     def _copy(
         self,
         stream: CopyStream,
-        rows: tuple[Integers, ...],
-        blocks: frozenset[int],
+        operation: Literal["gather", "scatter"],
+        rows: Sequence[CopyRows],
         calls: Sequence[Sequence[int]],
     ) -> _DeviceCopy:
-        """Start a copy of `rows`, one call for each list of layers in `calls`.
-
-        `rows` are the target numbers, the addresses and strides of their runs, and the same three
-        of the sources. `blocks` are the engine's.
-        """
-        arguments = tuple(self._arguments(rows, layers) for layers in calls)
+        """Start a copy of `rows`, one call for each list of layers in `calls`."""
+        arguments = tuple(self._call_arguments(operation, rows, layers) for layers in calls)
         stream.wait_for(self._device.engine_stream().record())
         begin, ends = stream.record(), []
         try:
@@ -184,16 +183,40 @@ class DeviceCopier(PageCopier):
             # A part of the copy may be in flight, and the caller reuses the slots after an error.
             stream.record().wait()
             raise
-        return _DeviceCopy(begin, tuple(ends), blocks, arguments)
+        return _DeviceCopy(begin, tuple(ends), _blocks_of(rows), arguments)
 
-    def _arguments(self, rows: tuple[Integers, ...], layers: Sequence[int]) -> CopyArguments:
+    def _call_arguments(
+        self,
+        operation: Literal["gather", "scatter"],
+        rows: Sequence[CopyRows],
+        layers: Sequence[int],
+    ) -> CopyArguments:
         """Compute target and source address and size of every run of these layers and rows."""
-        targets, target_begins, target_strides, sources, source_begins, source_strides = rows
-        selected = np.zeros(self._layer_nbytes.size, dtype=bool)
+        selected = np.zeros(self._layer_nbytes[0].size, dtype=bool)
         selected[layers] = True
-        runs = selected[self._geometry.layers]
-        return (
-            (target_begins[runs] + targets[:, None] * target_strides[runs]).ravel(),
-            (source_begins[runs] + sources[:, None] * source_strides[runs]).ravel(),
-            self._geometry.nbytes[None, runs].repeat(len(sources), axis=0).ravel(),
-        )
+        engine, slab, nbytes = [], [], []
+        for row in rows:
+            geometry = self.geometries[row.geometry]
+            runs = selected[geometry.layers]
+            engine.append(_addresses(row.blocks, geometry.engine, runs))
+            slab.append(_addresses(row.slots, geometry.slab, runs))
+            nbytes.append(geometry.nbytes[None, runs].repeat(len(row.blocks), axis=0).ravel())
+        targets, sources = (slab, engine) if operation == "gather" else (engine, slab)
+        return _joined(targets), _joined(sources), _joined(nbytes)
+
+
+def _addresses(
+    numbers: Integers, begins_and_strides: tuple[Integers, Integers], runs: NDArray[np.bool_]
+) -> Integers:
+    """Return the addresses of these runs of the blocks or slots with these numbers."""
+    begins, strides = begins_and_strides
+    addresses: Integers = (begins[runs] + numbers[:, None] * strides[runs]).ravel()
+    return addresses
+
+
+def _joined(arrays: Sequence[Integers]) -> Integers:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _blocks_of(rows: Sequence[CopyRows]) -> frozenset[int]:
+    return frozenset(block for row in rows for block in row.blocks.tolist())

@@ -7,6 +7,7 @@ To support another device, implement `PageCopier` or `streams.Device`, and add i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from kvcache.connectors.layout.canonical import canonical_format_id, canonical_runs
@@ -87,7 +88,21 @@ def open_copier(
         slots=slab.slots,
         slot_nbytes=slab.slot_nbytes,
         offset=offset,
+        transposes=transposes,
     )
+    return open_geometries([geometry], device=device, threads=threads)
+
+
+def open_geometries(
+    geometries: Sequence[CopyGeometry], *, device: Device | None = None, threads: int = 1
+) -> PageCopier:
+    """Open the copier of blocks of several kinds in one slab.
+
+    Args:
+        geometries: one for each kind.
+        device: of the engine's tensors; ``None`` for the CPU.
+        threads: how many threads share a copy by the CPU.
+    """
     if device is not None:
-        return DeviceCopier(geometry, device)
-    return CpuCopier(geometry, transposes=transposes, threads=threads)
+        return DeviceCopier(*geometries, device=device)
+    return CpuCopier(*geometries, threads=threads)

@@ -49,7 +49,7 @@ class Rig:
             slot_nbytes=self.slab.slot_nbytes,
         )
         self.cuda = CudaDevice(device)
-        self.copier = DeviceCopier(sides, self.cuda)
+        self.copier = DeviceCopier(sides, device=self.cuda)
         self.slab.populate(self.copier.pin_slots)
         self.slab.wait_populated()
         self.cuda.wait_for_trial()

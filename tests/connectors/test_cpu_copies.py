@@ -269,7 +269,7 @@ def test_copier_with_invalid_geometry_raises(
     layers: list[int], options: dict[str, int], message: str
 ) -> None:
     threads = options.get("threads", 1)
-    geometry = {"slab_address": 0, "slots": 1, "slot_nbytes": 16} | options
+    geometry: dict[str, Any] = {"slab_address": 0, "slots": 1, "slot_nbytes": 16} | options
     geometry.pop("threads", None)
     with pytest.raises(ValueError, match=message):
         CpuCopier(CopyGeometry([BlockRun(0, n, n, 1) for n in layers], **geometry), threads=threads)

@@ -89,7 +89,7 @@ def copier(slab: Slab, device: CudaDevice, pages: list[Any]) -> Iterator[DeviceC
         slots=SLOTS,
         slot_nbytes=slab.slot_nbytes,
     )
-    copier = DeviceCopier(geometry, device)
+    copier = DeviceCopier(geometry, device=device)
     slab.populate(copier.pin_slots)
     slab.wait_populated()
     use_backend(device)

@@ -39,7 +39,7 @@ def copier(
         slots=1,
         slot_nbytes=slab.slot_nbytes,
     )
-    copier = DeviceCopier(geometry, CudaDevice(torch.device("cuda", 0)))
+    copier = DeviceCopier(geometry, device=CudaDevice(torch.device("cuda", 0)))
     slab.populate(copier.pin_slots)
     slab.wait_populated()
     yield copier

@@ -185,7 +185,7 @@ class Engine:
             slots=SLOTS,
             slot_nbytes=self.slab.slot_nbytes,
         )
-        self.copier = DeviceCopier(geometry, cuda)
+        self.copier = DeviceCopier(geometry, device=cuda)
 
     def store_and_load(self) -> None:
         """Store eight blocks, load them into others, and compare the bytes."""

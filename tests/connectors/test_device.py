@@ -44,7 +44,7 @@ class Simulation:
             slots=SLOTS,
             slot_nbytes=LAYERS * PAGE,
         )
-        self.copier = DeviceCopier(geometry, self.device)
+        self.copier = DeviceCopier(geometry, device=self.device)
         self.copies: list[tuple[Copy, list[int]]] = []  # with the slots that they use
         self.background_loads: list[tuple[Copy, list[int]]] = []  # with the blocks that they write
         self.unreached: set[int] = set()  # announced layers that the engine has not waited for
@@ -273,7 +273,7 @@ def test_scatter_of_announced_layers_groups_them_into_large_calls(
             slots=blocks,
             slot_nbytes=2**40,
         )
-        copier = DeviceCopier(geometry, CountingDevice(Random(0)))
+        copier = DeviceCopier(geometry, device=CountingDevice(Random(0)))
         copier.scatter(range(blocks), range(blocks), **options)
         assert counted == (calls_mib if len(options) == 1 else [sum(layers_mib) * blocks])
 
