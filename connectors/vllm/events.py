@@ -7,6 +7,10 @@
     L1       BlockStored, BlockRemoved   medium CPU, locality LOCAL
     below    BlockStored, BlockRemoved   medium STORAGE, ownership: the tier's name in the profile
 
+As in the events of vLLM's own cache, an event is about one of vLLM's KV cache groups, and the
+parent of a block is the block before it in that group. A block of a kept group has one event for
+each member of the group.
+
 Invariants:
 
 1. An event describes itself: every stored block has its tokens, its parent block, and the extra
@@ -14,15 +18,17 @@ Invariants:
 2. A block is announced once, and its removal only after that. The announced blocks of L1 are those
    that L1 holds. A block of a lower tier is announced when the stack stores it or finds it there.
    If the tier evicts the block by itself, its removal is announced when a request misses it.
-3. Tables are bounded: by the slots of L1, and for each lower tier by ``MOST_ANNOUNCED`` blocks.
-   Beyond that, the blocks that were seen longest ago are removed.
-4. With events off, nothing is recorded, and a request costs one empty call.
+3. A tier holds a block while it holds all parts of it. So a block is stored with its last part,
+   and removed with the first one that goes.
+4. Tables are bounded: by the slots of L1, and for each lower tier by ``MOST_ANNOUNCED`` parts.
+   Beyond that, the parts that were seen longest ago are removed.
+5. With events off, nothing is recorded, and a request costs one empty call.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -33,39 +39,28 @@ from kvcache.stack import Stack
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
-    from kvcache.connectors.vllm.groups import CacheGroup
+    from kvcache.connectors.vllm.groups import KeptGroup
 
 MOST_ANNOUNCED: Final = 1 << 18
-MOST_AHEAD: Final = 1 << 14  # blocks described before they are stored, of waiting requests
-
-HashesOf = Callable[["Request", list[bytes]], list[bytes]]
-
-
-def _same_hashes(_: Request, keys: list[bytes]) -> list[bytes]:
-    return keys
+MOST_AHEAD: Final = 1 << 14  # parts described before they are stored, of waiting requests
 
 
 class EventSource:
     """Publishes nothing: KV events are off."""
 
     def describe(
-        self,
-        request: Request,
-        first: int,
-        keys: list[bytes],
-        parent: bytes | None,
-        hashes_of: HashesOf = _same_hashes,
+        self, request: Request, group: KeptGroup, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
         """Describe blocks of a request, for events about them.
 
         Args:
             request: the request.
-            first: position of its first described block.
-            keys: of that block and the ones after it.
-            parent: key of the block before; ``None`` for the first block of a chain.
-            hashes_of: returns vLLM's hashes for keys of the request's blocks.
+            group: the kept group of the blocks.
+            blocks: their positions in the request, ascending.
+            keys: of all parts of these blocks, in order.
         """
 
     def take(self) -> Sequence[KVCacheEvent]:
@@ -73,12 +68,26 @@ class EventSource:
         return ()
 
 
-def events_of(vllm_config: VllmConfig, group: CacheGroup, stack: Stack) -> EventSource:
-    """Return the events of ``stack``; none if the engine's KV events are off."""
+def events_of(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    groups: Sequence[KeptGroup],
+    stack: Stack,
+    parts: Sequence[int],
+) -> EventSource:
+    """Return the events of ``stack``; none if the engine's KV events are off.
+
+    Args:
+        vllm_config: of the engine.
+        kv_cache_config: the scheduler's.
+        groups: the kept groups.
+        stack: its tiers are announced.
+        parts: the number of parts of a block, for each kept group.
+    """
     config = getattr(vllm_config, "kv_events_config", None)
     if config is None or not config.enable_kv_cache_events:
         return EventSource()
-    return StackEvents(group, stack)
+    return StackEvents(kv_cache_config, groups, stack, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,45 +95,63 @@ class _BlockDescription:
     """The fields of a block in an event.
 
     Attributes:
+        keys: of its parts.
         hash: vLLM's, of the block.
-        parent_hash: vLLM's, of the block before; ``None`` for the first block of a chain.
-        parent: key of the block before.
+        parent_hash: vLLM's, of the block before; ``None`` for the first block of a request.
         lora: id and name of the adapter.
         extra: extra keys of the hash.
     """
 
+    group: KeptGroup
+    keys: tuple[bytes, ...]
     hash: bytes
     parent_hash: bytes | None
-    parent: bytes | None
     tokens: Sequence[int]
     lora: tuple[int | None, str | None]
     extra: tuple[Any, ...] | None
 
 
 class _AnnouncedTier:
-    """The blocks of a tier: those announced, with vLLM's hashes, and those not described yet."""
+    """The parts of blocks in a tier: those described, and those not described yet.
+
+    A block is announced while all of its parts are in ``held``.
+    """
 
     def __init__(self, block_events: BlockEventLog, most: int, **fields: str) -> None:
         self.block_events = block_events
         self.most = most
         self.fields = fields
-        self.announced: OrderedDict[bytes, bytes] = OrderedDict()
+        self.held: OrderedDict[bytes, _BlockDescription] = OrderedDict()
         self.undescribed: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.announced) + len(self.undescribed)
+        return len(self.held) + len(self.undescribed)
+
+    def has_all(self, block: _BlockDescription) -> bool:
+        """Whether the tier holds every part of a block."""
+        return len(block.keys) == 1 or all(key in self.held for key in block.keys)
 
 
 class StackEvents(EventSource):
     """Publishes the events of a stack.
 
     Args:
-        group: the KV cache group of its blocks.
+        kv_cache_config: the scheduler's.
+        groups: the kept groups.
         stack: its tiers are announced.
+        parts: the number of parts of a block, for each kept group.
         kv_events: the module of vLLM's event classes.
     """
 
-    def __init__(self, group: CacheGroup, stack: Stack, *, kv_events: Any = None) -> None:
+    def __init__(
+        self,
+        kv_cache_config: KVCacheConfig,
+        groups: Sequence[KeptGroup],
+        stack: Stack,
+        parts: Sequence[int],
+        *,
+        kv_events: Any = None,
+    ) -> None:
         from vllm.distributed import kv_events as of_vllm
         from vllm.v1.core import kv_cache_utils
 
@@ -133,8 +160,12 @@ class StackEvents(EventSource):
         self._extra_keys = kv_cache_utils.generate_block_hash_extra_keys
         # Not in every vLLM since 0.29. Before it, extra keys had no tags.
         self._untag = getattr(kv_cache_utils, "to_event_extra_keys", list)
-        self._group = group
-        self._kind = group.event_kind
+        self._parts = parts
+        self._group_fields = {
+            member: _group_fields(kv_cache_config, member)
+            for group in groups
+            for member in group.members
+        }
         [(_, l1_events), *lower] = stack.subscribe_events()
         slots = stack.front.slab.slots
         self._tiers = [_AnnouncedTier(l1_events, slots, medium="CPU", locality="LOCAL")]
@@ -145,42 +176,43 @@ class StackEvents(EventSource):
         self._most_described = 2 * slots + MOST_AHEAD
 
     @property
-    def described_blocks(self) -> int:
-        """Descriptions that are kept, of blocks held or expected."""
+    def described_parts(self) -> int:
+        """Parts of blocks that are described, held or expected."""
         return len(self._described)
 
     @property
-    def tracked_blocks(self) -> int:
-        """Blocks that are announced, or held and not described, counted for each tier."""
+    def tracked_parts(self) -> int:
+        """Parts of blocks that a tier holds, counted for each tier."""
         return sum(map(len, self._tiers))
 
     def describe(
-        self,
-        request: Request,
-        first: int,
-        keys: list[bytes],
-        parent: bytes | None,
-        hashes_of: HashesOf = _same_hashes,
+        self, request: Request, group: KeptGroup, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
-        parent_hash = hashes_of(request, [parent])[0] if parent else None
-        size = self._group.block_tokens
+        if not blocks:
+            return
+        described, parts, size = self._described, self._parts[group.index], group.block_tokens
+        begin = max(0, blocks[0] - 1)
+        hashes = group.hashes(request.block_hashes, begin, blocks[-1] + 1)
         lora = request.lora_request
-        for at, (key, name) in enumerate(zip(keys, hashes_of(request, keys), strict=True), first):
-            if key in self._described:
-                self._described.move_to_end(key)
-            else:
+        for number, at in enumerate(blocks):
+            of_block = tuple(keys[number * parts : (number + 1) * parts])
+            block = described.get(of_block[0])
+            if block is None:
                 start, end = at * size, (at + 1) * size
-                self._described[key] = _BlockDescription(
-                    name,
-                    parent_hash,
-                    parent=parent,
+                block = _BlockDescription(
+                    group,
+                    of_block,
+                    hash=hashes[at - begin],
+                    parent_hash=hashes[at - begin - 1] if at else None,
                     tokens=request.all_token_ids[start:end],
                     lora=(lora.adapter_id, lora.name) if lora else (None, None),
                     extra=self._extra_keys(request, start, end, 0)[0],
                 )
-            parent, parent_hash = key, name
-        while len(self._described) > self._most_described:
-            self._described.popitem(last=False)
+            for key in of_block:
+                described[key] = block
+                described.move_to_end(key)
+        while len(described) > self._most_described:
+            described.popitem(last=False)
 
     def take(self) -> Sequence[KVCacheEvent]:
         return [event for tier in self._tiers for event in self._take_tier(tier)]
@@ -188,7 +220,7 @@ class StackEvents(EventSource):
     def _take_tier(self, tier: _AnnouncedTier) -> Iterator[KVCacheEvent]:
         for stored, keys in tier.block_events.take():
             if keys is None:
-                yield from self._remove(tier, [*tier.announced, *tier.undescribed])
+                yield from self._remove(tier, [*tier.held, *tier.undescribed])
             elif stored:
                 yield from self._store(tier, keys)
             else:
@@ -196,58 +228,81 @@ class StackEvents(EventSource):
         if tier.undescribed:
             described = [key for key in tier.undescribed if key in self._described]
             yield from self._store(tier, described)
-        surplus = max(0, len(tier.announced) - tier.most)
-        yield from self._remove(tier, list(islice(tier.announced, surplus)))
+        surplus = max(0, len(tier.held) - tier.most)
+        yield from self._remove(tier, list(islice(tier.held, surplus)))
         while len(tier.undescribed) > tier.most:
             tier.undescribed.popitem(last=False)
 
     def _store(self, tier: _AnnouncedTier, keys: Collection[bytes]) -> Iterator[KVCacheEvent]:
-        """Announce blocks, each segment of a chain in one event."""
-        segment: list[bytes] = []
+        """Announce blocks, each segment of a chain in one event for each of vLLM's groups."""
+        segment: list[_BlockDescription] = []
         for key in keys:
-            if key in tier.announced:
-                tier.announced.move_to_end(key)
+            if key in tier.held:
+                tier.held.move_to_end(key)
                 continue
             block = self._described.get(key)
             if block is None:
                 tier.undescribed[key] = None
                 continue
-            if segment and block.parent != segment[-1]:
-                yield self._stored_event(tier, segment)
-                segment = []
-            segment.append(key)
-            tier.announced[key] = block.hash
+            tier.held[key] = block
             tier.undescribed.pop(key, None)
+            if not tier.has_all(block):
+                continue
+            if segment and not (
+                block.group is segment[-1].group and block.parent_hash == segment[-1].hash
+            ):
+                yield from self._stored_events(tier, segment)
+                segment = []
+            segment.append(block)
         if segment:
-            yield self._stored_event(tier, segment)
+            yield from self._stored_events(tier, segment)
 
-    def _stored_event(self, tier: _AnnouncedTier, segment: Sequence[bytes]) -> KVCacheEvent:
-        blocks = [self._described[key] for key in segment]
-        [first, *_] = blocks
-        return self._event(
-            "BlockStored",
-            block_hashes=[self._hash(block.hash) for block in blocks],
-            parent_block_hash=first.parent_hash and self._hash(first.parent_hash),
-            token_ids=[token for block in blocks for token in block.tokens],
-            block_size=self._group.block_tokens,
-            lora_id=first.lora[0],
-            lora_name=first.lora[1],
-            extra_keys=self._untag([block.extra for block in blocks]),
-            group_idx=self._group.index,
-            kv_cache_spec_kind=self._kind,
-            **tier.fields,
-        )
+    def _stored_events(
+        self, tier: _AnnouncedTier, segment: Sequence[_BlockDescription]
+    ) -> Iterator[KVCacheEvent]:
+        [first, *_] = segment
+        for member in first.group.members:
+            yield self._event(
+                "BlockStored",
+                block_hashes=[self._hash(block.hash) for block in segment],
+                parent_block_hash=first.parent_hash and self._hash(first.parent_hash),
+                token_ids=[token for block in segment for token in block.tokens],
+                block_size=first.group.block_tokens,
+                lora_id=first.lora[0],
+                lora_name=first.lora[1],
+                extra_keys=self._untag([block.extra for block in segment]),
+                **self._group_fields[member],
+                **tier.fields,
+            )
 
     def _remove(self, tier: _AnnouncedTier, keys: Collection[bytes]) -> Iterator[KVCacheEvent]:
-        hashes = [self._hash(tier.announced.pop(key)) for key in keys if key in tier.announced]
+        """Announce the removal of blocks, in one event for each of vLLM's groups."""
+        removed: dict[int, list[Any]] = {}
         for key in keys:
             tier.undescribed.pop(key, None)
-        if hashes:
-            yield self._event(
-                "BlockRemoved", block_hashes=hashes, group_idx=self._group.index, **tier.fields
-            )
+            block = tier.held.get(key)
+            if block is None:
+                continue
+            if tier.has_all(block):
+                for member in block.group.members:
+                    removed.setdefault(member, []).append(self._hash(block.hash))
+            del tier.held[key]
+        for member, hashes in removed.items():
+            yield self._event("BlockRemoved", block_hashes=hashes, group_idx=member, **tier.fields)
 
     def _event(self, name: str, **fields: object) -> KVCacheEvent:
         """Return an event with the fields that this vLLM supports."""
         kind = getattr(self._kv_events, name)
         return kind(**{name: fields[name] for name in kind.__struct_fields__ if name in fields})
+
+
+def _group_fields(kv_cache_config: KVCacheConfig, member: int) -> dict[str, object]:
+    """Return the fields of an event about one of vLLM's groups."""
+    from vllm.v1 import kv_cache_interface
+
+    spec = kv_cache_config.kv_cache_groups[member].kv_cache_spec
+    return {
+        "group_idx": member,
+        "kv_cache_spec_kind": kv_cache_interface.get_kv_cache_spec_kind(spec).value,
+        "kv_cache_spec_sliding_window": kv_cache_interface.get_kv_cache_spec_sliding_window(spec),
+    }

@@ -33,6 +33,11 @@ class KeptGroup:
     block_tokens: int
     hashes_per_block: int
 
+    def hashes(self, block_hashes: list[bytes], first: int, end: int) -> list[bytes]:
+        """Return the hashes of blocks ``first`` to ``end``: the last hash that each block spans."""
+        per = self.hashes_per_block
+        return block_hashes[first * per + per - 1 : end * per : per]
+
 
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
@@ -65,14 +70,6 @@ class CacheGroup:
         """Return the hashes of blocks ``first`` to ``end``: the last hash that each block spans."""
         per = self.hashes_per_block
         return block_hashes[first * per + per - 1 : end * per : per]
-
-    @property
-    def event_kind(self) -> str:
-        """The kind of cache spec that vLLM's KV events name."""
-        from vllm.v1 import kv_cache_interface
-
-        kind_of = getattr(kv_cache_interface, "get_kv_cache_spec_kind", None)  # not in every 0.29
-        return kind_of(self.spec).value if kind_of else "full_attention"
 
 
 NO_GROUP: Final = CacheGroup(0, (), None, block_tokens=0, hashes_per_block=1)

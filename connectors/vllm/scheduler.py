@@ -102,7 +102,7 @@ class SchedulerSide:
         self._reports: Reports | None = None
         self._hints = HintReader()
         self.events = EventSource()
-        self._events_of = partial(events_of, vllm_config, self._group)
+        self._events_of = partial(events_of, vllm_config, kv_cache_config, self._kept_groups)
         self._prefetches: dict[str, Future[Match]] = {}  # by request id
         self.pending_loads = PendingLoads()
         self._admitted: dict[str, AdmittedRequest[Request]] = {}  # by request id
@@ -134,7 +134,7 @@ class SchedulerSide:
                 self._refuse(handshake.reason)
                 return
         shards = {rank: each for rank, each in handshakes.items() if isinstance(each, Shard)}
-        stack, self._slab_shards, _parts = open_sharded_stack(
+        stack, self._slab_shards, parts = open_sharded_stack(
             self._open_stack,
             shards,
             self._parallel,
@@ -146,7 +146,7 @@ class SchedulerSide:
         self.pending_loads = PendingLoads(async_copies=async_copies, long_load_s=self._long_load_s)
         self.stack = stack
         self._reports = Reports(stack, self._clock)
-        self.events = self._events_of(stack)
+        self.events = self._events_of(stack, parts)
         self._spans.tiers = [named.name for named in stack.stats().names]
 
     # Before vLLM admits a request
@@ -157,7 +157,7 @@ class SchedulerSide:
             return
         self._spans.start(request)
         keys, context = self._prompt_keys(request), self._spans.context(request)
-        self.events.describe(request, 0, keys, None, self._adapters.keys)
+        self.events.describe(request, self._kept_groups[0], range(len(keys)), keys)
         self.stack.recorder.record(keys, request.num_prompt_tokens)
         prefetch = self.stack.prefetch(keys, context=context)
         if prefetch is not None:
@@ -306,7 +306,7 @@ class SchedulerSide:
         first, end = offered.start, offered.stop
         parent = self._keys(request, first - 1, first)[0] if first else None
         keys, context = self._keys(request, first, end), self._spans.context(request)
-        self.events.describe(request, first, keys, parent, self._adapters.keys)
+        self.events.describe(request, self._kept_groups[0], offered, keys)
         lease = self.stack.reserve(keys, parent, context=context)
         job = self._jobs.start_store(admitted, lease, offered)
         return Transfer.of(job) if job is not None else None
