@@ -49,7 +49,13 @@ MOST_AHEAD: Final = 1 << 14  # parts described before they are stored, of waitin
 
 
 class EventSource:
-    """Publishes nothing: KV events are off."""
+    """Publishes nothing: KV events are off.
+
+    Attributes:
+        publishes: whether descriptions of blocks are used.
+    """
+
+    publishes = False
 
     def describe(
         self, request: Request, group: KeptGroup, blocks: Sequence[int], keys: Sequence[bytes]
@@ -142,6 +148,8 @@ class StackEvents(EventSource):
         parts: the number of parts of a block, for each kept group.
         kv_events: the module of vLLM's event classes.
     """
+
+    publishes = True
 
     def __init__(
         self,

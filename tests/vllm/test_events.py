@@ -189,13 +189,16 @@ def test_events_off_subscribe_to_nothing(
     ):
         off = events_of(config, cache, [ALONE], below.stack, [1])
         assert type(off) is EventSource
+        assert not off.publishes
     describe(off, keys_of("a", 1))
     below.put(keys_of("a", 1))
     assert not off.take()
     assert not subscribed
     assert type(below.lower[0].channel.events) is BlockEvents
     on: Any = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
-    assert type(events_of(on, cache, [ALONE], below.stack, [1])) is StackEvents
+    source = events_of(on, cache, [ALONE], below.stack, [1])
+    assert type(source) is StackEvents
+    assert source.publishes
 
 
 def test_events_leave_out_fields_that_this_vllm_lacks(below: StackUnderTest) -> None:
