@@ -54,6 +54,17 @@ class BlockRun:
             raise ValueError(f"{self}: nbytes and count must be at least 1, stride at least nbytes")
 
 
+def cut_runs(runs: Sequence[BlockRun], begin: int, end: int) -> list[BlockRun]:
+    """Return the runs of bytes ``begin`` to ``end`` of a block that consists of ``runs``."""
+    cut, at = [], 0  # the first byte of the run in the block
+    for run in runs:
+        first, last = max(begin - at, 0), min(end - at, run.nbytes)
+        if first < last:
+            cut.append(replace(run, address=run.address + first, nbytes=last - first))
+        at += run.nbytes
+    return cut
+
+
 @dataclass(frozen=True, slots=True)
 class TensorPlacement:
     """One tensor of one layer.

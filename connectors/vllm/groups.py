@@ -88,8 +88,20 @@ def kept_group(kv_cache_config: KVCacheConfig) -> CacheGroup:
 
 def kept_groups(kv_cache_config: KVCacheConfig) -> tuple[KeptGroup, ...]:
     """Return the kept groups of a config that `groups_refusal` does not refuse."""
-    group = kept_group(kv_cache_config)
-    return (KeptGroup(0, (0,), group.block_tokens, group.hashes_per_block),)
+    members: dict[tuple[Any, ...], list[int]] = {}
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        window = getattr(spec, "sliding_window", None)
+        members.setdefault((spec.block_size, type(spec), window), []).append(number)
+    return tuple(
+        KeptGroup(index, tuple(numbers), block_tokens, 1)
+        for index, ((block_tokens, *_), numbers) in enumerate(members.items())
+    )
+
+
+def may_load_within_step(groups: Sequence[KeptGroup]) -> bool:
+    """Return whether the forward pass of a step may wait for the loads of these groups."""
+    return len(groups) == 1 and len(groups[0].members) == 1
 
 
 def groups_refusal(kv_cache_config: KVCacheConfig) -> str | None:

@@ -6,10 +6,12 @@ Invariants:
 2. Loads come before the forward pass, stores after it. On a CPU they have ended when the step ends.
    On a GPU they run in parallel to the next steps: a job is acknowledged when its last page is
    copied, and vLLM waits until no copy reads a reused block before it writes to that block.
-3. A failed copy raises no exception: its blocks are reported to vLLM, and its job as failed. If a
+3. A failed copy raises no exception: its blocks are reported to vLLM, and its job as failed. With
+   several of vLLM's groups a block id does not name a request, so the request is reported. If a
    load of a step failed, the step publishes no store, because its blocks may depend on blocks that
    were not loaded. That also holds if vLLM asks for the report before the step's stores begin.
-4. On a GPU a forward pass waits for a layer's pages when it asks for that layer (layer-wise load).
+4. Of ranks that have the same bytes, one stores them. The others acknowledge the store at once.
+5. On a GPU a forward pass waits for a layer's pages when it asks for that layer (layer-wise load).
    It waits before it starts for the layers that it is not expected to ask for (`LayerSync`). If a
    pass skips a wait that was expected, its loaded blocks are reported as failed and its stores are
    not published.
@@ -18,23 +20,22 @@ Invariants:
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kvcache import telemetry
-from kvcache.connectors.layout.axes import LayoutError
-from kvcache.connectors.layout.placement import Placement, place
 from kvcache.connectors.transfer.base import CompletedCopy, Copy, PageCopier
 from kvcache.connectors.transfer.cpu import compile_kernels
-from kvcache.connectors.transfer.factory import device_of, format_id, open_copier
+from kvcache.connectors.transfer.factory import device_of, open_geometries
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
-from kvcache.connectors.vllm.groups import kept_group
+from kvcache.connectors.vllm.groups import kept_groups, may_load_within_step
 from kvcache.connectors.vllm.layer_sync import LayerSync
 from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step, Transfer
+from kvcache.connectors.vllm.pages import RankPages, host_format
+from kvcache.connectors.vllm.rank_pieces import Operation, RankPieces, TransferRows
 from kvcache.process import bind_to_process
 from kvcache.slab import Slab
 
@@ -50,10 +51,11 @@ class _StartedTransfer:
     """A transfer, and the copy that was started for it and maybe for others."""
 
     transfer: Transfer
-    operation: Literal["load", "store"]
+    operation: Operation
     started_ns: int  # since 1970
     copy: Copy
-    share: float  # of the copy's blocks
+    nbytes: int
+    share: float  # of the copy's bytes
 
     @property
     def seconds(self) -> float:
@@ -69,6 +71,8 @@ class WorkerSide:
         threads: that copy on a CPU.
         device: a device to use in place of the one that the KV cache is on.
         copier: a page copier to use in place of the one that fits the device.
+        replicas: how many consecutive tensor ranks have the same bytes, for each of vLLM's groups;
+            empty if no rank has the bytes of another one.
 
     Attributes:
         device: that the engine computes on; ``None`` is the CPU.
@@ -83,20 +87,24 @@ class WorkerSide:
         *,
         device: Device | None = None,
         copier: PageCopier | None = None,
+        replicas: tuple[int, ...] = (),
     ) -> None:
         self._config = kv_cache_config
         self._rank = rank
         self._threads = threads
-        self._placement: Placement | None = None
+        self._replicas = replicas
+        self._pages: RankPages | None = None
+        self._pieces: RankPieces | None = None  # until the first copy
         self._shard: Shard | None = None
         self._slab: Slab | None = None
         self.device = device
         self.copier = copier
-        self._layers: dict[str, int] = {}  # numbers by name
         self._layer_sync = LayerSync()
         self._started: list[_StartedTransfer] = []  # copies that have not ended
         self._acks = Acks()
         self._failed_blocks: set[int] = set()  # not reported to vLLM yet
+        self._failed_requests: set[str] = set()  # not reported to vLLM yet
+        self._reports_requests = not may_load_within_step(kept_groups(kv_cache_config))
         self._failed_step = -1  # the last step of which a load failed
         self._received: set[str] = set()  # requests that no longer wait for an async load
         bind_to_process(self)
@@ -105,23 +113,22 @@ class WorkerSide:
         """Find the pages of every layer, and make this rank's shard of a block.
 
         Raises:
-            RuntimeError: if a cache is on an unknown device, or its first axis is not blocks.
+            RuntimeError: if a cache is no tensor or on an unknown device, or its first axis is not
+                blocks.
         """
-        names = kept_group(self._config).layer_names
         try:
-            kept = {name: caches[name] for name in names}  # vLLM may add aliases of these layers
-            placement = self._placement = place_caches(kept, self._config.num_blocks)
-            self.device = self.device or device_of(placement)
+            pages = self._pages = RankPages(self._config, caches)
+            self.device = self.device or device_of(pages.placements[0])
         except ValueError as error:
             raise RuntimeError(f"kvcache: {error}") from error
-        self._layers = {name: number for number, name in enumerate(names)}
-        where = host_format() if self.device is None else placement.device.partition(":")[0]
+        device = pages.placements[0].device.partition(":")[0]
         self._shard = Shard(
-            (placement.block_nbytes,),
+            pages.nbytes,
             host_name(),
-            f"{format_id(placement)} {where}",
-            placement.element_nbytes,
+            f"{pages.format_id} {host_format() if self.device is None else device}",
+            pages.element_nbytes,
             async_copies=self.device is not None,
+            replicas=self._replicas,
         )
         if self.device is None:
             compile_kernels()
@@ -147,7 +154,7 @@ class WorkerSide:
 
     def wait_for_layer(self, name: str) -> None:
         """Wait until a layer's pages are there. An unknown name may be an alias of any layer."""
-        layer = self._layers.get(name)
+        layer = self._pages.layers.get(name) if self._pages is not None else None
         if layer is not None:
             self._layer_sync.add_wait(layer)
         if self.copier is not None:
@@ -173,72 +180,86 @@ class WorkerSide:
                 self._start(step.memory, [transfer], "store")
 
     def _fail_loads(self, step: Step, loads: Sequence[Transfer]) -> None:
-        """Report the blocks of ``loads``, and publish no store of ``step``."""
+        """Report the blocks of ``loads``, or their requests, and publish no store of ``step``."""
         self._failed_step = step.number
-        self._failed_blocks.update(block for load in loads for block in load.blocks)
+        if self._reports_requests:
+            self._failed_requests.update(load.awaited_by for load in loads if load.awaited_by)
+        else:
+            self._failed_blocks.update(block for load in loads for block in load.blocks)
 
     def _start(
-        self, memory: SlabShards, transfers: Sequence[Transfer], operation: Literal["load", "store"]
+        self, memory: SlabShards, transfers: Sequence[Transfer], operation: Operation
     ) -> bool:
         """Start one copy for ``transfers``; return whether it could be started."""
-        blocks = [block for transfer in transfers for block in transfer.blocks]
-        slots = [slot for transfer in transfers for slot in transfer.slots]
-        if not blocks:
+        if not transfers:
             return True
         started_ns = time.time_ns()
         try:
-            copier = self.copier or self._attach(memory)
+            pieces = self._pieces or self._attach(memory)
             started_ns = time.time_ns()
-            if operation == "load":
-                awaited = transfers[0].awaited_by is None
-                expected = self._layer_sync.expected
-                copy = copier.scatter(slots, blocks, awaited=awaited, announced=expected)
-            else:
-                copy = copier.gather(blocks, slots)
+            copy = self._copy(pieces.rows(transfers, operation), transfers, operation)
+            sizes = [pieces.nbytes(transfer, operation) for transfer in transfers]
         except Exception as error:
-            log.exception("kvcache: worker: %s of %d blocks failed", operation, len(blocks))
+            blocks = sum(len(transfer.blocks) for transfer in transfers)
+            log.exception("kvcache: worker: %s of %d blocks failed", operation, blocks)
             ended = CompletedCopy((time.time_ns() - started_ns) / 1e9)
             for transfer in transfers:
-                failed = _StartedTransfer(transfer, operation, started_ns, ended, 1.0)
+                failed = _StartedTransfer(transfer, operation, started_ns, ended, 0, 1.0)
                 self._end(failed, error=type(error).__name__)
             return False
-        for transfer in transfers:
-            share = len(transfer.blocks) / len(blocks)
-            started = _StartedTransfer(transfer, operation, started_ns, copy, share)
+        total = sum(sizes) or 1
+        for transfer, nbytes in zip(transfers, sizes, strict=True):
+            share = nbytes / total
+            started = _StartedTransfer(transfer, operation, started_ns, copy, nbytes, share)
             self._started.append(started)
         return True
+
+    def _copy(
+        self, rows: TransferRows, transfers: Sequence[Transfer], operation: Operation
+    ) -> Copy:
+        """Start to copy ``rows``, which are those of ``transfers``."""
+        if not rows.blocks:
+            return CompletedCopy(0.0)
+        assert self.copier is not None
+        if operation == "store":
+            return self.copier.gather(rows.blocks, rows.slots, rows.geometries)
+        return self.copier.scatter(
+            rows.slots,
+            rows.blocks,
+            rows.geometries,
+            awaited=transfers[0].awaited_by is None,
+            announced=self._layer_sync.expected,
+        )
 
     def _end(self, started: _StartedTransfer, *, error: str | None) -> None:
         transfer = started.transfer
         self._acks.seconds[transfer.job] = started.seconds
         if transfer.awaited_by is not None:
             self._received.add(transfer.awaited_by)
-        blocks = len(transfer.blocks)
         telemetry.end_span(
             telemetry.start_remote_child(transfer.trace, telemetry.COPY, started.started_ns),
             {
                 telemetry.DIRECTION: started.operation,
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
-                telemetry.REQUESTED: blocks,
-                telemetry.PAYLOAD: blocks * (self._shard.nbytes[0] if self._shard else 0),
+                telemetry.REQUESTED: len(transfer.blocks),
+                telemetry.PAYLOAD: started.nbytes,
             },
             error=error,
             ended_ns=started.started_ns + round(started.copy.seconds * 1e9),
         )
         self._ack(transfer, failed=error is not None)
 
-    def _attach(self, memory: SlabShards) -> PageCopier:
-        slab = self._slab = self._slab or Slab.attach(memory.slab)
-        assert self._placement is not None
-        self.copier = open_copier(
-            self._placement,
-            slab,
-            device=self.device,
-            offset=memory.pieces[0].ranks[self._rank].offset,
-            threads=self._threads,
-        )
-        slab.populate(self.copier.pin_slots)
-        return self.copier
+    def _attach(self, memory: SlabShards) -> RankPieces:
+        """Attach the slab, and open the page copier unless there is one."""
+        assert self._pages is not None
+        pieces = RankPieces(memory, self._rank, self._pages)
+        if self.copier is None:
+            slab = self._slab = self._slab or Slab.attach(memory.slab)
+            geometries = pieces.geometries(slab)
+            self.copier = open_geometries(geometries, device=self.device, threads=self._threads)
+            slab.populate(self.copier.pin_slots)
+        self._pieces = pieces
+        return pieces
 
     def _ack(self, transfer: Transfer, *, failed: bool) -> None:
         self._acks.ranks[transfer.job] = 1
@@ -246,8 +267,20 @@ class WorkerSide:
             self._acks.failed.add(transfer.job)
 
     def take_failed_blocks(self) -> set[int]:
-        """Return the engine's blocks that loads did not write, since the last call."""
+        """Return the engine's blocks that loads did not write, since the last call.
+
+        Empty where failed loads are reported by `take_failed_requests`.
+        """
         failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Return the requests with an async load that failed, since the last call.
+
+        Empty where failed loads are reported by `take_failed_blocks`. `take_received` returns these
+        requests, too.
+        """
+        failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def take_received(self) -> set[str]:
@@ -285,34 +318,3 @@ class WorkerSide:
         if self._slab is not None:
             self._slab.close()
             self._slab = None
-
-
-def host_format() -> str:
-    """Return the properties of a CPU that change the bytes of a page, but not its tensor.
-
-    Attention packs keys and values for the instruction set that it runs on.
-    """
-    import torch
-
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={amx}"
-
-
-def place_caches(caches: dict[str, torch.Tensor], blocks: int) -> Placement:
-    """Return where the blocks of these layers lie.
-
-    Args:
-        caches: by name, the views that vLLM registers: ``[blocks * n, ...]``, n kernel blocks to
-            a block. Only their attention knows what the other axes mean, so pages are opaque.
-        blocks: of the engine's cache.
-
-    Raises: LayoutError: if a cache does not have this many blocks, or cannot be copied run by run.
-    """
-    for name, cache in caches.items():
-        if not cache.shape[0] or cache.shape[0] % blocks:
-            raise LayoutError(
-                f"the KV cache of layer {name}, shape {tuple(cache.shape)}, strides "
-                f"{cache.stride()}, is not {blocks} blocks"
-            )
-    views = {name: cache.unflatten(0, (blocks, -1)) for name, cache in caches.items()}
-    return place(views, "opaque")

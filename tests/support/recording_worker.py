@@ -28,7 +28,12 @@ class RecordingCopier:
         self.announced: list[int] = []  # by the last load
         self.waits: list[int | None] = []
 
-    def gather(self, blocks: Sequence[int], slots: Sequence[int]) -> CompletedCopy:
+    def gather(
+        self,
+        blocks: Sequence[int],
+        slots: Sequence[int],
+        geometries: Sequence[tuple[int, int]] = (),
+    ) -> CompletedCopy:
         assert self.waits[-1] is None, "stored before all loads are there"
         return self._call("gather", blocks, slots)
 
@@ -36,6 +41,7 @@ class RecordingCopier:
         self,
         slots: Sequence[int],
         blocks: Sequence[int],
+        geometries: Sequence[tuple[int, int]] = (),
         *,
         awaited: bool = True,
         announced: Collection[int] = (),

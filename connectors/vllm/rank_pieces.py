@@ -1,0 +1,107 @@
+"""The pieces of blocks that one rank copies, and the rows of its page copier for a transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvcache.connectors.transfer.base import CopyGeometry
+from kvcache.connectors.vllm.messages import PieceOfRank, Rank, SlabShards, Transfer
+from kvcache.connectors.vllm.pages import RankPages
+from kvcache.slab import Slab
+
+Operation = Literal["load", "store"]
+
+
+@dataclass(slots=True)
+class TransferRows:
+    """What a page copier copies: blocks, as many slots, and the geometry of each."""
+
+    blocks: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    geometries: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, blocks: list[int], slots: list[int], geometry: int) -> None:
+        """Append blocks of one geometry."""
+        self.blocks += blocks
+        self.slots += slots
+        if self.geometries and self.geometries[-1][0] == geometry:
+            geometry, earlier = self.geometries.pop()
+            self.geometries.append((geometry, earlier + len(blocks)))
+        else:
+            self.geometries.append((geometry, len(blocks)))
+
+
+class RankPieces:
+    """The pieces that one rank has, each with a geometry of its own.
+
+    Raises:
+        ValueError: if the pieces are not exactly the bytes of this rank's blocks.
+    """
+
+    def __init__(self, memory: SlabShards, rank: Rank, pages: RankPages) -> None:
+        self._pages = pages
+        self._pieces = [piece.ranks.get(rank) for piece in memory.pieces]
+        self._members = [piece.member for piece in memory.pieces]
+        self._geometries = list[int]()  # by number of the piece
+        count = 0
+        for piece in self._pieces:
+            self._geometries.append(count)
+            count += piece is not None
+        for member, nbytes in enumerate(pages.nbytes):
+            ranges = sorted((where.begin, where.end) for where in self._of_member(member))
+            ends = [0, *(end for _, end in ranges)]
+            if [begin for begin, _ in ranges] != ends[:-1] or ends[-1] != nbytes:
+                raise ValueError(
+                    f"the pieces of rank {rank} are not the {nbytes} bytes of a block of vLLM's"
+                    f" group {member}"
+                )
+
+    def geometries(self, slab: Slab) -> list[CopyGeometry]:
+        """Return the geometry of each piece that this rank has."""
+        return [
+            CopyGeometry(
+                self._pages.runs(member, piece.begin, piece.end),
+                slab_address=slab.address,
+                slots=slab.slots,
+                slot_nbytes=slab.slot_nbytes,
+                offset=piece.offset,
+            )
+            for piece, member in zip(self._pieces, self._members, strict=True)
+            if piece is not None
+        ]
+
+    def rows(self, transfers: Iterable[Transfer], operation: Operation) -> TransferRows:
+        """Return what this rank copies for `transfers`.
+
+        Raises:
+            IndexError: for a piece that does not exist.
+            ValueError: if a transfer does not name the pieces of all its blocks.
+        """
+        rows = TransferRows()
+        for transfer in transfers:
+            at = 0
+            for number, count in transfer.pieces:
+                begin, at = at, at + count
+                piece = self._pieces[number]
+                if piece is not None and (piece.stores or operation == "load"):
+                    blocks, slots = transfer.blocks[begin:at], transfer.slots[begin:at]
+                    rows.add(blocks, slots, self._geometries[number])
+            if at != len(transfer.blocks):
+                raise ValueError(f"the pieces of {at} of {len(transfer.blocks)} blocks are named")
+        return rows
+
+    def nbytes(self, transfer: Transfer, operation: Operation) -> int:
+        """Return the bytes that this rank copies for a transfer."""
+        nbytes = 0
+        for number, count in transfer.pieces:
+            piece = self._pieces[number]
+            if piece is not None and (piece.stores or operation == "load"):
+                nbytes += count * (piece.end - piece.begin)
+        return nbytes
+
+    def _of_member(self, member: int) -> Iterator[PieceOfRank]:
+        for piece, of in zip(self._pieces, self._members, strict=True):
+            if of == member and piece is not None:
+                yield piece
