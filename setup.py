@@ -12,6 +12,7 @@ from setuptools import Extension, setup
 MODULES = (
     "keys",
     "segments",
+    "guarded_policy",
     "index",
     "eviction/gittins/epochs",
     "eviction/gittins/lru_budget",

@@ -20,6 +20,14 @@ SLOTS_PER_PROTECTED_BLOCK = 4
 _MAX_SKIPPED = 64  # a search for victims ends after this many blocks that must stay
 
 
+def check_hint(*, done: bool, keep: float, soon: bool) -> None:
+    """Raise ``ValueError`` for hints that contradict each other, or an impossible time."""
+    if not 0 <= keep < float("inf"):
+        raise ValueError(f"keep is {keep}; it must be a number of seconds, 0 or more")
+    if done and (keep or soon):
+        raise ValueError("done excludes keep and soon")
+
+
 class Hints:
     """The hints on the blocks of one index. The index reports which blocks are used or removed.
 

@@ -16,23 +16,19 @@ Always true here:
 * A READY block is evicted only when it is not pinned and no block that continues it is in the
   index: a chain loses its tail before its head, under every policy.
 * Cost is linear in the number of blocks of a call.
-* A policy may be any class. If it raises or returns a wrong result, no slot is lost, and
-  ``fallback`` makes a replacement from the READY blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from operator import index as as_integer
-from typing import Any
 
 from kvcache.events import BlockEvents
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
-from kvcache.guards.calls import raised_by_signal
+from kvcache.guarded_policy import GuardedPolicy
 from kvcache.hints import Hints
-from kvcache.keys import Keys
+from kvcache.keys import Branch, Keys
 from kvcache.segments import EvictionPass, SegmentTable
 
 
@@ -46,9 +42,8 @@ class Index:
 
     Attributes:
         events: is notified when blocks become READY and when READY blocks are removed.
-        segments: all blocks; to read only, as are the next two.
+        segments: all blocks; to read only, as are the pins.
         pins: pin counts by slot.
-        policy: the policy in use.
         admission: whether the policy may decline blocks that are not worth a slot.
         slots: how many slots are open.
         lookup_blocks, hit_blocks, ...: counts, as in ``kvcache.TierStats``.
@@ -58,10 +53,9 @@ class Index:
         self, policy: Policy, clock: Callable[[], float], fallback: Fallback | None = None
     ) -> None:
         self.events = BlockEvents()
-        self.policy = policy
-        self._fallback = fallback
         self._clock = clock
         self.segments = SegmentTable()  # FILLING and READY blocks
+        self._policy = GuardedPolicy(policy, clock, fallback, self.segments)
         self.slots = 0
         self._free: list[int] = []
         self.pins: dict[int, int] = {}  # no entry without pins
@@ -77,20 +71,28 @@ class Index:
         self.evicted_blocks = 0
         self.dropped_blocks = 0
 
+    @property
+    def policy(self) -> Policy:
+        """The policy in use."""
+        return self._policy.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy.policy = policy
+
     def open_slots(self, count: int) -> None:
         """Make the slots from 0 to ``count - 1`` usable."""
         # Slots are taken from the end of the list, so that the lowest ones are used first.
         self._free[:0] = range(count - 1, self.slots - 1, -1)
-        self.slots = max(count, self.slots)
+        self.slots = self._policy.slots = max(count, self.slots)
 
     def restore(self, held: Sequence[tuple[int, bytes, bytes | None]]) -> None:
         """Make free slots READY after a restart: slot, key and parent of each, oldest first."""
         taken = {slot for slot, _, _ in held}
         self._free = [slot for slot in self._free if slot not in taken]
-        now = self._clock()
         for slot, key, parent in held:
             self.segments.add((key,), (slot,), parent)
-            self._report_added(self.segments.publish((slot,)), now)
+            self._policy.report_added(self.segments.publish((slot,)))
 
     def __len__(self) -> int:
         return len(self.segments.first_slots)
@@ -116,8 +118,8 @@ class Index:
         """How many blocks can be reserved without an eviction."""
         return len(self._free)
 
-    def access(self, chain: Sequence[bytes], start: int) -> int:
-        """Record a request for ``chain[start:]``; return how many leading blocks are READY."""
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
+        """How many leading blocks of ``chain[start:]`` are READY."""
         find = self.segments.find
         chain = tuple(chain)
         end = start
@@ -126,14 +128,17 @@ class Index:
             if segment is None or not segment.ready:
                 break
             end += len(segment.slots_for(chain, end))
+        return end - start
+
+    def access(self, chain: Sequence[bytes], start: int) -> int:
+        """Record a request for ``chain[start:]``; return how many leading blocks are READY."""
+        chain = tuple(chain)
+        end = start + self.count_prefix(chain, start)
         if self._may_have_hints:
             self.hints.clear_done(chain)
         self.lookup_blocks += max(0, len(chain) - start)
         self.hit_blocks += end - start
-        try:
-            self.policy.access(chain, end, self._clock())
-        except BaseException as error:  # noqa: BLE001
-            self._replace_policy(error)
+        self._policy.access(chain, end)
         return end - start
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
@@ -196,45 +201,85 @@ class Index:
         Returns:
             the positions in ``keys`` that got a slot, and their slots.
         """
-        first_slots, free = self.segments.first_slots, self._free
         keys = tuple(keys)
-        absent: Sequence[int] = range(len(keys))
-        if len(set(keys)) < len(keys) or not first_slots.keys().isdisjoint(keys):
-            firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
-            absent = sorted(at for key, at in firsts.items() if key not in first_slots)
-        if len(free) < len(absent):
-            absent = self._make_room(keys, parent, absent)
-        if not absent:
-            return [], []
-        count = len(absent)
-        slots = tuple(free[: -count - 1 : -1])
-        del free[-count:]
-        done = 0
-        while done < count:
-            first, end = absent[done], count
-            if absent[-1] - first >= end - done:  # a key in between is not absent
-                end = next(at for at in range(done, end) if absent[at] - first > at - done)
+        absent = self.segments.absent(keys)
+        if len(self._free) < len(absent):
+            first_slots, first = self.segments.first_slots, absent[0]
             before = keys[first - 1] if first else parent
-            self.segments.add(keys[first : first + end - done], slots[done:end], before)
-            done = end
-        return list(absent), list(slots)
-
-    def _make_room(self, keys: Keys, parent: bytes | None, absent: Sequence[int]) -> Sequence[int]:
-        """Evict blocks for the keys at ``absent`` positions; return the positions that got room."""
-        segments, first_slots, wanted = self.segments, self.segments.first_slots, len(absent)
-        first = absent[0]
-        parent = keys[first - 1] if first else parent
-        admitted = wanted
-        if self.admission:
-            new = keys if wanted == len(keys) else tuple(keys[at] for at in absent)
-            admitted = self._admit(new, parent)
-        need = admitted - len(self._free)
-        # Without its parent a block cannot be found, so no block is evicted for it.
-        if need > 0 and (parent is None or parent in first_slots):
+            new = tuple(keys[at] for at in absent)
             # Spare the parent, which gets a child, and the blocks of this request.
-            spared = [] if parent is None else [parent]
-            if wanted < len(keys):
-                spared += [key for key in keys if key in first_slots]
+            spared = [] if before is None else [before]
+            spared += [key for key in keys if key in first_slots] if len(new) < len(keys) else []
+            # Without its parent a block cannot be found, so no block is evicted for it.
+            useful = before is None or before in first_slots
+            absent = absent[: self._make_room(new, before, spared, can_evict=useful)]
+        return list(absent), self._fill(keys, parent, absent)
+
+    def reserve_branches(
+        self, chains: Sequence[Branch], sides: Sequence[Branch] = ()
+    ) -> list[tuple[list[int], list[int]]]:
+        """Reserve the absent blocks of several segments; return for each as :meth:`reserve` does.
+
+        A segment of ``sides`` gets no slot if its parent is neither in the index nor reserved here.
+        """
+        branches = [*chains, *sides]
+        first_slots = self.segments.first_slots
+        absent_of: list[Sequence[int]] = []
+        new: dict[bytes, None] = {}
+        loose: set[bytes] = set()  # new keys for which no block is evicted
+        spared: set[bytes] = set()
+        for number, (keys, parent) in enumerate(branches):
+            absent = self.segments.absent(tuple(keys))
+            if absent and not (new.keys().isdisjoint(keys) and loose.isdisjoint(keys)):
+                absent = [at for at in absent if keys[at] not in new and keys[at] not in loose]
+            if absent:
+                before = keys[absent[0] - 1] if absent[0] else parent
+                added = [keys[at] for at in absent]
+                if before is None or before in first_slots or before in new:
+                    new.update(dict.fromkeys(added))
+                    if before is not None:
+                        spared.add(before)
+                elif number < len(chains) or before in loose:
+                    loose.update(added)
+                else:
+                    self.declined_blocks += len(absent)
+                    absent = ()
+            absent_of.append(absent)
+        room = len(new)
+        if len(self._free) < room:
+            spared.update(key for keys, _ in branches for key in keys if key in first_slots)
+            room = self._make_room(tuple(new), branches[0][1], spared, can_evict=True)
+        loose_room = min(len(loose), len(self._free) - room)
+        self.declined_blocks += len(loose) - loose_room
+        reserved = []
+        for (keys, parent), absent in zip(branches, absent_of, strict=True):
+            if absent and keys[absent[0]] in loose:
+                filled = absent[:loose_room]
+                loose_room -= len(filled)
+            else:
+                filled = absent[:room]
+                room -= len(filled)
+            reserved.append((list(filled), self._fill(tuple(keys), parent, filled)))
+        return reserved
+
+    def _fill(self, keys: Keys, parent: bytes | None, absent: Sequence[int]) -> list[int]:
+        """Make the blocks at ``absent`` positions FILLING in free slots, and return these."""
+        count = len(absent)
+        if not count:
+            return []
+        slots = tuple(self._free[: -count - 1 : -1])
+        del self._free[-count:]
+        self.segments.add_at(keys, absent, slots, parent)
+        return list(slots)
+
+    def _make_room(
+        self, new: Keys, parent: bytes | None, spared: Collection[bytes], *, can_evict: bool
+    ) -> int:
+        """Evict blocks, but none of ``spared``; return how many leading ``new`` blocks fit."""
+        segments = self.segments
+        admitted = self._policy.admit(new, parent) if self.admission else len(new)
+        need = admitted - len(self._free)
+        if need > 0 and can_evict:
             for key in spared:
                 segments.add_child(key)
             try:
@@ -243,53 +288,8 @@ class Index:
                 for key in spared:
                     segments.remove_child(key)
         room = min(admitted, len(self._free))
-        self.declined_blocks += wanted - room
-        return absent[:room]
-
-    def _admit(self, new: Keys, parent: bytes | None) -> int:
-        """How many of the leading ``new`` blocks the policy admits."""
-        policy: Any = self.policy  # may return any type
-        try:
-            return max(0, min(len(new), as_integer(policy.admit(new, parent, self._clock()))))
-        except BaseException as error:  # noqa: BLE001
-            self._replace_policy(error)
-            return len(new)
-
-    def _run_policy(self, eviction: EvictionPass) -> None:
-        """Let the policy offer blocks until enough are evicted or no more can be."""
-        try:
-            self.policy.evict(eviction.need, eviction.take)
-        except BaseException as error:  # noqa: BLE001
-            self._replace_policy(error)
-            self.policy.evict(eviction.need, eviction.take)
-
-    def _report_added(self, chains: Iterable[tuple[Keys, bytes | None]], now: float) -> None:
-        """Report blocks that became READY to the policy."""
-        try:
-            for keys, parent in chains:
-                self.policy.add(keys, parent, now)
-        except BaseException as error:  # noqa: BLE001
-            self._replace_policy(error)
-
-    def _report_removed(self, keys: Sequence[bytes]) -> None:
-        """Report blocks that were removed, but not evicted, to the policy."""
-        try:
-            self.policy.remove(keys)
-        except BaseException as error:  # noqa: BLE001
-            self._replace_policy(error)
-
-    def _replace_policy(self, error: BaseException) -> None:
-        """Replace the policy after it raised ``error``: its state is unreliable.
-
-        Raises ``error`` if a signal caused it, or if there is no fallback.
-        """
-        if self._fallback is None:
-            raise error
-        segments = self.segments.by_first_slot.values()
-        held = [(each.keys, each.parent) for each in segments if each.ready]
-        self.policy = self._fallback(self.policy, error, self.slots, held, self._clock())
-        if raised_by_signal(error):
-            raise error
+        self.declined_blocks += len(new) - room
+        return room
 
     def _evict(self, need: int) -> None:
         """Evict ``need`` blocks, or as many as can be."""
@@ -299,15 +299,15 @@ class Index:
             if self._may_have_hints:
                 now = self._clock()
                 for key in hints.victims(lambda key: key not in self or not take([key])):
-                    self._report_removed([key])
+                    self._policy.report_removed([key])
                     if not eviction.need:
                         return
                 if hints.any_protected:
                     eviction.is_protected = partial(hints.is_protected, now=now)
-                    self._run_policy(eviction)
+                    self._policy.evict(eviction)
                     eviction.is_protected = None
             if eviction.need:
-                self._run_policy(eviction)
+                self._policy.evict(eviction)
         finally:
             eviction.need = 0  # a policy that stored ``take`` cannot evict with it later
             evicted = eviction.keys
@@ -349,7 +349,7 @@ class Index:
         for keys, _ in chains:
             self.stored_blocks += len(keys)
             self.events.stored(keys)
-        self._report_added(chains, self._clock())
+        self._policy.report_added(chains)
 
     def drop(self, keys: Collection[bytes]) -> None:
         """Remove READY blocks; a pinned slot becomes an orphan."""
@@ -357,7 +357,7 @@ class Index:
         self._remove_blocks(present)
         self.dropped_blocks += len(present)
         self.events.removed(present)
-        self._report_removed(present)
+        self._policy.report_removed(present)
 
     def clear(self) -> None:
         """Remove every block, READY and FILLING."""
@@ -369,7 +369,7 @@ class Index:
             self._release_slot(slot)
         self.segments.clear()
         self.events.cleared()
-        self._report_removed(list(ready))
+        self._policy.report_removed(list(ready))
 
     def _remove_blocks(self, keys: Sequence[bytes]) -> list[int]:
         """Remove the blocks of ``keys`` and return their slots."""

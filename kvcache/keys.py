@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import compress, count
 from operator import ne
@@ -110,6 +110,9 @@ def namespace_after_reset(namespace: bytes, reset: bytes) -> bytes:
 
 
 Keys = tuple[bytes, ...]
+
+Branch = tuple[Sequence[bytes], bytes | None]
+"""The keys of a segment of a chain, and the key that the first one continues, if any."""
 
 
 def common_prefix_len(a: Keys, a_start: int, b: Keys, b_start: int) -> int:

@@ -100,6 +100,27 @@ class SegmentTable:
                 self.add_child(parent)
             parent = segment_keys[-1]
 
+    def absent(self, keys: Keys) -> Sequence[int]:
+        """The positions of the ``keys`` that have no block; of a key twice, the first one."""
+        first_slots = self.first_slots
+        if len(set(keys)) == len(keys) and first_slots.keys().isdisjoint(keys):
+            return range(len(keys))
+        firsts = {key: at for at, key in reversed(list(enumerate(keys)))}
+        return sorted(at for key, at in firsts.items() if key not in first_slots)
+
+    def add_at(
+        self, keys: Keys, positions: Sequence[int], slots: Slots, parent: bytes | None
+    ) -> None:
+        """Add the blocks at ``positions`` of a segment that continues ``parent``."""
+        done, count = 0, len(positions)
+        while done < count:
+            first, end = positions[done], count
+            if positions[-1] - first >= end - done:  # a key in between is not added
+                end = next(at for at in range(done, end) if positions[at] - first > at - done)
+            before = keys[first - 1] if first else parent
+            self.add(keys[first : first + end - done], slots[done:end], before)
+            done = end
+
     def add_child(self, parent: bytes) -> None:
         """Count one more child of ``parent``."""
         self.child_counts[parent] = self.child_counts.get(parent, 0) + 1

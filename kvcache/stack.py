@@ -15,11 +15,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeVar
 
 from opentelemetry.context import Context
@@ -29,10 +29,16 @@ from kvcache import metrics, telemetry
 from kvcache.closeable import Closeable
 from kvcache.events import BlockEventLog
 from kvcache.guards.front_tier import guard_front_tier
+from kvcache.hints import check_hint
+from kvcache.keys import Branch
 from kvcache.lower.promotion import LowerTiers, Match
 from kvcache.lower.tier import LowerTier
+from kvcache.prefetch import Prefetcher
 from kvcache.process import bind_to_process
 from kvcache.replay.recorder import NULL_RECORDER, Recorder, guard_recorder
+from kvcache.resume import GroupKeys, Resume, chain_resume, pin_resume
+from kvcache.stack_leases import StackLeases
+from kvcache.stack_spans import StackSpans
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 
@@ -74,13 +80,13 @@ class Stack(Closeable):
             self.front.disable_admission()
         self.recorder = guard_recorder(recorder)
         self.profile = profile
-        self._block_tokens = block_tokens
         self._tier_name = TierName(name, kind or type(front).__name__)
         self._timer = metrics.Timer(self._tier_name)
         self._clock = clock
-        self._lock = threading.Lock()
-        self._loaded_blocks = 0
         self.lower = LowerTiers(self.front, lower, clock)
+        self._spans = StackSpans(profile, block_tokens, self.front.block_nbytes, self.lower)
+        self._leases = StackLeases(self.lower, self._spans)
+        self._prefetcher = Prefetcher(self.front, self.lower, self._spans)
         metrics.register_stack(self)
         bind_to_process(self)
 
@@ -102,12 +108,12 @@ class Stack(Closeable):
         self.recorder.record(keys)
         span, match = self._find_local(keys, start, context)
         if start + match.blocks == len(keys) or not self.lower.accepts_calls:
-            self._end_lookup(span, match)
+            self._spans.end_lookup(span, match)
             return _completed(match)
 
         def find() -> Match:
             found = self.lower.find(match, span)
-            self._end_lookup(span, found)
+            self._spans.end_lookup(span, found)
             return found
 
         return self.lower.submit(find)
@@ -122,24 +128,13 @@ class Stack(Closeable):
         if not match.blocks:
             return _completed(self.front.pin(()))
         span = telemetry.start_span(telemetry.LOAD, context)
-
-        def ended(lease: Lease, failed: frozenset[bytes]) -> None:
-            for lower in self.lower.tiers:
-                lower.write_behind.enqueue_reused(lease.keys, failed, span)
-            with self._lock:
-                self._loaded_blocks += len(lease) - len(failed)
-            self._end_lease_span(span, telemetry.HIT, match.blocks, lease, failed)
-
-        def attach_span(lease: Lease) -> Lease:
-            lease.span = span
-            lease.add_end_callback(ended)
-            return lease
-
         if not any(match.sources):
-            return _completed(attach_span(self.front.pin(match.held)))
+            return _completed(
+                self._leases.begin_load(self.front.pin(match.held), match.blocks, span)
+            )
 
         def promote() -> Lease:
-            return attach_span(self.lower.promote(match, span))
+            return self._leases.begin_load(self.lower.promote(match, span), match.blocks, span)
 
         return self.lower.submit(promote)
 
@@ -148,8 +143,81 @@ class Stack(Closeable):
     ) -> Lease:
         """Match and fetch the leading blocks of ``keys[start:]`` that L1 holds, without waiting."""
         span, match = self._find_local(keys, start, context)
-        self._end_lookup(span, match)
+        self._spans.end_lookup(span, match)
         return self.fetch(match, context=context).result()
+
+    def fetch_resume(
+        self,
+        groups: Sequence[GroupKeys],
+        own: int,
+        top: int,
+        step: int,
+        *,
+        context: Context | None = None,
+    ) -> Resume:
+        """Find where a request can resume with blocks of L1, and pin these, without waiting.
+
+        Args:
+            groups: the request's groups.
+            own: tokens that the engine has in its own cache.
+            top: the most tokens to resume after.
+            step: the resume point is a multiple of it.
+            context: the parent of the spans; ``None`` for the current span.
+
+        Returns:
+            the last resume point at which L1 holds what every group needs.
+        """
+        if len(groups) == 1 and groups[0].is_chain:
+            return self._fetch_chain(groups[0], own, top, step, context)
+        span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
+        found, lease = pin_resume(self.front, groups, own, top, step)
+        self._timer.record("lookup", self._clock() - begun)
+        self._spans.end_lookup(span, Match(found.asked, 0, len(lease)), found.tokens - own)
+        if lease.keys:
+            span = telemetry.start_span(telemetry.LOAD, context)
+            lease = self._leases.begin_load(lease, len(lease), span)
+        return Resume(found.tokens, lease)
+
+    def _fetch_chain(
+        self, group: GroupKeys, own: int, top: int, step: int, context: Context | None
+    ) -> Resume:
+        """Do as :meth:`fetch_resume` for one group, and as :meth:`fetch_local` for its keys."""
+        keys = group.keys(0, group.blocks(top // step * step))
+        span, match = self._find_local(keys, own // group.block_tokens * group.parts, context)
+        tokens, end = chain_resume(group, match.start + match.blocks, own, step)
+        if end < match.start + match.blocks:
+            match = replace(match, blocks=max(0, end - match.start))
+        self._spans.end_lookup(span, match)
+        lease = self.fetch(match, context=context).result()
+        if len(lease) < match.blocks:  # another thread has evicted some
+            tokens, end = chain_resume(group, match.start + len(lease), own, step)
+            if len(lease) > max(0, end - match.start):
+                lease.end()
+                tokens, lease = own, self.front.pin(())
+        return Resume(tokens, lease)
+
+    def prefetch_resume(
+        self,
+        groups: Sequence[GroupKeys],
+        top: int,
+        step: int,
+        *,
+        context: Context | None = None,
+    ) -> Future[Match] | None:
+        """Promote what a request needs at the last resume point that the tiers hold.
+
+        Args:
+            groups: the request's groups.
+            top: the most tokens to resume after.
+            step: the resume point is a multiple of it.
+            context: the parent of the span; ``None`` for the current span.
+
+        Returns:
+            a future of a match of the first chain group's keys (without one, of the needed side
+            blocks), done when all needed blocks are in L1; ``None`` if L1 has all of them already
+            or no lower tier can be asked.
+        """
+        return self._prefetcher.prefetch_resume(groups, top, step, context)
 
     def _find_local(
         self, keys: Sequence[bytes], start: int, context: Context | None
@@ -169,25 +237,7 @@ class Stack(Closeable):
             a future of the match, done when its blocks are in L1; ``None`` if L1 has all of them
             already or no lower tier can be asked.
         """
-        return self._prefetch(keys, lambda: telemetry.start_span(telemetry.PREFETCH, context))
-
-    def _prefetch(self, keys: Sequence[bytes], begin: Callable[[], Span]) -> Future[Match] | None:
-        held = self.front.contains(keys) if self.lower.accepts_calls else []
-        if all(held):
-            return None
-        match = Match(keys, 0, held.index(False))
-        span = begin()
-
-        def promote() -> Match:
-            found = self.lower.find(match, span)
-            if any(found.sources):
-                lease = self.lower.promote(found, span)
-                lease.end()
-                found = replace(found, blocks=len(lease))
-            self._end_lookup(span, found)
-            return found
-
-        return self.lower.submit(promote)
+        return self._prefetcher.prefetch(keys, context)
 
     def observe_compute(self, blocks: float, seconds: float, depth: float | None = None) -> None:
         """Record that the engine computed the KV cache of ``blocks`` in one step.
@@ -224,26 +274,29 @@ class Stack(Closeable):
             parent: the key that ``keys[0]`` continues; ``None`` for the first block of a chain.
             context: the parent of the span; ``None`` for the current span.
         """
-        # Read before reserving: a ``clear`` in between replaces the namespaces, and these blocks
-        # must not be written under the new ones.
-        namespaces = [lower.namespace for lower in self.lower.tiers]
-        lease = self.front.reserve(keys, parent)
-        if not lease.keys:
-            return lease
-        span = telemetry.start_span(telemetry.STORE, context)
+        reserve = partial(self.front.reserve, keys, parent)
+        return self._leases.begin_store(reserve, [(keys, parent)], context)
 
-        def ended(lease: Lease, failed: frozenset[bytes]) -> None:
-            if namespaces:
-                parents = [keys[at - 1] if at else parent for at in lease.positions]
-                pairs = zip(lease.keys, parents, strict=True)
-                stored = {key: parent for key, parent in pairs if key not in failed}
-                for lower, namespace in zip(self.lower.tiers, namespaces, strict=True):
-                    lower.write_behind.enqueue_stored(stored, namespace, span)
-            self._end_lease_span(span, telemetry.STORED, len(keys), lease, failed)
+    def reserve_branches(
+        self,
+        chains: Sequence[Branch],
+        sides: Sequence[Branch] = (),
+        *,
+        context: Context | None = None,
+    ) -> Lease:
+        """Lend slots for the blocks of several segments that L1 lacks.
 
-        lease.span = span
-        lease.add_end_callback(ended)
-        return lease
+        Args:
+            chains: the keys of each segment and its parent, as for :meth:`reserve`.
+            sides: segments of side blocks, each with the block of a chain that it needs as parent;
+                they get no slot if L1 does not have that.
+            context: the parent of the span; ``None`` for the current span.
+
+        Returns:
+            one lease; its positions are those in the concatenated keys of all segments.
+        """
+        reserve = partial(self.front.reserve_branches, chains, sides)
+        return self._leases.begin_store(reserve, [*chains, *sides], context)
 
     def hint(
         self,
@@ -269,17 +322,14 @@ class Stack(Closeable):
         Raises:
             ValueError: for hints that contradict each other, or an impossible time.
         """
-        if not 0 <= keep < float("inf"):
-            raise ValueError(f"keep is {keep}; it must be a number of seconds, 0 or more")
-        if done and (keep or soon):
-            raise ValueError("done excludes keep and soon")
+        check_hint(done=done, keep=keep, soon=soon)
         if done:
             self.front.mark_done(keys)
         if keep:
             self.front.protect(keys, keep)
         if soon:
             self.front.access(keys)
-            self._prefetch(keys, lambda: telemetry.start_linked(context, telemetry.PREFETCH))
+            self._prefetcher.prefetch(keys, context, linked=True)
 
     def clear(self) -> bool:
         """Remove every block of every tier. Leases that have not ended will publish nothing.
@@ -308,7 +358,7 @@ class Stack(Closeable):
             (self.front.stats(),),
             tuple(tier.stats() for tier in lower),
             (self._tier_name, *(tier.channel.tier_name for tier in lower)),
-            self._loaded_blocks,
+            self._leases.loaded_blocks,
         )
 
     def take_durations(self) -> list[metrics.Duration]:
@@ -339,47 +389,6 @@ class Stack(Closeable):
         self.lower.close(flush_s)
         self.front.close()
         self.recorder.close()
-
-    # Spans
-
-    def _end_lookup(self, span: Span, match: Match) -> None:
-        if not span.is_recording():  # spares counting the blocks of every lookup
-            return
-        requested = len(match.keys) - match.start
-        breaker_open = (
-            self.lower.tiers and match.blocks < requested and not self.lower.accepts_calls
-        )
-        telemetry.end_span(
-            span,
-            {
-                telemetry.PROFILE: self.profile,
-                telemetry.REQUESTED: requested,
-                telemetry.HIT: match.blocks,
-                telemetry.L1_HIT: match.sources.count(0) if match.sources else match.blocks,
-                **self._tokens(match.blocks),
-                **({telemetry.SKIP_REASON: telemetry.BREAKER_OPEN} if breaker_open else {}),
-            },
-        )
-
-    def _tokens(self, blocks: int) -> dict[str, int]:
-        return {telemetry.HIT_TOKENS: blocks * self._block_tokens} if self._block_tokens else {}
-
-    def _end_lease_span(
-        self, span: Span, outcome: str, requested: int, lease: Lease, failed: frozenset[bytes]
-    ) -> None:
-        succeeded = len(lease.keys) - len(failed)
-        telemetry.end_span(
-            span,
-            {
-                telemetry.PROFILE: self.profile,
-                telemetry.REQUESTED: requested,
-                outcome: succeeded,
-                telemetry.PAYLOAD: succeeded * self.block_nbytes,
-                **({telemetry.FAILED: len(failed)} if failed else {}),
-                **({telemetry.EVICTED: lease.evicted} if lease.evicted else {}),
-            },
-            error="copy_failed" if failed else None,
-        )
 
 
 def _completed(value: T) -> Future[T]:

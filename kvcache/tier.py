@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import process
 from kvcache.events import BlockEvents
+from kvcache.keys import Branch
 from kvcache.slab import Slab
 
 
@@ -234,6 +236,13 @@ class Lease:
             self.end(failed=self.keys if kind is not None else ())
 
 
+def _end_all(leases: Sequence[Lease], failed: frozenset[bytes]) -> None:
+    """End the leases, the last one first, also after one raises."""
+    with ExitStack() as ends:
+        for lease in leases:
+            ends.callback(lease.end, failed.intersection(lease.keys))
+
+
 @dataclass(frozen=True, slots=True)
 class TierStats:
     """What a front tier holds, and what it did since it was opened. Counts are in blocks."""
@@ -276,6 +285,14 @@ class FrontTier(Tier):
             how many leading blocks of ``chain[start:]`` are held.
         """
 
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
+        """Return how many leading blocks of ``chain[start:]`` are held, without recording it.
+
+        By default this method calls :meth:`contains`.
+        """
+        held = self.contains(chain[start:])
+        return held.index(False) if False in held else len(held)
+
     @abstractmethod
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         """Lend slots for those of ``keys`` that are neither held nor being filled.
@@ -288,6 +305,54 @@ class FrontTier(Tier):
             a lease, empty if there is nothing to fill. If not all blocks fit, only the leading
             ones get slots.
         """
+
+    def reserve_branches(self, chains: Sequence[Branch], sides: Sequence[Branch] = ()) -> Lease:
+        """Lend slots for several segments, of which later ones may continue earlier ones.
+
+        By default this method calls :meth:`reserve` for each segment.
+
+        Args:
+            chains: the keys of each segment and its parent, as for :meth:`reserve`.
+            sides: segments that get no slot unless their parent is held, being filled, or reserved
+                by this call: without it their blocks cannot be used.
+
+        Returns:
+            one lease; its positions are those in the concatenated keys of all segments. At its end
+            the later segments are published first.
+        """
+        leases: list[Lease] = []
+        positions: list[int] = []
+        reserved: set[bytes] = set()
+        offset = 0
+        try:
+            for number, (keys, parent) in enumerate([*chains, *sides]):
+                if (
+                    number < len(chains)
+                    or parent is None
+                    or parent in reserved
+                    or self._holds_or_fills(parent)
+                ):
+                    leases.append(self.reserve(keys, parent))
+                    positions += [offset + at for at in leases[-1].positions]
+                    reserved.update(leases[-1].keys)
+                offset += len(keys)
+        except BaseException:
+            _end_all(leases, frozenset(reserved))
+            raise
+        owners = {slot: lease for lease in leases for slot in lease.slots}
+        lease = Lease(
+            [key for lease in leases for key in lease.keys],
+            [slot for lease in leases for slot in lease.slots],
+            positions,
+            lambda slot: owners[slot].views[owners[slot].slots.index(slot)],
+            lambda _, failed: _end_all(leases, failed),
+        )
+        lease.evicted = sum(lease.evicted for lease in leases)
+        return lease
+
+    def _holds_or_fills(self, key: bytes) -> bool:
+        with self.pin_any([key]) as lease:
+            return bool(lease.keys)
 
     @abstractmethod
     def pin(self, keys: Sequence[bytes]) -> Lease:

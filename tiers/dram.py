@@ -18,6 +18,7 @@ from kvcache.events import BlockEvents
 from kvcache.eviction import DEFAULT, Eviction, fallback, policy_option
 from kvcache.guards.front_tier import exempt_from_guard
 from kvcache.index import Index
+from kvcache.keys import Branch
 from kvcache.process import bind_to_process
 from kvcache.sizes import Size
 from kvcache.slab import Slab, slot_nbytes_for
@@ -120,6 +121,10 @@ class DramTier(FrontTier):
         with self.lock:
             return self.index.access(chain, start)
 
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
+        with self.lock:
+            return self.index.count_prefix(chain, start)
+
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         with self.lock:
             evicted_before = self.index.evicted_blocks
@@ -127,6 +132,36 @@ class DramTier(FrontTier):
             evicted = self.index.evicted_blocks - evicted_before
         reserved = [keys[at] for at in positions]
         lease = Lease(reserved, slots, positions, self._view, self._publish)
+        lease.evicted = evicted
+        return lease
+
+    def reserve_branches(self, chains: Sequence[Branch], sides: Sequence[Branch] = ()) -> Lease:
+        if len(chains) == 1 and not sides:
+            return self.reserve(*chains[0])
+        with self.lock:
+            evicted_before = self.index.evicted_blocks
+            reserved = self.index.reserve_branches(chains, sides)
+            evicted = self.index.evicted_blocks - evicted_before
+        branches = [*chains, *sides]
+        keys: list[bytes] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        offset = 0
+        for (branch_keys, _), (branch_positions, branch_slots) in zip(
+            branches, reserved, strict=True
+        ):
+            keys += [branch_keys[at] for at in branch_positions]
+            slots += branch_slots
+            positions += [offset + at for at in branch_positions]
+            offset += len(branch_keys)
+        # A policy that learns of a chain after its side blocks evicts the side blocks first.
+        in_order = [slot for _, slots in reversed(reserved) for slot in slots]
+
+        def publish(_: Lease, failed: frozenset[bytes]) -> None:
+            with self.lock:
+                self.index.publish(in_order, failed)
+
+        lease = Lease(keys, slots, positions, self._view, publish)
         lease.evicted = evicted
         return lease
 

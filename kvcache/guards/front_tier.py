@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 from kvcache.events import BlockEvents
 from kvcache.guards.calls import TierError, answers_per_key, as_count, result_of
+from kvcache.keys import Branch
 from kvcache.process import bind_to_process
 from kvcache.tier import FrontTier, Lease, TierStats
 from kvcache.worker_pool import WorkerPool
@@ -140,6 +141,18 @@ class GuardedFrontTier(FrontTier):
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
         return self._lend("reserve", keys, lambda: self.inner.reserve(keys, parent))
+
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
+        def call() -> int:
+            return min(len(chain) - start, as_count(self.inner.count_prefix(chain, start)))
+
+        return self._try("count_prefix", call, 0)
+
+    def reserve_branches(self, chains: Sequence[Branch], sides: Sequence[Branch] = ()) -> Lease:
+        keys = [key for branch_keys, _ in [*chains, *sides] for key in branch_keys]
+        return self._lend(
+            "reserve_branches", keys, lambda: self.inner.reserve_branches(chains, sides)
+        )
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
         return self._lend("pin", keys, lambda: self.inner.pin(keys), prefix=True)

@@ -1,0 +1,88 @@
+"""Leases of a stack: each has a span that lasts as long, and its end starts write-behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from opentelemetry.context import Context
+from opentelemetry.trace import Span
+
+from kvcache import telemetry
+from kvcache.keys import Branch
+from kvcache.lower.promotion import LowerTiers
+from kvcache.stack_spans import StackSpans
+from kvcache.tier import Lease
+
+
+class StackLeases:
+    """Turns leases of L1 into loads and stores.
+
+    Args:
+        lower: the tiers to which blocks are written.
+        spans: ends the spans.
+
+    Attributes:
+        loaded_blocks: how many blocks were loaded without a failure.
+    """
+
+    def __init__(self, lower: LowerTiers, spans: StackSpans) -> None:
+        self._lower = lower
+        self._spans = spans
+        self._lock = threading.Lock()
+        self.loaded_blocks = 0
+
+    def begin_load(self, lease: Lease, requested: int, span: Span) -> Lease:
+        """Return ``lease``, of blocks that were pinned for a load of ``requested`` blocks.
+
+        The end of the lease queues the blocks that were withheld until now for write-behind, and
+        ends ``span``.
+        """
+
+        def ended(lease: Lease, failed: frozenset[bytes]) -> None:
+            for lower in self._lower.tiers:
+                lower.write_behind.enqueue_reused(lease.keys, failed, span)
+            with self._lock:
+                self.loaded_blocks += len(lease) - len(failed)
+            self._spans.end_lease(span, telemetry.HIT, requested, lease, failed)
+
+        lease.span = span
+        lease.add_end_callback(ended)
+        return lease
+
+    def begin_store(
+        self, reserve: Callable[[], Lease], branches: Sequence[Branch], context: Context | None
+    ) -> Lease:
+        """Call ``reserve``, which lends slots for ``branches``; return its lease.
+
+        The end of the lease queues its blocks for write-behind, and ends the span of the store.
+        """
+        tiers = self._lower.tiers
+        # Read before reserving: a ``clear`` in between replaces the namespaces, and these blocks
+        # must not be written under the new ones.
+        namespaces = [lower.namespace for lower in tiers]
+        lease = reserve()
+        if not lease.keys:
+            return lease
+        span = telemetry.start_span(telemetry.STORE, context)
+
+        def ended(lease: Lease, failed: frozenset[bytes]) -> None:
+            if namespaces:
+                pairs = zip(lease.keys, _parents(lease, branches), strict=True)
+                stored = {key: parent for key, parent in pairs if key not in failed}
+                for lower, namespace in zip(tiers, namespaces, strict=True):
+                    lower.write_behind.enqueue_stored(stored, namespace, span)
+            requested = sum(len(keys) for keys, _ in branches)
+            self._spans.end_lease(span, telemetry.STORED, requested, lease, failed)
+
+        lease.span = span
+        lease.add_end_callback(ended)
+        return lease
+
+
+def _parents(lease: Lease, branches: Sequence[Branch]) -> list[bytes | None]:
+    """Return the parent of each key of a lease on blocks of ``branches``."""
+    parents = [
+        keys[at - 1] if at else parent for keys, parent in branches for at in range(len(keys))
+    ]
+    return [parents[at] for at in lease.positions]
