@@ -31,8 +31,8 @@ class Arc(RunPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self.once = RunQueue(self.run_of)
-        self.again = RunQueue(self.run_of)
+        self.once = RunQueue(self.runs)
+        self.again = RunQueue(self.runs)
         self.ghosts_once: OrderedDict[bytes, None] = OrderedDict()
         self.ghosts_again: OrderedDict[bytes, None] = OrderedDict()
         self.target = 0.0

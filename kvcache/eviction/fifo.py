@@ -12,7 +12,7 @@ class Fifo(RunPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._queue = RunQueue(self.run_of)
+        self._queue = RunQueue(self.runs)
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         pass

@@ -6,15 +6,17 @@ A *run* is consecutive blocks of one chain, head first::
             [a0 a1 a2]   [b0 b1]   [a3 a4 a5]
                     ^                        a run is evicted from its tail
 
-Invariants: every key of a policy is in exactly one run; a run is consecutive blocks of one chain.
-If the tail of a run cannot be evicted, the run is in use and moves to the newest end.
+Invariants: every key of a policy is in exactly one run; a run is consecutive blocks of one chain,
+or side blocks that were used together. If the tail of a run cannot be evicted because a run of the
+same queue continues it, the run moves right behind that one, so a side block that was stored after
+its chain does not make the chain newer than other chains. If it cannot be evicted for another
+reason, the run is in use and moves to the newest end.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 from kvcache.eviction.policy import Policy, Take
@@ -27,48 +29,59 @@ class ChainRun:
         queue: the queue that this run is in.
         keys: the blocks, head first.
         parent: the key that the first block continues, if known.
+        older, newer: the neighbours in the queue; at its ends, ``queue.ends``.
     """
 
-    __slots__ = ("keys", "parent", "queue")
+    __slots__ = ("keys", "newer", "older", "parent", "queue")
 
     def __init__(self, queue: RunQueue, keys: list[bytes], parent: bytes | None) -> None:
         self.queue = queue
         self.keys = keys
         self.parent = parent
+        self.older = self.newer = self
 
 
 class RunQueue:
     """Runs from oldest to newest.
 
     Args:
-        run_of: the run of each key, shared by all queues of a policy.
+        runs: the runs of each key and of each parent, shared by all queues of a policy.
 
     Attributes:
+        ends: stands before the oldest run and behind the newest one; it has no keys.
         blocks: blocks in all runs of this queue.
     """
 
-    def __init__(self, run_of: dict[bytes, ChainRun]) -> None:
-        self._run_of = run_of
-        self._runs: OrderedDict[ChainRun, None] = OrderedDict()
+    def __init__(self, runs: RunTable) -> None:
+        self._run_of = runs.run_of
+        self._continuation_of = runs.continuation_of
+        self.ends = ChainRun(self, [], None)
+        self._count = 0
         self.blocks = 0
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return self._count
+
+    def __iter__(self) -> Iterator[ChainRun]:
+        run = self.ends.newer
+        while run is not self.ends:
+            yield run
+            run = run.newer
 
     def oldest(self) -> ChainRun:
-        return next(iter(self._runs))
-
-    def newest(self) -> ChainRun:
-        return next(reversed(self._runs))
+        return self.ends.newer
 
     def push(self, keys: list[bytes], parent: bytes | None) -> None:
         """Make ``keys`` the newest; they are appended to the newest run if they continue it."""
-        run = self.newest() if self._runs else None
-        if run is not None and run.keys[-1] == parent:
+        run = self.ends.older
+        if parent is not None and run.keys and run.keys[-1] == parent:
             run.keys += keys
         else:
             run = ChainRun(self, keys, parent)
-            self._runs[run] = None
+            self._link(run, self.ends)
+            self._count += 1
+            if parent is not None:
+                self._continuation_of[parent] = run
         run_of = self._run_of
         for key in keys:
             run_of[key] = run
@@ -77,7 +90,7 @@ class RunQueue:
     def extend(self, run: ChainRun, keys: list[bytes]) -> None:
         """Append ``keys``, which continue ``run``, to it, and make ``run`` the newest."""
         run.keys += keys
-        self._runs.move_to_end(run)
+        self._move(run, self.ends)
         run_of = self._run_of
         for key in keys:
             run_of[key] = run
@@ -85,21 +98,64 @@ class RunQueue:
 
     def drop(self, run: ChainRun) -> None:
         """Take ``run`` out of the queue; the caller moves or forgets its keys."""
-        del self._runs[run]
+        run.older.newer, run.newer.older = run.newer, run.older
+        run.older = run.newer = run  # no cycle with other runs is left for the garbage collector
+        self._count -= 1
         self.blocks -= len(run.keys)
+        if run.parent is not None and self._continuation_of.get(run.parent) is run:
+            del self._continuation_of[run.parent]
 
-    def rotate(self, run: ChainRun) -> None:
-        """Make ``run`` the newest, merged into the run that it continues if that is in the queue.
+    def keep(self, run: ChainRun) -> ChainRun:
+        """Move the oldest run: its tail has to stay.
+
+        It moves right behind the run that continues it, if that is in this queue: the two were
+        used at the same time. Otherwise it becomes the newest.
+
+        Returns:
+            the run that has the tail now.
+        """
+        continuation = self._continuation_of.get(run.keys[-1])
+        if continuation is not None and continuation.queue is self:
+            return self._move_merged(run, continuation.newer)
+        return self._move_merged(run, self.ends)
+
+    def rotate(self, run: ChainRun) -> ChainRun:
+        """Make ``run`` the newest; returns the run that has its tail now."""
+        return self._move_merged(run, self.ends)
+
+    def _move_merged(self, run: ChainRun, newer: ChainRun) -> ChainRun:
+        """Move ``run`` before ``newer``, merged into the run of this queue that it continues.
 
         Without the merge, chains that grew one block at a time, in turns, would stay many runs of
         one block, and each eviction would visit all of them.
         """
         head = self._run_of.get(run.parent) if run.parent is not None else None
-        if head is not None and head.queue is self and head.keys[-1] == run.parent:
-            self.drop(run)
-            self.extend(head, run.keys)
-        else:
-            self._runs.move_to_end(run)
+        if (
+            head is None
+            or head.queue is not self
+            or head.keys[-1] != run.parent
+            or head.newer is newer
+        ):
+            self._move(run, newer)
+            return run
+        self.drop(run)
+        self._move(head, newer)
+        head.keys += run.keys
+        run_of = self._run_of
+        for key in run.keys:
+            run_of[key] = head
+        self.blocks += len(run.keys)
+        return head
+
+    def _link(self, run: ChainRun, newer: ChainRun) -> None:
+        older = newer.older
+        run.older, run.newer = older, newer
+        older.newer = newer.older = run
+
+    def _move(self, run: ChainRun, newer: ChainRun) -> None:
+        if newer is not run:
+            run.older.newer, run.newer.older = run.newer, run.older
+            self._link(run, newer)
 
     def cut_tail(self, run: ChainRun, count: int) -> list[bytes]:
         """Forget the last ``count`` keys of ``run``; returns them, head first."""
@@ -109,17 +165,21 @@ class RunQueue:
             del run_of[key]
         self.blocks -= count
         if not run.keys:
-            del self._runs[run]
+            self.drop(run)
         return keys
 
     def cut_head(self, run: ChainRun, count: int) -> None:
         """Take the first ``count`` keys out of ``run``; the caller updates ``run_of``."""
-        self.blocks -= count
         if count == len(run.keys):
-            del self._runs[run]
-        else:
-            run.parent = run.keys[count - 1]
-            del run.keys[:count]
+            self.drop(run)
+            return
+        self.blocks -= count
+        continuation_of = self._continuation_of
+        if run.parent is not None and continuation_of.get(run.parent) is run:
+            del continuation_of[run.parent]
+        run.parent = run.keys[count - 1]
+        continuation_of[run.parent] = run
+        del run.keys[:count]
 
     def cut_out(self, run: ChainRun, keys: AbstractSet[bytes]) -> None:
         """Take ``keys`` out of ``run``, wherever they are in it; takes time linear in the run."""
@@ -127,27 +187,45 @@ class RunQueue:
         self.blocks -= len(run.keys) - len(remaining)
         run.keys = remaining
         if not remaining:
-            del self._runs[run]
+            self.drop(run)
 
     def check(self) -> set[bytes]:
         """Raise ``AssertionError`` if an invariant is broken; returns the keys of this queue."""
-        keys = [key for run in self._runs for key in run.keys]
+        runs = list(self)
+        keys = [key for run in runs for key in run.keys]
+        assert self._count == len(runs), "runs are miscounted"
         assert self.blocks == len(keys), "blocks are miscounted"
-        assert all(run.queue is self and run.keys for run in self._runs)
-        assert all(self._run_of[key] is run for run in self._runs for key in run.keys)
+        assert all(run.queue is self and run.keys for run in runs)
+        assert all(run.newer.older is run for run in (*runs, self.ends))
+        assert all(self._run_of[key] is run for run in runs for key in run.keys)
         return set(keys)
+
+
+class RunTable:
+    """The runs of a policy.
+
+    Attributes:
+        run_of: the run of each held key.
+        continuation_of: for a key that runs continue, the one of them that was made last.
+    """
+
+    def __init__(self) -> None:
+        self.run_of: dict[bytes, ChainRun] = {}
+        self.continuation_of: dict[bytes, ChainRun] = {}
 
 
 class RunPolicy(Policy):
     """Base of the policies that keep their blocks in one or more queues of runs.
 
     Attributes:
+        runs: its runs.
         run_of: the run of each held key.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self.run_of: dict[bytes, ChainRun] = {}
+        self.runs = RunTable()
+        self.run_of = self.runs.run_of
 
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return len(keys)
@@ -161,29 +239,39 @@ class RunPolicy(Policy):
         kept_runs = set[ChainRun]()  # runs that kept their tail in this pass
         progress = False
         while count:
-            for queue in self._queues_to_evict():
-                if len(queue) and (run := queue.oldest()) not in kept_runs:
-                    break
-            else:
+            if (found := self._oldest_run(kept_runs)) is None:
                 if not progress:
                     return
                 # Evicting other runs may have freed a kept tail, or moved runs behind a kept one.
                 kept_runs.clear()
                 progress = False
                 continue
+            queue, run = found
             offer = self._offer_size(queue, run, count)
             if not offer:
                 progress = True
                 continue
-            offered = run.keys[-offer:]
+            offered, parent = run.keys[-offer:], run.parent
             if taken := take(offered):
                 progress = True
                 count -= taken
                 self._evicted(queue, queue.cut_tail(run, taken))
+                if not run.keys and parent is not None:
+                    kept_runs.discard(self.run_of.get(parent, run))
             if taken < len(offered):
-                tail = run.keys[-1]
-                queue.rotate(run)
-                kept_runs.add(self.run_of[tail])
+                kept_runs.add(queue.keep(run))
+
+    def _oldest_run(self, kept: set[ChainRun]) -> tuple[RunQueue, ChainRun] | None:
+        """Return the oldest run, of the first queue that has one, that is not in ``kept``.
+
+        The runs of ``kept`` that are older become the newest.
+        """
+        for queue in self._queues_to_evict():
+            for _ in range(len(queue)):
+                if (run := queue.oldest()) not in kept:
+                    return queue, run
+                kept.add(queue.rotate(run))
+        return None
 
     def check(self, held: Collection[bytes]) -> None:
         """Raise ``AssertionError`` if an invariant is broken, or the keys are not ``held``.

@@ -33,8 +33,8 @@ class S3Fifo(RunPolicy):
 
     def __init__(self, capacity: int, small: float = 0.3, promote: int = 2) -> None:
         super().__init__(capacity)
-        self.small = RunQueue(self.run_of)
-        self.main = RunQueue(self.run_of)
+        self.small = RunQueue(self.runs)
+        self.main = RunQueue(self.runs)
         self.uses: dict[bytes, int] = {}
         self.ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._small_capacity = max(1, int(capacity * small))  # blocks

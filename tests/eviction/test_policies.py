@@ -72,6 +72,38 @@ def test_lru_access_touches_only_held_blocks() -> None:
     assert order(policy) == "cbxa"
 
 
+def test_lru_run_continued_by_a_newer_run_is_evicted_right_after_that() -> None:
+    """`1` and `2` are side blocks of `a` and `b`, stored after them as a lower tier does."""
+    policy = Lru(9)
+    add(policy, "abc")
+    add(policy, "1", parent="a")
+    add(policy, "2", parent="b")
+    add(policy, "xy")
+    below = {"a": "b1", "b": "c2"}
+    gone = set[bytes]()
+
+    def pinned(key: bytes) -> bool:
+        children = keys(below.get(key.decode(), ""))
+        if any(child not in gone for child in children):
+            return True
+        gone.add(key)
+        return False
+
+    assert order(policy, pinned) == "c12bayx"
+
+
+def test_lru_side_blocks_reported_before_their_chain_are_evicted_before_it() -> None:
+    policy = Lru(9)
+    add(policy, "1", parent="a")
+    add(policy, "2", parent="b")
+    add(policy, "ab")
+    add(policy, "3", parent="x")
+    add(policy, "x")
+    policy.access(keys("2"), 1, 1.0)
+    policy.access(keys("ab"), 2, 1.0)
+    assert order(policy) == "13x2ba"
+
+
 def test_s3fifo_blocks_used_once_are_evicted_before_reused_ones() -> None:
     policy = S3Fifo(10, small=0.3)
     add(policy, "ab")
