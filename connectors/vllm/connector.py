@@ -91,6 +91,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
             from kvcache.connectors.vllm.compat import warn_unless_recomputing
             from kvcache.connectors.vllm.refusals import refusal
+            from kvcache.connectors.vllm.replicas import tensor_replicas
             from kvcache.connectors.vllm.worker import WorkerSide
 
             self._drafts = vllm_config.speculative_config is not None
@@ -98,7 +99,10 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
             rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
             if self.refusal is None and rank == (0, 0):
                 warn_unless_recomputing(vllm_config)
-            self.worker_side = WorkerSide(kv_cache_config, rank, torch.get_num_threads())
+            replicas = () if self.refusal else tensor_replicas(vllm_config, kv_cache_config)
+            self.worker_side = WorkerSide(
+                kv_cache_config, rank, torch.get_num_threads(), replicas=replicas
+            )
 
     @property
     def requires_kv_delivery(self) -> bool:

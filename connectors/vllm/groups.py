@@ -122,6 +122,15 @@ def groups_refusal(kv_cache_config: KVCacheConfig) -> str | None:
     return next((reason for each in specs if (reason := _spec_refusal(each))), None)
 
 
+def specs_of(spec: KVCacheSpec) -> Sequence[KVCacheSpec]:
+    """Return the spec of each layer of a group: in a worker, a wrapper may hold several."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return list(spec.kv_cache_specs.values())
+    return [spec]
+
+
 def _spec_refusal(spec: KVCacheSpec) -> str | None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 

@@ -5,7 +5,8 @@ Invariants:
 1. A worker has no keys and no policy: a step names the block and the slot of every copy.
 2. Loads come before the forward pass, stores after it. On a CPU they have ended when the step ends.
    On a GPU they run in parallel to the next steps: a job is acknowledged when its last page is
-   copied, and vLLM waits until no copy reads a reused block before it writes to that block.
+   copied, and vLLM waits until no copy reads a reused block before it writes to that block. If
+   vLLM may write to new blocks before it calls `fence`, the next step waits for all stores.
 3. A failed copy raises no exception: its blocks are reported to vLLM, and its job as failed. With
    several of vLLM's groups a block id does not name a request, so the request is reported. If a
    load of a step failed, the step publishes no store, because its blocks may depend on blocks that
@@ -100,11 +101,13 @@ class WorkerSide:
         self.device = device
         self.copier = copier
         self._layer_sync = LayerSync()
+        # vLLM's second model runner zeroes new blocks, and copies states, before it calls `fence`.
+        self._early_writes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
         self._started: list[_StartedTransfer] = []  # copies that have not ended
         self._acks = Acks()
         self._failed_blocks: set[int] = set()  # not reported to vLLM yet
         self._failed_requests: set[str] = set()  # not reported to vLLM yet
-        self._reports_requests = not may_load_within_step(kept_groups(kv_cache_config))
+        self._reports_requests = False  # in place of blocks
         self._failed_step = -1  # the last step of which a load failed
         self._received: set[str] = set()  # requests that no longer wait for an async load
         bind_to_process(self)
@@ -119,6 +122,7 @@ class WorkerSide:
         try:
             pages = self._pages = RankPages(self._config, caches)
             self.device = self.device or device_of(pages.placements[0])
+            self._reports_requests = not may_load_within_step(kept_groups(self._config))
         except ValueError as error:
             raise RuntimeError(f"kvcache: {error}") from error
         device = pages.placements[0].device.partition(":")[0]
@@ -178,6 +182,8 @@ class WorkerSide:
                 self._ack(transfer, failed=True)
             else:
                 self._start(step.memory, [transfer], "store")
+        if self._early_writes and self.copier is not None and step.stores:
+            self.copier.fence({block for transfer in step.stores for block in transfer.blocks})
 
     def _fail_loads(self, step: Step, loads: Sequence[Transfer]) -> None:
         """Report the blocks of ``loads``, or their requests, and publish no store of ``step``."""

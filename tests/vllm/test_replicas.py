@@ -1,0 +1,112 @@
+"""How many consecutive tensor ranks hold the same bytes of a block."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from kvcache.connectors.vllm.replicas import tensor_replicas
+from tests.support.played_engine import cache_config
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+
+
+def engine(ranks: int, *, drafts: bool = False, mla: bool = False, **config: Any) -> Any:
+    """Return vLLM's config of a model with this text config."""
+    heads = config.get("num_key_value_heads", config.get("num_attention_heads"))
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        speculative_config=object() if drafts else None,
+        model_config=SimpleNamespace(
+            use_mla=mla,
+            get_total_num_kv_heads=lambda: heads,
+            hf_text_config=SimpleNamespace(to_dict=lambda: config),
+        ),
+    )
+
+
+def attention(heads: int, kind: str = "FullAttentionSpec", **options: Any) -> Any:
+    from vllm.v1 import kv_cache_interface
+
+    spec = getattr(kv_cache_interface, kind)
+    return spec(block_size=BLOCK, num_kv_heads=heads, head_size=64, dtype=torch.bfloat16, **options)
+
+
+def state(*, replicated: bool = False) -> Any:
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    return MambaSpec(
+        block_size=BLOCK, shapes=((4, 8),), dtypes=(torch.float32,), tp_replicated=replicated
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kv_heads", "replicas"), [(1, 1, 1), (2, 1, 2), (4, 2, 2), (4, 4, 1), (2, 8, 1)]
+)
+def test_tensor_replicas_of_fewer_kv_heads_than_ranks(
+    ranks: int, kv_heads: int, replicas: int
+) -> None:
+    config = engine(ranks, num_key_value_heads=kv_heads, num_attention_heads=8)
+    spec = attention(max(1, kv_heads // ranks))
+    assert tensor_replicas(config, cache_config(spec)) == (replicas,)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        engine(4, num_key_value_heads=2, num_global_key_value_heads=4),
+        engine(4, num_key_value_heads=2, swa={"num_key_value_heads": 4}),
+        engine(4, num_key_value_heads=2, n_kv_heads=[2, 2, 1]),
+        engine(4, num_key_value_heads=2, drafts=True),
+        engine(4, num_key_value_heads=3),
+        engine(4, num_attention_heads=2),
+    ],
+    ids=["other layers", "nested", "by layer", "draft model", "uneven", "no KV heads in config"],
+)
+def test_tensor_replicas_of_a_model_with_several_numbers_of_heads_is_one(config: Any) -> None:
+    assert tensor_replicas(config, cache_config(attention(1))) == (1,)
+
+
+def test_tensor_replicas_of_layers_with_more_heads_is_one() -> None:
+    config = engine(4, num_key_value_heads=2)
+    assert tensor_replicas(config, cache_config(attention(2))) == (1,)
+
+
+def test_tensor_replicas_of_mla_is_all_ranks() -> None:
+    specs = [attention(1, "MLAAttentionSpec", max_tp_shards=1)]
+    assert tensor_replicas(engine(8, mla=True), cache_config(*specs)) == (8,)
+
+
+def test_tensor_replicas_of_an_unknown_mla_is_one() -> None:
+    config = engine(8, mla=True, num_key_value_heads=1)
+    assert tensor_replicas(config, cache_config(attention(1, "MLAAttentionSpec"))) == (1,)
+
+
+def test_tensor_replicas_differ_by_group() -> None:
+    specs = [attention(1), state(), state(replicated=True)]
+    config = engine(4, num_key_value_heads=2)
+    assert tensor_replicas(config, cache_config(*specs)) == (2, 1, 4)
+
+
+def test_tensor_replicas_of_one_group_with_several_layers_is_their_divisor() -> None:
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    layers = {
+        "a": attention(1, "MLAAttentionSpec", max_tp_shards=1),
+        "b": attention(1, "MLAAttentionSpec", max_tp_shards=2),
+    }
+    spec = UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs=layers)
+    assert tensor_replicas(engine(4, mla=True), cache_config(spec)) == (2,)
+
+
+def test_tensor_replicas_of_a_stage_without_layers_is_one() -> None:
+    cache = cache_config(attention(1), layers=())
+    assert tensor_replicas(engine(4, num_key_value_heads=1), cache) == (1,)
