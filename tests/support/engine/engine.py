@@ -11,6 +11,7 @@ from typing import Any
 
 BLOCK = 32  # tokens
 VOCABULARY = 1000
+POISON = 0x40  # twice, it is 3.0 in bfloat16; four times, in float32
 CONNECTOR = {
     "kv_connector": "KVCacheConnector",
     "kv_connector_module_path": "kvcache.connectors.vllm",
@@ -32,6 +33,7 @@ class EngineSettings:
     context: int = 1024  # tokens
     options: dict[str, Any] = field(default_factory=dict)  # of vllm.LLM
     environment: dict[str, str] = field(default_factory=dict)
+    stub_torchvision: bool = False  # where vLLM's module of the model imports it
 
 
 class Engine:
@@ -217,6 +219,16 @@ class Engine:
         if self.has_kvcache:
             assert self.llm.reset_prefix_cache()
 
+    def overwrite_own_cache(self) -> None:
+        """Empty vLLM's own cache and overwrite its memory, if kvcache is connected.
+
+        A block that kvcache does not load, or loads wrongly, then changes the completion.
+        """
+        self.reset_own_cache()
+        if self.has_kvcache:
+            executor = self.core.engine_core.engine_core.model_executor
+            executor.collective_rpc(_overwrite_pages)
+
     @contextmanager
     def failing_copies(self, method: str, times: int = 1) -> Iterator[list[int]]:
         """Make the next `times` calls of `gather` or `scatter` raise.
@@ -238,6 +250,16 @@ class Engine:
             yield calls
         finally:
             delattr(copier, method)
+
+
+def _overwrite_pages(worker: Any) -> None:
+    """Overwrite all pages of a worker. Runs in every worker."""
+    import torch
+
+    for cache in worker.model_runner.kv_caches:
+        for tensor in cache if isinstance(cache, (list, tuple)) else [cache]:
+            every_byte = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            every_byte.fill_(POISON)
 
 
 def prompt(name: str, length: int) -> list[int]:

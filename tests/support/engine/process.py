@@ -31,6 +31,7 @@ from typing import Any
 
 from tests.support import marks
 from tests.support.engine.engine import Engine, EngineSettings
+from tests.support.engine.without_torchvision import stub_torchvision
 
 TAIL = 6000
 """Characters of an engine's output that a failing test shows."""
@@ -178,6 +179,8 @@ def _run(
         import torch
 
         torch.compiler.set_stance("force_eager")
+    if settings.stub_torchvision:
+        stub_torchvision()
     warnings.filterwarnings("error", module=r"kvcache\b")
     recorder = _WarningRecorder()
     logging.getLogger("kvcache").addHandler(recorder)
