@@ -113,7 +113,7 @@ def write_model(path: Path, config: dict[str, Any]) -> Path:
     """Write a bfloat16 checkpoint of a transformers config into the folder `path`; return `path`.
 
     As in `kvcache.cli.demo.checkpoint`, weights are of normal scale and attention is sharp: a wrong
-    KV cache changes the answer. Where a model multiplies embeddings, or uses them for its logits too,
+    KV cache changes the answer. Where a model multiplies its embeddings, or reads logits off them,
     `embedding_scale` makes them smaller: else it would repeat each token, whatever the KV cache.
     """
     import torch

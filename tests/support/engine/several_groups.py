@@ -103,7 +103,7 @@ EQUAL: tuple[Scenario, ...] = (
 
 
 def aborts_at_every_moment(engine: Engine) -> dict[str, Any]:
-    """Abort a request with a hit after 0, 1, ... steps, while another one decodes; then complete it.
+    """Abort a request with a hit after 0, 1, ... steps while another decodes; then complete it.
 
     It waits, loads, computes its prompt in several steps, and decodes. The reference aborts none.
     """
