@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from kvcache.tier import FrontTier, Lease
 
@@ -201,6 +201,16 @@ def chain_resume(group: GroupKeys, held: int, own: int, step: int) -> tuple[int,
     return (tokens, group.blocks(tokens) * group.parts) if tokens > own else (own, 0)
 
 
+class HeldBlocks(Protocol):
+    """What a lookup asks L1: the methods of ``FrontTier`` of the same names."""
+
+    def contains(self, keys: Sequence[bytes]) -> Sequence[object]: ...
+
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int: ...
+
+    def access(self, chain: Sequence[bytes], start: int = 0) -> int: ...
+
+
 class FrontLookup:
     """What L1 holds of a request, and the longest resume point in it.
 
@@ -213,11 +223,12 @@ class FrontLookup:
 
     Attributes:
         tokens: the resume point; ``own`` without a hit.
+        chain_tokens: the resume point if no side block were missing.
         needed: of each group, in order, the keys that the resume point needs.
     """
 
     def __init__(
-        self, front: FrontTier, groups: Sequence[GroupKeys], own: int, top: int, step: int
+        self, front: HeldBlocks, groups: Sequence[GroupKeys], own: int, top: int, step: int
     ) -> None:
         self._front = front
         self._chains: list[tuple[list[bytes], int]] = []  # keys, and how many the engine has
@@ -232,6 +243,7 @@ class FrontLookup:
         searches = [
             SideSearch(group, own, front.contains) for group in groups if not group.is_chain
         ]
+        self.chain_tokens = max(own, limit // step * step)
         self.tokens = longest_resume(searches, own, limit, step)
         self.needed: list[list[bytes]] = []
         self._sides: list[list[bytes]] = []

@@ -155,7 +155,8 @@ class DramTier(FrontTier):
             positions += [offset + at for at in branch_positions]
             offset += len(branch_keys)
         # A policy that learns of a chain after its side blocks evicts the side blocks first.
-        in_order = [slot for _, slots in reversed(reserved) for slot in slots]
+        sides_first = [*reserved[len(chains) :], *reserved[: len(chains)]]
+        in_order = [slot for _, slots in sides_first for slot in slots]
 
         def publish(_: Lease, failed: frozenset[bytes]) -> None:
             with self.lock:
