@@ -29,6 +29,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
 _HIDDEN = ("hidden_size", "n_embd")
+_OUTER = ("torch_dtype", "dtype", "model_type")  # keys that a language model's part may lack
 _FULL = {"full_attention", "attention"}
 _UNIFORM_WITHOUT_WINDOW = ("mistral", "mixtral")
 _SEVERAL_KINDS = (
@@ -151,9 +152,9 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     name = excerpt(names[0] if isinstance(names, list) else names)
     for part in ("text_config", "llm_config"):  # of models with images or audio
         if isinstance(config.get(part), dict):
-            config = {key: config[key] for key in ("torch_dtype", "dtype") if key in config} | {
-                key: value for key, value in config[part].items() if value is not None
-            }
+            outer = {key: config[key] for key in _OUTER if key in config}
+            inner = config[part]
+            config = inner | {key: v for key, v in outer.items() if inner.get(key) is None}
     return config, name
 
 

@@ -23,13 +23,12 @@ _ELEMENT_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SCALED_ELEMENTS = 128  # elements of an index key that share a scale of 4 bytes
 
 
-def _attention(config: Config, layers: int, needs: Needs, **keys: str) -> AttentionLayers:
+def _attention(config: Config, layers: int, needs: Needs) -> AttentionLayers:
     """Return layers with one key and one value for each head, of the same size."""
     heads = number(config, "num_attention_heads", 0)
-    kv_heads = number(config, keys.get("kv_heads", "num_key_value_heads"), heads or None)
+    kv_heads = number(config, "num_key_value_heads", heads or None)
     default = number(config, "hidden_size", 0) // heads if heads else None
-    head_dim = number(config, keys.get("head_dim", "head_dim"), default)
-    return AttentionLayers(layers, kv_heads, 2 * head_dim, needs)
+    return AttentionLayers(layers, kv_heads, 2 * number(config, "head_dim", default), needs)
 
 
 def _kinds(config: Config, default: Callable[[int], bool], other: str) -> list[bool]:
@@ -95,18 +94,26 @@ def _gemma3n(config: Config) -> list[Layers]:
 
 
 def _gemma4(config: Config) -> list[Layers]:
-    config = {"head_dim": 256, "global_head_dim": 512, **config}
+    config = {"head_dim": 256, **config}
     full = _kinds(config, _every(config, "sliding_window_pattern", 6), "sliding_attention")
     full[-1:] = [True]  # vLLM computes the last layer with full attention
     own = _own(config, full, 0)
-    kv_heads = "num_key_value_heads"
+    everything = config | _full_attention_of_gemma4(config, full.index(True))
+    return [
+        _attention(everything, sum(own), Needs("all")),
+        _attention(config, len(own) - sum(own), _window(config, 512)),
+    ]
+
+
+def _full_attention_of_gemma4(config: Config, layer: int) -> dict[str, Any]:
+    """Return the keys with which a layer of full attention differs from one with a window."""
+    if layers := config.get("per_layer_config"):  # as newer libraries save the configuration
+        differing: dict[str, Any] = next(own for key, own in layers.items() if int(key) == layer)
+        return differing
+    own = {"head_dim": number(config, "global_head_dim", 512)}
     if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads"):
-        kv_heads = "num_global_key_value_heads"
-    window = _attention(config, len(own) - sum(own), _window(config, 512))
-    everything = _attention(
-        config, sum(own), Needs("all"), head_dim="global_head_dim", kv_heads=kv_heads
-    )
-    return [everything, window]
+        own["num_key_value_heads"] = number(config, "num_global_key_value_heads")
+    return own
 
 
 def _gpt_oss(config: Config) -> list[Layers]:

@@ -128,9 +128,12 @@ def groups_of(
             found.rank_block_nbytes + layers * nbytes,
         )
 
+    one_number = len({kind.kv_heads for kind in attention if not kind.shared}) == 1
     for layer, size in zip(attention, tokens, strict=True):
         nbytes = size * layer.rank_token_nbytes(ranks, cache_nbytes)
-        add(layer.needs, layer.layers, size, nbytes, layer.copies(ranks))
+        # The connector finds shared heads only in models with one number of KV heads.
+        copies = layer.copies(ranks) if layer.shared or one_number else 1
+        add(layer.needs, layer.layers, size, nbytes, copies)
     for state in states:
         size = tokens[0] if tokens else block_tokens
         add(Needs("state"), state.layers, size, state.rank_nbytes(ranks, model_nbytes), 1)

@@ -44,7 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         linear_num_value_heads=48,
         mamba_ssm_dtype="float32",
     ),
-    "lfm2-1.2b": _config("lfm2", 16, 32, 8, hidden_size=2048, full_attn_idxs=[2, 5, 8, 10, 12, 14]),
+    "lfm2-1.2b": _config(
+        "lfm2", 16, 32, 8, hidden_size=2048, conv_dim=2048, full_attn_idxs=[2, 5, 8, 10, 12, 14]
+    ),
     "jamba-mini": _config("jamba", 32, 32, 8, hidden_size=4096),
     "deepseek-v3": _config("deepseek_v3", 61, 128, 128, kv_lora_rank=512, qk_rope_head_dim=64),
     "deepseek-v3.2": _config(

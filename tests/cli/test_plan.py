@@ -198,6 +198,56 @@ def test_plan_dtype_that_vllm_changes_is_a_warning(
     assert bool(warnings) == bool(warning)
 
 
+def test_plan_of_several_groups_counts_what_a_prefix_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "gemma-3-27b", *POD, "--prefix-tokens", "32768", "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    full, window = 1_310_720, 6_815_744
+    assert [(g["kind"], g["block_nbytes"], g["parts"]) for g in found["groups"]] == [
+        ("all", full, 1),
+        ("window", window, 5),
+    ]
+    assert found["resume_blocks"] == [2048, 64]
+    assert found["resume_nbytes"] == 2048 * full + 64 * window
+    assert found["stored_blocks"] == [2048, 2048]
+    assert found["stored_nbytes"] == 2048 * (full + window)
+    assert found["l1_prefixes"] == found["l1_blocks"] // (2048 + 5 * 64)
+    assert found["l1_stored_prefixes"] == found["l1_blocks"] // (2048 + 5 * 2048)
+    assert found["l1_load_s"] == found["resume_nbytes"] / (16 << 30)
+    assert found["token_nbytes"] == (full + window) // 16
+
+
+def test_plan_of_states_counts_one_for_a_prefix_and_one_for_each_chunk(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "qwen3.5-9b", *POD, "--prefix-tokens", "16384", "--tp", "2"]
+    assert cli.main([*arguments, "--max-num-batched-tokens", "2048", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["resume_blocks"] == [31, 1]  # 31 blocks of 528 tokens
+    assert found["stored_blocks"] == [31, 11]  # chunks of 3 blocks, and the end
+    assert found["rank_token_nbytes"] * 2 == found["token_nbytes"] == 32 << 10
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "8 layers, 4 KV heads of 256; 24 layers with a state",
+        "16.5MiB: a block of 528 tokens, 8 layers, in 1 slot of L1; a hit needs all blocks",
+        "49.12MiB: a state after 528 tokens, 24 layers, in 3 slots of L1; a hit needs the last one",
+        "to resume after 16,384 tokens",
+        "states at the ends of prefill chunks of 8,192 tokens",
+    ):
+        assert part in out
+
+
+def test_plan_of_unknown_layers_ends_with_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"sliding_window": 4096}))
+    assert cli.main(["plan", str(tmp_path), *POD]) == 2
+    assert "has a sliding window of 4096 tokens, and plan does not" in capsys.readouterr().err
+
+
 def test_plan_text_has_the_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     assert (

@@ -1,0 +1,136 @@
+"""Print the KV cache groups that vLLM makes of models, without their weights.
+
+Reads from standard input one JSON object: a name, and the configuration of the model. Writes one
+JSON object: for each name, its groups. vLLM's own code makes the layers, on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.support.engine.without_torchvision import stub_torchvision
+
+BLOCK_TOKENS = 32
+RANKS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+    stub_torchvision()
+
+    configs = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory() as folder:
+        with set_current_vllm_config(VllmConfig()):
+            init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+        found = {name: describe(config, Path(folder) / name) for name, config in configs.items()}
+    print(json.dumps(found))
+
+
+def describe(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the groups of a model, and the sizes that depend on the number of ranks."""
+    import torch
+    from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.model_loader.utils import get_model_cls, initialize_model
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+    write_config(config, folder)
+    engine = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        block_size=BLOCK_TOKENS,
+        max_model_len=2048,
+        enforce_eager=True,
+        dtype="bfloat16",
+    ).create_engine_config()
+    # vLLM raises this type to float32 on CPUs; the figures are those of a GPU.
+    engine.cache_config.mamba_ssm_cache_dtype = "auto"
+    if rules := MODELS_CONFIG_MAP.get(config["architectures"][0]):
+        rules.verify_and_update_config(engine)
+    with set_current_vllm_config(engine):
+        with torch.device("meta"), set_default_torch_dtype(torch.bfloat16):
+            initialize_model(vllm_config=engine)
+        current_platform.update_block_size_for_backend(engine)
+        layers = get_layers_from_vllm_config(engine, AttentionLayerBase)
+        specs = {
+            name: layer.get_kv_cache_spec(engine)
+            for name, layer in layers.items()
+            if not getattr(layer, "kv_sharing_target_layer_name", None)
+        }
+        engine.cache_config.kv_cache_layout = engine.cache_config.kv_cache_layout or "LBNHC"
+        groups = get_kv_cache_groups(engine, {name: spec for name, spec in specs.items() if spec})
+        model = get_model_cls(engine.model_config)
+        states = [states_of(model, engine, ranks) for ranks in RANKS]
+    return {"groups": [group_of(group) for group in groups], "states": states}
+
+
+def write_config(config: dict[str, Any], folder: Path) -> None:
+    from transformers import AutoConfig
+
+    full = AutoConfig.for_model(**config).to_dict()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**full, "dtype": "bfloat16"}, default=str))
+
+
+def group_of(group: Any) -> dict[str, Any]:
+    from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
+
+    spec = group.kv_cache_spec
+    uniform = isinstance(spec, UniformTypeKVCacheSpecs)
+    specs = list(spec.kv_cache_specs.values()) if uniform else [spec] * len(group.layer_names)
+    first = specs[0]
+    return {
+        "spec": type(first).__name__,
+        "tokens": getattr(first, "sliding_window", None)
+        or getattr(first, "attention_chunk_size", None),
+        "layers": len(specs),
+        "block_tokens": spec.block_size,
+        "nbytes": sum(
+            each.real_page_size_bytes
+            if isinstance(each, MambaSpec)
+            else each.unpadded_page_size_bytes
+            for each in specs
+        ),
+    }
+
+
+def states_of(model: Any, engine: Any, ranks: int) -> dict[str, int] | None:
+    """Return the bytes of a state, and the block size beside it, in an engine of `ranks` ranks."""
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    if not hasattr(model, "get_mamba_state_shape_from_config"):
+        return None
+    engine.parallel_config.tensor_parallel_size = ranks
+    cache = engine.cache_config
+    cache.block_size, cache.mamba_page_size_padded = BLOCK_TOKENS, None
+    try:
+        state = MambaSpec(
+            shapes=model.get_mamba_state_shape_from_config(engine),
+            dtypes=model.get_mamba_state_dtype_from_config(engine),
+            block_size=-1,
+        )
+        current_platform.update_block_size_for_backend(engine)
+    except AssertionError:  # vLLM cannot divide the model
+        return None
+    finally:
+        engine.parallel_config.tensor_parallel_size = 1
+    return {"nbytes": state.real_page_size_bytes, "block_tokens": cache.block_size}
+
+
+if __name__ == "__main__":
+    main()
