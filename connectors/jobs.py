@@ -35,32 +35,54 @@ class AdmittedRequest(Generic[R]):
 
     Attributes:
         request: the engine's own object.
-        blocks: the engine's numbers of its blocks, in the order of its tokens.
-        offered: leading blocks that were offered to the stack.
-        first_suspect: position of its first suspect block (`SuspectBlocks`): it stores no block
-            from there on; ``None`` if there is none.
+        tables: the engine's numbers of its blocks, in the order of its tokens; one table for each
+            of the engine's KV cache groups.
+        offered: leading blocks that were offered to the stack; one number for each group of blocks
+            that are stored together.
+        first_suspect: the first token of its first suspect block (`SuspectBlocks`): it stores no
+            block from there on; ``None`` if there is none.
         examined: whether the blocks that the request did not compute were checked for suspects.
     """
 
     request: R
-    blocks: list[int] = field(default_factory=list)
-    offered: int = 0
+    tables: list[list[int]]
+    offered: list[int] = field(default_factory=lambda: [0])
     first_suspect: int | None = None
     examined: bool = False
 
-    def unoffered(self, complete: int) -> range:
+    def unoffered(self, complete: int, block_tokens: int, group: int = 0) -> range:
         """Return the positions to offer next, where ``complete`` leading blocks are computed."""
+        offered = self.offered[group]
         if self.first_suspect is not None:
-            complete = min(complete, self.first_suspect)
-        return range(self.offered, max(self.offered, complete))
+            complete = min(complete, self.first_suspect // block_tokens)
+        return range(offered, max(offered, complete))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopies:
+    """What a job copies: engine block ``blocks[i]`` and slot ``slots[i]``, for every i.
+
+    Attributes:
+        pieces: for engines with blocks of several kinds: the number of a kind, and how many of the
+            next blocks are of it; in order.
+    """
+
+    blocks: list[int]
+    slots: list[int]
+    pieces: list[tuple[int, int]]
+
+    @classmethod
+    def of_one_kind(cls, blocks: Sequence[int], slots: Sequence[int]) -> BlockCopies:
+        """Return the copies of an engine with blocks of one kind."""
+        return cls(list(blocks), list(slots), [(0, len(blocks))])
 
 
 @dataclass(slots=True)
 class Job(Generic[R]):
-    """A copy in progress: engine block ``blocks[i]`` and slot ``slots[i]``, for every i.
+    """A copy in progress.
 
     Attributes:
-        first: position of the job's first block among the blocks of ``request``.
+        firsts: position of the job's first block among the blocks of ``request``, by group.
         acks: ranks that have acknowledged it.
         seconds: of the slowest rank.
     """
@@ -68,10 +90,9 @@ class Job(Generic[R]):
     number: int
     operation: Literal["load", "store"]
     request: AdmittedRequest[R]
-    first: int
     lease: Lease
-    blocks: list[int]
-    slots: list[int]
+    copies: BlockCopies
+    firsts: Sequence[int]
     acks: int = 0
     failed: bool = False
     seconds: float = 0.0
@@ -88,45 +109,30 @@ class Jobs(Generic[R]):
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def start_load(
-        self, request: AdmittedRequest[R], lease: Lease, first: int, count: int
-    ) -> Job[R] | None:
-        """Start to load the first ``count`` blocks of ``lease``, which `pin` or `fetch` returned.
-
-        They go to the blocks of ``request`` from position ``first`` on. If there is nothing to
-        copy, the lease ends here.
-        """
-        if not count:
-            lease.end()
-            return None
-        blocks = request.blocks[first : first + count]
-        return self._start("load", request, first, lease, blocks, lease.slots[:count])
-
-    def start_store(
-        self, request: AdmittedRequest[R], lease: Lease, offered: range
-    ) -> Job[R] | None:
-        """Start to store what ``lease`` reserved, of the blocks at the positions ``offered``.
-
-        If there is nothing to copy, the lease ends here.
-        """
-        request.offered = offered.stop
-        if not lease.keys:
-            lease.end()
-            return None
-        blocks = [request.blocks[offered[at]] for at in lease.positions]
-        return self._start("store", request, offered.start, lease, blocks, lease.slots)
-
-    def _start(
+    def start(
         self,
         operation: Literal["load", "store"],
         request: AdmittedRequest[R],
-        first: int,
         lease: Lease,
-        blocks: list[int],
-        slots: Sequence[int],
-    ) -> Job[R]:
+        copies: BlockCopies,
+        firsts: Sequence[int] = (0,),
+    ) -> Job[R] | None:
+        """Start to copy between blocks of ``request`` and slots of ``lease``.
+
+        If there is nothing to copy, the lease ends here.
+
+        Args:
+            operation: a load's lease has blocks to read, a store's has slots to fill.
+            request: the request.
+            lease: it ends with the job.
+            copies: some or all slots of the lease, and the engine's blocks.
+            firsts: for each group, the position of the first block that is copied or was offered.
+        """
+        if not copies.blocks:
+            lease.end()
+            return None
         self._last += 1
-        job = Job(self._last, operation, request, first, lease, blocks, list(slots))
+        job = Job(self._last, operation, request, lease, copies, firsts)
         self._jobs[job.number] = job
         return job
 
@@ -162,7 +168,8 @@ class Jobs(Generic[R]):
             if job.acks == self._ranks:
                 del self._jobs[number]
                 if job.failed:
-                    job.request.offered = min(job.request.offered, job.first)
+                    offered = job.request.offered
+                    offered[:] = map(min, offered, job.firsts)
                 job.lease.end(failed=job.lease.keys if job.failed else ())
                 ended.append(job)
         return ended

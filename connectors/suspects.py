@@ -18,7 +18,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from kvcache.connectors.jobs import AdmittedRequest
@@ -28,14 +28,18 @@ class SuspectBlocks:
     """The suspect blocks of an engine.
 
     Args:
-        block_tokens: tokens of a block.
+        block_tokens: tokens of a block, for each of the engine's KV cache groups.
         recomputes: whether the engine correctly recomputes the blocks that a load did not write,
             and those after them. If not, a request that has a suspect block stores nothing more.
+        no_block: the number in a table where the request has no block; ``None`` if it has all.
     """
 
-    def __init__(self, block_tokens: int, *, recomputes: bool) -> None:
+    def __init__(
+        self, block_tokens: Sequence[int], *, recomputes: bool, no_block: int | None = None
+    ) -> None:
         self._block_tokens = block_tokens
         self._recomputes = recomputes
+        self._no_block = no_block
         self._blocks: set[int] = set()
         self._untaken: set[int] = set()
         self._ended: deque[tuple[int, AdmittedRequest[Any]]] = deque()
@@ -72,18 +76,17 @@ class SuspectBlocks:
         while grew:  # a request may share blocks with one that computed them from failed ones
             grew = False
             for request in affected:
-                sound = request.blocks[: request.first_suspect]
-                first = next((at for at, block in enumerate(sound) if block in dependent), None)
+                first = self._first_of(request, dependent, request.first_suspect)
                 if first is not None:
                     request.first_suspect = first
-                    dependent.update(request.blocks[first:])
+                    dependent.update(self._blocks_from(request, first))
                     grew = True
         self._add(dependent)
 
     def reset(self, request: AdmittedRequest[Any]) -> None:
         """Make all blocks of a request suspect: they were computed before a reset."""
         request.first_suspect, request.examined = 0, True
-        self._add(request.blocks)
+        self._add(self._blocks_from(request, 0))
 
     def load_started(self, blocks: Collection[int]) -> None:
         """Note that a load writes ``blocks``."""
@@ -94,18 +97,39 @@ class SuspectBlocks:
         starts, request.examined = not request.examined, True
         if request.first_suspect is None and not self._blocks:
             return
-        size = self._block_tokens
         if starts:
-            # Rounded up: a request that waited may keep a block of which it computed a part.
-            found = enumerate(request.blocks[: -(-computed // size)])
-            request.first_suspect = next((at for at, b in found if b in self._blocks), None)
-        elif self._recomputes and computed <= (request.first_suspect or 0) * size:
+            request.first_suspect = self._first_of(request, self._blocks, computed)
+        elif self._recomputes and computed <= (request.first_suspect or 0):
             request.first_suspect = None  # the engine recomputes from the first suspect block on
         if request.first_suspect is None:
-            completed = request.blocks[computed // size : (computed + scheduled) // size]
-            self._blocks.difference_update(completed)
+            for table, size in zip(request.tables, self._block_tokens, strict=True):
+                completed = table[computed // size : (computed + scheduled) // size]
+                self._blocks.difference_update(completed)
         else:
-            self._add(request.blocks[request.first_suspect :])
+            self._add(self._blocks_from(request, request.first_suspect))
+
+    def _first_of(
+        self, request: AdmittedRequest[Any], blocks: Collection[int], end: int | None
+    ) -> int | None:
+        """Return the first token of the request's first block that is in ``blocks``.
+
+        ``end`` is the number of tokens to look at; ``None`` is all. A block of which a part is
+        among them counts: a request that waited may keep a block of which it computed a part.
+        """
+        firsts = []
+        for table, size in zip(request.tables, self._block_tokens, strict=True):
+            found = table if end is None else table[: -(-end // size)]
+            at = next((at for at, block in enumerate(found) if block in blocks), None)
+            if at is not None:
+                firsts.append(at * size)
+        return min(firsts, default=None)
+
+    def _blocks_from(self, request: AdmittedRequest[Any], token: int) -> set[int]:
+        """Return the request's blocks from ``token`` on."""
+        found = set[int]()
+        for table, size in zip(request.tables, self._block_tokens, strict=True):
+            found.update(table[token // size :])
+        return found - {self._no_block}
 
     def _add(self, blocks: Collection[int]) -> None:
         self._blocks.update(blocks)

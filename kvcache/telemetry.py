@@ -89,6 +89,14 @@ def tier_tokens(tier: str) -> str:
     return f"kvcache.token.tier.{tier}"
 
 
+def group_tokens(kind: str) -> str:
+    """Return the name of the attribute that holds the tokens of a hit that a group needs.
+
+    A request has it if the groups of this kind, such as ``window``, need fewer tokens than the hit.
+    """
+    return f"kvcache.token.group.{kind}"
+
+
 def start_span(name: str, parent: Context | None, begun_ns: int | None = None) -> Span:
     """Start a span under ``parent``; ``None`` is the current context. :func:`end_span` ends it.
 

@@ -133,7 +133,8 @@ class Transfer:
     def of(cls, job: Job[Any], awaited_by: str | None = None) -> Transfer:
         """Return the transfer of a job."""
         trace = telemetry.trace_headers(job.lease.span)
-        return cls(job.number, job.blocks, job.slots, trace, awaited_by)
+        copies = job.copies
+        return cls(job.number, copies.blocks, copies.slots, trace, awaited_by, copies.pieces)
 
 
 @dataclass(slots=True)

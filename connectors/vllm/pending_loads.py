@@ -5,8 +5,8 @@ Invariants:
 1. The blocks of a pending load are pinned in L1 until vLLM admits its request, or the load is
    cancelled.
 2. A load that would delay the step of other requests is async: vLLM schedules its request when the
-   load has ended. Copies that are made within the step are never async: they would delay a later
-   step as much.
+   load has ended. Copies that are made within the step are not async, since they would delay a
+   later step as much, unless vLLM needs it (`groups.may_load_within_step`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ LONG_LOAD_S: Final = 0.005  # a step of a large model takes about 20 ms
 
 @dataclass(frozen=True, slots=True)
 class PendingLoad:
-    """The blocks of ``lease``; the first one is block ``start`` of the request."""
+    """The blocks of ``lease``, with which a request with ``own`` tokens resumes at ``end``."""
 
-    start: int
+    own: int
+    end: int
     lease: Lease
     is_async: bool
 
@@ -35,11 +36,19 @@ class PendingLoads:
 
     Args:
         async_copies: whether the workers copy in parallel to the engine's steps.
+        within_step: whether a load may end within the step that needs it; if not, all are async.
         long_load_s: a load that is expected to take longer is async, if other requests run.
     """
 
-    def __init__(self, *, async_copies: bool = False, long_load_s: float = LONG_LOAD_S) -> None:
+    def __init__(
+        self,
+        *,
+        async_copies: bool = False,
+        within_step: bool = True,
+        long_load_s: float = LONG_LOAD_S,
+    ) -> None:
         self._async_copies = async_copies
+        self._within_step = within_step
         self._long_load_s = long_load_s
         self._latency = LatencyModel()
         self._loads: dict[str, PendingLoad] = {}
@@ -56,18 +65,20 @@ class PendingLoads:
         """Ids of the requests that vLLM admitted and that wait for their async load."""
         return self._waiting
 
-    def blocks(self, request_id: str, start: int) -> int | None:
-        """Return the blocks of the pending load from ``start`` on; ``None`` if there is none."""
+    def tokens(self, request_id: str, own: int) -> int | None:
+        """Return the tokens of the pending load after ``own`` ones; ``None`` if there is none."""
         load = self._loads.get(request_id)
-        return len(load.lease) if load is not None and load.start == start else None
+        return load.end - own if load is not None and load.own == own else None
 
-    def add(self, request_id: str, start: int, lease: Lease, *, others: bool) -> None:
+    def add(self, request_id: str, own: int, end: int, lease: Lease, *, others: bool) -> None:
         """Add the blocks that ``lease`` pinned; ``others`` is whether other requests run."""
         is_async = self.prefers_async(len(lease), others=others)
-        self._loads[request_id] = PendingLoad(start, lease, is_async)
+        self._loads[request_id] = PendingLoad(own, end, lease, is_async)
 
     def prefers_async(self, blocks: int, *, others: bool) -> bool:
         """Whether a load of this many blocks would be async."""
+        if not self._within_step:
+            return True
         if not self._async_copies or not others:
             return False
         return (self._latency.optimistic(blocks) or 0.0) > self._long_load_s

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvcache.connectors.vllm.groups import groups_refusal, kept_group
+from kvcache.connectors.vllm.compat import hash_tokens
+from kvcache.connectors.vllm.groups import groups_refusal, kept_groups
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +24,7 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | No
         groups_refusal(kv_cache_config)
         or _resume_refusal(vllm_config)
         or _parallel_refusal(vllm_config)
-        or _match_unit_refusal(vllm_config, kept_group(kv_cache_config).block_tokens)
+        or _match_unit_refusal(vllm_config, kv_cache_config)
     )
 
 
@@ -77,17 +78,28 @@ def _parallel_refusal(vllm_config: VllmConfig) -> str | None:
     return None
 
 
-def _match_unit_refusal(vllm_config: VllmConfig, block_tokens: int) -> str | None:
+def _match_unit_refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Return why hits that end inside a block exclude asynchronous copies.
 
     vLLM's second model runner copies such a block into a new one before it calls the connector. A
     store of an earlier step may still read that new block, and the connector cannot delay vLLM's
     copy. On a CPU every store has ended with its step.
     """
-    unit = vllm_config.cache_config.prefix_match_unit
-    if unit is None or unit >= block_tokens or vllm_config.device_config.device_type == "cpu":
+    if vllm_config.device_config.device_type == "cpu":
         return None
-    return (
-        f"prefix_match_unit is {unit}, below the block size, {block_tokens}: vLLM copies blocks "
-        "that a store may still read; leave --prefix-match-unit out"
-    )
+    groups = kept_groups(kv_cache_config, hash_tokens(vllm_config, kv_cache_config))
+    unit = vllm_config.cache_config.prefix_match_unit
+    if unit is not None and unit < min(group.block_tokens for group in groups):
+        return (
+            f"prefix_match_unit is {unit}, below the block size, "
+            f"{min(group.block_tokens for group in groups)}: vLLM copies blocks that a store may "
+            "still read; leave --prefix-match-unit out"
+        )
+    state = next((group for group in groups if group.is_state), None)
+    if state is not None and state.hashes_per_block > 1:
+        return (
+            f"its states have blocks of {state.block_tokens} tokens and vLLM's hashes "
+            f"{state.block_tokens // state.hashes_per_block}: vLLM copies blocks that a store may "
+            "still read"
+        )
+    return None

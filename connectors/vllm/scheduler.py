@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,17 +29,20 @@ from kvcache.connectors.jobs import AdmittedRequest, Jobs
 from kvcache.connectors.step_timer import StepTimer
 from kvcache.connectors.suspects import SuspectBlocks
 from kvcache.connectors.vllm.adapters import Adapters
-from kvcache.connectors.vllm.compat import recomputes_failed_loads
+from kvcache.connectors.vllm.compat import hash_tokens, recomputes_failed_loads
+from kvcache.connectors.vllm.copies import NO_BLOCK, PieceCopies
 from kvcache.connectors.vllm.events import EventSource, events_of
-from kvcache.connectors.vllm.groups import NO_GROUP, kept_group, kept_groups
+from kvcache.connectors.vllm.groups import KeptGroup, kept_groups, may_load_within_step
 from kvcache.connectors.vllm.handshake import open_sharded_stack
 from kvcache.connectors.vllm.hints import HintReader
+from kvcache.connectors.vllm.lookups import Lookups
 from kvcache.connectors.vllm.messages import Acks, Rank, Refusal, Shard, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.metrics import Reports, Stats
+from kvcache.connectors.vllm.offers import HandOff, Offers
 from kvcache.connectors.vllm.pending_loads import LONG_LOAD_S, PendingLoads
 from kvcache.connectors.vllm.refusals import refusal
+from kvcache.connectors.vllm.request_keys import RequestKeys
 from kvcache.connectors.vllm.tracing import RequestSpans
-from kvcache.lower.promotion import Match
 from kvcache.process import bind_to_process
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack
@@ -93,26 +95,35 @@ class SchedulerSide:
         self._clock = clock
         self._long_load_s = long_load_s
         self._open_stack = open_stack
-        self._group = NO_GROUP if self.refusal else kept_group(kv_cache_config)
-        self._kept_groups = () if self.refusal else kept_groups(kv_cache_config)
+        self._groups: Sequence[KeptGroup] = ()
+        if not self.refusal:
+            self._groups = kept_groups(kv_cache_config, hash_tokens(vllm_config, kv_cache_config))
+        self._within_step = may_load_within_step(self._groups)
+        sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+        block_tokens = self._groups[0].block_tokens if self._groups else 0
         self._adapters = adapters or Adapters.of(vllm_config, trusted="explicit" in identity)
+        self._keys = RequestKeys(self._groups, [1] * len(self._groups), self._adapters)
+        self._copies = PieceCopies((), self._groups)
+        self._offers = Offers(self._keys, self._copies)
+        self._lookups: Lookups | None = None
         self._spans = RequestSpans(vllm_config.model_config.served_model_name, clock)
         self.stack: Stack | None = None
         self._slab_shards: SlabShards | None = None
         self._reports: Reports | None = None
         self._hints = HintReader()
         self.events = EventSource()
-        self._events_of = partial(events_of, vllm_config, kv_cache_config, self._kept_groups)
-        self._prefetches: dict[str, Future[Match]] = {}  # by request id
+        self._events_of = partial(events_of, vllm_config, kv_cache_config, self._groups)
         self.pending_loads = PendingLoads()
         self._admitted: dict[str, AdmittedRequest[Request]] = {}  # by request id
         self._suspects = SuspectBlocks(
-            self._group.block_tokens, recomputes=recomputes_failed_loads(vllm_config)
+            sizes,
+            recomputes=recomputes_failed_loads(vllm_config),
+            no_block=None if self._within_step else NO_BLOCK,
         )
         self._jobs: Jobs[Request] = Jobs(self._parallel.world_size)
         self._loads: list[Transfer] = []  # for the step being built
         self._step = 0
-        self._timer = StepTimer(self._group.block_tokens, clock)
+        self._timer = StepTimer(block_tokens, clock)
         bind_to_process(self)
 
     def _refuse(self, reason: str) -> None:
@@ -138,30 +149,33 @@ class SchedulerSide:
             self._open_stack,
             shards,
             self._parallel,
-            self._kept_groups,
+            self._groups,
             identity=self._identity,
             model=self._spans.model,
         )
-        async_copies = all(shard.async_copies for shard in shards.values())
-        self.pending_loads = PendingLoads(async_copies=async_copies, long_load_s=self._long_load_s)
+        self._keys = RequestKeys(self._groups, parts, self._adapters)
+        self._copies = PieceCopies(self._slab_shards.pieces, self._groups)
+        self._offers = Offers(self._keys, self._copies)
+        self.pending_loads = PendingLoads(
+            async_copies=all(shard.async_copies for shard in shards.values()),
+            within_step=self._within_step,
+            long_load_s=self._long_load_s,
+        )
         self.stack = stack
         self._reports = Reports(stack, self._clock)
         self.events = self._events_of(stack, parts)
+        self._lookups = Lookups(
+            stack, self._keys, self.pending_loads, self._spans, self.events,
+            within_step=self._within_step,
+        )  # fmt: skip
         self._spans.tiers = [named.name for named in stack.stats().names]
 
     # Before vLLM admits a request
 
     def add_request(self, request: Request) -> None:
         """Start to promote the blocks in lower tiers for a request that waits in vLLM's queue."""
-        if self.stack is None or request.skip_reading_prefix_cache:
-            return
-        self._spans.start(request)
-        keys, context = self._prompt_keys(request), self._spans.context(request)
-        self.events.describe(request, self._kept_groups[0], range(len(keys)), keys)
-        self.stack.recorder.record(keys, request.num_prompt_tokens)
-        prefetch = self.stack.prefetch(keys, context=context)
-        if prefetch is not None:
-            self._prefetches[request.request_id] = prefetch
+        if self._lookups is not None:
+            self._lookups.add(request)
 
     def matched_tokens(self, request: Request, computed: int) -> int | None:
         """Return how many tokens after the first ``computed`` ones L1 has, and pin their blocks.
@@ -169,31 +183,9 @@ class SchedulerSide:
         Returns:
             ``None`` while lower tiers are being read for the request: vLLM asks again.
         """
-        stack, request_id = self.stack, request.request_id
-        if stack is None or request.skip_reading_prefix_cache or not self._adapters.keeps(request):
+        if self._lookups is None:
             return 0
-        if (prefetch := self._prefetches.get(request_id)) is not None:
-            if not prefetch.done():  # it has a deadline
-                self._spans.start_wait(request)
-                return None
-            del self._prefetches[request_id]
-            self._spans.end_prefetch(request, prefetch)
-        block_tokens = self._group.block_tokens
-        start = computed // block_tokens
-        if (blocks := self.pending_loads.blocks(request_id, start)) is not None:
-            return blocks * block_tokens
-        self.pending_loads.cancel(request_id)
-        context = self._spans.set_own_tokens(request, computed)
-        others = bool(self._admitted)
-        keys = self._keys(request, 0, request.num_tokens // block_tokens)
-        if not self.pending_loads.prefers_async(len(keys) - start, others=others):
-            keys = self._prompt_keys(request)
-        lease = stack.fetch_local(keys, start, context=context)
-        if not lease.keys:
-            lease.end()
-            return 0
-        self.pending_loads.add(request_id, start, lease, others=others)
-        return len(lease) * block_tokens
+        return self._lookups.tokens(request, computed, others=bool(self._admitted))
 
     def is_async(self, request: Request) -> bool:
         """Whether the pending load of a request is async."""
@@ -214,32 +206,34 @@ class SchedulerSide:
             self._spans.end_wait(request)
             return  # admitted before its async load, and it may have become suspect meanwhile
         self._end_admission(request)  # vLLM may have preempted it
-        blocks = list(self._group.block_ids(block_ids))
-        admitted = self._admitted[request_id] = AdmittedRequest(request, blocks)
+        tables = [list(table) for table in block_ids]
+        admitted = AdmittedRequest(request, tables, [0] * len(self._groups))
+        self._admitted[request_id] = admitted
         pending = self.pending_loads.take(request_id)
-        start = pending.start if pending is not None else 0
-        self._spans.admit(request, tokens, start, self._group.block_tokens)
+        self._spans.admit(request, tokens, pending.own if pending is not None else 0, self._groups)
         if pending is None:
             return
-        lease, count = pending.lease, tokens // self._group.block_tokens
-        job = self._jobs.start_load(admitted, lease, start, count)
+        firsts = [pending.own // group.block_tokens for group in self._groups]
+        copies = self._copies.to_load(self._keys.of(request), tables, pending, tokens)
+        job = self._jobs.start("load", admitted, pending.lease, copies, firsts)
         if job is None:
             return
         if pending.is_async:
             self.pending_loads.start_wait(request_id)
             self._spans.start_wait(request)
-        lease.span.add_event(telemetry.ADMITTED)
-        self._suspects.load_started(job.blocks)
+        pending.lease.span.add_event(telemetry.ADMITTED)
+        self._suspects.load_started(copies.blocks)
         self._loads.append(Transfer.of(job, request_id if pending.is_async else None))
 
     def finish(self, request: Request) -> None:
         """Forget a request that ended or was aborted, at any time. Its jobs end with their acks."""
-        self.pending_loads.cancel(request.request_id)
-        self._prefetches.pop(request.request_id, None)
+        if self._lookups is not None:
+            self._lookups.forget(request.request_id)
         admitted = self._end_admission(request)
         if self.stack is not None and admitted is not None and (hints := self._hints.read(request)):
-            context = self._spans.context(request)
-            self.stack.hint(self._keys(request, 0, admitted.offered), context=context, **hints)
+            group, context = self._groups[0], self._spans.context(request)
+            keys = self._keys.parts_of(request, group, 0, admitted.offered[0])
+            self.stack.hint(keys, context=context, **hints)
         self._spans.finish(request)
 
     def _end_admission(self, request: Request) -> AdmittedRequest[Request] | None:
@@ -266,16 +260,24 @@ class SchedulerSide:
         for request_id, added in zip(cached.req_ids, cached.new_block_ids, strict=True):
             resumed = request_id in cached.resumed_req_ids
             step.fresh += self._add_blocks(request_id, added, replace=resumed)
+        state = None if self._within_step else output.kv_connector_block_state
+        hand_offs = state.boundary_state_offloads if state else {}
         prefills = []
-        for request_id, scheduled in output.num_scheduled_tokens.items():
+        for request_id in {**output.num_scheduled_tokens, **hand_offs}:
             admitted = self._admitted.get(request_id)
             if admitted is None:
                 continue
+            scheduled = output.num_scheduled_tokens.get(request_id, 0)
             computed = admitted.request.num_computed_tokens  # before this step
-            if computed < admitted.request.num_prompt_tokens:
+            if scheduled and computed < admitted.request.num_prompt_tokens:
                 prefills.append((computed, scheduled))
-            self._suspects.compute(admitted, computed, scheduled)
-            if store := self._start_store(admitted, computed + scheduled):
+            if admitted.first_suspect is not None and state:
+                # Only vLLM knows which blocks a group has given back.
+                admitted.tables = [list(ids) for ids in state.get_block_ids(request_id) or ()]
+            if scheduled:
+                self._suspects.compute(admitted, computed, scheduled)
+            of_request = hand_offs.get(request_id, ())
+            if store := self._start_store(admitted, computed, computed + scheduled, of_request):
                 step.stores.append(store)
         self._timer.built(step.number, () if step.loads else prefills)
         return step
@@ -286,29 +288,35 @@ class SchedulerSide:
         """Note and return the blocks that vLLM gave to a request: all it has, or further ones."""
         if block_ids is None:
             return ()
-        added = self._group.block_ids(block_ids)
         admitted = self._admitted.get(request_id)
         if admitted is not None:
-            admitted.blocks = [*([] if replace else admitted.blocks), *added]
-        return added
+            tables = admitted.tables
+            admitted.tables = [
+                [*([] if replace else table), *added]
+                for table, added in zip(tables, block_ids, strict=True)
+            ]
+        return [block for added in block_ids for block in added]
 
-    def _start_store(self, admitted: AdmittedRequest[Request], computed: int) -> Transfer | None:
+    def _start_store(
+        self,
+        admitted: AdmittedRequest[Request],
+        computed: int,
+        end: int,
+        hand_offs: Sequence[HandOff],
+    ) -> Transfer | None:
         """Offer the blocks that this step completes, and start to store those that L1 lacks."""
-        request = admitted.request
-        # Drafted tokens may be rejected. Only blocks of known tokens have a hash.
-        complete = self._group.complete_blocks(computed, len(request.block_hashes))
-        if complete <= admitted.offered:
-            return None  # most decode steps
-        offered = admitted.unoffered(complete)
+        request, before = admitted.request, list(admitted.offered)
+        offered = self._offers.find(admitted, computed, end, hand_offs)
         if not offered or not self._adapters.keeps(request):
             return None
         assert self.stack is not None
-        first, end = offered.start, offered.stop
-        parent = self._keys(request, first - 1, first)[0] if first else None
-        keys, context = self._keys(request, first, end), self._spans.context(request)
-        self.events.describe(request, self._kept_groups[0], offered, keys)
-        lease = self.stack.reserve(keys, parent, context=context)
-        job = self._jobs.start_store(admitted, lease, offered)
+        chains, sides = self._offers.branches(request, offered)
+        if self.events.publishes:
+            for each in offered:
+                self.events.describe(request, each.group, each.blocks, each.keys)
+        lease = self.stack.reserve_branches(chains, sides, context=self._spans.context(request))
+        copies = self._offers.copies(offered, lease)
+        job = self._jobs.start("store", admitted, lease, copies, before)
         return Transfer.of(job) if job is not None else None
 
     def end_step(self, acks: Acks) -> None:
@@ -359,12 +367,13 @@ class SchedulerSide:
     def requests(self) -> set[str]:
         """Ids of the requests in any table, apart from those of spans and jobs."""
         pending = self.pending_loads
-        return {*self._prefetches, *pending, *pending.waiting, *self._admitted}
+        prefetches = self._lookups.prefetches if self._lookups is not None else ()
+        return {*prefetches, *pending, *pending.waiting, *self._admitted}
 
     def table_sizes(self) -> dict[str, int]:
         """Return the number of entries of each table."""
         return {
-            "prefetches": len(self._prefetches),
+            "prefetches": len(self._lookups.prefetches) if self._lookups is not None else 0,
             "pending_loads": len(self.pending_loads),
             "waiting": len(self.pending_loads.waiting),
             "admitted": len(self._admitted),
@@ -389,11 +398,3 @@ class SchedulerSide:
         self._spans.close()
         if self.stack is not None:
             self.stack.close()
-
-    def _keys(self, request: Request, first: int, end: int) -> list[bytes]:
-        """Return the keys of blocks ``first`` to ``end``: vLLM's hashes, with the adapter."""
-        return self._adapters.keys(request, self._group.hashes(request.block_hashes, first, end))
-
-    def _prompt_keys(self, request: Request) -> list[bytes]:
-        """Return the keys of the leading blocks that leave at least one token to compute."""
-        return self._keys(request, 0, (request.num_tokens - 1) // self._group.block_tokens)

@@ -25,6 +25,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
+from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.lower.promotion import Match
 
 if TYPE_CHECKING:
@@ -115,12 +116,15 @@ class RequestSpans:
             traced.waited_s += self._clock() - traced.waiting_since
             traced.waiting_since = None
 
-    def end_prefetch(self, request: Request, prefetch: Future[Match]) -> None:
-        """End the wait for a prefetch, which is done, and note which tiers its blocks came from."""
+    def end_prefetch(self, request: Request, prefetch: Future[Match], *, parts: int = 1) -> None:
+        """End the wait for a prefetch, which is done, and note which tiers its blocks came from.
+
+        ``parts`` is how many keys a block has.
+        """
         self.end_wait(request)
         traced = self._spans.get(request.request_id)
         if traced is not None and not prefetch.cancelled() and prefetch.exception() is None:
-            traced.sources = prefetch.result().sources
+            traced.sources = prefetch.result().sources[::parts]
 
     def add_load(self, request: Request, seconds: float, failed_blocks: int) -> None:
         """Add a load that has ended. Its step waited for it, unless the request waits by itself."""
@@ -132,26 +136,32 @@ class RequestSpans:
         if failed_blocks:
             traced.span.set_attribute(telemetry.FAILED, failed_blocks)
 
-    def admit(self, request: Request, hit_tokens: int, start: int, block_tokens: int) -> None:
-        """Note that vLLM admitted the request, with ``hit_tokens`` from kvcache after ``start``.
+    def admit(
+        self, request: Request, hit_tokens: int, own: int, groups: Sequence[KeptGroup]
+    ) -> None:
+        """Note that vLLM admitted the request, with ``hit_tokens`` from kvcache after ``own`` ones.
 
         Args:
             request: the request.
-            hit_tokens: tokens that are loaded.
-            start: position of their first block in the prompt.
-            block_tokens: tokens of a block.
+            hit_tokens: tokens that are not computed, since kvcache has their blocks.
+            own: tokens that the engine has in its own cache.
+            groups: the kept groups. Prefetches are traced by blocks of the first one.
         """
         traced = self._spans.get(request.request_id)
         if traced is None or not traced.span.is_recording():
             return
         traced.span.set_attribute(telemetry.HIT_TOKENS, hit_tokens)
-        end = start + hit_tokens // block_tokens
-        sources = traced.sources[start:end]
+        block_tokens, end = groups[0].block_tokens, own + hit_tokens
+        sources = traced.sources[own // block_tokens : end // block_tokens]
         for number, tier in enumerate(self.tiers):
             tokens = sources.count(number) * block_tokens
             if not number:  # blocks that no prefetch has seen were in L1
                 tokens += hit_tokens - len(sources) * block_tokens
             traced.span.set_attribute(telemetry.tier_tokens(tier), tokens)
+        for group in groups:
+            needed = end - max(own, min(end, group.needs.first_token(end)))
+            if needed != hit_tokens:
+                traced.span.set_attribute(telemetry.group_tokens(group.needs.kind), needed)
         traced.span.add_event(telemetry.ADMITTED)
 
     def finish(self, request: Request) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvcache import Stack
-from kvcache.connectors.jobs import AdmittedRequest, Job, Jobs
+from kvcache.connectors.jobs import AdmittedRequest, BlockCopies, Job, Jobs
 from kvcache.connectors.step_timer import StepTimer
 from kvcache.connectors.suspects import SuspectBlocks
 from kvcache.testing import keys_of
@@ -15,6 +15,7 @@ from tests.support.stack_under_test import StackUnderTest
 
 KEYS = keys_of("a", 4)
 RANKS = 2
+BLOCK = 32  # tokens
 
 
 @pytest.fixture
@@ -29,22 +30,29 @@ def jobs() -> Jobs[str]:
 
 
 def admitted(*blocks: int) -> AdmittedRequest[str]:
-    return AdmittedRequest("request", [*blocks])
+    return AdmittedRequest("request", [[*blocks]])
 
 
 def start_store(
     stack: Stack, jobs: Jobs[str], request: AdmittedRequest[str], complete: int = 4
 ) -> Job[str]:
-    offered = request.unoffered(complete)
-    keys = KEYS[offered.start : offered.stop]
-    job = jobs.start_store(request, stack.reserve(keys), offered)
+    offered = request.unoffered(complete, BLOCK)
+    lease = stack.reserve(KEYS[offered.start : offered.stop])
+    request.offered[0] = offered.stop
+    blocks = [request.tables[0][offered[at]] for at in lease.positions]
+    copies = BlockCopies.of_one_kind(blocks, lease.slots)
+    job = jobs.start("store", request, lease, copies, firsts=[offered.start])
     assert job is not None
     return job
 
 
-def start_load(stack: Stack, jobs: Jobs[str], request: AdmittedRequest[str]) -> Job[str]:
+def start_load(
+    stack: Stack, jobs: Jobs[str], request: AdmittedRequest[str], first: int = 0, count: int = 4
+) -> Job[str]:
     lease = stack.fetch_local(KEYS)
-    job = jobs.start_load(request, lease, 0, len(lease))
+    blocks = request.tables[0][first : first + count][: len(lease)]
+    copies = BlockCopies.of_one_kind(blocks, lease.slots[: len(blocks)])
+    job = jobs.start("load", request, lease, copies, firsts=[first])
     assert job is not None
     return job
 
@@ -55,7 +63,11 @@ def held(stack: Stack) -> list[bool]:
 
 def test_jobs_store_acknowledged_by_every_rank_is_published(stack: Stack, jobs: Jobs[str]) -> None:
     job = start_store(stack, jobs, admitted(5, 6, 7, 8))
-    assert (job.operation, job.blocks, len(set(job.slots))) == ("store", [5, 6, 7, 8], 4)
+    assert (job.operation, job.copies.blocks, len(set(job.copies.slots))) == (
+        "store",
+        [5, 6, 7, 8],
+        4,
+    )
     assert jobs.acknowledge({job.number: 1}, seconds={job.number: 0.5}) == []
     assert held(stack) == [False] * 4
     assert jobs.acknowledge({job.number: 1}, seconds={job.number: 0.25}) == [job]
@@ -68,17 +80,17 @@ def test_jobs_store_of_blocks_with_holes_has_the_blocks_of_its_slots(
     stack: Stack, jobs: Jobs[str]
 ) -> None:
     stack.reserve(KEYS[:1]).end()
-    assert start_store(stack, jobs, admitted(5, 6, 7, 8)).blocks == [6, 7, 8]
+    assert start_store(stack, jobs, admitted(5, 6, 7, 8)).copies.blocks == [6, 7, 8]
 
 
 def test_jobs_store_that_a_rank_fails_is_offered_again(stack: Stack, jobs: Jobs[str]) -> None:
     request = admitted(5, 6, 7, 8)
     first = start_store(stack, jobs, request, complete=2)
     second = start_store(stack, jobs, request)
-    assert (first.blocks, second.blocks, request.offered) == ([5, 6], [7, 8], 4)
+    assert (first.copies.blocks, second.copies.blocks) == ([5, 6], [7, 8])
     jobs.acknowledge({second.number: 2})
     assert jobs.acknowledge({first.number: 2}, failed={first.number}) == [first]
-    assert request.unoffered(4) == range(4)
+    assert request.unoffered(4, BLOCK) == range(4)
     assert held(stack) == [False, False, True, True]
 
 
@@ -99,13 +111,12 @@ def test_jobs_failed_load_drops_its_blocks_and_fails_stores_under_way(
 def test_jobs_lease_without_blocks_ends_at_once(
     stack: Stack, jobs: Jobs[str], operation: str
 ) -> None:
-    request = admitted(5, 6, 7, 8)
+    nothing = BlockCopies([], [], [])
     if operation == "load":
         stack.reserve(KEYS).end()
-        assert jobs.start_load(request, stack.fetch_local(KEYS), 0, 0) is None
+        assert jobs.start("load", admitted(5, 6), stack.fetch_local(KEYS), nothing) is None
     else:
-        assert jobs.start_store(request, stack.reserve([]), range(4)) is None
-        assert request.offered == 4
+        assert jobs.start("store", admitted(5, 6), stack.reserve([]), nothing) is None
     assert stack.stats().pinned_slots == len(jobs) == 0
 
 
@@ -113,34 +124,53 @@ def test_jobs_load_of_fewer_blocks_than_pinned_releases_all_with_its_acks(
     stack: Stack, jobs: Jobs[str]
 ) -> None:
     stack.reserve(KEYS).end()
-    job = jobs.start_load(admitted(5, 6, 7, 8), stack.fetch_local(KEYS), 1, 2)
-    assert job is not None
-    assert (job.blocks, len(job.slots)) == ([6, 7], 2)
+    job = start_load(stack, jobs, admitted(5, 6, 7, 8), first=1, count=2)
+    assert (job.copies.blocks, len(job.copies.slots)) == ([6, 7], 2)
     jobs.acknowledge({job.number: 2})
     assert stack.stats().pinned_slots == 0
 
 
 def test_admitted_request_offers_nothing_from_its_first_suspect_block_on() -> None:
     request = admitted(5, 6, 7, 8)
-    request.first_suspect = 2
-    assert request.unoffered(4) == range(2)
-    request.offered = 3
-    assert not request.unoffered(4)
+    request.first_suspect = 2 * BLOCK + 5
+    assert request.unoffered(4, BLOCK) == range(2)
+    request.offered = [3]
+    assert not request.unoffered(4, BLOCK)
 
 
 def test_suspects_of_a_failed_load_spread_to_requests_that_share_its_blocks() -> None:
-    suspects = SuspectBlocks(32, recomputes=True)
+    suspects = SuspectBlocks([BLOCK], recomputes=True)
     shares, apart = admitted(5, 6, 7), admitted(8, 9)
     ended = admitted(7, 10)
     suspects.request_ended(ended, step=3)
     suspects.load_failed({6}, [shares, apart])
-    assert (shares.first_suspect, apart.first_suspect, ended.first_suspect) == (1, None, 0)
+    assert (shares.first_suspect, apart.first_suspect, ended.first_suspect) == (BLOCK, None, 0)
     assert suspects.take() == {6, 7, 10}
     assert suspects.take() == set()
     suspects.step_reported(3)
     assert suspects.unreported == 0
     suspects.load_started([6, 7, 10])
     assert len(suspects) == 0
+
+
+def test_suspects_in_one_group_make_a_request_suspect_in_all_from_the_same_token_on() -> None:
+    suspects = SuspectBlocks([BLOCK, 2 * BLOCK], recomputes=False, no_block=0)
+    windows = AdmittedRequest("request", [[5, 6, 7, 8], [0, 9]], [0, 0])
+    other = AdmittedRequest("other", [[10, 11], [9]], [0, 0])
+    suspects.load_failed({9}, [windows, other])
+    assert (windows.first_suspect, other.first_suspect) == (2 * BLOCK, 0)
+    assert suspects.take() == {7, 8, 9, 10, 11}
+    assert windows.unoffered(2, 2 * BLOCK, 1) == range(1)
+
+
+def test_jobs_failed_store_is_offered_again_in_every_group(stack: Stack, jobs: Jobs[str]) -> None:
+    request = AdmittedRequest("request", [[5, 6], [7, 8]], [2, 1])
+    lease = stack.reserve(KEYS[:2])
+    copies = BlockCopies([5, 7], list(lease.slots), [(0, 1), (1, 1)])
+    job = jobs.start("store", request, lease, copies, firsts=[1, 0])
+    assert job is not None
+    jobs.acknowledge({job.number: RANKS}, failed={job.number})
+    assert request.offered == [1, 0]
 
 
 def test_step_timer_overlapping_steps_are_timed_from_the_end_before() -> None:

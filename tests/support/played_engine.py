@@ -13,7 +13,6 @@ pytest.importorskip("vllm")
 
 from kvcache import Stack
 from kvcache.connectors.vllm.compat import host_name
-from kvcache.connectors.vllm.groups import CacheGroup, kept_group
 from kvcache.connectors.vllm.messages import Acks, Shard, Step, Transfer
 from kvcache.connectors.vllm.scheduler import SchedulerSide
 
@@ -52,10 +51,6 @@ def cache_config(
 ) -> Any:
     groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=[*layers]) for spec in specs]
     return SimpleNamespace(kv_cache_groups=groups, num_blocks=64, hash_block_size=hash_block_size)
-
-
-def full_attention_group() -> CacheGroup:
-    return kept_group(cache_config(full_attention()))
 
 
 def shards(host: str | None = None, *, async_copies: bool = False) -> dict[tuple[int, int], Shard]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import PieceOfRank, Rank, Shard
 from kvcache.connectors.vllm.pieces import CUT_ALIGNMENT, cut_blocks
+from kvcache.resume import Needs
 
 pytestmark = pytest.mark.engine
 
@@ -23,7 +24,9 @@ MIB = 1 << 20
 
 def kept(*members: Sequence[int]) -> list[KeptGroup]:
     """Return kept groups that merge these of vLLM's groups."""
-    return [KeptGroup(index, tuple(each), 32, 1) for index, each in enumerate(members)]
+    return [
+        KeptGroup(index, tuple(each), Needs("all"), 32, 1) for index, each in enumerate(members)
+    ]
 
 
 def shards(

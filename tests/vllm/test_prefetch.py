@@ -42,7 +42,7 @@ LONG = 20.0
 def prefetches_of(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> list[Future[Match]]:
     """Return a list to which each prefetch of a stack is added when it starts."""
     started: list[Future[Match]] = []
-    prefetch = stack.prefetch
+    prefetch = stack.prefetch_resume
 
     def add(*arguments: Any, **options: Any) -> Future[Match] | None:
         future = prefetch(*arguments, **options)
@@ -50,7 +50,7 @@ def prefetches_of(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> list[Future[
             started.append(future)
         return future
 
-    monkeypatch.setattr(stack, "prefetch", add)
+    monkeypatch.setattr(stack, "prefetch_resume", add)
     return started
 
 
