@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -11,7 +11,8 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.lower.promotion import LowerTiers, Match
-from kvcache.resume import GroupKeys
+from kvcache.lower.resume_promotion import ResumePromotion
+from kvcache.resume import FrontLookup, GroupKeys
 from kvcache.stack_spans import StackSpans
 from kvcache.tier import FrontTier
 
@@ -23,12 +24,20 @@ class Prefetcher:
         front: L1.
         lower: the lower tiers.
         spans: ends the spans.
+        clock: returns seconds.
     """
 
-    def __init__(self, front: FrontTier, lower: LowerTiers, spans: StackSpans) -> None:
+    def __init__(
+        self,
+        front: FrontTier,
+        lower: LowerTiers,
+        spans: StackSpans,
+        clock: Callable[[], float],
+    ) -> None:
         self._front = front
         self._lower = lower
         self._spans = spans
+        self._clock = clock
 
     def prefetch(
         self, keys: Sequence[bytes], context: Context | None, *, linked: bool = False
@@ -75,7 +84,20 @@ class Prefetcher:
             [group] = groups
             keys = group.keys(0, group.blocks(top // step * step))
             return self.prefetch(keys, context, linked=linked)
-        return None
+        if not self._lower.accepts_calls:
+            return None
+        own = FrontLookup(self._front, groups, 0, top, step).tokens
+        if own == top // step * step:
+            return None
+        span = _start_span(context, linked=linked)
+
+        def promote() -> Match:
+            promotion = ResumePromotion(self._lower, groups, own, top, step, self._clock, span)
+            match, tokens = promotion.promote()
+            self._spans.end_lookup(span, match, tokens)
+            return match
+
+        return self._lower.submit(promote)
 
 
 def _start_span(context: Context | None, *, linked: bool) -> Span:

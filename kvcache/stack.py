@@ -86,7 +86,7 @@ class Stack(Closeable):
         self.lower = LowerTiers(self.front, lower, clock)
         self._spans = StackSpans(profile, block_tokens, self.front.block_nbytes, self.lower)
         self._leases = StackLeases(self.lower, self._spans)
-        self._prefetcher = Prefetcher(self.front, self.lower, self._spans)
+        self._prefetcher = Prefetcher(self.front, self.lower, self._spans, clock)
         metrics.register_stack(self)
         bind_to_process(self)
 

@@ -1,6 +1,6 @@
 """A request loads from a lower tier only if that is faster than computing, on a manual clock."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -9,26 +9,9 @@ import pytest
 from kvcache.lower.tier import REMEASURE_S
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
-from tests.support.failing_parts import FaultyTier
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
-
-
-class TimedTier(FaultyTier):
-    """A lookup takes ``lookup_s`` and a load ``load_s`` per block, on the test's clock."""
-
-    def __init__(self, clock: ManualClock) -> None:
-        super().__init__()
-        self._clock = clock
-        self.lookup_s = self.load_s = 0.0
-
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        self._clock.advance(self.lookup_s)
-        return super().contains(keys)
-
-    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        self._clock.advance(self.load_s * len(keys))
-        return super().load(keys, into)
+from tests.support.timed_tier import TimedTier
 
 
 class EngineUnderTest(StackUnderTest):

@@ -76,7 +76,7 @@ def test_clear_during_a_promotion_lets_another_read_the_same_blocks(
     under_test.tiers[0].gate.set()
     first.result(LONG).end()
     second.result(LONG).end()
-    assert under_test.stack.lower.reads_in_flight == {}
+    assert under_test.stack.lower.reads.in_flight == {}
     assert under_test.stack.stats().lower[0].errors == 0
 
 
