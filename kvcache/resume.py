@@ -90,10 +90,12 @@ class Resume:
         tokens: the tokens that the engine has, if there is no hit.
         lease: the needed blocks, pinned in L1: group after group, blocks ascending, parts
             ascending. Empty without a hit; the caller ends it in any case.
+        chain_tokens: the resume point if L1 held all side blocks.
     """
 
     tokens: int
     lease: Lease
+    chain_tokens: int
 
 
 class SideSearch:
@@ -256,6 +258,8 @@ class FrontLookup:
                 else:
                     self._sides.append(next(sides).needed_keys(self.tokens))
                     self.needed.append(self._sides[-1])
+            if not any(self.needed):  # at the beginning of a chunk: there is nothing to load
+                self.tokens = own
 
     @property
     def asked(self) -> list[bytes]:

@@ -18,25 +18,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Span
 
 from kvcache import metrics, telemetry
 from kvcache.closeable import Closeable
 from kvcache.events import BlockEventLog
 from kvcache.guards.front_tier import guard_front_tier
-from kvcache.hints import check_hint
 from kvcache.keys import Branch
+from kvcache.local_fetch import LocalFetcher
 from kvcache.lower.promotion import LowerTiers, Match
 from kvcache.lower.tier import LowerTier
 from kvcache.prefetch import Prefetcher
 from kvcache.process import bind_to_process
 from kvcache.replay.recorder import NULL_RECORDER, Recorder, guard_recorder
-from kvcache.resume import GroupKeys, Resume, chain_resume, pin_resume
+from kvcache.resume import GroupKeys, Resume
+from kvcache.stack_hints import StackHints
 from kvcache.stack_leases import StackLeases
 from kvcache.stack_spans import StackSpans
 from kvcache.stats import StackStats, TierName
@@ -86,7 +85,9 @@ class Stack(Closeable):
         self.lower = LowerTiers(self.front, lower, clock)
         self._spans = StackSpans(profile, block_tokens, self.front.block_nbytes, self.lower)
         self._leases = StackLeases(self.lower, self._spans)
+        self._local = LocalFetcher(self.front, self._leases, self._spans, self._timer, clock)
         self._prefetcher = Prefetcher(self.front, self.lower, self._spans, clock)
+        self._hints = StackHints(self.front, self._prefetcher)
         metrics.register_stack(self)
         bind_to_process(self)
 
@@ -106,7 +107,7 @@ class Stack(Closeable):
             context: the parent of the span; ``None`` for the current span.
         """
         self.recorder.record(keys)
-        span, match = self._find_local(keys, start, context)
+        span, match = self._local.find(keys, start, context)
         if start + match.blocks == len(keys) or not self.lower.accepts_calls:
             self._spans.end_lookup(span, match)
             return _completed(match)
@@ -125,13 +126,9 @@ class Stack(Closeable):
             a future of a lease on the leading blocks of the match. It has fewer blocks, or none, if
             some were evicted or a tier did not return them in time.
         """
-        if not match.blocks:
-            return _completed(self.front.pin(()))
-        span = telemetry.start_span(telemetry.LOAD, context)
         if not any(match.sources):
-            return _completed(
-                self._leases.begin_load(self.front.pin(match.held), match.blocks, span)
-            )
+            return _completed(self._local.pin(match, context))
+        span = telemetry.start_span(telemetry.LOAD, context)
 
         def promote() -> Lease:
             return self._leases.begin_load(self.lower.promote(match, span), match.blocks, span)
@@ -142,9 +139,9 @@ class Stack(Closeable):
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
     ) -> Lease:
         """Match and fetch the leading blocks of ``keys[start:]`` that L1 holds, without waiting."""
-        span, match = self._find_local(keys, start, context)
+        span, match = self._local.find(keys, start, context)
         self._spans.end_lookup(span, match)
-        return self.fetch(match, context=context).result()
+        return self._local.pin(match, context)
 
     def fetch_resume(
         self,
@@ -167,34 +164,7 @@ class Stack(Closeable):
         Returns:
             the last resume point at which L1 holds what every group needs.
         """
-        if len(groups) == 1 and groups[0].is_chain:
-            return self._fetch_chain(groups[0], own, top, step, context)
-        span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
-        found, lease = pin_resume(self.front, groups, own, top, step)
-        self._timer.record("lookup", self._clock() - begun)
-        self._spans.end_lookup(span, Match(found.asked, 0, len(lease)), found.tokens - own)
-        if lease.keys:
-            span = telemetry.start_span(telemetry.LOAD, context)
-            lease = self._leases.begin_load(lease, len(lease), span)
-        return Resume(found.tokens, lease)
-
-    def _fetch_chain(
-        self, group: GroupKeys, own: int, top: int, step: int, context: Context | None
-    ) -> Resume:
-        """Do as :meth:`fetch_resume` for one group, and as :meth:`fetch_local` for its keys."""
-        keys = group.keys(0, group.blocks(top // step * step))
-        span, match = self._find_local(keys, own // group.block_tokens * group.parts, context)
-        tokens, end = chain_resume(group, match.start + match.blocks, own, step)
-        if end < match.start + match.blocks:
-            match = replace(match, blocks=max(0, end - match.start))
-        self._spans.end_lookup(span, match)
-        lease = self.fetch(match, context=context).result()
-        if len(lease) < match.blocks:  # another thread has evicted some
-            tokens, end = chain_resume(group, match.start + len(lease), own, step)
-            if len(lease) > max(0, end - match.start):
-                lease.end()
-                tokens, lease = own, self.front.pin(())
-        return Resume(tokens, lease)
+        return self._local.fetch_resume(groups, own, top, step, context)
 
     def prefetch_resume(
         self,
@@ -218,15 +188,6 @@ class Stack(Closeable):
             or no lower tier can be asked.
         """
         return self._prefetcher.prefetch_resume(groups, top, step, context)
-
-    def _find_local(
-        self, keys: Sequence[bytes], start: int, context: Context | None
-    ) -> tuple[Span, Match]:
-        """Look up ``keys[start:]`` in L1; the caller ends the span."""
-        span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
-        held = self.front.access(keys, start)
-        self._timer.record("lookup", self._clock() - begun)
-        return span, Match(keys, start, held)
 
     def prefetch(
         self, keys: Sequence[bytes], *, context: Context | None = None
@@ -322,14 +283,29 @@ class Stack(Closeable):
         Raises:
             ValueError: for hints that contradict each other, or an impossible time.
         """
-        check_hint(done=done, keep=keep, soon=soon)
-        if done:
-            self.front.mark_done(keys)
-        if keep:
-            self.front.protect(keys, keep)
-        if soon:
-            self.front.access(keys)
-            self._prefetcher.prefetch(keys, context, linked=True)
+        self._hints.hint(keys, context, done=done, keep=keep, soon=soon)
+
+    def hint_resume(
+        self,
+        groups: Sequence[GroupKeys],
+        tokens: int,
+        *,
+        done: bool = False,
+        keep: float = 0.0,
+        soon: bool = False,
+        context: Context | None = None,
+    ) -> None:
+        """Record a hint, as :meth:`hint` does, on the blocks of a request with several groups.
+
+        ``done`` is for all of its blocks; ``keep`` for its chains, and what its last resume point
+        needs; ``soon`` promotes as :meth:`prefetch_resume` does.
+
+        Args:
+            groups: the request's groups.
+            tokens: how many tokens were computed.
+            done, keep, soon, context: as for :meth:`hint`.
+        """
+        self._hints.hint_resume(groups, tokens, context, done=done, keep=keep, soon=soon)
 
     def clear(self) -> bool:
         """Remove every block of every tier. Leases that have not ended will publish nothing.

@@ -80,3 +80,34 @@ def test_side_blocks_are_evicted_before_their_chain(stack: Stack) -> None:
     assert all(stack.front.contains(chain.keys(0, 8)))
     held = stack.front.contains([key for side in sides for key in side.keys(0, 8)])
     assert held.count(False) == 8
+
+
+def test_fetch_resume_reports_the_tokens_of_the_chain(stack: Stack) -> None:
+    request = GroupedRequest(STATE)
+    put_branches(stack, *request.branches(0, 5, kept=[1]))
+    with stack.fetch_resume(request.groups, 0, 19, BLOCK_TOKENS).lease as lease:
+        assert len(lease) == 3
+    for own, tokens, chain_tokens in [(0, 8, 16), (8, 8, 16), (16, 16, 16)]:
+        found = stack.fetch_resume(request.groups, own, 19, BLOCK_TOKENS)
+        found.lease.end()
+        assert (found.tokens, found.chain_tokens) == (tokens, chain_tokens)
+
+
+def test_hint_done_evicts_the_blocks_of_all_groups_first(stack: Stack) -> None:
+    done, other = GroupedRequest(WINDOW, name="done"), GroupedRequest(WINDOW, name="other")
+    put_branches(stack, *other.branches(0, 16))
+    put_branches(stack, *done.branches(0, 16))
+    stack.hint_resume(done.groups, 16 * BLOCK_TOKENS, done=True)
+    put_branches(stack, *GroupedRequest(name="new").branches(0, 32))
+    assert check_resume(stack, other, 0, 16 * BLOCK_TOKENS) == 16 * BLOCK_TOKENS
+    assert not any(stack.front.contains([k for group in done.groups for k in group.keys(0, 16)]))
+
+
+def test_hint_keep_protects_what_the_last_resume_point_needs(stack: Stack) -> None:
+    kept = GroupedRequest(WINDOW, name="kept")
+    put_branches(stack, *kept.branches(0, 10))
+    stack.hint_resume(kept.groups, 10 * BLOCK_TOKENS + 1, keep=60.0)
+    put_branches(stack, *GroupedRequest(name="new").branches(0, 64 - 12))
+    assert check_resume(stack, kept, 0, 10 * BLOCK_TOKENS) == 10 * BLOCK_TOKENS
+    window = kept.groups[1]
+    assert stack.front.contains(window.keys(0, 10)) == [False] * 8 + [True] * 2
