@@ -41,14 +41,16 @@ class PieceCopies:
 
     def of(self, copied: Sequence[tuple[KeptGroup, int, BlockIds, Sequence[int]]]) -> BlockCopies:
         """Return the copies of these parts: group, number of the part, block ids and slots."""
-        result = BlockCopies([], [], [])
+        blocks: list[int] = []
+        all_slots: list[int] = []
+        pieces: list[tuple[int, int]] = []
         for group, part, ids, slots in copied:
             for number, member in self._pieces.get((group.index, part), ()):
                 if slots:
-                    result.blocks.extend(ids[member])
-                    result.slots.extend(slots)
-                    result.pieces.append((number, len(slots)))
-        return result
+                    blocks += ids[member]
+                    all_slots += slots
+                    pieces.append((number, len(slots)))
+        return BlockCopies(blocks, all_slots, pieces)
 
     def to_load(
         self,
@@ -73,8 +75,7 @@ class PieceCopies:
         copied, at = [], 0
         for group, keys in zip(self._groups, groups, strict=True):
             pinned, needed = keys.needed(own, pending.end), keys.needed(own, end)
-            of_group = slots[at : at + len(pinned) * keys.parts]
-            at += len(of_group)
+            begin, at = at, at + len(pinned) * keys.parts
             ids = {member: tables[member][needed.start : needed.stop] for member in group.members}
             is_pinned = not needed or (needed[0] in pinned and needed[-1] in pinned)
             if not is_pinned or any(self._lacks(of, len(needed)) for of in ids.values()):
@@ -84,10 +85,10 @@ class PieceCopies:
                     group.index, own, end,
                 )  # fmt: skip
                 return BlockCopies([NO_BLOCK], [slots[0]], [(UNKNOWN_PIECE, 1)])
-            first = needed.start - pinned.start
-            for part in range(keys.parts):
-                of_part = of_group[part :: keys.parts][first : first + len(needed)]
-                copied.append((group, part, ids, of_part))
+            first = begin + (needed.start - pinned.start) * keys.parts
+            for part in range(keys.parts if needed else 0):
+                last = first + len(needed) * keys.parts
+                copied.append((group, part, ids, slots[first + part : last : keys.parts]))
         return self.of(copied)
 
     def _lacks(self, ids: Sequence[int], count: int) -> bool:

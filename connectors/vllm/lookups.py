@@ -10,6 +10,7 @@ from kvcache.connectors.vllm.pending_loads import PendingLoads
 from kvcache.connectors.vllm.request_keys import RequestKeys
 from kvcache.connectors.vllm.tracing import RequestSpans
 from kvcache.lower.promotion import Match
+from kvcache.replay.recorder import NULL_RECORDER
 from kvcache.stack import Stack
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ class Lookups:
                 blocks = range(top // group.block_tokens)
                 keys = self._keys.parts_of(request, group, 0, blocks.stop)
                 self._events.describe(request, group, blocks, keys)
-        chain = self._keys.blocks(request, first, 0, top // first.block_tokens)
-        self._stack.recorder.record(chain, request.num_prompt_tokens)
+        if self._stack.recorder is not NULL_RECORDER:
+            chain = self._keys.blocks(request, first, 0, top // first.block_tokens)
+            self._stack.recorder.record(chain, request.num_prompt_tokens)
         prefetch = self._stack.prefetch_resume(
             self._keys.of(request), top, first.align_tokens, context=context
         )

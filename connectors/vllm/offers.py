@@ -12,7 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,10 +85,12 @@ class Offers:
             offered = admitted.unoffered(complete, group.block_tokens, group.index)
             admitted.offered[group.index] = offered.stop
             if blocks := self._kept(admitted, group, offered, computed):
-                ids = {
-                    member: [admitted.tables[member][block] for block in blocks]
-                    for member in group.members
-                }
+                tables = {member: admitted.tables[member] for member in group.members}
+                ids: BlockIds
+                if isinstance(blocks, range):
+                    ids = {member: of[blocks.start : blocks.stop] for member, of in tables.items()}
+                else:
+                    ids = {member: [of[at] for at in blocks] for member, of in tables.items()}
                 found.append(self._offered(request, group, blocks, ids))
         if hand_offs:
             found += self._states(admitted, hand_offs)
@@ -163,16 +165,20 @@ class Offers:
 
     def copies(self, offered: Sequence[OfferedBlocks], lease: Lease) -> BlockCopies:
         """Return the copies into the slots that ``lease`` has of the ``offered`` blocks."""
-        slots = dict(zip(lease.positions, lease.slots, strict=True))
-        copied, base = [], 0
+        copied, base, slots = [], 0, lease.slots
+        complete = len(slots) == sum(len(each.keys) for each in offered)
+        slot_at = {} if complete else dict(zip(lease.positions, slots, strict=True))
         for each in offered:
             parts, count = self._keys.parts[each.group.index], len(each.keys)
             for part in range(parts):
                 positions = range(base + part, base + count, parts)
-                kept = [at for at, position in enumerate(positions) if position in slots]
-                ids: Mapping[int, Sequence[int]] = each.ids
-                if len(kept) < len(positions):
-                    ids = {member: [of[at] for at in kept] for member, of in each.ids.items()}
-                copied.append((each.group, part, ids, [slots[positions[at]] for at in kept]))
+                if complete:
+                    copied.append(
+                        (each.group, part, each.ids, slots[positions.start : base + count : parts])
+                    )
+                    continue
+                kept = [at for at, position in enumerate(positions) if position in slot_at]
+                ids = {member: [of[at] for at in kept] for member, of in each.ids.items()}
+                copied.append((each.group, part, ids, [slot_at[positions[at]] for at in kept]))
             base += count
         return self._copies.of(copied)
