@@ -288,7 +288,7 @@ class FrontTier(Tier):
     def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
         """Return how many leading blocks of ``chain[start:]`` are held, without recording it.
 
-        By default this method calls :meth:`contains`.
+        By default this method calls :meth:`Tier.contains`.
         """
         held = self.contains(chain[start:])
         return held.index(False) if False in held else len(held)

@@ -233,7 +233,7 @@ def test_plan_of_states_counts_one_for_a_prefix_and_one_for_each_chunk(
     for part in (
         "8 layers, 4 KV heads of 256; 24 layers with a state",
         "16.5MiB: a block of 528 tokens, 8 layers, in 1 slot of L1; a hit needs all blocks",
-        "49.12MiB: a state after 528 tokens, 24 layers, in 3 slots of L1; a hit needs the last one",
+        "49.12MiB: a state, 24 layers, in 3 slots of L1; a hit needs the last one",
         "to resume after 16,384 tokens",
         "states at the ends of prefill chunks of 8,192 tokens",
     ):

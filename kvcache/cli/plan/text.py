@@ -53,8 +53,9 @@ def _group_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             "chunk": f"those of the current {needed:,} tokens",
             "state": "the last one",
         }[group["kind"]]
-        what = "a state after" if group["kind"] == "state" else "a block of"
-        block = f"{format_size(group['block_nbytes'])}: {what} {group['block_tokens']} tokens"
+        state = group["kind"] == "state"
+        what = "a state" if state else f"a block of {group['block_tokens']} tokens"
+        block = f"{format_size(group['block_nbytes'])}: {what}"
         slots = f"{parts} slot{'s' if parts > 1 else ''} of L1"
         text = f"{block}, {group['layers']} layers, in {slots}; a hit needs {rule}"
         rows.append((_TITLES[group["kind"]], text))
