@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.groups import KeptGroup, groups_refusal, kept_groups
 from kvcache.connectors.vllm.request_keys import RequestKeys
 from kvcache.resume import Needs
+from tests.support.group_hooks import needs_group_hooks
 from tests.support.played_engine import BLOCK, Request, cache_config, full_attention
 
 pytestmark = pytest.mark.engine
@@ -80,6 +81,7 @@ def test_kept_groups_of_several_block_sizes_span_hashes_of_their_own() -> None:
     assert second.hashes(hashes, 0, 2) == [b"\3", b"\7"]
 
 
+@needs_group_hooks
 def test_kept_groups_window_of_the_scheduler_and_of_a_worker_are_equal() -> None:
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
@@ -90,6 +92,7 @@ def test_kept_groups_window_of_the_scheduler_and_of_a_worker_are_equal() -> None
     assert groups_refusal(cache_config(wrapped)) is None
 
 
+@needs_group_hooks
 @pytest.mark.parametrize("mode", ["none", "all"])
 def test_groups_refusal_names_the_mode_of_states(mode: str) -> None:
     reason = groups_refusal(cache_config(full_attention(), state(mode=mode)))
@@ -104,7 +107,7 @@ def test_groups_refusal_names_a_vllm_without_the_hooks(monkeypatch: pytest.Monke
     from kvcache.connectors.vllm import compat
 
     compat.has_name.cache_clear()
-    monkeypatch.delattr(base, "KVConnectorTransferResults")
+    monkeypatch.delattr(base, "KVConnectorTransferResults", raising=False)
     try:
         reason = groups_refusal(cache_config(full_attention(), window()))
         assert reason is not None

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("vllm")
+
 from kvcache.models import PRESETS
 from kvcache.models.config import model_of
 from kvcache.models.layers import ModelGroup
 from tests.support.engine.model_groups import BLOCK_TOKENS, RANKS
+from tests.support.group_hooks import needs_group_hooks
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, needs_group_hooks]
 ROOT = Path(__file__).parents[2]
 
 KINDS = {

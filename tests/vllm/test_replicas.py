@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 import torch
 
 from kvcache.connectors.vllm.replicas import tensor_replicas
+from tests.support.group_hooks import needs_tensor_shards
 from tests.support.played_engine import cache_config
 
 pytestmark = pytest.mark.engine
@@ -80,11 +81,13 @@ def test_tensor_replicas_of_layers_with_more_heads_is_one() -> None:
     assert tensor_replicas(config, cache_config(attention(2))) == (1,)
 
 
+@needs_tensor_shards
 def test_tensor_replicas_of_mla_is_all_ranks() -> None:
     specs = [attention(1, "MLAAttentionSpec", max_tp_shards=1)]
     assert tensor_replicas(engine(8, mla=True), cache_config(*specs)) == (8,)
 
 
+@needs_tensor_shards
 def test_tensor_replicas_of_an_unknown_mla_is_one() -> None:
     config = engine(8, mla=True, num_key_value_heads=1)
     assert tensor_replicas(config, cache_config(attention(1, "MLAAttentionSpec"))) == (1,)
@@ -96,6 +99,7 @@ def test_tensor_replicas_differ_by_group() -> None:
     assert tensor_replicas(config, cache_config(*specs)) == (2, 1, 4)
 
 
+@needs_tensor_shards
 def test_tensor_replicas_of_one_group_with_several_layers_is_their_divisor() -> None:
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
