@@ -50,6 +50,7 @@ class Lookups:
         self._events = events
         self._within_step = within_step
         self._first = keys.groups[0]
+        self._has_states = any(group.is_state for group in keys.groups)
 
     def add(self, request: Request) -> None:
         """Start to promote the blocks in lower tiers that a request needs."""
@@ -105,6 +106,9 @@ class Lookups:
         found = self._stack.fetch_resume(
             self._keys.of(request), own, top, first.align_tokens, context=context
         )
+        if self._has_states and found.chain_tokens > found.tokens:
+            # vLLM ends a step there, and hands off the state that later requests lack.
+            request.shared_prefix_boundary = max(request.shared_prefix_boundary, found.chain_tokens)
         if not found.lease.keys:
             found.lease.end()
             return 0

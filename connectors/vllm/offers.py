@@ -4,8 +4,8 @@ Invariants:
 
 1. A block is offered in the step that completes it, or later while vLLM still keeps it: a block
    below the window or the chunk of the tokens computed so far may be another request's by now.
-2. A state is offered only where vLLM hands it off: its block holds the state after the block's last
-   token in that step alone.
+2. A state is offered only in the step in which vLLM hands it off, and only if the request still has
+   its block: with async scheduling vLLM may have given it to another request by then.
 3. Only blocks that a later request can need are offered (`KeptGroup.is_reachable`).
 4. A block without an id in one of the member groups is not offered.
 """
@@ -72,7 +72,8 @@ class Offers:
             admitted: the request.
             computed: its tokens before this step.
             end: its tokens after this step, drafted ones included.
-            hand_offs: the states of the request that vLLM hands off in this step.
+            hand_offs: the states of the request that vLLM hands off in this step. The request's
+                tables must then be vLLM's own.
         """
         request = admitted.request
         hashes = len(request.block_hashes)
@@ -120,6 +121,8 @@ class Offers:
             if group is None or tokens % group.block_tokens or block_id == NO_BLOCK:
                 continue  # vLLM hands off states within blocks, too
             block = tokens // group.block_tokens - 1
+            if admitted.tables[member][block : block + 1] != [block_id]:
+                continue
             if block in admitted.unoffered(
                 group.complete_blocks(request.num_tokens, len(request.block_hashes)),
                 group.block_tokens,

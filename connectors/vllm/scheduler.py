@@ -231,9 +231,8 @@ class SchedulerSide:
             self._lookups.forget(request.request_id)
         admitted = self._end_admission(request)
         if self.stack is not None and admitted is not None and (hints := self._hints.read(request)):
-            group, context = self._groups[0], self._spans.context(request)
-            keys = self._keys.parts_of(request, group, 0, admitted.offered[0])
-            self.stack.hint(keys, context=context, **hints)
+            keys, context = self._keys.of(request), self._spans.context(request)
+            self.stack.hint_resume(keys, request.num_computed_tokens, context=context, **hints)
         self._spans.finish(request)
 
     def _end_admission(self, request: Request) -> AdmittedRequest[Request] | None:
@@ -263,21 +262,23 @@ class SchedulerSide:
         state = None if self._within_step else output.kv_connector_block_state
         hand_offs = state.boundary_state_offloads if state else {}
         prefills = []
-        for request_id in {**output.num_scheduled_tokens, **hand_offs}:
+        scheduled_tokens = output.num_scheduled_tokens
+        for request_id in {**scheduled_tokens, **hand_offs} if hand_offs else scheduled_tokens:
             admitted = self._admitted.get(request_id)
             if admitted is None:
                 continue
-            scheduled = output.num_scheduled_tokens.get(request_id, 0)
+            scheduled = scheduled_tokens.get(request_id, 0)
             computed = admitted.request.num_computed_tokens  # before this step
             if scheduled and computed < admitted.request.num_prompt_tokens:
                 prefills.append((computed, scheduled))
-            if admitted.first_suspect is not None and state:
+            of_request = hand_offs.get(request_id, ())
+            if state and (of_request or admitted.first_suspect is not None):
                 # Only vLLM knows which blocks a group has given back.
-                admitted.tables = [list(ids) for ids in state.get_block_ids(request_id) or ()]
+                admitted.tables = [list(ids) for ids in state.get_block_ids(request_id)]
             if scheduled:
                 self._suspects.compute(admitted, computed, scheduled)
-            of_request = hand_offs.get(request_id, ())
-            if store := self._start_store(admitted, computed, computed + scheduled, of_request):
+            end = computed + scheduled
+            if store := self._start_store(admitted, computed, end, of_request):
                 step.stores.append(store)
         self._timer.built(step.number, () if step.loads else prefills)
         return step
@@ -290,10 +291,9 @@ class SchedulerSide:
             return ()
         admitted = self._admitted.get(request_id)
         if admitted is not None:
-            tables = admitted.tables
             admitted.tables = [
                 [*([] if replace else table), *added]
-                for table, added in zip(tables, block_ids, strict=True)
+                for table, added in zip(admitted.tables, block_ids, strict=True)
             ]
         return [block for added in block_ids for block in added]
 
