@@ -1,4 +1,4 @@
-"""Print the KV cache groups that vLLM makes of models, without their weights.
+"""Print the kept groups of models as vLLM and the connector make them, without any weights.
 
 Reads from standard input one JSON object: a name, and the configuration of the model. Writes one
 JSON object: for each name, its groups. vLLM's own code makes the layers, on the meta device.
@@ -75,7 +75,7 @@ def describe(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         groups = get_kv_cache_groups(engine, {name: spec for name, spec in specs.items() if spec})
         model = get_model_cls(engine.model_config)
         states = [states_of(model, engine, ranks) for ranks in RANKS]
-    return {"groups": [group_of(group) for group in groups], "states": states}
+    return {"groups": kept(groups), "states": states}
 
 
 def write_config(config: dict[str, Any], folder: Path) -> None:
@@ -86,26 +86,40 @@ def write_config(config: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**full, "dtype": "bfloat16"}, default=str))
 
 
-def group_of(group: Any) -> dict[str, Any]:
-    from vllm.v1.kv_cache_interface import MambaSpec, UniformTypeKVCacheSpecs
+def kept(groups: list[Any]) -> list[dict[str, Any]]:
+    """Return what the connector keeps of vLLM's groups, with the bytes of a block."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    spec = group.kv_cache_spec
-    uniform = isinstance(spec, UniformTypeKVCacheSpecs)
-    specs = list(spec.kv_cache_specs.values()) if uniform else [spec] * len(group.layer_names)
-    first = specs[0]
-    return {
-        "spec": type(first).__name__,
-        "tokens": getattr(first, "sliding_window", None)
-        or getattr(first, "attention_chunk_size", None),
-        "layers": len(specs),
-        "block_tokens": spec.block_size,
-        "nbytes": sum(
-            each.real_page_size_bytes
-            if isinstance(each, MambaSpec)
-            else each.unpadded_page_size_bytes
-            for each in specs
-        ),
-    }
+    from kvcache.connectors.vllm.groups import groups_refusal, kept_groups
+
+    config = KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=groups)
+    refusal = groups_refusal(config)
+    assert refusal is None, refusal
+    return [
+        {
+            "kind": group.needs.kind,
+            "tokens": group.needs.tokens,
+            "layers": sum(len(groups[member].layer_names) for member in group.members),
+            "block_tokens": group.block_tokens,
+            "nbytes": sum(block_nbytes(groups[member]) for member in group.members),
+        }
+        for group in kept_groups(config)
+    ]
+
+
+def block_nbytes(group: Any) -> int:
+    """Return the bytes of a block of one of vLLM's groups, without padding."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    from kvcache.connectors.vllm.groups import specs_of
+
+    specs = specs_of(group.kv_cache_spec)
+    if len(specs) == 1:
+        specs = [specs[0]] * len(group.layer_names)
+    return sum(
+        spec.real_page_size_bytes if isinstance(spec, MambaSpec) else spec.unpadded_page_size_bytes
+        for spec in specs
+    )
 
 
 def states_of(model: Any, engine: Any, ranks: int) -> dict[str, int] | None:
