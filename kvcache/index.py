@@ -120,20 +120,12 @@ class Index:
 
     def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
         """How many leading blocks of ``chain[start:]`` are READY."""
-        find = self.segments.find
-        chain = tuple(chain)
-        end = start
-        while end < len(chain):
-            segment = find(chain[end])
-            if segment is None or not segment.ready:
-                break
-            end += len(segment.slots_for(chain, end))
-        return end - start
+        return self.segments.count_ready(tuple(chain), start)
 
     def access(self, chain: Sequence[bytes], start: int) -> int:
         """Record a request for ``chain[start:]``; return how many leading blocks are READY."""
         chain = tuple(chain)
-        end = start + self.count_prefix(chain, start)
+        end = start + self.segments.count_ready(chain, start)
         if self._may_have_hints:
             self.hints.clear_done(chain)
         self.lookup_blocks += max(0, len(chain) - start)
@@ -217,11 +209,13 @@ class Index:
 
     def reserve_branches(
         self, chains: Sequence[Branch], sides: Sequence[Branch] = ()
-    ) -> list[tuple[list[int], list[int]]]:
-        """Reserve the absent blocks of several segments; return for each as :meth:`reserve` does.
+    ) -> tuple[list[int], list[int]]:
+        """Reserve the absent blocks of several segments, as :meth:`reserve` does for one.
 
         A segment of ``sides`` gets no slot if its parent is neither in the index nor reserved here.
         """
+        if len(chains) == 1 and not sides:
+            return self.reserve(*chains[0])
         branches = [*chains, *sides]
         first_slots = self.segments.first_slots
         absent_of: list[Sequence[int]] = []
@@ -251,7 +245,9 @@ class Index:
             room = self._make_room(tuple(new), branches[0][1], spared, can_evict=True)
         loose_room = min(len(loose), len(self._free) - room)
         self.declined_blocks += len(loose) - loose_room
-        reserved = []
+        positions: list[int] = []
+        slots: list[int] = []
+        offset = 0
         for (keys, parent), absent in zip(branches, absent_of, strict=True):
             if absent and keys[absent[0]] in loose:
                 filled = absent[:loose_room]
@@ -259,8 +255,10 @@ class Index:
             else:
                 filled = absent[:room]
                 room -= len(filled)
-            reserved.append((list(filled), self._fill(tuple(keys), parent, filled)))
-        return reserved
+            positions += [offset + at for at in filled]
+            slots += self._fill(tuple(keys), parent, filled)
+            offset += len(keys)
+        return positions, slots
 
     def _fill(self, keys: Keys, parent: bytes | None, absent: Sequence[int]) -> list[int]:
         """Make the blocks at ``absent`` positions FILLING in free slots, and return these."""

@@ -120,3 +120,24 @@ def common_prefix_len(a: Keys, a_start: int, b: Keys, b_start: int) -> int:
     longest = min(len(a) - a_start, len(b) - b_start)
     a, b = a[a_start : a_start + longest], b[b_start : b_start + longest]
     return longest if a == b else next(compress(count(), map(ne, a, b)))
+
+
+def parents_of(branches: Sequence[Branch]) -> list[bytes | None]:
+    """The parent of each key of the segments, in their order."""
+    parents: list[bytes | None] = []
+    for keys, parent in branches:
+        if keys:
+            parents.append(parent)
+            parents += keys[:-1]
+    return parents
+
+
+def branches_of(keys: Sequence[bytes], parents: Sequence[bytes | None]) -> list[Branch]:
+    """The longest segments of ``keys``, in their order, in which each key continues the last."""
+    branches: list[Branch] = []
+    begin = 0
+    for at in range(1, len(keys) + 1):
+        if at == len(keys) or parents[at] != keys[at - 1]:
+            branches.append((keys[begin:at], parents[begin]))
+            begin = at
+    return branches

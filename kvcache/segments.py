@@ -85,6 +85,16 @@ class SegmentTable:
         """The segment that has this key."""
         return self.by_first_slot.get(self.first_slots.get(key, -1))
 
+    def count_ready(self, keys: Keys, start: int) -> int:
+        """How many leading blocks of ``keys[start:]`` are ready."""
+        end = start
+        while end < len(keys):
+            segment = self.find(keys[end])
+            if segment is None or not segment.ready:
+                break
+            end += len(segment.slots_for(keys, end))
+        return end - start
+
     def add(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
         """Add blocks that are being filled and continue ``parent``."""
         first_slots = self.first_slots

@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
-from kvcache.keys import Branch
+from kvcache.keys import Branch, parents_of
 from kvcache.lower.promotion import LowerTiers
 from kvcache.stack_spans import StackSpans
 from kvcache.tier import Lease
@@ -68,8 +68,9 @@ class StackLeases:
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
             if namespaces:
-                pairs = zip(lease.keys, _parents(lease, branches), strict=True)
-                stored = {key: parent for key, parent in pairs if key not in failed}
+                parents = parents_of(branches)
+                pairs = zip(lease.keys, lease.positions, strict=True)
+                stored = {key: parents[at] for key, at in pairs if key not in failed}
                 for lower, namespace in zip(tiers, namespaces, strict=True):
                     lower.write_behind.enqueue_stored(stored, namespace, span)
             requested = sum(len(keys) for keys, _ in branches)
@@ -78,11 +79,3 @@ class StackLeases:
         lease.span = span
         lease.add_end_callback(ended)
         return lease
-
-
-def _parents(lease: Lease, branches: Sequence[Branch]) -> list[bytes | None]:
-    """Return the parent of each key of a lease on blocks of ``branches``."""
-    parents = [
-        keys[at - 1] if at else parent for keys, parent in branches for at in range(len(keys))
-    ]
-    return [parents[at] for at in lease.positions]

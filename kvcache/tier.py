@@ -1,4 +1,4 @@
-"""The contracts of tiers: ``Tier``, ``FrontTier`` and the ``Lease`` of a front tier's slots.
+"""The contracts of tiers: ``Tier`` and ``FrontTier``.
 
 Always true here:
 
@@ -8,28 +8,20 @@ Always true here:
 * Absence and refusal are values (0 bytes, ``False``); an exception means that a call failed.
 * To the stack, any exception (``BaseException`` too) and any result that breaks the contract is a
   failure of that call: its blocks are misses or declined, and nothing else is lost.
-* A lease ends exactly once. Until then its slots belong to its holder alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
-from opentelemetry.trace import INVALID_SPAN, Span
-
-from kvcache import process
 from kvcache.events import BlockEvents
 from kvcache.keys import Branch
+from kvcache.lease import Lease, LeaseError, end_all
 from kvcache.slab import Slab
 
-
-class LeaseError(RuntimeError):
-    """A lease was used after its end, or ended with a failed key that it does not hold."""
+__all__ = ["FrontTier", "Lease", "LeaseError", "Tier", "TierStats", "TierUsage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +67,28 @@ class Tier(ABC):
             for each key, ``True`` if the block is held now, ``False`` if the tier declined it.
         """
 
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        """Keep a copy of each block of several segments, as :meth:`store` does for one.
+
+        By default this method calls :meth:`store` for each segment. A tier that stores many small
+        segments faster in one call implements it: side blocks of models with several KV cache
+        groups are segments of one block.
+
+        Args:
+            branches: the keys of each segment and its parent, as for :meth:`store`.
+            blocks: the bytes of each block, in the order of the concatenated keys.
+
+        Returns:
+            for each key, ``True`` if the block is held now, ``False`` if the tier declined it.
+        """
+        stored: list[bool] = []
+        for keys, parent in branches:
+            begin = len(stored)
+            stored += self.store(keys, blocks[begin : begin + len(keys)], parent)
+        return stored
+
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:
         """Remove these blocks. A key that is not held is no error."""
@@ -116,131 +130,6 @@ class Tier(ABC):
         at once. If it does not, the stack reports the previous values.
         """
         return TierUsage()
-
-
-EndCallback = Callable[["Lease", frozenset[bytes]], None]
-"""Called with a lease that has ended, and its failed keys."""
-
-
-class Lease:
-    """Slots of a front tier that are lent until :meth:`end`.
-
-    ``reserve`` returns one with slots to fill: ending it publishes them. ``pin`` returns one with
-    slots to read: ending it releases them. As a context manager it ends with the block; an
-    exception inside the block fails every key.
-
-    Attributes:
-        keys: the blocks' keys.
-        slots: slot numbers, one per key.
-        positions: the position of each key in the sequence that the caller passed.
-        evicted: how many blocks were evicted to make room for these.
-        span: a span that lasts as long as the lease, if a stack lent it; a copy made under the
-            lease may start child spans of it.
-    """
-
-    __slots__ = (
-        "_end_callbacks",
-        "_generation",
-        "_view",
-        "evicted",
-        "keys",
-        "positions",
-        "slots",
-        "span",
-    )
-
-    def __init__(
-        self,
-        keys: Sequence[bytes],
-        slots: Sequence[int],
-        positions: Sequence[int],
-        view: Callable[[int], memoryview],
-        end: EndCallback,
-    ) -> None:
-        self.keys = keys
-        self.slots = slots
-        self.positions = positions
-        self.evicted = 0
-        self.span: Span = INVALID_SPAN
-        self._view = view
-        # The list of callbacks is popped when the lease ends, so that only one thread can end it.
-        self._end_callbacks: list[list[EndCallback]] = [[end]]
-        self._generation = process.generation
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def views(self) -> list[memoryview]:
-        """The slots' memory, one writable view of a block's bytes per key."""
-        return [self._view(slot) for slot in self.slots]
-
-    def add_end_callback(self, callback: EndCallback) -> None:
-        """Call ``callback(lease, failed)`` when the lease has ended.
-
-        Raises:
-            LeaseError: if the lease has ended already.
-        """
-        try:
-            self._end_callbacks[0].append(callback)
-        except IndexError:
-            raise LeaseError("this lease has ended already") from None
-
-    def end(self, failed: Iterable[bytes] = ()) -> None:
-        """End the lease: filled slots are published, read slots released.
-
-        In a forked child it does nothing, since the lease belongs to the parent process.
-
-        Args:
-            failed: keys with bytes that must not be used. A slot being filled is freed; a block
-                being read is dropped from the tier.
-
-        Raises:
-            LeaseError: at the second call, or for a key that this lease does not hold.
-        """
-        if self._generation != process.generation:
-            return
-        failed_keys = frozenset(failed)
-        if failed_keys and not failed_keys.issubset(self.keys):
-            unknown = len(failed_keys - set(self.keys))
-            raise LeaseError(f"{unknown} of the failed keys are not in this lease")
-        try:
-            callbacks = self._end_callbacks.pop()  # atomic: only one thread gets the list
-        except IndexError:
-            raise LeaseError("this lease has ended already") from None
-        self._run(callbacks, failed_keys)
-
-    def _run(self, callbacks: Sequence[EndCallback], failed: frozenset[bytes]) -> None:
-        """Call all callbacks, also after one raises."""
-        for done, callback in enumerate(callbacks, 1):
-            try:
-                callback(self, failed)
-            except BaseException:
-                self._run(callbacks[done:], failed)
-                raise
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._end_callbacks
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self.has_ended:
-            self.end(failed=self.keys if kind is not None else ())
-
-
-def _end_all(leases: Sequence[Lease], failed: frozenset[bytes]) -> None:
-    """End the leases, the last one first, also after one raises."""
-    with ExitStack() as ends:
-        for lease in leases:
-            ends.callback(lease.end, failed.intersection(lease.keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +226,7 @@ class FrontTier(Tier):
                     reserved.update(leases[-1].keys)
                 offset += len(keys)
         except BaseException:
-            _end_all(leases, frozenset(reserved))
+            end_all(leases, frozenset(reserved))
             raise
         owners = {slot: lease for lease in leases for slot in lease.slots}
         lease = Lease(
@@ -345,7 +234,7 @@ class FrontTier(Tier):
             [slot for lease in leases for slot in lease.slots],
             positions,
             lambda slot: owners[slot].views[owners[slot].slots.index(slot)],
-            lambda _, failed: _end_all(leases, failed),
+            lambda _, failed: end_all(leases, failed),
         )
         lease.evicted = sum(lease.evicted for lease in leases)
         return lease

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from kvcache.events import BlockEvents
@@ -140,29 +141,18 @@ class DramTier(FrontTier):
             return self.reserve(*chains[0])
         with self.lock:
             evicted_before = self.index.evicted_blocks
-            reserved = self.index.reserve_branches(chains, sides)
+            positions, slots = self.index.reserve_branches(chains, sides)
             evicted = self.index.evicted_blocks - evicted_before
-        branches = [*chains, *sides]
-        keys: list[bytes] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        offset = 0
-        for (branch_keys, _), (branch_positions, branch_slots) in zip(
-            branches, reserved, strict=True
-        ):
-            keys += [branch_keys[at] for at in branch_positions]
-            slots += branch_slots
-            positions += [offset + at for at in branch_positions]
-            offset += len(branch_keys)
+        keys = [key for branch, _ in [*chains, *sides] for key in branch]
         # A policy that learns of a chain after its side blocks evicts the side blocks first.
-        sides_first = [*reserved[len(chains) :], *reserved[: len(chains)]]
-        in_order = [slot for _, slots in sides_first for slot in slots]
+        first_side = bisect_left(positions, sum(len(branch) for branch, _ in chains))
+        in_order = slots[first_side:] + slots[:first_side]
 
         def publish(_: Lease, failed: frozenset[bytes]) -> None:
             with self.lock:
                 self.index.publish(in_order, failed)
 
-        lease = Lease(keys, slots, positions, self._view, publish)
+        lease = Lease([keys[at] for at in positions], slots, positions, self._view, publish)
         lease.evicted = evicted
         return lease
 

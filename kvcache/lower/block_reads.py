@@ -20,7 +20,7 @@ from typing import Any, Final
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.keys import Branch
+from kvcache.keys import Branch, branches_of
 from kvcache.lower.pending_call import PendingCall
 from kvcache.lower.tier import LowerTier
 from kvcache.tier import FrontTier, Lease
@@ -61,14 +61,11 @@ class WantedBlocks:
 
     def branches(self, first: int, end: int) -> tuple[list[Branch], list[Branch]]:
         """Return the blocks ``first`` to ``end`` as segments: of chains, and of side blocks."""
-        segments: tuple[list[Branch], list[Branch]] = ([], [])
-        begin = first
-        for at in range(first + 1, end + 1):
-            if at == end or at == self.chain_keys or self.parents[at] != self.keys[at - 1]:
-                branch = self.keys[begin:at], self.parents[begin]
-                segments[begin >= self.chain_keys].append(branch)
-                begin = at
-        return segments
+        middle = min(max(first, self.chain_keys), end)
+        return (
+            branches_of(self.keys[first:middle], self.parents[first:middle]),
+            branches_of(self.keys[middle:end], self.parents[middle:end]),
+        )
 
 
 @dataclass(slots=True)

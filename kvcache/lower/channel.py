@@ -13,11 +13,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, Final
 
 from kvcache import telemetry
 from kvcache.events import BlockEvents
 from kvcache.guards.calls import answers_per_key, byte_count_reader, result_of
+from kvcache.keys import Branch
 from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
 from kvcache.lower.namespace import TierNamespace
 from kvcache.stats import LowerStats, TierName, usage_of
@@ -137,21 +139,27 @@ class Channel:
         return written
 
     def store(
-        self,
-        namespace: bytes,
-        keys: Sequence[bytes],
-        blocks: Sequence[memoryview],
-        parent: bytes | None,
+        self, namespace: bytes, branches: Sequence[Branch], blocks: Sequence[memoryview]
     ) -> list[bool]:
-        """Offer the blocks of a chain to the tier; return for each whether the tier holds it now.
+        """Offer the blocks of segments to the tier; return for each whether the tier holds it now.
 
-        ``parent`` is the key before ``keys[0]``.
+        ``blocks`` are in the order of the concatenated keys.
         """
+        keys = [key for branch, _ in branches for key in branch]
         names = self.tier_namespace.names(namespace, keys)
-        parent_name = parent and self.tier_namespace.names(namespace, [parent])[0]
-        taken = answers_per_key(
-            lambda: self.tier.store(names, blocks, parent_name), len(keys), bool
-        )
+        parents = [parent for _, parent in branches if parent is not None]
+        name_of = dict(zip(parents, self.tier_namespace.names(namespace, parents), strict=True))
+        named: list[Branch] = []
+        done = 0
+        for branch, parent in branches:
+            parent_name = None if parent is None else name_of[parent]
+            named.append((names[done : done + len(branch)], parent_name))
+            done += len(branch)
+        if len(named) == 1:
+            store = partial(self.tier.store, names, blocks, named[0][1])
+        else:
+            store = partial(self.tier.store_branches, named, blocks)
+        taken = answers_per_key(store, len(keys), bool)
         self._notify_observed(namespace, keys, taken)
         return taken
 

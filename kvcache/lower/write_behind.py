@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -21,6 +21,7 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, describe_error
+from kvcache.keys import branches_of
 from kvcache.lower.channel import Channel
 from kvcache.tier import FrontTier, Lease
 from kvcache.worker_pool import STORE
@@ -173,10 +174,10 @@ class WriteBehind:
                     self._channel.tier_namespace.forget()
                 held = self._channel.contains(namespace, lease.keys)
                 lacking = [key for key, known in zip(lease.keys, held, strict=True) if not known]
-                for chain in _chains(lacking, parents):
-                    blocks = [views[key] for key in chain]
-                    taken = self._channel.store(namespace, chain, blocks, parents[chain[0]])
-                    stored += sum(taken)
+                if lacking:
+                    branches = branches_of(lacking, [parents[key] for key in lacking])
+                    blocks = [views[key] for key in lacking]
+                    stored = sum(self._channel.store(namespace, branches, blocks))
             new = len(lacking)
         except TierError as failure:
             error, why = failure.error, failure.why
@@ -218,15 +219,3 @@ class WriteBehind:
             self.waiting_blocks -= blocks
             if not self.waiting_blocks:
                 self._queue_empty.notify_all()
-
-
-def _chains(keys: Sequence[bytes], parents: Parents) -> Iterator[list[bytes]]:
-    """Split ``keys`` into parts in which each block is the parent of the next."""
-    chain: list[bytes] = []
-    for key in keys:
-        if chain and parents[key] != chain[-1]:
-            yield chain
-            chain = []
-        chain.append(key)
-    if chain:
-        yield chain

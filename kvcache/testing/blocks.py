@@ -12,10 +12,13 @@ from hashlib import blake2b, shake_128
 
 
 def keys_of(name: str, count: int, nbytes: int = 32) -> list[bytes]:
-    """Return ``count`` keys of ``nbytes`` bytes (at most 64), different for each name."""
-    return [
-        blake2b(f"{name}/{number}".encode(), digest_size=nbytes).digest() for number in range(count)
+    """Return ``count`` keys of ``nbytes`` bytes, different for each name."""
+    digest_nbytes = min(nbytes, 64)
+    digests = [
+        blake2b(f"{name}/{number}".encode(), digest_size=digest_nbytes).digest()
+        for number in range(count)
     ]
+    return [digest.ljust(nbytes, b"+") for digest in digests]
 
 
 def block_of(key: bytes, nbytes: int) -> bytes:

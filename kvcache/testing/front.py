@@ -95,6 +95,44 @@ class FrontTierTests(TierTests):
         self.check_load(tier, [a, b], [True, True])
         self.check_idle(tier)
 
+    def test_count_prefix_records_no_lookup(self, tier: FrontTier) -> None:
+        chain = self.chain(tier, "counted", 5)
+        self.put(tier, [*chain[:2], *chain[3:]])
+        assert [tier.count_prefix(chain, start) for start in (0, 1, 2, 3, 5)] == [2, 1, 0, 2, 0]
+        assert tier.stats().lookup_blocks == 0
+
+    def test_reserve_branches_lends_all_segments_in_one_lease(self, tier: FrontTier) -> None:
+        chain, sides = self.chain(tier, "branches", 4), keys_of("sides", 4, 34)
+        self.put(tier, [chain[0]])
+        lease = tier.reserve_branches(
+            [(chain[1:3], chain[0])],
+            [([sides[0]], chain[0]), (sides[1:3], chain[2]), ([sides[3]], chain[3])],
+        )
+        assert list(lease.keys) == [*chain[1:3], *sides[:3]]  # chain[3] is not held
+        assert list(lease.positions) == [0, 1, 2, 3, 4]
+        assert tier.stats().pinned_slots == len(set(lease.slots)) == 5
+        again = tier.reserve_branches([(chain, None)], [([sides[3]], chain[3])])
+        assert list(again.keys) == [chain[3], sides[3]]
+        assert list(again.positions) == [3, 4]
+        self.write(again)
+        again.end()
+        self.write(lease)
+        lease.end(failed=[sides[1]])
+        self.check_load(tier, [*chain, *sides], [True] * 5 + [False, True, True])
+        self.check_idle(tier)
+
+    def test_side_blocks_are_evicted_before_their_chain(self, tier: FrontTier) -> None:
+        chain = self.chain(tier, "kept")
+        count = len(chain) // 2
+        sides = keys_of("evicted", count, 34)
+        branches = [([side], parent) for side, parent in zip(sides, chain, strict=False)]
+        with tier.reserve_branches([(chain[:count], None)], branches) as lease:
+            self.write(lease)
+            assert len(lease) == 2 * count
+        self.fill(tier, keys_of("new", count))
+        assert tier.contains(chain[:count]) == [True] * count
+        assert sum(tier.contains(sides)) <= len(chain) - 2 * count
+
     def test_pin_stops_at_the_first_absent_block(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "hole", 5)
         self.put(tier, [*chain[:2], *chain[3:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
+from kvcache.keys import Branch
 from kvcache.testing.blocks import block_of, keys_of, run_in_threads
 from kvcache.tier import Tier
 
@@ -78,6 +79,17 @@ class TierTests:
         tier.remove(first)
         self.check_load(tier, [*first, *second, *other], [False] * 2 + [True] * 5)
 
+    def test_store_branches_stores_each_segment(self, tier: Tier) -> None:
+        chain, sides = keys_of("branch", 4), keys_of("side", 3, 66)
+        tier.store(chain[:1], self.blocks(chain[:1]))
+        branches: list[Branch] = [(chain[1:], chain[0])]
+        branches += [([side], parent) for side, parent in zip(sides, chain, strict=False)]
+        keys = [*chain[1:], *sides]
+        assert tier.store_branches(branches, self.blocks(keys)) == [True] * 6
+        assert tier.store_branches(branches, self.blocks(keys)) == [True] * 6
+        assert tier.store_branches([], []) == []
+        self.check_load(tier, [*chain, *sides, b"absent"], [True] * 7 + [False])
+
     def test_empty_batch_does_nothing(self, tier: Tier) -> None:
         assert tier.contains([]) == []
         assert tier.load([], []) == []
@@ -104,9 +116,9 @@ class TierTests:
         self.check_load(tier, keys, [True])
 
     def test_keys_of_any_length_and_bytes_are_distinct(self, tier: Tier) -> None:
-        keys = [keys_of("length", 1, nbytes)[0] for nbytes in (16, 32, 64)]
+        keys = [keys_of("length", 1, nbytes)[0] for nbytes in (16, 32, 66)]
         keys += [keys[2][:16], keys[2][:32]]  # keys that are prefixes of other keys
-        keys += [bytes(16), bytes(32), bytes(64), b"\xff" * 32, b"../" * 10 + b"\n\0"]
+        keys += [bytes(16), bytes(32), bytes(66), b"\xff" * 32, b"../" * 10 + b"\n\0"]
         for at, key in enumerate(keys):
             assert tier.contains([key]) == [False], "two keys were confused"
             self.put(tier, [key])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from kvcache.keys import Branch
 from kvcache.testing import TierTests
 from kvcache.tier import Tier
 from tests.support.contract_runs import failing_tests, suite_test_names
@@ -219,6 +220,14 @@ class ForgetsEveryNamespace(DictTier):
         self.held.clear()
 
 
+class StoresOneSegment(DictTier):
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        super().store_branches(branches[:1], blocks)
+        return [True] * len(blocks)
+
+
 WRONG_TIERS: dict[type[DictTier], set[str]] = {
     ForgetsTheOrder: {"test_results_are_per_key_and_in_order"},
     HoldsEverything: {"test_load_after_store_returns_the_bytes"},
@@ -237,6 +246,7 @@ WRONG_TIERS: dict[type[DictTier], set[str]] = {
     },
     NeedsAKey: {"test_empty_batch_does_nothing"},
     NeedsTheParent: {"test_parent_changes_no_result"},
+    StoresOneSegment: {"test_store_branches_stores_each_segment"},
     LosesTheRest: {"test_parent_changes_no_result"},
     MissesAreErrors: {"test_remove_removes_only_its_keys"},
     RemovesAll: {"test_remove_removes_only_its_keys"},

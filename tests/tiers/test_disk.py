@@ -315,10 +315,10 @@ def test_disk_store_of_invalid_size_or_key_declines_it(tmp_path: Path) -> None:
         ]
         assert tier.load(keys[1:], [memoryview(bytearray(PAGE - 1))]) == [0]
         assert tier.store(keys[:1], [memoryview(b"")]) == [False]  # a load would look like a miss
-        assert tier.store([b"", bytes(65)], blocks_of(keys)) == [
+        assert tier.store([b"", bytes(81)], blocks_of(keys)) == [
             False,
             False,
-        ]  # keys of 1 to 64 bytes
+        ]  # keys of 1 to 80 bytes
 
 
 def test_disk_after_close_misses_declines_and_writes_nothing(

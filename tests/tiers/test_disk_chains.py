@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from kvcache.testing import keys_of
-from tests.support.disk_tiers import blocks_of, load_hits, open_disk
+from kvcache.tiers.disk import PAGE
+from kvcache.tiers.disk.record_file import RECORD_NBYTES
+from tests.support.disk_tiers import RECORD_USED_NBYTES, blocks_of, load_hits, open_disk
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -48,3 +50,43 @@ def test_disk_store_when_full_with_unknown_parent_declines_the_block(tmp_path: P
         tier.store(keys, blocks_of(keys))
         assert tier.store(orphan, blocks_of(orphan), b"not stored") == [False]
         assert tier.contains(keys) == [True] * 4
+
+
+def test_disk_keeps_side_blocks_with_long_keys_after_a_restart(tmp_path: Path) -> None:
+    chain, sides = keys_of("chain", 3, 64), keys_of("side", 3, 80)
+    too_long = keys_of("too long", 1, 81)
+    parts = keys_of("part", 1, 66)
+    with closing(open_disk(tmp_path)) as tier:
+        keys = [*chain, *sides, *parts, *too_long]
+        branches = [(chain, None), *[([side], chain[at]) for at, side in enumerate(sides)]]
+        branches += [(parts, sides[0]), (too_long, chain[0])]
+        assert tier.store_branches(branches, blocks_of(keys)) == [True] * 7 + [False]
+    with closing(open_disk(tmp_path)) as tier:
+        assert load_hits(tier, keys) == [True] * 7 + [False]
+        new = keys_of("new", 3)
+        assert tier.store(new, blocks_of(new)) == [True] * 3
+        # Each block is evicted after those that continue it.
+        assert tier.contains(chain) == [True] * 3
+        assert sum(tier.contains([*sides, *parts])) == 2
+        assert tier.contains(parts) == [False]
+
+
+def test_disk_ignores_a_record_with_a_damaged_rest_of_a_key(tmp_path: Path) -> None:
+    keys = keys_of("long", 2, 70)
+    with closing(open_disk(tmp_path)) as tier:
+        tier.store(keys, blocks_of(keys))
+    records = tmp_path / "records"
+    data = bytearray(records.read_bytes())
+    data[data.index(keys[0][64:])] ^= 1
+    records.write_bytes(data)
+    with closing(open_disk(tmp_path)) as tier:
+        assert load_hits(tier, keys) == [False, True]
+
+
+def test_disk_record_of_a_short_key_is_as_before(tmp_path: Path) -> None:
+    keys = keys_of("short", 2, 64)
+    with closing(open_disk(tmp_path)) as tier:
+        tier.store(keys, blocks_of(keys))
+    record = (tmp_path / "records").read_bytes()[PAGE : PAGE + RECORD_NBYTES]
+    assert record[RECORD_USED_NBYTES:] == bytes(RECORD_NBYTES - RECORD_USED_NBYTES)
+    assert any(record[RECORD_USED_NBYTES - 4 : RECORD_USED_NBYTES])

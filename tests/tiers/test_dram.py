@@ -9,10 +9,12 @@ import pytest
 
 from kvcache import Stack
 from kvcache.eviction import POLICIES, Eviction, Lru
+from kvcache.keys import Branch
 from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size
 from kvcache.slab import PAGE, Slab
 from kvcache.testing import FrontTierTests, block_of, keys_of
+from kvcache.tier import FrontTier, Lease
 from kvcache.tiers.dram import DramTier
 
 
@@ -30,6 +32,24 @@ class TestDramTier(FrontTierTests):
     @pytest.fixture(params=POLICIES)
     def tier(self, request: pytest.FixtureRequest) -> Iterator[DramTier]:
         with closing(dram(self.room_blocks, self.block_nbytes, request.param)) as tier:
+            yield tier
+
+
+class DefaultBranches(DramTier):
+    """A front tier with the methods that a third-party class inherits."""
+
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
+        return FrontTier.count_prefix(self, chain, start)
+
+    def reserve_branches(self, chains: Sequence[Branch], sides: Sequence[Branch] = ()) -> Lease:
+        return FrontTier.reserve_branches(self, chains, sides)
+
+
+class TestDefaultBranches(FrontTierTests):
+    @pytest.fixture
+    def tier(self) -> Iterator[DramTier]:
+        capacity = Size(self.room_blocks * PAGE)
+        with closing(DefaultBranches(block_nbytes=PAGE, capacity=capacity)) as tier:
             yield tier
 
 

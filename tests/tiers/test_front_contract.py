@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
+from kvcache.keys import Branch
 from kvcache.sizes import Size
 from kvcache.testing import FrontTierTests, TierTests
 from kvcache.tier import Lease, TierStats
@@ -234,6 +235,22 @@ class ClearFreesEverySlot(WrongDram):
         super().clear()
 
 
+class CountsPrefixesAsLookups(WrongDram):
+    def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
+        return self.access(chain, start)
+
+
+class LendsToSidesWithoutAChain(WrongDram):
+    def reserve_branches(self, chains: Sequence[Branch], sides: Sequence[Branch] = ()) -> Lease:
+        return super().reserve_branches([*chains, *sides])
+
+
+class RemovesChainsForNewBlocks(WrongDram):
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        self.remove([key for key in self.index.ready() if len(key) == 32])
+        return super().reserve(keys, parent)
+
+
 WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     AccessIgnoresStart: {"test_access_returns_the_length_of_the_held_prefix"},
     HeldWhileFilling: {"test_block_is_held_after_its_lease_ends"},
@@ -275,6 +292,9 @@ WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     },
     PinAnyFreesFillingSlots: {"test_pin_any_that_ends_first_leaves_filling_blocks"},
     FailureFreesWhatIsHeld: {"test_pin_any_of_a_failed_block_frees_its_slot_at_the_end"},
+    CountsPrefixesAsLookups: {"test_count_prefix_records_no_lookup"},
+    LendsToSidesWithoutAChain: {"test_reserve_branches_lends_all_segments_in_one_lease"},
+    RemovesChainsForNewBlocks: {"test_side_blocks_are_evicted_before_their_chain"},
     ClearFreesEverySlot: {"test_clear_keeps_the_slots_under_pin_any"},
 }
 

@@ -5,7 +5,9 @@
     page of geometry   magic (8), bytes of a slot (8), slots (8), whether ``blocks`` is marked (1)
     a record per slot  slot (4), generation (8), bytes of the block (8), bytes of the key (1), bytes
                        of the parent's key (1), the key (64), the parent's key (64), CRC-32 of all
-                       that (4), zeros up to 256; zeros if the slot has no block
+                       that (4); if a key has more than 64 bytes: the rest of the key (16), of the
+                       parent's key (16), CRC-32 of all that (4); zeros up to 256; zeros if the slot
+                       has no block
 
 Numbers are little-endian; numbers in brackets are bytes.
 
@@ -27,17 +29,21 @@ from typing import NamedTuple
 
 PAGE = 4096  # the unit of direct I/O
 RECORD_NBYTES = 256
-KEY_NBYTES = 64
+KEY_NBYTES = 80
 """Bytes of the longest key."""
+
+_FIELD_NBYTES = 64  # of a key; the rest of a longer one follows the first CRC
 
 _MAGIC = b"kvcdisk2"
 _MAGIC_OF_ALL_VERSIONS = _MAGIC[:-1]
 _GEOMETRY = struct.Struct("<8sQQ")
 _PAGE = struct.Struct("<8sQQ?")
 _MARK = "user.kvcache"
-_FIELDS = struct.Struct(f"<IQQBB{KEY_NBYTES}s{KEY_NBYTES}s")
+_FIELDS = struct.Struct(f"<IQQBB{_FIELD_NBYTES}s{_FIELD_NBYTES}s")
+_RESTS = struct.Struct(f"<{KEY_NBYTES - _FIELD_NBYTES}s{KEY_NBYTES - _FIELD_NBYTES}s")
 _CRC = struct.Struct("<I")
-_RECORD = struct.Struct(f"<{_FIELDS.size}sI{RECORD_NBYTES - _FIELDS.size - _CRC.size}x")
+_USED_NBYTES = _FIELDS.size + _CRC.size + _RESTS.size + _CRC.size
+_RECORD = struct.Struct(f"<{_FIELDS.size}sI{_RESTS.size}sI{RECORD_NBYTES - _USED_NBYTES}x")
 _READ_NBYTES = 1 << 20
 _BEYOND_ALL_OFFSETS = 1 << 64
 
@@ -121,8 +127,9 @@ def read_records(fd: int, geometry: Geometry) -> Iterator[Record]:
         if len(data) < RECORD_NBYTES:
             return  # another process opened the tier with fewer slots, and cut the file
         slot = (offset - PAGE) // RECORD_NBYTES
-        for fields, crc in _RECORD.iter_unpack(data[: len(data) // RECORD_NBYTES * RECORD_NBYTES]):
-            if record := _unpack(fields, crc, slot, geometry.slot_nbytes):
+        whole = data[: len(data) // RECORD_NBYTES * RECORD_NBYTES]
+        for parts in _RECORD.iter_unpack(whole):
+            if record := _unpack(parts, slot, geometry.slot_nbytes):
                 yield record
             slot += 1
         offset += _READ_NBYTES
@@ -147,16 +154,22 @@ def read_record(fd: int, geometry: Geometry, slot: int) -> Record | None:
     data = os.pread(fd, RECORD_NBYTES, file_nbytes(slot))
     if len(data) < RECORD_NBYTES:
         return None
-    fields, crc = _RECORD.unpack(data)
-    return _unpack(fields, crc, slot, geometry.slot_nbytes)
+    return _unpack(_RECORD.unpack(data), slot, geometry.slot_nbytes)
 
 
-def _unpack(fields: bytes, crc: int, slot: int, slot_nbytes: int) -> Record | None:
+def _unpack(parts: tuple[bytes, int, bytes, int], slot: int, slot_nbytes: int) -> Record | None:
     """Return the record that was read for ``slot``, if it verifies."""
-    if crc == zlib.crc32(fields):
-        own_slot, generation, nbytes, key_size, parent_size, key, parent = _FIELDS.unpack(fields)
-        if own_slot == slot and max(key_size, parent_size) <= KEY_NBYTES and nbytes <= slot_nbytes:
-            return Record(generation, slot, nbytes, key[:key_size], parent[:parent_size])
+    fields, crc, rests, rests_crc = parts
+    if crc != zlib.crc32(fields):
+        return None
+    own_slot, generation, nbytes, key_size, parent_size, key, parent = _FIELDS.unpack(fields)
+    if max(key_size, parent_size) > _FIELD_NBYTES:
+        if rests_crc != zlib.crc32(rests, crc):
+            return None
+        key_rest, parent_rest = _RESTS.unpack(rests)
+        key, parent = key + key_rest, parent + parent_rest
+    if own_slot == slot and max(key_size, parent_size) <= KEY_NBYTES and nbytes <= slot_nbytes:
+        return Record(generation, slot, nbytes, key[:key_size], parent[:parent_size])
     return None
 
 
@@ -204,10 +217,14 @@ class RecordFile:
             record.nbytes,
             len(record.key),
             len(record.parent),
-            record.key,
-            record.parent,
+            record.key[:_FIELD_NBYTES],
+            record.parent[:_FIELD_NBYTES],
         )
-        self._write(record.slot, _RECORD.pack(fields, zlib.crc32(fields)))
+        crc, rests, rests_crc = zlib.crc32(fields), b"", 0
+        if max(len(record.key), len(record.parent)) > _FIELD_NBYTES:
+            rests = _RESTS.pack(record.key[_FIELD_NBYTES:], record.parent[_FIELD_NBYTES:])
+            rests_crc = zlib.crc32(rests, crc)
+        self._write(record.slot, _RECORD.pack(fields, crc, rests, rests_crc))
 
     def clear(self, slot: int) -> None:
         """Record that ``slot`` has no block."""

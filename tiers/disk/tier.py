@@ -30,6 +30,7 @@ from typing import TypeVar
 
 from kvcache.eviction import LOWER_TIER_DEFAULT, Eviction, Policy, fallback, policy_option
 from kvcache.index import Index
+from kvcache.keys import Branch, branches_of, parents_of
 from kvcache.process import bind_to_process
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
@@ -37,6 +38,7 @@ from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.disk import lock_file, namespace_file
 from kvcache.tiers.disk.bounce_buffers import BounceBuffers
 from kvcache.tiers.disk.directory import TierDirectory
+from kvcache.tiers.disk.error_log import DiskErrorLog
 from kvcache.tiers.disk.record_file import (
     KEY_NBYTES,
     PAGE,
@@ -57,7 +59,6 @@ T = TypeVar("T")
 # last page of records.
 _FIXED_NBYTES = 3 * PAGE
 _NO_SLOT_WRITABLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # errors that do not depend on a slot
-_LOG_INTERVAL_S = 60.0  # of errors of the same kind
 
 
 class DiskTier(Tier):
@@ -122,13 +123,13 @@ class DiskTier(Tier):
         self._calls = 0  # in progress
         self._closed = False
         self._writes_fail = False  # whether the last write failed, whatever its slot
-        self._log_after: dict[tuple[str, int | None], float] = {}  # by verb and error code
         self._clock = clock
         try:
             with ExitStack() as undo:
                 sizes = FileSizes(file_nbytes(slots), slots * self._slot_nbytes)
                 self.directory = TierDirectory(expand_path(path), replica, sizes)
                 undo.callback(self.directory.close)
+                self._errors = DiskErrorLog(self.directory.path, clock)
                 self._open(slots, policy)
                 self.bounce_buffers = BounceBuffers(threads, self._slot_nbytes)
                 self.pool = WorkerPool("disk", threads)
@@ -212,6 +213,13 @@ class DiskTier(Tier):
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
     ) -> list[bool]:
+        return self.store_branches([(keys, parent)], blocks)
+
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        keys = [key for branch, _ in branches for key in branch]
+        parents = parents_of(branches)
         storable = [
             at
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
@@ -224,15 +232,17 @@ class DiskTier(Tier):
             with self._lock:
                 if not can_evict:
                     storable = storable[: self.index.free_slots]
-                to_store = [keys[at] for at in storable]
-                self.index.access(to_store, 0)  # the engine has just used them
-                positions, slots = self.index.reserve(to_store, parent)
+                to_store = branches_of(
+                    [keys[at] for at in storable], [parents[at] for at in storable]
+                )
+                for branch, _ in to_store:
+                    self.index.access(branch, 0)  # the engine has just used them
+                positions, slots = self.index.reserve_branches(to_store)
                 first_generation = self._generation
                 self._generation += len(slots)
             reserved = [storable[position] for position in positions]
-            parents = [parent or b"", *keys]
             records = [
-                Record(first_generation + n, slot, len(blocks[at]), keys[at], parents[at])
+                Record(first_generation + n, slot, len(blocks[at]), keys[at], parents[at] or b"")
                 for n, (slot, at) in enumerate(zip(slots, reserved, strict=True))
             ]
             writes: list[Future[bool]] = []
@@ -266,7 +276,7 @@ class DiskTier(Tier):
         with self._lock:
             if self.index.free_slots >= blocks:
                 return True
-        with self._suppress_disk_errors("store"):
+        with self._errors.suppress("store"):
             lock_file.write_pid(self.directory.lock_fd)
             return not self._writes_fail
         return False
@@ -280,7 +290,7 @@ class DiskTier(Tier):
                 self.index.drop(keys)
             try:
                 for slot in pinned:
-                    with self._suppress_disk_errors("remove"):
+                    with self._errors.suppress("remove"):
                         self.records.clear(slot)
             finally:
                 with self._lock:
@@ -350,7 +360,7 @@ class DiskTier(Tier):
     def _read(self, slot: int, buffer: memoryview) -> int:
         nbytes = self._nbytes[slot]
         with (
-            self._suppress_disk_errors("load"),
+            self._errors.suppress("load"),
             self.bounce_buffers.aligned(buffer[:nbytes]) as pages,
         ):
             if os.preadv(self.directory.blocks_fd, [pages], slot * self._slot_nbytes) >= nbytes:
@@ -361,7 +371,7 @@ class DiskTier(Tier):
 
     def _write(self, record: Record, block: memoryview) -> bool:
         slot, nbytes = record.slot, record.nbytes
-        with self._suppress_disk_errors("store"), self.bounce_buffers.aligned(block) as pages:
+        with self._errors.suppress("store"), self.bounce_buffers.aligned(block) as pages:
             if pages.obj is not block.obj:
                 pages[:nbytes] = block
             try:
@@ -377,22 +387,6 @@ class DiskTier(Tier):
             self._nbytes[slot] = nbytes
             return True
         return False
-
-    @contextmanager
-    def _suppress_disk_errors(self, verb: str) -> Iterator[None]:
-        """Log an error of the disk, one of each kind per minute, and suppress it."""
-        try:
-            yield
-        except OSError as error:
-            now, kind = self._clock(), (verb, error.errno)
-            if now >= self._log_after.get(kind, now):
-                self._log_after[kind] = now + _LOG_INTERVAL_S
-                log.warning(
-                    "kvcache: disk tier at %s: %s failed (%s); its blocks are declined or missed",
-                    self.directory.path,
-                    verb,
-                    error,
-                )
 
 
 def _succeeded(future: Future[T]) -> bool:

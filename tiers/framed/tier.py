@@ -22,6 +22,7 @@ from typing import Final, Literal
 
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, result_of
+from kvcache.keys import Branch, branches_of, parents_of
 from kvcache.process import bind_to_process
 from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
@@ -145,6 +146,12 @@ class Framed(Tier):
         Raises:
             ValueError: a block has more than ``block_nbytes`` bytes.
         """
+        return self.store_branches([(keys, parent)], blocks)
+
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        keys, parents = [key for branch, _ in branches for key in branch], parents_of(branches)
         telemetry.current_span().set_attribute(telemetry.CODEC, self.codec)
         to_store: list[int] = []
         for at, (_, block) in enumerate(zip(keys, blocks, strict=True)):
@@ -161,8 +168,11 @@ class Framed(Tier):
                 frames = [
                     workspace.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(piece)
                 ]
-                piece_parent = keys[piece[0] - 1] if piece[0] else parent
-                answers = self.inner.store([keys[at] for at in piece], frames, piece_parent)
+                found = branches_of([keys[at] for at in piece], [parents[at] for at in piece])
+                if len(found) == 1:
+                    answers = self.inner.store(found[0][0], frames, found[0][1])
+                else:
+                    answers = self.inner.store_branches(found, frames)
                 for at, frame, accepted in zip(piece, frames, answers, strict=True):
                     stored[at] = accepted
                     if accepted:

@@ -27,7 +27,7 @@ from concurrent.futures import Future, wait
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.keys import DIGEST_NBYTES, namespace_after_reset
+from kvcache.keys import DIGEST_NBYTES, Branch, namespace_after_reset
 from kvcache.process import bind_to_process
 from kvcache.tier import Tier
 from kvcache.tiers.redis.cluster import Cluster
@@ -245,6 +245,11 @@ class RedisTier(Tier):
             )
         replies = self._request("SET", names, commands)[: len(keys)]
         return [reply is None or reply == 1 for reply in replies]  # None: the key exists already
+
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        return self.store([key for keys, _ in branches for key in keys], blocks)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         names = [block_name(key) for key in keys]
