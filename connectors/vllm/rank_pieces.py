@@ -84,8 +84,7 @@ class RankPieces:
             at = 0
             for number, count in transfer.pieces:
                 begin, at = at, at + count
-                piece = self._pieces[number]
-                if piece is not None and (piece.stores or operation == "load"):
+                if self._copied_nbytes(number, operation):
                     blocks, slots = transfer.blocks[begin:at], transfer.slots[begin:at]
                     rows.add(blocks, slots, self._geometries[number])
             if at != len(transfer.blocks):
@@ -94,12 +93,19 @@ class RankPieces:
 
     def nbytes(self, transfer: Transfer, operation: Operation) -> int:
         """Return the bytes that this rank copies for a transfer."""
-        nbytes = 0
-        for number, count in transfer.pieces:
-            piece = self._pieces[number]
-            if piece is not None and (piece.stores or operation == "load"):
-                nbytes += count * (piece.end - piece.begin)
-        return nbytes
+        pieces = transfer.pieces
+        return sum(count * self._copied_nbytes(number, operation) for number, count in pieces)
+
+    def _copied_nbytes(self, number: int, operation: Operation) -> int:
+        """Return the bytes that this rank copies for each block with a piece."""
+        if not 0 <= number < len(self._pieces):
+            raise IndexError(
+                f"piece {number} does not exist: there are {len(self._pieces)}, from 0"
+            )
+        piece = self._pieces[number]
+        if piece is None or (operation == "store" and not piece.stores):
+            return 0
+        return piece.end - piece.begin
 
     def _of_member(self, member: int) -> Iterator[PieceOfRank]:
         for piece, of in zip(self._pieces, self._members, strict=True):

@@ -195,3 +195,187 @@ def test_transfers_of_random_pieces_change_exactly_their_bytes(
         for rank, caches in played.caches.items():
             assert torch.equal(caches.memory, expected[rank].memory)
     played.close()
+
+
+def two_kinds(**options: Any) -> Ranks:
+    """Return ranks with a group of windows in two parts and one of full attention."""
+    return Ranks(layers(window=(4, window()), full=(2, full())), **options)
+
+
+def pieces_of(ranks: Ranks, kind: str) -> list[int]:
+    """Return the pieces of the kept group with this rule."""
+    [group] = (group for group in kept_groups(ranks.config) if group.needs.kind == kind)
+    return [at for at, piece in enumerate(ranks.cut.pieces) if piece.group == group.index]
+
+
+@pytest.mark.parametrize("operation", ["load", "store"])
+def test_copy_that_fails_at_a_later_piece_fails_its_whole_transfer(
+    operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other transfers of the step succeed, apart from stores after a failed load."""
+    device = ReorderingDevice(Random(0))
+    ranks = two_kinds(device=device)
+    rows = [(at, 3 + at, at) for at in range(len(ranks.cut.pieces))]
+    others = [transfer(3, (0, 2, 6))]
+    device.copies_until_error = 3  # the first piece has two runs
+    if operation == "load":
+        loads = [transfer(1, *rows, awaited_by="a"), transfer(2, (0, 1, 7), awaited_by="b")]
+        [acks] = ranks.run(Step(ranks.memory, loads=loads, stores=others)).values()
+        assert acks.failed == {1, 3}
+        assert ranks.workers[0, 0].take_failed_requests() == {"a"}
+    else:
+        stores = [transfer(1, *rows), *others]
+        [acks] = ranks.run(Step(ranks.memory, stores=stores)).values()
+        assert acks.failed == {1}
+    assert "failed" in caplog.text
+    slots, memory = slot_bytes(ranks.slab), ranks.caches[0, 0].memory.clone()
+    device.drain()
+    assert (slot_bytes(ranks.slab), torch.equal(ranks.caches[0, 0].memory, memory)) == (slots, True)
+    ranks.close()
+
+
+def test_store_with_an_invalid_block_in_a_later_piece_copies_nothing() -> None:
+    ranks = two_kinds()
+    store = transfer(1, (0, 1, 0), (1, BLOCKS, 1))
+    [acks] = ranks.run(Step(ranks.memory, stores=[store])).values()
+    assert acks.failed == {1}
+    assert not any(map(any, slot_bytes(ranks.slab)))
+    ranks.close()
+
+
+def test_failed_load_of_several_groups_is_reported_by_its_request() -> None:
+    ranks = two_kinds()
+    [worker] = ranks.workers.values()
+    load = [transfer(1, (len(ranks.cut.pieces), 1, 0), awaited_by="waits")]
+    [acks] = ranks.run(Step(ranks.memory, loads=load)).values()
+    assert acks.failed == {1}
+    assert worker.take_failed_blocks() == set()
+    assert worker.take_failed_requests() == {"waits"}
+    assert worker.take_failed_requests() == set()
+    ranks.close()
+
+
+@pytest.mark.parametrize("piece", [-1, 99])
+def test_piece_that_does_not_exist_fails_the_copy(piece: int) -> None:
+    ranks = two_kinds()
+    [acks] = ranks.run(Step(ranks.memory, stores=[transfer(1, (piece, 1, 0))])).values()
+    assert acks.failed == {1}
+    ranks.close()
+
+
+def test_transfer_without_the_pieces_of_all_blocks_fails() -> None:
+    ranks = two_kinds()
+    store = Transfer(1, [1, 2], [0, 1], pieces=[(0, 1)])
+    [acks] = ranks.run(Step(ranks.memory, stores=[store])).values()
+    assert acks.failed == {1}
+    ranks.close()
+
+
+def test_rank_without_a_group_acks_its_copies_and_changes_nothing() -> None:
+    """A pipeline stage may have no layer of a group."""
+    stages = {(0, 0): two_kinds(), (1, 0): two_kinds()}
+    first, last = (stage.workers[0, 0].shard() for stage in stages.values())
+    assert first is not None
+    assert last is not None
+    config = stages[1, 0].config
+    emptied = next(
+        at for at, group in enumerate(config.kv_cache_groups) if "full0" in group.layer_names
+    )
+    config.kv_cache_groups[emptied].layer_names = []
+    worker = WorkerSide(config, (1, 0), 1)
+    worker.register(stages[1, 0].caches[0, 0].caches)
+    last = worker.shard()
+    assert last is not None
+    assert last.nbytes[emptied] == 0
+    cut = cut_blocks({(0, 0): first, (1, 0): last}, kept_groups(stages[0, 0].config))
+    [piece] = (at for at, each in enumerate(cut.pieces) if each.member == emptied)
+    slab = Slab.create(2, slot_nbytes_for(cut.slot_nbytes))
+    memory = SlabShards(slab.descriptor, cut.pieces)
+    before = stages[1, 0].caches[0, 0].memory.clone()
+    load = transfer(1, (piece, 3, 0), awaited_by="waits")
+    worker.load(Step(memory, loads=[load]))
+    worker.store(Step(memory, stores=[transfer(2, (piece, 3, 1))]))
+    assert worker.take_received() == {"waits"}
+    acks = worker.take_acks()
+    assert acks is not None
+    assert (acks.ranks, acks.failed) == ({1: 1, 2: 1}, set())
+    assert torch.equal(stages[1, 0].caches[0, 0].memory, before)
+    assert not any(slab.view(0))
+    worker.close()
+    slab.close()
+    for stage in stages.values():
+        stage.close()
+
+
+def test_replica_stores_nothing_and_loads_what_its_owner_stored() -> None:
+    ranks = two_kinds(ranks=2, replicated=True)
+    owner, replica = ranks.caches.values()
+    replica.memory.random_(0, 256)  # as if it had computed other bytes
+    pieces = pieces_of(ranks, "all")
+    acks = ranks.run(Step(ranks.memory, stores=[transfer(1, *((at, 3, 0) for at in pieces))]))
+    assert all((each.ranks, each.failed) == ({1: 1}, set()) for each in acks.values())
+    assert acks[0, 1].seconds == {1: 0.0}
+    loads = [transfer(2, *((at, 5, 0) for at in pieces), awaited_by="waits")]
+    ranks.run(Step(ranks.memory, loads=loads))
+    member = ranks.cut.pieces[pieces[0]].member
+    assert replica.block_bytes(member, 5) == owner.block_bytes(member, 3)
+    assert owner.block_bytes(member, 5) == owner.block_bytes(member, 3)
+    ranks.close()
+
+
+def test_register_ignores_aliases_of_layers_of_all_groups() -> None:
+    """Layers that share the KV cache of another layer are registered under names of their own."""
+    ranks = two_kinds()
+    worker = WorkerSide(ranks.config, (0, 0), 1)
+    caches = ranks.caches[0, 0].caches
+    worker.register(caches | {"alias": caches["window1"], "other alias": caches["full0"]})
+    shard, without = worker.shard(), ranks.workers[0, 0].shard()
+    assert shard is not None
+    assert without is not None
+    assert (shard.nbytes, shard.format_id) == (without.nbytes, without.format_id)
+    ranks.close()
+
+
+def test_register_layer_with_several_tensors_raises() -> None:
+    ranks = two_kinds()
+    worker = WorkerSide(ranks.config, (0, 0), 1)
+    caches: dict[str, Any] = dict(ranks.caches[0, 0].caches)
+    caches["full1"] = [caches["full1"], caches["full1"]]
+    with pytest.raises(RuntimeError, match="KV cache of layer full1 is 2 tensors"):
+        worker.register(caches)
+    ranks.close()
+
+
+def test_register_state_in_a_view_of_its_padded_page_copies_the_state_alone() -> None:
+    ranks = Ranks(layers(state=(3, state()), full=(1, full())))
+    caches = ranks.caches[0, 0].caches
+    for name in list(caches):
+        if name.startswith("state"):
+            stride = caches[name].stride(0)
+            caches[name] = caches[name].as_strided((BLOCKS, stride), (stride, 1))
+    worker = WorkerSide(ranks.config, (0, 0), 1)
+    worker.register(caches)
+    shard = worker.shard()
+    assert shard is not None
+    unpadded = [ranks.caches[0, 0].unpadded_nbytes(at) for at in range(len(shard.nbytes))]
+    assert list(shard.nbytes) == unpadded
+    ranks.close()
+
+
+def test_device_that_vllm_writes_before_the_fence_waits_for_stores_in_their_step() -> None:
+    """vLLM's second model runner zeroes the new blocks of a step before it calls the connector."""
+    for seed in range(10):
+        device = ReorderingDevice(Random(seed))
+        ranks = Ranks(layers(state=(2, state()), full=(1, full())), device=device)
+        [worker], [caches] = ranks.workers.values(), ranks.caches.values()
+        stored = caches.block_bytes(0, 3)
+        piece = next(at for at, each in enumerate(ranks.cut.pieces) if each.member == 0)
+        step = Step(ranks.memory, stores=[transfer(1, (piece, 3, 0))])
+        worker.load(step)
+        worker.store(step)
+        device.engine_stream().queue.append(caches.memory.zero_)
+        device.drain()
+        where = ranks.cut.pieces[piece].ranks[0, 0]
+        view = bytes(ranks.slab.view(0))[where.offset : where.offset + where.end - where.begin]
+        assert view == stored[where.begin : where.end]
+        ranks.close()
