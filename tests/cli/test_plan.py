@@ -240,6 +240,16 @@ def test_plan_of_states_counts_one_for_a_prefix_and_one_for_each_chunk(
         assert part in out
 
 
+def test_plan_of_chunks_counts_the_blocks_that_a_request_can_need(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "llama-4-scout", *POD, "--prefix-tokens", "20000", "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["resume_blocks"] == [1250, 226]  # 20,000 - 2 * 8,192 tokens
+    assert found["stored_blocks"] == [1250, 1248]  # less the last one of two chunks
+
+
 def test_plan_of_unknown_layers_ends_with_code_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

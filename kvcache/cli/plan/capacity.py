@@ -69,9 +69,12 @@ class CacheSizes:
         stored = []
         for group in self.groups:
             step = group.block_tokens
+            end = tokens // step * step
             if group.needs.kind == "state":
                 step = max(step, chunk_tokens // step * step)
-            stored.append(-(-(tokens // group.block_tokens * group.block_tokens) // step))
+            # No request needs the last block of a chunk: after it, the next chunk begins.
+            unused = end // group.needs.tokens if group.needs.kind == "chunk" else 0
+            stored.append(-(-end // step) - unused)
         return stored
 
     def nbytes(self, blocks: Sequence[int]) -> int:
