@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvcache.connectors.vllm.compat import host_name, replica_of
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Rank, Shard, SlabShards
-from kvcache.connectors.vllm.pieces import cut_blocks
+from kvcache.connectors.vllm.pieces import BlockCut, cut_blocks
 from kvcache.keys import namespace
 from kvcache.slab import Slab
 from kvcache.stack import Stack
@@ -81,12 +81,27 @@ def open_sharded_stack(
     )
     slab = stack.front.slab.descriptor
     Slab.attach(slab).close()  # raises now, at start, what every worker would raise later
-    log.info(
-        "kvcache: connector: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
-        stack.profile,
-        slab.slots * slab.slot_nbytes / 2**30,
-        slab.slots,
-        groups[0].block_tokens,
-        cut.slot_nbytes,
-    )
+    _log_capacity(stack, groups, cut)
     return stack, SlabShards(slab, cut.pieces), cut.parts
+
+
+def _log_capacity(stack: Stack, groups: Sequence[KeptGroup], cut: BlockCut) -> None:
+    """Log how many blocks L1 holds, and which groups of layers they are of."""
+    slab = stack.front.slab.descriptor
+    gib = slab.slots * slab.slot_nbytes / 2**30
+    if cut.parts == (1,):
+        log.info(
+            "kvcache: connector: profile %s, L1 of %.1f GiB: %d blocks of %d tokens, %d bytes each",
+            stack.profile, gib, slab.slots, groups[0].block_tokens, cut.slot_nbytes,
+        )  # fmt: skip
+        return
+    kinds = [
+        f"{group.needs.kind}{f' {group.needs.tokens}' if group.needs.tokens else ''}: {nbytes} "
+        f"bytes for {group.block_tokens} tokens in {parts} slot{'s' if parts > 1 else ''}"
+        for group, nbytes, parts in zip(groups, cut.group_nbytes, cut.parts, strict=True)
+    ]
+    log.info(
+        "kvcache: connector: profile %s, L1 of %.1f GiB: %d slots of %d bytes; blocks by group of "
+        "layers: %s",
+        stack.profile, gib, slab.slots, cut.slot_nbytes, "; ".join(kinds),
+    )  # fmt: skip

@@ -9,13 +9,22 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import KeptGroup, groups_refusal, kept_groups
+from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.request_keys import RequestKeys
+from kvcache.connectors.vllm.scheduler import SchedulerSide
 from kvcache.resume import Needs
 from tests.support.group_hooks import needs_group_hooks
-from tests.support.played_engine import BLOCK, Request, cache_config, full_attention
+from tests.support.played_engine import (
+    BLOCK,
+    Request,
+    cache_config,
+    engine_config,
+    full_attention,
+)
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, needs_group_hooks]
 
 WINDOW = 2 * BLOCK
 
@@ -176,3 +185,18 @@ def test_request_keys_without_a_chain_have_no_parents() -> None:
     request: Any = SimpleNamespace(block_hashes=[b"a", b"b"])
     assert keys.parents(request, groups[0], [0, 1]) == [None, None]
     assert keys.parts_of(request, groups[0], 0, 2) == [b"a", b"b"]
+
+
+def test_open_logs_the_slots_that_a_block_of_each_group_takes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "1MiB")
+    caplog.set_level("INFO")
+    cache = cache_config(full_attention(), *[window()] * 5)
+    side = SchedulerSide(engine_config(1), cache, {})
+    side.open({(0, 0): Shard((8192,) * 6, host_name(), "form")})
+    side.close()
+    assert caplog.messages[-1].endswith(
+        "128 slots of 8192 bytes; blocks by group of layers: all: 8192 bytes for 32 tokens in 1 "
+        "slot; window 64: 40960 bytes for 32 tokens in 5 slots"
+    )

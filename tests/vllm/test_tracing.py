@@ -13,8 +13,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 pytest.importorskip("vllm")
 
 from kvcache import telemetry
+from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Acks, Step
+from kvcache.connectors.vllm.tracing import RequestSpans
 from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.resume import Needs
 from tests.support.played_engine import BLOCK, SHARD, PlayedEngine, Request, opened
 from tests.support.recording_worker import RecordingCopier
 from tests.support.recording_worker import side as worker_side
@@ -114,6 +117,20 @@ def test_request_without_a_caller_is_a_trace_of_its_own(
     assert len(traces) == 2
     admitted = [event.name for event in second.span_named("kvcache.load").events]
     assert admitted == ["kvcache.request.admitted"]
+
+
+def test_request_span_has_the_tokens_of_groups_that_need_fewer_than_the_hit(
+    exported: InMemorySpanExporter,
+) -> None:
+    needs = (Needs("all"), Needs("window", 2 * BLOCK), Needs("state"), Needs("window", 1 << 20))
+    groups = [KeptGroup(at, (at,), rule, BLOCK, 1, BLOCK) for at, rule in enumerate(needs)]
+    spans, request = RequestSpans("model"), Request("a", 9 * BLOCK)
+    spans.start(request)
+    spans.admit(request, 6 * BLOCK, 2 * BLOCK, groups)
+    spans.finish(request)
+    found = Trace(exported).attributes("kvcache.request")
+    named = {name: of for name, of in found.items() if "token.group" in name}
+    assert named == {"kvcache.token.group.window": 2 * BLOCK - 1, "kvcache.token.group.state": 1}
 
 
 @pytest.mark.parametrize("how", ["trace_headers", "kv_transfer_params"])
