@@ -192,7 +192,7 @@ def test_open_logs_the_slots_that_a_block_of_each_group_takes(
 ) -> None:
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", "1MiB")
     caplog.set_level("INFO")
-    cache = cache_config(full_attention(), *[window()] * 5)
+    cache = cache_config(full_attention(), *[window()] * 5, hash_block_size=BLOCK)
     side = SchedulerSide(engine_config(1), cache, {})
     side.open({(0, 0): Shard((8192,) * 6, host_name(), "form")})
     side.close()
