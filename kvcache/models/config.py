@@ -164,20 +164,31 @@ def model_of(name: str, config: Mapping[str, Any], given: Mapping[str, int]) -> 
     Raises:
         ValueError: numbers are missing or wrong, or a kind of layers is not known.
     """
-    kind, several = config.get("model_type"), _several_kinds(config)
+    kind, several = str(config.get("model_type")), _several_kinds(config)
     heads = _number(config, _HEADS)
     dtype, warnings = _dtype(config)
     if kind in FAMILIES and (several or kind not in _UNIFORM_WITHOUT_WINDOW):
         if given:
             options = ", ".join(f"--{option.replace('_', '-')}" for option in given)
             raise ValueError(f"{options} cannot be set: the model has layers of several kinds")
-        return Model(name, tuple(FAMILIES[kind](config)), heads, dtype, warnings)
+        return Model(name, _kinds_of_family(kind, config), heads, dtype, warnings)
     if several:
+        name_of_type = excerpt(repr(config.get("model_type")))
         raise ValueError(
-            f"the model {several}, and plan does not know its model_type {excerpt(repr(kind))}; "
-            f"plan knows such layers of {', '.join(FAMILIES)}"
+            f"the model {several}, and plan does not know its model_type {name_of_type}; plan "
+            f"knows such layers of {', '.join(FAMILIES)}"
         )
     return Model(name, (_uniform(config, given, heads),), heads, dtype, warnings)
+
+
+def _kinds_of_family(family: str, config: Mapping[str, Any]) -> tuple[Layers, ...]:
+    try:
+        kinds = tuple(kind for kind in FAMILIES[family](config) if kind.layers)
+    except (AttributeError, TypeError, LookupError, StopIteration) as error:
+        raise ValueError(f"it is not a configuration of a {family} model ({error!r})") from error
+    if not kinds:
+        raise ValueError("the model has no layers that keep anything")
+    return kinds
 
 
 def _several_kinds(config: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvcache.models.layers import AttentionLayers, Layers, StateLayers
-from kvcache.models.values import excerpt, number, numbers
+from kvcache.models.values import MAX_LAYERS, excerpt, number, numbers, positive
 from kvcache.resume import Needs
 
 Config = Mapping[str, Any]
@@ -26,9 +26,13 @@ _SCALED_ELEMENTS = 128  # elements of an index key that share a scale of 4 bytes
 def _attention(config: Config, layers: int, needs: Needs) -> AttentionLayers:
     """Return layers with one key and one value for each head, of the same size."""
     heads = number(config, "num_attention_heads", 0)
-    kv_heads = number(config, "num_key_value_heads", heads or None)
     default = number(config, "hidden_size", 0) // heads if heads else None
-    return AttentionLayers(layers, kv_heads, 2 * number(config, "head_dim", default), needs)
+    kv_heads = positive(config, "num_key_value_heads", heads or None)
+    return AttentionLayers(layers, kv_heads, 2 * positive(config, "head_dim", default), needs)
+
+
+def _total(config: Config) -> int:
+    return positive(config, "num_hidden_layers", most=MAX_LAYERS)
 
 
 def _kinds(config: Config, default: Callable[[int], bool], other: str) -> list[bool]:
@@ -36,7 +40,7 @@ def _kinds(config: Config, default: Callable[[int], bool], other: str) -> list[b
 
     `layer_types` lists the layers; without it, `default` decides for the number of a layer.
     """
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     types = _listed(config, "layer_types", total)
     _check_known("layer_types", types, ("full_attention", other))
     return [kind == "full_attention" for kind in types] or [default(n) for n in range(total)]
@@ -57,12 +61,12 @@ def _check_known(key: str, given: Iterable[object], known: Iterable[str]) -> Non
 
 def _every(config: Config, key: str, default: int) -> Callable[[int], bool]:
     """Return a rule by which the last of each `key` layers is full attention."""
-    (interval,) = numbers(config, **{key: default})
+    interval = positive(config, key, default)
     return lambda layer: (layer + 1) % interval == 0
 
 
 def _window(config: Config, default: int | None, more: int = 0) -> Needs:
-    return Needs("window", number(config, "sliding_window", default) + more)
+    return Needs("window", positive(config, "sliding_window", default) + more)
 
 
 def _with_window(config: Config, full: Sequence[bool], window: Needs) -> list[Layers]:
@@ -98,7 +102,7 @@ def _gemma4(config: Config) -> list[Layers]:
     full = _kinds(config, _every(config, "sliding_window_pattern", 6), "sliding_attention")
     full[-1:] = [True]  # vLLM computes the last layer with full attention
     own = _own(config, full, 0)
-    everything = config | _full_attention_of_gemma4(config, full.index(True))
+    everything = {**config, **_full_attention_of_gemma4(config, full.index(True))}
     return [
         _attention(everything, sum(own), Needs("all")),
         _attention(config, len(own) - sum(own), _window(config, 512)),
@@ -117,7 +121,7 @@ def _full_attention_of_gemma4(config: Config, layer: int) -> dict[str, Any]:
 
 
 def _gpt_oss(config: Config) -> list[Layers]:
-    total = number(config, "num_hidden_layers")  # vLLM does not read layer_types here
+    total = _total(config)  # vLLM does not read layer_types here
     full = [layer % 2 == 1 for layer in range(total)]
     return _with_window({"head_dim": 64, **config}, full, _window(config, 128))
 
@@ -128,18 +132,18 @@ def _cohere2(config: Config) -> list[Layers]:
 
 
 def _llama4(config: Config) -> list[Layers]:
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     every = _every(config, "no_rope_layer_interval", 4)
     rope = _listed(config, "no_rope_layers", total)
     full = [not flag for flag in rope] or [every(layer) for layer in range(total)]
     if config.get("attention_chunk_size", 8192) is None:
         full = [True] * total
-    chunk = number(config, "attention_chunk_size", 8192)
+    chunk = positive(config, "attention_chunk_size", 8192)
     return _with_window({"head_dim": 128, **config}, full, Needs("chunk", chunk))
 
 
 def _mistral(config: Config) -> list[Layers]:
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     window = number(config, "sliding_window", 0)
     if config.get("use_sliding_window") is False:
         window = 0
@@ -185,7 +189,7 @@ def _lfm2(config: Config) -> list[Layers]:
 
 
 def _jamba(config: Config) -> list[Layers]:
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     period, offset, size, kernel, expand = numbers(
         config,
         attn_layer_period=8,
@@ -230,7 +234,7 @@ def _pattern(config: Config) -> tuple[int, int]:
 
 
 def _granite(config: Config) -> list[Layers]:
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     types = _listed(config, "layer_types", total) or _listed(config, "layers_block_type", total)
     _check_known("layer_types", types, ("attention", "mamba", *_STANDARD))
     full = sum(kind in ("attention", "full_attention") for kind in types)
@@ -251,7 +255,7 @@ def _granite(config: Config) -> list[Layers]:
 
 def _falcon_h1(config: Config) -> list[Layers]:
     """Return the layers of Falcon-H1: each is attention and Mamba side by side."""
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     heads, groups, size, kernel, expand = numbers(
         config,
         mamba_n_heads=128,
@@ -260,9 +264,9 @@ def _falcon_h1(config: Config) -> list[Layers]:
         mamba_d_conv=4,
         mamba_expand=2,
     )
-    channels = config.get("mamba_d_ssm", 1024)
-    if channels is None:
-        channels = expand * number(config, "hidden_size")
+    channels = expand * number(config, "hidden_size")
+    if config.get("mamba_d_ssm", 0) is not None:
+        channels = number(config, "mamba_d_ssm", 1024)
     recurrent = heads * _head_dim(config, channels // heads)
     states = _mamba2(total, channels, groups, recurrent, size, kernel)
     return [_attention(config, total, Needs("all")), states]
@@ -291,7 +295,7 @@ def _mamba2(
 
 def _deepseek(config: Config) -> list[Layers]:
     """Return the layers of multi-head latent attention, and of the indexers beside them."""
-    total = number(config, "num_hidden_layers")
+    total = _total(config)
     latent = number(config, "kv_lora_rank") + number(config, "qk_rope_head_dim")
     layers: list[Layers] = [AttentionLayers(total, 1, latent, Needs("all"), shared=True)]
     if config.get("index_topk") is not None:

@@ -9,15 +9,19 @@ from kvcache.secrets import escape_unprintable
 
 MAX_NUMBER = 1 << 32
 """The largest number that a configuration or an option may have."""
+MAX_LAYERS = 1 << 16
+"""The most layers that a configuration may have."""
 
 _MESSAGE_LENGTH = 200  # characters of a value in a message
 
 
-def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def number(
+    config: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_NUMBER
+) -> int:
     """Return a whole number of the configuration; without it, the default.
 
     Raises:
-        ValueError: it is not a whole number in the limits, or missing without a default.
+        ValueError: it is not a whole number up to `most`, or missing without a default.
     """
     if (value := config.get(key)) is None:
         if default is None:
@@ -25,22 +29,27 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
         return default
     if type(value) is not int or value < 0:
         raise ValueError(f"{key} is {excerpt(repr(value))}, not one whole number for all layers")
-    if value > MAX_NUMBER:
-        raise ValueError(f"{key} is {value}; it is at most {MAX_NUMBER}")
+    if value > most:
+        raise ValueError(f"{key} is {value}; it is at most {most}")
+    return value
+
+
+def positive(
+    config: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_NUMBER
+) -> int:
+    """Return a `number` that is above 0.
+
+    Raises:
+        ValueError: it is not such a number, or missing without a default.
+    """
+    if not (value := number(config, key, default, most)):
+        raise ValueError(f"{key} is 0; it must be above 0")
     return value
 
 
 def numbers(config: Mapping[str, Any], **defaults: int) -> list[int]:
-    """Return a positive whole number for each key, in order.
-
-    Raises:
-        ValueError: one of them is not a positive whole number.
-    """
-    found = [number(config, key, default) for key, default in defaults.items()]
-    for key, value in zip(defaults, found, strict=True):
-        if not value:
-            raise ValueError(f"{key} is 0; it must be above 0")
-    return found
+    """Return a `positive` number for each key, in order."""
+    return [positive(config, key, default) for key, default in defaults.items()]
 
 
 def excerpt(value: object) -> str:

@@ -1,10 +1,13 @@
 """Models: layers and KV cache groups from configurations; tests/vllm compares them with vLLM."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcache.models import PRESETS, preset, read_model
 from kvcache.models.config import model_of
@@ -142,6 +145,35 @@ def test_states_that_ranks_cannot_divide_are_refused(name: str) -> None:
     config = PRESETS[name] | {"num_attention_heads": 96, "num_key_value_heads": 96}
     with pytest.raises(ValueError, match="3 ranks cannot divide the state of a layer"):
         model_of("a model", config, {}).groups(ranks=3)
+
+
+broken = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.just(1 << 60),
+    st.text(max_size=3),
+    st.lists(st.sampled_from(["full_attention", 1, None, {}]), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(0, 3), max_size=2),
+)  # fmt: skip
+KEYS = sorted({key for config in [*PRESETS.values(), GEMMA_4] for key in config} - {"model_type"})
+MORE_KEYS = (
+    "per_layer_config", "layer_types", "layers_block_type", "hybrid_override_pattern",
+    "no_rope_layers", "mamba_d_ssm", "mamba_d_head", "mamba_n_heads", "n_groups", "hidden_size",
+    "mamba_ssm_cache_dtype", "sliding_window_pattern",
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from([*FAMILIES, "llama"]),
+    st.sampled_from([*PRESETS.values(), GEMMA_4]),
+    st.dictionaries(st.sampled_from([*KEYS, *MORE_KEYS]), broken, max_size=4),
+    st.integers(1, 9),
+)
+def test_broken_configuration_is_a_model_or_a_value_error(
+    family: str, config: dict[str, Any], changes: dict[str, Any], ranks: int
+) -> None:
+    with suppress(ValueError):
+        model = model_of("a model", {**config, "model_type": family, **changes}, {})
+        assert model.description()
+        assert all(group.block_nbytes >= 0 for group in model.groups(ranks=ranks))
 
 
 def test_preset_that_does_not_exist_lists_the_known_ones() -> None:
