@@ -190,15 +190,16 @@ class Index:
     def reserve(self, keys: Sequence[bytes], parent: bytes | None) -> tuple[list[int], list[int]]:
         """Make the absent ones of ``keys`` FILLING; the leading ones if there is no room for all.
 
-        Returns:
-            the positions in ``keys`` that got a slot, and their slots.
+        Returns the positions in ``keys`` that got a slot, and their slots.
         """
+        first_slots = self.segments.first_slots
         keys = tuple(keys)
-        absent = self.segments.absent(keys)
+        absent: Sequence[int] = range(len(keys))
+        if len(set(keys)) < len(keys) or not first_slots.keys().isdisjoint(keys):
+            absent = self.segments.find_absent(keys)
         if len(self._free) < len(absent):
-            first_slots, first = self.segments.first_slots, absent[0]
-            before = keys[first - 1] if first else parent
-            new = tuple(keys[at] for at in absent)
+            before = keys[absent[0] - 1] if absent[0] else parent
+            new = keys if len(absent) == len(keys) else tuple(keys[at] for at in absent)
             # Spare the parent, which gets a child, and the blocks of this request.
             spared = [] if before is None else [before]
             spared += [key for key in keys if key in first_slots] if len(new) < len(keys) else []
@@ -262,29 +263,30 @@ class Index:
 
     def _fill(self, keys: Keys, parent: bytes | None, absent: Sequence[int]) -> list[int]:
         """Make the blocks at ``absent`` positions FILLING in free slots, and return these."""
-        count = len(absent)
-        if not count:
+        if not (count := len(absent)):
             return []
         slots = tuple(self._free[: -count - 1 : -1])
         del self._free[-count:]
-        self.segments.add_at(keys, absent, slots, parent)
+        if count == len(keys):
+            self.segments.add(keys, slots, parent)
+        else:
+            self.segments.add_at(keys, absent, slots, parent)
         return list(slots)
 
     def _make_room(
         self, new: Keys, parent: bytes | None, spared: Collection[bytes], *, can_evict: bool
     ) -> int:
         """Evict blocks, but none of ``spared``; return how many leading ``new`` blocks fit."""
-        segments = self.segments
         admitted = self._policy.admit(new, parent) if self.admission else len(new)
         need = admitted - len(self._free)
         if need > 0 and can_evict:
             for key in spared:
-                segments.add_child(key)
+                self.segments.add_child(key)
             try:
                 self._evict(need)
             finally:
                 for key in spared:
-                    segments.remove_child(key)
+                    self.segments.remove_child(key)
         room = min(admitted, len(self._free))
         self.declined_blocks += len(new) - room
         return room

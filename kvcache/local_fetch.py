@@ -67,7 +67,8 @@ class LocalFetcher:
         span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
         found, lease = pin_resume(self._front, groups, own, top, step)
         self._timer.record("lookup", self._clock() - begun)
-        self._spans.end_lookup(span, Match(found.asked, 0, len(lease)), found.tokens - own)
+        asked = found.asked if span.is_recording() else ()
+        self._spans.end_lookup(span, Match(asked, 0, len(lease)), found.tokens - own)
         if lease.keys:
             span = telemetry.start_span(telemetry.LOAD, context)
             lease = self._leases.begin_load(lease, len(lease), span)

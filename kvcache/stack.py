@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Literal, TypeVar
 
 from opentelemetry.context import Context
@@ -235,8 +234,11 @@ class Stack(Closeable):
             parent: the key that ``keys[0]`` continues; ``None`` for the first block of a chain.
             context: the parent of the span; ``None`` for the current span.
         """
-        reserve = partial(self.front.reserve, keys, parent)
-        return self._leases.begin_store(reserve, [(keys, parent)], context)
+        namespaces = self.lower.namespaces
+        lease = self.front.reserve(keys, parent)
+        if not lease.keys:
+            return lease
+        return self._leases.begin_store(lease, [(keys, parent)], namespaces, context)
 
     def reserve_branches(
         self,
@@ -256,8 +258,13 @@ class Stack(Closeable):
         Returns:
             one lease; its positions are those in the concatenated keys of all segments.
         """
-        reserve = partial(self.front.reserve_branches, chains, sides)
-        return self._leases.begin_store(reserve, [*chains, *sides], context)
+        if len(chains) == 1 and not sides:
+            return self.reserve(*chains[0], context=context)
+        namespaces = self.lower.namespaces
+        lease = self.front.reserve_branches(chains, sides)
+        if not lease.keys:
+            return lease
+        return self._leases.begin_store(lease, [*chains, *sides], namespaces, context)
 
     def hint(
         self,

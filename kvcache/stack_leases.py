@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Span
@@ -51,19 +51,24 @@ class StackLeases:
         return lease
 
     def begin_store(
-        self, reserve: Callable[[], Lease], branches: Sequence[Branch], context: Context | None
+        self,
+        lease: Lease,
+        branches: Sequence[Branch],
+        namespaces: Sequence[bytes],
+        context: Context | None,
     ) -> Lease:
-        """Call ``reserve``, which lends slots for ``branches``; return its lease.
+        """Return ``lease``, on slots that were reserved for blocks of ``branches``.
 
         The end of the lease queues its blocks for write-behind, and ends the span of the store.
+
+        Args:
+            lease: the lease, which is not empty.
+            branches: the segments.
+            namespaces: those of the lower tiers before the blocks were reserved. A ``clear`` since
+                then has replaced them, and the blocks must not be written under the new ones.
+            context: the parent of the span.
         """
         tiers = self._lower.tiers
-        # Read before reserving: a ``clear`` in between replaces the namespaces, and these blocks
-        # must not be written under the new ones.
-        namespaces = [lower.namespace for lower in tiers]
-        lease = reserve()
-        if not lease.keys:
-            return lease
         span = telemetry.start_span(telemetry.STORE, context)
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
@@ -73,7 +78,7 @@ class StackLeases:
                 stored = {key: parents[at] for key, at in pairs if key not in failed}
                 for lower, namespace in zip(tiers, namespaces, strict=True):
                     lower.write_behind.enqueue_stored(stored, namespace, span)
-            requested = sum(len(keys) for keys, _ in branches)
+            requested = sum([len(keys) for keys, _ in branches])
             self._spans.end_lease(span, telemetry.STORED, requested, lease, failed)
 
         lease.span = span

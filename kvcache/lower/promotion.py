@@ -89,6 +89,11 @@ class LowerTiers:
         """Whether any lower tier would be called now."""
         return any(tier.channel.accepts_calls for tier in self.tiers)
 
+    @property
+    def namespaces(self) -> list[bytes]:
+        """The namespace of each lower tier."""
+        return [tier.namespace for tier in self.tiers]
+
     def submit(self, call: Callable[..., T], *arguments: object) -> Future[T]:
         """Run ``call`` in a thread that may wait for tiers; cancelled after ``close``."""
         return self._waiters.submit(call, *arguments)
