@@ -8,8 +8,8 @@ from math import lcm
 from opentelemetry.context import Context
 
 from kvcache.hints import check_hint
-from kvcache.prefetch import Prefetcher
 from kvcache.resume import FrontLookup, GroupKeys, SideSearch, longest_resume
+from kvcache.stack.prefetch import Prefetcher
 from kvcache.tier import FrontTier
 
 

@@ -13,7 +13,7 @@ from kvcache import telemetry
 from kvcache.lower.promotion import LowerTiers, Match
 from kvcache.lower.resume_promotion import ResumePromotion
 from kvcache.resume import FrontLookup, GroupKeys
-from kvcache.stack_spans import StackSpans
+from kvcache.stack.spans import StackSpans
 from kvcache.tier import FrontTier
 
 

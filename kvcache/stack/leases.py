@@ -11,7 +11,7 @@ from opentelemetry.trace import Span
 from kvcache import telemetry
 from kvcache.keys import Branch, parents_of
 from kvcache.lower.promotion import LowerTiers
-from kvcache.stack_spans import StackSpans
+from kvcache.stack.spans import StackSpans
 from kvcache.tier import Lease
 
 

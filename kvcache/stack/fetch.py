@@ -11,8 +11,8 @@ from opentelemetry.trace import Span
 from kvcache import metrics, telemetry
 from kvcache.lower.promotion import Match
 from kvcache.resume import GroupKeys, Resume, chain_resume, pin_resume
-from kvcache.stack_leases import StackLeases
-from kvcache.stack_spans import StackSpans
+from kvcache.stack.leases import StackLeases
+from kvcache.stack.spans import StackSpans
 from kvcache.tier import FrontTier, Lease
 
 

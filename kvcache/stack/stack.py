@@ -27,16 +27,16 @@ from kvcache.closeable import Closeable
 from kvcache.events import BlockEventLog
 from kvcache.guards.front_tier import guard_front_tier
 from kvcache.keys import Branch
-from kvcache.local_fetch import LocalFetcher
 from kvcache.lower.promotion import LowerTiers, Match
 from kvcache.lower.tier import LowerTier
-from kvcache.prefetch import Prefetcher
 from kvcache.process import bind_to_process
 from kvcache.replay.recorder import NULL_RECORDER, Recorder, guard_recorder
 from kvcache.resume import GroupKeys, Resume
-from kvcache.stack_hints import StackHints
-from kvcache.stack_leases import StackLeases
-from kvcache.stack_spans import StackSpans
+from kvcache.stack.fetch import LocalFetcher
+from kvcache.stack.hints import StackHints
+from kvcache.stack.leases import StackLeases
+from kvcache.stack.prefetch import Prefetcher
+from kvcache.stack.spans import StackSpans
 from kvcache.stats import StackStats, TierName
 from kvcache.tier import FrontTier, Lease
 
