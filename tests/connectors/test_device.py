@@ -22,6 +22,7 @@ from kvcache.connectors.transfer.device import DeviceCopier
 from tests.support.reordering_device import ReorderingDevice
 
 LAYERS, PAGE, BLOCKS, SLOTS = 4, 8, 5, 4
+FIRST_LAYERS = (0, 2)  # of a block, for each geometry: all layers, or the last two
 ACTIONS = ["gather", "scatter", "background_load", "forward", "overwrite", "read", "work"]
 
 
@@ -35,16 +36,20 @@ class Simulation:
         self.pages = rng.integers(0, 256, (LAYERS, BLOCKS, PAGE), dtype=np.uint8)
         self.slab = rng.integers(0, 256, (SLOTS, LAYERS, PAGE), dtype=np.uint8)
         self.expected_pages, self.expected_slab = self.pages.copy(), self.slab.copy()
-        geometry = CopyGeometry(
-            [
-                BlockRun(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
-                for number, layer in enumerate(self.pages)
-            ],
-            slab_address=self.slab.ctypes.data,
-            slots=SLOTS,
-            slot_nbytes=LAYERS * PAGE,
-        )
-        self.copier = DeviceCopier(geometry, device=self.device)
+        runs = [
+            BlockRun(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
+            for number, layer in enumerate(self.pages)
+        ]
+        geometries = [
+            CopyGeometry(
+                runs[first:],
+                slab_address=self.slab.ctypes.data,
+                slots=SLOTS,
+                slot_nbytes=LAYERS * PAGE,
+            )
+            for first in FIRST_LAYERS
+        ]
+        self.copier = DeviceCopier(*geometries, device=self.device)
         self.copies: list[tuple[Copy, list[int]]] = []  # with the slots that they use
         self.background_loads: list[tuple[Copy, list[int]]] = []  # with the blocks that they write
         self.unreached: set[int] = set()  # announced layers that the engine has not waited for
@@ -68,13 +73,19 @@ class Simulation:
         written = {block for _, blocks in self.background_loads for block in blocks}
         return [block for block in range(BLOCKS) if block not in written]
 
+    def random_geometries(self, count: int) -> list[tuple[int, int]]:
+        """Return a geometry for each of so many blocks, as the copier takes them."""
+        return [(self.random.randrange(len(FIRST_LAYERS)), 1) for _ in range(count)]
+
     def gather(self) -> None:
         usable = self.usable_blocks()
         slots = self.sample(self.free_slots()) if usable else []
         blocks = [self.random.choice(usable) for _ in slots]
-        for block, slot in zip(blocks, slots, strict=True):
-            self.expected_slab[slot] = self.expected_pages[:, block]
-        self.copies.append((self.copier.gather(blocks, slots), slots))
+        geometries = self.random_geometries(len(slots))
+        for block, slot, (geometry, _) in zip(blocks, slots, geometries, strict=True):
+            first = FIRST_LAYERS[geometry]
+            self.expected_slab[slot, : LAYERS - first] = self.expected_pages[first:, block]
+        self.copies.append((self.copier.gather(blocks, slots, geometries), slots))
         self.unreached.clear()
 
     def background_load(self) -> None:
@@ -87,9 +98,11 @@ class Simulation:
         free = self.free_slots()
         slots = [self.random.choice(free) for _ in blocks] if free else []
         blocks = blocks[: len(slots)]
-        for block, slot in zip(blocks, slots, strict=True):
-            self.expected_pages[:, block] = self.expected_slab[slot]
-        copy = self.copier.scatter(slots, blocks, awaited=awaited, announced=announced)
+        geometries = self.random_geometries(len(slots))
+        for block, slot, (geometry, _) in zip(blocks, slots, geometries, strict=True):
+            first = FIRST_LAYERS[geometry]
+            self.expected_pages[first:, block] = self.expected_slab[slot, : LAYERS - first]
+        copy = self.copier.scatter(slots, blocks, geometries, awaited=awaited, announced=announced)
         self.copies.append((copy, slots))
         self.unreached.update(announced)
         return blocks
@@ -305,6 +318,32 @@ def test_gather_with_invalid_arguments_raises(
 ) -> None:
     with pytest.raises(error[0], match=error[1]):
         Simulation(0).copier.gather(blocks, slots)
+
+
+@pytest.mark.parametrize(
+    ("geometries", "error"),
+    [
+        ([(0, 1)], (ValueError, "geometries are named for 1 of 2 blocks")),
+        ([(0, 1), (2, 1)], (IndexError, "geometry 2 does not exist: there are 2")),
+        ([(-1, 2)], (IndexError, "geometry -1 does not exist")),
+    ],
+)
+def test_gather_with_invalid_geometries_raises(
+    geometries: list[tuple[int, int]], error: tuple[Any, str]
+) -> None:
+    with pytest.raises(error[0], match=error[1]):
+        Simulation(0).copier.gather([0, 1], [2, 3], geometries)
+
+
+def test_target_may_occur_once_with_each_geometry() -> None:
+    simulation = Simulation(0)
+    simulation.copier.gather([0, 1], [2, 2], [(0, 1), (1, 1)])
+    simulation.copier.scatter([0, 1], [2, 2], [(0, 1), (1, 1)])
+    with pytest.raises(ValueError, match="a slot is the target of two copies"):
+        simulation.copier.gather([0, 1, 3], [2, 2, 2], [(1, 1), (0, 1), (1, 1)])
+    with pytest.raises(ValueError, match="a block is the target of two copies"):
+        simulation.copier.scatter([0, 1], [2, 2], [(1, 2)])
+    simulation.copier.close()
 
 
 def test_scatter_after_close_raises() -> None:
