@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,7 @@ class CompletedCopy:
         return
 
 
-@dataclass(frozen=True, slots=True)
-class CopyRows:
+class CopyRows(NamedTuple):
     """The blocks and slots of a copy that have one geometry. `geometry` is its number."""
 
     geometry: int
@@ -178,19 +177,21 @@ class PageCopier(ABC):
         if (named := sum(count for _, count in pairs)) != len(blocks):
             raise ValueError(f"geometries are named for {named} of {len(blocks)} blocks")
         all_blocks, all_slots = integers(blocks), integers(slots)
-        rows, targets, begin = [], dict[int, set[int]](), 0
+        target_numbers = blocks if target == "block" else slots
+        seen: dict[int, set[int]] = {}  # targets, by geometry
+        rows, begin = [], 0
         for number, count in pairs:
-            _check_numbers("geometry", integers([number]), len(self.geometries))
+            if not 0 <= number < len(self.geometries):
+                _raise_missing("geometry", number, len(self.geometries))
             geometry, end = self.geometries[number], begin + count
             row = CopyRows(number, all_blocks[begin:end], all_slots[begin:end])
             _check_numbers("block", row.blocks, geometry.blocks)
             _check_numbers("slot", row.slots, geometry.slots)
-            seen = targets.setdefault(number, set())
-            earlier = len(seen)
-            seen.update((blocks if target == "block" else slots)[begin:end])
-            if len(seen) - earlier < count:
-                everything = list(blocks if target == "block" else slots)
-                raise ValueError(f"a {target} is the target of two copies: {everything}")
+            targets = set(target_numbers[begin:end])
+            if len(targets) < count or not targets.isdisjoint(seen.get(number, ())):
+                numbers = list(target_numbers)
+                raise ValueError(f"a {target} is the target of two copies: {numbers}")
+            seen[number] = targets | seen[number] if number in seen else targets
             rows.append(row)
             begin = end
         return rows or [CopyRows(0, all_blocks, all_slots)]
@@ -263,8 +264,11 @@ class CopyGeometry:
 
 def _check_numbers(noun: str, numbers: Integers, count: int) -> None:
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
-        invalid = next(number for number in numbers.tolist() if not 0 <= number < count)
-        raise IndexError(f"{noun} {invalid} does not exist: there are {count}, from 0")
+        _raise_missing(noun, next(n for n in numbers.tolist() if not 0 <= n < count), count)
+
+
+def _raise_missing(noun: str, number: int, count: int) -> NoReturn:
+    raise IndexError(f"{noun} {number} does not exist: there are {count}, from 0")
 
 
 def check_shard(offset: int, nbytes: int, slot_nbytes: int) -> None:

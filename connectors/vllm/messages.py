@@ -8,8 +8,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -91,9 +93,11 @@ class Piece:
     ranks: Mapping[Rank, PieceOfRank]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SlabShards:
     """Scheduler to workers: the slab, and the pieces of blocks that its slots hold.
+
+    It is in every step, so each process pickles or unpickles it once.
 
     Attributes:
         pieces: in the order of kept groups, then of parts, then of members.
@@ -101,6 +105,18 @@ class SlabShards:
 
     slab: SlabDescriptor
     pieces: tuple[Piece, ...]
+
+    def __reduce__(self) -> tuple[Callable[[bytes], SlabShards], tuple[bytes]]:
+        return _unpickled_shards, (self._pickled,)
+
+    @cached_property
+    def _pickled(self) -> bytes:
+        return pickle.dumps((self.slab, self.pieces))
+
+
+@lru_cache(maxsize=1)
+def _unpickled_shards(pickled: bytes) -> SlabShards:
+    return SlabShards(*pickle.loads(pickled))
 
 
 @dataclass(frozen=True, slots=True)

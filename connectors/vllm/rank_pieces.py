@@ -16,21 +16,17 @@ Operation = Literal["load", "store"]
 
 @dataclass(slots=True)
 class TransferRows:
-    """What a page copier copies: blocks, as many slots, and the geometry of each."""
+    """What a page copier copies for transfers: blocks, as many slots, and the geometry of each.
+
+    Attributes:
+        geometries: the number of a geometry, and how many of the next blocks have it.
+        nbytes: that are copied for each transfer.
+    """
 
     blocks: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     geometries: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, blocks: list[int], slots: list[int], geometry: int) -> None:
-        """Append blocks of one geometry."""
-        self.blocks += blocks
-        self.slots += slots
-        if self.geometries and self.geometries[-1][0] == geometry:
-            geometry, earlier = self.geometries.pop()
-            self.geometries.append((geometry, earlier + len(blocks)))
-        else:
-            self.geometries.append((geometry, len(blocks)))
+    nbytes: list[int] = field(default_factory=list)
 
 
 class RankPieces:
@@ -81,20 +77,21 @@ class RankPieces:
         """
         rows = TransferRows()
         for transfer in transfers:
-            at = 0
+            at = nbytes = 0
             for number, count in transfer.pieces:
                 begin, at = at, at + count
-                if self._copied_nbytes(number, operation):
-                    blocks, slots = transfer.blocks[begin:at], transfer.slots[begin:at]
-                    rows.add(blocks, slots, self._geometries[number])
+                if piece_nbytes := self._copied_nbytes(number, operation):
+                    rows.blocks += transfer.blocks[begin:at]
+                    rows.slots += transfer.slots[begin:at]
+                    nbytes += count * piece_nbytes
+                    geometry, earlier = self._geometries[number], 0
+                    if rows.geometries and rows.geometries[-1][0] == geometry:
+                        earlier = rows.geometries.pop()[1]
+                    rows.geometries.append((geometry, earlier + count))
             if at != len(transfer.blocks):
                 raise ValueError(f"the pieces of {at} of {len(transfer.blocks)} blocks are named")
+            rows.nbytes.append(nbytes)
         return rows
-
-    def nbytes(self, transfer: Transfer, operation: Operation) -> int:
-        """Return the bytes that this rank copies for a transfer."""
-        pieces = transfer.pieces
-        return sum(count * self._copied_nbytes(number, operation) for number, count in pieces)
 
     def _copied_nbytes(self, number: int, operation: Operation) -> int:
         """Return the bytes that this rank copies for each block with a piece."""

@@ -203,8 +203,8 @@ class WorkerSide:
         try:
             pieces = self._pieces or self._attach(memory)
             started_ns = time.time_ns()
-            copy = self._copy(pieces.rows(transfers, operation), transfers, operation)
-            sizes = [pieces.nbytes(transfer, operation) for transfer in transfers]
+            rows = pieces.rows(transfers, operation)
+            copy = self._copy(rows, transfers, operation)
         except Exception as error:
             blocks = sum(len(transfer.blocks) for transfer in transfers)
             log.exception("kvcache: worker: %s of %d blocks failed", operation, blocks)
@@ -213,8 +213,8 @@ class WorkerSide:
                 failed = _StartedTransfer(transfer, operation, started_ns, ended, 0, 1.0)
                 self._end(failed, error=type(error).__name__)
             return False
-        total = sum(sizes) or 1
-        for transfer, nbytes in zip(transfers, sizes, strict=True):
+        total = sum(rows.nbytes) or 1
+        for transfer, nbytes in zip(transfers, rows.nbytes, strict=True):
             share = nbytes / total
             started = _StartedTransfer(transfer, operation, started_ns, copy, nbytes, share)
             self._started.append(started)
