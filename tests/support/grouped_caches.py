@@ -13,6 +13,8 @@ pytest.importorskip("vllm")
 
 import torch
 
+from tests.support.group_hooks import kv_cache_planning
+
 BLOCK = 32  # tokens
 
 
@@ -124,7 +126,6 @@ def grouped_caches(
     specs: Mapping[str, Any], *, blocks: int = 8, layout: str = "LBHNC"
 ) -> GroupedCaches:
     """Have vLLM make groups of layers with these specs, and allocate random memory for them."""
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
     from vllm.v1.kv_cache_interface import KVCacheLayout
     from vllm.v1.worker.utils import allocate_kv_cache
 
@@ -144,8 +145,9 @@ def grouped_caches(
         speculative_config=None,
         model_config=SimpleNamespace(hf_config=SimpleNamespace()),
     )
-    groups = get_kv_cache_groups(vllm_config, dict(specs))
-    config = get_kv_cache_config_from_groups(vllm_config, groups, 1 << 40)
+    planning = kv_cache_planning()
+    groups = planning.get_kv_cache_groups(vllm_config, dict(specs))
+    config = planning.get_kv_cache_config_from_groups(vllm_config, groups, 1 << 40)
     caches = GroupedCaches(config, allocate_kv_cache(config, torch.device("cpu"), chosen))
     caches.memory.random_(0, 256)
     return caches

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.engine.without_torchvision import stub_torchvision
+from tests.support.group_hooks import kv_cache_planning
 
 BLOCK_TOKENS = 32
 RANKS = (1, 2, 4, 8)
@@ -45,7 +46,6 @@ def describe(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     write_config(config, folder)
     engine = EngineArgs(
@@ -72,7 +72,8 @@ def describe(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             if not getattr(layer, "kv_sharing_target_layer_name", None)
         }
         engine.cache_config.kv_cache_layout = engine.cache_config.kv_cache_layout or "LBNHC"
-        groups = get_kv_cache_groups(engine, {name: spec for name, spec in specs.items() if spec})
+        cached = {name: spec for name, spec in specs.items() if spec}
+        groups = kv_cache_planning().get_kv_cache_groups(engine, cached)
         model = get_model_cls(engine.model_config)
         states = [states_of(model, engine, ranks) for ranks in RANKS]
     return {"groups": kept(groups), "states": states}
