@@ -63,8 +63,7 @@ class Index:
         self.hints = Hints()
         self._may_have_hints = False  # spares the calls to ``hints`` while there are none
         self.admission = True
-        self.lookup_blocks = 0
-        self.hit_blocks = 0
+        self.lookup_blocks = self.hit_blocks = 0
         self.stored_blocks = 0
         self.declined_blocks = 0
         self.failed_blocks = 0
@@ -188,9 +187,9 @@ class Index:
                 self._free.append(slot)
 
     def reserve(self, keys: Sequence[bytes], parent: bytes | None) -> tuple[list[int], list[int]]:
-        """Make the absent ones of ``keys`` FILLING; the leading ones if there is no room for all.
+        """Make the absent ones of ``keys`` FILLING; return their positions and their slots.
 
-        Returns the positions in ``keys`` that got a slot, and their slots.
+        If there is no room for all, these are the leading ones.
         """
         first_slots = self.segments.first_slots
         keys = tuple(keys)
@@ -205,7 +204,8 @@ class Index:
             spared += [key for key in keys if key in first_slots] if len(new) < len(keys) else []
             # Without its parent a block cannot be found, so no block is evicted for it.
             useful = before is None or before in first_slots
-            absent = absent[: self._make_room(new, before, spared, can_evict=useful)]
+            room = self._make_room(new, before, spared, can_evict=useful)
+            absent = absent[:room]
         return list(absent), self._fill(keys, parent, absent)
 
     def reserve_branches(

@@ -2,7 +2,7 @@
 
 1. A queued block is pinned in L1. The queue is bounded, so that a slow tier cannot take over L1.
    Back-pressure never reaches the engine: blocks that do not fit are dropped, the tail of a chain
-   first.
+   and its side blocks first.
 2. Every stored block is written, known to be held already, declined, dropped, or withheld until its
    second use. The counters of these add up to the stored blocks.
 3. A failure of the tier is a decline, never an exception.
@@ -102,9 +102,10 @@ class WriteBehind:
             self.enqueue(parents, namespace, cause)
 
     def enqueue(self, parents: Parents, namespace: bytes, cause: Span) -> None:
-        """Queue the leading blocks for which the queue has room, and drop the others.
+        """Queue the blocks for which the queue has room, and drop the others.
 
-        The arguments are those of :meth:`enqueue_stored`.
+        The queued blocks are the leading ones of the chains, with their side blocks. The arguments
+        are those of :meth:`enqueue_stored`.
         """
         keys = list(parents)
         if not keys:
@@ -126,6 +127,7 @@ class WriteBehind:
                 self._queue_option,
             )  # fmt: skip
         if dropped := len(keys) - queued:
+            keys = _most_useful(parents, queued)
             self._channel.add_counts(dropped_blocks=dropped)
             if cause.is_recording():
                 event: telemetry.Attributes = {
@@ -219,3 +221,18 @@ class WriteBehind:
             self.waiting_blocks -= blocks
             if not self.waiting_blocks:
                 self._queue_empty.notify_all()
+
+
+def _most_useful(parents: Parents, count: int) -> list[bytes]:
+    """Return ``count`` of the keys, in order: the first ones of chains, with their side blocks."""
+    children: dict[bytes | None, list[bytes]] = {}
+    for key, parent in parents.items():
+        children.setdefault(parent if parent in parents else None, []).append(key)
+    # A side block comes after the chain in the store; it is taken right after its parent.
+    chosen: set[bytes] = set()
+    waiting = children.get(None, [])[::-1]
+    while len(chosen) < count:
+        key = waiting.pop()
+        chosen.add(key)
+        waiting += children.get(key, ())
+    return [key for key in parents if key in chosen]

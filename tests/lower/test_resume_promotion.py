@@ -1,14 +1,32 @@
 """Promotion for a resume point: what is read, for which point, and what faults cost."""
 
+from collections.abc import Sequence
+
 import pytest
 
+from kvcache.keys import Branch
 from kvcache.resume import Needs
+from tests.support.failing_parts import FaultyTier
 from tests.support.group_blocks import BLOCK_TOKENS, GroupedRequest, check_resume, put_branches
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 from tests.support.timed_tier import TimedTier
 
 WINDOW, STATE = Needs("window", 6), Needs("state")
+
+
+class BranchRecorder(FaultyTier):
+    """A tier that records the segments of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: list[list[Branch]] = []
+
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        self.stored.append(list(branches))
+        return super().store_branches(branches, blocks)
 
 
 def prefetch(under_test: StackUnderTest, request: GroupedRequest, top: int) -> int | None:
@@ -163,3 +181,59 @@ def test_prefetch_of_a_slow_tier_stops_where_the_fast_one_ends() -> None:
     assert prefetch(under_test, request, 32) == 5
     assert check_resume(under_test.stack, request, 0, 32) == 20
     assert under_test.lower[1].stats().skipped_blocks == 3
+
+
+def test_full_queue_writes_the_first_blocks_of_all_groups() -> None:
+    under_test = StackUnderTest(slots=40)  # the queue holds 10 blocks
+    request = GroupedRequest(WINDOW, STATE)
+    put_branches(under_test.stack, *request.branches(0, 8))
+    assert under_test.stack.flush(LONG)
+    [tier] = under_test.tiers
+    expected = [NAMESPACE + key for group in request.groups for key in group.keys(0, 3)]
+    assert set(tier.held) == {*expected, NAMESPACE + request.key(0, 3)}
+    under_test.front.clear()
+    assert prefetch(under_test, request, 32) == 3
+    assert check_resume(under_test.stack, request, 0, 32) == 12
+
+
+def test_writes_hot_writes_the_blocks_of_a_hit_on_all_groups() -> None:
+    under_test = StackUnderTest(slots=200, writes="hot")
+    request = GroupedRequest(WINDOW, STATE)
+    put_branches(under_test.stack, *request.branches(0, 5))
+    assert check_resume(under_test.stack, request, 0, 20) == 20
+    assert under_test.stack.flush(LONG)
+    [tier] = under_test.tiers
+    assert sorted(tier.held) == sorted(NAMESPACE + key for key in request.needed(0, 20))
+    under_test.front.clear()
+    assert prefetch(under_test, request, 20) == 5
+    assert check_resume(under_test.stack, request, 0, 20) == 20
+
+
+def test_clear_forgets_the_blocks_of_all_groups() -> None:
+    under_test = StackUnderTest(slots=200)
+    request = GroupedRequest(WINDOW, STATE)
+    put_below(under_test, request, 5)
+    under_test.stack.clear()
+    assert prefetch(under_test, request, 20) == 0
+    assert check_resume(under_test.stack, request, 0, 20) == 0
+    under_test.check_invariants()
+
+
+def test_write_behind_stores_each_side_block_with_its_parent() -> None:
+    tier = BranchRecorder()
+    under_test = StackUnderTest(slots=200, tiers=[tier], blocks_per_call=100)
+    request = GroupedRequest(WINDOW, parts=2)
+    put_branches(under_test.stack, *request.branches(0, 3))
+    put_branches(under_test.stack, *request.branches(3, 5))
+    assert under_test.stack.flush(LONG)
+    chain, window = request.groups
+
+    def named(first: int, end: int) -> list[Branch]:
+        parent = NAMESPACE + chain.keys(first - 1, first)[-1] if first else None
+        branches: list[Branch] = [([NAMESPACE + key for key in chain.keys(first, end)], parent)]
+        for at in range(first, end):
+            keys = [NAMESPACE + key for key in window.keys(at, at + 1)]
+            branches.append((keys, NAMESPACE + chain.keys(at, at + 1)[-1]))
+        return branches
+
+    assert tier.stored == [named(0, 3), named(3, 5)]
