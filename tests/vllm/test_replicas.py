@@ -11,8 +11,11 @@ pytest.importorskip("vllm")
 
 import torch
 
+from kvcache.connectors.vllm.messages import Step, Transfer
 from kvcache.connectors.vllm.replicas import tensor_replicas
 from tests.support.group_hooks import needs_tensor_shards
+from tests.support.grouped_caches import grouped_caches, layers
+from tests.support.grouped_ranks import Ranks
 from tests.support.played_engine import cache_config
 
 pytestmark = pytest.mark.engine
@@ -114,3 +117,33 @@ def test_tensor_replicas_of_one_group_with_several_layers_is_their_divisor() -> 
 def test_tensor_replicas_of_a_stage_without_layers_is_one() -> None:
     cache = cache_config(attention(1), layers=())
     assert tensor_replicas(engine(4, num_key_value_heads=1), cache) == (1,)
+
+
+@needs_tensor_shards
+@pytest.mark.parametrize(
+    ("ranks", "spec", "config", "copies"),
+    [
+        (2, {"kind": "MLAAttentionSpec", "max_tp_shards": 1}, engine(2, mla=True), 1),
+        (4, {}, engine(4, num_key_value_heads=2), 2),
+        (2, {}, engine(2, num_key_value_heads=1), 1),
+        (2, {}, engine(2, num_key_value_heads=2), 2),
+    ],
+    ids=["MLA", "two KV heads", "one KV head", "a KV head for each rank"],
+)
+def test_equal_bytes_of_several_ranks_are_stored_once_and_loaded_by_all(
+    ranks: int, spec: dict[str, Any], config: Any, copies: int
+) -> None:
+    specs = layers(layer=(3, attention(1, **spec)))
+    replicas = tensor_replicas(config, grouped_caches(specs).config)
+    played = Ranks(specs, ranks, replicas=replicas)
+    [parts], first = played.cut.parts, played.caches[0, 0]
+    assert parts * played.cut.slot_nbytes <= 1.05 * copies * first.unpadded_nbytes(0)
+    computed = {rank: caches.block_bytes(0, 3) for rank, caches in played.caches.items()}
+    assert len(set(computed.values())) == copies
+    played.run(Step(played.memory, stores=[Transfer(1, [3], [5])]))
+    for caches in played.caches.values():
+        caches.memory.zero_()
+    played.run(Step(played.memory, loads=[Transfer(2, [4], [5])]))
+    for rank, caches in played.caches.items():
+        assert caches.block_bytes(0, 4) == computed[rank]
+    played.close()

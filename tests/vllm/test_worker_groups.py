@@ -14,23 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.connectors.vllm.groups import kept_groups
-from kvcache.connectors.vllm.messages import Acks, Rank, SlabShards, Step, Transfer
+from kvcache.connectors.vllm.messages import Rank, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.pieces import BlockCut, cut_blocks
 from kvcache.connectors.vllm.worker import WorkerSide
 from kvcache.slab import Slab, slot_nbytes_for
 from tests.support.grouped_caches import (
     GroupedCaches,
     full,
-    grouped_caches,
     layers,
     state,
     window,
 )
+from tests.support.grouped_ranks import BLOCKS, SLOTS, Ranks, Row, slot_bytes, transfer
 from tests.support.reordering_device import ReorderingDevice
 
 pytestmark = pytest.mark.engine
 
-SLOTS, BLOCKS = 8, 16
 MODELS = {
     "windows of five times the layers": layers(window=(52, window()), full=(10, full())),
     "a missing layer in the last group": layers(window=(5, window()), full=(3, full())),
@@ -39,74 +38,6 @@ MODELS = {
     "pages of two sizes": layers(window=(4, window(heads=4)), full=(2, full())),
 }
 LAYOUTS = ["LBHNC", "LBNHC", "BLHNC", "BLNHC"]
-
-
-class Ranks:
-    """The workers of tensor ranks, each with a KV cache of its own, and one slab."""
-
-    def __init__(
-        self,
-        specs: dict[str, Any],
-        ranks: int = 1,
-        *,
-        layout: str = "LBHNC",
-        replicated: bool = False,
-        device: ReorderingDevice | None = None,
-    ) -> None:
-        first = grouped_caches(specs, layout=layout, blocks=BLOCKS)
-        self.caches = {(0, 0): first}
-        for tensor_rank in range(1, ranks):
-            self.caches[0, tensor_rank] = other = first.clone()
-            if not replicated:
-                other.memory.random_(0, 256)
-        replicas = (ranks if replicated else 1,) * len(first.config.kv_cache_groups)
-        self.workers = {
-            rank: WorkerSide(caches.config, rank, 1, device=device, replicas=replicas)
-            for rank, caches in self.caches.items()
-        }
-        shards = {}
-        for rank, worker in self.workers.items():
-            worker.register(self.caches[rank].caches)
-            shard = worker.shard()
-            assert shard is not None
-            shards[rank] = shard
-        self.config = self.caches[0, 0].config
-        self.cut = cut_blocks(shards, kept_groups(self.config))
-        self.slab = Slab.create(SLOTS, slot_nbytes_for(self.cut.slot_nbytes))
-        self.memory = SlabShards(self.slab.descriptor, self.cut.pieces)
-
-    def run(self, *steps: Step) -> dict[Rank, Acks]:
-        """Have all ranks run steps, and return their acks when all copies have ended."""
-        result = {}
-        for rank, worker in self.workers.items():
-            acks, received = Acks(), set[str]()
-            for step in steps:
-                worker.fence(step)
-                worker.load(step)
-                worker.store(step)
-            jobs = [job for step in steps for job in (*step.loads, *step.stores)]
-            while len(acks.ranks) < len(jobs):
-                received |= worker.take_received()
-                acks.aggregate(worker.take_acks() or Acks())
-            assert received == {job.awaited_by for job in jobs} - {None}
-            result[rank] = acks
-        return result
-
-    def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-        self.slab.close()
-
-
-def transfer(job: int, *rows: tuple[int, int, int], awaited_by: str | None = None) -> Transfer:
-    """Return a transfer of rows of a piece, an engine's block and a slot."""
-    pieces = [(piece, 1) for piece, *_ in rows]
-    blocks, slots = [block for _, block, _ in rows], [slot for *_, slot in rows]
-    return Transfer(job, blocks, slots, awaited_by=awaited_by, pieces=pieces)
-
-
-def slot_bytes(slab: Slab) -> list[bytearray]:
-    return [bytearray(slab.view(slot)) for slot in range(SLOTS)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -119,9 +50,6 @@ def test_group_uses_at_most_a_twentieth_more_than_its_unpadded_bytes(
         unpadded = sum(ranks.caches[0, 0].unpadded_nbytes(member) for member in group.members)
         assert unpadded <= parts * ranks.cut.slot_nbytes <= 1.05 * unpadded
     ranks.close()
-
-
-Row = tuple[int, int, int]
 
 
 def random_rows(random: Random, cut: BlockCut, slots: list[int]) -> list[Row]:
@@ -177,7 +105,9 @@ def test_transfers_of_random_pieces_change_exactly_their_bytes(
 ) -> None:
     random = Random(seed)
     device = ReorderingDevice(random) if on_device else None
-    played = Ranks(MODELS[model], ranks, layout=layout, device=device, replicated=replicated)
+    played = Ranks(
+        MODELS[model], ranks, layout=layout, device=device, replicas=ranks if replicated else 1
+    )
     slots = slot_bytes(played.slab)
     for number in range(3):
         order = random.sample(range(SLOTS), SLOTS)
@@ -308,7 +238,7 @@ def test_rank_without_a_group_acks_its_copies_and_changes_nothing() -> None:
 
 
 def test_replica_stores_nothing_and_loads_what_its_owner_stored() -> None:
-    ranks = two_kinds(ranks=2, replicated=True)
+    ranks = two_kinds(ranks=2, replicas=2)
     owner, replica = ranks.caches.values()
     replica.memory.random_(0, 256)  # as if it had computed other bytes
     pieces = pieces_of(ranks, "all")
