@@ -18,6 +18,7 @@ from kvcache.connectors.vllm.messages import Rank, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.pieces import BlockCut, cut_blocks
 from kvcache.connectors.vllm.worker import WorkerSide
 from kvcache.slab import Slab, slot_nbytes_for
+from tests.support.group_hooks import needs_group_hooks
 from tests.support.grouped_caches import (
     GroupedCaches,
     full,
@@ -182,6 +183,24 @@ def test_failed_load_of_several_groups_is_reported_by_its_request() -> None:
     assert worker.take_failed_blocks() == set()
     assert worker.take_failed_requests() == {"waits"}
     assert worker.take_failed_requests() == set()
+    ranks.close()
+
+
+@needs_group_hooks
+def test_connector_reports_a_failed_load_of_several_groups_as_received_and_failed() -> None:
+    """Failed block ids would end vLLM's core."""
+    from kvcache.connectors.vllm import KVCacheConnector
+
+    ranks = two_kinds()
+    connector = KVCacheConnector.__new__(KVCacheConnector)
+    connector.worker_side = ranks.workers[0, 0]
+    unknown = len(ranks.cut.pieces)
+    loads = [transfer(1, (unknown, 1, 0), awaited_by="a"), transfer(2, (0, 2, 1), awaited_by="b")]
+    connector.worker_side.load(Step(ranks.memory, loads=loads))
+    results = connector.get_transfer_results(set())
+    assert (results.finished_recving, results.failed_recving) == ({"a", "b"}, {"a"})
+    assert connector.get_block_ids_with_load_errors() == set()
+    assert connector.get_transfer_results(set()).failed_recving == set()
     ranks.close()
 
 
