@@ -1,0 +1,81 @@
+"""Random walks of an engine with several KV cache groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from tests.support.played_copies import Copying
+from tests.support.played_groups import GroupsEngine
+from tests.support.played_models import BLOCK, LONGEST, PlayedModel
+from tests.support.played_scheduler import Play
+
+
+def random_play(model: PlayedModel, random: Random) -> Play:
+    """Return a random way to run a model."""
+    second_runner = random.random() < 0.3
+    # The second runner recomputes blocks that failed to load wrongly. Only with one group of full
+    # attention are there such blocks.
+    fails = not (second_runner and len(model.groups) == 1)
+    return Play(
+        second_runner=second_runner,
+        ahead=random.choice((0, 0, 1, 2)) if model.pipeline == 1 else random.choice((0, 2)),
+        copying=Copying(
+            ending=random.choice((1.0, 0.5, 0.2)),
+            failing=random.choice((0.0, 0.1 * fails)),
+            reports_first=bool(model.drafts) and random.random() < 0.5,
+        ),
+        room=random.choice((1.1, 1.5, 3.0)),
+        budget=random.choice((32, 64, 200)),
+        slots=random.choice((0.5, 2.0, 6.0)),
+    )
+
+
+class Talks:
+    """Conversations that share prefixes. All of them may begin with `system` equal tokens."""
+
+    def __init__(self, random: Random, *, system: int = 0) -> None:
+        self._random = random
+        self._system = [random.randrange(50) for _ in range(system)]
+        self._talks: list[list[int]] = []
+        self._asked = 0
+
+    def ask(self, engine: GroupsEngine) -> None:
+        """Add a request: a new conversation, the next turn of one, or another end of one."""
+        random, tokens = self._random, self._system
+        if self._talks and random.random() < 0.85:
+            talk = random.choice(self._talks)
+            tokens = talk[: random.choice((len(talk), len(talk), random.randrange(len(talk))))]
+        answer = random.choice((1, 3, 10, 30))
+        more = random.choice((1, 10, 40, 90))
+        tokens = [*tokens, *(random.randrange(50) for _ in range(more))][: LONGEST - answer]
+        if random.random() < 0.3 and len(tokens) > 2 * BLOCK:  # no token after the last block
+            tokens = tokens[: len(tokens) // (2 * BLOCK) * 2 * BLOCK]
+        self._asked += 1
+        request = engine.ask(f"request{self._asked}", tokens, answer)
+        self._talks = [*self._talks[-5:], request._all_token_ids]
+
+
+def walk(model: PlayedModel, folder: Path, seed: int) -> GroupsEngine:
+    """Play random events; raise an AssertionError where a rule is broken."""
+    random = Random(seed)
+    engine = GroupsEngine(model, folder, random, random_play(model, random))
+    talks, forgetful = Talks(random), random.choice((0.1, 0.7))
+    try:
+        for _ in range(random.randrange(30, 100)):
+            event = random.random()
+            if event < 0.35:
+                if random.random() < forgetful:
+                    engine.lose_own_cache()
+                talks.ask(engine)
+            elif event < 0.40 and (names := list(engine.scheduler.requests)):
+                engine.abort(random.choice(names))
+            elif event < 0.41:
+                engine.reset(preempts=random.random() < 0.5)
+            for _ in range(random.choice((0, 1, 3))):
+                engine.step()
+                engine.check_l1()
+        engine.end()
+    finally:
+        engine.close()
+    return engine
