@@ -9,6 +9,7 @@ costs memory and is never wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import TYPE_CHECKING, Any
@@ -67,10 +68,10 @@ def _ranks_per_head(vllm_config: VllmConfig) -> int:
     return ranks // heads if per_layer is None and counts == {heads} else 1
 
 
-def _numbers_of_kv_heads(config: Mapping[str, Any]) -> Iterator[Any]:
+def _numbers_of_kv_heads(config: Mapping[Any, Any]) -> Iterator[Any]:
     """Yield every number of KV heads in a model's config: of all layers, or of some."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers_of_kv_heads(value)
-        elif ("kv_head" in name or "key_value_head" in name) and value is not None:
+        elif re.search("kv_head|key_value_head", str(name)) and value is not None:
             yield from value if isinstance(value, list) else [value]

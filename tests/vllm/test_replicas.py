@@ -58,7 +58,8 @@ def state(*, replicated: bool = False) -> Any:
 def test_tensor_replicas_of_fewer_kv_heads_than_ranks(
     ranks: int, kv_heads: int, replicas: int
 ) -> None:
-    config = engine(ranks, num_key_value_heads=kv_heads, num_attention_heads=8)
+    labels = {0: "LABEL_0"}  # transformers has this in every config
+    config = engine(ranks, num_key_value_heads=kv_heads, num_attention_heads=8, id2label=labels)
     spec = attention(max(1, kv_heads // ranks))
     assert tensor_replicas(config, cache_config(spec)) == (replicas,)
 
