@@ -18,6 +18,7 @@ MODULES = (
     "eviction/gittins/lru_budget",
     "eviction/gittins/ranking",
     "eviction/gittins/known_runs",
+    "eviction/gittins/side_runs",
     "eviction/gittins/policy",
 )
 

@@ -12,6 +12,15 @@ For each request the index calls, in this order::
     evict(count, take)       right after admit, to free as many slots as are still missing
     add(keys, parent)        when a segment has been stored
 
+A model with windows or states has *side blocks* as well: each hangs below the block of the chain
+that ends at the same token, and nothing continues it. Side blocks come first in each kind of call::
+
+    access(needed, len(needed))   the side blocks of a group that the request resumes with
+    access(chain, held)           the chain, also its held blocks beyond the resume point
+    admit(keys, parent)           once for the chain and its side blocks together
+    add(parts, parent)            a side block, before its parent
+    add(keys, parent)             the chain
+
 Invariants of a policy:
 
 * A key that ``take`` evicted is no longer held, and is not offered again. A key that was offered

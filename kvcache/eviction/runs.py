@@ -99,7 +99,7 @@ class RunQueue:
     def drop(self, run: ChainRun) -> None:
         """Take ``run`` out of the queue; the caller moves or forgets its keys."""
         run.older.newer, run.newer.older = run.newer, run.older
-        run.older = run.newer = run  # no cycle with other runs is left for the garbage collector
+        del run.older, run.newer  # no cycle is left for the garbage collector
         self._count -= 1
         self.blocks -= len(run.keys)
         if run.parent is not None and self._continuation_of.get(run.parent) is run:

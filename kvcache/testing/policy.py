@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gc
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from random import Random
 
 from kvcache.eviction import Policy
 from kvcache.index import Index
+from kvcache.keys import Branch
 from kvcache.testing.blocks import keys_of
 
 
@@ -36,6 +39,15 @@ def evict_blocks(
 
     policy.evict(count, take)
     return evicted
+
+
+def store_with_sides(
+    index: Index, keys: Sequence[bytes], parent: bytes | None, sides: Sequence[Branch]
+) -> None:
+    """Store ``keys``, a segment that continues ``parent``, and side blocks of it, as L1 does."""
+    positions, slots = index.reserve_branches([(keys, parent)], sides)
+    first_side = bisect_left(positions, len(keys))
+    index.publish(slots[first_side:] + slots[:first_side])
 
 
 class PolicyTests:
@@ -141,6 +153,76 @@ class PolicyTests:
         index.clear()
         index.unpin(pinned)
         assert evict_blocks(policy) == []
+
+    def test_side_blocks_reported_before_their_chain_are_held(self) -> None:
+        """Blocks of windows and states: nothing continues them, and their parent comes later."""
+        policy = self.policy(16)
+        chain = keys_of("chain", 3)
+        sides = [keys_of(f"side {at}", 2) for at in range(3)]
+        policy.access(chain, 0, 0.0)
+        for parent, parts in zip(chain, sides, strict=True):
+            policy.add(parts, parent, 0.0)
+        policy.add(chain, None, 0.0)
+        policy.access(sides[-1], 2, 1.0)
+        policy.access(chain, 3, 1.0)
+        below = {parent: {*parts} for parent, parts in zip(chain, sides, strict=True)}
+        for parent, child in pairwise(chain):
+            below[parent].add(child)
+        gone = set[bytes]()
+
+        def stays(key: bytes) -> bool:
+            if not below.get(key, gone) <= gone:
+                return True
+            gone.add(key)
+            return False
+
+        evicted = evict_blocks(policy, pinned=stays)
+        assert sorted(evicted) == sorted([*chain, *sides[0], *sides[1], *sides[2]])
+
+    def test_index_stays_consistent_with_side_blocks(self) -> None:
+        """A chain block leaves after the side block below it, and all blocks can leave."""
+        now, draw = 0.0, Random(2)
+        index = Index(self.policy(60), lambda: now)
+        index.open_slots(60)
+        resumed = 0
+        for now, chain in self.traffic(400):  # noqa: B007 - the clock reads it
+            sides = [[key + b" side", key + b" part"] for key in chain]
+            found = index.count_prefix(chain)
+            resume = next((at for at in range(found, 0, -1) if sides[at - 1][1] in index), 0)
+            if resume:
+                resumed += 1
+                index.access(sides[resume - 1], 0)
+            index.access(chain, 0)
+            pinned = index.pin(chain[: draw.randint(0, found)])
+            for at in range(resume, len(chain), 2):
+                keys, parent = chain[at : at + 2], chain[at - 1] if at else None
+                below = list(zip(sides[at : at + 2], keys, strict=True))
+                store_with_sides(index, keys, parent, below)
+            index.unpin(pinned)
+            for key, parts in zip(chain, sides, strict=True):
+                assert key in index or not any(part in index for part in parts)
+            index.check()
+            if draw.random() < 0.05:
+                index.drop([key for key in (*sides[-1], chain[-1]) if key in index])
+        assert resumed > 0
+        index.admission = False
+        new = [b"new %d" % at for at in range(60)]
+        assert len(index.reserve(new, None)[0]) == 60, "some blocks could not be evicted"
+
+    def test_state_is_bounded_with_side_blocks(self) -> None:
+        """The same as ``test_state_is_bounded``, with a side block below each block."""
+        policy, allocated = self.policy(20), list[int]()
+        index = Index(policy, iter(range(10**9)).__next__)
+        index.open_slots(20)
+        for number in range(10_000):
+            chain = [b"%d/%d" % (number, at) for at in range(5)]
+            index.access(chain, 0)
+            below = [([key + b" side"], key) for key in chain]
+            store_with_sides(index, chain, None, below)
+            if number in (5000, 9999):
+                gc.collect()
+                allocated.append(sys.getallocatedblocks())
+        assert allocated[1] < allocated[0] + 5000
 
     def test_same_calls_evict_the_same_blocks(self) -> None:
         assert self.replay(self.traffic(300)) == self.replay(self.traffic(300))

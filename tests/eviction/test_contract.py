@@ -108,6 +108,31 @@ class EvictsAtRandom(Fifo):
         super().evict(count, lambda keys: take(keys) if self.draw.random() < 0.9 else 0)
 
 
+class RefusesBlocksBeforeTheirParent(Lru):
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        if parent is None or parent in self.run_of:
+            super().add(keys, parent, now)
+
+
+class StopsAtBlockedBlock(Lru):
+    def evict(self, count: int, take: Take) -> None:
+        for key in list(self.run_of)[:count]:
+            if not take([key]):
+                return
+            self.remove([key])
+
+
+class KeepsAllParents(Lru):
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.parents: set[bytes] = set()
+
+    def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
+        super().add(keys, parent, now)
+        if parent is not None:
+            self.parents.add(bytes(bytearray(parent)))
+
+
 class HoldsNothing(Lru):
     def admit(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> int:
         return 0
@@ -127,6 +152,9 @@ WRONG: dict[Callable[[int], Policy], str] = {
     ForgetsAllOnEvict: "test_evict_of_some_blocks_forgets_only_those",
     RemovesWholeRuns: "test_removed_blocks_are_not_offered",
     AdmitsTooMany: "test_admit_returns_at_most_the_number_of_keys",
+    RefusesBlocksBeforeTheirParent: "test_side_blocks_reported_before_their_chain_are_held",
+    StopsAtBlockedBlock: "test_index_stays_consistent_with_side_blocks",
+    KeepsAllParents: "test_state_is_bounded_with_side_blocks",
     HoldsNothing: "test_index_stays_consistent_under_mixed_traffic",
     EvictsAtRandom: "test_same_calls_evict_the_same_blocks",
     KeepsAllS3FifoGhosts: "test_state_is_bounded",

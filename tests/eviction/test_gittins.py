@@ -338,7 +338,7 @@ def test_old_observations_fade() -> None:
 def test_class_without_observations_is_shrunk_towards_similar_classes() -> None:
     hazards = Hazards(10)
     add_observations(hazards, REUSED_2, [0.5] * OCTAVE_COUNT)
-    last, extension, new, reused_2, reused_4, reused_16 = (
+    _, _, last, extension, new, reused_2, reused_4, reused_16 = (
         hazards.worth(cls, 1.0) for cls in range(CLASS_COUNT)
     )
     assert reused_2 > reused_4 == reused_16 > new == extension == last

@@ -5,11 +5,12 @@ chat comes back after a minute, an agent within seconds, and most documents neve
 should leave can be learned from how soon blocks like it were reused.
 
 What is learned. Blocks are divided into a few *classes*: new chains, extensions of known chains,
-blocks used 2-3, 4-15 or more times, and last blocks of requests. The *age* of a block, the time
-since its last use, is divided into *octaves*. For each class and octave the policy counts how many
-blocks reached that age and how many of them were reused there. The quotient is the *hazard*.
-Evicted and declined blocks stay known for a while (a ghost list), so that the counts cover blocks
-that were not kept, too. Without them, a policy would only ever see that its decisions were right.
+blocks used 2-3, 4-15 or more times, last blocks of requests, and side blocks (windows and states).
+The *age* of a block, the time since its last use, is divided into *octaves*. For each class and
+octave the policy counts how many blocks reached that age and how many of them were reused there.
+The quotient is the *hazard*. Evicted and declined blocks stay known for a while (a
+ghost list), so that the counts cover blocks that were not kept, too. Without them, a policy would
+only ever see that its decisions were right.
 
 What a slot is worth. Keeping a block until it reaches some age has a chance of a hit, and takes the
 slot for some time. The *Gittins index* is the maximum of chance / expected time over all ages at
@@ -30,8 +31,9 @@ against LRU. When the budget is used up, the policy evicts only what LRU would n
 
 Modules: ``hazards`` learns and computes the index; ``epochs`` has the data structures;
 ``lru_budget`` is the budget; ``ranking`` finds the next victim; ``known_runs`` keeps the history
-and advances time; ``policy`` has the calls of the index. ``docs/eviction.md`` has measurements, and
-``docs/decisions/0008-eviction-is-learned.md`` the alternatives that were tried.
+and advances time; ``side_runs`` ranks side blocks; ``policy`` has the calls of the index.
+``docs/eviction.md`` has measurements, and ``docs/decisions/0008-eviction-is-learned.md`` the
+alternatives that were tried.
 """
 
 from .policy import Gittins

@@ -83,6 +83,7 @@ class RankedRun:
         prefetched: True when the blocks were stored again before a lookup. The lookup that follows
             soon is the reason for the prefetch, and is not another use.
         ends_request: a request ended with this run, or with one block after it.
+        side: the blocks are the parts of a side block (``side_runs``).
     """
 
     __slots__ = (
@@ -93,6 +94,7 @@ class RankedRun:
         "parent",
         "prefetched",
         "run_id",
+        "side",
         "storing",
         "uses",
     )
@@ -109,6 +111,7 @@ class RankedRun:
         self.storing = True
         self.prefetched = False
         self.ends_request = False
+        self.side = False
 
 
 CohortQueue = OrderedDict[Cohort, None]

@@ -49,10 +49,11 @@ _MAX_EPOCH_S = 60.0
 # new policy learns from little, and a later one has its cost spread over more blocks.
 _FIRST_LEARN_BLOCKS, _LAST_LEARN_BLOCKS = 2000, 8000
 
-CLASS_COUNT = 6
-LAST, EXTENSION, NEW, REUSED_2, REUSED_4, REUSED_16 = range(CLASS_COUNT)
+CLASS_COUNT = 8
+SIDE, SIDE_USED, LAST, EXTENSION, NEW, REUSED_2, REUSED_4, REUSED_16 = range(CLASS_COUNT)
 """Classes of blocks.
 
+``SIDE``: side blocks that were not used since they were stored. ``SIDE_USED``: other side blocks.
 ``LAST``: the last block of a request. ``EXTENSION``: blocks used once that continue a known chain.
 ``NEW``: blocks used once of a new chain. ``REUSED_n``: blocks used at least n times.
 
@@ -152,7 +153,7 @@ class Hazards:
             ([sum(reused[:first]), *reused[first:]], [at_risk[0], *at_risk[first:]])
             for reused, at_risk in zip(self.reused, self.at_risk, strict=True)
         ]
-        of_all = _shrunk_hazards(counts, [_PRIOR_HAZARD] * OCTAVE_COUNT, _PRIOR_BLOCKS)
+        of_all = _shrunk_hazards(counts[LAST:], [_PRIOR_HAZARD] * OCTAVE_COUNT, _PRIOR_BLOCKS)
         of_similar = {
             classes: _shrunk_hazards([counts[cls] for cls in classes], of_all, _PRIOR_BLOCKS)
             for classes in set(_SIMILAR)

@@ -163,7 +163,7 @@ class KnownRuns(VictimRanking):
                 self._dequeue_empty(run)
         if not run.keys:
             self._delete(run)
-        elif not first:
+        elif not first and not run.side:
             run.parent = taken[-1]
         return taken, held, uses
 

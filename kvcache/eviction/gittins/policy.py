@@ -23,8 +23,8 @@ from kvcache.eviction.gittins.hazards import (
     REUSED_16,
     Hazards,
 )
-from kvcache.eviction.gittins.known_runs import KnownRuns
 from kvcache.eviction.gittins.lru_budget import LruBudget
+from kvcache.eviction.gittins.side_runs import SideRuns
 from kvcache.eviction.policy import Take
 from kvcache.keys import Keys, common_prefix_len
 
@@ -71,7 +71,7 @@ class _LastBlocks:
             self._reached, self._reused = self._reached / 2, self._reused / 2
 
 
-class Gittins(KnownRuns):
+class Gittins(SideRuns):
     """Evicts the blocks with the lowest Gittins index, learned from how soon blocks are reused.
 
     Args:
@@ -96,21 +96,40 @@ class Gittins(KnownRuns):
         )
         self.last_blocks = _LastBlocks()
         self._last_lookup: tuple[int, Keys] = (0, ())  # blocks held, and the chain
+        self._last_sides: set[Keys] = set()  # side blocks looked up just before that lookup
+        self._sides: set[Keys] = set()  # side blocks looked up since that lookup
         self._admission: _Admission | None = None  # of the `admit` call just before, if any
 
     # The calls of the index
 
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
-        self.advance(now)
-        self._lookups += 1
         self._admission = None
         keys = tuple(chain)
         if len(set(keys)) < len(keys):
             keys = tuple(dict.fromkeys(keys))
+        if self._are_sides(keys):
+            if not self._sides:
+                self.advance(now)
+            if keys not in self._last_sides:
+                self._use_sides(keys)
+            self._sides.add(keys)
+            return
+        used = held
+        if self._sides:
+            self._last_sides, self._sides = self._sides, set()
+            used = self._learn_window(keys)
+        else:  # otherwise the side blocks and the chain are of one epoch
+            self.advance(now)
+            if self.side_ids:
+                used = 0
+        self._lookups += 1
         if self._last_lookup == (held, keys):
             return  # the same request again, because the engine could not schedule it yet
         self._last_lookup = held, keys
+        won = self.budget.hits_won
         self._use(keys)
+        if used < held and self.budget.hits_won > won:  # the engine computes held blocks again
+            self.budget.hits_won = won + (self.budget.hits_won - won) * used / held
         if len(self.run_ids) > self.known_limit:
             self._forget_evicted()
 
@@ -124,6 +143,9 @@ class Gittins(KnownRuns):
             if run is None:
                 count = total - at
                 worth = tables[self._class_after(keys[at - 1] if at else parent)][0]
+            elif run.side:  # may be the last one of its chain
+                count = max(1, common_prefix_len(run.keys, run.held, keys, at))
+                worth = worths[-1][1] if worths else tables[NEW][0]
             else:
                 count = max(1, common_prefix_len(run.keys, run.held, keys, at))
                 worth = (
@@ -160,7 +182,12 @@ class Gittins(KnownRuns):
             before = keys[at - 1] if at else parent
             if run is None:
                 count = _unknown_count(keys, at, run_ids)
-                self._add_unknown(keys[at : at + count], before, now)
+                if before is not None and self._is_side(keys[at], before):
+                    self._add_side(keys[at : at + count], before, now)
+                else:
+                    self._add_unknown(keys[at : at + count], before, now)
+            elif run.side:
+                count = self._add_known_side(run, keys, at, now)
             elif run.storing and (count := common_prefix_len(run.keys, run.held, keys, at)):
                 if count == len(run.keys):
                     run.keys = keys[at : at + count]  # share the key objects of the index
@@ -196,7 +223,7 @@ class Gittins(KnownRuns):
         worths, must_admit, incoming = self._admission or _ADMIT_ALL
         self._admission = None
         budget = self.budget
-        evicted = 0
+        evicted = self._evict_dead(count, take)
         progress = True  # a block was evicted since the parked runs were tried
         while evicted < count:
             victim = self.first_victim(budget.slack() + incoming < 1)
@@ -208,26 +235,14 @@ class Gittins(KnownRuns):
                 continue
             worth, cohort, newest_first = victim
             allowed = min(count, max(must_admit, _worth_at_least(worths, worth)))
-            epoch = cohort.epoch
-            recent = epoch.recent
+            recent = cohort.epoch.recent
             while runs := cohort.runs:
                 if evicted >= allowed:
                     return
                 run = next(reversed(runs)) if newest_first else next(iter(runs))
-                held = run.held
-                offered = run.keys[max(0, held + evicted - allowed) : held]
-                if taken := take(offered):
+                if taken := self._evict_from(run, allowed - evicted, take):
                     evicted += taken
                     progress = True
-                    run.storing = False
-                    self._forget_order[run] = None
-                    run.held = held - taken
-                    if recent:
-                        budget.add_missing(epoch, taken)
-                    if taken == held:
-                        self._dequeue_empty(run)
-                if taken < len(offered):
-                    self._park(run)
                 if self._victims_stale or (recent and budget.slack() + incoming < 1):
                     break
 
@@ -263,7 +278,8 @@ class Gittins(KnownRuns):
                     self.last_blocks.observe(run, 0)
                 hits += run.held
                 run.uses = uses = self._count_use(run, count, run.held)
-                run.parent = before
+                if not run.side:
+                    run.parent = before
                 run.storing, run.prefetched, run.ends_request = True, False, False
                 self._forget_order[run] = None
                 self._forget_order.move_to_end(run)
