@@ -247,7 +247,7 @@ class WorkerSide:
             {
                 telemetry.DIRECTION: started.operation,
                 telemetry.RANK: "pp{} tp{}".format(*self._rank),
-                telemetry.REQUESTED: len(transfer.blocks),
+                telemetry.REQUESTED: len(set(transfer.slots)),
                 telemetry.PAYLOAD: started.nbytes,
             },
             error=error,
