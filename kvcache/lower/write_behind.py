@@ -141,6 +141,9 @@ class WriteBehind:
             gone = len(piece) - len(lease)  # L1 dropped them before they could be pinned
             self._channel.add_counts(dropped_blocks=gone)
             self._leave_queue(gone)
+            if not lease.keys:
+                lease.end()
+                continue
             self._channel.workers.add_job(
                 STORE,
                 partial(self._write_or_drop, lease, parents, namespace, cause),

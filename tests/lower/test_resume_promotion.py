@@ -237,3 +237,17 @@ def test_write_behind_stores_each_side_block_with_its_parent() -> None:
         return branches
 
     assert tier.stored == [named(0, 3), named(3, 5)]
+
+
+def test_hint_soon_promotes_what_the_resume_point_needs() -> None:
+    under_test = StackUnderTest(slots=200)
+    request = GroupedRequest(WINDOW, STATE)
+    put_below(under_test, request, 5)
+    [tier] = under_test.tiers
+    tier.gate.clear()
+    under_test.stack.hint_resume(request.groups, 5 * BLOCK_TOKENS + 1, soon=True)
+    assert tier.waiting.acquire(timeout=LONG)
+    tier.gate.set()
+    prefetch(under_test, request, 20)  # waits for the same reads
+    assert check_resume(under_test.stack, request, 0, 20) == 20
+    assert sorted(tier.read) == sorted(NAMESPACE + key for key in request.needed(0, 20))
