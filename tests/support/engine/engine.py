@@ -88,7 +88,8 @@ class Engine:
     def scheduler_side(self) -> Any:
         """The connector's scheduler side; under a MultiConnector, that of its first connector."""
         connector = self.scheduler.connector
-        [connector, *_] = getattr(connector, "sub_connectors", [connector])
+        own = getattr(connector, "_connectors", [connector])  # of vLLM 0.29
+        [connector, *_] = getattr(connector, "sub_connectors", own)
         return connector.scheduler_side
 
     @property
