@@ -121,14 +121,14 @@ def _unpadded_runs(
     group: KVCacheGroupSpec, placement: Placement, first_layer: int
 ) -> list[BlockRun]:
     """Return the runs of a group's block, with layers numbered from ``first_layer``."""
+    by_layer: list[list[BlockRun]] = [[] for _ in group.layer_names]
+    for run in placement.runs():
+        by_layer[run.layer].append(run)
     runs = []
-    for at, name in enumerate(group.layer_names):
-        layer = [run for run in placement.runs() if run.layer == at]
-        nbytes = sum(run.nbytes for run in layer)
-        state_nbytes = _state_nbytes(layer_spec(group.kv_cache_spec, name))
-        if state_nbytes is not None and state_nbytes < nbytes:
-            layer = cut_runs(layer, 0, state_nbytes)
-        runs += [replace(run, layer=first_layer + at) for run in layer]
+    for at, (name, layer) in enumerate(zip(group.layer_names, by_layer, strict=True)):
+        nbytes = _state_nbytes(layer_spec(group.kv_cache_spec, name))
+        unpadded = layer if nbytes is None else cut_runs(layer, 0, nbytes)
+        runs += [replace(run, layer=first_layer + at) for run in unpadded]
     return runs
 
 
