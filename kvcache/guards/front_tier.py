@@ -144,7 +144,8 @@ class GuardedFrontTier(FrontTier):
 
     def count_prefix(self, chain: Sequence[bytes], start: int = 0) -> int:
         def call() -> int:
-            return min(len(chain) - start, as_count(self.inner.count_prefix(chain, start)))
+            limit = max(0, len(chain) - start)
+            return min(limit, as_count(self.inner.count_prefix(chain, start)))
 
         return self._try("count_prefix", call, 0)
 

@@ -9,17 +9,22 @@ import pytest
 from kvcache import Lease, Stack
 from kvcache.lower.tier import LowerTier
 from kvcache.replay.recorder import Recorder
+from kvcache.resume import Needs
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
 from tests.support.failing_parts import FaultyTier
+from tests.support.group_blocks import BLOCK_TOKENS, GroupedRequest, check_resume, put_branches
 from tests.support.stack_under_test import LONG
 from tests.support.wrong_results import EXCEPTIONS, WRONG_RESULTS, Unusable
 
 EXCEPTION_NAMES = sorted(EXCEPTIONS.keys() - {"KeyboardInterrupt"})  # a Ctrl-C is the application's
 LENDING_METHODS = ("reserve", "pin", "pin_any")
-OTHER_METHODS = ("access", "contains", "stats", "clear", "mark_done", "protect", "close")
+OTHER_METHODS = (
+    "access", "contains", "count_prefix", "reserve_branches", "stats", "clear", "mark_done",
+    "protect", "close",
+)  # fmt: skip
 METHODS = (*LENDING_METHODS, *OTHER_METHODS)
 
 
@@ -58,6 +63,15 @@ class OpenedStack:
             stack.hint(keys, keep=1.0)
             assert stack.flush(LONG)
             stack.stats()
+        for name in ("d", "e"):
+            request = GroupedRequest(Needs("window", 6), Needs("state"), name=name)
+            put_branches(stack, *request.branches(0, 3))
+            assert stack.flush(LONG)
+            check_resume(stack, request, 0, 3 * BLOCK_TOKENS)
+            if prefetch := stack.prefetch_resume(request.groups, 3 * BLOCK_TOKENS, BLOCK_TOKENS):
+                prefetch.result(LONG)
+            stack.hint_resume(request.groups, 3 * BLOCK_TOKENS, keep=1.0)
+            stack.hint_resume(request.groups, 3 * BLOCK_TOKENS, done=True)
         stack.clear()
 
     def check_works(self) -> None:
@@ -135,6 +149,28 @@ def test_lease_with_wrong_keys_or_slots_is_not_lent(
     assert len(lease) == 0 or change is same_slots
     lease.end()
     delattr(opened.front, method)
+
+
+@pytest.mark.parametrize("change", [other_keys, altered(slots=Unusable())])
+def test_lease_of_branches_with_wrong_keys_or_slots_is_not_lent(
+    opened: OpenedStack, change: Callable[[Lease], Lease]
+) -> None:
+    chain, sides = keys_of("a", 3), keys_of("side", 1)
+    original = opened.front.reserve_branches
+    opened.front.reserve_branches = wrong_lease(change)(original)  # type: ignore[method-assign]
+    assert len(opened.stack.reserve_branches([(chain, None)], [(sides, chain[0])])) == 0
+    delattr(opened.front, "reserve_branches")
+    opened.check_works()
+
+
+def test_count_of_a_prefix_above_the_chain_is_limited(opened: OpenedStack) -> None:
+    opened.front.count_prefix = lambda *_: 1 << 60  # type: ignore[method-assign]
+    request = GroupedRequest(Needs("state"))
+    put_branches(opened.stack, *request.branches(0, 3))
+    opened.front.remove([request.key(0, 1)])
+    found = opened.stack.fetch_resume(request.groups, 0, 3 * BLOCK_TOKENS, BLOCK_TOKENS)
+    assert (found.tokens, len(found.lease)) == (0, 0)  # the chain cannot be pinned
+    found.lease.end()
 
 
 def test_lease_with_an_end_that_raises_ends(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvcache import Stack
+from kvcache.eviction import Eviction
 from kvcache.resume import Needs
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
@@ -16,7 +17,8 @@ WINDOW, STATE = Needs("window", 6), Needs("state")
 
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    with Stack(DramTier(block_nbytes=PAGE, capacity=Size(64 * PAGE)), profile="test") as stack:
+    front = DramTier(block_nbytes=PAGE, capacity=Size(64 * PAGE), eviction=Eviction("lru"))
+    with Stack(front, profile="test") as stack:
         yield stack
         assert stack.stats().pinned_slots == 0
         assert isinstance(stack.front, DramTier)
@@ -111,3 +113,15 @@ def test_hint_keep_protects_what_the_last_resume_point_needs(stack: Stack) -> No
     assert check_resume(stack, kept, 0, 10 * BLOCK_TOKENS) == 10 * BLOCK_TOKENS
     window = kept.groups[1]
     assert stack.front.contains(window.keys(0, 10)) == [False] * 8 + [True] * 2
+
+
+def test_interior_side_blocks_are_evicted_before_those_of_the_last_hit(stack: Stack) -> None:
+    request = GroupedRequest(WINDOW, STATE)
+    put_branches(stack, *request.branches(0, 16))
+    assert check_resume(stack, request, 0, 16 * BLOCK_TOKENS) == 16 * BLOCK_TOKENS
+    # 48 of 64 slots are used; 2 blocks of the window and 1 state are needed for the next hit.
+    put_branches(stack, *GroupedRequest(name="new").branches(0, 16 + 14 + 15))
+    assert check_resume(stack, request, 0, 16 * BLOCK_TOKENS) == 16 * BLOCK_TOKENS
+    window, state = request.groups[1:]
+    assert stack.front.contains(window.keys(0, 16)) == [False] * 14 + [True] * 2
+    assert stack.front.contains(state.keys(0, 16)) == [False] * 15 + [True]
