@@ -164,8 +164,13 @@ class GroupsEngine:
         assert self.front.stats().used_blocks == 0
         self.prefixes.version += 1
         manager = self.scheduler.kv_cache_manager
+        starts_again = self.scheduler.failed_recving_kv_req_ids
         self.runner.reset(
-            {name: {*chain(*manager.get_block_ids(name))} - {0} for name in self.scheduler.requests}
+            {
+                name: {*chain(*manager.get_block_ids(name))} - {0}
+                for name in self.scheduler.requests
+                if name not in starts_again
+            }
         )
 
     def lose_own_cache(self) -> None:
