@@ -40,7 +40,7 @@ class GroupsEngine:
     Attributes:
         scheduler: vLLM's.
         side: the connector's scheduler side.
-        prefixes: numbers of all token sequences.
+        prefixes: numbers of all token sequences; those of another engine if they share a tier.
         registry: by block hash of vLLM, the tokens up to the end of its block.
     """
 
@@ -52,6 +52,7 @@ class GroupsEngine:
         play: Play,
         *,
         connected: bool = True,
+        prefixes: Prefixes | None = None,
     ) -> None:
         from vllm.utils.hashing import sha256
         from vllm.v1.core import kv_cache_utils
@@ -62,7 +63,7 @@ class GroupsEngine:
         self.hash_tokens = self.cache.hash_block_size
         kv_cache_utils.init_none_hash(sha256)
         self._hasher = kv_cache_utils.get_request_block_hasher(self.hash_tokens, sha256)
-        self.prefixes = Prefixes()
+        self.prefixes = prefixes or Prefixes()
         self.registry: dict[bytes, list[int]] = {}
         self._reports: deque[tuple[Any, Any]] = deque()
         self._hashed: dict[str, int] = {}
@@ -215,7 +216,8 @@ class GroupsEngine:
             if not self.scheduler.has_requests():
                 while self._reports:
                     self.report()
-            idle = idle + 1 if self._progress() == before else 0
+            waits = self.copies and self.side.table_sizes()["prefetches"]
+            idle = idle + 1 if self._progress() == before and not waits else 0
             assert idle < 200, "the engine makes no progress"
 
     def _progress(self) -> object:
@@ -287,6 +289,7 @@ class GroupsEngine:
         for name in list(self.scheduler.requests):
             self.abort(name)
         self.drain()
+        assert self.side.stack.flush(60.0)
         self.check_l1()
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == self.cache.num_blocks - 1

@@ -106,5 +106,5 @@ MODELS: Final = {
     "pipeline": model(_full(layers=3), _window(layers=1), pipeline=2),
     "pipeline+states": model(_full(layers=2), _state(), _state(), pipeline=2),
     "two ranks": model(_full(), _window(), tensor=2),
-    "states, two ranks": model(_full(), _state(), tensor=2),
+    "states on two ranks": model(_full(), _state(), tensor=2),
 }

@@ -28,7 +28,7 @@ from tests.support.group_hooks import needs_group_hooks
 from tests.support.groups_walk import Talks, walk
 from tests.support.played_copies import RankCopies
 from tests.support.played_groups import GroupsEngine
-from tests.support.played_memory import WrongKVError
+from tests.support.played_memory import Prefixes, WrongKVError
 from tests.support.played_models import BLOCK, MODELS
 from tests.support.played_scheduler import Play, write_config
 
@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # vLLM's hashes are equal in all engines
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
 
 
@@ -74,6 +75,32 @@ def test_hits_are_as_long_as_those_of_vllms_own_cache(name: str, folder: Path) -
     own, kept = found
     assert not {key: (own[key], kept[key]) for key in own if own[key] > kept[key]}
     assert sum(kept.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["full+window", "full+3 states", "window", "states on two ranks"])
+def test_engine_after_a_restart_finds_on_disk_what_it_needs(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCACHE_PROFILE", "l1-disk")
+    monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "disk"))
+    monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "64MiB")
+    monkeypatch.setenv("KVCACHE__DISK__IF_SLOWER", "load")
+    monkeypatch.setenv("KVCACHE__DISK__DEADLINE_S", "60")
+    monkeypatch.setenv("KVCACHE_IDENTITY", "played")
+    prefixes, found = Prefixes(), list[int]()
+    for engine_number in range(2):
+        play = Play(room=20.0, slots=2.0 if engine_number else 20.0)
+        engine = GroupsEngine(MODELS[name], folder, Random(1), play, prefixes=prefixes)
+        talks = Talks(Random(2))
+        for _ in range(8):
+            talks.ask(engine)
+            engine.drain()
+            engine.check_l1()
+            engine.lose_own_cache()
+        engine.end()
+        engine.close()
+        found.append(sum(engine.runner.hits.values()))
+    assert found[1] > found[0]
 
 
 def load_within_the_step(patch: pytest.MonkeyPatch) -> None:
@@ -163,7 +190,7 @@ FAULTS: list[tuple[Fault, str]] = [
     (leave_no_token_to_compute, "full+3 states"),
     (leave_no_token_to_compute, "state"),
     (store_states_one_step_late, "full+3 states"),
-    (store_running_states, "states, two ranks"),
+    (store_running_states, "states on two ranks"),
     (fence_no_block, "full+window"),
     (fence_no_block, "full+3 states"),
     (let_stores_read_beside_the_next_step, "full+3 states"),
