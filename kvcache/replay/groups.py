@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain as chained
 from math import lcm
@@ -29,7 +29,7 @@ from math import lcm
 from kvcache.eviction import Policy, policy_class
 from kvcache.index import Index
 from kvcache.keys import Branch
-from kvcache.models import preset
+from kvcache.models import Model
 from kvcache.models.layers import ModelGroup
 from kvcache.parts import choose_parts
 from kvcache.replay.simulate import PROGRESS_REQUESTS
@@ -59,17 +59,17 @@ class ModelBlocks:
     step: int
 
     @classmethod
-    def of(cls, name: str, trace_tokens: int) -> ModelBlocks:
-        """Return the groups of a preset, with blocks that end where those of a trace end.
+    def of(cls, model: Model, trace_tokens: int) -> ModelBlocks:
+        """Return the groups of a model, with blocks that end where those of a trace end.
 
         A model with states needs blocks of a least size, as in vLLM: several blocks of the trace
         are one block then.
 
         Args:
-            name: of the preset.
+            model: the model.
             trace_tokens: tokens of a block of the trace.
         """
-        model, tokens = preset(name), trace_tokens
+        tokens = trace_tokens
         while any(group.block_tokens % trace_tokens for group in model.groups(block_tokens=tokens)):
             tokens += trace_tokens
         groups = model.groups(block_tokens=tokens)
@@ -77,7 +77,7 @@ class ModelBlocks:
         parts = choose_parts(sizes)
         slot_nbytes = max(-(-size // count) for size, count in zip(sizes, parts, strict=True))
         step = lcm(*(group.block_tokens for group in groups))
-        return cls(name, groups, parts, slot_nbytes, step)
+        return cls(model.name, groups, parts, slot_nbytes, step)
 
     @property
     def token_nbytes(self) -> float:
@@ -122,22 +122,22 @@ class GroupsOutcome:
 
 def replay_model(
     trace: Trace,
-    name: str,
+    model: ModelBlocks,
     policy: str,
     capacity: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> GroupsOutcome:
-    """Replay ``trace`` for the preset ``name``.
+    """Replay ``trace`` for a model.
 
     Args:
         trace: the requests.
-        name: of a model, as in ``kvcache.models.PRESETS``.
+        model: its groups, for blocks of this trace.
         policy: name or class path of the policy.
         capacity: slots of L1.
         progress: called from time to time with the number of requests replayed since its last call.
     """
-    model = ModelBlocks.of(name, trace.block_tokens)
-    front = SimulatedGroups(policy_class(policy), capacity, model, trace.block_tokens)
+    blocks = TraceBlocks(model, trace.block_tokens)
+    front = SimulatedGroups(policy_class(policy), capacity, blocks, model.step)
     start_s = time.process_time()
     requests = zip(trace.times_s, trace.tokens, trace.chains(), trace.done, strict=True)
     for number, (now, tokens, ids, done) in enumerate(requests, 1):
@@ -164,14 +164,112 @@ def replay_model(
     )
 
 
+class TraceBlocks:
+    """The blocks of a model's groups that belong to the blocks of a trace.
+
+    Args:
+        model: the groups.
+        trace_tokens: tokens of a block of the trace.
+
+    Attributes:
+        has_chain: whether a group needs the blocks of all tokens.
+    """
+
+    def __init__(self, model: ModelBlocks, trace_tokens: int) -> None:
+        self._model = model
+        self._trace_tokens = trace_tokens
+        self._part_keys: list[dict[int, tuple[bytes, ...]]] = [{} for _ in model.groups]
+        self.has_chain = any(group.needs.kind == "all" for group in model.groups)
+
+    def top(self, ids: Sequence[int], tokens: int) -> int:
+        """Return the most tokens after which a request of ``tokens`` tokens can resume."""
+        return min(tokens - 1, len(ids) * self._trace_tokens)
+
+    def groups(self, ids: Sequence[int]) -> list[GroupKeys]:
+        """Return the groups of a request with these blocks of the trace."""
+        return [
+            GroupKeys(group.needs, group.block_tokens, parts, self._keys_of(number, ids))
+            for number, (group, parts) in enumerate(
+                zip(self._model.groups, self._model.parts, strict=True)
+            )
+        ]
+
+    def steps(self, ids: Sequence[int], begin: int) -> Iterator[tuple[list[Branch], list[Branch]]]:
+        """Yield the blocks that each engine step completes after token ``begin``.
+
+        Returns:
+            segments of chains, and side blocks, as ``Stack.reserve_branches`` takes them.
+        """
+        step, end = self._model.step, len(ids) * self._trace_tokens
+        while begin < end:
+            step_end = min(end, begin + STEP_TOKENS)
+            if step_end < end:
+                step_end = max(begin + step, step_end // step * step)
+            yield self._completed(ids, begin, step_end)
+            begin = step_end
+
+    def _completed(
+        self, ids: Sequence[int], begin: int, end: int
+    ) -> tuple[list[Branch], list[Branch]]:
+        """Return the blocks that end after token ``begin`` and at most at ``end``."""
+        chains: list[Branch] = []
+        sides: list[Branch] = []
+        chain_tokens = 0  # of a block of the first chain group
+        for number, group in enumerate(self._model.groups):
+            size, keys = group.block_tokens, self._keys_of(number, ids)
+            blocks = range(begin // size, end // size)
+            if group.needs.kind == "all":
+                chain_tokens = chain_tokens or size
+                if blocks:
+                    before = keys(blocks.start - 1, blocks.start) if blocks.start else [None]
+                    chains.append((keys(blocks.start, blocks.stop), before[-1]))
+                continue
+            for at in blocks[-1:] if group.needs.kind == "state" else blocks:
+                parent = None
+                if chain_tokens and (last := (at + 1) * size // chain_tokens):
+                    parent = self._keys(0, ids[last * chain_tokens // self._trace_tokens - 1])[-1]
+                sides.append((keys(at, at + 1), parent))
+        return chains, sides
+
+    def all_keys(self, ids: Sequence[int], tokens: int) -> Iterator[list[bytes]]:
+        """Yield for each group the keys of a request's blocks after its first ``tokens``."""
+        end = len(ids) * self._trace_tokens
+        for number, group in enumerate(self._model.groups):
+            size = group.block_tokens
+            yield self._keys_of(number, ids)(-(-tokens // size), end // size)
+
+    def known_keys(self) -> list[list[bytes]]:
+        """Return for each group the keys of all blocks so far."""
+        return [list(chained.from_iterable(known.values())) for known in self._part_keys]
+
+    def _keys_of(self, number: int, ids: Sequence[int]) -> Callable[[int, int], list[bytes]]:
+        ratio = self._model.groups[number].block_tokens // self._trace_tokens
+
+        def keys(first: int, end: int) -> list[bytes]:
+            named = ids[(first + 1) * ratio - 1 : end * ratio : ratio]
+            return list(chained.from_iterable(self._keys(number, each) for each in named))
+
+        return keys
+
+    def _keys(self, number: int, block: int) -> tuple[bytes, ...]:
+        """Return the keys of the parts of a group's block that ends with a block of the trace."""
+        known = self._part_keys[number]
+        if (keys := known.get(block)) is None:
+            name = block.to_bytes(8, "big")
+            parts = range(self._model.parts[number])
+            keys = tuple(name + bytes((number, at)) if number or at else name for at in parts)
+            known[block] = keys
+        return keys
+
+
 class SimulatedGroups:
     """An index with the blocks of several groups.
 
     Args:
         policy: makes the policy from the capacity.
         capacity: slots.
-        model: the groups.
-        trace_tokens: tokens of a block of the trace.
+        blocks: names the blocks.
+        step: a resume point is a multiple of that many tokens.
 
     Attributes:
         index: the index of L1.
@@ -179,18 +277,13 @@ class SimulatedGroups:
     """
 
     def __init__(
-        self,
-        policy: Callable[[int], Policy],
-        capacity: int,
-        model: ModelBlocks,
-        trace_tokens: int,
+        self, policy: Callable[[int], Policy], capacity: int, blocks: TraceBlocks, step: int
     ) -> None:
         self._now = 0.0
         self.index = Index(policy(capacity), lambda: self._now)
         self.index.open_slots(capacity)
-        self._model = model
-        self._trace_tokens = trace_tokens
-        self._part_keys: list[dict[int, tuple[bytes, ...]]] = [{} for _ in model.groups]
+        self._blocks = blocks
+        self._step = step
         self.hit_tokens = 0
         self.lost_tokens = 0
         self.read_blocks = 0
@@ -219,87 +312,25 @@ class SimulatedGroups:
             the tokens that the engine does not compute.
         """
         self._now = now
-        model = self._model
-        top = min(tokens - 1, len(ids) * self._trace_tokens)
-        found = FrontLookup(self, self._group_keys(ids), 0, top, model.step)
+        blocks, index = self._blocks, self.index
+        top = blocks.top(ids, tokens)
+        found = FrontLookup(self, blocks.groups(ids), 0, top, self._step)
         found.record()
         self.hit_tokens += found.tokens
-        self.lost_tokens += found.chain_tokens - found.tokens
+        if blocks.has_chain:
+            self.lost_tokens += found.chain_tokens - found.tokens
         self.read_blocks += sum(map(len, found.needed))
-        begin, end = found.tokens, len(ids) * self._trace_tokens
-        while begin < end:
-            step_end = min(end, begin + STEP_TOKENS)
-            if step_end < end:
-                step_end = max(begin + model.step, step_end // model.step * model.step)
-            self._store(ids, begin, step_end)
-            begin = step_end
+        for chains, sides in blocks.steps(ids, found.tokens):
+            positions, slots = index.reserve_branches(chains, sides)
+            first_side = bisect_left(positions, sum(len(keys) for keys, _ in chains))
+            index.publish(slots[first_side:] + slots[:first_side])
         return found.tokens
-
-    def _group_keys(self, ids: Sequence[int]) -> list[GroupKeys]:
-        return [
-            GroupKeys(group.needs, group.block_tokens, parts, self._keys_of(number, ids))
-            for number, (group, parts) in enumerate(
-                zip(self._model.groups, self._model.parts, strict=True)
-            )
-        ]
-
-    def _keys_of(self, number: int, ids: Sequence[int]) -> Callable[[int, int], list[bytes]]:
-        ratio = self._model.groups[number].block_tokens // self._trace_tokens
-
-        def keys(first: int, end: int) -> list[bytes]:
-            named = ids[(first + 1) * ratio - 1 : end * ratio : ratio]
-            return list(chained.from_iterable(self._keys(number, each) for each in named))
-
-        return keys
-
-    def _keys(self, number: int, block: int) -> tuple[bytes, ...]:
-        """Return the keys of the parts of a group's block that ends with a block of the trace."""
-        known = self._part_keys[number]
-        if (keys := known.get(block)) is None:
-            name = block.to_bytes(8, "big")
-            parts = range(self._model.parts[number])
-            keys = tuple(name + bytes((number, at)) if number or at else name for at in parts)
-            known[block] = keys
-        return keys
-
-    def _store(self, ids: Sequence[int], begin: int, end: int) -> None:
-        """Store the blocks that end after token ``begin`` and at most at ``end``."""
-        chains: list[Branch] = []
-        sides: list[Branch] = []
-        model = self._model
-        ratio_of_chain = 0  # blocks of the trace in a block of the first chain group
-        for number, group in enumerate(model.groups):
-            ratio = group.block_tokens // self._trace_tokens
-            blocks = range(begin // group.block_tokens, end // group.block_tokens)
-            if group.needs.kind == "all":
-                keys = self._keys_of(number, ids)
-                before = keys(blocks.start - 1, blocks.start) if blocks.start else [None]
-                if blocks:
-                    chains.append((keys(blocks.start, blocks.stop), before[-1]))
-                ratio_of_chain = ratio_of_chain or ratio
-                continue
-            if group.needs.kind == "state":
-                blocks = blocks[-1:]
-            for at in blocks:
-                parent = None
-                if ratio_of_chain and (last := (at + 1) * ratio // ratio_of_chain):
-                    parent = self._keys(0, ids[last * ratio_of_chain - 1])[-1]
-                sides.append((self._keys(number, ids[(at + 1) * ratio - 1]), parent))
-        positions, slots = self.index.reserve_branches(chains, sides)
-        first_side = bisect_left(positions, sum(len(keys) for keys, _ in chains))
-        self.index.publish(slots[first_side:] + slots[:first_side])
 
     def mark_done(self, ids: Sequence[int], tokens: int) -> None:
         """Mark all blocks of a request after its first ``tokens`` as done."""
-        for number, group in enumerate(self._model.groups):
-            keys = self._keys_of(number, ids)
-            total = len(ids) * self._trace_tokens
-            self.index.mark_done(keys(tokens // group.block_tokens, total // group.block_tokens))
+        for keys in self._blocks.all_keys(ids, tokens):
+            self.index.mark_done(keys)
 
     def held_blocks(self) -> tuple[int, ...]:
         """Return the slots that each group's blocks have."""
-        index = self.index
-        return tuple(
-            sum(key in index for keys in known.values() for key in keys)
-            for known in self._part_keys
-        )
+        return tuple(sum(self.contains(keys)) for keys in self._blocks.known_keys())

@@ -15,6 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import NamedTuple
 
 from kvcache.replay.belady import Optimum, optimum
+from kvcache.replay.groups import GroupsOutcome, ModelBlocks, replay_model
 from kvcache.replay.simulate import Outcome, replay
 from kvcache.replay.trace import Trace
 
@@ -27,10 +28,16 @@ class ReplayJob(NamedTuple):
     Attributes:
         policy: name of the eviction policy; ``None`` computes the optimum.
         capacities: blocks of each tier, L1 first; the optimum is that of their sum.
+        model: the groups of a model; ``None`` replays one group.
     """
 
     policy: str | None
     capacities: tuple[int, ...]
+    model: ModelBlocks | None = None
+
+
+Result = Outcome | Optimum | GroupsOutcome
+"""The result of a job: with a model a ``GroupsOutcome``, without a policy an ``Optimum``."""
 
 
 Progress = Callable[[int], None]
@@ -48,7 +55,7 @@ def cpu_count() -> int:
 
 def run(
     trace: Trace, jobs: Sequence[ReplayJob], processes: int, progress: Progress
-) -> list[Outcome | Optimum]:
+) -> list[Result]:
     """Run ``jobs``, at most ``processes`` in parallel; with one process, in this process.
 
     Raises:
@@ -76,12 +83,14 @@ def run(
         raise JobError("a worker process was killed; was there enough memory?") from error
 
 
-def _run_job(trace: Trace, job: ReplayJob, progress: Progress) -> Outcome | Optimum:
+def _run_job(trace: Trace, job: ReplayJob, progress: Progress) -> Result:
     if job.policy is None:
         result = optimum(trace, sum(job.capacities))
         progress(len(trace))
         return result
     try:
+        if job.model is not None:
+            return replay_model(trace, job.model, job.policy, job.capacities[0], progress)
         return replay(trace, job.policy, job.capacities, progress)
     except Exception as error:  # a user's policy may raise anything
         raise JobError(f"policy {job.policy}: {type(error).__name__}: {error}") from error
@@ -99,7 +108,7 @@ def _init_worker(trace: Trace, replayed: Synchronized[int]) -> None:
     _trace, _replayed = trace, replayed
 
 
-def _run_in_worker(job: ReplayJob) -> Outcome | Optimum:
+def _run_in_worker(job: ReplayJob) -> Result:
     return _run_job(_trace, job, _count_replayed)
 
 

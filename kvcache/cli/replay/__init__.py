@@ -28,11 +28,12 @@ from kvcache.replay.trace import MAX_LINES, PLAUSIBLE_REQUESTS_PER_S, TIME_UNITS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvcache.replay.belady import Optimum
-    from kvcache.replay.simulate import Outcome
+    from kvcache.models import Model
+    from kvcache.replay.groups import ModelBlocks
+    from kvcache.replay.jobs import Result
     from kvcache.replay.trace import Trace
 
-    Results = Sequence[Outcome | Optimum]
+    Results = Sequence[Result]
 
 PLOT_SUFFIX = ".svg"
 PARALLEL_BLOCKS = 300_000
@@ -69,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bytes-per-block", type=block_nbytes, metavar="SIZE", help="bytes of one block's KV cache"
     )
     add(
+        "--model", type=_model, metavar="MODEL",
+        help="replay all KV cache groups of a model that kvcache knows, or of a config.json",
+    )  # fmt: skip
+    add(
         "--block-tokens", type=at_least(1), metavar="N",
         help="tokens of a block (the number in the trace, else 512)",
     )  # fmt: skip
@@ -101,6 +106,16 @@ def _share(text: str) -> float:
     return share
 
 
+def _model(text: str) -> Model:
+    from kvcache.models import PRESETS, preset, read_model
+
+    try:
+        return preset(text) if text in PRESETS else read_model(Path(text), {})
+    except ValueError as error:
+        known = ", ".join(PRESETS)
+        raise argparse.ArgumentTypeError(f"{error}; known models: {known}") from None
+
+
 def _policies(text: str) -> list[str]:
     from kvcache.eviction import policy_class
 
@@ -126,12 +141,14 @@ class ReplayPlan(NamedTuple):
         capacities: blocks of each tier, once for each replay.
         marked: the position of the user's capacity; the other capacities are only for the plot.
         size: size of a block.
+        model: the groups of a model; ``None`` replays one group.
     """
 
     policies: list[str]
     capacities: list[tuple[int, ...]]
     marked: int
     size: BlockSize
+    model: ModelBlocks | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,8 +163,13 @@ def run(args: argparse.Namespace) -> int:
     except (UsageError, TraceError) as error:
         print(f"kvcache replay: {error}", file=sys.stderr)
         return 2
-    policies: list[str | None] = [None, *replays.policies]  # None is the optimum
-    work = [jobs.ReplayJob(policy, tiers) for tiers in replays.capacities for policy in policies]
+    # The policy None is the optimum. It is known for blocks of one size only.
+    policies = replays.policies if replays.model else [None, *replays.policies]
+    work = [
+        jobs.ReplayJob(policy, tiers, replays.model)
+        for tiers in replays.capacities
+        for policy in policies
+    ]
     parallel = len(work) * len(trace.blocks) > PARALLEL_BLOCKS
     processes = args.processes or (jobs.cpu_count() if parallel else 1)
     try:
@@ -164,6 +186,22 @@ def check(args: argparse.Namespace) -> None:
     if (args.trace is None) == (args.generate is None):
         raise UsageError("pass either a TRACE or --generate")
     _check_traffic(args)
+    if args.model:
+        _check_model(args)
+    else:
+        _check_sizes(args)
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    from kvcache.cli.replay import models
+
+    try:
+        models.check(args)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
     if args.capacity and args.tiers:
         raise UsageError("--tiers includes the capacity of L1: leave --capacity out")
     if args.bytes_per_token and args.bytes_per_block:
@@ -247,6 +285,8 @@ def _warn_of_implausible_rate(trace: Trace, unit: str) -> None:
 
 def plan(args: argparse.Namespace, trace: Trace) -> ReplayPlan:
     """Return what to replay, with capacities in blocks of this trace."""
+    if args.model:
+        return _model_plan(args, trace)
     per_token = args.bytes_per_token
     size = BlockSize(per_token * trace.block_tokens if per_token else args.bytes_per_block)
     try:
@@ -260,6 +300,19 @@ def plan(args: argparse.Namespace, trace: Trace) -> ReplayPlan:
         return ReplayPlan(args.policy, [(capacity,) for capacity in blocks], 0, size)
     plotted = capacities_around(blocks[0], trace.distinct)
     return ReplayPlan(args.policy, [(n,) for n in plotted], plotted.index(blocks[0]), size)
+
+
+def _model_plan(args: argparse.Namespace, trace: Trace) -> ReplayPlan:
+    from kvcache.cli.replay import models
+    from kvcache.replay.groups import ModelBlocks
+
+    try:
+        model = ModelBlocks.of(args.model, trace.block_tokens)
+        slots = models.slots(model, trace, args.capacity or ())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    size = BlockSize(model.slot_nbytes)
+    return ReplayPlan(args.policy, [(count,) for count in slots], 0, size, model)
 
 
 def capacities_around(capacity: int, enough: int) -> list[int]:
@@ -278,14 +331,26 @@ def _print_results(
     args: argparse.Namespace, trace: Trace, replays: ReplayPlan, results: Results
 ) -> int:
     """Print the results and write the plot; returns the exit code."""
+    from kvcache.cli.replay.models import ModelResults
     from kvcache.cli.replay.results import ReplayResults
+    from kvcache.replay.groups import GroupsOutcome
 
-    table = ReplayResults(trace, replays.size, results)
+    name = args.generate or ("standard input" if args.trace == "-" else Path(args.trace).name)
+    if replays.model:
+        outcomes = [result for result in results if isinstance(result, GroupsOutcome)]
+        model_table = ModelResults(trace, replays.model, outcomes)
+        if args.json:
+            for fields in model_table.json_objects():
+                print(json.dumps(fields))
+        else:
+            print(model_table.text(name, painter(sys.stdout)))
+        return 0
+    one_group = [result for result in results if not isinstance(result, GroupsOutcome)]
+    table = ReplayResults(trace, replays.size, one_group)
     if args.json:
         for fields in table.json_objects():
             print(json.dumps(fields))
     else:
-        name = args.generate or ("standard input" if args.trace == "-" else Path(args.trace).name)
         print(table.text(name, partial=args.partial, paint=painter(sys.stdout)))
     if args.plot:
         from kvcache.cli.replay import plot
