@@ -140,7 +140,7 @@ class BlockReads:
         # Before other blocks are evicted to make room.
         pins = [self._front.pin(wanted.keys)]
         held = len(pins[0])
-        if wanted.chain_keys < len(wanted.keys):
+        if None in wanted.parents[1:] or wanted.chain_keys < len(wanted.keys):
             pins.append(self._front.pin_any(wanted.keys[held:]))
         try:
             for source, at, end in runs_by_source(wanted.sources, held):
