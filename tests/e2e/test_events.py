@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import RunEngine
 from tests.support.engine import kv_events
+from tests.support.engine.checkpoints import GPT_OSS, WINDOW, write_model
 from tests.support.engine.process import EngineRun, Scenario, startup
+from tests.support.group_hooks import needs_group_hooks
 
 pytestmark = pytest.mark.engine
 
@@ -69,3 +72,28 @@ def test_events_after_a_reset_match_both_tiers(published: EngineRun) -> None:
     assert min(found["before"]) >= 3
     assert found["emptied"] == [0, 0]
     assert found["after"] == [3, 3]
+
+
+@needs_group_hooks
+def test_events_of_several_groups_match_l1(run_engine: RunEngine, tmp_path: Path) -> None:
+    run = run_engine(
+        [kv_events.events_of_groups],
+        checkpoint=str(write_model(tmp_path / "gpt-oss", GPT_OSS)),
+        blocks=100,
+        l1="1MiB",  # 64 blocks of a group
+        options={
+            "kv_events_config": {
+                "enable_kv_cache_events": True,
+                "publisher": "zmq",
+                "endpoint": f"ipc://{tmp_path}/events",
+            }
+        },
+        environment={"VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0"},
+    )
+    found = run.result_of(kv_events.events_of_groups)
+    assert found["wrong"] == []
+    assert sorted(kind[1:] for kind in found["kinds"]) == [
+        ["full_attention", None],
+        ["sliding_window", WINDOW],
+    ]
+    assert found["evicted"] > 0
