@@ -129,9 +129,11 @@ class FrontTierTests(TierTests):
         with tier.reserve_branches([(chain[:count], None)], branches) as lease:
             self.write(lease)
             assert len(lease) == 2 * count
-        self.fill(tier, keys_of("new", count))
-        assert tier.contains(chain[:count]) == [True] * count
-        assert sum(tier.contains(sides)) <= len(chain) - 2 * count
+        for new in keys_of("new", count):
+            self.fill(tier, [new])
+            held = zip(tier.contains(chain[:count]), tier.contains(sides), strict=True)
+            assert all(parent or not side for parent, side in held)
+        assert sum(tier.contains([*chain[:count], *sides])) <= count
 
     def test_pin_stops_at_the_first_absent_block(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "hole", 5)
