@@ -17,9 +17,10 @@ def random_play(model: PlayedModel, random: Random) -> Play:
     # The second runner recomputes blocks that failed to load wrongly. Only with one group of full
     # attention are there such blocks.
     fails = not (second_runner and len(model.groups) == 1)
+    most = 2 if model.pipeline > 1 and second_runner else 1  # as vLLM has batches in flight
     return Play(
         second_runner=second_runner,
-        ahead=random.choice((0, 0, 1, 2)) if model.pipeline == 1 else random.choice((0, 2)),
+        ahead=random.choice((0, most)),
         copying=Copying(
             ending=random.choice((1.0, 0.5, 0.2)),
             failing=random.choice((0.0, 0.1 * fails)),
@@ -52,8 +53,21 @@ class Talks:
         if random.random() < 0.3 and len(tokens) > 2 * BLOCK:  # no token after the last block
             tokens = tokens[: len(tokens) // (2 * BLOCK) * 2 * BLOCK]
         self._asked += 1
-        request = engine.ask(f"request{self._asked}", tokens, answer)
+        # With states, vLLM resumes a session wrongly if a step ran beyond its last part.
+        runs_beyond = engine.model.drafts or engine.play.ahead > 1
+        session = not runs_beyond and random.random() < 0.2
+        request = engine.ask(f"request{self._asked}", tokens, answer, session=session)
         self._talks = [*self._talks[-5:], request._all_token_ids]
+
+
+def continue_session(engine: GroupsEngine, name: str) -> None:
+    """Add the next part of a session, or end it if it is long."""
+    random = engine.random
+    answer, more = random.choice((1, 10)), random.choice((1, 17, 40))
+    if engine.requests[name].num_tokens + answer + more > LONGEST:
+        engine.abort(name)
+    else:
+        engine.ask(name, [random.randrange(50) for _ in range(more)], answer, session=True)
 
 
 def walk(model: PlayedModel, folder: Path, seed: int) -> GroupsEngine:
@@ -72,6 +86,8 @@ def walk(model: PlayedModel, folder: Path, seed: int) -> GroupsEngine:
                 engine.abort(random.choice(names))
             elif event < 0.41:
                 engine.reset(preempts=random.random() < 0.5)
+            elif event < 0.55 and (names := engine.sessions):
+                continue_session(engine, random.choice(names))
             for _ in range(random.choice((0, 1, 3))):
                 engine.step()
                 engine.check_l1()

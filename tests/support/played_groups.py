@@ -135,18 +135,26 @@ class GroupsEngine:
 
     # Events
 
-    def ask(self, name: str, tokens: list[int], answer: int) -> Any:
-        """Add a request."""
+    def ask(self, name: str, tokens: list[int], answer: int, *, session: bool = False) -> Any:
+        """Add a request, or the next part of a `session`, which keeps its blocks until then."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         sampling = SamplingParams(max_tokens=answer, ignore_eos=True)
         sampling.update_from_generation_config({}, None)
-        request = Request(name, list(tokens), sampling, None, block_hasher=self._hasher)
-        self.requests[name] = request
-        self.register()
+        request = Request(
+            name, list(tokens), sampling, None, block_hasher=self._hasher, resumable=session
+        )
+        request = self.requests.setdefault(name, request)
         self.scheduler.add_request(request)
+        self.register()
         return request
+
+    @property
+    def sessions(self) -> list[str]:
+        """Names of the sessions that wait for their next part."""
+        requests = self.scheduler.requests.values()
+        return [r.request_id for r in requests if r.status.name == "WAITING_FOR_STREAMING_REQ"]
 
     def abort(self, name: str) -> None:
         from vllm.v1.request import RequestStatus
@@ -232,7 +240,8 @@ class GroupsEngine:
         """Note the tokens of all block hashes."""
         for name, request in self.requests.items():
             hashes = request.block_hashes
-            for at in range(self._hashed.get(name, 0), len(hashes)):
+            known = 0 if request.resumable else self._hashed.get(name, 0)
+            for at in range(known, len(hashes)):
                 tokens = list(request.all_token_ids[: (at + 1) * self.hash_tokens])
                 self.registry.setdefault(bytes(hashes[at]), tokens)
             self._hashed[name] = len(hashes)

@@ -27,8 +27,8 @@ class Play:
     """How an engine runs.
 
     Attributes:
-        ahead: steps that are built before the report of the first of them. With several pipeline
-            ranks the scheduler is vLLM's usual one, else its async one.
+        ahead: steps that are built before the report of the first of them. The scheduler is then
+            vLLM's async one, but for several pipeline ranks under the first model runner.
         second_runner: whether the workers are vLLM's second model runner.
         copying: how copies run.
         room: blocks of the engine, as a multiple of those of the longest request.
@@ -104,7 +104,9 @@ def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) ->
             "prompt_lookup_max": 2, "prompt_lookup_min": 1,
         }  # fmt: skip
     config = EngineArgs(**arguments).create_engine_config()
-    config.scheduler_config.async_scheduling = bool(play.ahead and model.pipeline == 1)
+    config.scheduler_config.async_scheduling = bool(play.ahead) and (
+        model.pipeline == 1 or play.second_runner
+    )
     config.scheduler_config.max_num_scheduled_tokens = play.budget
     config.parallel_config.pipeline_parallel_size = model.pipeline
     config.parallel_config.tensor_parallel_size = model.tensor
