@@ -35,6 +35,7 @@ class RecordingCopier:
         geometries: Sequence[tuple[int, int]] = (),
     ) -> CompletedCopy:
         assert self.waits[-1] is None, "stored before all loads are there"
+        assert geometries == [(0, len(blocks))]
         return self._call("gather", blocks, slots)
 
     def scatter(
@@ -46,6 +47,7 @@ class RecordingCopier:
         awaited: bool = True,
         announced: Collection[int] = (),
     ) -> CompletedCopy:
+        assert geometries == [(0, len(blocks))]
         self.awaited.append(awaited)
         self.announced = sorted(announced)
         return self._call("scatter", slots, blocks)

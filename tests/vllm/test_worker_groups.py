@@ -212,6 +212,17 @@ def test_piece_that_does_not_exist_fails_the_copy(piece: int) -> None:
     ranks.close()
 
 
+@pytest.mark.parametrize("absent", [0, 1, 2, 10])
+def test_slab_without_a_piece_of_this_rank_fails_every_copy(absent: int) -> None:
+    ranks = Ranks(MODELS["windows of five times the layers"])
+    pieces = tuple(piece for at, piece in enumerate(ranks.cut.pieces) if at != absent)
+    memory = SlabShards(ranks.slab.descriptor, pieces)
+    [acks] = ranks.run(Step(memory, stores=[transfer(1, (0, 1, 0))])).values()
+    assert acks.failed == {1}
+    assert not any(map(any, slot_bytes(ranks.slab)))
+    ranks.close()
+
+
 def test_transfer_without_the_pieces_of_all_blocks_fails() -> None:
     ranks = two_kinds()
     store = Transfer(1, [1, 2], [0, 1], pieces=[(0, 1)])
