@@ -23,13 +23,16 @@ import pytest
 from kvcache import Lease, Match, Stack, metrics
 from kvcache.eviction import Eviction
 from kvcache.lower.tier import LowerTier
+from kvcache.resume import Needs
 from kvcache.sizes import Size
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.dram import DramTier
 from tests.support.failing_parts import COMMON_FAULTS, RARE_FAULTS, FaultyTier
+from tests.support.group_blocks import BLOCK_TOKENS, GroupedRequest
 
 NBYTES = 64  # of a block
+SIDES = (Needs("window", 6), Needs("state"))
 SLOTS = 64
 LOWER_BLOCKS = 200  # capacity of the lower tier
 LONG = 20.0  # the most seconds that the test waits for an event that happens
@@ -103,6 +106,8 @@ class Traffic:
                 prefetches.append(prefetch)
                 if choose.random() < 0.5:
                     prefetch.result(LONG)
+            if choose.random() < 0.2:
+                self.use_groups(f"groups {name}", 2 * turns, prefetches)
             with self.fetch(keys, wait=choose.random() < 0.5) as lease:
                 have = len(lease)
                 if have and choose.random() < 0.02:
@@ -114,6 +119,20 @@ class Traffic:
                 assert self.stack.flush(LONG)  # otherwise the queue would always be full
             filling.end(failed=[key for key in filling.keys if choose.random() < 0.02])
         assert not wait(prefetches, LONG).not_done
+
+    def use_groups(self, name: str, blocks: int, prefetches: list[Future[Match]]) -> None:
+        """Load and store the blocks of a model with a window and states."""
+        request, tokens = GroupedRequest(*SIDES, name=name), blocks * BLOCK_TOKENS
+        if prefetch := self.stack.prefetch_resume(request.groups, tokens, BLOCK_TOKENS):
+            prefetches.append(prefetch)
+        found = self.stack.fetch_resume(request.groups, 0, tokens, BLOCK_TOKENS)
+        with found.lease as lease:
+            for key, view in zip(lease.keys, lease.views, strict=True):
+                assert view == block_of(key, NBYTES), "wrong bytes"
+        first = found.tokens // BLOCK_TOKENS
+        with self.stack.reserve_branches(*request.branches(first, blocks)) as filling:
+            for key, view in zip(filling.keys, filling.views, strict=True):
+                view[:] = block_of(key, NBYTES)
 
     def fetch(self, keys: list[bytes], *, wait: bool) -> Lease:
         if wait:
@@ -208,7 +227,7 @@ def test_hundred_thousand_blocks_leave_no_growing_table(
 
     sizes = dict(tables(stack, "stack", set()))
     in_flight = (
-        "stack.lower.reads_in_flight",
+        "stack.lower.reads.in_flight",
         "stack.lower.tiers.0.channel.workers._jobs",
         "stack.lower._waiters._jobs",
         "stack.front.index.segments.filling",
