@@ -33,10 +33,17 @@ def random_play(model: PlayedModel, random: Random) -> Play:
 
 
 class Talks:
-    """Conversations that share prefixes. All of them may begin with `system` equal tokens."""
+    """Conversations that share prefixes.
 
-    def __init__(self, random: Random, *, system: int = 0) -> None:
+    Args:
+        random: chooses tokens and lengths.
+        system: equal tokens at the beginning of all.
+        sessions: share of the requests that are sessions.
+    """
+
+    def __init__(self, random: Random, *, system: int = 0, sessions: float = 0.0) -> None:
         self._random = random
+        self._sessions = sessions
         self._system = [random.randrange(50) for _ in range(system)]
         self._talks: list[list[int]] = []
         self._asked = 0
@@ -53,9 +60,7 @@ class Talks:
         if random.random() < 0.3 and len(tokens) > 2 * BLOCK:  # no token after the last block
             tokens = tokens[: len(tokens) // (2 * BLOCK) * 2 * BLOCK]
         self._asked += 1
-        # With states, vLLM resumes a session wrongly if a step ran beyond its last part.
-        runs_beyond = engine.model.drafts or engine.play.ahead > 1
-        session = not runs_beyond and random.random() < 0.2
+        session = random.random() < self._sessions
         request = engine.ask(f"request{self._asked}", tokens, answer, session=session)
         self._talks = [*self._talks[-5:], request._all_token_ids]
 
@@ -74,7 +79,10 @@ def walk(model: PlayedModel, folder: Path, seed: int) -> GroupsEngine:
     """Play random events; raise an AssertionError where a rule is broken."""
     random = Random(seed)
     engine = GroupsEngine(model, folder, random, random_play(model, random))
-    talks, forgetful = Talks(random), random.choice((0.1, 0.7))
+    # With states, vLLM resumes a session wrongly if a step ran beyond its last part.
+    runs_beyond = model.drafts or engine.play.ahead > 1
+    talks = Talks(random, sessions=0.0 if runs_beyond else 0.2)
+    forgetful = random.choice((0.1, 0.7))
     try:
         for _ in range(random.randrange(30, 100)):
             event = random.random()
