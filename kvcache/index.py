@@ -214,16 +214,17 @@ class Index:
         """Reserve the absent blocks of several segments, as :meth:`reserve` does for one.
 
         A segment of ``sides`` gets no slot if its parent is neither in the index nor reserved here.
+        If there is no room for all, the last ones of ``sides`` get slots: a request needs those.
         """
         if len(chains) == 1 and not sides:
             return self.reserve(*chains[0])
-        branches = [*chains, *sides]
-        first_slots = self.segments.first_slots
-        absent_of: list[Sequence[int]] = []
+        branches = list(enumerate([*chains, *sides]))
+        by_priority = [*branches[: len(chains)], *reversed(branches[len(chains) :])]
+        first_slots, spared = self.segments.first_slots, set[bytes]()
+        absent_of: list[Sequence[int]] = [()] * len(branches)
         new: dict[bytes, None] = {}
         loose: set[bytes] = set()  # new keys for which no block is evicted
-        spared: set[bytes] = set()
-        for number, (keys, parent) in enumerate(branches):
+        for number, (keys, parent) in by_priority:
             absent = self.segments.absent(tuple(keys))
             if absent and not (new.keys().isdisjoint(keys) and loose.isdisjoint(keys)):
                 absent = [at for at in absent if keys[at] not in new and keys[at] not in loose]
@@ -239,23 +240,22 @@ class Index:
                 else:
                     self.declined_blocks += len(absent)
                     absent = ()
-            absent_of.append(absent)
+            absent_of[number] = absent
         room = len(new)
         if len(self._free) < room:
-            spared.update(key for keys, _ in branches for key in keys if key in first_slots)
-            room = self._make_room(tuple(new), branches[0][1], spared, can_evict=True)
+            spared.update(key for _, (keys, _) in branches for key in keys if key in first_slots)
+            room = self._make_room(tuple(new), branches[0][1][1], spared, can_evict=True)
         loose_room = min(len(loose), len(self._free) - room)
         self.declined_blocks += len(loose) - loose_room
-        positions: list[int] = []
-        slots: list[int] = []
-        offset = 0
-        for (keys, parent), absent in zip(branches, absent_of, strict=True):
+        for number, (keys, _) in by_priority:
+            absent = absent_of[number]
             if absent and keys[absent[0]] in loose:
-                filled = absent[:loose_room]
-                loose_room -= len(filled)
+                absent_of[number] = absent = absent[:loose_room]
+                loose_room -= len(absent)
             else:
-                filled = absent[:room]
-                room -= len(filled)
+                absent_of[number], room = absent[:room], max(0, room - len(absent))
+        positions, slots, offset = list[int](), list[int](), 0
+        for (_, (keys, parent)), filled in zip(branches, absent_of, strict=True):
             positions += [offset + at for at in filled]
             slots += self._fill(tuple(keys), parent, filled)
             offset += len(keys)

@@ -92,6 +92,14 @@ def test_reserve_with_side_blocks_evicts_all_that_is_not_in_use(name: str) -> No
     assert index.reserve(prefixes("123456789012"), None)[0] == list(range(12))
 
 
+def test_reserve_without_room_for_all_blocks_stores_the_last_side_blocks() -> None:
+    index = Index(POLICIES["lru"](5), map(float, itertools.count()).__next__)
+    index.open_slots(5)
+    chain = prefixes("abc")
+    store(index, chain, 0, range(3), 1)
+    assert set(index.ready()) == {*chain, *side_of(b"ab"), *side_of(b"abc")}
+
+
 def gittins_with_two_conversations() -> tuple[Gittins, list[bytes], list[bytes]]:
     """Both have the side blocks of three chain blocks; each was resumed at its end."""
     policy = Gittins(3200, budget=LruBudget(3200, stake=1e9))

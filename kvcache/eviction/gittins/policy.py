@@ -223,7 +223,7 @@ class Gittins(SideRuns):
         worths, must_admit, incoming = self._admission or _ADMIT_ALL
         self._admission = None
         budget = self.budget
-        evicted = self._evict_dead(count, take)
+        evicted = self._evict_dead(count, take) if self._dead is not None else 0
         progress = True  # a block was evicted since the parked runs were tried
         while evicted < count:
             victim = self.first_victim(budget.slack() + incoming < 1)

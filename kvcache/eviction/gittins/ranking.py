@@ -20,7 +20,7 @@ Invariants:
 from __future__ import annotations
 
 from kvcache.eviction.gittins.epochs import Cohort, CohortQueue, Epoch, RankedRun
-from kvcache.eviction.gittins.hazards import CLASS_COUNT, OCTAVE_COUNT, Hazards
+from kvcache.eviction.gittins.hazards import CLASS_COUNT, LAST, OCTAVE_COUNT, Hazards
 from kvcache.eviction.gittins.lru_budget import LruBudget
 from kvcache.eviction.policy import Policy
 
@@ -43,6 +43,7 @@ class VictimRanking(Policy):
         hazards, budget: the arguments.
         current_epoch: the epoch of all blocks that are used or stored now.
         queues: cohorts that have runs to evict from, by class and octave.
+        first_class: the first class that may have blocks.
         octaves_in_use: the number of octaves, from the first, that epochs have reached.
     """
 
@@ -52,6 +53,7 @@ class VictimRanking(Policy):
         self.current_epoch = Epoch(0.0)
         self.queues = [[CohortQueue() for _ in range(OCTAVE_COUNT)] for _ in range(CLASS_COUNT)]
         self.octaves_in_use = 1
+        self.first_class = LAST
         # Sorted: (lowest worth that a block in the queue can have, whether worth rises with age
         # there, class, octave, queue).
         self._ranked_queues: list[tuple[float, bool, int, int, CohortQueue]] = []
@@ -107,6 +109,7 @@ class VictimRanking(Policy):
                 for cls, (table, queues) in enumerate(
                     zip(self.hazards.tables, self.queues, strict=True)
                 )
+                if cls >= self.first_class
                 for octave, queue in enumerate(queues[: self.octaves_in_use])
             ),
             key=lambda entry: entry[0],

@@ -80,6 +80,9 @@ class SideRuns(KnownRuns):
             self._forget_evicted()
 
     def _new_side(self, keys: Keys, held: int, parent: bytes | None, cls: int, uses: int) -> None:
+        if self.first_class != SIDE:  # the first side block
+            self.first_class = SIDE
+            self.sort_queues()
         run = self._append(None, keys, held, parent, cls, uses)
         run.side, run.storing = True, False
         if parent is not None:
