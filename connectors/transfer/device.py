@@ -95,7 +95,8 @@ class DeviceCopier(PageCopier):
 
     def _gather(self, rows: Sequence[CopyRows]) -> _DeviceCopy:
         self.wait_for_layer()
-        copy = self._copy(self._store_stream, "gather", rows, self._layers_per_call(rows, ()))
+        calls = self._layers_per_call(rows, ())
+        copy = self._copy(self._store_stream, "gather", rows, _blocks_of(rows), calls)
         self._stores = [*self._stores_in_flight(), copy]
         return copy
 
@@ -103,10 +104,11 @@ class DeviceCopier(PageCopier):
         self, rows: Sequence[CopyRows], awaited: bool, announced: Collection[int]
     ) -> _DeviceCopy:
         stream = self._load_stream if awaited else self._background_stream
-        for store in self._stores_reading(_blocks_of(rows)):
+        written = _blocks_of(rows)
+        for store in self._stores_reading(written):
             stream.wait_for(store.end)
         calls = self._layers_per_call(rows, announced if awaited else ())
-        copy = self._copy(stream, "scatter", rows, calls)
+        copy = self._copy(stream, "scatter", rows, written, calls)
         if awaited:
             if not set(calls[0]) <= set(announced):
                 self._device.engine_stream().wait_for(copy.ends[0])
@@ -152,7 +154,7 @@ class DeviceCopier(PageCopier):
         in calls of at least MIN_CALL_NBYTES, at most MAX_CALLS calls.
         """
         sizes = [len(row.blocks) * self._layer_nbytes[row.geometry] for row in rows]
-        nbytes = np.sum(sizes, axis=0).tolist()
+        nbytes = sum(sizes[1:], sizes[0]).tolist()
         least = max(MIN_CALL_NBYTES, sum(nbytes) / MAX_CALLS)
         calls: list[list[int]] = [[]]
         size = 0
@@ -169,9 +171,13 @@ class DeviceCopier(PageCopier):
         stream: CopyStream,
         operation: Literal["gather", "scatter"],
         rows: Sequence[CopyRows],
+        blocks: frozenset[int],
         calls: Sequence[Sequence[int]],
     ) -> _DeviceCopy:
-        """Start a copy of `rows`, one call for each list of layers in `calls`."""
+        """Start a copy of `rows`, one call for each list of layers in `calls`.
+
+        `blocks` are those of all rows.
+        """
         arguments = tuple(self._call_arguments(operation, rows, layers) for layers in calls)
         stream.wait_for(self._device.engine_stream().record())
         begin, ends = stream.record(), []
@@ -183,7 +189,7 @@ class DeviceCopier(PageCopier):
             # A part of the copy may be in flight, and the caller reuses the slots after an error.
             stream.record().wait()
             raise
-        return _DeviceCopy(begin, tuple(ends), _blocks_of(rows), arguments)
+        return _DeviceCopy(begin, tuple(ends), blocks, arguments)
 
     def _call_arguments(
         self,
@@ -219,4 +225,4 @@ def _joined(arrays: Sequence[Integers]) -> Integers:
 
 
 def _blocks_of(rows: Sequence[CopyRows]) -> frozenset[int]:
-    return frozenset(block for row in rows for block in row.blocks.tolist())
+    return frozenset().union(*[row.blocks.tolist() for row in rows])
