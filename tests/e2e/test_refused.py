@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import RunEngine
-from tests.support.engine.checkpoints import DEEPSEEK_V2, GPT_OSS, write_model, write_tokenizer
-from tests.support.engine.engine import CONNECTOR, VOCABULARY, Engine, prompt
+from tests.support.engine.checkpoints import (
+    DEEPSEEK_V2,
+    GPT_OSS,
+    LFM_2,
+    write_model,
+    write_tokenizer,
+)
+from tests.support.engine.engine import CONNECTOR, Engine, prompt
 from tests.support.engine.process import startup
 
 pytestmark = pytest.mark.engine
@@ -18,7 +23,7 @@ pytestmark = pytest.mark.engine
 
 def complete_twice(engine: Engine) -> dict[str, Any]:
     """Complete a prompt twice, then once more after a reset of both caches."""
-    asked = prompt("sliding", 100)
+    asked = prompt("refused", 100)
     first = engine.complete(asked)
     own = engine.complete(asked)["cached"]
     assert engine.llm.reset_prefix_cache(reset_connector=True)
@@ -30,30 +35,21 @@ def complete_twice(engine: Engine) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_sliding_window_stores_nothing_after_one_warning(
+def test_states_without_prefix_caching_are_not_stored_after_one_warning(
     run_engine: RunEngine, tmp_path: Path
 ) -> None:
-    from kvcache.cli.demo.checkpoint import write
-
-    write(
-        tmp_path,
-        layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, intermediate=256,
-        vocabulary=VOCABULARY,
-    )  # fmt: skip
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    play = run_engine([complete_twice], checkpoint=str(tmp_path), blocks=100, l1="64MiB")
-    facts = play.result_of(complete_twice)
-    assert facts["own"] > 0
-    assert facts == {
-        "own": facts["own"], "cached": 0, "same": True, "stats": None, "tables": 0,
+    """With prefix caching off, vLLM keeps no state but the last."""
+    checkpoint = write_model(tmp_path, LFM_2)
+    options = {"enable_prefix_caching": False, "dtype": "float32"}
+    play = run_engine(
+        [complete_twice], checkpoint=str(checkpoint), blocks=100, l1="64MiB", options=options
+    )
+    assert play.result_of(complete_twice) == {
+        "own": 0, "cached": 0, "same": True, "stats": None, "tables": 0,
     }  # fmt: skip
     [warning] = play.warnings_of(startup)
     assert "no block is kept or found" in warning
-    assert "SlidingWindowSpec" in warning
+    assert "mamba_cache_mode is 'none'" in warning
 
 
 def complete_second_turn(engine: Engine) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.e2e.conftest import RunEngine
-from tests.support.engine import separate_processes
-from tests.support.engine.engine import BLOCK
+from tests.e2e.conftest import HybridCheckpoint, RunEngine
+from tests.support.engine import separate_processes, several_groups
+from tests.support.engine.comparison import assert_equal
+from tests.support.engine.engine import BLOCK, VOCABULARY, Engine
 from tests.support.engine.process import EngineRun, startup
+from tests.support.group_hooks import needs_group_hooks, needs_tensor_shards
 
 pytestmark = pytest.mark.engine
 
@@ -59,3 +63,45 @@ def test_load_that_fails_on_one_rank_is_recomputed(two_ranks: EngineRun) -> None
 
 def test_all_scenarios_leave_no_open_state(two_ranks: EngineRun) -> None:
     assert two_ranks.result_of(separate_processes.final_state) == NO_OPEN_STATE
+
+
+def slot_nbytes(engine: Engine) -> int:
+    """Return the bytes of a block in L1, of all ranks together."""
+    return int(engine.stack.block_nbytes)
+
+
+COMPARED = (several_groups.requests_of_one_step, several_groups.prompts_of_several_steps)
+
+
+def assert_equal_on_two_ranks(run_engine: RunEngine, checkpoint: Path) -> int:
+    """Compare two ranks with kvcache and without it; return the bytes of a block in L1."""
+    scenarios = (*COMPARED, slot_nbytes, separate_processes.final_state)
+    settings = {"checkpoint": str(checkpoint), **SETTINGS}
+    kvcache = run_engine(scenarios, blocks=100, l1="64MiB", **settings)
+    large = run_engine(COMPARED, blocks=2000, **settings)
+    kvcache.result_of(startup)
+    for scenario in COMPARED:
+        assert_equal(kvcache.result_of(scenario), large.result_of(scenario), tolerance=0.1)
+    assert kvcache.result_of(separate_processes.final_state) == NO_OPEN_STATE
+    return int(kvcache.result_of(slot_nbytes))
+
+
+@needs_group_hooks
+def test_completions_of_a_window_model_equal_those_of_a_large_cache(
+    run_engine: RunEngine, hybrid_checkpoint: HybridCheckpoint
+) -> None:
+    nbytes = assert_equal_on_two_ranks(run_engine, hybrid_checkpoint("gemma-3"))
+    assert nbytes == BLOCK * 2 * 2 * 32 * 2  # one layer: keys and values of two heads
+
+
+@needs_tensor_shards
+def test_kv_head_that_two_ranks_have_is_stored_once(run_engine: RunEngine, tmp_path: Path) -> None:
+    from kvcache.cli.demo.checkpoint import write
+
+    write(
+        tmp_path,
+        layers=2, hidden=128, heads=4, kv_heads=1, head_dim=32, intermediate=256,
+        vocabulary=VOCABULARY,
+    )  # fmt: skip
+    nbytes = assert_equal_on_two_ranks(run_engine, tmp_path)
+    assert nbytes == BLOCK * 2 * 2 * 32 * 2  # two layers: keys and values of one head

@@ -48,13 +48,13 @@ GEMMA_3: dict[str, Any] = _GROUPED | {
 """Five layers with a window to one without: vLLM makes six groups of one layer."""
 
 GEMMA_3N: dict[str, Any] = _GROUPED | {
-    "model_type": "gemma3n_text", "num_hidden_layers": 10, "num_kv_shared_layers": 4,
+    "model_type": "gemma3n_text", "num_hidden_layers": 10, "num_kv_shared_layers": 5,
     "sliding_window": WINDOW, "tie_word_embeddings": True, "embedding_scale": 0.03,
     "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
     "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32,
     "laurel_rank": 16, "activation_sparsity_pattern": None,
 }  # fmt: skip
-"""The last four layers use the KV cache of earlier ones."""
+"""The last five layers use the KV cache of the fourth and fifth."""
 
 COHERE_2: dict[str, Any] = _GROUPED | {
     "model_type": "cohere2", "num_hidden_layers": 4, "sliding_window": WINDOW,
@@ -77,12 +77,12 @@ MISTRAL: dict[str, Any] = _GROUPED | {
 """Every layer attends to a window: no group needs all blocks."""
 
 LFM_2: dict[str, Any] = _GROUPED | {
-    "model_type": "lfm2", "num_hidden_layers": 4, "conv_L_cache": 3,
+    "model_type": "lfm2", "num_hidden_layers": 4, "conv_L_cache": 4,
     "conv_dim": 128, "conv_bias": False, "block_dim": 128, "block_auto_adjust_ff_dim": False,
     "tie_word_embeddings": True, "embedding_scale": 0.1,
     "layer_types": ["conv", "conv", "full_attention", "conv"],
 }  # fmt: skip
-"""Three short convolutions: a small state each."""
+"""Three short convolutions, of the width that every vLLM supports: a small state each."""
 
 _GATED_DELTA_NET: dict[str, Any] = _GROUPED | {
     "head_dim": 256,
@@ -92,7 +92,7 @@ _GATED_DELTA_NET: dict[str, Any] = _GROUPED | {
 }  # fmt: skip
 
 QWEN_3_NEXT: dict[str, Any] = _GATED_DELTA_NET | {
-    "model_type": "qwen3_next", "num_experts": 2, "num_experts_per_tok": 1,
+    "model_type": "qwen3_next", "num_experts": 2, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
     "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
@@ -100,6 +100,9 @@ QWEN_3_NEXT: dict[str, Any] = _GATED_DELTA_NET | {
 
 QWEN_3_5: dict[str, Any] = _GATED_DELTA_NET | {"model_type": "qwen3_5_text"}
 """The same without experts."""
+
+SLOW_DECAY = -3.0
+"""Logarithm of the decay of linear attention. At random, some states would last for few tokens."""
 
 HYBRIDS: dict[str, dict[str, Any]] = {
     "gpt-oss": GPT_OSS, "gemma-2": GEMMA_2, "gemma-3": GEMMA_3, "gemma-3n": GEMMA_3N,
@@ -127,7 +130,9 @@ def write_model(path: Path, config: dict[str, Any]) -> Path:
         model = AutoModelForCausalLM.from_config(settings)
     random = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
-        if weight.dim() >= 2:
+        if name.endswith("A_log"):
+            weight.data.fill_(SLOW_DECAY)
+        elif weight.dim() >= 2:
             scale = embedding_scale if "embed" in name else weight.shape[-1] ** -0.5
             scale *= SHARPNESS if "q_proj" in name else 1.0
             weight.data = torch.randn(weight.shape, generator=random) * scale

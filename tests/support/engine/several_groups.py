@@ -7,9 +7,12 @@ that it does not load changes the completion.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tests.support.engine.engine import BLOCK, Completion, Engine, prompt
+from tests.support.engine.lower_tier import PROMPTS
 from tests.support.engine.process import Scenario
 
 ALIGNMENT = 3 * BLOCK  # tokens; vLLM makes blocks of models with large states as long
@@ -78,7 +81,7 @@ def hit_after_own_blocks(engine: Engine) -> list[Completion]:
     known = prompt("known", 4 * ALIGNMENT)
     answers = [engine.complete(known)]
     engine.overwrite_own_cache()
-    answers.append(engine.complete(known[: 2 * ALIGNMENT + 5]))
+    answers.append(engine.complete(known[: engine.settings.budget + 5]))
     answers.append(engine.complete(known + prompt("unknown", 20)))
     return answers
 
@@ -173,10 +176,10 @@ def preempted_requests(engine: Engine) -> dict[str, Any]:
 
 
 def more_chats_than_l1_holds(engine: Engine) -> dict[str, Any]:
-    """Ten chats of three turns; return the counts of L1 too."""
+    """Twelve chats of three turns; return the counts of L1 too."""
     engine.reset_all_caches()
     before = engine.l1_stats if engine.has_kvcache else None
-    histories = [prompt(f"chat {n}", 150) for n in range(10)]
+    histories = [prompt(f"chat {n}", 150) for n in range(12)]
     answers, used = [], 0
     for turn in range(3):
         for n, history in enumerate(histories):
@@ -197,3 +200,97 @@ def more_chats_than_l1_holds(engine: Engine) -> dict[str, Any]:
 CLOSE: tuple[Scenario, ...] = (
     aborts_at_every_moment, resets_at_every_moment, preempted_requests, more_chats_than_l1_holds,
 )  # fmt: skip
+
+# Scenarios for engines with kvcache and a lower tier, or with copies that fail
+
+
+def repeat_prompts(engine: Engine) -> list[Completion]:
+    """Complete the prompts of `lower_tier.complete_prompts`."""
+    answers = []
+    for asked in PROMPTS:
+        engine.overwrite_own_cache()
+        answers.append(engine.complete(asked, tokens=12))
+    return answers
+
+
+def failed_load(engine: Engine) -> dict[str, Any]:
+    """The load of a hit fails while another request decodes; then the prompt is repeated.
+
+    On the reference no load fails.
+    """
+    engine.reset_all_caches()
+    known = prompt("fails to load", 2 * ALIGNMENT + 9)
+    asked = known + prompt("beyond", 70)
+    answers = [engine.complete(known, tokens=2)]
+    engine.overwrite_own_cache()
+    if not engine.has_kvcache:
+        return {"answers": answers + [engine.complete(asked) for _ in range(2)]}
+    engine.add("decodes", prompt("decodes", 40), tokens=12)
+    engine.step()
+    with engine.failing_copies("scatter") as calls:
+        engine.add("fails", asked)
+        answers.append(engine.drain()["fails"])
+    engine.overwrite_own_cache()
+    answers.append(engine.complete(asked))
+    return {"answers": answers, "loads": len(calls), "ends": [engine.open_state()]}
+
+
+def failed_store(engine: Engine) -> dict[str, Any]:
+    """The first store of a prompt fails; then the prompt is repeated twice."""
+    engine.reset_all_caches()
+    asked = prompt("fails to store", 3 * ALIGNMENT + 9)
+    if not engine.has_kvcache:
+        return {"answers": [engine.complete(asked) for _ in range(3)]}
+    with engine.failing_copies("gather") as calls:
+        answers = [engine.complete(asked)]
+    for _ in range(2):
+        engine.overwrite_own_cache()
+        answers.append(engine.complete(asked))
+    return {"answers": answers, "stores": len(calls), "ends": [engine.open_state()]}
+
+
+def loads_without_one_piece(engine: Engine) -> dict[str, Any]:
+    """Complete a prompt after a load of all it needs, and after loads that leave out one piece.
+
+    It has one token more than the hit: a convolution forgets its state after a few tokens.
+    """
+    engine.reset_all_caches()
+    known = prompt("without one piece", 2 * ALIGNMENT)
+    asked = [*known, 7]
+    engine.complete(known, tokens=1)
+    engine.complete(asked, tokens=1)
+    engine.overwrite_own_cache()
+    with _without_piece(engine, None) as pieces:
+        right = engine.complete(asked, tokens=4)
+    answers = {}
+    for piece in sorted(pieces):
+        engine.overwrite_own_cache()
+        with _without_piece(engine, piece):
+            answers[str(piece)] = engine.complete(asked, tokens=4)
+    return {"right": right, "without": answers}
+
+
+@contextmanager
+def _without_piece(engine: Engine, left_out: int | None) -> Iterator[set[int]]:
+    """Leave one piece out of all loads. Yields the numbers of all pieces to load."""
+    copier = engine.worker_side.copier
+    scatter, seen = copier.scatter, set[int]()
+
+    def scatter_others(
+        slots: list[int], blocks: list[int], geometries: list[tuple[int, int]], **options: Any
+    ) -> Any:
+        rows = [piece for piece, count in geometries for _ in range(count)]
+        seen.update(rows)
+        kept = [row for row, piece in enumerate(rows) if piece != left_out]
+        return scatter(
+            [slots[row] for row in kept],
+            [blocks[row] for row in kept],
+            [(rows[row], 1) for row in kept],
+            **options,
+        )
+
+    copier.scatter = scatter_others
+    try:
+        yield seen
+    finally:
+        del copier.scatter
