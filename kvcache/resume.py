@@ -238,7 +238,7 @@ class FrontLookup:
         for group in groups:
             if group.is_chain:
                 keys = group.keys(0, group.blocks(limit))
-                start = own // group.block_tokens * group.parts
+                start = min(own // group.block_tokens * group.parts, len(keys))
                 self._chains.append((keys, start))
                 held = start + front.count_prefix(keys, start)
                 limit = min(limit, held // group.parts * group.block_tokens)

@@ -161,6 +161,26 @@ def test_prefetch_counts_the_load_time_of_side_blocks() -> None:
     assert check_resume(under_test.stack, request, 0, 32) == 32
 
 
+@pytest.mark.parametrize(("load_s", "promoted"), [(0.04, 16), (0.06, 0)])
+def test_prefetch_compares_the_parts_of_a_block_with_its_computation(
+    load_s: float, promoted: int
+) -> None:
+    clock = ManualClock(100.0)
+    tier = TimedTier(clock)
+    under_test = StackUnderTest(slots=400, tiers=[tier], calls=1, clock=clock)
+    tier.load_s = load_s  # of a part; a block has two, and takes 0.1 s to compute
+    measured = GroupedRequest(name="measured")
+    under_test.put_in_tier(measured.groups[0].keys(0, 8))
+    assert prefetch(under_test, measured, 32) == 8
+    assert under_test.lower[0].claim_remeasure()  # so that no remeasurement is due
+    under_test.stack.observe_compute(1, 0.1)
+    under_test.stack.observe_compute(100, 10.0)
+    request = GroupedRequest(Needs("chunk", 32), parts=2)
+    chain, chunk = request.groups
+    under_test.put_in_tier([*chain.keys(0, 8), *chunk.keys(0, 8)])
+    assert prefetch(under_test, request, 32) == promoted
+
+
 def test_prefetch_of_a_slow_tier_stops_where_the_fast_one_ends() -> None:
     clock = ManualClock(100.0)
     tiers = [TimedTier(clock), TimedTier(clock)]
