@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.e2e.conftest import HybridCheckpoint, RunEngine
-from tests.support.engine import one_engine, several_groups
+from tests.support.engine import async_copies, one_engine, several_groups
 from tests.support.engine.comparison import assert_close, assert_equal, assert_no_open_state
 from tests.support.engine.hybrid_models import LARGE, MODELS, HybridModel
 from tests.support.engine.process import EngineRun, Scenario, startup
@@ -63,6 +63,26 @@ def test_completions_and_hits_equal_those_of_a_large_cache(
         runs.reference.result_of(scenario),
         runs.model.tolerance,
     )
+
+
+@pytest.mark.parametrize("name", ["gemma-3", "qwen3.5"])
+def test_completions_with_async_copies_equal_those_of_a_large_cache(
+    name: str, run_engine: RunEngine, hybrid_checkpoint: HybridCheckpoint
+) -> None:
+    """With asynchronous copies, as on a GPU, stores and loads take several steps."""
+    model = MODELS[name]
+    common = {"checkpoint": str(hybrid_checkpoint(name)), **model.options}
+    scenarios = (several_groups.users_and_turns, several_groups.requests_of_one_step)
+    kvcache = run_engine(
+        (async_copies.use_async_copies, *scenarios, one_engine.final_state),
+        blocks=model.blocks,
+        l1=model.l1,
+        **common,
+    )
+    reference = run_engine(scenarios, blocks=LARGE, **common)
+    for scenario in scenarios:
+        assert_equal(kvcache.result_of(scenario), reference.result_of(scenario), model.tolerance)
+    assert not any(kvcache.result_of(one_engine.final_state).values())
 
 
 def test_aborts_at_every_moment_leave_no_open_state_and_right_blocks(runs: ComparedRuns) -> None:
