@@ -52,7 +52,8 @@ class Recorder:
         """Record a request.
 
         Args:
-            keys: its chain, from the first block, without a partial last block.
+            keys: its chain, from the first block, without a partial last block: one key per block.
+                A model with several groups records its first group, normally full attention.
             tokens: tokens of its prompt; ``None`` if unknown: the tokens of the full blocks count.
         """
 

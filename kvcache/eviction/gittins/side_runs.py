@@ -235,7 +235,7 @@ class SideRuns(KnownRuns):
         """Evict up to ``count`` blocks of a chain that lost its last side block.
 
         No request can resume at its end, so it is evicted before all others, up to the next side
-        block.
+        block or branch.
 
         Returns:
             how many blocks were evicted.
@@ -243,14 +243,20 @@ class SideRuns(KnownRuns):
         evicted = 0
         while evicted < count and self._dead is not None:
             run, cohort = self._dead
+            self._dead = None
             if not run.held or run.cohort is not cohort:
-                self._dead = None
                 break
             offered = min(run.held, count - evicted)
             taken = self._offer(run, offered, take)
             evicted += taken
             if taken < offered:
-                self._dead = None
+                break
+            if run.held:
+                self._dead = run, cohort
+                continue
+            above = self._run_with(run.parent)
+            if above is not None and above.held and above.keys[above.held - 1] == run.parent:
+                self._dead = above, above.cohort  # the part of the chain before
         return evicted
 
     def _offer(self, run: RankedRun, count: int, take: Take) -> int:
