@@ -32,8 +32,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     SupportsHMA,
 )
 
-from kvcache.connectors.vllm.layer_sync import pass_mode  # noqa: E402
 from kvcache.connectors.vllm.messages import Acks, Refusal, Shard, Step  # noqa: E402
+from kvcache.connectors.vllm.worker.layer_sync import pass_mode  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvcache.connectors.vllm.metrics import PromMetrics, Stats
-    from kvcache.connectors.vllm.scheduler import SchedulerSide
-    from kvcache.connectors.vllm.worker import WorkerSide
+    from kvcache.connectors.vllm.scheduler.side import SchedulerSide
+    from kvcache.connectors.vllm.worker.side import WorkerSide
     from kvcache.stats import StackStats
 
 try:
@@ -80,8 +80,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_pool: BlockPool | None = None  # bound after vLLM's scheduler is constructed
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
-            from kvcache.connectors.vllm.identity import identity
-            from kvcache.connectors.vllm.scheduler import SchedulerSide
+            from kvcache.connectors.vllm.identity.fields import identity
+            from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 
             self._identity = identity(vllm_config, kv_cache_config)
             self.scheduler_side = SchedulerSide(vllm_config, kv_cache_config, self._identity)
@@ -91,8 +91,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
             from kvcache.connectors.vllm.compat import warn_unless_recomputing
             from kvcache.connectors.vllm.refusals import refusal
-            from kvcache.connectors.vllm.replicas import tensor_replicas
-            from kvcache.connectors.vllm.worker import WorkerSide
+            from kvcache.connectors.vllm.worker.replicas import tensor_replicas
+            from kvcache.connectors.vllm.worker.side import WorkerSide
 
             self._drafts = vllm_config.speculative_config is not None
             self.refusal = refusal(vllm_config, kv_cache_config)
@@ -112,7 +112,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # Scheduler
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[Any, Any]) -> None:
-        from kvcache.connectors.vllm.identity import log_sharing
+        from kvcache.connectors.vllm.identity.fields import log_sharing
 
         self.scheduler_side.open(metadata)
         if (stats := self.scheduler_side.stats()) is not None:
@@ -217,7 +217,7 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> Shard | Refusal | None:
         if self.refusal is not None:
             return Refusal(self.refusal)
-        from kvcache.connectors.vllm.identity import kernels
+        from kvcache.connectors.vllm.identity.fields import kernels
 
         shard = self.worker_side.shard()
         return shard and replace(shard, format_id=f"{shard.format_id} {kernels(self._vllm_config)}")

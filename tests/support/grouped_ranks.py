@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.groups import kept_groups
 from kvcache.connectors.vllm.messages import Acks, Rank, SlabShards, Step, Transfer
-from kvcache.connectors.vllm.pieces import cut_blocks
-from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.connectors.vllm.scheduler.pieces import cut_blocks
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.slab import Slab, slot_nbytes_for
 from tests.support.grouped_caches import grouped_caches
 from tests.support.reordering_device import ReorderingDevice

@@ -23,7 +23,7 @@ pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.messages import Shard
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 from tests.support.miniature_workers import BLOCK, BLOCKS, RANKS, Request, WorkerReport, Workers
 from tests.support.played_engine import engine_config
 

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from kvcache import Stack
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.messages import Acks, Shard, Step, Transfer
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 
 BLOCK = 32  # tokens
 SHARD = 4096  # bytes

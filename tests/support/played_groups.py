@@ -24,7 +24,7 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import kept_groups, may_load_within_step
 from kvcache.connectors.vllm.messages import Piece, Shard, Step
-from kvcache.connectors.vllm.pieces import cut_blocks
+from kvcache.connectors.vllm.scheduler.pieces import cut_blocks
 from tests.support.played_copies import RankCopies
 from tests.support.played_memory import Prefixes, Rank, RankMemory, WrongKVError
 from tests.support.played_models import LONGEST, PlayedModel

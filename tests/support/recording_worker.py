@@ -13,7 +13,7 @@ import torch
 from kvcache.connectors.transfer.base import CompletedCopy
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.messages import Piece, PieceOfRank, SlabShards, Step, Transfer
-from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.slab import SlabDescriptor
 from tests.support.played_engine import cache_config, full_attention
 

@@ -14,9 +14,9 @@ pytest.importorskip("vllm")
 
 from vllm.lora.request import LoRARequest
 
-from kvcache.connectors.vllm.adapters import Adapters
+from kvcache.connectors.vllm.identity.adapters import Adapters
 from kvcache.connectors.vllm.messages import Acks
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 from kvcache.testing import keys_of
 from tests.support.played_engine import (
     BLOCK,

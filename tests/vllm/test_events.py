@@ -16,8 +16,8 @@ pytest.importorskip("vllm")
 
 from vllm.lora.request import LoRARequest
 
-from kvcache.connectors.vllm import events
-from kvcache.connectors.vllm.events import EventSource, StackEvents, events_of
+from kvcache.connectors.vllm.scheduler import events
+from kvcache.connectors.vllm.scheduler.events import EventSource, StackEvents, events_of
 from kvcache.events import BlockEvents
 from kvcache.testing import keys_of
 from tests.support.played_engine import BLOCK, cache_config, full_attention

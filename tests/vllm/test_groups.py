@@ -12,8 +12,8 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import KeptGroup, groups_refusal, kept_groups
 from kvcache.connectors.vllm.messages import Shard
-from kvcache.connectors.vllm.request_keys import RequestKeys
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.request_keys import RequestKeys
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 from kvcache.resume import Needs
 from tests.support.group_hooks import needs_group_hooks
 from tests.support.played_engine import (

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from kvcache import Stack
 from kvcache.connectors.vllm.groups import KeptGroup
-from kvcache.connectors.vllm.offers import HandOff, Offers
-from kvcache.connectors.vllm.pending_loads import PendingLoads
+from kvcache.connectors.vllm.scheduler.offers import HandOff, Offers
+from kvcache.connectors.vllm.scheduler.pending_loads import PendingLoads
 from tests.support import played_groups
 from tests.support.group_hooks import needs_group_hooks
 from tests.support.groups_walk import Talks, walk

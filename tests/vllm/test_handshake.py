@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 from kvcache import Stack
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import KeptGroup
-from kvcache.connectors.vllm.handshake import open_sharded_stack
 from kvcache.connectors.vllm.messages import Shard
+from kvcache.connectors.vllm.scheduler.handshake import open_sharded_stack
 from kvcache.keys import namespace
 from kvcache.resume import Needs
 from kvcache.sizes import Size

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.hints import HintReader
+from kvcache.connectors.vllm.scheduler.hints import HintReader
 from tests.support.played_engine import BLOCK, PlayedEngine, Request, opened
 
 pytestmark = pytest.mark.engine

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.identity import UNSHARED, identity, log_sharing, started_ns
+from kvcache.connectors.vllm.identity.fields import UNSHARED, identity, log_sharing, started_ns
 from kvcache.keys import namespace
 
 pytestmark = pytest.mark.engine
@@ -48,7 +48,7 @@ def write_snapshot(cache: Path, commit: str, weights: bytes) -> str:
 def started_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engines of these tests start after the test has written its files."""
     later = time.time_ns() + DAY_NS
-    monkeypatch.setattr("kvcache.connectors.vllm.identity.started_ns", lambda: later)
+    monkeypatch.setattr("kvcache.connectors.vllm.identity.fields.started_ns", lambda: later)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_identity_files_younger_than_the_engine_are_shared_with_no_process(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine may have loaded the earlier files."""
-    monkeypatch.setattr("kvcache.connectors.vllm.identity.started_ns", started_ns)
+    monkeypatch.setattr("kvcache.connectors.vllm.identity.fields.started_ns", started_ns)
     assert UNSHARED in fields(model)
 
 

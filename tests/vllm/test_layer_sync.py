@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.layer_sync import pass_mode
 from kvcache.connectors.vllm.messages import Step, Transfer
-from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.connectors.vllm.worker.layer_sync import pass_mode
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from tests.support.recording_worker import NOWHERE, RecordingCopier, side, step
 from tests.support.reordering_device import ReorderingDevice
 

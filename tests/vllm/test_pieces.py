@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import PieceOfRank, Rank, Shard
-from kvcache.connectors.vllm.pieces import CUT_ALIGNMENT, cut_blocks
+from kvcache.connectors.vllm.scheduler.pieces import CUT_ALIGNMENT, cut_blocks
 from kvcache.resume import Needs
 
 pytestmark = pytest.mark.engine

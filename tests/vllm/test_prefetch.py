@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from kvcache import Match, Stack
 from kvcache.connectors.vllm.messages import Acks
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 from kvcache.keys import namespaced_key
 from kvcache.lower.tier import LowerTier
 from kvcache.sizes import Size

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.messages import Refusal, Shard
 from kvcache.connectors.vllm.refusals import refusal
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 from tests.support.played_engine import (
     BLOCK,
     SHARD,

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 import torch
 
 from kvcache.connectors.vllm.messages import Step, Transfer
-from kvcache.connectors.vllm.replicas import tensor_replicas
+from kvcache.connectors.vllm.worker.replicas import tensor_replicas
 from tests.support.group_hooks import needs_tensor_shards
 from tests.support.grouped_caches import grouped_caches, layers
 from tests.support.grouped_ranks import Ranks

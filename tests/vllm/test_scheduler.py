@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 
 from kvcache.connectors.vllm.messages import PieceOfRank
-from kvcache.connectors.vllm.scheduler import SchedulerSide
+from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 from tests.support.played_engine import (  # fmt: skip
     BLOCK,
     SHARD,

@@ -15,8 +15,8 @@ pytest.importorskip("vllm")
 from kvcache import telemetry
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Acks, Step
-from kvcache.connectors.vllm.tracing import RequestSpans
-from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.connectors.vllm.scheduler.tracing import RequestSpans
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.resume import Needs
 from tests.support.played_engine import BLOCK, SHARD, PlayedEngine, Request, opened
 from tests.support.recording_worker import RecordingCopier

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm import weights
-from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, weight_files
+from kvcache.connectors.vllm.identity import weights
+from kvcache.connectors.vllm.identity.weights import UnknownWeightsError, identify, weight_files
 
 pytestmark = pytest.mark.engine
 

@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 import torch
 
 from kvcache.connectors.vllm.messages import Acks, SlabShards, Step, Transfer
-from kvcache.connectors.vllm.pages import place_caches
-from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.connectors.vllm.worker.pages import place_caches
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
 from tests.support.recording_worker import NOWHERE, RecordingCopier, one_piece, side, step
 

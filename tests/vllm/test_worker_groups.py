@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kvcache.connectors.vllm.groups import kept_groups
 from kvcache.connectors.vllm.messages import Rank, SlabShards, Step, Transfer
-from kvcache.connectors.vllm.pieces import BlockCut, cut_blocks
-from kvcache.connectors.vllm.worker import WorkerSide
+from kvcache.connectors.vllm.scheduler.pieces import BlockCut, cut_blocks
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.slab import Slab, slot_nbytes_for
 from tests.support.group_hooks import needs_group_hooks
 from tests.support.grouped_caches import (

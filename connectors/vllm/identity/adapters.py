@@ -24,8 +24,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvcache.connectors.vllm.identity import settings_of
-from kvcache.connectors.vllm.weights import UnknownWeightsError, identify, trail, weight_files
+from kvcache.connectors.vllm.identity.fields import settings_of
+from kvcache.connectors.vllm.identity.weights import (
+    UnknownWeightsError,
+    identify,
+    trail,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -9,7 +9,7 @@ from typing import Final
 from kvcache.connectors.jobs import BlockCopies
 from kvcache.connectors.vllm.groups import KeptGroup, may_load_within_step
 from kvcache.connectors.vllm.messages import Piece
-from kvcache.connectors.vllm.pending_loads import PendingLoad
+from kvcache.connectors.vllm.scheduler.pending_loads import PendingLoad
 from kvcache.resume import GroupKeys
 
 log = logging.getLogger(__name__)

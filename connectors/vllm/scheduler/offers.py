@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvcache.connectors.jobs import AdmittedRequest, BlockCopies
-from kvcache.connectors.vllm.copies import NO_BLOCK, BlockIds, PieceCopies
 from kvcache.connectors.vllm.groups import KeptGroup
-from kvcache.connectors.vllm.request_keys import RequestKeys
+from kvcache.connectors.vllm.scheduler.copies import NO_BLOCK, BlockIds, PieceCopies
+from kvcache.connectors.vllm.scheduler.request_keys import RequestKeys
 from kvcache.tier import Lease
 
 if TYPE_CHECKING:

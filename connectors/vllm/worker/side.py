@@ -33,10 +33,10 @@ from kvcache.connectors.transfer.factory import device_of, open_geometries
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import kept_groups, may_load_within_step
-from kvcache.connectors.vllm.layer_sync import LayerSync
 from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step, Transfer
-from kvcache.connectors.vllm.pages import RankPages, host_format
-from kvcache.connectors.vllm.rank_pieces import Operation, RankPieces, TransferRows
+from kvcache.connectors.vllm.worker.layer_sync import LayerSync
+from kvcache.connectors.vllm.worker.pages import RankPages, host_format
+from kvcache.connectors.vllm.worker.rank_pieces import Operation, RankPieces, TransferRows
 from kvcache.process import bind_to_process
 from kvcache.slab import Slab
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvcache.connectors.vllm.adapters import Adapters
 from kvcache.connectors.vllm.groups import KeptGroup
+from kvcache.connectors.vllm.identity.adapters import Adapters
 from kvcache.resume import GroupKeys
 
 if TYPE_CHECKING:

@@ -28,21 +28,21 @@ from kvcache import telemetry
 from kvcache.connectors.jobs import AdmittedRequest, Jobs
 from kvcache.connectors.step_timer import StepTimer
 from kvcache.connectors.suspects import SuspectBlocks
-from kvcache.connectors.vllm.adapters import Adapters
 from kvcache.connectors.vllm.compat import hash_tokens, recomputes_failed_loads
-from kvcache.connectors.vllm.copies import NO_BLOCK, PieceCopies
-from kvcache.connectors.vllm.events import EventSource, events_of
 from kvcache.connectors.vllm.groups import KeptGroup, kept_groups, may_load_within_step
-from kvcache.connectors.vllm.handshake import open_sharded_stack
-from kvcache.connectors.vllm.hints import HintReader
-from kvcache.connectors.vllm.lookups import Lookups
+from kvcache.connectors.vllm.identity.adapters import Adapters
 from kvcache.connectors.vllm.messages import Acks, Rank, Refusal, Shard, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.metrics import Reports, Stats
-from kvcache.connectors.vllm.offers import HandOff, Offers
-from kvcache.connectors.vllm.pending_loads import LONG_LOAD_S, PendingLoads
 from kvcache.connectors.vllm.refusals import refusal
-from kvcache.connectors.vllm.request_keys import RequestKeys
-from kvcache.connectors.vllm.tracing import RequestSpans
+from kvcache.connectors.vllm.scheduler.copies import NO_BLOCK, PieceCopies
+from kvcache.connectors.vllm.scheduler.events import EventSource, events_of
+from kvcache.connectors.vllm.scheduler.handshake import open_sharded_stack
+from kvcache.connectors.vllm.scheduler.hints import HintReader
+from kvcache.connectors.vllm.scheduler.lookups import Lookups
+from kvcache.connectors.vllm.scheduler.offers import HandOff, Offers
+from kvcache.connectors.vllm.scheduler.pending_loads import LONG_LOAD_S, PendingLoads
+from kvcache.connectors.vllm.scheduler.request_keys import RequestKeys
+from kvcache.connectors.vllm.scheduler.tracing import RequestSpans
 from kvcache.process import bind_to_process
 from kvcache.profiles import open_stack
 from kvcache.stack import Stack

@@ -5,10 +5,10 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from kvcache.connectors.vllm.events import EventSource
-from kvcache.connectors.vllm.pending_loads import PendingLoads
-from kvcache.connectors.vllm.request_keys import RequestKeys
-from kvcache.connectors.vllm.tracing import RequestSpans
+from kvcache.connectors.vllm.scheduler.events import EventSource
+from kvcache.connectors.vllm.scheduler.pending_loads import PendingLoads
+from kvcache.connectors.vllm.scheduler.request_keys import RequestKeys
+from kvcache.connectors.vllm.scheduler.tracing import RequestSpans
 from kvcache.lower.promotion import Match
 from kvcache.replay.recorder import NULL_RECORDER
 from kvcache.stack import Stack

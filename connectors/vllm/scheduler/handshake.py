@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvcache.connectors.vllm.compat import host_name, replica_of
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Rank, Shard, SlabShards
-from kvcache.connectors.vllm.pieces import BlockCut, cut_blocks
+from kvcache.connectors.vllm.scheduler.pieces import BlockCut, cut_blocks
 from kvcache.keys import namespace
 from kvcache.slab import Slab
 from kvcache.stack import Stack

@@ -8,7 +8,7 @@ from typing import Literal
 
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.vllm.messages import PieceOfRank, Rank, SlabShards, Transfer
-from kvcache.connectors.vllm.pages import RankPages
+from kvcache.connectors.vllm.worker.pages import RankPages
 from kvcache.slab import Slab
 
 Operation = Literal["load", "store"]

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcache.connectors.vllm.weights import UnknownWeightsError, identify
+from kvcache.connectors.vllm.identity.weights import UnknownWeightsError, identify
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
