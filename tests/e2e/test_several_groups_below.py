@@ -35,8 +35,8 @@ if_slower = "load"
 
 
 @contextmanager
-def place_of_blocks(profile: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the variables of an engine that keeps blocks on disk or in a Redis server."""
+def lower_tier_of(profile: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the variables of an engine with an empty disk or Redis server below L1."""
     # The tests are about contents, not speed.
     if profile == "l1-disk":
         yield {
@@ -70,7 +70,7 @@ def test_second_engine_serves_blocks_of_the_first(
 ) -> None:
     model = MODELS[name]
     common: dict[str, Any] = {"checkpoint": str(hybrid_checkpoint(name)), **model.options}
-    with place_of_blocks(profile, tmp_path) as environment:
+    with lower_tier_of(profile, tmp_path) as environment:
         small = {"blocks": model.blocks, "l1": "16MiB", "environment": environment, **common}
         first = run_engine((lower_tier.complete_prompts, lower_tier.lower_tier_counts), **small)
         second = run_engine((several_groups.repeat_prompts, lower_tier.lower_tier_counts), **small)
