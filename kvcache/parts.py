@@ -1,7 +1,7 @@
 """Cut blocks of several sizes into parts that fit slots of one size.
 
-Each KV cache group of a model may have another block size in bytes, and all slots of L1 have one
-size. A block therefore has one or several parts of equal size, and every part has a slot.
+Blocks of different kept groups may differ in size, but all slots of L1 have one size. A block
+therefore has one or several parts of equal size, and every part has a slot.
 """
 
 from __future__ import annotations

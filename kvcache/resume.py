@@ -1,8 +1,8 @@
-"""Where a request can resume: the longest prefix of which every KV cache group has what it needs.
+"""Where a request can resume: the longest prefix after which every kept group has what it needs.
 
-A *chain group* needs all blocks of the prefix. Every other group needs the blocks near its end: the
-last window, the current chunk, or the last state. These are *side blocks*: each is useful only with
-the chain up to the same token.
+In this module, *group* means kept group. A *chain group* needs all blocks of the prefix. Every
+other group needs the blocks near its end: the last window, the current chunk, or the last state.
+These are *side blocks*: each is useful only with the chain up to the same token.
 
 Always true here:
 
@@ -48,6 +48,13 @@ class Needs:
                 return end // self.tokens * self.tokens
             case "state":
                 return max(0, end - 1)
+
+    @property
+    def label(self) -> str:
+        """A name for people: "full", "window 1024", "chunk 8192" or "state"."""
+        if self.kind == "all":
+            return "full"
+        return f"{self.kind} {self.tokens}" if self.tokens else self.kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Model:
     def groups(
         self, *, ranks: int = 1, block_tokens: int = 16, cache_nbytes: int | None = None
     ) -> tuple[ModelGroup, ...]:
-        """Return the model's KV cache groups in an engine of `ranks` tensor-parallel ranks.
+        """Return the model's kept groups in an engine of `ranks` tensor-parallel ranks.
 
         Args:
             ranks: Tensor-parallel ranks.

@@ -1,4 +1,4 @@
-"""What the layers of a model keep, and the KV cache groups that vLLM makes of them.
+"""What the layers of a model keep, and the kept groups that they make up.
 
 Always true: bytes of a block are those of all layers of a group on all tensor-parallel ranks,
 without padding. Bytes that several ranks hold alike count once, as L1 keeps them once.

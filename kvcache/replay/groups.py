@@ -1,4 +1,4 @@
-"""Replays a trace for a model with KV cache groups, on the index and the policy of L1.
+"""Replays a trace for a model with several kept groups, on the index and the policy of L1.
 
 A trace has the chain of a request only. The blocks of every group follow from it: block ``i`` of a
 group is named after the trace's block that ends at the same token. For each request, the calls that
@@ -42,7 +42,7 @@ STEP_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class ModelBlocks:
-    """The KV cache groups of a model, and how their blocks are cut into slots.
+    """The kept groups of a model, and how their blocks are cut into slots.
 
     Attributes:
         name: of the model.
@@ -88,7 +88,7 @@ class ModelBlocks:
 
 @dataclass(frozen=True, slots=True)
 class GroupsOutcome:
-    """The result of one policy over a trace, for a model with KV cache groups.
+    """The result of one policy over a trace, for a model with kept groups.
 
     Attributes:
         policy: its name.

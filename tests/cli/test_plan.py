@@ -282,6 +282,7 @@ def test_plan_text_has_the_figures(capsys: pytest.CaptureFixture[str], tmp_path:
         (["--layers", "0"], "--layers is 0"),
         (["--layers", "2", "--kv-heads", "8", "--head-dim", "64", "--tp", "3"], "3 ranks cannot"),
         (["no-such-folder"], "cannot read no-such-folder"),
+        (["openai/gpt-oss-20b"], "No such file or directory; known models: gemma-2-9b"),
         (["--layers", "2", "--latent-dim", "9", "--pod-memory", "lots"], "--pod-memory is 'lots'"),
         (
             ["--layers", "2", "--latent-dim", "9", "--engine-memory", "100%"],

@@ -197,6 +197,6 @@ def test_open_logs_the_slots_that_a_block_of_each_group_takes(
     side.open({(0, 0): Shard((8192,) * 6, host_name(), "form")})
     side.close()
     assert caplog.messages[-1].endswith(
-        "128 slots of 8192 bytes; blocks by group of layers: all: 8192 bytes for 32 tokens in 1 "
+        "128 slots of 8192 bytes; blocks by group of layers: full: 8192 bytes for 32 tokens in 1 "
         "slot; window 64: 40960 bytes for 32 tokens in 5 slots"
     )

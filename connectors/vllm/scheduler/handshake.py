@@ -96,8 +96,8 @@ def _log_capacity(stack: Stack, groups: Sequence[KeptGroup], cut: BlockCut) -> N
         )  # fmt: skip
         return
     kinds = [
-        f"{group.needs.kind}{f' {group.needs.tokens}' if group.needs.tokens else ''}: {nbytes} "
-        f"bytes for {group.block_tokens} tokens in {parts} slot{'s' if parts > 1 else ''}"
+        f"{group.needs.label}: {nbytes} bytes for {group.block_tokens} tokens in {parts} "
+        f"slot{'s' if parts > 1 else ''}"
         for group, nbytes, parts in zip(groups, cut.group_nbytes, cut.parts, strict=True)
     ]
     log.info(

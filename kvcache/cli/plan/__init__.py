@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from kvcache import host_memory
 from kvcache.cli.plan.capacity import CacheSizes, cache_sizes, copy_rate, cores
 from kvcache.cli.plan.text import text
 from kvcache.cli.table import painter
-from kvcache.models import PRESETS, Model, preset, read_model
+from kvcache.models import PRESETS, Model, find_model, read_model
 from kvcache.models.config import ELEMENT_NBYTES
 from kvcache.models.values import MAX_NUMBER
 from kvcache.sizes import format_size, parse_size
@@ -33,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "config",
         nargs="?",
-        type=Path,
         help=f"the model's config.json, or its folder, or one of: {', '.join(PRESETS)}",
     )
     add("--layers", type=int, help="overrides num_hidden_layers")
@@ -137,9 +135,7 @@ def plan(args: argparse.Namespace) -> tuple[Model, dict[str, Any]]:
 
 def _model(args: argparse.Namespace) -> Model:
     given = {name: getattr(args, name) for name in _SHAPE if getattr(args, name) is not None}
-    if args.config and str(args.config) in PRESETS and not args.config.exists():
-        return preset(str(args.config), given)
-    return read_model(args.config, given)
+    return find_model(args.config, given) if args.config else read_model(None, given)
 
 
 def _size(args: argparse.Namespace, name: str, whole: int | None = None) -> int | None:

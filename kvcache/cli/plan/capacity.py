@@ -28,7 +28,7 @@ TABLE_NBYTES = 8  # of a page's entry in the page table of each process that map
 class CacheSizes:
     """The sizes of a model's blocks in one engine.
 
-    A block of each KV cache group is cut into `parts`, and a part fills a slot of L1, which has
+    A block of each kept group is cut into `parts`, and a part fills a slot of L1, which has
     whole pages.
     """
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvcache.cli.table import YELLOW, Painter, pairs
 from kvcache.models import Model
+from kvcache.resume import Needs
 from kvcache.sizes import format_size
 
 
@@ -39,11 +40,8 @@ def is_one_chain(figures: dict[str, Any]) -> bool:
     return [group["kind"] for group in figures["groups"]] == ["all"]
 
 
-_TITLES = {"all": "full", "window": "window", "chunk": "chunks", "state": "states"}
-
-
 def _group_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return a row for each KV cache group: its blocks, and which of them a hit needs."""
+    """Return a row for each kept group: its blocks, and which of them a hit needs."""
     rows = []
     for group in figures["groups"]:
         needed, parts = group["needed_tokens"], group["parts"]
@@ -58,7 +56,7 @@ def _group_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         block = f"{format_size(group['block_nbytes'])}: {what}"
         slots = f"{parts} slot{'s' if parts > 1 else ''} of L1"
         text = f"{block}, {group['layers']} layers, in {slots}; a hit needs {rule}"
-        rows.append((_TITLES[group["kind"]], text))
+        rows.append((Needs(group["kind"], needed).label, text))
     return rows
 
 

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--model", type=_model, metavar="MODEL",
-        help="replay all KV cache groups of a model that kvcache knows, or of a config.json",
+        help="replay all kept groups of a known model (plan --help lists them) or of a config.json",
     )  # fmt: skip
     add(
         "--block-tokens", type=at_least(1), metavar="N",
@@ -107,13 +107,12 @@ def _share(text: str) -> float:
 
 
 def _model(text: str) -> Model:
-    from kvcache.models import PRESETS, preset, read_model
+    from kvcache.models import find_model
 
     try:
-        return preset(text) if text in PRESETS else read_model(Path(text), {})
+        return find_model(text)
     except ValueError as error:
-        known = ", ".join(PRESETS)
-        raise argparse.ArgumentTypeError(f"{error}; known models: {known}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _policies(text: str) -> list[str]:

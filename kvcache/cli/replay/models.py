@@ -10,7 +10,6 @@ from kvcache.cli.amounts import Amount
 from kvcache.cli.table import Painter, render
 from kvcache.replay.groups import GroupsOutcome, ModelBlocks
 from kvcache.replay.trace import Trace
-from kvcache.resume import Needs
 from kvcache.sizes import format_size
 from kvcache.slab import slot_nbytes_for
 
@@ -49,13 +48,6 @@ def slots(model: ModelBlocks, trace: Trace, amounts: Sequence[Amount]) -> list[i
     return [amount.nbytes // slot_nbytes for amount in amounts]
 
 
-def group_name(needs: Needs) -> str:
-    """Return a name for a group by its rule."""
-    if needs.kind == "all":
-        return "full"
-    return f"{needs.kind} {needs.tokens}" if needs.tokens else needs.kind
-
-
 class ModelResults:
     """Results of several replays of one trace for one model.
 
@@ -69,7 +61,7 @@ class ModelResults:
         self._trace = trace
         self._model = model
         self._outcomes = outcomes
-        self._names = [group_name(group.needs) for group in model.groups]
+        self._names = [group.needs.label for group in model.groups]
 
     def json_objects(self) -> Iterator[dict[str, Any]]:
         """Yield an object for each capacity and policy."""
