@@ -60,7 +60,7 @@ class GroupsEngine:
         self.model, self.play, self.random = model, play, random
         self.scheduler = open_scheduler(model, play, folder, connected=connected)
         self.cache = self.scheduler.kv_cache_config
-        self.hash_tokens = self.cache.hash_block_size
+        self.hash_tokens = self.scheduler.hash_block_size
         kv_cache_utils.init_none_hash(sha256)
         self._hasher = kv_cache_utils.get_request_block_hasher(self.hash_tokens, sha256)
         self.prefixes = prefixes or Prefixes()

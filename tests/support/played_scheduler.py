@@ -76,10 +76,11 @@ def open_scheduler(model: PlayedModel, play: Play, folder: Path, *, connected: b
     config.cache_config.num_gpu_blocks = blocks
     cache = KVCacheConfig(blocks, [], groups)
     size, hash_size = kv_cache_utils.resolve_kv_cache_block_sizes(cache, config)
-    cache.hash_block_size = hash_size
-    cache.cache_hit_alignment_tokens = kv_cache_utils.resolve_cache_hit_alignment_tokens(
-        cache, config, size, hash_size
-    )
+    if hasattr(kv_cache_utils, "resolve_cache_hit_alignment_tokens"):  # from vLLM 0.32 on
+        cache.hash_block_size = hash_size
+        cache.cache_hit_alignment_tokens = kv_cache_utils.resolve_cache_hit_alignment_tokens(
+            cache, config, size, hash_size
+        )
     kind = AsyncScheduler if config.scheduler_config.async_scheduling else Scheduler
     with set_current_vllm_config(config):
         scheduler = kind(
