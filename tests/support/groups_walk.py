@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+from kvcache.connectors.vllm.compat import has_name
 from tests.support.played_copies import Copying
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_models import BLOCK, LONGEST, PlayedModel
 from tests.support.played_scheduler import Play
+
+VLLM_0_32 = has_name("v1.kv_cache_interface:KVCacheConfig.hash_block_size")
 
 
 def random_play(model: PlayedModel, random: Random) -> Play:
@@ -79,8 +82,9 @@ def walk(model: PlayedModel, folder: Path, seed: int) -> GroupsEngine:
     """Play random events; raise an AssertionError where a rule is broken."""
     random = Random(seed)
     engine = GroupsEngine(model, folder, random, random_play(model, random))
-    # With states, vLLM resumes a session wrongly if a step ran beyond its last part.
-    runs_beyond = model.drafts or engine.play.ahead > 1
+    # With states, vLLM resumes a session wrongly if a step ran beyond its last part. Before 0.32 a
+    # session keeps the hash of a block that it ended with another token.
+    runs_beyond = model.drafts or engine.play.ahead > 1 or not VLLM_0_32
     talks = Talks(random, sessions=0.0 if runs_beyond else 0.2)
     forgetful = random.choice((0.1, 0.7))
     try:
