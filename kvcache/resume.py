@@ -171,42 +171,42 @@ class SideSearch:
         self._next_blocks = 2 * (end - first)
 
 
-def longest_resume(sides: Iterable[SideSearch], own: int, limit: int, step: int) -> int:
+def longest_resume(sides: Iterable[SideSearch], own: int, limit: int, align_tokens: int) -> int:
     """Return the last end at which all side groups can resume.
 
     Args:
         sides: the groups with side blocks.
         own: tokens that the engine has.
         limit: tokens that the chain groups have.
-        step: the result is a multiple of it.
+        align_tokens: the result is a multiple of these.
 
     Returns:
         a number above ``own`` and at most ``limit``; ``own`` if there is none.
     """
-    end = limit // step * step
+    end = limit // align_tokens * align_tokens
     # The group with the fewest needed blocks excludes most ends.
     ordered = sorted(sides, key=lambda side: len(side.group.needed(own, end)))
     while end > own:
         for side in ordered:
             missing = side.last_missing(end)
             if missing is not None:
-                end = side.end_without(missing, end) // step * step
+                end = side.end_without(missing, end) // align_tokens * align_tokens
                 break
         else:
             return end
     return own
 
 
-def chain_resume(group: GroupKeys, held: int, own: int, step: int) -> tuple[int, int]:
+def chain_resume(group: GroupKeys, held: int, own: int, align_tokens: int) -> tuple[int, int]:
     """Return the last resume point of one chain group, and how many leading keys it needs.
 
     Args:
         group: the group.
         held: how many leading keys are held.
         own: tokens that the engine has; the result without a hit.
-        step: the resume point is a multiple of it.
+        align_tokens: the resume point is a multiple of these.
     """
-    tokens = held // group.parts * group.block_tokens // step * step
+    tokens = held // group.parts * group.block_tokens // align_tokens * align_tokens
     return (tokens, group.blocks(tokens) * group.parts) if tokens > own else (own, 0)
 
 
@@ -228,7 +228,7 @@ class FrontLookup:
         groups: the request's groups.
         own: tokens that the engine has.
         top: the most tokens to resume after.
-        step: the resume point is a multiple of it.
+        align_tokens: the resume point is a multiple of these.
 
     Attributes:
         tokens: the resume point; ``own`` without a hit.
@@ -237,11 +237,11 @@ class FrontLookup:
     """
 
     def __init__(
-        self, front: HeldBlocks, groups: Sequence[GroupKeys], own: int, top: int, step: int
+        self, front: HeldBlocks, groups: Sequence[GroupKeys], own: int, top: int, align_tokens: int
     ) -> None:
         self._front = front
         self._chains: list[tuple[list[bytes], int]] = []  # keys, and how many the engine has
-        limit = top // step * step
+        limit = top // align_tokens * align_tokens
         for group in groups:
             if group.is_chain:
                 keys = group.keys(0, group.blocks(limit))
@@ -252,8 +252,8 @@ class FrontLookup:
         searches = [
             SideSearch(group, own, front.contains) for group in groups if not group.is_chain
         ]
-        self.chain_tokens = max(own, limit // step * step)
-        self.tokens = longest_resume(searches, own, limit, step)
+        self.chain_tokens = max(own, limit // align_tokens * align_tokens)
+        self.tokens = longest_resume(searches, own, limit, align_tokens)
         self.needed: list[list[bytes]] = []
         self._sides: list[list[bytes]] = []
         if self.tokens > own:
@@ -284,7 +284,7 @@ class FrontLookup:
 
 
 def pin_resume(
-    front: FrontTier, groups: Sequence[GroupKeys], own: int, top: int, step: int
+    front: FrontTier, groups: Sequence[GroupKeys], own: int, top: int, align_tokens: int
 ) -> tuple[FrontLookup, Lease]:
     """Find the last resume point in L1, record the lookup, and pin the needed blocks.
 
@@ -292,14 +292,14 @@ def pin_resume(
         the lookup, and a lease of all needed blocks; empty without a hit.
     """
     for _ in range(_MAX_LOOKUPS):
-        found = FrontLookup(front, groups, own, top, step)
+        found = FrontLookup(front, groups, own, top, align_tokens)
         keys = [key for keys in found.needed for key in keys]
         lease = front.pin(keys)
         if len(lease) == len(keys):
             break
         lease.end()  # another thread has evicted some since
     else:
-        found = FrontLookup(front, groups, own, own, step)
+        found = FrontLookup(front, groups, own, own, align_tokens)
         lease = front.pin(())
     found.record()
     return found, lease

@@ -2,7 +2,7 @@
 
 1. Single flight: of several requests that want a block, one reads it and the others wait for that
    read.
-2. A slot is pinned before its block is read. The blocks of one tier are read in pieces of one call
+2. A slot is pinned before its block is read. The blocks of one tier are read in batches of one call
    each, two at a time.
 3. A block is read after the block that it continues has a slot.
 """
@@ -25,7 +25,7 @@ from kvcache.lower.pending_call import PendingCall
 from kvcache.lower.tier import LowerTier
 from kvcache.tier import FrontTier, Lease
 
-_PIECES_IN_FLIGHT: Final = 2  # of one promotion: the tier reads one while the next is queued
+_BATCHES_IN_FLIGHT: Final = 2  # of one promotion: the tier reads one while the next is queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class WantedBlocks:
 
 
 @dataclass(slots=True)
-class _Piece:
+class _Batch:
     """Consecutive blocks that one call promotes; their slots are pinned.
 
     Attributes:
@@ -161,7 +161,7 @@ class BlockReads:
         pins: list[Lease],
         parent_span: Span,
     ) -> bool:
-        """Read the wanted blocks ``start`` to ``end`` from one tier, in pieces of one call each.
+        """Read the wanted blocks ``start`` to ``end`` from one tier, in batches of one call each.
 
         Args:
             source: the tier's number; 0 if L1 held the blocks when they were looked up.
@@ -169,7 +169,7 @@ class BlockReads:
             start: the position of this tier's first block.
             end: the position after its last one.
             until: when to stop waiting, by the clock.
-            pins: gets the lease of each piece.
+            pins: gets the lease of each batch.
             parent_span: the parent of the tier's span.
 
         Returns:
@@ -180,33 +180,33 @@ class BlockReads:
         size = tier.channel.blocks_per_call if tier else end - start
         deadline_s = max(each.channel.deadline_s for each in self._tiers)
         begun, complete = self._clock(), True
-        pieces: list[_Piece] = []
-        in_flight: deque[_Piece] = deque()
+        batches: list[_Batch] = []
+        in_flight: deque[_Batch] = deque()
         for at in range(start, end, size):
-            if len(in_flight) == _PIECES_IN_FLIGHT:
+            if len(in_flight) == _BATCHES_IN_FLIGHT:
                 if not self._wait_until(in_flight[0], until, deadline_s):
                     break
                 complete = in_flight.popleft().wait_read(deadline_s) and self._clock() < until
                 if not complete:
                     break
-            piece = self._start_piece(tier, wanted, at, min(at + size, end), span)
-            pins.append(piece.pin)
-            pieces.append(piece)
-            in_flight.append(piece)
-            if not piece.all_pinned:
+            batch = self._start_batch(tier, wanted, at, min(at + size, end), span)
+            pins.append(batch.pin)
+            batches.append(batch)
+            in_flight.append(batch)
+            if not batch.all_pinned:
                 complete = False
                 break
         while in_flight and self._wait_until(in_flight[0], until, deadline_s):
             complete &= in_flight.popleft().wait_read(deadline_s)
-        calls = [piece.read for piece in pieces if piece.read is not None]
+        calls = [batch.read for batch in batches if batch.read is not None]
         if tier:
             tier.end_load_span(calls, end - start, span, gave_up=bool(in_flight))
 
         def record_outcome() -> None:
             """Record the remaining reads in the tier's health, and the duration of all reads."""
-            for piece in in_flight:
-                piece.wait_read(deadline_s)
-            if tier and all(piece.reads_all for piece in pieces):
+            for batch in in_flight:
+                batch.wait_read(deadline_s)
+            if tier and all(batch.reads_all for batch in batches):
                 tier.observe_load(calls, self._clock() - begun)
 
         if not in_flight:
@@ -215,17 +215,17 @@ class BlockReads:
         self._submit(record_outcome)  # in a thread that may wait for the deadline
         return False
 
-    def _wait_until(self, piece: _Piece, until: float, deadline_s: float) -> bool:
-        """Wait for ``piece``, not beyond ``until``; return whether ``wait_read`` may be called.
+    def _wait_until(self, batch: _Batch, until: float, deadline_s: float) -> bool:
+        """Wait for ``batch``, not beyond ``until``; return whether ``wait_read`` may be called.
 
         It may be called if the reads have ended, or if their deadline is before ``until``.
         """
         remaining_s = until - self._clock()
-        return remaining_s >= deadline_s or piece.wait_done(max(0.0, remaining_s))
+        return remaining_s >= deadline_s or batch.wait_done(max(0.0, remaining_s))
 
-    def _start_piece(
+    def _start_batch(
         self, tier: LowerTier | None, wanted: WantedBlocks, first: int, end: int, span: Span
-    ) -> _Piece:
+    ) -> _Batch:
         """Pin the blocks, and start to read those that L1 neither holds nor is filling."""
         keys = wanted.keys[first:end]
         with self._lock:  # single flight: one promotion reserves a block, others find its read
@@ -254,7 +254,7 @@ class BlockReads:
             # Without a tier, L1 held the keys of this lease when they were looked up, and has
             # evicted them since.
             lease.end(failed=lease.keys)
-        return _Piece(
+        return _Batch(
             pin,
             read,
             list(other_reads),

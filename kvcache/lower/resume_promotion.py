@@ -30,7 +30,7 @@ class ResumePromotion:
         groups: the request's groups.
         own: the last resume point in L1; 0 if there is none.
         top: the most tokens to resume after.
-        step: the resume point is a multiple of it.
+        align_tokens: the resume point is a multiple of these.
         clock: the current time in seconds.
         span: the parent of the tiers' spans.
     """
@@ -41,17 +41,17 @@ class ResumePromotion:
         groups: Sequence[GroupKeys],
         own: int,
         top: int,
-        step: int,
+        align_tokens: int,
         clock: Callable[[], float],
         span: Span,
     ) -> None:
         self._lower = lower
         self._own = own
-        self._step = step
+        self._align_tokens = align_tokens
         self._clock = clock
         self._span = span
         self._block_tokens = groups[0].block_tokens  # the compute model's blocks
-        self._limit = top // step * step
+        self._limit = top // align_tokens * align_tokens
         self._side_sources: dict[bytes, int] = {}
         self._chains: list[tuple[GroupKeys, list[bytes], list[int]]] = []  # keys and sources
         for group in groups:
@@ -130,7 +130,7 @@ class ResumePromotion:
         end = self._limit + 1
         for limit in sorted(limits, reverse=True):
             if self._own < limit < end:
-                end = longest_resume(self._sides, self._own, limit, self._step)
+                end = longest_resume(self._sides, self._own, limit, self._align_tokens)
                 if end == self._own:
                     return
                 yield end

@@ -136,9 +136,9 @@ class WriteBehind:
                 }
                 cause.add_event(telemetry.BLOCKS_DROPPED, event)
         for at in range(0, queued, self._channel.blocks_per_call):
-            piece = keys[at : min(at + self._channel.blocks_per_call, queued)]
-            lease = self._front.pin(piece)
-            gone = len(piece) - len(lease)  # L1 dropped them before they could be pinned
+            batch = keys[at : min(at + self._channel.blocks_per_call, queued)]
+            lease = self._front.pin(batch)
+            gone = len(batch) - len(lease)  # L1 dropped them before they could be pinned
             self._channel.add_counts(dropped_blocks=gone)
             self._leave_queue(gone)
             if not lease.keys:

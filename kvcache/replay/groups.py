@@ -24,13 +24,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain as chained
-from math import lcm
 
 from kvcache.eviction import Policy, policy_class
 from kvcache.index import Index
 from kvcache.keys import Branch
 from kvcache.models import Model
-from kvcache.models.layers import ModelGroup
+from kvcache.models.layers import ModelGroup, alignment
 from kvcache.parts import choose_parts
 from kvcache.replay.simulate import PROGRESS_REQUESTS
 from kvcache.replay.trace import Trace
@@ -49,14 +48,14 @@ class ModelBlocks:
         groups: the groups, chain groups first.
         parts: parts of a block of each group.
         slot_nbytes: bytes of a slot.
-        step: a resume point is a multiple of that many tokens.
+        align_tokens: a resume point is a multiple of these.
     """
 
     name: str
     groups: tuple[ModelGroup, ...]
     parts: tuple[int, ...]
     slot_nbytes: int
-    step: int
+    align_tokens: int
 
     @classmethod
     def of(cls, model: Model, trace_tokens: int) -> ModelBlocks:
@@ -76,8 +75,7 @@ class ModelBlocks:
         sizes = [group.block_nbytes for group in groups]
         parts = choose_parts(sizes)
         slot_nbytes = max(-(-size // count) for size, count in zip(sizes, parts, strict=True))
-        step = lcm(*(group.block_tokens for group in groups))
-        return cls(model.name, groups, parts, slot_nbytes, step)
+        return cls(model.name, groups, parts, slot_nbytes, alignment(groups))
 
     @property
     def token_nbytes(self) -> float:
@@ -137,7 +135,7 @@ def replay_model(
         progress: called from time to time with the number of requests replayed since its last call.
     """
     blocks = TraceBlocks(model, trace.block_tokens)
-    front = SimulatedGroups(policy_class(policy), capacity, blocks, model.step)
+    front = SimulatedGroups(policy_class(policy), capacity, blocks, model.align_tokens)
     start_s = time.process_time()
     requests = zip(trace.times_s, trace.tokens, trace.chains(), trace.done, strict=True)
     for number, (now, tokens, ids, done) in enumerate(requests, 1):
@@ -200,11 +198,11 @@ class TraceBlocks:
         Returns:
             segments of chains, and side blocks, as ``Stack.reserve_branches`` takes them.
         """
-        step, end = self._model.step, len(ids) * self._trace_tokens
+        align_tokens, end = self._model.align_tokens, len(ids) * self._trace_tokens
         while begin < end:
             step_end = min(end, begin + STEP_TOKENS)
             if step_end < end:
-                step_end = max(begin + step, step_end // step * step)
+                step_end = max(begin + align_tokens, step_end // align_tokens * align_tokens)
             yield self._completed(ids, begin, step_end)
             begin = step_end
 
@@ -269,7 +267,7 @@ class SimulatedGroups:
         policy: makes the policy from the capacity.
         capacity: slots.
         blocks: names the blocks.
-        step: a resume point is a multiple of that many tokens.
+        align_tokens: a resume point is a multiple of these.
 
     Attributes:
         index: the index of L1.
@@ -277,13 +275,13 @@ class SimulatedGroups:
     """
 
     def __init__(
-        self, policy: Callable[[int], Policy], capacity: int, blocks: TraceBlocks, step: int
+        self, policy: Callable[[int], Policy], capacity: int, blocks: TraceBlocks, align_tokens: int
     ) -> None:
         self._now = 0.0
         self.index = Index(policy(capacity), lambda: self._now)
         self.index.open_slots(capacity)
         self._blocks = blocks
-        self._step = step
+        self._align_tokens = align_tokens
         self.hit_tokens = 0
         self.lost_tokens = 0
         self.read_blocks = 0
@@ -314,7 +312,7 @@ class SimulatedGroups:
         self._now = now
         blocks, index = self._blocks, self.index
         top = blocks.top(ids, tokens)
-        found = FrontLookup(self, blocks.groups(ids), 0, top, self._step)
+        found = FrontLookup(self, blocks.groups(ids), 0, top, self._align_tokens)
         found.record()
         self.hit_tokens += found.tokens
         if blocks.has_chain:

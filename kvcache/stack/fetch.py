@@ -59,13 +59,18 @@ class LocalFetcher:
         return self._leases.begin_load(lease, match.blocks, span)
 
     def fetch_resume(
-        self, groups: Sequence[GroupKeys], own: int, top: int, step: int, context: Context | None
+        self,
+        groups: Sequence[GroupKeys],
+        own: int,
+        top: int,
+        align_tokens: int,
+        context: Context | None,
     ) -> Resume:
         """Find the last resume point, and pin what it needs, as ``Stack.fetch_resume`` does."""
         if len(groups) == 1 and groups[0].is_chain:
-            return self._fetch_chain(groups[0], own, top, step, context)
+            return self._fetch_chain(groups[0], own, top, align_tokens, context)
         span, begun = telemetry.start_span(telemetry.LOOKUP, context), self._clock()
-        found, lease = pin_resume(self._front, groups, own, top, step)
+        found, lease = pin_resume(self._front, groups, own, top, align_tokens)
         self._timer.record("lookup", self._clock() - begun)
         asked = found.asked if span.is_recording() else ()
         self._spans.end_lookup(span, Match(asked, 0, len(lease)), found.tokens - own)
@@ -75,19 +80,19 @@ class LocalFetcher:
         return Resume(found.tokens, lease, found.chain_tokens)
 
     def _fetch_chain(
-        self, group: GroupKeys, own: int, top: int, step: int, context: Context | None
+        self, group: GroupKeys, own: int, top: int, align_tokens: int, context: Context | None
     ) -> Resume:
         """Do as :meth:`fetch_resume` for one group, in the least time."""
-        keys = group.keys(0, group.blocks(top // step * step))
+        keys = group.keys(0, group.blocks(top // align_tokens * align_tokens))
         start = own // group.block_tokens * group.parts
         span, match = self.find(keys, start, context)
-        tokens, end = chain_resume(group, start + match.blocks, own, step)
+        tokens, end = chain_resume(group, start + match.blocks, own, align_tokens)
         if end < start + match.blocks:
             match = replace(match, blocks=max(0, end - start))
         self._spans.end_lookup(span, match)
         lease = self.pin(match, context)
         if len(lease) < match.blocks:  # another thread has evicted some
-            tokens, end = chain_resume(group, start + len(lease), own, step)
+            tokens, end = chain_resume(group, start + len(lease), own, align_tokens)
             if len(lease) > max(0, end - start):
                 lease.end()
                 tokens, lease = own, self._front.pin(())

@@ -59,17 +59,17 @@ class StackHints:
         if done:
             for group in [*sides, *chains]:  # a block is evicted after those that need it
                 self._front.mark_done(group.keys(0, tokens // group.block_tokens))
-        step = lcm(*(group.block_tokens for group in groups))
+        align_tokens = lcm(*(group.block_tokens for group in groups))
         if keep:
             searches = [SideSearch(group, 0, self._held_or_filled) for group in sides]
-            end = longest_resume(searches, 0, tokens, step)
+            end = longest_resume(searches, 0, tokens, align_tokens)
             for search in searches if end else ():
                 self._front.protect(search.needed_keys(end), keep)
             for group in chains:
                 self._front.protect(group.keys(0, tokens // group.block_tokens), keep)
         if soon:
-            FrontLookup(self._front, groups, 0, tokens, step).record()
-            self._prefetcher.prefetch_resume(groups, tokens, step, context, linked=True)
+            FrontLookup(self._front, groups, 0, tokens, align_tokens).record()
+            self._prefetcher.prefetch_resume(groups, tokens, align_tokens, context, linked=True)
 
     def _held_or_filled(self, keys: Sequence[bytes]) -> list[bool]:
         """Return for each key whether its block is held or being filled."""

@@ -74,7 +74,7 @@ class Prefetcher:
         self,
         groups: Sequence[GroupKeys],
         top: int,
-        step: int,
+        align_tokens: int,
         context: Context | None,
         *,
         linked: bool = False,
@@ -82,17 +82,19 @@ class Prefetcher:
         """Promote what a request needs at the last resume point that the tiers hold."""
         if len(groups) == 1 and groups[0].is_chain:
             [group] = groups
-            keys = group.keys(0, group.blocks(top // step * step))
+            keys = group.keys(0, group.blocks(top // align_tokens * align_tokens))
             return self.prefetch(keys, context, linked=linked)
         if not self._lower.accepts_calls:
             return None
-        own = FrontLookup(self._front, groups, 0, top, step).tokens
-        if own == top // step * step:
+        own = FrontLookup(self._front, groups, 0, top, align_tokens).tokens
+        if own == top // align_tokens * align_tokens:
             return None
         span = _start_span(context, linked=linked)
 
         def promote() -> Match:
-            promotion = ResumePromotion(self._lower, groups, own, top, step, self._clock, span)
+            promotion = ResumePromotion(
+                self._lower, groups, own, top, align_tokens, self._clock, span
+            )
             match, tokens = promotion.promote()
             self._spans.end_lookup(span, match, tokens)
             return match

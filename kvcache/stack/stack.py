@@ -147,7 +147,7 @@ class Stack(Closeable):
         groups: Sequence[GroupKeys],
         own: int,
         top: int,
-        step: int,
+        align_tokens: int,
         *,
         context: Context | None = None,
     ) -> Resume:
@@ -157,19 +157,19 @@ class Stack(Closeable):
             groups: the request's groups.
             own: tokens that the engine has in its own cache.
             top: the most tokens to resume after.
-            step: the resume point is a multiple of it.
+            align_tokens: the resume point is a multiple of these.
             context: the parent of the spans; ``None`` for the current span.
 
         Returns:
             the last resume point at which L1 holds what every group needs.
         """
-        return self._local.fetch_resume(groups, own, top, step, context)
+        return self._local.fetch_resume(groups, own, top, align_tokens, context)
 
     def prefetch_resume(
         self,
         groups: Sequence[GroupKeys],
         top: int,
-        step: int,
+        align_tokens: int,
         *,
         context: Context | None = None,
     ) -> Future[Match] | None:
@@ -178,7 +178,7 @@ class Stack(Closeable):
         Args:
             groups: the request's groups.
             top: the most tokens to resume after.
-            step: the resume point is a multiple of it.
+            align_tokens: the resume point is a multiple of these.
             context: the parent of the span; ``None`` for the current span.
 
         Returns:
@@ -186,7 +186,7 @@ class Stack(Closeable):
             blocks), done when all needed blocks are in L1; ``None`` if L1 has all of them already
             or no lower tier can be asked.
         """
-        return self._prefetcher.prefetch_resume(groups, top, step, context)
+        return self._prefetcher.prefetch_resume(groups, top, align_tokens, context)
 
     def prefetch(
         self, keys: Sequence[bytes], *, context: Context | None = None

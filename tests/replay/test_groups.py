@@ -136,7 +136,7 @@ def test_blocks_of_a_preset_end_where_those_of_a_trace_end(name: str) -> None:
 def test_block_of_a_model_with_states_has_room_for_a_state() -> None:
     model = ModelBlocks.of(preset("qwen3.5-27b"), T)
     full, state = model.groups
-    assert full.block_tokens == state.block_tokens == model.step > T
+    assert full.block_tokens == state.block_tokens == model.align_tokens > T
     assert full.block_nbytes // full.layers >= state.block_nbytes // state.layers
 
 
@@ -155,7 +155,7 @@ def test_replay_for_a_model_matches_a_live_stack(model: ModelBlocks, policy: str
     with Stack(tier, profile="test") as stack:
         for now[0], length, ids in zip(trace.times_s, trace.tokens, trace.chains(), strict=True):
             top = blocks.top(ids, length)
-            found = stack.fetch_resume(blocks.groups(ids), 0, top, model.step)
+            found = stack.fetch_resume(blocks.groups(ids), 0, top, model.align_tokens)
             found.lease.end()
             hit_tokens += found.tokens
             for chains, sides in blocks.steps(ids, found.tokens):

@@ -4,7 +4,7 @@ Always true here:
 
 * A load returns the bytes that were stored under the key, or a miss. A rejected frame is a miss, is
   counted by reason, and is removed from the inner tier.
-* Memory is bounded: a call works in pieces of ``call_nbytes``, and at most
+* Memory is bounded: a call works in batches of ``call_nbytes``, and at most
   ``MAX_CONCURRENT_CALLS`` calls have a workspace.
 """
 
@@ -118,10 +118,10 @@ class Framed(Tier):
         written: list[int] = []
         with self._workspace() as workspace:
             for first in range(0, len(pairs), len(workspace.frames)):
-                piece = pairs[first : first + len(workspace.frames)]
-                lengths = self.inner.load([key for key, _ in piece], workspace.frames[: len(piece)])
+                batch = pairs[first : first + len(workspace.frames)]
+                lengths = self.inner.load([key for key, _ in batch], workspace.frames[: len(batch)])
                 rejected: list[bytes] = []
-                for slot, ((key, buffer), length) in enumerate(zip(piece, lengths, strict=True)):
+                for slot, ((key, buffer), length) in enumerate(zip(batch, lengths, strict=True)):
                     written.append(0)
                     if length == 0:
                         continue
@@ -164,16 +164,16 @@ class Framed(Tier):
         stored = [False] * len(keys)
         with self._workspace() as workspace:
             for first in range(0, len(to_store), len(workspace.frames)):
-                piece = to_store[first : first + len(workspace.frames)]
+                batch = to_store[first : first + len(workspace.frames)]
                 frames = [
-                    workspace.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(piece)
+                    workspace.pack(slot, keys[at], blocks[at]) for slot, at in enumerate(batch)
                 ]
-                found = branches_of([keys[at] for at in piece], [parents[at] for at in piece])
+                found = branches_of([keys[at] for at in batch], [parents[at] for at in batch])
                 if len(found) == 1:
                     answers = self.inner.store(found[0][0], frames, found[0][1])
                 else:
                     answers = self.inner.store_branches(found, frames)
-                for at, frame, accepted in zip(piece, frames, answers, strict=True):
+                for at, frame, accepted in zip(batch, frames, answers, strict=True):
                     stored[at] = accepted
                     if accepted:
                         self._count_stored(len(blocks[at]), frame)
@@ -207,7 +207,7 @@ class Framed(Tier):
         try:
             if workspace is None:
                 # As many frames as the inner tier prefers in one call. With fewer, a disk would
-                # overlap fewer reads, and a last piece of one block would be read alone.
+                # overlap fewer reads, and a last batch of one block would be read alone.
                 frames = max(1, self.call_nbytes // self.block_nbytes)
                 workspace = Workspace(frames, self.block_nbytes, self._level, self._element_nbytes)
             yield workspace

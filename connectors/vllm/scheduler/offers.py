@@ -20,6 +20,7 @@ from kvcache.connectors.jobs import AdmittedRequest, BlockCopies
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.scheduler.copies import NO_BLOCK, BlockIds, PieceCopies
 from kvcache.connectors.vllm.scheduler.request_keys import RequestKeys
+from kvcache.keys import Branch
 from kvcache.tier import Lease
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 HandOff = tuple[int, int, int]
 """A state that vLLM hands off: number of vLLM's group, block id, tokens up to the state."""
-
-
-Branch = tuple[Sequence[bytes], bytes | None]
-"""The keys of a segment, and the key that it continues."""
 
 
 @dataclass(frozen=True, slots=True)
