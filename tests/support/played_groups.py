@@ -108,8 +108,10 @@ class GroupsEngine:
         self.front = self.side.stack.front
         self.front.slab.wait_populated()
         by_block = may_load_within_step(self.kept)
-        # vLLM's second model runner zeroes blocks and copies states before it calls the fence.
-        waits = self.play.second_runner and self.scheduler.needs_kv_cache_zeroing
+        # vLLM's second model runner zeroes blocks and copies states before it calls the fence. The
+        # blocks that vLLM copies after a hit within a block are no fresh ones.
+        early = self.play.second_runner or self.model.finds_parts
+        waits = early and self.scheduler.needs_kv_cache_zeroing
         self.copies = [
             RankCopies(
                 memory,

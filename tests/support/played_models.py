@@ -25,6 +25,7 @@ class PlayedModel:
         drafts: drafted tokens of each step.
         eagle: whether the last group is the drafter's, and vLLM drops the last block of its hits.
         tensor, pipeline: ranks.
+        match_unit: vLLM's ``--prefix-match-unit``: vLLM's own cache then finds parts of blocks.
     """
 
     groups: tuple[PlayedGroup, ...]
@@ -33,11 +34,20 @@ class PlayedModel:
     eagle: bool = False
     tensor: int = 1
     pipeline: int = 1
+    match_unit: int | None = None
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of vLLM's ``--block-size``."""
-        return self.groups[0].block_tokens
+        """Tokens of vLLM's ``--block-size``; it is at least that of states."""
+        states = [group.block_tokens for group in self.groups if group.kind == "state"]
+        return max([self.groups[0].block_tokens, *states])
+
+    @property
+    def finds_parts(self) -> bool:
+        """Whether vLLM's own cache finds parts of blocks."""
+        sizes = {group.block_tokens for group in self.groups}
+        has_states = any(group.kind == "state" for group in self.groups)
+        return has_states and (len(sizes) > 1 or self.match_unit is not None)
 
     def specs(self) -> list[Any]:
         """Return vLLM's cache spec of each group."""
@@ -83,8 +93,8 @@ def _chunk() -> PlayedGroup:
     return PlayedGroup(0, "chunk", BLOCK, tokens=3 * BLOCK)
 
 
-def _state(words: int = 11) -> PlayedGroup:
-    return PlayedGroup(0, "state", BLOCK, words=words)
+def _state(words: int = 11, blocks: int = 1) -> PlayedGroup:
+    return PlayedGroup(0, "state", blocks * BLOCK, words=words)
 
 
 MODELS: Final = {
@@ -99,6 +109,9 @@ MODELS: Final = {
     "mla+window": model(_full(replicas=2), _window(), mla=True, tensor=2),
     "two block sizes": model(_full(words=2), _window(50, block_tokens=2 * BLOCK)),
     "full+window+state": model(_full(), _window(), _state(5)),
+    "partial blocks": model(
+        _full(block_tokens=2 * BLOCK), _state(blocks=2), _state(blocks=2), match_unit=BLOCK
+    ),
     "two windows": model(_full(), _window(20), _window(70)),
     "drafts": model(_full(), _window(), drafts=2),
     "drafts+states": model(_full(), _state(), _state(), drafts=2),

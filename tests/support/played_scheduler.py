@@ -114,7 +114,8 @@ def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) ->
     config.parallel_config.world_size = model.pipeline * model.tensor
     if any(group.kind == "state" for group in model.groups):
         config.cache_config.mamba_cache_mode = "align"
-        config.cache_config.mamba_block_size = model.block_tokens
+        config.cache_config.mamba_block_size = max(g.block_tokens for g in model.groups)
+    config.cache_config.prefix_match_unit = model.match_unit
     if model.eagle:
         config.speculative_config.method = "eagle"
     return config

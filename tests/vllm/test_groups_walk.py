@@ -56,7 +56,7 @@ def test_random_walk_of_a_model_l1_holds_what_its_keys_say(
     walk(MODELS[name], folder, seed)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not MODELS[name].finds_parts])
 def test_hits_are_as_long_as_those_of_vllms_own_cache(name: str, folder: Path) -> None:
     """vLLM's own cache keeps everything; beside kvcache it is emptied after each request."""
     found: list[dict[str, int]] = []
