@@ -13,7 +13,7 @@ MAX_PARTS = 64
 
 
 def choose_parts(sizes: Sequence[int], *, most_waste: float = 0.05) -> tuple[int, ...]:
-    """Return into how many parts a block of each group is cut, the fewest that waste little.
+    """Return the number of parts of a block of each group: the fewest that waste little.
 
     The slot has room for the largest part: `max(ceil(size / parts))` bytes. A group's parts occupy
     at most `1 + most_waste` times the bytes of its block. If no choice with at most `MAX_PARTS`

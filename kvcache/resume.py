@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from kvcache.tier import FrontTier, Lease
 
-_MAX_LOOKUPS = 3  # while other threads evict what was found
+_MAX_LOOKUPS = 3  # of one request, if other threads evict blocks between lookup and pin
 
 Ask = Callable[[Sequence[bytes]], Sequence[object]]
 """Returns for each key a true value if its block is held."""
@@ -26,12 +26,13 @@ Ask = Callable[[Sequence[bytes]], Sequence[object]]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The tokens of which a request needs the blocks, to resume after its first ``end`` tokens.
+    """The rule of a group: which tokens' blocks a request needs to resume after ``end`` tokens.
 
     Attributes:
-        kind: ``"all"``: every token; ``"window"``: the last ones; ``"chunk"``: those of the chunk
-            that is not complete; ``"state"``: the last one; its block has the state.
-        tokens: of the window, the next token included, or of the chunk.
+        kind: ``"all"``: all of them; ``"window"``: the last ones; ``"chunk"``: those of the chunk
+            that is not complete; ``"state"``: the last one, because its block has the state.
+        tokens: tokens of a window, including the next one to compute, or of a chunk; 0 for the
+            other kinds.
     """
 
     kind: Literal["all", "window", "chunk", "state"]
@@ -59,7 +60,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class GroupKeys:
-    """The keys of one group of a request.
+    """One group of a request: its rule, and the keys of its blocks.
 
     Attributes:
         needs: the group's rule.
@@ -80,7 +81,7 @@ class GroupKeys:
         return self.needs.kind == "all"
 
     def blocks(self, end: int) -> int:
-        """Return how many blocks the first ``end`` tokens are in."""
+        """Return how many blocks the first ``end`` tokens take, a partial last one included."""
         return -(-end // self.block_tokens)
 
     def needed(self, own: int, end: int) -> range:
@@ -94,10 +95,10 @@ class Resume:
     """A request can resume after ``tokens`` tokens.
 
     Attributes:
-        tokens: the tokens that the engine has, if there is no hit.
+        tokens: the resume point; without a hit, the tokens that the engine has.
         lease: the needed blocks, pinned in L1: group after group, blocks ascending, parts
             ascending. Empty without a hit; the caller ends it in any case.
-        chain_tokens: the resume point if L1 held all side blocks.
+        chain_tokens: what the resume point would be if L1 held all side blocks.
     """
 
     tokens: int
@@ -111,18 +112,18 @@ class SideSearch:
     Args:
         group: the group.
         own: tokens that the engine has.
-        ask: is asked for the keys of several blocks at once.
+        ask: returns which keys are held; gets the keys of several blocks at once.
     """
 
     def __init__(self, group: GroupKeys, own: int, ask: Ask) -> None:
         self.group = group
         self._own = own
         self._ask = ask
-        # From the last block down. A block is asked with all blocks between it and the last one.
-        self._stop = 0  # the block after the last one; 0 before the first question
+        # The asked blocks are consecutive. Both lists begin with the last of them.
+        self._stop = 0  # the block after the last asked one; 0 before the first question
         self._held = bytearray()  # 1 for a held block
         self._keys: list[bytes] = []
-        self._next_blocks = 0  # how many blocks to ask at once, at least
+        self._next_blocks = 0  # the next question is for at least that many blocks
 
     def last_missing(self, end: int) -> int | None:
         """Return the last block that a request needs at ``end`` and that is not held.
@@ -141,9 +142,9 @@ class SideSearch:
         return self._stop - 1 - at if at >= 0 else None
 
     def end_without(self, missing: int, end: int) -> int:
-        """Return an upper bound below ``end`` of the ends that do not need block ``missing``.
+        """Return an upper bound, below ``end``, of the ends that do not need block ``missing``.
 
-        Blocks below that are known to be missing lower the bound.
+        It is the end of the last block before ``missing`` that is held or was not asked yet.
         """
         at = self._held.find(1, self._stop - missing)
         held_end = self._stop - (at if at >= 0 else len(self._held))
@@ -172,12 +173,12 @@ class SideSearch:
 
 
 def longest_resume(sides: Iterable[SideSearch], own: int, limit: int, align_tokens: int) -> int:
-    """Return the last end at which all side groups can resume.
+    """Return the last resume point of all groups with side blocks.
 
     Args:
         sides: the groups with side blocks.
         own: tokens that the engine has.
-        limit: tokens that the chain groups have.
+        limit: tokens of which the chain groups hold the blocks.
         align_tokens: the result is a multiple of these.
 
     Returns:
@@ -232,7 +233,7 @@ class FrontLookup:
 
     Attributes:
         tokens: the resume point; ``own`` without a hit.
-        chain_tokens: the resume point if no side block were missing.
+        chain_tokens: what the resume point would be if no side block were missing.
         needed: of each group, in order, the keys that the resume point needs.
     """
 

@@ -3,9 +3,9 @@
 vLLM puts layers into a group if their blocks are alike. It passes block ids as one sequence for
 each group, and chains its block hashes at a size that divides the block size of every group.
 
-A *kept group* is those of vLLM's groups that need the same blocks to resume a request: their rule
-(`Needs`) and their block size are equal. A block of a kept group is the pages of all its layers, so
-vLLM has one block id for it in each member group.
+A *kept group* consists of those of vLLM's groups that need the same blocks to resume a request:
+their rule (`Needs`) and their block size are equal. A block of a kept group is the pages of all its
+layers, so vLLM has one block id for it in each member group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class KeptGroup:
     """Groups of vLLM with blocks that are found, loaded and stored together.
 
     Attributes:
-        index: its place among the kept groups; those with the rule "all" come first.
+        index: its place among the kept groups; chain groups come first.
         members: the numbers of vLLM's groups.
         needs: which blocks a request needs to resume.
         block_tokens: tokens of a block.

@@ -1,9 +1,10 @@
 """Promotion of what a request needs at one resume point, and of nothing else.
 
 1. The tiers are asked for the chains first, then for side blocks from the last resume point back.
-2. A resume point is worth a promotion if loading its blocks, side blocks included, is faster than
-   computing the tokens between L1's own resume point and it. Of the last resume points before each
-   change of the chains' source, the stack chooses the one that saves most.
+2. A resume point is promoted only if loading its blocks, side blocks included, is faster than
+   computing the tokens between L1's last resume point and it. Candidates are the last resume point
+   of all, and the last one before each block at which a chain continues in another tier. The one
+   that saves the most time is promoted.
 3. The chains are read first, so that each side block is read after the block that it needs.
 """
 
@@ -75,7 +76,7 @@ class ResumePromotion:
             self._skip(self._wanted(ends[0]), wanted)
         promoted = 0
         if wanted.keys:
-            until = self._clock() + self._patience_s(end, wanted)
+            until = self._clock() + self._timeout_s(end, wanted)
             with self._lower.reads.read(wanted, until, self._span) as lease:
                 promoted = len(lease)
         reached = end if promoted == len(wanted.keys) else self._own
@@ -87,7 +88,7 @@ class ResumePromotion:
         return Match(keys, 0, held, tuple(sources[:held])), reached
 
     def _choose(self, ends: Sequence[int]) -> int:
-        """Return which of the resume points, the last one first, saves most time."""
+        """Return the one of the resume points that saves the most time; L1's own if none does."""
         chosen, most_saved_s = self._own, 0.0
         for end in reversed(ends):
             saved_s = self._saved_s(end)
@@ -98,6 +99,7 @@ class ResumePromotion:
     # Lookup
 
     def _locate_chain(self, group: GroupKeys) -> None:
+        """Find the tier of each block of a chain group, and lower the limit to the held ones."""
         keys = group.keys(0, group.blocks(self._limit))
         tokens_per_key = group.block_tokens / group.parts
         # L1 is asked first: only what it lacks is asked of lower tiers.
@@ -122,7 +124,7 @@ class ResumePromotion:
         return [source is not None for source in sources]
 
     def _ends(self) -> Iterator[int]:
-        """Yield the last resume point, and the last ones before each change of a chain's source."""
+        """Yield the candidates of :meth:`promote`, the last one first."""
         limits = {self._limit}
         for group, _, sources in self._chains:
             starts = (at for _, at, _ in runs_by_source(sources))
@@ -170,7 +172,7 @@ class ResumePromotion:
         count = min(tokens, end) // group.block_tokens * group.parts
         return keys[count - 1] if count else None
 
-    # Whether it is worth it
+    # Time to load and to compute
 
     def _compute_s(self, begin: float, end: float) -> float | None:
         """Predict how long the engine computes the tokens ``begin`` to ``end``."""
@@ -186,7 +188,7 @@ class ResumePromotion:
         )
         return (self._compute_s(self._own, end) or 0.0) - load_s
 
-    def _patience_s(self, end: int, wanted: WantedBlocks) -> float:
+    def _timeout_s(self, end: int, wanted: WantedBlocks) -> float:
         """Return how long to wait: as long as computing would take; infinity if unknown."""
         compute_s = self._compute_s(self._own, end)
         tiers = {self._lower.tiers[source - 1] for source in wanted.sources if source}

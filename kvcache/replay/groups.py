@@ -1,8 +1,8 @@
 """Replays a trace for a model with several kept groups, on the index and the policy of L1.
 
-A trace has the chain of a request only. The blocks of every group follow from it: block ``i`` of a
-group is named after the trace's block that ends at the same token. For each request, the calls that
-the vLLM connector makes:
+A trace has the chain of a request only. The blocks of every group follow from it: a block of a
+group gets the name of the trace's block that ends at the same token. For each request, the replay
+makes the calls that the vLLM connector makes:
 
     lookup   the longest resume point that all groups have; it is recorded, side blocks first
     store    for each engine step, the blocks that it completes: of chain groups, of windows and of
@@ -92,14 +92,14 @@ class GroupsOutcome:
         policy: its name.
         model: the groups of the model.
         capacity_blocks: slots of L1.
-        held_blocks: of each group, the slots that its blocks have at the end.
+        held_blocks: slots of the blocks of each group, at the end of the trace.
         read_blocks: slots copied to the engine.
         written_blocks: slots stored.
         requests: requests of the trace.
         prompt_tokens: tokens of all prompts.
         hit_tokens: tokens that the engine did not compute.
-        lost_tokens: tokens of which the chain groups were held, computed because a block of
-            another group was missing.
+        lost_tokens: tokens that the engine computed because a side block was missing, although L1
+            held their blocks of the chain groups.
         keys: keys looked up and stored.
         cpu_s: processor time of the lookups, the index and the policy.
     """
@@ -265,8 +265,8 @@ class SimulatedGroups:
 
     Args:
         policy: makes the policy from the capacity.
-        capacity: slots.
-        blocks: names the blocks.
+        capacity: slots of L1.
+        blocks: the blocks of the model, by those of the trace.
         align_tokens: a resume point is a multiple of these.
 
     Attributes:
@@ -330,5 +330,5 @@ class SimulatedGroups:
             self.index.mark_done(keys)
 
     def held_blocks(self) -> tuple[int, ...]:
-        """Return the slots that each group's blocks have."""
+        """Return the number of slots of the held blocks of each group."""
         return tuple(sum(self.contains(keys)) for keys in self._blocks.known_keys())

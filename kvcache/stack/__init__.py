@@ -1,8 +1,8 @@
 """A stack of tiers, as an engine sees it.
 
 ``stack`` has the class that engines call. ``fetch`` looks up and pins blocks of L1, ``prefetch``
-promotes blocks ahead of their use, ``hints`` applies hints, ``leases`` and ``spans`` are what the
-operations have in common.
+promotes blocks ahead of their use, ``hints`` applies hints, all of them use ``leases`` and
+``spans``.
 """
 
 from kvcache.stack.stack import Stack

@@ -82,7 +82,7 @@ class LocalFetcher:
     def _fetch_chain(
         self, group: GroupKeys, own: int, top: int, align_tokens: int, context: Context | None
     ) -> Resume:
-        """Do as :meth:`fetch_resume` for one group, in the least time."""
+        """Do what :meth:`fetch_resume` does, faster, for a request with one chain group."""
         keys = group.keys(0, group.blocks(top // align_tokens * align_tokens))
         start = own // group.block_tokens * group.parts
         span, match = self.find(keys, start, context)

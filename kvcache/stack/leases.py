@@ -35,8 +35,8 @@ class StackLeases:
     def begin_load(self, lease: Lease, requested: int, span: Span) -> Lease:
         """Return ``lease``, of blocks that were pinned for a load of ``requested`` blocks.
 
-        The end of the lease queues the blocks that were withheld until now for write-behind, and
-        ends ``span``.
+        The end of the lease ends ``span``. It also queues the blocks for write-behind to the tiers
+        with ``writes = "hot"`` that do not have them yet.
         """
 
         def ended(lease: Lease, failed: frozenset[bytes]) -> None:
@@ -64,8 +64,8 @@ class StackLeases:
         Args:
             lease: the lease, which is not empty.
             branches: the segments.
-            namespaces: those of the lower tiers before the blocks were reserved. A ``clear`` since
-                then has replaced them, and the blocks must not be written under the new ones.
+            namespaces: those of the lower tiers before the blocks were reserved. ``clear`` replaces
+                them, and blocks reserved before it must not be written under the new ones.
             context: the parent of the span.
         """
         tiers = self._lower.tiers

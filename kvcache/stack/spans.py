@@ -58,11 +58,11 @@ class StackSpans:
     def end_lease(
         self, span: Span, outcome: str, requested: int, lease: Lease, failed: frozenset[bytes]
     ) -> None:
-        """End the span of a load or a store, of which the lease has ended.
+        """End the span of a load or a store after its lease has ended.
 
         Args:
             span: the span.
-            outcome: the attribute of the blocks that were copied.
+            outcome: the attribute that counts the copied blocks.
             requested: how many blocks were to be copied.
             lease: the lease.
             failed: its failed keys.

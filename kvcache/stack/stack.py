@@ -251,8 +251,8 @@ class Stack(Closeable):
 
         Args:
             chains: the keys of each segment and its parent, as for :meth:`reserve`.
-            sides: segments of side blocks, each with the block of a chain that it needs as parent;
-                they get no slot if L1 does not have that.
+            sides: segments of side blocks. The parent of each is the block of a chain that it
+                needs; a segment gets no slot if L1 lacks its parent.
             context: the parent of the span; ``None`` for the current span.
 
         Returns:

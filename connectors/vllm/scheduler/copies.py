@@ -61,7 +61,7 @@ class PieceCopies:
     ) -> BlockCopies:
         """Return the copies of a pending load into the blocks that vLLM reserved for it.
 
-        If vLLM has reserved others than the load needs, the copies fail and vLLM computes.
+        If vLLM has reserved other blocks than the load needs, the copies fail and vLLM computes.
 
         Args:
             groups: the request's keys in the kept groups.

@@ -3,9 +3,9 @@
 Invariants:
 
 1. A block is offered in the step that completes it, or later while vLLM still keeps it: a block
-   below the window or the chunk of the tokens computed so far may be another request's by now.
+   before the current window or chunk may belong to another request already.
 2. A state is offered only in the step in which vLLM hands it off, and only if the request still has
-   its block: with async scheduling vLLM may have given it to another request by then.
+   its block: with async scheduling, vLLM may have assigned the block to another request already.
 3. Only blocks that a later request can need are offered (`KeptGroup.is_reachable`).
 4. A block without an id in one of the member groups is not offered.
 """
@@ -47,7 +47,12 @@ class OfferedBlocks:
 
 
 class Offers:
-    """Finds the blocks to offer, for an engine with these groups."""
+    """Finds the blocks to offer, and the copies that store them.
+
+    Args:
+        keys: derives the keys of requests, for each kept group.
+        copies: makes the copies of a job.
+    """
 
     def __init__(self, keys: RequestKeys, copies: PieceCopies) -> None:
         self._keys = keys
@@ -149,7 +154,7 @@ class Offers:
     def branches(
         self, request: Request, offered: Sequence[OfferedBlocks]
     ) -> tuple[list[Branch], list[Branch]]:
-        """Return the segments of keys to reserve: those of chains, then of blocks beside them."""
+        """Return the segments to reserve: those of chains, and those of side blocks."""
         chains: list[Branch] = []
         sides: list[Branch] = []
         for each in offered:

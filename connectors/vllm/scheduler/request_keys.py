@@ -1,7 +1,7 @@
 """The keys of a request's blocks: vLLM's block hashes, with the adapter, the group and the part.
 
-A block of the first kept group has vLLM's hash as its key. Two bytes after the hash, the numbers of
-the group and of the part, distinguish the keys of all other parts.
+The key of the first part of a block of the first kept group is vLLM's hash. Every other key has two
+more bytes: the number of the kept group, and the number of the part.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RequestKeys:
     ) -> list[bytes | None]:
         """Return the key that each of ``blocks`` continues; they are in order.
 
-        In a group with the rule "all" it is the last part of the block before. Other blocks depend
-        on the block of the first such group that ends at the same token, or on the last one before.
+        In a chain group it is the last part of the block before. A side block continues the last
+        part of a block of the first chain group: of the last one that ends at or before its end.
         """
         parent = group if group.is_chain else self._chain
         if parent is None or not blocks:

@@ -1,8 +1,8 @@
-"""The side blocks of the learned policy: blocks of windows and states beside a chain.
+"""How the learned policy ranks side blocks: those of windows, chunks and states.
 
-A side block hangs below the block of the chain that ends at the same token, and nothing continues
-it. The index reports it before its chain, which is how this module recognizes it: it is new, and
-its parent is not held yet.
+The parent of a side block is the block of the chain that ends at the same token; no block
+continues a side block. The index reports a side block before its chain. So this module recognizes
+it: it is new, and its parent is not held yet.
 
 Requests need only the last side blocks before the point at which they resume. A side block is
 *live* while the last use of its parent was also its own, and while its parent is in the last blocks
