@@ -13,7 +13,7 @@ from typing import Any
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
 from kvcache.guards.calls import raised_by_signal
-from kvcache.keys import Keys
+from kvcache.keys import Branch, Keys
 from kvcache.segments import EvictionPass, SegmentTable
 
 
@@ -48,6 +48,14 @@ class GuardedPolicy:
         """Report a request for ``chain``, of which the first ``held`` blocks are READY."""
         try:
             self.policy.access(chain, held, self._clock())
+        except BaseException as error:  # noqa: BLE001
+            self._replace(error)
+
+    def announce(self, sides: Sequence[Branch]) -> None:
+        """Announce a store of these side blocks, if there are any."""
+        try:
+            if sides:
+                self.policy.expect_sides()
         except BaseException as error:  # noqa: BLE001
             self._replace(error)
 

@@ -218,6 +218,7 @@ class Index:
         """
         if len(chains) == 1 and not sides:
             return self.reserve(*chains[0])
+        self._policy.announce(sides)
         branches = list(enumerate([*chains, *sides]))
         by_priority = [*branches[: len(chains)], *reversed(branches[len(chains) :])]
         first_slots, spared = self.segments.first_slots, set[bytes]()
@@ -233,8 +234,7 @@ class Index:
                 added = [keys[at] for at in absent]
                 if before is None or before in first_slots or before in new:
                     new.update(dict.fromkeys(added))
-                    if before is not None:
-                        spared.add(before)
+                    spared.update(() if before is None else (before,))
                 elif number < len(chains) or before in loose:
                     loose.update(added)
                 else:

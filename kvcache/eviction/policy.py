@@ -58,6 +58,11 @@ class Policy(ABC):
     @abstractmethod
     def __init__(self, capacity: int) -> None: ...
 
+    def expect_sides(self) -> None:
+        """Note that the index stores side blocks from now on, reported by ``add`` before their
+        chain. It is called before every store of side blocks; by default it does nothing."""
+        return
+
     @abstractmethod
     def access(self, chain: Sequence[bytes], held: int, now: float) -> None:
         """Record that a request looked up ``chain`` and found its first ``held`` blocks.

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,13 @@ pauses = st.sampled_from([0.0, 0.1, 1.0, 5.0, 100.0, 1e6])
 
 def prefixes(name: str) -> list[bytes]:
     return [name[: at + 1].encode() for at in range(len(name))]
+
+
+def policy_of(capacity: int, **options: Any) -> Gittins:
+    """Return a policy of an index that stores side blocks."""
+    policy = Gittins(capacity, **options)
+    policy.expect_sides()
+    return policy
 
 
 def side_of(key: bytes, parts: int = 1) -> list[bytes]:
@@ -45,7 +53,7 @@ def test_gittins_with_side_blocks_keeps_its_invariants(
     history: int, parts: int, requests: list[tuple[str, int, int, float]]
 ) -> None:
     now = 0.0
-    policy = Gittins(12, known_limit=12 + history)
+    policy = policy_of(12, known_limit=12 + history)
     index = Index(policy, lambda: now)
     index.open_slots(12)
     for name, action, step, pause in requests:
@@ -102,7 +110,7 @@ def test_reserve_without_room_for_all_blocks_stores_the_last_side_blocks() -> No
 
 def gittins_with_two_conversations() -> tuple[Gittins, list[bytes], list[bytes]]:
     """Both have the side blocks of three chain blocks; each was resumed at its end."""
-    policy = Gittins(3200, budget=LruBudget(3200, stake=1e9))
+    policy = policy_of(3200, budget=LruBudget(3200, stake=1e9))
     old, new = prefixes("abc"), prefixes("xyz")
     policy.last_blocks.separate = False
     for now, chain in ((0.0, old), (100.0, new)):
@@ -148,7 +156,7 @@ def test_gittins_unused_side_blocks_leave_first_and_conversations_in_order() -> 
 
 
 def test_gittins_side_blocks_are_no_new_chains() -> None:
-    policy, chain = Gittins(3200), prefixes("abcd")
+    policy, chain = policy_of(3200), prefixes("abcd")
     policy.access(chain, 0, 0.0)
     for key in chain:
         policy.add(side_of(key), key, 0.0)
@@ -163,7 +171,7 @@ def test_gittins_side_blocks_are_no_new_chains() -> None:
 
 
 def test_gittins_repeated_lookup_of_side_blocks_is_one_use() -> None:
-    policy, chain = Gittins(3200), prefixes("ab")
+    policy, chain = policy_of(3200), prefixes("ab")
     policy.access(chain, 0, 0.0)
     policy.add(side_of(b"ab"), b"ab", 0.0)
     policy.add(chain, None, 0.0)
@@ -175,7 +183,7 @@ def test_gittins_repeated_lookup_of_side_blocks_is_one_use() -> None:
 
 
 def test_gittins_side_block_stored_again_is_no_use() -> None:
-    policy, chain = Gittins(3200), prefixes("ab")
+    policy, chain = policy_of(3200), prefixes("ab")
     policy.access(chain, 0, 0.0)
     policy.add(side_of(b"ab", 3), b"ab", 0.0)
     policy.add(chain, None, 0.0)
@@ -186,7 +194,7 @@ def test_gittins_side_block_stored_again_is_no_use() -> None:
 
 
 def test_gittins_learns_the_window_from_lookups() -> None:
-    policy, chain = Gittins(3200), prefixes("abcdefgh")
+    policy, chain = policy_of(3200), prefixes("abcdefgh")
     policy.access(chain, 0, 0.0)
     for key in chain:
         policy.add(side_of(key), key, 0.0)
@@ -194,3 +202,10 @@ def test_gittins_learns_the_window_from_lookups() -> None:
     policy.access([*side_of(chain[6]), *side_of(chain[7])], 2, 1.0)
     policy.access(chain, 8, 1.0)
     assert policy.window == 2
+
+
+def test_gittins_of_an_index_without_side_blocks_takes_no_block_for_one() -> None:
+    plain, learned = Gittins(8), policy_of(8)
+    for policy in (plain, learned):
+        policy.add([b"b"], b"a", 0.0)  # the block that it continues is not held
+    assert (plain.side_ids, len(learned.side_ids)) == ({}, 1)

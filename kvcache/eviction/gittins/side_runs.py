@@ -2,7 +2,8 @@
 
 The parent of a side block is the block of the chain that ends at the same token; no block
 continues a side block. The index reports a side block before its chain. So this module recognizes
-it: it is new, and its parent is not held yet.
+it: it is new, and its parent is not held yet. An index
+without side blocks never announces any (``expect_sides``), and no block is then taken for one.
 
 Requests need only the last side blocks before the point at which they resume. A side block is
 *live* while the last use of its parent was also its own, and while its parent is in the last blocks
@@ -45,6 +46,7 @@ class SideRuns(KnownRuns):
     ) -> None:
         super().__init__(capacity, hazards, budget, known_limit)
         self.side_ids: dict[bytes, list[int]] = {}
+        self._expects_sides = False  # without them, no block is taken for one
         self.window = 0
         self._window_seen = False  # a request needed fewer side blocks than its chain has blocks
         # Lookups of side blocks since the last lookup of a chain: each has the first and the last
@@ -53,9 +55,12 @@ class SideRuns(KnownRuns):
         # The run of a chain that lost a live side block, and its cohort then: it is evicted next.
         self._dead: tuple[RankedRun, Cohort] | None = None
 
+    def expect_sides(self) -> None:
+        self._expects_sides = True
+
     def _is_side(self, key: bytes, parent: bytes) -> bool:
         """Return whether an unknown block that continues ``parent`` is a side block."""
-        if key in self.side_ids:
+        if not self._expects_sides or key in self.side_ids:
             return False
         run = self._run_with(parent)
         if run is None or run.side or run.held < len(run.keys):
@@ -213,7 +218,10 @@ class SideRuns(KnownRuns):
         """
         cohort = run.cohort
         if cohort.cls <= SIDE_USED and (above := self._chain_of(run)) is not None:
-            self._rank_with(above, run)
+            if above.cohort.cls > SIDE_USED:
+                self._rank_with(above, run)
+            else:
+                self._park(run)  # each call must move a run, or the caller never ends
             return 0
         offered = min(run.held, count)
         taken = self._offer(run, offered, take)
