@@ -126,6 +126,7 @@ def specs_of(spec: KVCacheSpec) -> Sequence[KVCacheSpec]:
 
 
 def _needs(spec: KVCacheSpec) -> Needs:
+    """Return the rule of a group; its layers have equal rules."""
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         MambaSpec,
@@ -143,6 +144,7 @@ def _needs(spec: KVCacheSpec) -> Needs:
 
 
 def _spec_refusal(spec: KVCacheSpec) -> str | None:
+    """Return why blocks of a layer with this spec cannot be kept; ``None`` if they can."""
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,

@@ -173,7 +173,7 @@ class BlockReads:
             parent_span: the parent of the tier's span.
 
         Returns:
-            whether to go on with the next tier's blocks.
+            whether to continue with the next tier's blocks.
         """
         tier = self._tiers[source - 1] if source else None
         span = telemetry.start_child(parent_span, telemetry.TIER_LOAD) if tier else INVALID_SPAN

@@ -32,6 +32,7 @@ def _attention(config: Config, layers: int, needs: Needs) -> AttentionLayers:
 
 
 def _total(config: Config) -> int:
+    """Return the number of layers."""
     return positive(config, "num_hidden_layers", most=MAX_LAYERS)
 
 
@@ -86,7 +87,7 @@ def _gemma3(config: Config) -> list[Layers]:
 
 
 def _own(config: Config, full: Sequence[bool], default: int) -> Sequence[bool]:
-    """Return the layers less the last ones, which use the KV cache of earlier layers."""
+    """Return the layers without the last ones, which use the KV cache of earlier layers."""
     shared = number(config, "num_kv_shared_layers", default)
     return full[: len(full) - shared]
 
@@ -132,6 +133,7 @@ def _cohere2(config: Config) -> list[Layers]:
 
 
 def _llama4(config: Config) -> list[Layers]:
+    """Return the layers of Llama 4: those with rotary embedding attend within chunks."""
     total = _total(config)
     every = _every(config, "no_rope_layer_interval", 4)
     rope = _listed(config, "no_rope_layers", total)
@@ -234,6 +236,7 @@ def _pattern(config: Config) -> tuple[int, int]:
 
 
 def _granite(config: Config) -> list[Layers]:
+    """Return the layers of Granite 4: each is attention or Mamba 2."""
     total = _total(config)
     types = _listed(config, "layer_types", total) or _listed(config, "layers_block_type", total)
     _check_known("layer_types", types, ("attention", "mamba", *_STANDARD))

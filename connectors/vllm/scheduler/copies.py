@@ -92,4 +92,5 @@ class PieceCopies:
         return self.of(copied)
 
     def _lacks(self, ids: Sequence[int], count: int) -> bool:
+        """Whether ``ids`` are fewer than ``count`` blocks, or one of them is vLLM's null block."""
         return len(ids) < count or (self._may_lack_blocks and NO_BLOCK in ids)

@@ -116,6 +116,7 @@ class Offers:
     def _states(
         self, admitted: AdmittedRequest[Request], hand_offs: Sequence[HandOff]
     ) -> list[OfferedBlocks]:
+        """Return the states to offer: handed off now, at a block's end, and not offered yet."""
         request = admitted.request
         by_block: dict[tuple[int, int], dict[int, list[int]]] = {}
         for member, block_id, tokens in hand_offs:

@@ -105,6 +105,7 @@ class RankPieces:
         return piece.end - piece.begin
 
     def _of_member(self, member: int) -> Iterator[PieceOfRank]:
+        """Yield this rank's pieces of vLLM's group ``member``."""
         for piece, of in zip(self._pieces, self._members, strict=True):
             if of == member and piece is not None:
                 yield piece
