@@ -107,7 +107,7 @@ class Gittins(SideRuns):
         keys = tuple(chain)
         if len(set(keys)) < len(keys):
             keys = tuple(dict.fromkeys(keys))
-        if self._are_sides(keys):
+        if self.expects_sides and self._are_sides(keys):
             if not self._sides:
                 self.advance(now)
             if keys not in self._last_sides:
@@ -182,7 +182,7 @@ class Gittins(SideRuns):
             before = keys[at - 1] if at else parent
             if run is None:
                 count = _unknown_count(keys, at, run_ids)
-                if before is not None and self._is_side(keys[at], before):
+                if self.expects_sides and before is not None and self._is_side(keys[at], before):
                     self._add_side(keys[at : at + count], before, now)
                 else:
                     self._add_unknown(keys[at : at + count], before, now)
@@ -240,7 +240,16 @@ class Gittins(SideRuns):
                 if evicted >= allowed:
                     return
                 run = next(reversed(runs)) if newest_first else next(iter(runs))
-                if taken := self._evict_from(run, allowed - evicted, take):
+                offered = min(run.held, allowed - evicted)
+                if self.expects_sides:
+                    taken = self._evict_from(run, offered, take)
+                else:
+                    taken = take(run.keys[run.held - offered : run.held])
+                    if taken:
+                        self._record_evicted(run, taken)
+                    if taken < offered:
+                        self._park(run)
+                if taken:
                     evicted += taken
                     progress = True
                 if self._victims_stale or (recent and budget.slack() + incoming < 1):

@@ -2,8 +2,8 @@
 
 The parent of a side block is the block of the chain that ends at the same token; no block
 continues a side block. The index reports a side block before its chain. So this module recognizes
-it: it is new, and its parent is not held yet. An index
-without side blocks never announces any (``expect_sides``), and no block is then taken for one.
+it: it is new, and its parent is not held yet. An index without side blocks never announces any
+(``expect_sides``), and no block is then taken for one.
 
 Requests need only the last side blocks before the point at which they resume. A side block is
 *live* while the last use of its parent was also its own, and while its parent is in the last blocks
@@ -36,6 +36,7 @@ class SideRuns(KnownRuns):
         capacity, hazards, budget, known_limit: as in ``KnownRuns``.
 
     Attributes:
+        expects_sides: whether the index stores side blocks; if not, no block is taken for one.
         side_ids: for a key of a chain, the ids of the side runs below it.
         window: keys at the end of a chain that have the side blocks that a request needs; 0 before
             the first lookup of side blocks.
@@ -46,7 +47,7 @@ class SideRuns(KnownRuns):
     ) -> None:
         super().__init__(capacity, hazards, budget, known_limit)
         self.side_ids: dict[bytes, list[int]] = {}
-        self._expects_sides = False  # without them, no block is taken for one
+        self.expects_sides = False
         self.window = 0
         self._window_seen = False  # a request needed fewer side blocks than its chain has blocks
         # Lookups of side blocks since the last lookup of a chain: each has the first and the last
@@ -56,11 +57,11 @@ class SideRuns(KnownRuns):
         self._dead: tuple[RankedRun, Cohort] | None = None
 
     def expect_sides(self) -> None:
-        self._expects_sides = True
+        self.expects_sides = True
 
     def _is_side(self, key: bytes, parent: bytes) -> bool:
         """Return whether an unknown block that continues ``parent`` is a side block."""
-        if not self._expects_sides or key in self.side_ids:
+        if key in self.side_ids:
             return False
         run = self._run_with(parent)
         if run is None or run.side or run.held < len(run.keys):
@@ -272,13 +273,17 @@ class SideRuns(KnownRuns):
         held = run.held
         taken = take(run.keys[held - count : held])
         if taken:
-            run.storing = False
-            self._forget_order[run] = None
-            run.held = held - taken
-            self.budget.add_missing(run.cohort.epoch, taken)
-            if taken == held:
-                self._dequeue_empty(run)
+            self._record_evicted(run, taken)
         return taken
+
+    def _record_evicted(self, run: RankedRun, count: int) -> None:
+        """Note that the last ``count`` held blocks of ``run`` were evicted."""
+        run.storing = False
+        self._forget_order[run] = None
+        run.held -= count
+        self.budget.add_missing(run.cohort.epoch, count)
+        if not run.held:
+            self._dequeue_empty(run)
 
     def _held_side(self, key: bytes) -> RankedRun | None:
         """Return a side run below ``key`` that holds blocks, if there is one."""
