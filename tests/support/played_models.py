@@ -113,6 +113,8 @@ MODELS: Final = {
         _full(block_tokens=2 * BLOCK), _state(blocks=2), _state(blocks=2), match_unit=BLOCK
     ),
     "two windows": model(_full(), _window(20), _window(70)),
+    "states in shorter blocks": model(_state(), _full(block_tokens=3 * BLOCK)),
+    "short windows": model(_full(), _window(1), _window(5), _window(BLOCK + 1)),
     "drafts": model(_full(), _window(), drafts=2),
     "drafts+states": model(_full(), _state(), _state(), drafts=2),
     "drafter layers": model(_full(), _window(), _window(33), drafts=2, eagle=True),
