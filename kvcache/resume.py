@@ -52,7 +52,7 @@ class Needs:
 
     @property
     def label(self) -> str:
-        """A name for people: "full", "window 1024", "chunk 8192" or "state"."""
+        """The name that people read, such as `full`, `window 1024`, `chunk 8192` or `state`."""
         if self.kind == "all":
             return "full"
         return f"{self.kind} {self.tokens}" if self.tokens else self.kind
