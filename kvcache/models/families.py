@@ -235,12 +235,8 @@ def _pattern(config: Config) -> tuple[int, int]:
     return pattern.count("*"), pattern.count("M")
 
 
-def _granite(config: Config) -> list[Layers]:
-    """Return the layers of Granite 4: each is attention or Mamba 2."""
-    total = _total(config)
-    types = _listed(config, "layer_types", total) or _listed(config, "layers_block_type", total)
-    _check_known("layer_types", types, ("attention", "mamba", *_STANDARD))
-    full = sum(kind in ("attention", "full_attention") for kind in types)
+def _expanded_mamba2(config: Config, layers: int, channels: int | None = None) -> Layers:
+    """Return Mamba-2 layers of ``channels`` channels; by default, those that the config expands."""
     heads, groups, size, kernel, expand = numbers(
         config,
         mamba_n_heads=128,
@@ -249,9 +245,19 @@ def _granite(config: Config) -> list[Layers]:
         mamba_d_conv=4,
         mamba_expand=2,
     )
-    channels = expand * number(config, "hidden_size")
+    expanded = expand * number(config, "hidden_size")
+    channels = expanded if channels is None else channels
     recurrent = heads * _head_dim(config, channels // heads)
-    states = _mamba2(total - full, channels, groups, recurrent, size, kernel)
+    return _mamba2(layers, channels, groups, recurrent, size, kernel)
+
+
+def _granite(config: Config) -> list[Layers]:
+    """Return the layers of Granite 4: each is attention or Mamba 2."""
+    total = _total(config)
+    types = _listed(config, "layer_types", total) or _listed(config, "layers_block_type", total)
+    _check_known("layer_types", types, ("attention", "mamba", *_STANDARD))
+    full = sum(kind in ("attention", "full_attention") for kind in types)
+    states = _expanded_mamba2(config, total - full)
     attention = [_attention(config, full, Needs("all"))] if full else []
     return [*attention, states]
 
@@ -259,19 +265,9 @@ def _granite(config: Config) -> list[Layers]:
 def _falcon_h1(config: Config) -> list[Layers]:
     """Return the layers of Falcon-H1: each is attention and Mamba side by side."""
     total = _total(config)
-    heads, groups, size, kernel, expand = numbers(
-        config,
-        mamba_n_heads=128,
-        mamba_n_groups=1,
-        mamba_d_state=256,
-        mamba_d_conv=4,
-        mamba_expand=2,
-    )
-    channels = expand * number(config, "hidden_size")
-    if config.get("mamba_d_ssm", 0) is not None:
-        channels = number(config, "mamba_d_ssm", 1024)
-    recurrent = heads * _head_dim(config, channels // heads)
-    states = _mamba2(total, channels, groups, recurrent, size, kernel)
+    own_channels = config.get("mamba_d_ssm", 0) is not None  # null: those of the expansion
+    channels = number(config, "mamba_d_ssm", 1024) if own_channels else None
+    states = _expanded_mamba2(config, total, channels)
     return [_attention(config, total, Needs("all")), states]
 
 
