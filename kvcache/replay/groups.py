@@ -31,7 +31,7 @@ from kvcache.keys import Branch
 from kvcache.models import Model
 from kvcache.models.layers import ModelGroup, alignment
 from kvcache.parts import choose_parts
-from kvcache.replay.simulate import PROGRESS_REQUESTS
+from kvcache.replay.simulate import reported
 from kvcache.replay.trace import Trace
 from kvcache.resume import FrontLookup, GroupKeys
 
@@ -136,16 +136,13 @@ def replay_model(
     """
     blocks = TraceBlocks(model, trace.block_tokens)
     front = SimulatedGroups(policy_class(policy), capacity, blocks, model.align_tokens)
-    start_s = time.process_time()
     requests = zip(trace.times_s, trace.tokens, trace.chains(), trace.done, strict=True)
-    for number, (now, tokens, ids, done) in enumerate(requests, 1):
+    start_s = time.process_time()
+    for now, tokens, ids, done in reported(requests, progress):
         front.request(ids, tokens, now)
         if done < len(ids):
             front.mark_done(ids, done * trace.block_tokens)
-        if not number % PROGRESS_REQUESTS:
-            progress(PROGRESS_REQUESTS)
     cpu_s = time.process_time() - start_s
-    progress(len(trace) % PROGRESS_REQUESTS)
     return GroupsOutcome(
         policy=policy,
         model=model,

@@ -17,10 +17,11 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from sys import maxsize
+from typing import TypeVar
 
 from kvcache.eviction import Policy, policy_class
 from kvcache.index import Index
@@ -28,6 +29,20 @@ from kvcache.replay.trace import Trace
 
 PROGRESS_REQUESTS = 256
 """Requests between two calls of ``progress``: rare enough to cost nothing."""
+
+Request = TypeVar("Request")
+
+
+def reported(requests: Iterable[Request], progress: Callable[[int], None]) -> Iterator[Request]:
+    """Yield ``requests``, and call ``progress`` with how many were taken since its last call."""
+    taken = 0
+    for request in requests:
+        yield request
+        taken += 1
+        if taken == PROGRESS_REQUESTS:
+            progress(taken)
+            taken = 0
+    progress(taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +115,15 @@ def replay(
         progress: called from time to time with the number of requests replayed since its last call.
     """
     tiers = SimulatedTiers(policy_class(policy), capacities)
-    chains = trace.keys()
+    requests = zip(trace.times_s, trace.tokens, trace.keys(), trace.done, strict=True)
     hit_tokens = 0
     start_s = time.process_time()
-    for number, (now, tokens, chain, done) in enumerate(
-        zip(trace.times_s, trace.tokens, chains, trace.done, strict=True), 1
-    ):
+    for now, tokens, chain, done in reported(requests, progress):
         found = tiers.request(chain, now)
         if done < len(chain):
             tiers.front.mark_done(chain[done:])
         hit_tokens += min(found * trace.block_tokens, tokens)
-        if not number % PROGRESS_REQUESTS:
-            progress(PROGRESS_REQUESTS)
     cpu_s = time.process_time() - start_s
-    progress(len(trace) % PROGRESS_REQUESTS)
     return Outcome(
         policy=policy,
         tiers=tiers.outcomes(),
