@@ -43,8 +43,13 @@ class Device(Protocol):
     def engine_stream(self) -> CopyStream:
         """Return the stream on which the calling thread computes."""
 
-    def new_stream(self) -> CopyStream:
-        """Return a new stream."""
+    def new_stream(self, *, background: bool = False) -> CopyStream:
+        """Return a new stream.
+
+        Args:
+            background: for copies that the engine does not wait for. The stream has the lowest
+                priority of the device.
+        """
 
     def pin(self, address: int, nbytes: int) -> str:
         """Pin host memory for copies at full speed. Returns the cause of a failure, or ""."""

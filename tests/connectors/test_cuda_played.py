@@ -7,14 +7,11 @@ registered memory.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -27,107 +24,14 @@ import torch
 from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer.autotune import CopyBatch, TrialSize
 from kvcache.connectors.transfer.base import CopyGeometry, Integers
-from kvcache.connectors.transfer.cuda import CudaDevice, backends, device, runtime
+from kvcache.connectors.transfer.cuda import CudaDevice, backends, device
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 from tests.connectors.test_triton_kernel import load
+from tests.support.played_cuda import DEVICE, FakeRuntime, install
 
-DEVICE = torch.device("cpu")
-OTHER_DEVICE = torch.device("meta")  # the current device of a new thread
 LAYERS, BLOCKS, PAGE, SLOTS = 4, 24, 4096, 16
 SMALL_TRIAL = TrialSize(scratch_nbytes=512 << 10, runs=16, rounds=2)  # the interpreter is slow
-
-
-class FakeRuntime:
-    """The functions of libcudart that are called, and the current device of each thread."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0  # the device's clock
-        self.registered: dict[int, int] = {}  # bytes by address
-        self.address_shift = 0  # from the host's address of registered memory to the device's
-        self.pointer_error = 0  # the code that cudaHostGetDevicePointer returns
-        self.register_error = 0  # the code that cudaHostRegister returns
-        self.pending_error = 0  # the last error, until cudaGetLastError clears it
-        self.calls: list[str] = []
-        self.thread = threading.local()
-        self.thread.device = DEVICE  # an engine has chosen it for this thread
-        self.restored: set[torch.device] = set()  # devices that were current again after a stream
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        assert flags == 3  # portable and mapped
-        assert self.current_device() == DEVICE
-        if self.register_error:
-            self.pending_error = self.register_error
-            return self.register_error
-        self.registered[address] = nbytes
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        self.calls.append("unregister")
-        del self.registered[address]
-        return 0
-
-    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:  # noqa: N802
-        assert flags == 0
-        found._obj.value = address + self.address_shift
-        self.pending_error = self.pointer_error
-        return self.pointer_error
-
-    def cudaMemcpyAsync(  # noqa: N802
-        self, target: int, source: int, nbytes: int, kind: int, stream: int
-    ) -> int:
-        assert (kind, stream) == (4, 0)
-        ctypes.memmove(target, source, nbytes)
-        self.seconds += 3e-6
-        return 0
-
-    def cudaGetErrorString(self, code: int) -> bytes:  # noqa: N802
-        return b"out of memory"
-
-    def cudaGetLastError(self) -> int:  # noqa: N802
-        code, self.pending_error = self.pending_error, 0
-        return code
-
-    def current_device(self) -> torch.device:
-        return getattr(self.thread, "device", OTHER_DEVICE)
-
-    @contextmanager
-    def device_context(self, device: torch.device) -> Iterator[None]:
-        before, self.thread.device = self.current_device(), device
-        yield
-        self.thread.device = before
-
-    @contextmanager
-    def stream_context(self, stream: object) -> Iterator[None]:
-        """Restores the stream and so the device that were current before, as torch does."""
-        before, self.thread.device = self.current_device(), DEVICE
-        try:
-            yield
-        finally:
-            self.thread.device = before
-            self.restored.add(before)
-
-    def is_registered(self, address: int, nbytes: int) -> bool:
-        end = address + nbytes
-        return any(at <= address and end <= at + size for at, size in self.registered.items())
-
-
-class FakeEvent:
-    def __init__(self, fake: FakeRuntime) -> None:
-        self.fake = fake
-        self.seconds = 0.0
-
-    def record(self, stream: object) -> None:
-        self.seconds = self.fake.seconds
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return (end.seconds - self.seconds) * 1e3
 
 
 class InterpretedKernel:
@@ -152,13 +56,7 @@ class InterpretedKernel:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime()
-    stream = SimpleNamespace(cuda_stream=0, wait_event=lambda event: None)
-    monkeypatch.setattr(runtime, "library", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(fake))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "stream", fake.stream_context)
-    monkeypatch.setattr(torch.cuda, "device", fake.device_context)
+    install(fake, monkeypatch)
     return fake
 
 
@@ -255,6 +153,14 @@ def test_kernel_with_other_addresses_on_the_device_is_not_used(
     engine.store_and_load()
     assert not kernel.sent
     assert not fake.pending_error
+
+
+def test_new_stream_in_the_background_has_the_lowest_priority(
+    cuda: CudaDevice, fake: FakeRuntime
+) -> None:
+    cuda.new_stream()
+    cuda.new_stream(background=True)
+    assert fake.priorities == [-5, 0]
 
 
 def test_trial_leaves_only_the_slab_pinned(

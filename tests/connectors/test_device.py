@@ -267,7 +267,7 @@ def test_scatter_of_announced_layers_groups_them_into_large_calls(
     layers_mib: list[float], blocks: int, announced: range, calls_mib: list[float]
 ) -> None:
     class CountingDevice(ReorderingDevice):
-        def new_stream(self) -> Any:
+        def new_stream(self, *, background: bool = False) -> Any:
             event = ReorderingDevice(Random(0)).new_stream().record
             return SimpleNamespace(record=event, wait_for=lambda event: None, copy=count)
 

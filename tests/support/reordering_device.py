@@ -38,6 +38,7 @@ class ReorderedStream:
     device: ReorderingDevice
     queue: deque[Callable[[], object] | ReorderedEvent] = field(default_factory=deque)
     """Work to do, and events to wait for."""
+    background: bool = False
 
     def record(self) -> ReorderedEvent:
         event = ReorderedEvent(self.device)
@@ -83,8 +84,8 @@ class ReorderingDevice:
     def engine_stream(self) -> ReorderedStream:
         return self.current
 
-    def new_stream(self) -> ReorderedStream:
-        self._streams.append(ReorderedStream(self))
+    def new_stream(self, *, background: bool = False) -> ReorderedStream:
+        self._streams.append(ReorderedStream(self, background=background))
         return self._streams[-1]
 
     def pin(self, address: int, nbytes: int) -> str:

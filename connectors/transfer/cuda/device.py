@@ -93,8 +93,8 @@ class CudaDevice:
     def engine_stream(self) -> CudaStream:
         return CudaStream(torch.cuda.current_stream(self._device), self.selector, self._pinned)
 
-    def new_stream(self) -> CudaStream:
-        return CudaStream(self._make_stream(), self.selector, self._pinned)
+    def new_stream(self, *, background: bool = False) -> CudaStream:
+        return CudaStream(self._make_stream(background), self.selector, self._pinned)
 
     def pin(self, address: int, nbytes: int) -> str:
         with torch.cuda.device(self._device):
@@ -118,15 +118,25 @@ class CudaDevice:
         if self._trial is not None:
             self._trial.join()
 
-    def _make_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
+    def _make_stream(self, background: bool) -> torch.cuda.Stream:
+        """Return a new stream with the device's lowest priority (`background`) or highest one.
+
+        The engine computes on streams of priority 0, which is the lowest of every CUDA device
+        (c10/cuda/CUDAStream.h asserts it). So a copy that the engine waits for has the highest
+        priority: else its kernel would queue behind those of the engine. Priorities order the
+        kernels of the copies. Copy engines ignore them (`cudaStreamCreateWithPriority`).
+        """
+        with torch.cuda.device(self._device):
+            lowest, highest = torch.cuda.Stream.priority_range()
+        return torch.cuda.Stream(self._device, priority=lowest if background else highest)
 
     def _run_trial(self) -> None:
         try:
+            stream = self._make_stream(background=True)
             # The device first: when torch leaves a stream, it restores the device that was current
             # before. In a new thread that would be the first GPU, and a process that uses another
             # GPU would allocate memory there.
-            with torch.cuda.device(self._device), torch.cuda.stream(self._make_stream()):
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 scratch = _CudaScratch(self._device, self._trial_size.scratch_nbytes)
                 try:
                     measure(self.selector, scratch, self._trial_size)
