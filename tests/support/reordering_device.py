@@ -22,7 +22,7 @@ class ReorderedEvent:
         return self.at == self.at
 
     def done(self) -> bool:
-        self.device.work(self.device.random.randrange(4))
+        self.device.work(self.device.random.randint(0, self.device.pace))
         return self.passed
 
     def wait(self) -> None:
@@ -72,8 +72,18 @@ class ReorderedStream:
 
 
 class ReorderingDevice:
-    def __init__(self, random: Random) -> None:
+    """A device with any number of streams.
+
+    Args:
+        random: chooses the stream of the next piece of work.
+        pace: the most pieces of work that it does each time an event is asked whether it is over.
+    """
+
+    pci_address = ""
+
+    def __init__(self, random: Random, *, pace: int = 3) -> None:
         self.random = random
+        self.pace = pace
         self.time = 0
         self.copies_until_error = 0  # 1: the copy of the next page raises; 0: none does
         self.pinned: dict[int, int] = {}
