@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvcache.connectors.transfer.base import CopyGeometry, CopyRows, Integers, PageCopier
+from kvcache.connectors.transfer.merged_runs import MergedRuns
 from kvcache.connectors.transfer.pinning import SlabPinning
 from kvcache.connectors.transfer.streams import CopyStream, Device, StreamEvent
 
@@ -43,6 +43,13 @@ PCIe, several times what starting the call takes."""
 MAX_CALLS: Final = 8
 """The most calls of one load. With a large load, the forward pass then waits for one eighth of it
 before it begins; halving that would double the calls."""
+
+MIN_CUT_RUN_NBYTES: Final = 256 << 10
+"""The least bytes of the runs into which a layer-wise load cuts the adjacent layers of a block. A
+run takes the copy engine about 1.2 us besides its bytes, and 256 KiB take 5 to 10 us over PCIe
+(docs/decisions/0017-blocks-outermost.md)."""
+
+_MAX_KEPT_RUNS: Final = 256  # merged runs of one copier; each is small
 
 CopyArguments = tuple[Integers, Integers, Integers]
 """Target addresses, source addresses and byte counts, as `CopyStream.copy` takes them."""
@@ -84,10 +91,13 @@ class DeviceCopier(PageCopier):
             np.bincount(geometry.layers, geometry.nbytes, minlength=layers)
             for geometry in geometries
         ]
+        self._all_layers = tuple(range(layers))
+        self._merged_runs: dict[tuple[int, tuple[int, ...]], MergedRuns] = {}
+        self._most_calls = [self._calls_of_long_runs(n) for n in range(len(geometries))]
         self._pinning = SlabPinning(geometries[0], device)
-        self._store_stream = device.new_stream()
+        self._store_stream = device.new_stream(background=True)
         self._load_stream = device.new_stream()
-        self._background_stream = device.new_stream()
+        self._background_stream = device.new_stream(background=True)
         self._stores: list[_DeviceCopy] = []  # those that were in flight at the last check
         # The event after which each layer of the last awaited load is loaded, in the order of the
         # calls. Earlier loads precede it in the stream.
@@ -95,8 +105,8 @@ class DeviceCopier(PageCopier):
 
     def _gather(self, rows: Sequence[CopyRows]) -> _DeviceCopy:
         self.wait_for_layer()
-        calls = self._layers_per_call(rows, ())
-        copy = self._copy(self._store_stream, "gather", rows, _blocks_of(rows), calls)
+        blocks = _blocks_of(rows)
+        copy = self._copy(self._store_stream, "gather", rows, blocks, [self._all_layers])
         self._stores = [*self._stores_in_flight(), copy]
         return copy
 
@@ -147,15 +157,19 @@ class DeviceCopier(PageCopier):
 
     def _layers_per_call(
         self, rows: Sequence[CopyRows], announced: Collection[int]
-    ) -> list[list[int]]:
+    ) -> list[tuple[int, ...]]:
         """Distribute all layers of a copy over calls.
 
         The first call has every layer that is not announced. The announced ones follow in order,
-        in calls of at least MIN_CALL_NBYTES, at most MAX_CALLS calls.
+        in calls of at least MIN_CALL_NBYTES, at most MAX_CALLS calls. If adjacent layers could be
+        copied as one run, the calls cut no run shorter than MIN_CUT_RUN_NBYTES.
         """
+        if not announced:
+            return [self._all_layers]
         sizes = [len(row.blocks) * self._layer_nbytes[row.geometry] for row in rows]
         nbytes = sum(sizes[1:], sizes[0]).tolist()
-        least = max(MIN_CALL_NBYTES, sum(nbytes) / MAX_CALLS)
+        largest = max(zip(sizes, rows, strict=True), key=lambda pair: float(pair[0].sum()))[1]
+        least = max(MIN_CALL_NBYTES, sum(nbytes) / self._most_calls[largest.geometry])
         calls: list[list[int]] = [[]]
         size = 0
         for layer in sorted(range(len(nbytes)), key=lambda layer: layer in announced):
@@ -164,7 +178,24 @@ class DeviceCopier(PageCopier):
                 size = 0
             calls[-1].append(layer)
             size += nbytes[layer]
-        return calls
+        return [tuple(call) for call in calls]
+
+    def _calls_of_long_runs(self, geometry: int) -> int:
+        """Return into how many calls a load of this geometry may be divided."""
+        merged = int(self._runs(geometry, self._all_layers).nbytes.max())
+        if merged == self.geometries[geometry].nbytes.max():  # the longest run is no merged one
+            return MAX_CALLS
+        return min(MAX_CALLS, max(1, merged // MIN_CUT_RUN_NBYTES))
+
+    def _runs(self, geometry: int, layers: tuple[int, ...]) -> MergedRuns:
+        """Return the merged runs of these layers. A call copies them together."""
+        runs = self._merged_runs.get((geometry, layers))
+        if runs is None:
+            if len(self._merged_runs) >= _MAX_KEPT_RUNS:
+                self._merged_runs.clear()
+            runs = MergedRuns(self.geometries[geometry], layers)
+            self._merged_runs[geometry, layers] = runs
+        return runs
 
     def _copy(
         self,
@@ -172,7 +203,7 @@ class DeviceCopier(PageCopier):
         operation: Literal["gather", "scatter"],
         rows: Sequence[CopyRows],
         blocks: frozenset[int],
-        calls: Sequence[Sequence[int]],
+        calls: Sequence[tuple[int, ...]],
     ) -> _DeviceCopy:
         """Start a copy of `rows`, one call for each list of layers in `calls`.
 
@@ -195,33 +226,19 @@ class DeviceCopier(PageCopier):
         self,
         operation: Literal["gather", "scatter"],
         rows: Sequence[CopyRows],
-        layers: Sequence[int],
+        layers: tuple[int, ...],
     ) -> CopyArguments:
         """Compute target and source address and size of every run of these layers and rows."""
-        selected = np.zeros(self._layer_nbytes[0].size, dtype=bool)
-        selected[layers] = True
-        engine, slab, nbytes = [], [], []
-        for row in rows:
-            geometry = self.geometries[row.geometry]
-            runs = selected[geometry.layers]
-            engine.append(_addresses(row.blocks, geometry.engine, runs))
-            slab.append(_addresses(row.slots, geometry.slab, runs))
-            nbytes.append(geometry.nbytes[None, runs].repeat(len(row.blocks), axis=0).ravel())
-        targets, sources = (slab, engine) if operation == "gather" else (engine, slab)
-        return _joined(targets), _joined(sources), _joined(nbytes)
-
-
-def _addresses(
-    numbers: Integers, begins_and_strides: tuple[Integers, Integers], runs: NDArray[np.bool_]
-) -> Integers:
-    """Return the addresses of these runs of the blocks or slots with these numbers."""
-    begins, strides = begins_and_strides
-    addresses: Integers = (begins[runs] + numbers[:, None] * strides[runs]).ravel()
-    return addresses
-
-
-def _joined(arrays: Sequence[Integers]) -> Integers:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        runs = [self._runs(row.geometry, layers) for row in rows]
+        counts = [len(row.blocks) * len(of_row) for row, of_row in zip(rows, runs, strict=True)]
+        # One buffer for the three columns.
+        columns: Integers = np.empty((3, sum(counts)), dtype=np.int64)
+        begin = 0
+        for row, of_row, count in zip(rows, runs, counts, strict=True):
+            of_row.write_rows(row.blocks, row.slots, *columns[:, begin : begin + count])
+            begin += count
+        engine, slab, nbytes = columns
+        return (slab, engine, nbytes) if operation == "gather" else (engine, slab, nbytes)
 
 
 def _blocks_of(rows: Sequence[CopyRows]) -> frozenset[int]:

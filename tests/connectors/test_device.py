@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,15 +28,17 @@ ACTIONS = ["gather", "scatter", "background_load", "forward", "overwrite", "read
 class Simulation:
     """An engine's pages, slots and a device, with a model of what both must contain."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, blocks_outermost: bool = False) -> None:
         self.random = Random(seed)
         self.device = ReorderingDevice(Random(seed))
         rng = np.random.default_rng(seed)
         self.pages = rng.integers(0, 256, (LAYERS, BLOCKS, PAGE), dtype=np.uint8)
+        if blocks_outermost:
+            self.pages = self.pages.transpose(1, 0, 2).copy().transpose(1, 0, 2)
         self.slab = rng.integers(0, 256, (SLOTS, LAYERS, PAGE), dtype=np.uint8)
         self.expected_pages, self.expected_slab = self.pages.copy(), self.slab.copy()
         runs = [
-            BlockRun(layer.ctypes.data, PAGE, PAGE, BLOCKS, number)
+            BlockRun(layer.ctypes.data, PAGE, layer.strides[0], BLOCKS, number)
             for number, layer in enumerate(self.pages)
         ]
         geometries = [
@@ -178,13 +179,15 @@ class Simulation:
     st.integers(0, 2**32),
     st.lists(st.sampled_from(ACTIONS), max_size=40),
     st.sampled_from([1, 2 * PAGE, 1 << 20]),
+    st.booleans(),
 )
 def test_copies_in_any_order_of_work_equal_calls_done_in_turn(
-    seed: int, actions: list[str], min_call_nbytes: int
+    seed: int, actions: list[str], min_call_nbytes: int, blocks_outermost: bool
 ) -> None:
-    simulation = Simulation(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_module, "MIN_CALL_NBYTES", min_call_nbytes)
+        patch.setattr(device_module, "MIN_CUT_RUN_NBYTES", min_call_nbytes)
+        simulation = Simulation(seed, blocks_outermost=blocks_outermost)
         for action in actions:
             getattr(simulation, action)()
     simulation.read()
@@ -245,50 +248,6 @@ def test_fence_waits_for_layers_that_the_step_skipped(seed: int) -> None:
         simulation.write_page(layer, 1)
     simulation.device.drain()
     assert (simulation.pages[:, 1] == simulation.expected_pages[:, 1]).all()
-
-
-@pytest.mark.parametrize(
-    ("layers_mib", "blocks", "announced", "calls_mib"),
-    [
-        ([4] * 8, 1, range(8), [8, 8, 8, 8]),
-        ([4] * 8, 1, (), [32]),
-        ([4] * 7, 1, range(8), [8, 8, 8, 4]),
-        ([4] * 8, 1, range(1, 8), [8, 8, 8, 8]),
-        ([4] * 8, 1, range(4, 8), [16, 8, 8]),
-        ([3] * 8, 1, range(8), [9, 9, 6]),
-        ([4, 20, 1, 1, 1, 1], 1, range(6), [24, 4]),
-        ([1] * 32, 32, range(32), [128] * 8),
-        ([1] * 60, 32, range(60), [256] * 7 + [128]),
-        ([0.0625] * 32, 2, range(32), [4]),
-    ],
-    ids=str,
-)
-def test_scatter_of_announced_layers_groups_them_into_large_calls(
-    layers_mib: list[float], blocks: int, announced: range, calls_mib: list[float]
-) -> None:
-    class CountingDevice(ReorderingDevice):
-        def new_stream(self, *, background: bool = False) -> Any:
-            event = ReorderingDevice(Random(0)).new_stream().record
-            return SimpleNamespace(record=event, wait_for=lambda event: None, copy=count)
-
-    def count(targets: Any, sources: Any, nbytes: Any) -> None:
-        counted.append(nbytes.sum() / 2**20)
-
-    for options in ({"announced": announced}, {"announced": announced, "awaited": False}, {}):
-        counted: list[float] = []
-        geometry = CopyGeometry(
-            [
-                BlockRun(number, int(mib * 2**20) // 2, 2**30, blocks, number)
-                for number, mib in enumerate(layers_mib)
-                for _ in range(2)
-            ],
-            slab_address=0,
-            slots=blocks,
-            slot_nbytes=2**40,
-        )
-        copier = DeviceCopier(geometry, device=CountingDevice(Random(0)))
-        copier.scatter(range(blocks), range(blocks), **options)
-        assert counted == (calls_mib if len(options) == 1 else [sum(layers_mib) * blocks])
 
 
 @pytest.mark.usefixtures("one_call_per_layer")
