@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 Version = tuple[int, int]
 
-OLDEST_VLLM: Final[Version] = (0, 29)
+OLDEST_VLLM: Final[Version] = (0, 28)
 
 _BASE = "distributed.kv_transfer.kv_connector.v1.base"
 _FAILED_LOADS = f"{_BASE}:KVConnectorTransferResults.failed_recving"
@@ -34,7 +34,7 @@ _LIVE_TABLES = "v1.core.sched.output:KVConnectorBlockState.get_block_ids"
 
 VLLM_NAMES: Final[Mapping[str, Version]] = {
     # Loads and stores of several groups
-    f"{_BASE}:SupportsHMA.request_finished_all_groups": (0, 29),
+    f"{_BASE}:SupportsHMA.request_finished_all_groups": (0, 28),
     f"{_BASE}:KVConnectorBase_V1.get_transfer_results": (0, 30),
     _FAILED_LOADS: (0, 30),
     _STATES: (0, 29),
@@ -42,22 +42,22 @@ VLLM_NAMES: Final[Mapping[str, Version]] = {
     f"{_BASE}:KVConnectorBase_V1.get_loaded_kv_cache_group_ids": (0, 32),
     # Groups and the cache specs of layers
     "v1.kv_cache_interface:KVCacheConfig.hash_block_size": (0, 32),
-    "v1.core.kv_cache_utils:resolve_kv_cache_block_sizes": (0, 29),
+    "v1.core.kv_cache_utils:resolve_kv_cache_block_sizes": (0, 28),
     "v1.kv_cache_interface:KVCacheGroupSpec.enable_kv_transfer": (0, 29),
-    "v1.kv_cache_interface:SlidingWindowSpec.extra_retained_tokens": (0, 29),
-    "v1.kv_cache_interface:MambaSpec.mamba_cache_mode": (0, 29),
+    "v1.kv_cache_interface:SlidingWindowSpec.extra_retained_tokens": (0, 28),
+    "v1.kv_cache_interface:MambaSpec.mamba_cache_mode": (0, 28),
     "v1.kv_cache_interface:MambaSpec.tp_replicated": (0, 29),
     "v1.kv_cache_interface:AttentionSpec.max_tp_shards": (0, 31),
     # KV events
-    "v1.kv_cache_interface:get_kv_cache_spec_kind": (0, 29),
-    "v1.kv_cache_interface:get_kv_cache_spec_sliding_window": (0, 29),
-    "v1.core.kv_cache_utils:maybe_convert_block_hash": (0, 29),
-    "v1.core.kv_cache_utils:generate_block_hash_extra_keys": (0, 29),
+    "v1.kv_cache_interface:get_kv_cache_spec_kind": (0, 28),
+    "v1.kv_cache_interface:get_kv_cache_spec_sliding_window": (0, 28),
+    "v1.core.kv_cache_utils:maybe_convert_block_hash": (0, 28),
+    "v1.core.kv_cache_utils:generate_block_hash_extra_keys": (0, 28),
     "v1.core.kv_cache_utils:to_event_extra_keys": (0, 31),
     # Metrics
     "v1.metrics.cache_hit_source:CacheHitSource.HOST": (0, 32),
 }
-"""By ``module:name`` below ``vllm``: the first minor version that has it, 0.29 or later."""
+"""By ``module:name`` below ``vllm``: the first supported minor version that has it."""
 
 
 @cache
@@ -114,7 +114,7 @@ def hash_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
 
 
 def check_version(version: str) -> None:
-    """Refuse a vLLM older than 0.29: its KV cache layouts are different.
+    """Refuse a vLLM older than `OLDEST_VLLM`.
 
     Raises:
         ImportError: naming both versions.

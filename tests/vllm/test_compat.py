@@ -29,7 +29,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    "version", ["0.29.0", "0.29.0rc1", "0.32.0+cpu", "0.100.1", "1.0.0", "2.3"]
+    "version", ["0.28.0", "0.28.1rc1", "0.32.0+cpu", "0.100.1", "1.0.0", "2.3"]
 )
 def test_check_version_of_a_supported_vllm_passes(version: str) -> None:
     check_version(version)
@@ -42,9 +42,9 @@ def test_check_version_of_a_source_build_passes(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.28.1", "0.28.9rc1", "0.9.2", "0.1.7", "0.11.0+cu129"])
+@pytest.mark.parametrize("version", ["0.27.1", "0.27.9rc1", "0.9.2", "0.1.7", "0.11.0+cu129"])
 def test_check_version_of_an_old_vllm_raises_with_both_versions(version: str) -> None:
-    with pytest.raises(ImportError, match=r"needs vLLM 0\.29 or newer; this is ") as caught:
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.28 or newer; this is ") as caught:
         check_version(version)
     assert version in str(caught.value)
 
