@@ -13,7 +13,7 @@ install it in one step: it requires CPU builds (`+cpu`) of `torch`, `torchvision
 5. kvcache itself, editable, with the `test` extra.
 
 Installed packages stay, so a second run takes seconds. If the index has no CPU build of torch, set
-PIP_EXTRA_INDEX_URL to one that has. ENGINE_VERSION chooses another vLLM; the builds from 0.29.0 on
+PIP_EXTRA_INDEX_URL to one that has. ENGINE_VERSION chooses another vLLM; the builds from 0.28.0 on
 need the same torch.
 """
 

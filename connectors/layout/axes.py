@@ -80,7 +80,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "FlashInfer NHD; FlashAttention of vLLM 0.23 to 0.25",
         ),
         Layout("blocks-first-hnd", ("blocks kv heads tokens dim",), "FlashInfer HND"),
-        Layout("packed", ("blocks heads tokens kv.dim",), "vLLM 0.29 and later"),
+        Layout("packed", ("blocks heads tokens kv.dim",), "vLLM 0.28 and later"),
         Layout("pair", ("blocks tokens heads dim",) * 2, "flash-attn, xFormers, FlashInfer NHD"),
         Layout("pair-hnd", ("blocks heads tokens dim",) * 2, "FlashInfer HND, K and V apart"),
         Layout(
@@ -89,7 +89,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "PagedAttention, as of XFormers in vLLM",
         ),
         Layout("mla", ("blocks tokens latent",), "multi-head latent attention"),
-        Layout("mla-packed", ("blocks one tokens latent",), "the same, in vLLM 0.29 and later"),
+        Layout("mla-packed", ("blocks one tokens latent",), "the same, in vLLM 0.28 and later"),
         Layout(
             "opaque", ("blocks ...",), "pages that are only copied, such as those of vLLM on a CPU"
         ),

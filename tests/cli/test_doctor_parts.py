@@ -23,7 +23,7 @@ REQUIRES = [
     "opentelemetry-api>=1.27",
     "xxhash>=3",
     'numba; extra == "vllm"',
-    'vllm>=0.29; extra == "engine"',
+    'vllm>=0.28; extra == "engine"',
     'numba; extra == "engine"',
     'redis>=5; extra == "redis"',
     'zstandard; extra == "zstd"',
@@ -73,9 +73,9 @@ class TestVersions:
     @pytest.mark.parametrize(
         ("version", "status"),
         [
-            ("0.28.9", "FAIL"),
-            ("0.29", "OK"),
-            ("0.29.0rc1", "OK"),
+            ("0.27.9", "FAIL"),
+            ("0.28", "OK"),
+            ("0.28.0rc1", "OK"),
             ("0.32.0+cpu", "OK"),
             ("1.0", "OK"),
             ("0.1.dev1+g123", "OK"),

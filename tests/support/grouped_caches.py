@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 import torch
 
+from kvcache.connectors.vllm.compat import has_name
 from tests.support.group_hooks import kv_cache_planning
 
 BLOCK = 32  # tokens
@@ -126,6 +127,8 @@ def grouped_caches(
     specs: Mapping[str, Any], *, blocks: int = 8, layout: str = "LBHNC"
 ) -> GroupedCaches:
     """Have vLLM make groups of layers with these specs, and allocate random memory for them."""
+    if not has_name("v1.kv_cache_interface:KVCacheLayout"):
+        pytest.skip("vLLM before 0.29 has no layouts of the KV cache")
     from vllm.v1.kv_cache_interface import KVCacheLayout
     from vllm.v1.worker.utils import allocate_kv_cache
 

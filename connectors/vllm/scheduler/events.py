@@ -166,7 +166,7 @@ class StackEvents(EventSource):
         self._kv_events = kv_events or of_vllm
         self._hash = kv_cache_utils.maybe_convert_block_hash
         self._extra_keys = kv_cache_utils.generate_block_hash_extra_keys
-        # Not in every vLLM since 0.29. Before it, extra keys had no tags.
+        # Before vLLM 0.31 extra keys have no tags.
         self._untag = getattr(kv_cache_utils, "to_event_extra_keys", list)
         self._parts = parts
         self._group_fields = {

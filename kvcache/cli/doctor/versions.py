@@ -116,5 +116,5 @@ def _fits(version: str, requirement: Requirement) -> bool:
         installed = Version(version)
     except InvalidVersion:
         return True
-    # The base version has no pre-release: 0.29.0rc1 has what kvcache needs of 0.29.
+    # The base version has no pre-release: 0.28.0rc1 has what kvcache needs of 0.28.
     return installed.is_devrelease or requirement.specifier.contains(installed.base_version)
