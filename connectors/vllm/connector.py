@@ -101,7 +101,11 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 warn_unless_recomputing(vllm_config)
             replicas = () if self.refusal else tensor_replicas(vllm_config, kv_cache_config)
             self.worker_side = WorkerSide(
-                kv_cache_config, rank, torch.get_num_threads(), replicas=replicas
+                kv_cache_config,
+                rank,
+                torch.get_num_threads(),
+                replicas=replicas,
+                defers_stores=not vllm_config.use_v2_model_runner,
             )
 
     @property

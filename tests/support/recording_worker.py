@@ -95,11 +95,19 @@ def side(
     rank: tuple[int, int] = (0, 0),
     page_shape: tuple[int, ...] = (2, 32, 8),
     device: Device | None = None,
+    defers_stores: bool = False,
 ) -> WorkerSide:
     """Return a worker's side of 16 blocks; with ``copier``, its float32 caches are registered."""
     config = cache_config(full_attention(), layers=layers)
     config.num_blocks = 16
-    worker = WorkerSide(config, rank, 1, device=device, copier=copier)  # type: ignore[arg-type]
+    worker = WorkerSide(
+        config,
+        rank,
+        1,
+        device=device,
+        copier=copier,  # type: ignore[arg-type]
+        defers_stores=defers_stores,
+    )
     if copier is not None:
         worker.register({name: torch.zeros(16, *page_shape) for name in layers})
     return worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from random import Random
 from unittest.mock import ANY
 
 import pytest
@@ -17,6 +18,7 @@ from kvcache.connectors.vllm.worker.pages import place_caches
 from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.slab import Slab, SlabDescriptor, slot_nbytes_for
 from tests.support.recording_worker import NOWHERE, RecordingCopier, one_piece, side, step
+from tests.support.reordering_device import ReorderingDevice
 
 pytestmark = pytest.mark.engine
 
@@ -144,8 +146,7 @@ def test_step_that_succeeds_acks_every_job() -> None:
     assert play(side(copier), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
     assert copier.calls == [
         ("scatter", [0, 1, 2], [10, 11, 12]),
-        ("gather", [13], [3]),
-        ("gather", [14, 15], [4, 5]),
+        ("gather", [13, 14, 15], [3, 4, 5]),
     ]
 
 
@@ -170,17 +171,71 @@ def test_async_load_fails_by_itself(fails: int, bad: set[int], failed: set[int])
     assert copier.awaited == [True, False, False]
 
 
-def test_load_takes_its_share_of_the_copys_seconds() -> None:
+def test_transfer_takes_its_share_of_the_copys_seconds() -> None:
     worker = side(RecordingCopier())
     worker.load(step())
+    worker.store(step())
     worker.take_received()
     acks = worker.take_acks()
     assert acks is not None
-    assert acks.seconds == pytest.approx({1: 2 / 3, 2: 1 / 3})
+    assert acks.seconds == pytest.approx({1: 2 / 3, 2: 1 / 3, 3: 1 / 3, 4: 2 / 3})
 
 
-def test_store_that_fails_reports_no_block() -> None:
-    assert play(side(RecordingCopier(2)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {4})
+def test_stores_of_a_step_fail_together_and_report_no_block() -> None:
+    assert play(side(RecordingCopier(1)), step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {3, 4})
+
+
+# Deferred stores, as with vLLM's first model runner on a device
+
+
+def deferring_side(copier: RecordingCopier) -> WorkerSide:
+    return side(copier, device=ReorderingDevice(Random(0)), defers_stores=True)
+
+
+def test_deferred_stores_start_in_the_next_step_before_its_fence() -> None:
+    copier = RecordingCopier()
+    worker = deferring_side(copier)
+    assert play(worker, step()) == (set(), {1: 1, 2: 1}, set())
+    assert [name for name, *_ in copier.calls] == ["scatter"]
+    following = Step(NOWHERE, number=1, fresh=[13])
+    worker.fence(following)
+    assert copier.calls[1:] == [("gather", [13, 14, 15], [3, 4, 5]), ("fence", [13], [])]
+    assert play(worker, following) == (set(), {3: 1, 4: 1}, set())
+    assert len(copier.calls) == 3
+
+
+def test_deferred_stores_start_in_a_step_that_calls_no_fence() -> None:
+    copier = RecordingCopier()
+    worker = deferring_side(copier)
+    play(worker, step())
+    assert play(worker, Step(NOWHERE, number=1)) == (set(), {3: 1, 4: 1}, set())
+
+
+def test_deferred_stores_that_fail_are_acknowledged_as_failed() -> None:
+    worker = deferring_side(RecordingCopier(1))
+    play(worker, step())
+    assert play(worker, step(number=1)) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, {3, 4})
+
+
+def test_stores_of_a_step_with_a_failed_load_are_not_deferred() -> None:
+    copier = RecordingCopier(0)
+    worker = deferring_side(copier)
+    assert play(worker, step()) == ({10, 11, 12}, {1: 1, 2: 1, 3: 1, 4: 1}, {1, 2, 3, 4})
+    play(worker, Step(NOWHERE, number=1))
+    assert [name for name, *_ in copier.calls] == ["scatter"]
+
+
+def test_stores_on_a_cpu_are_not_deferred() -> None:
+    worker = side(RecordingCopier(), defers_stores=True)
+    assert play(worker, step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+
+
+def test_worker_that_closes_drops_deferred_stores() -> None:
+    copier = RecordingCopier()
+    worker = deferring_side(copier)
+    play(worker, step())
+    worker.close()
+    assert [name for name, *_ in copier.calls] == ["scatter"]
 
 
 def test_step_after_a_failed_load_stores_again() -> None:

@@ -19,7 +19,7 @@ class TransferRows:
     """What a page copier copies for transfers: blocks, as many slots, and the geometry of each.
 
     Attributes:
-        geometries: the number of a geometry, and how many of the next blocks have it.
+        geometries: the number of a geometry, and how many of the next blocks have it; each once.
         nbytes: that are copied for each transfer.
     """
 
@@ -76,21 +76,23 @@ class RankPieces:
             ValueError: if a transfer does not name the pieces of all its blocks.
         """
         rows = TransferRows()
+        by_geometry = dict[int, tuple[list[int], list[int]]]()  # blocks and slots
         for transfer in transfers:
             at = nbytes = 0
             for number, count in transfer.pieces:
                 begin, at = at, at + count
                 if piece_nbytes := self._copied_nbytes(number, operation):
-                    rows.blocks += transfer.blocks[begin:at]
-                    rows.slots += transfer.slots[begin:at]
+                    blocks, slots = by_geometry.setdefault(self._geometries[number], ([], []))
+                    blocks += transfer.blocks[begin:at]
+                    slots += transfer.slots[begin:at]
                     nbytes += count * piece_nbytes
-                    geometry, earlier = self._geometries[number], 0
-                    if rows.geometries and rows.geometries[-1][0] == geometry:
-                        earlier = rows.geometries.pop()[1]
-                    rows.geometries.append((geometry, earlier + count))
             if at != len(transfer.blocks):
                 raise ValueError(f"the pieces of {at} of {len(transfer.blocks)} blocks are named")
             rows.nbytes.append(nbytes)
+        for geometry, (blocks, slots) in by_geometry.items():
+            rows.blocks += blocks
+            rows.slots += slots
+            rows.geometries.append((geometry, len(blocks)))
         return rows
 
     def _copied_nbytes(self, number: int, operation: Operation) -> int:

@@ -7,10 +7,12 @@ Invariants:
    On a GPU they run in parallel to the next steps: a job is acknowledged when its last page is
    copied, and vLLM waits until no copy reads a reused block before it writes to that block. If
    vLLM may write to new blocks before it calls `fence`, the next step waits for all stores.
+   Stores may be deferred to the next step: they start before vLLM's first write of that step.
 3. A failed copy raises no exception: its blocks are reported to vLLM, and its job as failed. With
    several of vLLM's groups a block id does not name a request, so the request is reported. If a
    load of a step failed, the step publishes no store, because its blocks may depend on blocks that
    were not loaded. That also holds if vLLM asks for the report before the step's stores begin.
+   The transfers of one copy fail together.
 4. Of ranks that have the same bytes, one stores them. The others acknowledge the store at once.
 5. On a GPU a forward pass waits for a layer's pages when it asks for that layer (layer-wise load).
    It waits before it starts for the layers that it is not expected to ask for (`LayerSync`). If a
@@ -23,10 +25,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvcache import telemetry
 from kvcache.connectors.transfer.base import CompletedCopy, Copy, PageCopier
 from kvcache.connectors.transfer.cpu import compile_kernels
 from kvcache.connectors.transfer.factory import device_of, open_geometries
@@ -37,6 +37,7 @@ from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step
 from kvcache.connectors.vllm.worker.layer_sync import LayerSync
 from kvcache.connectors.vllm.worker.pages import RankPages, host_format
 from kvcache.connectors.vllm.worker.rank_pieces import Operation, RankPieces, TransferRows
+from kvcache.connectors.vllm.worker.started_copies import StartedCopies, StartedCopy
 from kvcache.process import bind_to_process
 from kvcache.slab import Slab
 
@@ -45,22 +46,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _StartedTransfer:
-    """A transfer, and the copy that was started for it and maybe for others."""
-
-    transfer: Transfer
-    operation: Operation
-    started_ns: int  # since 1970
-    copy: Copy
-    nbytes: int
-    share: float  # of the copy's bytes
-
-    @property
-    def seconds(self) -> float:
-        return self.copy.seconds * self.share
 
 
 class WorkerSide:
@@ -74,6 +59,9 @@ class WorkerSide:
         copier: a page copier to use in place of the one that fits the device.
         replicas: how many consecutive tensor ranks have the same bytes, for each of vLLM's groups;
             empty if no rank has the bytes of another one.
+        defers_stores: whether the stores of a step start in the next step, if there is a device.
+            vLLM's first model runner queues the copies of sampled tokens to the host after it calls
+            `store`; they would wait for stores that start there.
 
     Attributes:
         device: that the engine computes on; ``None`` is the CPU.
@@ -89,6 +77,7 @@ class WorkerSide:
         device: Device | None = None,
         copier: PageCopier | None = None,
         replicas: tuple[int, ...] = (),
+        defers_stores: bool = False,
     ) -> None:
         self._config = kv_cache_config
         self._rank = rank
@@ -103,7 +92,9 @@ class WorkerSide:
         self._layer_sync = LayerSync()
         # vLLM's second model runner zeroes new blocks, and copies states, before it calls `fence`.
         self._early_writes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
-        self._started: list[_StartedTransfer] = []  # copies that have not ended
+        self._defers_stores = defers_stores and not self._early_writes
+        self._deferred: Step | None = None  # its stores have not started
+        self._started = StartedCopies()
         self._acks = Acks()
         self._failed_blocks: set[int] = set()  # not reported to vLLM yet
         self._failed_requests: set[str] = set()  # not reported to vLLM yet
@@ -143,11 +134,13 @@ class WorkerSide:
 
     def fence(self, step: Step) -> None:
         """Have vLLM's writes of this step to its fresh blocks wait for copies that read them."""
+        self._start_deferred()
         if self.copier is not None:
             self.copier.fence(step.fresh)
 
     def load(self, step: Step, mode: str | None = None) -> None:
         """Start the loads of ``step``. ``mode`` is that of its forward pass (`pass_mode`)."""
+        self._start_deferred()
         self._layer_sync.set_mode(mode if self.device is not None else None)
         self._acks.step = step.number
         # One copy for all loads of the pass, so that its first layers are there for all requests.
@@ -165,7 +158,7 @@ class WorkerSide:
             self.copier.wait_for_layer(layer)
 
     def store(self, step: Step) -> None:
-        """Wait for the loads of the step's forward pass, and start its stores."""
+        """Wait for the loads of the step's forward pass, and start its stores, or defer them."""
         if self.copier is not None:
             self.copier.wait_for_layer()
         skipped = self._layer_sync.end_pass()
@@ -177,13 +170,22 @@ class WorkerSide:
                 len(skipped),
             )
             self._fail_loads(step, loaded)
-        for transfer in step.stores:
-            if step.number == self._failed_step:
+        if step.number == self._failed_step:
+            for transfer in step.stores:
                 self._ack(transfer, failed=True)
-            else:
-                self._start(step.memory, [transfer], "store")
+        elif self._defers_stores and self.device is not None:
+            self._start_deferred()
+            self._deferred = step
+        else:
+            self._start(step.memory, step.stores, "store")
         if self._early_writes and self.copier is not None and step.stores:
             self.copier.fence({block for transfer in step.stores for block in transfer.blocks})
+
+    def _start_deferred(self) -> None:
+        """Start the stores of the last step, if they were deferred."""
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            self._start(deferred.memory, deferred.stores, "store")
 
     def _fail_loads(self, step: Step, loads: Sequence[Transfer]) -> None:
         """Report the blocks of ``loads``, or their requests, and publish no store of ``step``."""
@@ -209,15 +211,11 @@ class WorkerSide:
             blocks = sum(len(transfer.blocks) for transfer in transfers)
             log.exception("kvcache: worker: %s of %d blocks failed", operation, blocks)
             ended = CompletedCopy((time.time_ns() - started_ns) / 1e9)
-            for transfer in transfers:
-                failed = _StartedTransfer(transfer, operation, started_ns, ended, 0, 1.0)
-                self._end(failed, error=type(error).__name__)
+            nothing = [0] * len(transfers)
+            failed = StartedCopy(operation, transfers, nothing, started_ns, ended)
+            self._end(failed, error=type(error).__name__)
             return False
-        total = sum(rows.nbytes) or 1
-        for transfer, nbytes in zip(transfers, rows.nbytes, strict=True):
-            share = nbytes / total
-            started = _StartedTransfer(transfer, operation, started_ns, copy, nbytes, share)
-            self._started.append(started)
+        self._started.add(StartedCopy(operation, transfers, rows.nbytes, started_ns, copy))
         return True
 
     def _copy(
@@ -237,23 +235,15 @@ class WorkerSide:
             announced=self._layer_sync.expected,
         )
 
-    def _end(self, started: _StartedTransfer, *, error: str | None) -> None:
-        transfer = started.transfer
-        self._acks.seconds[transfer.job] = started.seconds
-        if transfer.awaited_by is not None:
-            self._received.add(transfer.awaited_by)
-        telemetry.end_span(
-            telemetry.start_remote_child(transfer.trace, telemetry.COPY, started.started_ns),
-            {
-                telemetry.DIRECTION: started.operation,
-                telemetry.RANK: "pp{} tp{}".format(*self._rank),
-                telemetry.REQUESTED: len(set(transfer.slots)),
-                telemetry.PAYLOAD: started.nbytes,
-            },
-            error=error,
-            ended_ns=started.started_ns + round(started.copy.seconds * 1e9),
-        )
-        self._ack(transfer, failed=error is not None)
+    def _end(self, started: StartedCopy, *, error: str | None) -> None:
+        started.record_spans(self._rank, error)
+        for transfer, seconds in zip(
+            started.transfers, started.seconds_of_transfers(), strict=True
+        ):
+            self._acks.seconds[transfer.job] = seconds
+            if transfer.awaited_by is not None:
+                self._received.add(transfer.awaited_by)
+            self._ack(transfer, failed=error is not None)
 
     def _attach(self, memory: SlabShards) -> RankPieces:
         """Attach the slab, and open the page copier unless there is one."""
@@ -294,7 +284,8 @@ class WorkerSide:
 
         A load that failed has ended, too.
         """
-        self._end_copies()
+        for started in self._started.take_ended():
+            self._end(started, error=None)
         received, self._received = self._received, set()
         return received
 
@@ -307,17 +298,9 @@ class WorkerSide:
         acks, self._acks = self._acks, Acks()
         return acks if acks.ranks or acks.step else None
 
-    def _end_copies(self) -> None:
-        unended = []
-        for started in self._started:
-            if started.copy.done:
-                self._end(started, error=None)
-            else:
-                unended.append(started)
-        self._started = unended
-
     def close(self) -> None:
-        """Close the copier, and detach the slab. Closing twice is allowed."""
+        """Drop deferred stores, close the copier, and detach the slab. Closing twice is allowed."""
+        self._deferred = None
         if self.copier is not None:
             self.copier.close()
             self.copier = None
