@@ -3,7 +3,7 @@
 Invariants:
 
 * Until backends were measured, and for copies unlike the measured ones, the default backend copies:
-  the first one that is enabled.
+  the first one that is enabled and supports the copy.
 * A backend that raised or copied a wrong byte is disabled for good, with a warning.
 * A trial compares every copy with the expected bytes, and also the bytes around its runs. Trials
   use memory of their own.
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import logging
 import statistics
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from typing import Final, Literal, Protocol
 
 import numpy as np
@@ -35,7 +35,11 @@ DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 RUN_SIZES: Final = tuple(4096 << doubled for doubled in range(7))
 """The measured sizes of runs, in bytes: 4 to 256 KiB."""
 
-MIN_RUNS: Final = 32
+RUN_COUNTS: Final = (32, 512)
+"""The measured numbers of runs of a copy. A copy uses the choice for the next smaller number, where
+the time that a kernel takes to start weighs more; a copy with fewer runs uses the default."""
+
+MIN_RUNS: Final = RUN_COUNTS[0]
 """The least runs of a copy for which a measured backend is chosen."""
 
 # A kernel takes processors from the model and a copy engine does not, so a small gain is no reason
@@ -82,8 +86,8 @@ class BackendChoice:
     speedup: float
 
 
-Timings = Mapping[tuple[Direction, int], Mapping[CopyBackend, float]]
-"""By direction and run size: the seconds of a copy by each backend that supports it."""
+Timings = Mapping[tuple[Direction, int, int], Mapping[CopyBackend, float]]
+"""By direction, number of runs and run size: the seconds of a copy by each backend."""
 
 
 class PinnedRanges:
@@ -129,34 +133,32 @@ class PinnedRanges:
 
 
 class BackendSelector:
-    """Copies each batch with the fastest enabled backend. The first backend is the default."""
+    """Copies each batch with the fastest enabled backend that supports it.
+
+    The default of a batch is the first enabled backend that supports it.
+    """
 
     def __init__(self, backends: Sequence[CopyBackend]) -> None:
         self.enabled = tuple(backends)
-        self._choices: Mapping[Direction, Sequence[BackendChoice]] = {}  # in order of RUN_SIZES
+        # In order of RUN_COUNTS and RUN_SIZES. None if no backend is left for such copies.
+        self._choices: Mapping[Direction, Sequence[Sequence[BackendChoice | None]]] = {}
 
     def copy(self, batch: CopyBatch) -> None:
         """Queue the copy on the current stream.
 
         Raises:
-            RuntimeError: when no backend is enabled.
+            RuntimeError: when no enabled backend supports the batch.
             Exception: whatever the default backend raises.
         """
         backend = self._select(batch)
         try:
             backend.copy(batch)
         except Exception as error:
-            if backend is self.default:
+            if backend is self._default(batch):
                 raise
             self.disable(backend, f"{type(error).__name__}: {error}")
             # A part may have been queued. This copy follows it and writes the same bytes.
             self.copy(batch)
-
-    @property
-    def default(self) -> CopyBackend:
-        if not self.enabled:
-            raise RuntimeError("no copy backend works on this device: all were disabled")
-        return self.enabled[0]
 
     def disable(self, backend: CopyBackend, cause: str) -> None:
         """Never use `backend` again."""
@@ -168,17 +170,29 @@ class BackendSelector:
         )
 
     def choose(self, timings: Timings) -> None:
-        """Choose a backend for each direction and run size."""
+        """Choose a backend for each direction, number of runs and run size."""
         self._choices = {
-            direction: [self._fastest(timings[direction, size]) for size in RUN_SIZES]
+            direction: [
+                [self._fastest(timings[direction, count, size]) for size in RUN_SIZES]
+                for count in RUN_COUNTS
+            ]
             for direction in DIRECTIONS
         }
         chosen = "; ".join(_describe(*choices) for choices in self._choices.items())
         log.info("kvcache: copy backends chosen: %s", chosen)
 
-    def _fastest(self, seconds: Mapping[CopyBackend, float]) -> BackendChoice:
-        default = self.default
-        fastest = min((each for each in self.enabled if each in seconds), key=seconds.__getitem__)
+    def _default(self, batch: CopyBatch) -> CopyBackend:
+        for backend in self.enabled:
+            if backend.supports(batch):
+                return backend
+        raise RuntimeError("no copy backend works for these pages: others were disabled")
+
+    def _fastest(self, seconds: Mapping[CopyBackend, float]) -> BackendChoice | None:
+        measured = [backend for backend in self.enabled if backend in seconds]
+        if not measured:
+            return None
+        default = measured[0]
+        fastest = min(measured, key=seconds.__getitem__)
         speedup = seconds[default] / seconds[fastest]
         if speedup >= _MIN_SPEEDUP:
             return BackendChoice(fastest, speedup)
@@ -190,25 +204,38 @@ class BackendSelector:
             # Between two measured sizes the choice for the larger one is used, where a kernel has
             # less to gain.
             at = bisect_left(RUN_SIZES, int(batch.nbytes.mean()))
-            backend = choices[min(at, len(RUN_SIZES) - 1)].backend
-            if backend in self.enabled and backend.supports(batch):
-                return backend
-        return self.default
+            by_size = choices[bisect_right(RUN_COUNTS, len(batch)) - 1]
+            choice = by_size[min(at, len(RUN_SIZES) - 1)]
+            if choice and choice.backend in self.enabled and choice.backend.supports(batch):
+                return choice.backend
+        return self._default(batch)
 
 
-def _describe(direction: Direction, choices: Sequence[BackendChoice]) -> str:
-    """Describe choices: "loads: triton for runs up to 16 KiB (1.4 to 2.1 times as fast), ..."."""
+def _describe(direction: Direction, choices: Sequence[Sequence[BackendChoice | None]]) -> str:
+    """Describe choices: "loads of 32 or more runs: ...; of 512 or more: ..."."""
+    texts = [_describe_sizes(by_size) for by_size in choices]
+    if len(set(texts)) == 1:
+        return f"{direction}s: {texts[0]}"
+    by_count = zip(RUN_COUNTS, texts, strict=True)
+    return "; ".join(f"{direction}s of {count} or more runs: {text}" for count, text in by_count)
+
+
+def _describe_sizes(choices: Sequence[BackendChoice | None]) -> str:
+    """Describe choices: "triton for runs up to 16 KiB (1.4 to 2.1 times as fast), ..."."""
     parts: list[str] = []
     by_size = zip(RUN_SIZES, choices, strict=True)
-    for backend, group in groupby(by_size, lambda pair: pair[1].backend):
+    for backend, group in groupby(by_size, lambda pair: pair[1] and pair[1].backend):
         sizes, alike = zip(*group, strict=True)
         runs = f" for runs up to {sizes[-1] >> 10} KiB" if sizes[-1] < RUN_SIZES[-1] else ""
         if parts and not runs:
             runs = " for larger runs"
-        low, high = (f"{choose(choice.speedup for choice in alike):.1f}" for choose in (min, max))
-        speedup = f" ({low if low == high else f'{low} to {high}'} times as fast)"
-        parts.append(f" {backend.name}{runs}{speedup if high != '1.0' else ''}")
-    return f"{direction}s:{','.join(parts)}"
+        name, speedup = backend.name if backend else "none", ""
+        speedups = [choice.speedup for choice in alike if choice]
+        low, high = (f"{choose(speedups, default=1.0):.1f}" for choose in (min, max))
+        if high != "1.0":
+            speedup = f" ({low if low == high else f'{low} to {high}'} times as fast)"
+        parts.append(f"{name}{runs}{speedup}")
+    return ", ".join(parts)
 
 
 ByteArray = NDArray[np.uint8]
@@ -222,8 +249,8 @@ class TrialSize:
 
     scratch_nbytes: int = 2 * MIN_RUNS * RUN_SIZES[-1]
     """Bytes on each side, twice what a copy needs: the other half must stay unchanged."""
-    runs: int = 512
-    """The most runs of a copy: enough that the cost of a call does not hide the cost of a run."""
+    runs: int = RUN_COUNTS[-1]
+    """The most runs of a copy."""
     rounds: int = 5
     """The trial uses their median, so the first one may compile a kernel."""
 
@@ -239,13 +266,13 @@ class TrialMemory(Protocol):
         """The address of the first byte."""
 
     def write(self, data: ByteArray) -> None:
-        """Overwrite all bytes."""
+        """Overwrite the first bytes."""
 
-    def clear(self) -> None:
-        """Set all bytes to zero."""
+    def clear(self, nbytes: int) -> None:
+        """Set the first `nbytes` bytes to zero."""
 
-    def read(self) -> ByteArray:
-        """Return all bytes."""
+    def read(self, nbytes: int) -> ByteArray:
+        """Return the first `nbytes` bytes."""
 
 
 class TrialScratch(Protocol):
@@ -281,48 +308,65 @@ def measure(selector: BackendSelector, scratch: TrialScratch, size: TrialSize = 
         Exception: when the trial itself fails; then nothing is chosen.
     """
     random = np.random.default_rng(0)
-    timings: dict[tuple[Direction, int], dict[CopyBackend, float]] = {}
-    for direction in DIRECTIONS:
-        source, target = scratch.host, scratch.device
-        if direction == "store":
-            source, target = target, source
-        data = random.integers(0, 256, scratch.nbytes, dtype=np.uint8)
-        source.write(data)
-        for run_nbytes in RUN_SIZES:
-            places = scratch.nbytes // run_nbytes
-            count = min(size.runs, places // 2)
-            read, written = (random.permutation(places)[:count] for _ in range(2))
-            batch = scratch.batch(
-                target.address + written * run_nbytes,
-                source.address + read * run_nbytes,
-                np.full(count, run_nbytes, dtype=np.int64),
-            )
-            expected = np.zeros_like(data)
-            expected.reshape(places, run_nbytes)[written] = data.reshape(places, run_nbytes)[read]
-            timings[direction, run_nbytes] = _measure_batch(
-                selector, scratch, batch, target, expected, size.rounds
-            )
+    data = random.integers(0, 256, scratch.nbytes, dtype=np.uint8)
+    timings: dict[tuple[Direction, int, int], dict[CopyBackend, float]] = {}
+    for direction, run_nbytes in product(DIRECTIONS, RUN_SIZES):
+        by_runs: dict[int, dict[CopyBackend, float]] = {}  # not all numbers of large runs fit
+        for count in RUN_COUNTS:
+            runs = min(count, size.runs, scratch.nbytes // run_nbytes // 2)
+            if runs not in by_runs:
+                places = random.permutation(2 * runs), random.permutation(2 * runs)
+                copy = _TrialCopy(scratch, direction, data, run_nbytes, *places)
+                by_runs[runs] = _measure_copy(selector, scratch, copy, size.rounds)
+            timings[direction, count, run_nbytes] = by_runs[runs]
     if selector.enabled:
         selector.choose(timings)
 
 
-def _measure_batch(
-    selector: BackendSelector,
-    scratch: TrialScratch,
-    batch: CopyBatch,
-    target: TrialMemory,
-    expected: ByteArray,
-    rounds: int,
+class _TrialCopy:
+    """A copy of half of the runs in the first part of `scratch` to other places there.
+
+    `read` and `written` have all places of a run in that part, in any order.
+    """
+
+    def __init__(
+        self,
+        scratch: TrialScratch,
+        direction: Direction,
+        data: ByteArray,
+        run_nbytes: int,
+        read: Integers,
+        written: Integers,
+    ) -> None:
+        source, self.target = scratch.host, scratch.device
+        if direction == "store":
+            source, self.target = self.target, source
+        runs = data[: len(read) * run_nbytes].reshape(-1, run_nbytes)
+        source.write(runs.ravel())
+        read, written = read[: len(read) // 2], written[: len(written) // 2]
+        self.batch = scratch.batch(
+            self.target.address + written * run_nbytes,
+            source.address + read * run_nbytes,
+            np.full(len(read), run_nbytes, dtype=np.int64),
+        )
+        self.expected = np.zeros_like(runs)
+        self.expected[written] = runs[read]
+        self.expected.shape = (-1,)
+
+
+def _measure_copy(
+    selector: BackendSelector, scratch: TrialScratch, copy: _TrialCopy, rounds: int
 ) -> dict[CopyBackend, float]:
-    """Return the median seconds of this batch by each backend that supports it, taken in turns."""
+    """Return the median seconds of this copy by each backend that supports it, taken in turns."""
     seconds: dict[CopyBackend, list[float]] = defaultdict(list)
+    nbytes = copy.expected.nbytes
     for _ in range(rounds):
         for backend in selector.enabled:
-            if backend.supports(batch):
-                target.clear()
+            if backend.supports(copy.batch):
+                copy.target.clear(nbytes)
                 try:
-                    seconds[backend].append(scratch.seconds(partial(_copy, backend, batch)))
-                    _compare(target.read(), expected, batch)
+                    seconds[backend].append(scratch.seconds(partial(_copy, backend, copy.batch)))
+                    _compare(copy.target.read(nbytes), copy.expected, copy.batch)
                 except _BackendError as error:
                     selector.disable(backend, str(error))
     return {

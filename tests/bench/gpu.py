@@ -13,6 +13,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,10 +41,11 @@ class Rig:
         self.torch = torch
         device = torch.device("cuda", 0)
         count = NBYTES // (page * LAYERS)
-        pages = torch.zeros((LAYERS, 4 * count, page), dtype=torch.uint8, device=device)
+        # The copier has addresses only. Without a reference torch would free this memory.
+        self.pages = torch.zeros((LAYERS, 4 * count, page), dtype=torch.uint8, device=device)
         self.slab = Slab.create(2 * count, LAYERS * page)
         sides = CopyGeometry(
-            [BlockRun(layer.data_ptr(), page, page, 4 * count) for layer in pages],
+            [BlockRun(layer.data_ptr(), page, page, 4 * count) for layer in self.pages],
             slab_address=self.slab.address,
             slots=2 * count,
             slot_nbytes=self.slab.slot_nbytes,
@@ -63,12 +65,10 @@ class Rig:
 
     def use(self, backend: Any) -> None:
         """Make `backend` copy runs of all sizes."""
-        from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_SIZES
+        from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_COUNTS, RUN_SIZES
 
-        took = {self.cuda.selector.default: 1.0, backend: 0.01}
-        self.cuda.selector.choose(
-            {(direction, size): took for direction in DIRECTIONS for size in RUN_SIZES}
-        )
+        took = {**dict.fromkeys(self.cuda.selector.enabled, 1.0), backend: 0.01}
+        self.cuda.selector.choose(dict.fromkeys(product(DIRECTIONS, RUN_COUNTS, RUN_SIZES), took))
 
     def paged(self, *ways: str) -> None:
         if "store" in ways:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvcache.connectors.transfer.autotune import (
     MIN_RUNS,
+    RUN_COUNTS,
     RUN_SIZES,
     BackendSelector,
     ByteArray,
@@ -41,12 +42,15 @@ class FakeBackend:
     clock: Clock
     cost: Callable[[Direction | None, int], float]  # seconds of a run, by direction and bytes
     alignment: int = 1  # supports sizes that are multiples of this
+    pinned: bool = True  # supports only pinned memory
     corrupts: Callable[[CopyBatch], bool] = lambda batch: False
     raises: Callable[[CopyBatch], bool] = lambda batch: False
     calls: list[CopyBatch] = field(default_factory=list)
 
     def supports(self, batch: CopyBatch) -> bool:
-        return batch.direction is not None and not (batch.nbytes % self.alignment).any()
+        if self.pinned and batch.direction is None:
+            return False
+        return not (batch.nbytes % self.alignment).any()
 
     def copy(self, batch: CopyBatch) -> None:
         self.calls.append(batch)
@@ -67,19 +71,19 @@ class ProcessMemory:
         self.address = self.bytes.ctypes.data
 
     def write(self, data: ByteArray) -> None:
-        self.bytes[:] = data
+        self.bytes[: data.nbytes] = data
 
-    def clear(self) -> None:
-        self.bytes[:] = 0
+    def clear(self, nbytes: int) -> None:
+        self.bytes[:nbytes] = 0
 
-    def read(self) -> ByteArray:
-        return self.bytes
+    def read(self, nbytes: int) -> ByteArray:
+        return self.bytes[:nbytes]
 
 
 class ProcessScratch:
     """The memory of a trial, with the host's side pinned, timed by the clock of the backends."""
 
-    nbytes = 1 << 20
+    nbytes = 4 << 20
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -99,7 +103,7 @@ class TwoBackends:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.engine = FakeBackend("engine", self.clock, self.engine_cost)
+        self.engine = FakeBackend("engine", self.clock, self.engine_cost, pinned=False)
         self.kernel = FakeBackend("kernel", self.clock, self.kernel_cost, alignment=16)
         self.selector = BackendSelector([self.engine, self.kernel])
         self.scratch = ProcessScratch(self.clock)
@@ -198,7 +202,7 @@ def test_trial_with_one_wrong_byte_disables_the_backend(
     assert messages(caplog, logging.INFO) == [
         "kvcache: copy backends chosen: loads: engine; stores: engine"
     ]
-    count = min(512, backends.scratch.nbytes // size // 2)
+    count = min(MIN_RUNS, backends.scratch.nbytes // size // 2)
     assert messages(caplog, logging.WARNING) == [
         (
             "kvcache: copy backend kernel disabled (1 wrong bytes in a trial"
@@ -257,7 +261,7 @@ def test_trial_with_a_wrong_default_makes_the_next_backend_the_default(
 def test_copy_with_all_backends_disabled_raises(backends: TwoBackends) -> None:
     backends.engine.corrupts = backends.kernel.corrupts = lambda batch: True
     backends.measure()
-    with pytest.raises(RuntimeError, match="no copy backend works on this device"):
+    with pytest.raises(RuntimeError, match="no copy backend works for these pages"):
         backends.selector.copy(backends.batch(64, 4 * KIB))
 
 
@@ -281,6 +285,38 @@ def test_disable_twice_logs_once(backends: TwoBackends, caplog: pytest.LogCaptur
     for _ in range(2):
         backends.selector.disable(backends.kernel, "in the trial and in a copy at once")
     assert len(messages(caplog, logging.WARNING)) == 1
+
+
+def test_selector_uses_for_few_runs_what_was_fastest_with_few(
+    backends: TwoBackends, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel takes longer to start than a copy engine, and less for each run."""
+    copy = backends.kernel.copy
+
+    def start_and_copy(batch: CopyBatch) -> None:
+        backends.clock.seconds += 100e-6
+        copy(batch)
+
+    backends.kernel.copy = start_and_copy  # type: ignore[method-assign]
+    with caplog.at_level(logging.INFO):
+        backends.measure()
+    few, many = RUN_COUNTS
+    assert backends.chosen(few, 4 * KIB) == backends.chosen(many - 1, 4 * KIB) == "engine"
+    assert backends.chosen(many, 4 * KIB) == "kernel"
+    [chosen] = messages(caplog, logging.INFO)
+    assert "chosen: loads of 32 or more runs: engine; loads of 512 or more runs: kernel" in chosen
+
+
+def test_selector_without_the_default_for_pinned_memory_uses_another_there(
+    backends: TwoBackends,
+) -> None:
+    backends.selector = BackendSelector([backends.kernel, backends.engine])
+    assert backends.chosen(2, 4 * KIB) == "kernel"
+    assert backends.chosen(2, 4 * KIB, None) == "engine"
+    backends.kernel.raises = lambda batch: True
+    with pytest.raises(OSError, match="does not work"):
+        backends.selector.copy(backends.batch(2, 4 * KIB))
+    assert backends.selector.enabled == (backends.kernel, backends.engine)
 
 
 def test_trial_with_zero_seconds_chooses_that_backend(backends: TwoBackends) -> None:

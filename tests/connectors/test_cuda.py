@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 
 from kvcache.connectors.layout.placement import BlockRun
-from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_SIZES, CopyBackend
+from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_COUNTS, RUN_SIZES, CopyBackend
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.cuda import CudaDevice, backends
 from kvcache.connectors.transfer.device import DeviceCopier
@@ -69,9 +70,7 @@ def use_backend(device: CudaDevice) -> None:
     if len(enabled) == 2:
         default, backend = enabled
         seconds = {default: 1.0, backend: 0.1}
-        device.selector.choose(
-            {(direction, size): seconds for direction in DIRECTIONS for size in RUN_SIZES}
-        )
+        device.selector.choose(dict.fromkeys(product(DIRECTIONS, RUN_COUNTS, RUN_SIZES), seconds))
 
 
 @pytest.fixture

@@ -25,10 +25,12 @@ from kvcache.connectors.layout.placement import BlockRun
 from kvcache.connectors.transfer.autotune import CopyBatch, TrialSize
 from kvcache.connectors.transfer.base import CopyGeometry, Integers
 from kvcache.connectors.transfer.cuda import CudaDevice, backends, device
+from kvcache.connectors.transfer.cuda import driver as driver_module
+from kvcache.connectors.transfer.cuda.driver import DriverBatch
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 from tests.connectors.test_triton_kernel import load
-from tests.support.played_cuda import DEVICE, FakeRuntime, install
+from tests.support.played_cuda import DEVICE, FakeDriver, FakeRuntime, install
 
 LAYERS, BLOCKS, PAGE, SLOTS = 4, 24, 4096, 16
 SMALL_TRIAL = TrialSize(scratch_nbytes=512 << 10, runs=16, rounds=2)  # the interpreter is slow
@@ -71,10 +73,25 @@ def cuda(fake: FakeRuntime, kernel: InterpretedKernel) -> CudaDevice:
     return CudaDevice(DEVICE, copy_backends, trial_size=SMALL_TRIAL)
 
 
+@pytest.fixture
+def driver() -> FakeDriver:
+    return FakeDriver()
+
+
+@pytest.fixture
+def batching(fake: FakeRuntime, driver: FakeDriver) -> Iterator[Engine]:
+    """An engine on a device without a kernel and with the batched copy."""
+    batched = backends.BatchedCopies(DriverBatch(driver))
+    engine = Engine(CudaDevice(DEVICE, (batched, backends.CopyPerRun()), trial_size=SMALL_TRIAL))
+    yield engine
+    engine.close()
+
+
 class Engine:
     """Pages, a slab, and a copier between them."""
 
     def __init__(self, cuda: CudaDevice) -> None:
+        self.cuda = cuda
         self.pages = torch.randint(0, 256, (LAYERS, BLOCKS, PAGE), dtype=torch.uint8)
         self.slab = Slab.create(SLOTS, LAYERS * PAGE)
         geometry = CopyGeometry(
@@ -193,7 +210,8 @@ def test_unpin_waits_for_the_trial(
     fake.calls.clear()
     monkeypatch.setattr(cuda, "wait_for_trial", lambda: fake.calls.append("wait"))
     engine.copier.close()
-    assert fake.calls == ["wait", "unregister"]
+    calls = [call for call in fake.calls if call != "synchronize"]
+    assert calls == ["wait", "unregister"]
 
 
 def test_pin_a_second_piece_starts_no_second_trial(
@@ -260,15 +278,84 @@ def test_kernel_that_copies_wrong_bytes_is_disabled(
     engine.store_and_load()
 
 
+def test_batch_of_the_driver_has_pinned_memory_only(
+    batching: Engine, driver: FakeDriver, fake: FakeRuntime
+) -> None:
+    batching.store_and_load()  # nothing is pinned yet
+    assert not driver.batches
+    assert fake.runs_copied_singly == 2 * 8 * LAYERS
+    address, half = batching.slab.address, batching.slab.nbytes // 2
+    assert batching.cuda.pin(address, half) == ""
+    batching.cuda.wait_for_trial()
+    driver.batches.clear()
+    batching.store_and_load()  # one of the eight slots is not pinned
+    assert not driver.batches
+    assert batching.cuda.pin(address + half, half) == ""
+    fake.runs_copied_singly = 0
+    batching.store_and_load()
+    store, load = driver.batches
+    assert not fake.runs_copied_singly
+    for host, nbytes in ((store.targets, store.nbytes), (load.sources, load.nbytes)):
+        assert len(host) == 8 * LAYERS
+        assert all(map(fake.is_registered, host, nbytes))
+    assert (store.attributes[0], load.attributes[0]) == (1, 3)  # stream order, any order
+    for begin in (address, address + half):
+        batching.cuda.unpin(begin)
+
+
+@pytest.mark.parametrize(("host_addresses", "address_shift"), [(0, 1 << 40), (0, 0), (1, 1 << 40)])
+def test_device_without_host_addresses_copies_each_run_by_a_call(
+    batching: Engine,
+    driver: FakeDriver,
+    fake: FakeRuntime,
+    host_addresses: int,
+    address_shift: int,
+) -> None:
+    fake.host_addresses, fake.address_shift = host_addresses, address_shift
+    batching.copier.pin_slots(SLOTS)
+    batching.cuda.wait_for_trial()
+    batching.store_and_load()
+    assert not driver.batches
+
+
+def test_store_with_a_batch_that_fails_raises_after_the_rest_is_done(
+    batching: Engine, driver: FakeDriver, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batching.copier.pin_slots(SLOTS)
+    batching.cuda.wait_for_trial()
+    monkeypatch.setattr(driver_module, "MAX_DESCRIPTORS", 10)
+    driver.failures[len(driver.batches) + 2] = 1, 0  # the second call
+    fake.calls.clear()
+    with pytest.raises(RuntimeError, match=r"did not copy 32 runs from run 10 on: invalid"):
+        batching.copier.gather([*range(8)], [*range(8)])
+    assert fake.calls == ["synchronize"]  # for the runs of the first call
+    batching.store_and_load()
+    assert len(driver.batches[-1].nbytes) == 2  # the rest of 32 runs
+
+
 def available_names() -> list[str]:
     return [backend.name for backend in backends.available(DEVICE)]
 
 
-def test_available_backends_begin_with_the_batched_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "batched_copies", lambda: backends.BatchedCopies(None))
+def test_available_backends_begin_with_the_batched_copies(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "driver_library", lambda: driver)
     assert available_names() == ["memcpy-batch", "memcpy", "triton"]
-    monkeypatch.setattr(backends, "batched_copies", lambda: None)
-    assert available_names() == ["memcpy", "triton"]
+
+
+def test_available_backends_with_an_old_driver_lack_the_batched_copies(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.missing = True
+    monkeypatch.setattr(backends, "driver_library", lambda: driver)
+    with caplog.at_level(logging.INFO):
+        assert available_names() == ["memcpy", "triton"]
+    [message] = caplog.messages
+    assert message == (
+        "kvcache: copy backend memcpy-batch not available (the driver lacks cuMemcpyBatchAsync"
+        " (error 0)); other backends copy"
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,16 +372,6 @@ def test_available_backends_without_a_compiler_lack_the_kernel(
     )
     monkeypatch.setitem(sys.modules, name, module)
     assert available_names() == ["memcpy"]
-
-
-def test_batched_copies_pass_the_sources_first() -> None:
-    passed: list[list[int]] = []
-    batched = backends.BatchedCopies(
-        lambda *tensors: passed.extend(tensor.tolist() for tensor in tensors)
-    )
-    one, two, three = (np.array([number], dtype=np.int64) for number in (1, 2, 3))
-    batched.copy(CopyBatch(targets=one, sources=two, nbytes=three, direction=None))
-    assert passed == [[2], [1], [3]]
 
 
 def test_copy_per_run_that_cuda_refuses_raises_its_error(

@@ -6,9 +6,11 @@ A stream does its work at once, on memory of this process.
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch
 from kvcache.connectors.transfer.cuda import runtime
 
 DEVICE = torch.device("cpu")
+DEVICE_NUMBER = 3
+STREAM = 77  # the handle of every stream
 OTHER_DEVICE = torch.device("meta")  # the current device of a new thread
 
 
@@ -31,6 +35,8 @@ class FakeRuntime:
         self.pointer_error = 0  # the code that cudaHostGetDevicePointer returns
         self.register_error = 0  # the code that cudaHostRegister returns
         self.pending_error = 0  # the last error, until cudaGetLastError clears it
+        self.host_addresses = 1  # whether the device accesses registered memory at host addresses
+        self.runs_copied_singly = 0  # by cudaMemcpyAsync
         self.calls: list[str] = []
         self.priorities: list[int] = []  # of the streams that were made
         self.thread = threading.local()
@@ -57,10 +63,21 @@ class FakeRuntime:
         self.pending_error = self.pointer_error
         return self.pointer_error
 
+    def cudaGetDevice(self, found: Any) -> int:  # noqa: N802
+        assert self.current_device() == DEVICE
+        found._obj.value = DEVICE_NUMBER
+        return 0
+
+    def cudaDeviceGetAttribute(self, found: Any, name: int, device: int) -> int:  # noqa: N802
+        assert (name, device) == (91, DEVICE_NUMBER)
+        found._obj.value = self.host_addresses
+        return 0
+
     def cudaMemcpyAsync(  # noqa: N802
         self, target: int, source: int, nbytes: int, kind: int, stream: int
     ) -> int:
-        assert (kind, stream) == (4, 0)
+        assert (kind, stream) == (4, STREAM)
+        self.runs_copied_singly += 1
         ctypes.memmove(target, source, nbytes)
         self.seconds += 3e-6
         return 0
@@ -96,6 +113,70 @@ class FakeRuntime:
         return any(at <= address and end <= at + size for at, size in self.registered.items())
 
 
+@dataclass(frozen=True)
+class BatchCall:
+    """The arguments of a call of `cuMemcpyBatchAsync`, as the driver reads them."""
+
+    targets: list[int]
+    sources: list[int]
+    nbytes: list[int]
+    attributes: tuple[int, ...]  # source order, types and ids of two locations, flags
+    first: int  # the first descriptor that has these attributes
+    attributes_count: int
+    stream: int
+
+
+_BATCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    *[ctypes.c_void_p] * 3,
+    ctypes.c_size_t,
+    *[ctypes.c_void_p] * 2,
+    ctypes.c_size_t,
+    *[ctypes.c_void_p] * 2,
+)
+
+
+class FakeDriver:
+    """The functions of libcuda that are called. A batch is copied at once."""
+
+    def __init__(self) -> None:
+        self.batches: list[BatchCall] = []
+        self.find_error = 0  # the code that cuGetProcAddress returns
+        self.missing = False  # whether cuGetProcAddress finds nothing
+        self.failures: dict[int, tuple[int, int]] = {}  # by call: error code, and failed index
+        self._entry = _BATCH(self._copy)  # keeps the callback alive
+
+    def cuGetProcAddress_v2(  # noqa: N802
+        self, name: bytes, found: Any, version: Any, flags: Any, status: Any
+    ) -> int:
+        assert (name, version.value, flags.value) == (b"cuMemcpyBatchAsync", 12080, 0)
+        if not self.missing and not self.find_error:
+            found._obj.value = ctypes.cast(self._entry, ctypes.c_void_p).value
+        return self.find_error
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:  # noqa: N802
+        if code != 1:
+            return 1
+        text._obj.value = b"invalid argument"
+        return 0
+
+    def _copy(self, *arguments: int) -> int:
+        targets, sources, sizes, count, attributes, first, number, failed, stream = arguments
+        to, at, nbytes = (
+            list((ctypes.c_int64 * count).from_address(column))
+            for column in (targets, sources, sizes)
+        )
+        words = struct.unpack("=iiiiiI", ctypes.string_at(attributes, 24))
+        begin = ctypes.c_size_t.from_address(first).value
+        self.batches.append(BatchCall(to, at, nbytes, words, begin, number, stream))
+        if failure := self.failures.get(len(self.batches)):
+            ctypes.c_size_t.from_address(failed).value = failure[1]
+            return failure[0]
+        for run in zip(to, at, nbytes, strict=True):
+            ctypes.memmove(*run)
+        return 0
+
+
 class FakeEvent:
     def __init__(self, fake: FakeRuntime) -> None:
         self.fake = fake
@@ -108,7 +189,7 @@ class FakeEvent:
         return True
 
     def synchronize(self) -> None:
-        return
+        self.fake.calls.append("synchronize")
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return (end.seconds - self.seconds) * 1e3
@@ -132,7 +213,7 @@ class FakeStreams:
 
 def install(fake: FakeRuntime, patch: pytest.MonkeyPatch) -> None:
     """Make torch and the library call `fake`."""
-    stream = SimpleNamespace(cuda_stream=0, wait_event=lambda event: None)
+    stream = SimpleNamespace(cuda_stream=STREAM, wait_event=lambda event: None)
     patch.setattr(runtime, "library", lambda: fake)
     patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(fake))
     patch.setattr(torch.cuda, "Stream", FakeStreams(fake, stream))

@@ -1,20 +1,20 @@
-"""The copy backends of CUDA.
+"""The copy backends of CUDA, in the order in which they are the default.
 
-vLLM's operator for `cuMemcpyBatchAsync`, if the driver has that, or else one `cudaMemcpyAsync` for
-each run; and a kernel in Triton, which torch for CUDA installs.
+The driver's batched copy, where all of the host's memory is pinned and the driver has the call; one
+`cudaMemcpyAsync` for each run, everywhere; and a kernel in Triton, which torch for CUDA installs.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
 
 import torch
 
 from kvcache.connectors.transfer.autotune import CopyBackend, CopyBatch
 from kvcache.connectors.transfer.base import Integers
 from kvcache.connectors.transfer.cuda import runtime
+from kvcache.connectors.transfer.cuda.driver import DriverBatch, driver_library
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +26,25 @@ def available(device: torch.device) -> list[CopyBackend]:
 
 
 class BatchedCopies:
-    """Copies a batch in one call, by vLLM's operator."""
+    """Copies a batch from or to pinned memory by one call of the driver, or a few.
+
+    NVIDIA documents no rule for other host memory in a batch, so none is passed.
+    """
 
     name = "memcpy-batch"
 
-    def __init__(self, operator: Any) -> None:
-        self._operator = operator
+    def __init__(self, batched: DriverBatch) -> None:
+        self._batched = batched
 
     def supports(self, batch: CopyBatch) -> bool:
-        return True
+        return batch.direction is not None
 
     def copy(self, batch: CopyBatch) -> None:
-        # The operator takes the sources first.
-        self._operator(*map(torch.from_numpy, (batch.sources, batch.targets, batch.nbytes)))
+        self._batched.copy(batch, torch.cuda.current_stream().cuda_stream)
 
 
 class CopyPerRun:
-    """Copies each run in a call of its own."""
+    """Copies each run in a call of its own, whatever the host's memory."""
 
     name = "memcpy"
 
@@ -57,14 +59,14 @@ class CopyPerRun:
 
 
 def batched_copies() -> CopyBackend | None:
-    """Return vLLM's operator, if a vLLM for CUDA is installed."""
+    """Return the driver's batched copy, if the driver has it."""
     try:
-        import vllm._custom_ops
-    except ImportError:
+        return BatchedCopies(DriverBatch(driver_library()))
+    except (OSError, RuntimeError) as error:
+        log.info(
+            "kvcache: copy backend memcpy-batch not available (%s); other backends copy", error
+        )
         return None
-    if not hasattr(torch.ops._C_cache_ops, "swap_blocks_batch"):
-        return None
-    return BatchedCopies(vllm._custom_ops.swap_blocks_batch)
 
 
 def triton_kernel(device: torch.device) -> CopyBackend | None:

@@ -186,13 +186,13 @@ class _TensorMemory:
         self.address = int(tensor.data_ptr())
 
     def write(self, data: ByteArray) -> None:
-        self._tensor.copy_(torch.from_numpy(data))
+        self._tensor[: data.nbytes].copy_(torch.from_numpy(data))
 
-    def clear(self) -> None:
-        self._tensor.zero_()
+    def clear(self, nbytes: int) -> None:
+        self._tensor[:nbytes].zero_()
 
-    def read(self) -> ByteArray:
-        data: ByteArray = self._tensor.cpu().numpy()
+    def read(self, nbytes: int) -> ByteArray:
+        data: ByteArray = self._tensor[:nbytes].cpu().numpy()
         return data
 
 

@@ -14,6 +14,7 @@ import torch
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of this process
 _MAPPED = 2  # cudaHostRegisterMapped: kernels may access it
 _DIRECTION_BY_ADDRESS = 4  # cudaMemcpyDefault
+_HOST_ADDRESS_ALLOWED = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
 
 
 def pin(address: int, nbytes: int) -> str:
@@ -27,8 +28,18 @@ def unpin(address: int) -> None:
 
 
 def has_same_address(address: int) -> bool:
-    """Whether kernels access the pinned memory at `address` at that same address."""
-    found = ctypes.c_void_p()
+    """Whether the current device accesses the pinned memory at `address` at that same address.
+
+    Not in WSL2, for example. A batched copy or a kernel that accesses the host's address there
+    ends all work of the process on the device.
+    """
+    device, allowed, found = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+    failure = _clear_error(library().cudaGetDevice(ctypes.byref(device)))
+    failure = failure or _clear_error(
+        library().cudaDeviceGetAttribute(ctypes.byref(allowed), _HOST_ADDRESS_ALLOWED, device.value)
+    )
+    if failure or not allowed.value:
+        return False
     failure = _clear_error(library().cudaHostGetDevicePointer(ctypes.byref(found), address, 0))
     return not failure and found.value == address
 
@@ -54,7 +65,8 @@ def library() -> ctypes.CDLL:
     """
     torch.cuda.init()
     maps = Path("/proc/self/maps").read_text()
-    found = {line.split()[-1] for line in maps.splitlines() if "libcudart" in line}
+    # The sixth field is the path, which may contain spaces.
+    found = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libcudart" in line}
     if not found:
         raise RuntimeError("no CUDA runtime (libcudart) is loaded; torch for CUDA loads it")
     runtime = ctypes.CDLL(min(found))
@@ -63,6 +75,9 @@ def library() -> ctypes.CDLL:
     runtime.cudaHostUnregister.argtypes = (address,)
     runtime.cudaHostGetDevicePointer.argtypes = (ctypes.POINTER(address), address, ctypes.c_uint)
     runtime.cudaMemcpyAsync.argtypes = (address, address, size, ctypes.c_int, address)
+    number = ctypes.POINTER(ctypes.c_int)
+    runtime.cudaGetDevice.argtypes = (number,)
+    runtime.cudaDeviceGetAttribute.argtypes = (number, ctypes.c_int, ctypes.c_int)
     runtime.cudaGetErrorString.restype = ctypes.c_char_p
     return runtime
 
