@@ -1,9 +1,12 @@
 # Every target makes its own .venv when there is none, or when what it is made from has changed.
 # PYTHON chooses the interpreter it is made with (3.11 or later). ENGINE_VERSION chooses another vLLM, in a
-# .venv of its own.
+# .venv of its own, which is a copy of .venv by hard links if that exists.
 
 PYTHON ?= python3
 BENCH ?= tests/bench
+VLLM_TESTS := tests/vllm tests/e2e
+ENGINE_VERSIONS := 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
+OLDEST := $(firstword $(ENGINE_VERSIONS))
 VENV := .venv$(addprefix -vllm-,$(ENGINE_VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,7 +16,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test coverage vllm lint docs bench viewer clean
+.PHONY: help run check test coverage vllm oldest matrix lint docs bench viewer clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -24,8 +27,11 @@ run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and witho
 check: lint  ## lint, then every test that needs no engine, GPU, server or wheel
 	$(PYTEST) -m "not engine and not gpu and not server and not wheel and not bench and not viewer"
 
-test: lint  ## lint, then every test
+test: lint oldest  ## lint, then every test, and on the oldest vLLM those of the connector and of one process
 	$(PYTEST)
+
+oldest: $(READY)
+	@$(MAKE) --no-print-directory ENGINE_VERSION=$(OLDEST) vllm VLLM_TESTS="tests/vllm tests/e2e/test_one_process.py"
 
 # Tests of durations and of garbage collection fail under the tracer; the report counts them too.
 coverage: $(READY)  ## the line coverage of all tests but the wheel's; child processes count too
@@ -35,7 +41,12 @@ coverage: $(READY)  ## the line coverage of all tests but the wheel's; child pro
 	$(BIN)/coverage report
 
 vllm: $(READY)  ## tests of the connector, and those that start an engine (ENGINE_VERSION: another vLLM)
-	$(PYTEST) tests/vllm tests/e2e
+	$(PYTEST) $(VLLM_TESTS)
+
+matrix: $(READY)  ## the tests of `make vllm` on every supported vLLM, one after the other
+	@failed=; for version in $(ENGINE_VERSIONS); do \
+		$(MAKE) --no-print-directory ENGINE_VERSION=$$version vllm || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed on vLLM$$failed"; exit 1; }
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check
@@ -60,6 +71,9 @@ clean:  ## remove what the other targets made
 
 $(READY): pyproject.toml tests/install_engine.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvcache needs Python 3.11 or later (make PYTHON=...); this is " + sys.version)'
-	@$(PYTHON) -m venv $(VENV)
+	@if [ "$(ENGINE_VERSION)" ] && [ -e .venv/.ready ]; then \
+		rm -rf $(VENV); cp -al .venv $(VENV); rm $(VENV)/.ready; \
+		grep -rlIF $(CURDIR)/.venv $(BIN) $(VENV)/pyvenv.cfg | xargs sed -i 's|$(CURDIR)/.venv|&-vllm-$(ENGINE_VERSION)|'; \
+	else $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python tests/install_engine.py
 	@touch $@

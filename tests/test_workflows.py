@@ -166,6 +166,12 @@ def test_wheel_smoke_test_of_the_configuration_exists() -> None:
     assert all((ROOT / file).is_file() for file in files)
 
 
+def test_vllm_matrix_has_the_versions_of_make_matrix() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    [versions] = re.findall(r"(?m)^ENGINE_VERSIONS := (.*)$", makefile)
+    assert matrix("vllm.yml", "vllm", "vllm") == versions.split()
+
+
 def test_vllm_matrix_begins_with_the_required_version_and_has_the_tested_one() -> None:
     versions = matrix("vllm.yml", "vllm", "vllm")
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -73,7 +73,6 @@ def fields(
     cache_dtype: str = "auto",
     calculate_kv_scales: bool = False,
     algorithm: str = "sha256",
-    layout: str = "LBHNC",
     block_tokens: int = 32,
     heads: int = 2,
     layers: tuple[str, ...] = ("one", "two"),
@@ -130,9 +129,9 @@ def fields(
         ),
         speculative_config=draft and SimpleNamespace(draft_model_config=model_config(draft)),
         weight_transfer_config=transfer,
+        device_config=SimpleNamespace(device_type="cpu"),
     )
     cache: Any = SimpleNamespace(
-        kv_cache_layout=layout,
         kv_cache_groups=[SimpleNamespace(layer_names=list(layers), kv_cache_spec=spec)],
     )
     return identity(engine, cache)
@@ -152,7 +151,6 @@ def fields(
         {"media": {"mm_processor_kwargs": {"crop": True}}},
         {"cache_dtype": "fp8"},
         {"algorithm": "sha256_cbor"},
-        {"layout": "BLHNC"},
         {"block_tokens": 64},
         {"heads": 4},
         {"layers": ("one",)},
@@ -174,6 +172,15 @@ def test_identity_variable_that_changes_blocks_changes_it(
     before = fields(model)
     monkeypatch.setenv(variable, "1")
     assert fields(model) != before
+
+
+@pytest.mark.parametrize("package", ["vllm", "torch"])
+def test_identity_of_another_release_changes(
+    model: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fields(model)
+    monkeypatch.setattr(f"{package}.__version__", "99.0.0")
+    assert namespace(fields(model)) != namespace(before)
 
 
 def test_identity_of_two_equal_engines_is_equal(model: str) -> None:

@@ -2,8 +2,8 @@
 
 1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers
    everything else that changes the bytes of a block: the loaded weights, the configuration, data
-   types, attention, layout, ranks. docs/vllm.md lists its parts, and the settings that it leaves
-   out with the reasons.
+   types, attention, layout, ranks, the releases of vLLM and torch. docs/vllm.md lists its parts,
+   and the settings that it leaves out with the reasons.
 2. It depends on the loaded files, not on their place: the same files at another path, or on another
    host, are the same model.
 3. Weights that cannot be identified are shared with no other process: the namespace then has a
@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvcache.connectors.vllm.identity.releases import release_fields
+from kvcache.connectors.vllm.identity.specs import group_fields
 from kvcache.connectors.vllm.identity.weights import UnknownWeightsError, identify
 
 if TYPE_CHECKING:
@@ -71,12 +73,9 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "hash": cache.prefix_caching_hash_algo,
         "hash seed": os.environ.get("PYTHONHASHSEED"),
         "batch invariant": os.environ.get("VLLM_BATCH_INVARIANT", "0"),
-        "layout": str(getattr(kv_cache_config, "kv_cache_layout", None)),
-        "groups": [
-            [group.layer_names, repr(group.kv_cache_spec)]
-            for group in kv_cache_config.kv_cache_groups
-        ],
+        "groups": [group_fields(group) for group in kv_cache_config.kv_cache_groups],
         "ranks": [parallel.pipeline_parallel_size, parallel.tensor_parallel_size],
+        **release_fields(vllm_config),
     }
     draft = drafter(vllm_config)
     if draft is not None:
