@@ -1,26 +1,32 @@
 """What applies to every test: environment, generated cases, marks, and order."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from kvcache import telemetry
 from tests.support import marks
 
-# The duration of a case depends on the machine more than on the code, so cases have no deadline.
-# Cases are the same in every run, so a failure is due to a change; HYPOTHESIS_SEARCH=1 looks for
-# new ones.
-settings.register_profile(
-    "kvcache", deadline=None, derandomize="HYPOTHESIS_SEARCH" not in os.environ
-)
-settings.load_profile("kvcache")
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+with suppress(ImportError):  # the tests on a GPU need few packages; see test_gpu_collection.py
+    from hypothesis import settings
+
+    # The duration of a case depends on the machine more than on the code, so cases have no
+    # deadline. Cases are the same in every run, so a failure is due to a change;
+    # HYPOTHESIS_SEARCH=1 looks for new ones.
+    settings.register_profile(
+        "kvcache", deadline=None, derandomize="HYPOTHESIS_SEARCH" not in os.environ
+    )
+    settings.load_profile("kvcache")
 
 VLLM_FOLDERS = {"vllm", "e2e"}
 """Every test in these folders imports vLLM (7 s) or starts it, and is marked so."""
@@ -30,7 +36,9 @@ SLOW_FIRST = ("wheel", "engine", "server")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not import vLLM when the tests that need it are deselected."""
+    """Do not import vLLM, nor what the tests on a GPU lack, for tests that are deselected."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
     deselected = "not engine" in config.option.markexpr
     return True if deselected and collection_path.name in VLLM_FOLDERS else None
 
@@ -77,6 +85,10 @@ def _no_settings_from_the_shell() -> Iterator[None]:
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     """Install an SDK, as an application does; return the exporter that holds the ended spans."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(telemetry, "tracer", provider.get_tracer("kvcache"))

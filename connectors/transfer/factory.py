@@ -13,7 +13,6 @@ from typing import Literal
 from kvcache.connectors.layout.canonical import canonical_format_id, canonical_runs
 from kvcache.connectors.layout.placement import Placement
 from kvcache.connectors.transfer.base import CopyGeometry, PageCopier, check_shard
-from kvcache.connectors.transfer.cpu import CpuCopier
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.connectors.transfer.streams import Device
 from kvcache.slab import Slab
@@ -105,4 +104,7 @@ def open_geometries(
     """
     if device is not None:
         return DeviceCopier(*geometries, device=device)
+    # Not needed for a device, and imports numba.
+    from kvcache.connectors.transfer.cpu import CpuCopier
+
     return CpuCopier(*geometries, threads=threads)
