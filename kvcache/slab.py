@@ -78,6 +78,7 @@ class Slab:
 
     def __init__(self, fd: int, descriptor: SlabDescriptor, *, owner: bool) -> None:
         self._fd = fd if owner else None
+        self._owner = owner
         self.descriptor = descriptor
         self.slots = descriptor.slots
         self.slot_nbytes = descriptor.slot_nbytes
@@ -166,11 +167,15 @@ class Slab:
         ``on_ready(slots)`` is called after each piece, with the number of allocated slots.
         """
         self._on_ready = on_ready
-        if self._allocate_piece():
+        if not self._stop.is_set() and self._allocate_piece():
             self._thread = threading.Thread(
                 target=self._allocate_rest, name="kvcache-populate", daemon=True
             )
             self._thread.start()
+
+    def stop_populating(self) -> None:
+        """Allocate no further piece. The one in progress is completed."""
+        self._stop.set()
 
     def wait_populated(self) -> int:
         """Wait until the background thread ends; return how many slots are allocated."""
@@ -182,7 +187,7 @@ class Slab:
         begun = logged = time.monotonic()
         while self._allocate_piece() and not self._stop.is_set():
             now = time.monotonic()
-            if now - logged > _PROGRESS_EVERY_S:
+            if self._owner and now - logged > _PROGRESS_EVERY_S:
                 logged = now
                 gib = self._allocated_nbytes / 2**30
                 log.info(
@@ -225,7 +230,7 @@ class Slab:
 
     def close(self) -> None:
         """Unmap the memory and close the owner's descriptor. Views in use keep the memory alive."""
-        self._stop.set()
+        self.stop_populating()
         self.wait_populated()
         self._close_fd()
         mapped, self._mapped_nbytes = self._mapped_nbytes, 0

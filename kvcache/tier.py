@@ -157,10 +157,13 @@ class FrontTier(Tier):
     Attributes:
         block_nbytes: bytes of a block.
         slab: the memory of the slots.
+        wait_pinned: whether an engine's start waits until all of the slab is allocated, and pinned
+            where its device copies faster from pinned memory.
     """
 
     block_nbytes: int
     slab: Slab
+    wait_pinned: bool = False
 
     @abstractmethod
     def access(self, chain: Sequence[bytes], start: int = 0) -> int:

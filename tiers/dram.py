@@ -34,6 +34,8 @@ class DramTier(FrontTier):
         block_nbytes: bytes of a block, of all ranks together.
         capacity: bytes of memory to allocate.
         eviction: the eviction policy: a shipped one by name, or a class path.
+        wait_pinned: whether the engine's start waits until all of ``capacity`` is allocated, and
+            on a GPU pinned. By default both continue while the engine serves requests.
         clock: the current time in seconds, for the eviction policy.
 
     Attributes:
@@ -52,6 +54,7 @@ class DramTier(FrontTier):
         block_nbytes: int,
         capacity: Size,
         eviction: Eviction = DEFAULT,
+        wait_pinned: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if block_nbytes < 1:
@@ -62,6 +65,7 @@ class DramTier(FrontTier):
         if slots < 1:
             raise ValueError(f"capacity is {capacity} bytes; one block takes {slot_nbytes}")
         self.block_nbytes = block_nbytes
+        self.wait_pinned = wait_pinned
         self.lock = threading.Lock()
         self.index = Index(policy(slots), clock, fallback.lru)
         self.slab = Slab.create(slots, slot_nbytes)

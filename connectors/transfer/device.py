@@ -94,7 +94,10 @@ class DeviceCopier(PageCopier):
         self._all_layers = tuple(range(layers))
         self._merged_runs: dict[tuple[int, tuple[int, ...]], MergedRuns] = {}
         self._most_calls = [self._calls_of_long_runs(n) for n in range(len(geometries))]
-        self._pinning = SlabPinning(geometries[0], device)
+        slab = geometries[0]
+        self._pinning = SlabPinning(
+            device, address=slab.slab_address, slots=slab.slots, slot_nbytes=slab.slot_nbytes
+        )
         self._store_stream = device.new_stream(background=True)
         self._load_stream = device.new_stream()
         self._background_stream = device.new_stream(background=True)

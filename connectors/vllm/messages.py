@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvcache import telemetry
 from kvcache.connectors.jobs import Job
+from kvcache.connectors.vllm.attach_pipes import AttachPipes
 from kvcache.slab import SlabDescriptor
 
 Rank = tuple[int, int]  # (pipeline rank, tensor rank)
@@ -40,6 +41,7 @@ class Shard(KVConnectorHandshakeMetadata):
         async_copies: whether copies run in parallel to the engine's steps.
         replicas: how many consecutive tensor ranks have the same bytes, for each of vLLM's groups;
             empty if no rank has the bytes of another one.
+        pipes: by which the scheduler's process announces L1; ``None``: the first step does.
     """
 
     nbytes: tuple[int, ...]
@@ -48,6 +50,7 @@ class Shard(KVConnectorHandshakeMetadata):
     element_nbytes: int = 2
     async_copies: bool = False
     replicas: tuple[int, ...] = ()
+    pipes: AttachPipes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class GuardedFrontTier(FrontTier):
         self.inner = inner
         self.block_nbytes = inner.block_nbytes
         self.slab = inner.slab
+        self.wait_pinned = inner.wait_pinned
         self._failed_methods: set[str] = set()  # so that each is logged once
         zeros = dict.fromkeys(TierStats.__slots__, 0)
         self._stats = TierStats(**zeros | {"block_nbytes": self.block_nbytes})

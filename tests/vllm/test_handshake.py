@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,12 @@ from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Shard
 from kvcache.connectors.vllm.scheduler.handshake import open_sharded_stack
+from kvcache.connectors.vllm.worker.early_attach import EarlyAttach
 from kvcache.keys import namespace
 from kvcache.resume import Needs
 from kvcache.sizes import Size
 from kvcache.tiers.dram import DramTier
+from tests.support.reordering_device import ReorderingDevice
 
 pytestmark = pytest.mark.engine
 
@@ -33,6 +36,7 @@ class Handshake:
 
     def __init__(self) -> None:
         self.opened: dict[str, Any] = {}
+        self.wait_pinned = False
         self.stacks: list[Stack] = []
 
     def open(
@@ -54,7 +58,11 @@ class Handshake:
 
     def _open_stack(self, *, block_nbytes: int, **options: Any) -> Stack:
         self.opened = {"block_nbytes": block_nbytes, **options}
-        tier = DramTier(block_nbytes=block_nbytes, capacity=Size(10 * block_nbytes))
+        tier = DramTier(
+            block_nbytes=block_nbytes,
+            capacity=Size(10 * block_nbytes),
+            wait_pinned=self.wait_pinned,
+        )
         self.stacks.append(Stack(tier, profile="test"))
         return self.stacks[-1]
 
@@ -99,3 +107,27 @@ def test_open_sharded_stack_logs_what_l1_holds_of_each_group(
     handshake.open(TWO_GROUPS, [PAGE, 2 * PAGE, 3 * PAGE])
     assert "10 slots of 4096 bytes" in caplog.text
     assert "window 64: 20480 bytes for 32 tokens in 5 slots" in caplog.text
+
+
+def test_open_sharded_stack_with_wait_pinned_returns_when_the_worker_has_l1(
+    handshake: Handshake, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    device = ReorderingDevice(Random(0))
+    worker = EarlyAttach(device)
+    handshake.wait_pinned = True
+    stack, memory, _ = handshake.open(ONE_GROUP, [PAGE], pipes=worker.pipes)
+    assert sum(device.pinned.values()) == memory.slab.slots * memory.slab.slot_nbytes
+    assert stack.front.stats().populated_blocks == 10
+    assert "1 of 1 ranks have attached all of L1" in caplog.text
+    worker.close()
+
+
+def test_open_sharded_stack_with_wait_pinned_and_a_dead_worker_returns(
+    handshake: Handshake, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = EarlyAttach(None)
+    worker.close()
+    handshake.wait_pinned = True
+    handshake.open(ONE_GROUP, [PAGE], pipes=worker.pipes)
+    assert "cannot be reached" in caplog.text

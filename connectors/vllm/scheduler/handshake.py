@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvcache.connectors.vllm.compat import host_name, replica_of
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.messages import Rank, Shard, SlabShards
+from kvcache.connectors.vllm.scheduler.announcement import announce, wait_attached
 from kvcache.connectors.vllm.scheduler.pieces import BlockCut, cut_blocks
 from kvcache.keys import namespace
 from kvcache.slab import Slab
@@ -82,6 +83,10 @@ def open_sharded_stack(
     slab = stack.front.slab.descriptor
     Slab.attach(slab).close()  # raises now, at start, what every worker would raise later
     _log_capacity(stack, groups, cut)
+    announce(slab, shards, wait=stack.front.wait_pinned)
+    if stack.front.wait_pinned:
+        wait_attached(slab, shards)
+        stack.front.slab.wait_populated()
     return stack, SlabShards(slab, cut.pieces), cut.parts
 
 

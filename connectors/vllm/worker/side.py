@@ -34,12 +34,12 @@ from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import kept_groups, may_load_within_step
 from kvcache.connectors.vllm.messages import Acks, Rank, Shard, SlabShards, Step, Transfer
+from kvcache.connectors.vllm.worker.early_attach import EarlyAttach
 from kvcache.connectors.vllm.worker.layer_sync import LayerSync
 from kvcache.connectors.vllm.worker.pages import RankPages, host_format
 from kvcache.connectors.vllm.worker.rank_pieces import Operation, RankPieces, TransferRows
 from kvcache.connectors.vllm.worker.started_copies import StartedCopies, StartedCopy
 from kvcache.process import bind_to_process
-from kvcache.slab import Slab
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerSide:
-    """One per rank. Attaches the slab at the first copy, when a step has its descriptor.
+    """One per rank. Attaches the slab when it is announced, at the latest at the first copy.
 
     Args:
         kv_cache_config: the worker's.
@@ -86,7 +86,7 @@ class WorkerSide:
         self._pages: RankPages | None = None
         self._pieces: RankPieces | None = None  # until the first copy
         self._shard: Shard | None = None
-        self._slab: Slab | None = None
+        self._early_attach: EarlyAttach | None = None
         self.device = device
         self.copier = copier
         self._layer_sync = LayerSync()
@@ -116,6 +116,8 @@ class WorkerSide:
             self._reports_requests = not may_load_within_step(kept_groups(self._config))
         except ValueError as error:
             raise RuntimeError(f"kvcache: {error}") from error
+        if self._early_attach is None and self.copier is None:
+            self._early_attach = EarlyAttach(self.device)
         device = pages.placements[0].device.partition(":")[0]
         self._shard = Shard(
             pages.nbytes,
@@ -124,6 +126,7 @@ class WorkerSide:
             pages.element_nbytes,
             async_copies=self.device is not None,
             replicas=self._replicas,
+            pipes=self._early_attach.pipes if self._early_attach is not None else None,
         )
         if self.device is None:
             compile_kernels()
@@ -250,10 +253,9 @@ class WorkerSide:
         assert self._pages is not None
         pieces = RankPieces(memory, self._rank, self._pages)
         if self.copier is None:
-            slab = self._slab = self._slab or Slab.attach(memory.slab)
-            geometries = pieces.geometries(slab)
+            assert self._early_attach is not None
+            geometries = pieces.geometries(self._early_attach.attach(memory.slab))
             self.copier = open_geometries(geometries, device=self.device, threads=self._threads)
-            slab.populate(self.copier.pin_slots)
         self._pieces = pieces
         return pieces
 
@@ -304,6 +306,5 @@ class WorkerSide:
         if self.copier is not None:
             self.copier.close()
             self.copier = None
-        if self._slab is not None:
-            self._slab.close()
-            self._slab = None
+        if self._early_attach is not None:
+            self._early_attach.close()
