@@ -37,7 +37,7 @@ from kvcache.connectors.vllm.worker.layer_sync import pass_mode  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
     from vllm.v1.core.block_pool import BlockPool
@@ -217,6 +217,19 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self.refusal is None:
             self.worker_side.register(kv_caches)
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:  # noqa: ARG003
+        """False, so vLLM 0.33 refuses ``--enable-sleep-mode``: it has not run on a GPU yet."""
+        return False
+
+    def unregister_kv_caches(self) -> None:
+        if self.refusal is None:
+            self.worker_side.unregister()
+
+    def restore_kv_caches(self) -> None:
+        if self.refusal is None:
+            self.worker_side.restore()
 
     def get_handshake_metadata(self) -> Shard | Refusal | None:
         if self.refusal is not None:

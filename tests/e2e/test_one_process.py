@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e.conftest import RunEngine
-from tests.support.engine import async_copies, fork, one_engine, two_engines
+from tests.support.engine import async_copies, fork, one_engine, sleep, two_engines
 from tests.support.engine.engine import BLOCK
 from tests.support.engine.process import EAGER, EngineRun, Scenario, startup
 
@@ -18,7 +18,12 @@ NO_OPEN_STATE = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0
 @pytest.fixture(scope="module")
 def synchronous(run_engine: RunEngine) -> EngineRun:
     return run_engine(
-        (*two_engines.SCENARIOS, fork.fork_of_the_engine, *one_engine.SCENARIOS),
+        (
+            *two_engines.SCENARIOS,
+            fork.fork_of_the_engine,
+            sleep.sleep_and_wake_up,
+            *one_engine.SCENARIOS,
+        ),
         blocks=TINY,
         l1="64MiB",
     )
@@ -260,6 +265,13 @@ def test_abort_of_the_request_that_computes_a_shared_prefix_keeps_the_other_righ
 
 def test_reset_of_an_idle_engine_empties_l1(synchronous: EngineRun) -> None:
     assert synchronous.result_of(one_engine.reset_idle) == {"used": 3, "after": 0, "cached": 0}
+
+
+def test_engine_that_wakes_up_finds_no_block_from_before_its_sleep(synchronous: EngineRun) -> None:
+    assert synchronous.result_of(sleep.sleep_and_wake_up) == {
+        "used asleep": 0, "keeps its stack": True, "tokens": 80, "equal": [True, True],
+        "cached": [0, 3 * BLOCK], "ends": NO_OPEN_STATE,
+    }  # fmt: skip
 
 
 def test_reset_of_the_own_cache_leaves_l1(synchronous: EngineRun) -> None:

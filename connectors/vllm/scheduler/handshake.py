@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvcache.connectors.vllm.compat import host_name, replica_of
 from kvcache.connectors.vllm.groups import KeptGroup
-from kvcache.connectors.vllm.messages import Rank, Shard, SlabShards
+from kvcache.connectors.vllm.messages import Rank, Refusal, Shard, SlabShards
 from kvcache.connectors.vllm.scheduler.announcement import announce, wait_attached
 from kvcache.connectors.vllm.scheduler.pieces import BlockCut, cut_blocks
 from kvcache.keys import namespace
@@ -19,6 +19,28 @@ if TYPE_CHECKING:
     from vllm.config import ParallelConfig
 
 log = logging.getLogger(__name__)
+
+
+class FirstHandshake:
+    """The handshake that opened the stack. vLLM 0.33 repeats it whenever the engine wakes up."""
+
+    def __init__(self) -> None:
+        self._handshakes: dict[Rank, Shard | Refusal] = {}
+
+    def is_repeated_by(self, handshakes: Mapping[Rank, Shard | Refusal]) -> bool:
+        """Whether there was a handshake before this one.
+
+        Raises:
+            RuntimeError: if the two differ.
+        """
+        if not self._handshakes:
+            self._handshakes = dict(handshakes)
+            return False
+        if handshakes != self._handshakes:
+            raise RuntimeError(
+                "kvcache: after a sleep the workers describe other blocks than at the start"
+            )
+        return True
 
 
 def check_ranks(shards: Mapping[Rank, Shard], ranks: int) -> None:

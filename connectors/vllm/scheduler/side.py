@@ -36,7 +36,7 @@ from kvcache.connectors.vllm.metrics import Reports, Stats
 from kvcache.connectors.vllm.refusals import refusal
 from kvcache.connectors.vllm.scheduler.copies import NO_BLOCK, PieceCopies
 from kvcache.connectors.vllm.scheduler.events import EventSource, events_of
-from kvcache.connectors.vllm.scheduler.handshake import open_sharded_stack
+from kvcache.connectors.vllm.scheduler.handshake import FirstHandshake, open_sharded_stack
 from kvcache.connectors.vllm.scheduler.hints import HintReader
 from kvcache.connectors.vllm.scheduler.lookups import Lookups
 from kvcache.connectors.vllm.scheduler.offers import HandOff, Offers
@@ -92,8 +92,8 @@ class SchedulerSide:
         if self.refusal:
             self._refuse(self.refusal)
         self._identity = identity
-        self._clock = clock
-        self._long_load_s = long_load_s
+        self._clock, self._long_load_s = clock, long_load_s
+        self._first_handshake = FirstHandshake()
         self._open_stack = open_stack
         self._groups: Sequence[KeptGroup] = ()
         if not self.refusal:
@@ -135,10 +135,10 @@ class SchedulerSide:
         """Open the stack for blocks of these shards, one per rank. If a rank refused, keep nothing.
 
         Raises:
-            RuntimeError: if a rank is missing, or is on another host.
+            RuntimeError: if a rank is missing, is on another host, or changed its shard.
             ProfileError: if the profile is wrong.
         """
-        if self.refusal:
+        if self.refusal or self._first_handshake.is_repeated_by(handshakes):
             return
         for handshake in handshakes.values():
             if isinstance(handshake, Refusal):

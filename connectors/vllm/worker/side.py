@@ -83,7 +83,8 @@ class WorkerSide:
         self._rank = rank
         self._threads = threads
         self._replicas = replicas
-        self._pages: RankPages | None = None
+        self._caches: dict[str, torch.Tensor] = {}
+        self._pages: RankPages | None = None  # before `register`, and while vLLM sleeps
         self._pieces: RankPieces | None = None  # until the first copy
         self._shard: Shard | None = None
         self._early_attach: EarlyAttach | None = None
@@ -110,6 +111,7 @@ class WorkerSide:
             RuntimeError: if a cache is no tensor or on an unknown device, or its first axis is not
                 blocks.
         """
+        self._caches = caches
         try:
             pages = self._pages = RankPages(self._config, caches)
             self.device = self.device or device_of(pages.placements[0])
@@ -130,6 +132,17 @@ class WorkerSide:
         )
         if self.device is None:
             compile_kernels()
+
+    def unregister(self) -> None:
+        """Wait for all copies, and forget the pages: vLLM sleeps. Until `restore`, copies fail."""
+        self._start_deferred()
+        self._close_copier()
+        self._pages = self._pieces = None
+
+    def restore(self) -> None:
+        """Find the pages again after `unregister`. Their addresses may have changed."""
+        if self._pages is None and self._caches:
+            self.register(self._caches)
 
     def shard(self) -> Shard | None:
         """Return this rank's part of a block; ``None`` before `register`."""
@@ -250,7 +263,8 @@ class WorkerSide:
 
     def _attach(self, memory: SlabShards) -> RankPieces:
         """Attach the slab, and open the page copier unless there is one."""
-        assert self._pages is not None
+        if self._pages is None:
+            raise RuntimeError("vLLM has discarded the KV cache to sleep")
         pieces = RankPieces(memory, self._rank, self._pages)
         if self.copier is None:
             assert self._early_attach is not None
@@ -300,11 +314,16 @@ class WorkerSide:
         acks, self._acks = self._acks, Acks()
         return acks if acks.ranks or acks.step else None
 
-    def close(self) -> None:
-        """Drop deferred stores, close the copier, and detach the slab. Closing twice is allowed."""
-        self._deferred = None
+    def _close_copier(self) -> None:
+        """Wait for all copies, and use the copier no more."""
         if self.copier is not None:
             self.copier.close()
             self.copier = None
+
+    def close(self) -> None:
+        """Drop deferred stores, close the copier, and detach the slab. Closing twice is allowed."""
+        self._deferred = None
+        self._close_copier()
+        self._caches = {}
         if self._early_attach is not None:
             self._early_attach.close()
