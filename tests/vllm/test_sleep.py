@@ -29,12 +29,12 @@ BASE = "distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
 
 
 class SleepingRank:
-    """A rank with one layer, whose connector vLLM calls, and a slab of as many slots as blocks."""
+    """A rank with one layer, its connector, and a slab of as many slots as blocks."""
 
-    def __init__(self, device: ReorderingDevice | None) -> None:
+    def __init__(self, device: ReorderingDevice | None, *, defers_stores: bool) -> None:
         self.device = device
         self.cache = torch.randint(0, 256, (BLOCKS, 512), dtype=torch.uint8)
-        self.worker: WorkerSide = side(layers=["one"], device=device)
+        self.worker: WorkerSide = side(layers=["one"], device=device, defers_stores=defers_stores)
         self.connector = KVCacheConnector.__new__(KVCacheConnector)
         self.connector.worker_side = self.worker
         self.connector.refusal = None
@@ -46,7 +46,7 @@ class SleepingRank:
         return bytes(self.slab.view(number)[:512])
 
     def page(self, block: int) -> bytes:
-        return self.cache[block].numpy().tobytes()
+        return bytes(self.cache[block].numpy().tobytes())
 
     def start(self, step: Step) -> None:
         self.worker.fence(step)
@@ -74,7 +74,8 @@ class SleepingRank:
 def rank(request: pytest.FixtureRequest) -> Iterator[SleepingRank]:
     """A rank on the CPU, or on a device that does its work in any order that events allow."""
     seed = request.param
-    rank = SleepingRank(None if seed is None else ReorderingDevice(Random(seed)))
+    device = None if seed is None else ReorderingDevice(Random(seed))
+    rank = SleepingRank(device, defers_stores=seed in (1, 3))
     yield rank
     rank.close()
 
