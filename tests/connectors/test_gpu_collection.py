@@ -64,7 +64,7 @@ def test_tests_on_a_gpu_are_collected_with_few_packages() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for name in ("test_cuda.py", "test_cuda_layers.py"):
+    for name in ("test_cuda.py", "test_cuda_layers.py", "test_paged_gpu.py"):
         assert any(line.startswith(f"tests/connectors/{name}::") for line in lines), done.stdout
     imported = {line.removeprefix("package ") for line in lines if line.startswith("package ")}
     private = {name for name in imported if name.startswith("_")}  # of pytest and of this checkout

@@ -1,8 +1,8 @@
 """The kernels of attention libraries over restored blocks, where a GPU and the libraries exist.
 
-The engine's cache is on the GPU. A copy of it in host memory is saved, overwritten, loaded into
-other blocks, and copied back to the GPU. Each kernel must compute the same bits over the original
-cache and over the restored one, and nearly what torch computes over K and V.
+The engine's cache is on the GPU. It is saved, overwritten and loaded into other blocks. Each kernel
+must compute the same bits over the original cache and over the restored one, and nearly what torch
+computes over K and V.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("numba")
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -96,14 +95,6 @@ CASES = {
 }
 
 
-def on_gpu(layer: Any) -> Cache:
-    return tuple(map(on_gpu, layer)) if isinstance(layer, tuple) else layer.cuda()
-
-
-def on_host(layer: Any) -> Any:
-    return tuple(map(on_host, layer)) if isinstance(layer, tuple) else layer.cpu()
-
-
 @pytest.mark.parametrize("order", ["raw", "canonical"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
@@ -111,23 +102,21 @@ def test_kernel_over_restored_blocks_computes_the_same(
     name: str, dtype: torch.dtype, order: Any
 ) -> None:
     case, kind = CASES[name], KINDS[CASES[name].kind]
-    g = Geometry(layers=2, blocks=6, tokens=TOKENS, heads=HEADS, dim=DIM, dtype=dtype)
-    on_cpu = kind.make(g)
-    fill(on_cpu)
-    engine = [on_gpu(layer) for layer in on_cpu]
+    g = Geometry(2, 6, TOKENS, HEADS, DIM, dtype, device="cuda")
+    engine = kind.make(g)
+    fill(engine)
     queries = torch.randn((1, HEADS, DIM), generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = [case.kernel(queries.cuda(), layer, BEFORE) for layer in engine]
 
-    host = [on_host(layer) for layer in engine]
-    cache = PagedCache(host, kind.layout, order=order, tokens=TOKENS)
+    cache = PagedCache(engine, kind.layout, order=order, tokens=TOKENS)
     keys = block_keys(range(3 * TOKENS), TOKENS)
     with l1_stack(cache.block_nbytes) as stack, cache.attach(stack) as attached:
         assert attached.save(BEFORE, keys).stored == 3
-        overwrite(host)
+        overwrite(engine)
         assert attached.load(keys, AFTER) == 3
-    for layer, parts, out in zip(host, keys_and_values(kind, host), expected, strict=True):
-        assert torch.equal(case.kernel(queries.cuda(), on_gpu(layer), AFTER), out)
-        key_part, values = (part[AFTER].flatten(0, 1)[:LENGTH].float() for part in parts)
+    for layer, parts, out in zip(engine, keys_and_values(kind, engine), expected, strict=True):
+        assert torch.equal(case.kernel(queries.cuda(), layer, AFTER), out)
+        key_part, values = (part[AFTER].flatten(0, 1)[:LENGTH].cpu().float() for part in parts)
         reference = scaled_dot_product_attention(
             queries[0].float()[:, None], key_part.transpose(0, 1), values.transpose(0, 1)
         )

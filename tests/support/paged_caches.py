@@ -23,7 +23,7 @@ KeysAndValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a cache. ``dtype`` is that of its elements."""
+    """The sizes of a cache, the dtype of its elements, and the device that holds it."""
 
     layers: int = 2
     blocks: int = 12
@@ -31,6 +31,7 @@ class Geometry:
     heads: int = 3
     dim: int = 32
     dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Kind:
 
 
 def _empty(g: Geometry, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=g.dtype)
+    return torch.zeros(shape, dtype=g.dtype, device=g.device)
 
 
 def _each(make: Callable[[Geometry], Any]) -> Callable[[Geometry], list[Any]]:
