@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": "measure memory copies, stores, loads and lookups on this machine",
     "replay": "replay a trace of requests: hits of L1 by policy and capacity",
     "profile": "list, show and check profiles, and print their JSON schema",
+    "selftest": "store, wipe and load pages in every layout, and compare attention over them",
     "doctor": "check this machine for a profile: print each problem with its fix",
     "inspect": "print what a disk or Redis tier holds, by namespace, and verify it",
     "plan": "from a model and a pod's memory: what fits, L1's capacity, load against compute",
