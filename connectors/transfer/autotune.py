@@ -140,6 +140,7 @@ class BackendSelector:
 
     def __init__(self, backends: Sequence[CopyBackend]) -> None:
         self.enabled = tuple(backends)
+        self.used: set[str] = set()  # names of those that copied; trials do not count
         # In order of RUN_COUNTS and RUN_SIZES. None if no backend is left for such copies.
         self._choices: Mapping[Direction, Sequence[Sequence[BackendChoice | None]]] = {}
 
@@ -153,6 +154,7 @@ class BackendSelector:
         backend = self._select(batch)
         try:
             backend.copy(batch)
+            self.used.add(backend.name)
         except Exception as error:
             if backend is self._default(batch):
                 raise

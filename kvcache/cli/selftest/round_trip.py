@@ -200,5 +200,5 @@ def _copied_by(cache: PagedCache) -> list[str]:
         from kvcache.connectors.transfer.cuda import CudaDevice
 
         if isinstance(cache.device, CudaDevice):
-            return [cache.device.selector.default.name]
+            return sorted(cache.device.selector.used)
     return ["cpu"]
