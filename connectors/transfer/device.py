@@ -47,7 +47,7 @@ before it begins; halving that would double the calls."""
 MIN_CUT_RUN_NBYTES: Final = 256 << 10
 """The least bytes of the runs into which a layer-wise load cuts the adjacent layers of a block. A
 run takes the copy engine about 1.2 us besides its bytes, and 256 KiB take 5 to 10 us over PCIe
-(docs/decisions/0017-blocks-outermost.md)."""
+(docs/decisions/0018-blocks-outermost.md)."""
 
 _MAX_KEPT_RUNS: Final = 256  # merged runs of one copier; each is small
 

@@ -30,6 +30,7 @@ OLDEST_VLLM: Final[Version] = (0, 28)
 _BASE = "distributed.kv_transfer.kv_connector.v1.base"
 _FAILED_LOADS = f"{_BASE}:KVConnectorTransferResults.failed_recving"
 _STATES = "v1.core.sched.output:KVConnectorBlockState.boundary_state_offloads"
+LAYOUTS: Final = "v1.kv_cache_layout:KVCacheLayout.BLNHC"
 _LIVE_TABLES = "v1.core.sched.output:KVConnectorBlockState.get_block_ids"
 
 VLLM_NAMES: Final[Mapping[str, Version]] = {
@@ -48,6 +49,8 @@ VLLM_NAMES: Final[Mapping[str, Version]] = {
     "v1.kv_cache_interface:MambaSpec.mamba_cache_mode": (0, 28),
     "v1.kv_cache_interface:MambaSpec.tp_replicated": (0, 29),
     "v1.kv_cache_interface:AttentionSpec.max_tp_shards": (0, 31),
+    # Layouts of the KV cache
+    LAYOUTS: (0, 29),
     # KV events
     "v1.kv_cache_interface:get_kv_cache_spec_kind": (0, 28),
     "v1.kv_cache_interface:get_kv_cache_spec_sliding_window": (0, 28),

@@ -12,6 +12,7 @@ class in other processes too: importing this module starts nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -105,13 +106,22 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
                 rank,
                 torch.get_num_threads(),
                 replicas=replicas,
-                defers_stores=not vllm_config.use_v2_model_runner,
+                defers_stores=not getattr(vllm_config, "use_v2_model_runner", False),
             )
 
     @property
     def requires_kv_delivery(self) -> bool:
         """False: this is a cache, so vLLM recomputes what it loses and holds no request for it."""
         return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        from kvcache.connectors.vllm.layout_request import requested_layout
+
+        # The only sign of `MultiConnector`: it passes the config of an engine with one connector.
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_globals["__name__"] if frame and frame.f_back else ""
+        return requested_layout(vllm_config, caller)
 
     # Scheduler
 
