@@ -174,9 +174,14 @@ def test_selector_for_unmeasured_copies_uses_the_default(backends: TwoBackends) 
     assert backends.chosen(MIN_RUNS, 4 * KIB + 8) == "engine"  # the kernel does not support it
     assert backends.chosen(MIN_RUNS, 64 * KIB + 16) == "engine"  # as the next larger measured size
     assert backends.chosen(MIN_RUNS, 512 * KIB) == "engine"  # larger than all measured sizes
-    assert backends.selector.used == set()  # a trial does not count
     backends.selector.copy(backends.batch(0, 16))  # an empty copy raises nothing
-    assert len(backends.selector.used) == 1
+
+
+def test_selector_lists_the_backends_that_copied_outside_trials(backends: TwoBackends) -> None:
+    backends.measure()
+    assert backends.selector.used == set()
+    assert backends.chosen(MIN_RUNS - 1, 4 * KIB) == "engine"
+    assert backends.selector.used == {"engine"}
 
 
 def test_selector_for_mixed_sizes_uses_their_mean(backends: TwoBackends) -> None:
