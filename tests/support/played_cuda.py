@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,14 +22,19 @@ from kvcache.connectors.transfer.cuda import runtime
 DEVICE = torch.device("cpu")
 DEVICE_NUMBER = 3
 STREAM = 77  # the handle of every stream
+ILLEGAL_ADDRESS = 700  # cudaErrorIllegalAddress
 OTHER_DEVICE = torch.device("meta")  # the current device of a new thread
 
 
 class FakeRuntime:
     """The functions of libcudart that are called, and the current device of each thread."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0  # the device's clock
+    def __init__(self, device: torch.device = DEVICE) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.clock: Callable[[], float] = lambda: self.seconds  # of the device
+        self.accepts: Callable[[int, int, int], bool] = lambda *run: True
+        """Whether the device can access both sides of a run: target, source and bytes."""
         self.registered: dict[int, int] = {}  # bytes by address
         self.address_shift = 0  # from the host's address of registered memory to the device's
         self.pointer_error = 0  # the code that cudaHostGetDevicePointer returns
@@ -40,12 +45,12 @@ class FakeRuntime:
         self.calls: list[str] = []
         self.priorities: list[int] = []  # of the streams that were made
         self.thread = threading.local()
-        self.thread.device = DEVICE  # an engine has chosen it for this thread
+        self.thread.device = device  # an engine has chosen it for this thread
         self.restored: set[torch.device] = set()  # devices that were current again after a stream
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert flags == 3  # portable and mapped
-        assert self.current_device() == DEVICE
+        assert self.current_device() == self.device
         if self.register_error:
             self.pending_error = self.register_error
             return self.register_error
@@ -64,7 +69,7 @@ class FakeRuntime:
         return self.pointer_error
 
     def cudaGetDevice(self, found: Any) -> int:  # noqa: N802
-        assert self.current_device() == DEVICE
+        assert self.current_device() == self.device
         found._obj.value = DEVICE_NUMBER
         return 0
 
@@ -78,6 +83,8 @@ class FakeRuntime:
     ) -> int:
         assert (kind, stream) == (4, STREAM)
         self.runs_copied_singly += 1
+        if not self.accepts(target, source, nbytes):
+            return ILLEGAL_ADDRESS
         ctypes.memmove(target, source, nbytes)
         self.seconds += 3e-6
         return 0
@@ -101,7 +108,7 @@ class FakeRuntime:
     @contextmanager
     def stream_context(self, stream: object) -> Iterator[None]:
         """Restores the stream and so the device that were current before, as torch does."""
-        before, self.thread.device = self.current_device(), DEVICE
+        before, self.thread.device = self.current_device(), self.device
         try:
             yield
         finally:
@@ -140,6 +147,7 @@ class FakeDriver:
     """The functions of libcuda that are called. A batch is copied at once."""
 
     def __init__(self) -> None:
+        self.accepts: Callable[[int, int, int], bool] = lambda *run: True  # as of FakeRuntime
         self.batches: list[BatchCall] = []
         self.find_error = 0  # the code that cuGetProcAddress returns
         self.missing = False  # whether cuGetProcAddress finds nothing
@@ -173,6 +181,8 @@ class FakeDriver:
             ctypes.c_size_t.from_address(failed).value = failure[1]
             return failure[0]
         for run in zip(to, at, nbytes, strict=True):
+            if not self.accepts(*run):
+                return ILLEGAL_ADDRESS
             ctypes.memmove(*run)
         return 0
 
@@ -182,8 +192,8 @@ class FakeEvent:
         self.fake = fake
         self.seconds = 0.0
 
-    def record(self, stream: object) -> None:
-        self.seconds = self.fake.seconds
+    def record(self, stream: object = None) -> None:
+        self.seconds = self.fake.clock()
 
     def query(self) -> bool:
         return True
@@ -207,13 +217,15 @@ class FakeStreams:
         return self.stream
 
     def priority_range(self) -> tuple[int, int]:
-        assert self.fake.current_device() == DEVICE
+        assert self.fake.current_device() == self.fake.device
         return 0, -5
 
 
 def install(fake: FakeRuntime, patch: pytest.MonkeyPatch) -> None:
     """Make torch and the library call `fake`."""
-    stream = SimpleNamespace(cuda_stream=STREAM, wait_event=lambda event: None)
+    stream = SimpleNamespace(
+        cuda_stream=STREAM, wait_event=lambda event: None, wait_stream=lambda other: None
+    )
     patch.setattr(runtime, "library", lambda: fake)
     patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(fake))
     patch.setattr(torch.cuda, "Stream", FakeStreams(fake, stream))
