@@ -24,15 +24,30 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class _CgroupFiles:
-    """The files of a cgroup version: limit and usage, and the reclaimable field of memory.stat."""
+    """The files of a controller: limit and usage, and the reclaimable field of memory.stat."""
 
+    controller: str
     limit: str
     usage: str
-    cache: str
+    cache: str = ""
 
 
-_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
+@dataclass(frozen=True, slots=True)
+class _Controller:
+    """A controller's files in the two versions of cgroups."""
+
+    v1: _CgroupFiles
+    v2: _CgroupFiles
+
+
+_MEMORY = _Controller(
+    _CgroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    _CgroupFiles("memory", "memory.max", "memory.current", "inactive_file"),
+)
+_HUGE_PAGES = _Controller(
+    _CgroupFiles("hugetlb", "hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.usage_in_bytes"),
+    _CgroupFiles("hugetlb", "hugetlb.2MB.max", "hugetlb.2MB.current"),
+)
 
 
 def limit(root: Path = _ROOT) -> HostMemory:
@@ -57,6 +72,17 @@ def available(root: Path = _ROOT) -> HostMemory:
     return _smallest(free)
 
 
+def free_huge_pages(root: Path = _ROOT) -> int | None:
+    """The bytes in huge pages of 2 MiB that the control groups still allow; None: no limit."""
+    return min(
+        (
+            limit_nbytes - int(_read(group / files.usage) or 0)
+            for group, files, limit_nbytes in _limited_groups(root, _HUGE_PAGES)
+        ),
+        default=None,
+    )
+
+
 def shortage(nbytes: int, root: Path = _ROOT) -> str | None:
     """Why ``nbytes`` cannot be allocated now, and how many bytes can; ``None`` if they can."""
     total, free = limit(root), available(root)
@@ -71,14 +97,16 @@ def shortage(nbytes: int, root: Path = _ROOT) -> str | None:
     )
 
 
-def _limited_groups(root: Path) -> Iterator[tuple[Path, _CgroupFiles, int]]:
-    """Yield the process's control groups that have a memory limit, its own group first."""
-    mounts = _mounts(root)
+def _limited_groups(
+    root: Path, controller: _Controller = _MEMORY
+) -> Iterator[tuple[Path, _CgroupFiles, int]]:
+    """Yield the process's control groups that have a limit, its own group first."""
+    mounts = _mounts(root, controller)
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller.v1.controller not in controllers.split(","):
             continue
-        files = _V1 if controllers else _V2
+        files = controller.v1 if controllers else controller.v2
         if files not in mounts:
             continue
         mount, mounted = mounts[files]
@@ -96,17 +124,17 @@ def _limited_groups(root: Path) -> Iterator[tuple[Path, _CgroupFiles, int]]:
                 break
 
 
-def _mounts(root: Path) -> dict[_CgroupFiles, tuple[Path, str]]:
-    """For each cgroup version: the mount point of its memory files, and the group mounted there."""
+def _mounts(root: Path, controller: _Controller) -> dict[_CgroupFiles, tuple[Path, str]]:
+    """For each cgroup version: the mount point of the files, and the group mounted there."""
     mounts: dict[_CgroupFiles, tuple[Path, str]] = {}
     for line in _read(root / "proc/self/mountinfo").splitlines():
         mount, _, filesystem = line.partition(" - ")
         mounted, point = mount.split()[3:5]
         kind, *_, options = filesystem.split()
         if kind == "cgroup2":
-            mounts.setdefault(_V2, (root / point.lstrip("/"), mounted))
-        elif kind == "cgroup" and "memory" in options.split(","):
-            mounts.setdefault(_V1, (root / point.lstrip("/"), mounted))
+            mounts.setdefault(controller.v2, (root / point.lstrip("/"), mounted))
+        elif kind == "cgroup" and controller.v1.controller in options.split(","):
+            mounts.setdefault(controller.v1, (root / point.lstrip("/"), mounted))
     return mounts
 
 

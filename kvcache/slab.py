@@ -1,7 +1,8 @@
 """Host memory in equal slots, shared between the process that owns it and those that attach to it.
 
-The memory is an anonymous file (``memfd``): there is no ``/dev/shm`` to size, and a crash leaves
-nothing behind. Other processes open it by the owner's descriptor, ``/proc/<pid>/fd/<n>``.
+The memory is an anonymous file (``memfd``), or two: the first one of huge pages, as many as are
+free, the second one of ordinary pages. There is no ``/dev/shm`` to size, and a crash leaves nothing
+behind. Other processes open a file by the owner's descriptor, ``/proc/<pid>/fd/<n>``.
 
 Always true here:
 
@@ -9,43 +10,33 @@ Always true here:
 * The first use of a slot below ``populated`` costs no zeroing of pages: a background thread
   allocates the memory from the lowest slot up, and ``populated`` only grows.
 * A descriptor that leads to other memory (another host, a reused pid) is refused, not mapped.
-* The file keeps its size: the kernel lets no process truncate it, which would end the engine with
-  SIGBUS.
 * A forked child has no access to the memory until it attaches.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import logging
-import mmap
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvcache import huge_pages, numa
+from kvcache.huge_pages import HUGE_PAGE
+from kvcache.memory_files import PAGE, MappedFiles, create_file
 from kvcache.process import bind_to_process
+
+__all__ = ["PAGE", "Slab", "SlabDescriptor", "SlabError", "slot_nbytes_for"]
 
 log = logging.getLogger(__name__)
 
-PAGE = mmap.PAGESIZE
-HUGE_PAGE = 2 << 20
-FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 MADV_POPULATE_WRITE = 23  # Linux 5.14
-_MFD_HUGE_2MB = 21 << 26
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 PIECE_NBYTES = 64 << 20  # allocated at a time, in about 20 ms; ``close`` waits for one piece
 _PROGRESS_EVERY_S = 5.0  # small slabs are allocated faster, and log nothing
-
-_libc = ctypes.CDLL(None, use_errno=True)  # its calls release the GIL
-_libc.madvise.argtypes = _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_PROT_NONE = 0
 
 
 class SlabError(RuntimeError):
@@ -54,12 +45,32 @@ class SlabError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class SlabDescriptor:
-    """The data with which another process on this host attaches. Picklable; keeps no file open."""
+    """The data with which another process on this host attaches. Picklable; keeps no file open.
+
+    Attributes:
+        path: of the file; of the second one, if there are two.
+        name: a part of the names of the files.
+        slots: how many there are.
+        slot_nbytes: bytes of a slot.
+        huge_path: of the file of huge pages; "" if there is none.
+        huge_nbytes: bytes of that file. Its last page may end after the last slot.
+        nodes: NUMA nodes from which the memory comes; empty for no preference.
+    """
 
     path: str
     name: str
     slots: int
     slot_nbytes: int
+    huge_path: str = ""
+    huge_nbytes: int = 0
+    nodes: tuple[int, ...] = ()
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """The path of each file, and how many of its bytes to map."""
+        rest = self.slots * self.slot_nbytes - self.huge_nbytes
+        huge = [(self.huge_path, self.huge_nbytes)] if self.huge_nbytes else []
+        return [*huge, *([(self.path, rest)] if rest > 0 else [])]
 
 
 def slot_nbytes_for(block_nbytes: int) -> int:
@@ -76,42 +87,68 @@ class Slab:
         populated: how many slots have their memory allocated, from slot 0.
     """
 
-    def __init__(self, fd: int, descriptor: SlabDescriptor, *, owner: bool) -> None:
-        self._fd = fd if owner else None
-        self._owner = owner
+    def __init__(self, fds: Sequence[int], descriptor: SlabDescriptor, *, owner: bool) -> None:
         self.descriptor = descriptor
         self.slots = descriptor.slots
         self.slot_nbytes = descriptor.slot_nbytes
         self.nbytes = self.slots * self.slot_nbytes
-        mapped = -(-self.nbytes // HUGE_PAGE) * HUGE_PAGE if _is_huge(fd) else self.nbytes
+        self._owner = owner
+        self._fds = list(fds)
         try:
-            self._map = mmap.mmap(fd, mapped)
+            sizes = (nbytes for _, nbytes in descriptor.files)
+            self._memory = MappedFiles([*zip(fds, sizes, strict=True)])
         except (OSError, ValueError):
-            os.close(fd)
+            self._close_fds()
             raise
         if not owner:
-            os.close(fd)
-        self._view = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        _libc.madvise(
-            self.address, mapped, mmap.MADV_HUGEPAGE
-        )  # a request; the kernel may ignore it
+            self._close_fds()
+        self.address = self._memory.address
+        self._place()
         self.populated = 0
         self._allocated_nbytes = 0
-        self._mapped_nbytes = mapped  # 0 after unmapping
         self._on_ready: Callable[[int], None] = lambda _: None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         bind_to_process(self)
 
+    def _place(self) -> None:
+        """Place the memory on the descriptor's nodes, before any of it is allocated."""
+        if not (nodes := self.descriptor.nodes):
+            return
+        cause = numa.place(self.address, self._memory.nbytes, nodes)
+        if not self._owner:
+            return
+        numbers = ", ".join(map(str, nodes))
+        if cause:
+            log.warning(
+                "kvcache: slab: L1 not placed on NUMA node %s (%s); copies may cross nodes",
+                numbers, cause,
+            )  # fmt: skip
+        else:
+            log.info("kvcache: slab: L1 is placed on NUMA node %s", numbers)
+
     def _release_in_child(self) -> None:
-        """Make the memory inaccessible in a forked child, and close the child's descriptor."""
-        _libc.mprotect(self.address, self._mapped_nbytes, _PROT_NONE)
-        self._close_fd()
+        """Make the memory inaccessible in a forked child, and close the child's descriptors."""
+        self._memory.forbid_access()
+        self._close_fds()
 
     @classmethod
-    def create(cls, slots: int, slot_nbytes: int) -> Slab:
+    def create(
+        cls,
+        slots: int,
+        slot_nbytes: int,
+        *,
+        nodes: Sequence[int] = (),
+        use_huge_pages: bool = True,
+    ) -> Slab:
         """Create a slab. Its memory is allocated by :meth:`populate`.
+
+        Args:
+            slots: how many.
+            slot_nbytes: bytes of a slot, a whole number of pages.
+            nodes: NUMA nodes from which the memory comes while they have some; empty for no
+                preference.
+            use_huge_pages: whether to take free huge pages, as many as there are or the slab needs.
 
         Raises:
             ValueError: if a size is not positive, or slots are not whole pages.
@@ -124,12 +161,17 @@ class Slab:
             )
         name = f"kvcache-{uuid.uuid4().hex}"
         nbytes = slots * slot_nbytes
-        try:
-            fd = _memfd(name, nbytes)
-            path = f"/proc/{os.getpid()}/fd/{fd}"
-            return cls(fd, SlabDescriptor(path, name, slots, slot_nbytes), owner=True)
-        except OSError as error:
-            raise SlabError(f"cannot make a slab of {nbytes} bytes: {error}") from error
+        pages = min(huge_pages.free(), -(-nbytes // HUGE_PAGE)) if use_huge_pages else 0
+        while True:
+            try:
+                fds, descriptor = _create_files(name, slots, slot_nbytes, pages, tuple(nodes))
+                return cls(fds, descriptor, owner=True)
+            except OSError as error:
+                if not pages:
+                    raise SlabError(f"cannot make a slab of {nbytes} bytes: {error}") from error
+                # Another process has taken some since, or the kernel is older than 4.16, which
+                # cannot seal files of huge pages.
+                pages = min(huge_pages.free(), pages // 2)
 
     @classmethod
     def attach(cls, descriptor: SlabDescriptor) -> Slab:
@@ -138,28 +180,22 @@ class Slab:
         Raises:
             SlabError: if the descriptor leads to no memory, or to other memory.
         """
-        where = f"the slab {descriptor.name} at {descriptor.path}"
+        fds: list[int] = []
         try:
-            fd = os.open(descriptor.path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise SlabError(
-                f"cannot attach {where}: {error.strerror}. Its owner must be running on this host, "
-                "under the same user and in the same pid namespace"
-            ) from error
-        found = str(Path(f"/proc/self/fd/{fd}").readlink())
-        if descriptor.name not in found:
-            os.close(fd)
-            raise SlabError(
-                f"cannot attach {where}: it is {found}. Its owner has ended, or is on another host"
-            )
-        return cls(fd, descriptor, owner=False)
+            for path, _ in descriptor.files:
+                fds.append(_open_file(path, descriptor.name))
+        except SlabError:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return cls(fds, descriptor, owner=False)
 
     def view(self, slot: int) -> memoryview:
         """A writable view of the slot's bytes."""
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of a slab that has {self.slots}")
         at = slot * self.slot_nbytes
-        return self._view[at : at + self.slot_nbytes]
+        return self._memory.view(at, at + self.slot_nbytes)
 
     def populate(self, on_ready: Callable[[int], None] = lambda _: None) -> None:
         """Allocate the memory: a first piece now, the rest in the background.
@@ -214,66 +250,75 @@ class Slab:
 
     def allocate(self, begin: int, nbytes: int) -> int:
         """Allocate the pages of these bytes and map them here. Returns 0 or an errno."""
-        while _libc.madvise(self.address + begin, nbytes, MADV_POPULATE_WRITE):
-            code = ctypes.get_errno()
-            if code == errno.EINVAL and self._fd is not None:
-                # The kernel is older than MADV_POPULATE_WRITE. Allocating the file's pages leaves
-                # only the mapping, not the zeroing, to the first access.
+        while code := self._memory.advise(begin, nbytes, MADV_POPULATE_WRITE):
+            if code == errno.EINVAL:  # the kernel is older than MADV_POPULATE_WRITE
+                return self._allocate_in_files(begin, begin + nbytes)
+            if code not in (errno.EINTR, errno.EAGAIN):
+                return code
+        return 0
+
+    def _allocate_in_files(self, begin: int, end: int) -> int:
+        """Allocate the pages of these bytes. The first access still maps them, without zeroing."""
+        offset = 0
+        for fd, (_, nbytes) in zip(self._fds, self.descriptor.files, strict=bool(self._fds)):
+            first, last = max(begin - offset, 0), min(end - offset, nbytes)
+            offset += nbytes
+            if first < last:
                 try:
-                    os.posix_fallocate(self._fd, begin, nbytes)
+                    os.posix_fallocate(fd, first, last - first)
                 except OSError as error:
                     return error.errno or errno.ENOMEM
-                return 0
-            if code not in (errno.EINTR, errno.EAGAIN):
-                return 0 if code == errno.EINVAL else code
         return 0
 
     def close(self) -> None:
         """Unmap the memory and close the owner's descriptor. Views in use keep the memory alive."""
         self.stop_populating()
         self.wait_populated()
-        self._close_fd()
-        mapped, self._mapped_nbytes = self._mapped_nbytes, 0
-        try:
-            self._view.release()
-            self._map.close()
-        except BufferError:
-            self._mapped_nbytes = mapped
+        self._close_fds()
+        if not self._memory.close():
             log.debug(
                 "kvcache: slab: closed while views are in use; the last view frees the memory"
             )
 
-    def _close_fd(self) -> None:
-        fd, self._fd = (
-            self._fd,
-            None,
-        )  # cleared first: a fork in between must not close a reused number
-        if fd is not None:
+    def _close_fds(self) -> None:
+        # Cleared first: a fork in between must not close a reused number.
+        fds, self._fds = self._fds, []
+        for fd in fds:
             os.close(fd)
 
 
-def _memfd(name: str, nbytes: int) -> int:
-    """Create an anonymous file of ``nbytes``, of huge pages if enough are reserved and free."""
-    pages = -(-nbytes // HUGE_PAGE)
-    if FREE_HUGE_PAGES.exists() and int(FREE_HUGE_PAGES.read_text()) >= pages:
-        # Fails if another process takes the pages first, and on kernels before 4.16, which cannot
-        # seal files of huge pages.
-        with suppress(OSError):
-            return _sealed(name, pages * HUGE_PAGE, os.MFD_HUGETLB | _MFD_HUGE_2MB)
-    return _sealed(name, nbytes)
-
-
-def _sealed(name: str, nbytes: int, flags: int = 0) -> int:
-    """Create an anonymous file that cannot be resized."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+def _create_files(
+    name: str, slots: int, slot_nbytes: int, pages: int, nodes: tuple[int, ...]
+) -> tuple[list[int], SlabDescriptor]:
+    """Create the files of a slab, of which the first ``pages`` huge pages are a file."""
+    huge_nbytes = pages * HUGE_PAGE
+    descriptor = SlabDescriptor("", name, slots, slot_nbytes, "", huge_nbytes, nodes)
+    fds: list[int] = []
     try:
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        for _, nbytes in descriptor.files:
+            fds.append(create_file(name, nbytes, huge=bool(pages) and not fds))
     except OSError:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
         raise
+    paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in fds]
+    huge_path = paths[0] if pages else ""
+    return fds, replace(descriptor, path=paths[-1], huge_path=huge_path)
+
+
+def _open_file(path: str, name: str) -> int:
+    where = f"the slab {name} at {path}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SlabError(
+            f"cannot attach {where}: {error.strerror}. Its owner must be running on this host, "
+            "under the same user and in the same pid namespace"
+        ) from error
+    found = str(Path(f"/proc/self/fd/{fd}").readlink())
+    if name not in found:
+        os.close(fd)
+        raise SlabError(
+            f"cannot attach {where}: it is {found}. Its owner has ended, or is on another host"
+        )
     return fd
-
-
-def _is_huge(fd: int) -> bool:
-    return os.fstat(fd).st_blksize == HUGE_PAGE

@@ -1,6 +1,5 @@
 """A slab: equal slots, shared with other processes, allocated in the background, freed at close."""
 
-import errno
 import fcntl
 import os
 import subprocess
@@ -95,27 +94,6 @@ def test_truncate_by_another_process_is_refused() -> None:
         assert bytes(owned.view(2)[:5]) == b"hello"
         with pytest.raises(PermissionError):  # the seals cannot be changed either
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-    owned.close()
-
-
-def test_create_without_sealed_huge_pages_uses_small_pages(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    make, refused = os.memfd_create, []
-
-    def memfd_create(name: str, flags: int) -> int:
-        if flags & os.MFD_HUGETLB and flags & os.MFD_ALLOW_SEALING:
-            refused.append(name)
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return make(name, flags)
-
-    (tmp_path / "free").write_text("1000\n")
-    monkeypatch.setattr(slab, "FREE_HUGE_PAGES", tmp_path / "free")
-    monkeypatch.setattr(os, "memfd_create", memfd_create)
-    owned = Slab.create(3, PAGE)
-    assert refused
-    owned.view(2)[:5] = b"hello"
-    assert run(TRUNCATE, owned.descriptor.path).returncode == 0
     owned.close()
 
 

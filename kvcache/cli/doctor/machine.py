@@ -13,8 +13,8 @@ from kvcache import host_memory
 from kvcache.cli.doctor.options import CheckOptions
 from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 from kvcache.cli.plan.capacity import copy_rate, cores
+from kvcache.huge_pages import HUGE_PAGE
 from kvcache.sizes import Size, format_size
-from kvcache.slab import HUGE_PAGE
 
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
