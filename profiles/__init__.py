@@ -11,7 +11,7 @@ if __name__ == "profiles":
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ def open_stack(
     ranks: int = 1,
     identity: Mapping[str, object] | None = None,
     replica: Replica = ALONE,
+    nodes: Sequence[int] = (),
 ) -> Stack:
     """Open the stack of ``profile``, else of the one that KVCACHE_PROFILE names, else of l1-only.
 
@@ -59,6 +60,8 @@ def open_stack(
         identity: the fields that ``namespace`` is the digest of; ``kvcache inspect`` shows them.
         replica: the number of this engine among those that one command started on this host. These
             engines divide shares of memory and the capacity of a disk.
+        nodes: the NUMA nodes from which L1's memory comes while they have some; empty for no
+            preference.
 
     Raises:
         ProfileError: if the profile is invalid, needs more memory than is free, or one of its tiers
@@ -81,7 +84,11 @@ def open_stack(
         raise ProfileError(loaded.name, problems)
     if replica.count > 1:
         _log_shares(loaded, replica)
-    arguments: dict[str, object] = {"block_nbytes": block_nbytes, "replica": replica}
+    arguments: dict[str, object] = {
+        "block_nbytes": block_nbytes,
+        "replica": replica,
+        "nodes": tuple(nodes),
+    }
     framed_arguments = arguments | {"block_nbytes": frame_nbytes(block_nbytes)}
     with ExitStack() as opened:
         front = opened.enter_context(closing(_open(loaded, loaded.tiers[0], arguments)))

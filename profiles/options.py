@@ -24,6 +24,7 @@ STACK_ARGUMENTS = (
     "front",
     "kind",
     "name",
+    "nodes",
     "replica",
 )
 """Keyword arguments that the stack passes. They are no options of a profile."""

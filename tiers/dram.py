@@ -34,8 +34,11 @@ class DramTier(FrontTier):
         block_nbytes: bytes of a block, of all ranks together.
         capacity: bytes of memory to allocate.
         eviction: the eviction policy: a shipped one by name, or a class path.
+        huge_pages: whether to take free huge pages (``vm.nr_hugepages``), as many as there are or
+            ``capacity`` needs. The rest of L1 is in ordinary pages.
         wait_pinned: whether the engine's start waits until all of ``capacity`` is allocated, and
             on a GPU pinned. By default both continue while the engine serves requests.
+        nodes: NUMA nodes from which the memory comes; empty for no preference.
         clock: the current time in seconds, for the eviction policy.
 
     Attributes:
@@ -54,7 +57,9 @@ class DramTier(FrontTier):
         block_nbytes: int,
         capacity: Size,
         eviction: Eviction = DEFAULT,
+        huge_pages: bool = True,
         wait_pinned: bool = False,
+        nodes: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if block_nbytes < 1:
@@ -68,7 +73,7 @@ class DramTier(FrontTier):
         self.wait_pinned = wait_pinned
         self.lock = threading.Lock()
         self.index = Index(policy(slots), clock, fallback.lru)
-        self.slab = Slab.create(slots, slot_nbytes)
+        self.slab = Slab.create(slots, slot_nbytes, nodes=nodes, use_huge_pages=huge_pages)
         self.slab.populate(self._open_slots)
         bind_to_process(self)
 

@@ -40,6 +40,10 @@ class CopyStream(Protocol):
 class Device(Protocol):
     """The device that computes and copies."""
 
+    @property
+    def pci_address(self) -> str:
+        """The address on the PCI bus, such as ``0000:3b:00.0``; "" if it is unknown."""
+
     def engine_stream(self) -> CopyStream:
         """Return the stream on which the calling thread computes."""
 

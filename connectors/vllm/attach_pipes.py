@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kvcache.slab import SlabDescriptor
@@ -89,6 +89,7 @@ class Announcement:
         try:
             fields = json.loads(line)
             slab, wait = SlabDescriptor(**fields["slab"]), bool(fields["wait"])
+            slab = replace(slab, nodes=tuple(slab.nodes))  # JSON has lists alone
             known = slab.name.startswith("kvcache-")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not an announcement of a slab: {line!r}") from error

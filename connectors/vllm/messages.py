@@ -41,6 +41,7 @@ class Shard(KVConnectorHandshakeMetadata):
         async_copies: whether copies run in parallel to the engine's steps.
         replicas: how many consecutive tensor ranks have the same bytes, for each of vLLM's groups;
             empty if no rank has the bytes of another one.
+        nodes: the NUMA nodes that are nearest to this rank; empty if that makes no difference.
         pipes: by which the scheduler's process announces L1; ``None``: the first step does.
     """
 
@@ -51,6 +52,7 @@ class Shard(KVConnectorHandshakeMetadata):
     async_copies: bool = False
     replicas: tuple[int, ...] = ()
     pipes: AttachPipes | None = None
+    nodes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def test_show_prints_a_loadable_profile_with_the_source_of_each_value(
     assert values["codec"][1].startswith("l1-disk.toml, line ")
     assert values["queue"][0].startswith('queue = "256MiB"')
     assert values["queue"][1] == "default"
-    assert 'eviction = "fifo"  # environment variable KVCACHE__L1__EVICTION' in rest
+    eviction = next(line for line in rest if line.startswith('eviction = "fifo"'))
+    assert eviction.endswith("  # environment variable KVCACHE__L1__EVICTION")
     (capacity,) = [line for line in rest if line.startswith('capacity = "50%"')]
     assert "GiB; l1-disk.toml, line " in capacity
 

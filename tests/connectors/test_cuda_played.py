@@ -30,7 +30,7 @@ from kvcache.connectors.transfer.cuda.driver import DriverBatch
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab
 from tests.connectors.test_triton_kernel import load
-from tests.support.played_cuda import DEVICE, FakeDriver, FakeRuntime, install
+from tests.support.played_cuda import DEVICE, DEVICE_NUMBER, FakeDriver, FakeRuntime, install
 
 LAYERS, BLOCKS, PAGE, SLOTS = 4, 24, 4096, 16
 SMALL_TRIAL = TrialSize(scratch_nbytes=512 << 10, runs=16, rounds=2)  # the interpreter is slow
@@ -139,6 +139,15 @@ def test_kernel_faster_in_the_trial_copies_the_pages(
     assert tried
     engine.store_and_load()
     assert len(kernel.sent) == tried + 2
+
+
+def test_pci_address_is_the_one_of_the_device_in_sys(
+    cuda: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE_NUMBER + 1)
+    assert cuda.pci_address == ""  # no such device
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE_NUMBER)
+    assert cuda.pci_address == "0000:3b:00.0"
 
 
 def test_kernel_never_touches_memory_that_is_not_pinned(

@@ -68,6 +68,10 @@ class FakeRuntime:
         self.pending_error = self.pointer_error
         return self.pointer_error
 
+    def cudaDeviceGetPCIBusId(self, text: Any, nbytes: int, device: int) -> int:  # noqa: N802
+        text.value = b"0000:3B:00.0"
+        return 0 if device == DEVICE_NUMBER and nbytes > len(text.value) else 101
+
     def cudaGetDevice(self, found: Any) -> int:  # noqa: N802
         assert self.current_device() == self.device
         found._obj.value = DEVICE_NUMBER

@@ -72,14 +72,14 @@ class ReorderedStream:
 
 
 class ReorderingDevice:
+    pci_address = ""
+
     """A device with any number of streams.
 
     Args:
         random: chooses the stream of the next piece of work.
         pace: the most pieces of work that it does each time an event is asked whether it is over.
     """
-
-    pci_address = ""
 
     def __init__(self, random: Random, *, pace: int = 3) -> None:
         self.random = random

@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 
 import torch
 
+from kvcache import numa
 from kvcache.connectors.transfer import pinning
 from kvcache.connectors.vllm.attach_pipes import Announcement, AttachPipes, PipeEnd
 from kvcache.connectors.vllm.messages import Rank, Shard, Step, Transfer
@@ -254,6 +255,37 @@ def test_worker_in_another_process_attaches_and_the_wait_ends_when_one_dies(slab
         child.join()
     waited.join(60)
     assert not waited.is_alive()
+
+
+def test_shard_has_the_nodes_of_the_device_at_every_registration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = ReorderingDevice(Random(0))
+    device.pci_address = "0000:3b:00.0"
+    found = {"0000:3b:00.0": (1,)}
+    monkeypatch.setattr(numa, "nodes_of_pci", lambda address: found[address])
+    worker, shards = registered(device)
+    assert shards[0, 0].nodes == (1,)
+    found.clear()
+    worker.register({name: torch.rand(16, 2, 32, 8) for name in ("one", "two")})
+    assert worker.shard() == shards[0, 0]
+    worker.close()
+
+
+def test_shard_of_a_worker_on_a_cpu_has_the_nodes_of_its_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpus = frozenset(os.sched_getaffinity(0))
+    monkeypatch.setattr(numa, "nodes_of_cpus", lambda asked: (0, 2) if asked == cpus else ())
+    worker, shards = registered(None)
+    assert shards[0, 0].nodes == (0, 2)
+    worker.close()
+
+
+def test_announcement_keeps_the_slab() -> None:
+    slab = SlabDescriptor("/proc/1/fd/2", "kvcache-a", 8, PAGE, "/proc/1/fd/3", 2 << 20, (0, 1))
+    announcement = Announcement(slab, wait=True)
+    assert Announcement.of(announcement.to_line()) == announcement
 
 
 def test_open_of_a_path_that_leads_to_another_file_raises() -> None:

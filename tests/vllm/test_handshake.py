@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from kvcache import Stack
 from kvcache.connectors.vllm.compat import host_name
 from kvcache.connectors.vllm.groups import KeptGroup
-from kvcache.connectors.vllm.messages import Shard
+from kvcache.connectors.vllm.messages import Rank, Shard
 from kvcache.connectors.vllm.scheduler.handshake import open_sharded_stack
 from kvcache.connectors.vllm.worker.early_attach import EarlyAttach
 from kvcache.keys import namespace
@@ -43,14 +43,18 @@ class Handshake:
         self, groups: Sequence[KeptGroup], nbytes: Sequence[int], *, ranks: int = 1, **shard: Any
     ) -> Any:
         """Return the stack, the slab with its pieces, and the parts."""
-        shards = {
+        shards: dict[Rank, Shard] = {
             (0, rank): Shard(tuple(nbytes), host_name(), f"form {rank}" if ranks > 1 else "form")
             for rank in range(ranks)
         }
         if shard:
             shards = {rank: Shard(tuple(nbytes), host_name(), "form", **shard) for rank in shards}
+        return self.open_shards(groups, shards)
+
+    def open_shards(self, groups: Sequence[KeptGroup], shards: dict[Rank, Shard]) -> Any:
+        """Return the stack, the slab with its pieces, and the parts."""
         parallel: Any = SimpleNamespace(
-            world_size=ranks, data_parallel_size=1, data_parallel_size_local=1
+            world_size=len(shards), data_parallel_size=1, data_parallel_size_local=1
         )
         return open_sharded_stack(
             self._open_stack, shards, parallel, groups, identity=IDENTITY, model="served"
@@ -107,6 +111,14 @@ def test_open_sharded_stack_logs_what_l1_holds_of_each_group(
     handshake.open(TWO_GROUPS, [PAGE, 2 * PAGE, 3 * PAGE])
     assert "10 slots of 4096 bytes" in caplog.text
     assert "window 64: 20480 bytes for 32 tokens in 5 slots" in caplog.text
+
+
+def test_open_sharded_stack_has_the_nodes_of_all_ranks(handshake: Handshake) -> None:
+    handshake.open(ONE_GROUP, [PAGE], ranks=2)
+    assert handshake.opened["nodes"] == []
+    shards = {(0, n): Shard((PAGE,), host_name(), "form", nodes=(2 - n, 3)) for n in range(2)}
+    handshake.open_shards(ONE_GROUP, shards)
+    assert handshake.opened["nodes"] == [1, 2, 3]
 
 
 def test_open_sharded_stack_with_wait_pinned_returns_when_the_worker_has_l1(

@@ -90,6 +90,11 @@ class CudaDevice:
         self._pinned = PinnedRanges()
         self._trial: threading.Thread | None = None
 
+    @property
+    def pci_address(self) -> str:
+        number = self._device.index
+        return runtime.pci_address(torch.cuda.current_device() if number is None else number)
+
     def engine_stream(self) -> CudaStream:
         return CudaStream(torch.cuda.current_stream(self._device), self.selector, self._pinned)
 

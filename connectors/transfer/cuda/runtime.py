@@ -44,6 +44,13 @@ def has_same_address(address: int) -> bool:
     return not failure and found.value == address
 
 
+def pci_address(device: int) -> str:
+    """Return the address of a device on the PCI bus, as ``/sys`` has it; "" if CUDA fails."""
+    text = ctypes.create_string_buffer(16)
+    failure = _clear_error(library().cudaDeviceGetPCIBusId(text, len(text), device))
+    return "" if failure else text.value.decode().lower()
+
+
 def copy(target: int, source: int, nbytes: int, stream: int) -> None:
     """Queue a copy on a stream.
 
@@ -75,6 +82,7 @@ def library() -> ctypes.CDLL:
     runtime.cudaHostUnregister.argtypes = (address,)
     runtime.cudaHostGetDevicePointer.argtypes = (ctypes.POINTER(address), address, ctypes.c_uint)
     runtime.cudaMemcpyAsync.argtypes = (address, address, size, ctypes.c_int, address)
+    runtime.cudaDeviceGetPCIBusId.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
     number = ctypes.POINTER(ctypes.c_int)
     runtime.cudaGetDevice.argtypes = (number,)
     runtime.cudaDeviceGetAttribute.argtypes = (number, ctypes.c_int, ctypes.c_int)

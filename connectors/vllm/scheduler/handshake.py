@@ -100,6 +100,7 @@ def open_sharded_stack(
         element_nbytes=max(shard.element_nbytes for shard in shards.values()),
         block_tokens=groups[0].block_tokens,
         ranks=len(shards),
+        nodes=sorted({node for shard in shards.values() for node in shard.nodes}),
         replica=replica_of(parallel),
     )
     slab = stack.front.slab.descriptor

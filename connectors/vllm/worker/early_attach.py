@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from typing import Final
 
+from kvcache import numa
 from kvcache.connectors.transfer.pinning import SlabPinning
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.attach_pipes import (
@@ -44,10 +45,15 @@ class EarlyAttach:
 
     Attributes:
         pipes: for the worker's `Shard`.
+        nodes: the NUMA nodes from which this rank copies fastest; none if that makes no difference.
     """
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
+        if device is None:
+            self.nodes = numa.nodes_of_cpus(os.sched_getaffinity(0))
+        else:
+            self.nodes = numa.nodes_of_pci(device.pci_address)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._pauses = True  # between pieces, so that other work of the device gets its turn

@@ -120,6 +120,7 @@ class WorkerSide:
             raise RuntimeError(f"kvcache: {error}") from error
         if self._early_attach is None and self.copier is None:
             self._early_attach = EarlyAttach(self.device)
+        early = self._early_attach
         device = pages.placements[0].device.partition(":")[0]
         self._shard = Shard(
             pages.nbytes,
@@ -128,7 +129,8 @@ class WorkerSide:
             pages.element_nbytes,
             async_copies=self.device is not None,
             replicas=self._replicas,
-            pipes=self._early_attach.pipes if self._early_attach is not None else None,
+            pipes=early.pipes if early is not None else None,
+            nodes=early.nodes if early is not None else (),
         )
         if self.device is None:
             compile_kernels()
