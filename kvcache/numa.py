@@ -24,7 +24,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NumaNode:
     """A NUMA node of this machine.
 
     Attributes:
@@ -40,19 +40,19 @@ class Node:
     free_nbytes: int
 
 
-def nodes(root: Path = _ROOT) -> list[Node]:
+def nodes(root: Path = _ROOT) -> list[NumaNode]:
     """Return the nodes of this machine; none if its kernel knows no nodes."""
     folders = (root / "sys/devices/system/node").glob("node[0-9]*")
     return sorted(map(_node, folders), key=lambda node: node.number)
 
 
-def _node(folder: Path) -> Node:
+def _node(folder: Path) -> NumaNode:
     fields: dict[str, int] = {}
     for line in (folder / "meminfo").read_text().splitlines():  # Node 0 MemTotal:  24684096 kB
         name, _, value = line.partition(":")
         if name.endswith(("MemTotal", "MemFree")):
             fields[name.split()[-1]] = 1024 * int(value.split()[0])
-    return Node(
+    return NumaNode(
         int(folder.name.removeprefix("node")),
         frozenset(_numbers((folder / "cpulist").read_text())),
         fields.get("MemTotal", 0),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvcache import numa
-from kvcache.numa import Node
+from kvcache.numa import NumaNode
 from kvcache.slab import PAGE, Slab
 
 MIB = 1 << 20
@@ -32,9 +32,9 @@ def machine(root: Path, *cpu_lists: str) -> Path:
 
 def test_nodes_have_their_cpus_and_memory(tmp_path: Path) -> None:
     assert numa.nodes(machine(tmp_path, "0-1,4", "2-3,5", "")) == [
-        Node(0, frozenset({0, 1, 4}), 2 * MIB, MIB),
-        Node(1, frozenset({2, 3, 5}), 2 * MIB, MIB),
-        Node(2, frozenset(), 2 * MIB, MIB),
+        NumaNode(0, frozenset({0, 1, 4}), 2 * MIB, MIB),
+        NumaNode(1, frozenset({2, 3, 5}), 2 * MIB, MIB),
+        NumaNode(2, frozenset(), 2 * MIB, MIB),
     ]
 
 
