@@ -20,17 +20,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, product
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcache.connectors.transfer.base import Integers
+from kvcache.connectors.transfer.copy_batch import DIRECTIONS, CopyBatch, Direction
 
 log = logging.getLogger(__name__)
-
-Direction = Literal["load", "store"]
-DIRECTIONS: tuple[Direction, ...] = ("load", "store")
 
 RUN_SIZES: Final = tuple(4096 << doubled for doubled in range(7))
 """The measured sizes of runs, in bytes: 4 to 256 KiB."""
@@ -45,23 +43,6 @@ MIN_RUNS: Final = RUN_COUNTS[0]
 # A kernel takes processors from the model and a copy engine does not, so a small gain is no reason
 # to replace the default.
 _MIN_SPEEDUP = 1.2
-
-
-@dataclass(frozen=True, slots=True)
-class CopyBatch:
-    """A copy of `nbytes[i]` bytes from address `sources[i]` to `targets[i]`, for every i.
-
-    `direction` is None unless all of the host's side is pinned and has the same addresses on the
-    device.
-    """
-
-    targets: Integers
-    sources: Integers
-    nbytes: Integers
-    direction: Direction | None
-
-    def __len__(self) -> int:
-        return len(self.nbytes)
 
 
 class CopyBackend(Protocol):
@@ -88,48 +69,6 @@ class BackendChoice:
 
 Timings = Mapping[tuple[Direction, int, int], Mapping[CopyBackend, float]]
 """By direction, number of runs and run size: the seconds of a copy by each backend."""
-
-
-class PinnedRanges:
-    """Host memory that the device can access at the host's addresses."""
-
-    def __init__(self) -> None:
-        self._pieces: dict[int, int] = {}  # bytes by address
-        # Adjacent pieces merged. Replaced as a whole, so that readers need no lock.
-        self._ranges: list[tuple[int, int]] = []
-
-    def add(self, address: int, nbytes: int) -> None:
-        self._pieces[address] = nbytes
-        self._merge()
-
-    def remove(self, address: int) -> None:
-        self._pieces.pop(address, None)
-        self._merge()
-
-    def batch(self, targets: Integers, sources: Integers, nbytes: Integers) -> CopyBatch:
-        """Make a batch. The pinned side determines its direction."""
-        direction: Direction | None = None
-        if self._contains(targets, nbytes):
-            direction = "store"
-        elif self._contains(sources, nbytes):
-            direction = "load"
-        return CopyBatch(targets, sources, nbytes, direction)
-
-    def _contains(self, addresses: Integers, nbytes: Integers) -> bool:
-        """Whether all runs lie in one range."""
-        if not len(addresses):
-            return False
-        begin, end = addresses.min(), (addresses + nbytes).max()
-        return any(low <= begin and end <= high for low, high in self._ranges)
-
-    def _merge(self) -> None:
-        ranges: list[tuple[int, int]] = []
-        for address, nbytes in sorted(self._pieces.items()):
-            if ranges and ranges[-1][1] == address:
-                ranges[-1] = (ranges[-1][0], address + nbytes)
-            else:
-                ranges.append((address, address + nbytes))
-        self._ranges = ranges
 
 
 class BackendSelector:

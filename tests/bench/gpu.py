@@ -29,13 +29,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kvcache.connectors.transfer.autotune import (
-    DIRECTIONS,
     FULL_TRIAL,
     RUN_COUNTS,
     RUN_SIZES,
     CopyBackend,
     TrialSize,
 )
+from kvcache.connectors.transfer.copy_batch import DIRECTIONS
 
 KIB, MIB = 1 << 10, 1 << 20
 

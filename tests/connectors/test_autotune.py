@@ -19,12 +19,9 @@ from kvcache.connectors.transfer.autotune import (
     RUN_SIZES,
     BackendSelector,
     ByteArray,
-    CopyBatch,
-    Direction,
-    PinnedRanges,
     measure,
 )
-from kvcache.connectors.transfer.base import Integers
+from kvcache.connectors.transfer.copy_batch import CopyBatch, Direction, PinnedRanges
 
 KIB = 1024
 
@@ -356,23 +353,3 @@ def test_trial_that_fails_itself_raises_and_disables_nothing(backends: TwoBacken
         backends.measure()
     assert backends.selector.enabled == (backends.engine, backends.kernel)
     assert backends.chosen(64, 4 * KIB) == "engine"
-
-
-def addresses(*values: int) -> Integers:
-    return np.array(values, dtype=np.int64)
-
-
-def test_batch_has_a_direction_where_every_run_of_one_side_is_pinned() -> None:
-    pinned, ten = PinnedRanges(), addresses(10, 10)
-    assert pinned.batch(addresses(100, 110), addresses(0, 10), ten).direction is None
-    pinned.add(110, 10)
-    assert pinned.batch(addresses(100, 110), addresses(0, 10), ten).direction is None
-    pinned.add(100, 10)  # adjacent, so that a run may lie in both
-    assert pinned.batch(addresses(100, 110), addresses(0, 10), ten).direction == "store"
-    assert pinned.batch(addresses(0, 10), addresses(105, 105), ten).direction == "load"
-    assert pinned.batch(addresses(0, 10), addresses(100, 111), ten).direction is None
-    assert pinned.batch(addresses(0, 10), addresses(99, 100), ten).direction is None
-    pinned.remove(100)
-    assert pinned.batch(addresses(0, 10), addresses(105, 105), ten).direction is None
-    assert pinned.batch(addresses(0), addresses(110), ten[:1]).direction == "load"
-    assert pinned.batch(addresses(), addresses(), addresses()).direction is None

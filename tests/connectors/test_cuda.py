@@ -13,8 +13,9 @@ pytest.importorskip("torch")
 import torch
 
 from kvcache.connectors.layout.placement import BlockRun
-from kvcache.connectors.transfer.autotune import DIRECTIONS, RUN_COUNTS, RUN_SIZES, CopyBackend
+from kvcache.connectors.transfer.autotune import RUN_COUNTS, RUN_SIZES, CopyBackend
 from kvcache.connectors.transfer.base import CopyGeometry
+from kvcache.connectors.transfer.copy_batch import DIRECTIONS
 from kvcache.connectors.transfer.cuda import CudaDevice, backends
 from kvcache.connectors.transfer.device import DeviceCopier
 from kvcache.slab import Slab

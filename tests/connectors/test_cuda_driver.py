@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 
 import numpy as np
 
-from kvcache.connectors.transfer.autotune import CopyBatch, Direction
+from kvcache.connectors.transfer.copy_batch import CopyBatch, Direction
 from kvcache.connectors.transfer.cuda.driver import MAX_DESCRIPTORS, DriverBatch
 from tests.support.played_cuda import FakeDriver
 

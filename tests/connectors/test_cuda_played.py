@@ -8,10 +8,8 @@ registered memory.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import pytest
 
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 from kvcache.connectors.layout.placement import BlockRun
-from kvcache.connectors.transfer.autotune import CopyBatch, TrialSize
+from kvcache.connectors.transfer.autotune import TrialSize
 from kvcache.connectors.transfer.base import CopyGeometry, Integers
 from kvcache.connectors.transfer.cuda import CudaDevice, backends, device
 from kvcache.connectors.transfer.cuda import driver as driver_module
@@ -239,6 +237,31 @@ def test_pin_a_second_piece_starts_no_second_trial(
         cuda.unpin(address)
 
 
+def test_pin_a_second_piece_waits_for_the_trial(
+    cuda: CudaDevice, engine: Engine, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the trial would measure how long it waits for the driver's lock."""
+    half = engine.slab.nbytes // 2
+    assert cuda.pin(engine.slab.address, half) == ""
+    cuda.wait_for_trial()
+    fake.calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "wait_for_trial", lambda: fake.calls.append("wait"))
+        assert cuda.pin(engine.slab.address + half, half) == ""
+    assert fake.calls == ["wait", "register"]
+    for address in (engine.slab.address, engine.slab.address + half):
+        cuda.unpin(address)
+
+
+def test_pin_restores_the_capture_mode_of_its_thread(
+    cuda: CudaDevice, engine: Engine, fake: FakeRuntime
+) -> None:
+    assert cuda.pin(engine.slab.address, engine.slab.nbytes) == ""
+    assert fake.capture_mode() == 0
+    cuda.unpin(engine.slab.address)
+    assert fake.capture_mode() == 0
+
+
 def test_trial_that_raises_is_logged_and_the_default_copies(
     cuda: CudaDevice,
     engine: Engine,
@@ -340,53 +363,3 @@ def test_store_with_a_batch_that_fails_raises_after_the_rest_is_done(
     assert fake.calls == ["synchronize"]  # for the runs of the first call
     batching.store_and_load()
     assert len(driver.batches[-1].nbytes) == 2  # the rest of 32 runs
-
-
-def available_names() -> list[str]:
-    return [backend.name for backend in backends.available(DEVICE)]
-
-
-def test_available_backends_begin_with_the_batched_copies(
-    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backends, "driver_library", lambda: driver)
-    assert available_names() == ["memcpy-batch", "memcpy", "triton"]
-
-
-def test_available_backends_with_an_old_driver_lack_the_batched_copies(
-    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    driver.missing = True
-    monkeypatch.setattr(backends, "driver_library", lambda: driver)
-    with caplog.at_level(logging.INFO):
-        assert available_names() == ["memcpy", "triton"]
-    [message] = caplog.messages
-    assert message == (
-        "kvcache: copy backend memcpy-batch not available (the driver lacks cuMemcpyBatchAsync"
-        " (error 0)); other backends copy"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [("kvcache.connectors.transfer.cuda.triton_kernel", load(interpreted=True)), ("triton", None)],
-    ids=["interpreted", "no Triton"],
-)
-def test_available_backends_without_a_compiler_lack_the_kernel(
-    name: str, module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backends, "batched_copies", lambda: None)
-    monkeypatch.delitem(
-        sys.modules, "kvcache.connectors.transfer.cuda.triton_kernel", raising=False
-    )
-    monkeypatch.setitem(sys.modules, name, module)
-    assert available_names() == ["memcpy"]
-
-
-def test_copy_per_run_that_cuda_refuses_raises_its_error(
-    fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fake, "cudaMemcpyAsync", lambda *_: 2)
-    one = np.array([1], dtype=np.int64)
-    with pytest.raises(RuntimeError, match=r"did not copy 1 bytes: out of memory \(error 2\)"):
-        backends.CopyPerRun().copy(CopyBatch(one, one, one, None))

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvcache.connectors
-from kvcache.connectors.transfer.autotune import CopyBatch, Direction
+from kvcache.connectors.transfer.copy_batch import CopyBatch, Direction
 
 SOURCE = Path(kvcache.connectors.__file__).parent / "transfer" / "cuda" / "triton_kernel.py"
 KIB = 1024

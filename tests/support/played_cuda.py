@@ -50,14 +50,16 @@ class FakeRuntime:
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert flags == 3  # portable and mapped
-        assert self.current_device() == self.device
+        self.check_call()
         if self.register_error:
             self.pending_error = self.register_error
             return self.register_error
+        self.calls.append("register")
         self.registered[address] = nbytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.check_call()
         self.calls.append("unregister")
         del self.registered[address]
         return 0
@@ -71,6 +73,20 @@ class FakeRuntime:
     def cudaDeviceGetPCIBusId(self, text: Any, nbytes: int, device: int) -> int:  # noqa: N802
         text.value = b"0000:3B:00.0"
         return 0 if device == DEVICE_NUMBER and nbytes > len(text.value) else 101
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> int:  # noqa: N802
+        before = self.capture_mode()
+        self.thread.capture_mode, mode._obj.value = mode._obj.value, before
+        return 0
+
+    def capture_mode(self) -> int:
+        """Of this thread: 0 is global, the default, and 2 is relaxed."""
+        return getattr(self.thread, "capture_mode", 0)
+
+    def check_call(self) -> None:
+        """Refuse a call that would end a capture of another thread."""
+        assert self.current_device() == self.device
+        assert self.capture_mode() == 2
 
     def cudaGetDevice(self, found: Any) -> int:  # noqa: N802
         assert self.current_device() == self.device

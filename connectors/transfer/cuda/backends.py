@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
-from kvcache.connectors.transfer.autotune import CopyBackend, CopyBatch
+from kvcache.connectors.transfer.autotune import CopyBackend
 from kvcache.connectors.transfer.base import Integers
+from kvcache.connectors.transfer.copy_batch import CopyBatch
 from kvcache.connectors.transfer.cuda import runtime
 from kvcache.connectors.transfer.cuda.driver import DriverBatch, driver_library
 

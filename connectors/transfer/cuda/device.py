@@ -1,7 +1,10 @@
 """A GPU as a `streams.Device`, by torch, and the trial of the copy backends on it.
 
-Invariant: the trial does not disturb the engine. It runs in its own thread, on its own stream and
-memory, when the first memory is pinned. By then the engine has captured its graphs.
+Invariants:
+
+* The trial does not disturb the engine. It runs in its own thread, on its own stream and memory,
+  when the first memory is pinned.
+* Pinning and the trial may run while the engine captures graphs.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from kvcache.connectors.transfer.autotune import (
     BackendSelector,
     ByteArray,
     CopyBackend,
-    PinnedRanges,
     TrialSize,
     measure,
 )
 from kvcache.connectors.transfer.base import Integers
+from kvcache.connectors.transfer.copy_batch import PinnedRanges
 from kvcache.connectors.transfer.cuda import runtime
 from kvcache.connectors.transfer.cuda.backends import available
 
@@ -102,7 +105,9 @@ class CudaDevice:
         return CudaStream(self._make_stream(background), self.selector, self._pinned)
 
     def pin(self, address: int, nbytes: int) -> str:
-        with torch.cuda.device(self._device):
+        # While memory is pinned, the driver holds a lock, and the trial would measure waits.
+        self.wait_for_trial()
+        with torch.cuda.device(self._device), runtime.calls_during_capture():
             if cause := _pin(address, nbytes, self._pinned):
                 return cause
         if self._trial is None:
@@ -115,7 +120,7 @@ class CudaDevice:
     def unpin(self, address: int) -> None:
         # The caller is closing. The trial must not use the device after that.
         self.wait_for_trial()
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), runtime.calls_during_capture():
             _unpin(address, self._pinned)
 
     def wait_for_trial(self) -> None:
@@ -141,7 +146,11 @@ class CudaDevice:
             # The device first: when torch leaves a stream, it restores the device that was current
             # before. In a new thread that would be the first GPU, and a process that uses another
             # GPU would allocate memory there.
-            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(stream),
+                runtime.calls_during_capture(),
+            ):
                 scratch = _CudaScratch(self._device, self._trial_size.scratch_nbytes)
                 try:
                     measure(self.selector, scratch, self._trial_size)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
-from kvcache.connectors.transfer.autotune import CopyBatch
+from kvcache.connectors.transfer.copy_batch import CopyBatch
 
 MAX_DESCRIPTORS: Final = 4096
 """The most descriptors of one driver call. A call with 51,828 ended the process with driver 580

@@ -6,6 +6,8 @@ Invariant: every CUDA error is returned or raised, and cleared, so that no later
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +16,24 @@ import torch
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of this process
 _MAPPED = 2  # cudaHostRegisterMapped: kernels may access it
 _DIRECTION_BY_ADDRESS = 4  # cudaMemcpyDefault
+_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _HOST_ADDRESS_ALLOWED = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
+
+
+@contextmanager
+def calls_during_capture() -> Iterator[None]:
+    """Allow this thread to pin and to allocate while another thread captures a graph.
+
+    A thread that captures in torch's default mode forbids such calls to all others, since they
+    would be missing in the graph. A call makes its capture fail, and so the engine's start. Nothing
+    here belongs to a graph. torch allocates pinned memory in the same way.
+    """
+    mode = ctypes.c_int(_RELAXED)
+    _clear_error(library().cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    try:
+        yield
+    finally:
+        _clear_error(library().cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
 
 
 def pin(address: int, nbytes: int) -> str:
@@ -85,6 +104,7 @@ def library() -> ctypes.CDLL:
     runtime.cudaDeviceGetPCIBusId.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
     number = ctypes.POINTER(ctypes.c_int)
     runtime.cudaGetDevice.argtypes = (number,)
+    runtime.cudaThreadExchangeStreamCaptureMode.argtypes = (number,)
     runtime.cudaDeviceGetAttribute.argtypes = (number, ctypes.c_int, ctypes.c_int)
     runtime.cudaGetErrorString.restype = ctypes.c_char_p
     return runtime

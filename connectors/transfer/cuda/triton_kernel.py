@@ -17,8 +17,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from kvcache.connectors.transfer.autotune import CopyBatch
 from kvcache.connectors.transfer.base import Integers
+from kvcache.connectors.transfer.copy_batch import CopyBatch
 
 _WORD_NBYTES = 8
 _ACCESS_NBYTES = 16  # a thread moves two words at once if the compiler knows the alignment
