@@ -36,10 +36,10 @@ class StartedCopy:
 
     def record_spans(self, rank: Rank, error: str | None) -> None:
         """Record a span for each transfer with a recorded parent. The copy is done, or failed."""
+        if not any(transfer.trace for transfer in self.transfers):
+            return
         ended_ns = self.started_ns + round(self.copy.seconds * 1e9)
         for transfer, nbytes in zip(self.transfers, self.nbytes, strict=True):
-            if not transfer.trace:
-                continue
             telemetry.end_span(
                 telemetry.start_remote_child(transfer.trace, telemetry.COPY, self.started_ns),
                 {
