@@ -26,7 +26,13 @@ from typing import Literal
 from kvcache.closeable import Closeable
 from kvcache.connectors.layout.axes import Layer, Layout
 from kvcache.connectors.layout.placement import place
-from kvcache.connectors.transfer.factory import Order, device_of, format_id, open_copier
+from kvcache.connectors.transfer.factory import (
+    Order,
+    device_of,
+    format_id,
+    open_copier,
+    prepare_copies,
+)
 from kvcache.keys import DIGEST_NBYTES, namespace
 from kvcache.process import bind_to_process
 from kvcache.stack import Stack
@@ -83,7 +89,9 @@ class PagedCache:
         self.namespace = namespace(
             {"schema": SCHEMA, "order": order, "form": format_id(self.placement, order)}
         )
-        if self.device is not None:  # a forked child has no device memory and no streams
+        if self.device is None:
+            prepare_copies(self.placement, order)
+        else:  # a forked child has no device memory and no streams
             bind_to_process(self)
 
     @property

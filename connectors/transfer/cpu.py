@@ -6,11 +6,11 @@ Invariant, besides those of `transfer.base`: a copy is done when the call return
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -122,6 +122,8 @@ class _SortedRuns:
         block_nbytes: bytes of a block.
     """
 
+    _copy_share: Callable[..., None] | None
+
     def __init__(self, geometry: CopyGeometry, copy_share: Callable[..., None] | None) -> None:
         transposes = geometry.transposes
         gather = np.array(transposes, dtype=np.int64).reshape(len(transposes), 7)
@@ -131,8 +133,17 @@ class _SortedRuns:
         self.gather = _sorted_by_source(nbytes, gather, geometry.slab, geometry.engine)
         self.scatter = _sorted_by_source(nbytes, scatter, geometry.engine, geometry.slab)
         self.block_nbytes = int(nbytes.sum())
-        widths = piece_widths(cell for cell, *_ in transposes)
-        self.copy_share = copy_share or compile_copy_share(widths)
+        self._widths = piece_widths(cell for cell, *_ in transposes)
+        self._copy_share = copy_share
+        if copy_share is None:
+            compile_in_background(self._widths)
+
+    @property
+    def copy_share(self) -> Callable[..., None]:
+        """The function that copies a share. Waits until it is compiled."""
+        if self._copy_share is None:
+            self._copy_share = compile_copy_share(self._widths)
+        return self._copy_share
 
 
 def _sorted_by_source(
@@ -153,14 +164,46 @@ def _sorted_by_source(
     )
 
 
-def compile_kernels() -> None:
-    """Compile the functions of a copy without transposes, so that no request waits for them."""
-    compile_copy_share(frozenset())
+_compiling = threading.RLock()
+"""Held while a function is compiled, so that it is compiled once. A fork waits for it: a child
+would inherit numba's own lock, held by a thread that the child does not have."""
+
+os.register_at_fork(
+    before=_compiling.acquire,
+    after_in_parent=_compiling.release,
+    after_in_child=_compiling.release,
+)
 
 
-@cache
+def compile_in_background(widths: frozenset[int] = frozenset()) -> None:
+    """Begin to compile the function of `compile_copy_share`, so that no copy waits for it."""
+
+    def compile_on_any_cpu() -> None:
+        _allow_cpus(_process_cpus())
+        compile_copy_share(widths)
+
+    if widths not in _compiled:
+        # Not a daemon: the process would end in the middle of LLVM's work.
+        threading.Thread(target=compile_on_any_cpu, name="kvcache-compile", daemon=False).start()
+
+
+_compiled: dict[frozenset[int], Callable[..., None]] = {}
+
+
 def compile_copy_share(widths: frozenset[int]) -> Callable[..., None]:
-    """Compile the function that copies a share, to machine code that runs without the GIL.
+    """Return the function that copies a share, compiled now or earlier.
+
+    It is machine code that runs without the GIL. `widths` are the `piece_widths` of transposed
+    runs; without any, runs are copied as they are.
+    """
+    with _compiling:
+        if widths not in _compiled:
+            _compiled[widths] = _compile_copy_share(widths)
+        return _compiled[widths]
+
+
+def _compile_copy_share(widths: frozenset[int]) -> Callable[..., None]:
+    """Compile the function that copies a share.
 
     It transposes all runs if there are `widths` (`piece_widths`), and none otherwise. Compiling
     takes a fifth of a second without transposes, and 1 to 2 s with them.

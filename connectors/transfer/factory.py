@@ -58,6 +58,19 @@ def device_of(placement: Placement) -> Device | None:
     )
 
 
+def prepare_copies(placement: Placement, order: Order = "raw") -> None:
+    """Compile in the background what the CPU needs to copy these tensors in this order.
+
+    Raises:
+        LayoutError: when the canonical order is asked for and the cache has none.
+    """
+    from kvcache.connectors.transfer.cpu import compile_in_background
+    from kvcache.connectors.transfer.cpu_kernels import piece_widths
+
+    transposes = canonical_runs(placement, can_transpose=True)[2] if order == "canonical" else []
+    compile_in_background(piece_widths(cell for cell, *_ in transposes))
+
+
 def open_copier(
     placement: Placement,
     slab: Slab,

@@ -47,6 +47,50 @@ copier.close()
 """
 
 
+COMPILED = """
+import os, threading
+import numpy as np
+from numba.core import event
+from kvcache.connectors.transfer import cpu
+from kvcache.connectors.transfer.base import CopyGeometry
+from kvcache.connectors.layout.placement import BlockRun
+
+main = threading.get_ident()
+compiled_in = []  # threads
+
+class Listener(event.Listener):
+    def on_start(self, event):
+        compiled_in.append(threading.get_ident())
+
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Listener())
+memory = np.arange(2, dtype=np.uint8)
+address = memory.ctypes.data
+geometry = CopyGeometry(
+    [BlockRun(address, 1, 1, 1)], slab_address=address + 1, slots=1, slot_nbytes=1
+)
+cpu.compile_in_background()
+child = os.fork()  # while it is compiled
+copier = cpu.CpuCopier(geometry)
+copier.gather([0], [0])
+copier.scatter([0], [0])
+assert memory.tolist() == [0, 0]
+copier.close()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    assert compiled_in
+assert main not in compiled_in
+"""
+
+
+def test_first_copy_compiles_nothing_in_its_thread_also_in_a_forked_child() -> None:
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-W", "ignore", "-P", "-c", COMPILED]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=300)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 def test_copy_threads_may_use_all_cpus_of_the_process() -> None:
     path = os.pathsep.join(sys.path)

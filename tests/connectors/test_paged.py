@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ pytest.importorskip("numba")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core import event
 
 from kvcache.connectors.paged import SaveResult
+from kvcache.connectors.transfer.factory import Order
 from kvcache.profiles import open_stack
 from tests.support.engine_caches import SMALL_BLOCK_NBYTES, EngineCache, chain_keys
 from tests.support.paged_caches import (
@@ -46,6 +49,29 @@ def test_load_after_save_restores_and_counts_the_blocks() -> None:
         assert (stats.tiers[0].stored_blocks, stats.loaded_blocks, stats.pinned_slots) == (4, 4, 0)
         operations = [operation for _, operation, error, _ in stack.take_durations() if not error]
         assert [each for each in operations if each != "lookup"] == ["store", "store", "load"]
+
+
+@pytest.mark.parametrize("order", ["raw", "canonical"])
+def test_first_copy_compiles_nothing_in_its_thread(order: Order) -> None:
+    compiled_in: list[int] = []
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        def on_start(self, event: Any) -> None:
+            compiled_in.append(threading.get_ident())
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        engine = EngineCache("kv-first", order)
+        with l1_stack(SMALL_BLOCK_NBYTES) as stack, engine.attach(stack) as attached:
+            assert attached.save([4, 2], chain_keys(2)).stored == 2
+            assert attached.load(chain_keys(2), [0, 1]) == 2
+    finally:
+        event.unregister("numba:compile", listener)
+    assert threading.get_ident() not in compiled_in
 
 
 def test_save_beyond_capacity_declines_the_tail() -> None:

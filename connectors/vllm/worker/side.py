@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvcache.connectors.transfer.base import CompletedCopy, Copy, PageCopier
-from kvcache.connectors.transfer.cpu import compile_kernels
 from kvcache.connectors.transfer.factory import device_of, open_geometries
 from kvcache.connectors.transfer.streams import Device
 from kvcache.connectors.vllm.compat import host_name
@@ -133,7 +132,9 @@ class WorkerSide:
             nodes=early.nodes if early is not None else (),
         )
         if self.device is None:
-            compile_kernels()
+            from kvcache.connectors.transfer.cpu import compile_in_background  # imports numba
+
+            compile_in_background()
 
     def unregister(self) -> None:
         """Wait for all copies, and forget the pages: vLLM sleeps. Until `restore`, copies fail."""
