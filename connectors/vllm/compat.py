@@ -1,20 +1,25 @@
-"""What the connector depends on in vLLM and its host: names, version, logging, hosts, replicas.
-
-`VLLM_NAMES` lists the names of vLLM that changed in a supported version, or that vLLM may change
-without notice.
-"""
+"""What the connector depends on in vLLM and its host: version, logging, hosts, replicas."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
+from kvcache.connectors.vllm.vllm_names import (
+    FAILED_LOADS,
+    LIVE_TABLES,
+    NEWEST_VLLM,
+    OLDEST_VLLM,
+    STATES,
+    VLLM_NAMES,
+    Version,
+    has_name,
+    missing_names,
+)
 from kvcache.replica import ALONE, Replica
 
 if TYPE_CHECKING:
@@ -22,64 +27,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 log = logging.getLogger(__name__)
-
-Version = tuple[int, int]
-
-OLDEST_VLLM: Final[Version] = (0, 28)
-
-_BASE = "distributed.kv_transfer.kv_connector.v1.base"
-_FAILED_LOADS = f"{_BASE}:KVConnectorTransferResults.failed_recving"
-_STATES = "v1.core.sched.output:KVConnectorBlockState.boundary_state_offloads"
-LAYOUTS: Final = "v1.kv_cache_layout:KVCacheLayout.BLNHC"
-_LIVE_TABLES = "v1.core.sched.output:KVConnectorBlockState.get_block_ids"
-
-VLLM_NAMES: Final[Mapping[str, Version]] = {
-    # Loads and stores of several groups
-    f"{_BASE}:SupportsHMA.request_finished_all_groups": (0, 28),
-    f"{_BASE}:KVConnectorBase_V1.get_transfer_results": (0, 30),
-    _FAILED_LOADS: (0, 30),
-    _STATES: (0, 29),
-    _LIVE_TABLES: (0, 30),
-    f"{_BASE}:KVConnectorBase_V1.get_loaded_kv_cache_group_ids": (0, 32),
-    # Groups and the cache specs of layers
-    "v1.kv_cache_interface:KVCacheConfig.hash_block_size": (0, 32),
-    "v1.core.kv_cache_utils:resolve_kv_cache_block_sizes": (0, 28),
-    "v1.kv_cache_interface:KVCacheGroupSpec.enable_kv_transfer": (0, 29),
-    "v1.kv_cache_interface:SlidingWindowSpec.extra_retained_tokens": (0, 28),
-    "v1.kv_cache_interface:MambaSpec.mamba_cache_mode": (0, 28),
-    "v1.kv_cache_interface:MambaSpec.tp_replicated": (0, 29),
-    "v1.kv_cache_interface:AttentionSpec.max_tp_shards": (0, 31),
-    # Layouts of the KV cache
-    LAYOUTS: (0, 29),
-    # KV events
-    "v1.kv_cache_interface:get_kv_cache_spec_kind": (0, 28),
-    "v1.kv_cache_interface:get_kv_cache_spec_sliding_window": (0, 28),
-    "v1.core.kv_cache_utils:maybe_convert_block_hash": (0, 28),
-    "v1.core.kv_cache_utils:generate_block_hash_extra_keys": (0, 28),
-    "v1.core.kv_cache_utils:to_event_extra_keys": (0, 31),
-    # Metrics
-    "v1.metrics.cache_hit_source:CacheHitSource.HOST": (0, 32),
-}
-"""By ``module:name`` below ``vllm``: the first supported minor version that has it."""
-
-
-@cache
-def has_name(name: str) -> bool:
-    """Whether the installed vLLM has a name of `VLLM_NAMES`.
-
-    The names decide, not the version: a build from source may have any version number.
-    """
-    module, _, path = name.partition(":")
-    try:
-        found: Any = import_module(f"vllm.{module}")
-    except ImportError:
-        return False
-    for part in path.split("."):
-        fields = getattr(found, "__dataclass_fields__", {})
-        if part not in fields and not hasattr(found, part):
-            return False
-        found = getattr(found, part, None)
-    return True
 
 
 def hooks_refusal(specs: Sequence[str], *, states: bool) -> str | None:
@@ -91,12 +38,12 @@ def hooks_refusal(specs: Sequence[str], *, states: bool) -> str | None:
     """
     import vllm
 
-    hooks = {_FAILED_LOADS: "report failed loads of them", _LIVE_TABLES: "list their blocks"}
+    hooks = {FAILED_LOADS: "report failed loads of them", LIVE_TABLES: "list their blocks"}
     if states:
-        hooks[_STATES] = "hand their states to a connector"
+        hooks[STATES] = "hand their states to a connector"
     for name, ability in hooks.items():
         if not has_name(name):
-            since = ".".join(map(str, VLLM_NAMES[name]))
+            since = _text(VLLM_NAMES[name])
             return (
                 f"its KV cache groups are {', '.join(specs)}, and vLLM {vllm.__version__} cannot "
                 f"{ability}; vLLM {since} can"
@@ -116,18 +63,52 @@ def hash_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
     return int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1])
 
 
-def check_version(version: str) -> None:
-    """Refuse a vLLM older than `OLDEST_VLLM`.
+def version_of(version: str) -> Version | None:
+    """Return the minor version of a release; ``None`` for a build that has no such number."""
+    # A build from source may have no version number, or 0.1.dev.
+    numbers = re.match(r"(?!0\.1\.dev)(\d+)\.(\d+)", version)
+    minor = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    return minor if minor > (0, 0) else None
+
+
+def check_vllm(version: str) -> None:
+    """Refuse a vLLM that is too old, or lacks names that the connector needs.
+
+    Call it when the connector is imported. vLLM's first process imports it before it starts others,
+    so that the error is there once.
 
     Raises:
-        ImportError: naming both versions.
+        ImportError: with the version, and the oldest supported version or the names.
     """
-    # A build from source may have no version number, or 0.1.dev. It is not refused.
-    numbers = re.match(r"(?!0\.1\.dev)(\d+)\.(\d+)", version)
-    if numbers and (0, 0) < tuple(map(int, numbers.groups())) < OLDEST_VLLM:
+    minor = version_of(version)
+    if minor is not None and minor < OLDEST_VLLM:
+        raise ImportError(f"kvcache needs vLLM {_text(OLDEST_VLLM)} or newer; this is {version}")
+    needed, _ = missing_names(minor)
+    if needed:
         raise ImportError(
-            f"kvcache needs vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer; this is {version}"
+            f"kvcache does not run with vLLM {version}, which lacks {', '.join(needed)}; use vLLM "
+            f"{_text(OLDEST_VLLM)} to {_text(NEWEST_VLLM)}, with which kvcache was tested"
         )
+
+
+def warn_of_untested_vllm(version: str) -> None:
+    """Warn if vLLM is newer than the newest tested version. Call it once for each engine."""
+    minor = version_of(version)
+    if minor is None or minor <= NEWEST_VLLM:
+        return
+    _, others = missing_names(minor)
+    log.warning(
+        "kvcache: connector: vLLM %s is untested (kvcache was tested with vLLM %s to %s); "
+        "continuing without %s",
+        version,
+        _text(OLDEST_VLLM),
+        _text(NEWEST_VLLM),
+        ", ".join(others) or "restrictions",
+    )
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def log_as_vllm_does() -> None:

@@ -22,9 +22,9 @@ try:
 except ImportError as error:
     raise ImportError("the vLLM connector needs vLLM in this environment") from error
 
-from kvcache.connectors.vllm.compat import check_version, log_as_vllm_does
+from kvcache.connectors.vllm.compat import check_vllm, log_as_vllm_does
 
-check_version(vllm.__version__)
+check_vllm(vllm.__version__)
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorBase_V1,
@@ -81,9 +81,12 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._block_pool: BlockPool | None = None  # bound after vLLM's scheduler is constructed
         log_as_vllm_does()
         if role == KVConnectorRole.SCHEDULER:
+            from kvcache.connectors.vllm.compat import replica_of, warn_of_untested_vllm
             from kvcache.connectors.vllm.identity.fields import identity
             from kvcache.connectors.vllm.scheduler.side import SchedulerSide
 
+            if replica_of(vllm_config.parallel_config).index == 0:
+                warn_of_untested_vllm(vllm.__version__)
             self._identity = identity(vllm_config, kv_cache_config)
             self.scheduler_side = SchedulerSide(vllm_config, kv_cache_config, self._identity)
         else:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcache.connectors.vllm.compat import LAYOUTS, has_name
+from kvcache.connectors.vllm.vllm_names import LAYOUTS, has_name
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvcache.connectors.vllm.compat import has_name, hooks_refusal
+from kvcache.connectors.vllm.compat import hooks_refusal
+from kvcache.connectors.vllm.vllm_names import has_name
 
 needs_group_hooks = pytest.mark.skipif(
     hooks_refusal([], states=True) is not None, reason="vLLM before 0.30 refuses these models"

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.vllm.compat import has_name
+from kvcache.connectors.vllm.vllm_names import has_name
 from tests.support.group_hooks import kv_cache_planning
 
 BLOCK = 32  # tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from kvcache.connectors.vllm.compat import has_name
+from kvcache.connectors.vllm.vllm_names import has_name
 from tests.support.played_copies import Copying
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_models import BLOCK, LONGEST, PlayedModel

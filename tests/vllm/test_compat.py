@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +13,15 @@ import vllm
 
 from kvcache.connectors.vllm import compat, plugin
 from kvcache.connectors.vllm.compat import (
-    VLLM_NAMES,
-    check_version,
-    has_name,
+    check_vllm,
     hash_tokens,
     hooks_refusal,
     host_name,
     replica_of,
+    warn_of_untested_vllm,
     warn_unless_recomputing,
 )
+from kvcache.connectors.vllm.vllm_names import has_name
 from kvcache.replica import ALONE, Replica
 
 pytestmark = pytest.mark.engine
@@ -31,37 +30,62 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     "version", ["0.28.0", "0.28.1rc1", "0.32.0+cpu", "0.100.1", "1.0.0", "2.3"]
 )
-def test_check_version_of_a_supported_vllm_passes(version: str) -> None:
-    check_version(version)
+def test_check_vllm_of_a_supported_vllm_passes(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "missing_names", lambda version: ([], []))
+    check_vllm(version)
+
+
+def test_check_vllm_of_the_installed_vllm_passes() -> None:
+    check_vllm(vllm.__version__)
 
 
 @pytest.mark.parametrize(
     "version", ["dev", "0.0.0", "0.1.dev12345+gabcdef012", "0.33.0.dev7+gabcdef012.cpu", "unknown"]
 )
-def test_check_version_of_a_source_build_passes(version: str) -> None:
-    check_version(version)
+def test_check_vllm_of_a_source_build_passes(version: str) -> None:
+    check_vllm(version)
 
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.27.9rc1", "0.9.2", "0.1.7", "0.11.0+cu129"])
-def test_check_version_of_an_old_vllm_raises_with_both_versions(version: str) -> None:
+def test_check_vllm_of_an_old_vllm_raises_with_both_versions(version: str) -> None:
     with pytest.raises(ImportError, match=r"needs vLLM 0\.28 or newer; this is ") as caught:
-        check_version(version)
+        check_vllm(version)
     assert version in str(caught.value)
 
 
-@pytest.mark.parametrize("name", VLLM_NAMES)
-def test_vllm_name_exists_since_its_version(name: str) -> None:
-    numbers = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    assert numbers is not None
-    assert has_name(name) == (tuple(map(int, numbers.groups())) >= VLLM_NAMES[name])
+def test_check_vllm_without_a_needed_name_raises_with_the_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat, "missing_names", lambda version: (["module:Name", "other:x"], []))
+    with pytest.raises(
+        ImportError, match=r"with vLLM 0\.34\.1, which lacks module:Name, other:x; "
+    ):
+        check_vllm("0.34.1")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["no.such.module:name", "config:NoClass", "v1.kv_cache_interface:KVCacheConfig.no_such_field"],
-)
-def test_vllm_name_that_does_not_exist_is_missing(name: str) -> None:
-    assert not has_name(name)
+@pytest.mark.parametrize("version", ["0.28.0", "0.33.9", "0.1.dev5+g12", "unknown"])
+def test_warn_of_untested_vllm_accepts_tested_and_unknown_versions(
+    version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_untested_vllm(version)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("others", [[], ["module:Name", "other:x"]])
+def test_warn_of_untested_vllm_logs_one_line(
+    others: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "missing_names", lambda version: ([], others))
+    warn_of_untested_vllm("0.34.0")
+    [record] = caplog.records
+    assert (record.name, record.levelname) == ("kvcache.connectors.vllm.compat", "WARNING")
+    assert record.getMessage() == (
+        "kvcache: connector: vLLM 0.34.0 is untested "
+        "(kvcache was tested with vLLM 0.28 to 0.33); continuing without "
+        f"{'module:Name, other:x' if others else 'restrictions'}"
+    )
 
 
 def test_hooks_refusal_of_a_vllm_with_all_hooks_is_none() -> None:

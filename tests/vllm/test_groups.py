@@ -113,9 +113,9 @@ def test_groups_refusal_names_the_mode_of_states(mode: str) -> None:
 def test_groups_refusal_names_a_vllm_without_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
-    from kvcache.connectors.vllm import compat
+    from kvcache.connectors.vllm.vllm_names import has_name
 
-    compat.has_name.cache_clear()
+    has_name.cache_clear()
     monkeypatch.delattr(base, "KVConnectorTransferResults", raising=False)
     try:
         reason = groups_refusal(cache_config(full_attention(), window()))
@@ -123,7 +123,7 @@ def test_groups_refusal_names_a_vllm_without_the_hooks(monkeypatch: pytest.Monke
         assert "FullAttentionSpec, SlidingWindowSpec" in reason
         assert groups_refusal(cache_config(full_attention())) is None
     finally:
-        compat.has_name.cache_clear()
+        has_name.cache_clear()
 
 
 def group(needs: Needs, block_tokens: int = BLOCK, align_tokens: int = BLOCK) -> KeptGroup:

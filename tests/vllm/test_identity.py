@@ -71,7 +71,6 @@ def fields(
     quantization: str | None = None,
     media: dict[str, Any] | None = None,
     cache_dtype: str = "auto",
-    calculate_kv_scales: bool = False,
     algorithm: str = "sha256",
     block_tokens: int = 32,
     heads: int = 2,
@@ -125,7 +124,6 @@ def fields(
         cache_config=SimpleNamespace(
             cache_dtype=cache_dtype,
             prefix_caching_hash_algo=algorithm,
-            calculate_kv_scales=calculate_kv_scales,
         ),
         speculative_config=draft and SimpleNamespace(draft_model_config=model_config(draft)),
         weight_transfer_config=transfer,
@@ -228,7 +226,6 @@ UNIDENTIFIED: dict[str, dict[str, Any]] = {
     "unknown loader": {"load_format": "ours"},
     "object store": {"model_weights": "s3://models/llama"},
     "transferred weights": {"transfer": object()},
-    "measured scales": {"calculate_kv_scales": True},
     "scales elsewhere": {"media": {"mm_encoder_fp8_scale_path": "/scales.json"}},
     "code elsewhere": {"auto_map": {"AutoModel": "other/repository--modeling.Model"}},
 }

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.merged_runs import MergedRuns
-from kvcache.connectors.vllm.compat import LAYOUTS, has_name
+from kvcache.connectors.vllm.vllm_names import LAYOUTS, has_name
 from kvcache.connectors.vllm.worker.pages import RankPages
 from tests.support.grouped_caches import full, grouped_caches, layers, state, window
 

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvcache.connectors.vllm.compat import has_name
 from kvcache.connectors.vllm.messages import Step, Transfer
+from kvcache.connectors.vllm.vllm_names import has_name
 from kvcache.connectors.vllm.worker.replicas import tensor_replicas
 from tests.support.group_hooks import needs_tensor_shards
 from tests.support.grouped_caches import grouped_caches, layers

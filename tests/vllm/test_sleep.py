@@ -13,9 +13,9 @@ pytest.importorskip("vllm")
 import torch
 
 from kvcache.connectors.vllm import KVCacheConnector
-from kvcache.connectors.vllm.compat import has_name
 from kvcache.connectors.vllm.messages import Refusal, SlabShards, Step, Transfer
 from kvcache.connectors.vllm.scheduler.side import SchedulerSide
+from kvcache.connectors.vllm.vllm_names import has_name
 from kvcache.connectors.vllm.worker.side import WorkerSide
 from kvcache.slab import Slab, slot_nbytes_for
 from tests.support.played_engine import cache_config, engine_config, full_attention, shards

@@ -187,11 +187,9 @@ def kernels(vllm_config: VllmConfig) -> str:
 
 def _require_identifiable(vllm_config: VllmConfig) -> None:
     """Raise UnknownWeightsError if the files do not determine what the engine computes with."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model = vllm_config.model_config
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
         raise UnknownWeightsError("weight_transfer_config replaces them while the engine runs")
-    if getattr(cache, "calculate_kv_scales", False):
-        raise UnknownWeightsError("calculate_kv_scales measures other scales in every process")
     media = getattr(model, "multimodal_config", None)
     if getattr(media, "mm_encoder_fp8_scale_path", None):
         raise UnknownWeightsError("mm_encoder_fp8_scale_path names a file beside the weights")
