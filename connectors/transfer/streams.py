@@ -34,7 +34,11 @@ class CopyStream(Protocol):
         """Make the work queued from now on wait until the device has passed `event`."""
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
-        """Queue copies of `nbytes[i]` bytes from address `sources[i]` to `targets[i]`."""
+        """Queue copies of `nbytes[i]` bytes from address `sources[i]` to `targets[i]`.
+
+        One side is in the device's memory. The arrays are contiguous and have 64-bit integers; the
+        caller keeps them until the copies are done.
+        """
 
 
 class Device(Protocol):

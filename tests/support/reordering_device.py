@@ -53,6 +53,9 @@ class ReorderedStream:
         self.queue.append(event)
 
     def copy(self, targets: Integers, sources: Integers, nbytes: Integers) -> None:
+        for column in (targets, sources, nbytes):  # a driver reads the arrays in place
+            assert column.flags.c_contiguous
+            assert column.dtype == "int64"
         for target, source, count in zip(
             targets.tolist(), sources.tolist(), nbytes.tolist(), strict=True
         ):
