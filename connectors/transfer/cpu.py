@@ -28,6 +28,7 @@ try:
     )
     from kvcache.connectors.transfer.cpu_kernels import (
         CACHE_LINE,
+        PREFETCH_NBYTES,
         compile_transpose,
         copy_run,
         memory_fence,
@@ -43,6 +44,11 @@ except ImportError as error:
 # 256 bytes to 2 KiB were gathered at 1.07 to 1.37 of one contiguous copy; with 4 KiB, at 0.99 to
 # 1.02.
 _SHORT_RUNS_PREFETCH_NBYTES = 8192
+
+# Short runs are gathered in groups of so many. Relative to source order, this changed the gather of
+# runs of 256 bytes from 0.56 to 0.87 of one contiguous copy if heads lie outside blocks and from
+# 0.88 to 0.96 if not, and that of 1152 bytes (MLA) from 0.80 to 1.00.
+_GROUP_RUNS = 128
 
 MIN_SHARED_NBYTES = 2 << 20
 """The least bytes of a copy that several threads share. For fewer bytes, waking a second thread
@@ -130,8 +136,10 @@ class _SortedRuns:
         # The rows of one side are the columns of the other.
         scatter = gather[:, [0, 2, 1, 6, 5, 4, 3]]
         nbytes = gather[:, :3].prod(axis=1) if transposes else geometry.nbytes
-        self.gather = _sorted_by_source(nbytes, gather, geometry.slab, geometry.engine)
-        self.scatter = _sorted_by_source(nbytes, scatter, geometry.engine, geometry.slab)
+        sides = geometry.slab, geometry.engine
+        self.gather = _columns(_gather_order(nbytes, *sides), nbytes, gather, *sides)
+        by_slot = np.argsort(geometry.slab[0], kind="stable")
+        self.scatter = _columns(by_slot, nbytes, scatter, geometry.engine, geometry.slab)
         self.block_nbytes = int(nbytes.sum())
         self._widths = piece_widths(cell for cell, *_ in transposes)
         self._copy_share = copy_share
@@ -146,20 +154,33 @@ class _SortedRuns:
         return self._copy_share
 
 
-def _sorted_by_source(
+def _gather_order(
+    nbytes: Integers, targets: tuple[Integers, Integers], sources: tuple[Integers, Integers]
+) -> Integers:
+    """Return the order in which runs are gathered: by source address, short runs in groups.
+
+    The runs of a group are in the order of their targets, so that neighbours in a slot are written
+    one after another. A scatter in such an order was slower.
+    """
+    by_source = np.argsort(sources[0], kind="stable")
+    if nbytes.mean() >= PREFETCH_NBYTES:
+        return by_source
+    groups = np.empty_like(by_source)
+    groups[by_source] = np.arange(len(by_source)) // _GROUP_RUNS
+    in_groups: Integers = np.lexsort((targets[0], groups))
+    return in_groups
+
+
+def _columns(
+    order: Integers,
     nbytes: Integers,
     transposes: Integers,
     targets: tuple[Integers, Integers],
     sources: tuple[Integers, Integers],
 ) -> tuple[Integers, ...]:
-    """Return the columns of the runs of a copy, sorted by source address.
-
-    Short runs in any other order were copied at two thirds of the speed.
-    """
-    order = np.argsort(sources[0], kind="stable")
-    columns = (*targets, *sources, nbytes)
+    """Return the columns of the runs of a copy in this order."""
     return (
-        *(column[order] for column in columns),
+        *(column[order] for column in (*targets, *sources, nbytes)),
         transposes[order] if len(transposes) else transposes,
     )
 
