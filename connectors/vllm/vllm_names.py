@@ -148,6 +148,7 @@ FAILED_LOADS: Final = f"{_BASE}:KVConnectorTransferResults.failed_recving"
 STATES: Final = f"{_OUTPUT}:KVConnectorBlockState.boundary_state_offloads"
 LIVE_TABLES: Final = f"{_OUTPUT}:KVConnectorBlockState.get_block_ids"
 LAYOUTS: Final = "v1.kv_cache_layout:KVCacheLayout.BLNHC"
+FIXED_HASH_SEED: Final = f"{_KV_UTILS}:resolve_none_hash_seed"
 
 _LATER_NEEDED: Final[Mapping[str, Version]] = {
     # Loads and stores of several groups
@@ -170,6 +171,7 @@ older vLLM, so a vLLM that is newer than `NEWEST_VLLM` has to have them."""
 
 _LATER_OPTIONAL: Final[Mapping[str, Version]] = {
     LAYOUTS: (0, 29),
+    FIXED_HASH_SEED: (0, 29),
     "v1.attention.backend:AttentionBackend.supported_kv_cache_layouts": (0, 29),
     "config:AttentionConfig.hisparse_config": (0, 30),
     "config:ParallelConfig.elastic_ep_max_dp_size": (0, 30),

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvcache.connectors.vllm.identity.fields import UNSHARED, identity, log_sharing, started_ns
+from kvcache.connectors.vllm.vllm_names import FIXED_HASH_SEED, has_name
 from kvcache.keys import namespace
 
 pytestmark = pytest.mark.engine
@@ -181,6 +182,12 @@ def test_identity_of_another_release_changes(
     assert namespace(fields(model)) != namespace(before)
 
 
+def test_identity_of_another_transformers_is_equal(model: str) -> None:
+    """The code of a text model is vLLM's."""
+    after = {"transformers_version": "99.0.0"}
+    assert fields(model, config=after) == fields(model, config={"transformers_version": "5.0.0"})
+
+
 def test_identity_of_two_equal_engines_is_equal(model: str) -> None:
     """Also if their served names differ."""
     assert fields(model) == fields(model, served="another name")
@@ -301,3 +308,40 @@ def test_log_sharing_unidentified_weights_are_logged_with_the_reason(
     assert record.levelno == level
     assert "dummy" in record.getMessage()
     assert ("KVCACHE_IDENTITY" in record.getMessage()) == lower
+
+
+def hash_seed_warnings(found: dict[str, object], caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "kvcache"):
+        log_sharing(found, lower=True)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_log_sharing_hashes_with_a_random_seed_are_logged(
+    model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    [message] = hash_seed_warnings(fields(model, algorithm="xxhash"), caplog)
+    assert "PYTHONHASHSEED" in message
+    fixed = has_name(FIXED_HASH_SEED)
+    assert len(hash_seed_warnings(fields(model), caplog)) == (0 if fixed else 1)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert hash_seed_warnings(fields(model, algorithm="xxhash"), caplog) == []
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"])
+def test_identity_hash_seed_is_random_where_vllm_makes_a_random_one(
+    model: str, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.utils import hashing
+    from vllm.v1.core import kv_cache_utils
+
+    pytest.importorskip("xxhash")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", b"", raising=False)
+    seeds = set()
+    for _ in range(2):
+        kv_cache_utils.init_none_hash(getattr(hashing, algorithm))
+        seeds.add(kv_cache_utils.NONE_HASH)
+    found = fields(model, algorithm=algorithm)
+    assert found["hash seed"] == ("random" if len(seeds) > 1 else None)

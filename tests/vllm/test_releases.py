@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+import transformers
 import vllm
 
 from kvcache.connectors.vllm.identity.releases import EQUAL_RELEASES, first_equal, release_fields
@@ -41,6 +42,32 @@ def test_equal_releases_are_in_one_group_each() -> None:
         assert len(releases) == len(set(releases))
 
 
-def test_release_fields_have_vllm_and_torch() -> None:
-    config: Any = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
-    assert release_fields(config) == {"vllm": vllm.__version__, "torch": torch.__version__}
+def config(**model: object) -> Any:
+    """Return the config of an engine on a GPU, of a text model that vLLM implements."""
+    text = {"architecture": "Llama", "multimodal_config": None, "trust_remote_code": False}
+    return SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cuda"),
+        model_config=SimpleNamespace(**text | model),
+    )
+
+
+def test_release_fields_of_a_text_model_are_vllm_and_torch() -> None:
+    found = release_fields(config())
+    assert found == {
+        "vllm": vllm.__version__, "torch": torch.__version__, "transformers": None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"architecture": "TransformersForCausalLM"},
+        {"multimodal_config": object()},
+        {"trust_remote_code": True},
+    ],
+    ids=lambda model: next(iter(model)),
+)
+def test_release_fields_of_a_model_that_transformers_computes_have_its_version(
+    model: dict[str, object],
+) -> None:
+    assert release_fields(config(**model))["transformers"] == transformers.__version__

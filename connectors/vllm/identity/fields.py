@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any, Final
 from kvcache.connectors.vllm.identity.releases import release_fields
 from kvcache.connectors.vllm.identity.specs import group_fields
 from kvcache.connectors.vllm.identity.weights import UnknownWeightsError, identify
+from kvcache.connectors.vllm.vllm_names import FIXED_HASH_SEED, has_name
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.cache import CacheConfig
     from vllm.config.load import LoadConfig
     from vllm.config.model import ModelConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 VARIABLE: Final = "KVCACHE_IDENTITY"
 SCHEMA: Final = 2  # version of a block's bytes; a new version is a new namespace
+RANDOM: Final = "random"  # the seed of hashes that differ between processes
 UNSHARED: Final = "not shared"  # the field with the reason why the weights are not identified
 
 _STARTING_S = 0.1
@@ -43,6 +46,9 @@ in hundredths of a second, and an engine may start right after the files were wr
 _LOADERS = "vllm.model_executor.model_loader."
 _READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", "gguf_loader"}
 """vLLM's loaders that read files of a folder, by module."""
+
+_NO_SETTINGS = {"_name_or_path", "transformers_version"}
+"""Names in a model's configuration that change no byte. Releases have fields of their own."""
 
 _MEDIA = (
     "language_model_only", "mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate",
@@ -71,7 +77,7 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
         "media": settings_of(getattr(model, "multimodal_config", None), _MEDIA),
         "cache dtype": cache.cache_dtype,
         "hash": cache.prefix_caching_hash_algo,
-        "hash seed": os.environ.get("PYTHONHASHSEED"),
+        "hash seed": _hash_seed(cache),
         "batch invariant": os.environ.get("VLLM_BATCH_INVARIANT", "0"),
         "groups": [group_fields(group) for group in kv_cache_config.kv_cache_groups],
         "ranks": [parallel.pipeline_parallel_size, parallel.tensor_parallel_size],
@@ -96,6 +102,11 @@ def identity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[st
 
 def log_sharing(fields: Mapping[str, object], *, lower: bool) -> None:
     """Log how the weights were identified. ``lower`` is whether there is a tier below L1."""
+    if fields.get("hash seed") == RANDOM and lower:
+        log.warning(
+            "kvcache: identity: vLLM's block hashes begin with random bytes (PYTHONHASHSEED is not "
+            "set); blocks are shared with no other process, nor with this engine after a restart"
+        )
     if (reason := fields.get(UNSHARED)) and lower:
         log.warning(
             "kvcache: identity: weights not identified (%s); blocks are shared with no other "
@@ -113,6 +124,16 @@ def log_sharing(fields: Mapping[str, object], *, lower: bool) -> None:
         )
     elif lower:
         log.info("kvcache: identity: weights are %s", fields.get("weights"))
+
+
+def _hash_seed(cache: CacheConfig) -> str | None:
+    """Return the seed of vLLM's block hashes: `RANDOM`, or ``None`` for the one that is fixed."""
+    if (seed := os.environ.get("PYTHONHASHSEED")) is not None:
+        return seed
+    # vLLM's `resolve_none_hash_seed` chooses it. Of hashes that are easy to collide it is secret.
+    secret = cache.prefix_caching_hash_algo.startswith("xxhash")
+    fixed = has_name(FIXED_HASH_SEED) and not secret
+    return None if fixed else RANDOM
 
 
 def drafter(vllm_config: VllmConfig) -> ModelConfig | None:
@@ -199,16 +220,14 @@ def _require_identifiable(vllm_config: VllmConfig) -> None:
 
 
 def _config(model: ModelConfig) -> str:
-    """Return the model's configuration after all overrides, without its path."""
-    return json.dumps(_without_path(json.loads(model.hf_config.to_json_string(use_diff=False))))
+    """Return the model's configuration after all overrides, without `_NO_SETTINGS`."""
+    return json.dumps(_settings(json.loads(model.hf_config.to_json_string(use_diff=False))))
 
 
-def _without_path(value: Any) -> Any:
+def _settings(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {
-            name: _without_path(each) for name, each in value.items() if name != "_name_or_path"
-        }
-    return [_without_path(each) for each in value] if isinstance(value, list) else value
+        return {name: _settings(each) for name, each in value.items() if name not in _NO_SETTINGS}
+    return [_settings(each) for each in value] if isinstance(value, list) else value
 
 
 def settings_of(config: object, names: Sequence[str]) -> list[str]:

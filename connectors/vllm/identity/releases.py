@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.model import ModelConfig
 
 EQUAL_RELEASES: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "cpu": (("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0"),),
@@ -29,10 +30,24 @@ _BUILDS: Final = r"\+(cpu|cu\d+|rocm\d+)$"
 def release_fields(vllm_config: VllmConfig) -> dict[str, object]:
     """Return the fields of the namespace that depend on the installed software."""
     import torch
+    import transformers
     import vllm
 
-    device = vllm_config.device_config.device_type
-    return {"vllm": first_equal(vllm.__version__, device), "torch": torch.__version__}
+    device, model = vllm_config.device_config.device_type, vllm_config.model_config
+    return {
+        "vllm": first_equal(vllm.__version__, device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__ if _computes_with_transformers(model) else None,
+    }
+
+
+def _computes_with_transformers(model: ModelConfig) -> bool:
+    """Whether code of transformers may compute: a model, or the inputs from images and sounds."""
+    return bool(
+        str(getattr(model, "architecture", "")).startswith("Transformers")
+        or getattr(model, "multimodal_config", None) is not None
+        or getattr(model, "trust_remote_code", True)
+    )
 
 
 def first_equal(version: str, device: str) -> str:

@@ -73,6 +73,8 @@ def startup(engine: Engine) -> None:
 
 def environment(settings: EngineSettings) -> dict[str, str]:
     """Return the variables of an engine's process: no network, and the import path of this one."""
+    from kvcache.connectors.vllm.vllm_names import FIXED_HASH_SEED, has_name
+
     removed = ("KVCACHE", "OTEL")
     base = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
     base |= {
@@ -84,6 +86,8 @@ def environment(settings: EngineSettings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if not has_name(FIXED_HASH_SEED):
+        base["PYTHONHASHSEED"] = "0"  # else vLLM's hashes differ between processes
     if settings.l1 is not None:
         base |= {"KVCACHE_PROFILE": "l1-only", "KVCACHE__L1__CAPACITY": settings.l1}
     base |= settings.environment
@@ -101,11 +105,24 @@ def run_scenarios(
     with _starting:
         process = _start(settings, scenarios, folder)
     process.join()
+    return read_report(folder, process.exitcode)
+
+
+def read_report(folder: Path, exit_code: int | None) -> EngineRun:
+    """Return the report of an engine's process that wrote its files to `folder`.
+
+    Raises AssertionError if it exited with an error.
+    """
     output, report = (folder / "output").read_text(), folder / "report.json"
     outcomes = json.loads(report.read_text()) if report.exists() else {}
-    if process.exitcode:
-        raise AssertionError(f"the engine exited with {process.exitcode}:\n{output[-TAIL:]}")
+    if exit_code:
+        raise AssertionError(f"the engine exited with {exit_code}:\n{output[-TAIL:]}")
     return EngineRun(outcomes, output)
+
+
+def names_of(scenarios: Sequence[Scenario]) -> list[tuple[str, str]]:
+    """Return the module and the name of each scenario, as `run_here` takes them."""
+    return [(each.__module__, each.__name__) for each in scenarios]
 
 
 _processes = multiprocessing.get_context("forkserver")
@@ -117,10 +134,10 @@ _starting = threading.Lock()
 def _start(settings: EngineSettings, scenarios: Sequence[Scenario], folder: Path) -> BaseProcess:
     variables = environment(settings)
     process = _processes.Process(
-        target=_run,
+        target=run_here,
         args=(
             settings,
-            [(each.__module__, each.__name__) for each in scenarios],
+            names_of(scenarios),
             folder,
             variables,
         ),
@@ -159,13 +176,16 @@ class _WarningRecorder(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def _run(
+def run_here(
     settings: EngineSettings,
-    scenarios: list[tuple[str, str]],
+    scenarios: Sequence[Sequence[str]],
     folder: Path,
     variables: dict[str, str],
 ) -> None:
-    """Run in the forked process. Variables that vLLM set when it was imported stay."""
+    """Run scenarios, given by module and name, on an engine in this process, and write the report.
+
+    It is the only work of the process. Variables that vLLM set when it was imported stay.
+    """
     from tests.support.engine import preload
 
     os.chdir(folder)
