@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 pytest.importorskip("vllm")
 
 import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from kvcache.connectors.vllm import compat, plugin
+from kvcache.connectors.vllm import KVCacheConnector, compat, plugin
 from kvcache.connectors.vllm.compat import (
     check_vllm,
     hash_tokens,
@@ -23,6 +25,8 @@ from kvcache.connectors.vllm.compat import (
 )
 from kvcache.connectors.vllm.vllm_names import has_name
 from kvcache.replica import ALONE, Replica
+from tests.support.played_models import MODELS
+from tests.support.played_scheduler import Play, open_scheduler, write_config
 
 pytestmark = pytest.mark.engine
 
@@ -86,6 +90,36 @@ def test_warn_of_untested_vllm_logs_one_line(
         "(kvcache was tested with vLLM 0.28 to 0.33); continuing without "
         f"{'module:Name, other:x' if others else 'restrictions'}"
     )
+
+
+def warnings_of_a_scheduler(
+    folder: Path, caplog: pytest.LogCaptureFixture, *, replica: int = 0
+) -> list[str]:
+    """Return what kvcache warns of while vLLM's scheduler constructs its connector."""
+    scheduler = open_scheduler(MODELS["full"], Play(), write_config(folder), connected=True)
+    config = scheduler.vllm_config
+    caplog.clear()
+    config.parallel_config.data_parallel_size_local = 2
+    config.parallel_config.data_parallel_rank_local = replica
+    KVCacheConnector(config, KVConnectorRole.SCHEDULER, scheduler.kv_cache_config)
+    return [each.getMessage() for each in caplog.records if each.name.startswith("kvcache")]
+
+
+@pytest.mark.parametrize(
+    ("version", "replica", "count"), [("0.33.1", 0, 0), ("0.34.0", 0, 1), ("0.34.0", 1, 0)]
+)
+def test_connector_of_the_first_scheduler_warns_of_an_untested_vllm(
+    version: str,
+    replica: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Of the replicas that one command started, the first one warns."""
+    monkeypatch.setattr(vllm, "__version__", version)
+    warnings = warnings_of_a_scheduler(tmp_path, caplog, replica=replica)
+    assert len([each for each in warnings if "is untested" in each]) == count
 
 
 def test_hooks_refusal_of_a_vllm_with_all_hooks_is_none() -> None:
