@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,7 @@ from kvcache.connectors.vllm import KVCacheConnector, vllm_names
 from kvcache.connectors.vllm.compat import version_of
 from kvcache.connectors.vllm.vllm_names import (
     NEWEST_VLLM,
+    OLDEST_VLLM,
     REMOVED_NAMES,
     VLLM_NAMES,
     has_name,
@@ -163,6 +165,20 @@ def test_vllm_name_exists_from_its_version_on(name: str) -> None:
 )
 def test_vllm_name_that_does_not_exist_is_missing(name: str) -> None:
     assert not has_name(name)
+
+
+def test_oldest_version_is_the_one_that_the_package_requires() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"vllm>={'.'.join(map(str, OLDEST_VLLM))}" in extras["optional-dependencies"]["engine"]
+
+
+def test_page_has_all_versions_from_the_oldest_to_the_newest() -> None:
+    page = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    table = page.partition("## Supported versions")[2].partition("\n\n* ")[0]
+    (major, first), (_, last) = OLDEST_VLLM, NEWEST_VLLM
+    found = re.findall(r"(?m)^\| ([\d., ]+?) \|", table)
+    versions = [f"{major}.{minor}" for minor in range(first, last + 1)]
+    assert ", ".join(found).split(", ") == versions
 
 
 def test_missing_names_of_the_installed_vllm_are_none() -> None:
