@@ -34,6 +34,7 @@ try:
         memory_fence,
         piece_widths,
     )
+    from kvcache.connectors.transfer.merged_runs import MergedRuns
 except ImportError as error:
     raise ImportError(
         f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[torch]',"
@@ -135,11 +136,12 @@ class _SortedRuns:
         gather = np.array(transposes, dtype=np.int64).reshape(len(transposes), 7)
         # The rows of one side are the columns of the other.
         scatter = gather[:, [0, 2, 1, 6, 5, 4, 3]]
-        nbytes = gather[:, :3].prod(axis=1) if transposes else geometry.nbytes
-        sides = geometry.slab, geometry.engine
+        runs = geometry if transposes else MergedRuns(geometry)
+        nbytes = gather[:, :3].prod(axis=1) if transposes else runs.nbytes
+        sides = runs.slab, runs.engine
         self.gather = _columns(_gather_order(nbytes, *sides), nbytes, gather, *sides)
-        by_slot = np.argsort(geometry.slab[0], kind="stable")
-        self.scatter = _columns(by_slot, nbytes, scatter, geometry.engine, geometry.slab)
+        by_slot = np.argsort(runs.slab[0], kind="stable")
+        self.scatter = _columns(by_slot, nbytes, scatter, runs.engine, runs.slab)
         self.block_nbytes = int(nbytes.sum())
         self._widths = piece_widths(cell for cell, *_ in transposes)
         self._copy_share = copy_share

@@ -27,6 +27,8 @@ class MergedRuns:
 
     Attributes:
         nbytes: bytes of each merged run.
+        engine: the addresses of the merged runs of block 0, and the strides to the next block.
+        slab: the addresses of the merged runs in slot 0, and the strides to the next slot.
     """
 
     def __init__(self, geometry: CopyGeometry, layers: Collection[int] | None = None) -> None:
@@ -46,8 +48,11 @@ class MergedRuns:
         )
         begins = np.flatnonzero(first)
         self.nbytes: Integers = np.add.reduceat(nbytes, begins) if len(begins) else nbytes
-        self._engine = engine[first], _one_if_equal(engine_strides[first])
-        self._slab = slab[first], _one_if_equal(slab_strides[first])
+        self.engine = engine[first], engine_strides[first]
+        self.slab = slab[first], slab_strides[first]
+        self._engine_strides, self._slab_strides = map(
+            _one_if_equal, (self.engine[1], self.slab[1])
+        )
 
     def __len__(self) -> int:
         return len(self.nbytes)
@@ -71,9 +76,8 @@ class MergedRuns:
             nbytes: receives as many byte counts.
         """
         shape = len(blocks), len(self)
-        (engine_begins, engine_strides), (slab_begins, slab_strides) = self._engine, self._slab
-        np.add(blocks[:, None] * engine_strides, engine_begins, out=engine.reshape(shape))
-        np.add(slots[:, None] * slab_strides, slab_begins, out=slab.reshape(shape))
+        np.add(blocks[:, None] * self._engine_strides, self.engine[0], out=engine.reshape(shape))
+        np.add(slots[:, None] * self._slab_strides, self.slab[0], out=slab.reshape(shape))
         nbytes.reshape(shape)[:] = self.nbytes
 
 
