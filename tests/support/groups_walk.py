@@ -6,28 +6,33 @@ from pathlib import Path
 from random import Random
 
 from kvcache.connectors.vllm.vllm_names import has_name
-from tests.support.played_copies import Copying
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_models import BLOCK, LONGEST, PlayedModel
+from tests.support.played_ranks import Copying
 from tests.support.played_scheduler import Play
 
 VLLM_0_32 = has_name("v1.kv_cache_interface:KVCacheConfig.hash_block_size")
 
 
-def random_play(model: PlayedModel, random: Random) -> Play:
-    """Return a random way to run a model."""
-    second_runner = random.random() < 0.3
-    # The second runner recomputes blocks that failed to load wrongly. Only with one group of full
-    # attention are there such blocks.
-    fails = not (second_runner and len(model.groups) == 1)
-    most = 2 if model.pipeline > 1 and second_runner else 1  # as vLLM has batches in flight
+def random_play(
+    model: PlayedModel,
+    random: Random,
+    *,
+    second_runner: bool | None = None,
+    is_ahead: bool | None = None,
+) -> Play:
+    """Return a random way to run a model, as far as it is not chosen."""
+    second = random.random() < 0.5 if second_runner is None else second_runner
+    ahead = random.random() < 0.5 if is_ahead is None else is_ahead
+    most = 2 if model.pipeline > 1 and second else 1  # as vLLM has batches in flight
     return Play(
-        second_runner=second_runner,
-        ahead=random.choice((0, most)),
+        second_runner=second,
+        ahead=most * ahead,
         copying=Copying(
-            ending=random.choice((1.0, 0.5, 0.2)),
-            failing=random.choice((0.0, 0.1 * fails)),
-            reports_first=bool(model.drafts) and random.random() < 0.5,
+            # On a device the connector refuses models of which vLLM finds parts of blocks.
+            pace=0 if model.finds_parts else random.choice((0, 6, 60)),
+            failing=random.choice((0.0, 0.1)),
+            far=random.random() < 0.5,
         ),
         room=random.choice((1.1, 1.5, 3.0)),
         budget=random.choice((32, 64, 200)),
@@ -78,10 +83,13 @@ def continue_session(engine: GroupsEngine, name: str) -> None:
         engine.ask(name, [random.randrange(50) for _ in range(more)], answer, session=True)
 
 
-def walk(model: PlayedModel, folder: Path, seed: int) -> GroupsEngine:
-    """Play random events; raise an AssertionError where a rule is broken."""
+def walk(model: PlayedModel, folder: Path, seed: int, **chosen: bool) -> GroupsEngine:
+    """Play random events; raise an AssertionError where a rule is broken.
+
+    `chosen` are options of `random_play`.
+    """
     random = Random(seed)
-    engine = GroupsEngine(model, folder, random, random_play(model, random))
+    engine = GroupsEngine(model, folder, random, random_play(model, random, **chosen))
     # With states, vLLM resumes a session wrongly if a step ran beyond its last part. Before 0.32 a
     # session keeps the hash of a block that it ended with another token.
     runs_beyond = model.drafts or engine.play.ahead > 1 or not VLLM_0_32

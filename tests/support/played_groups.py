@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -21,15 +21,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.compat import host_name
-from kvcache.connectors.vllm.groups import kept_groups, may_load_within_step
+from kvcache.connectors.vllm.groups import kept_groups
 from kvcache.connectors.vllm.messages import Piece, Shard, Step
 from kvcache.connectors.vllm.scheduler.pieces import cut_blocks
-from tests.support.played_copies import RankCopies
 from tests.support.played_memory import Prefixes, Rank, RankMemory, WrongKVError
 from tests.support.played_models import LONGEST, PlayedModel
+from tests.support.played_ranks import ConnectedPlayedRank, PlayedRank
 from tests.support.played_runner import PlayedRunner
-from tests.support.played_scheduler import Play, open_scheduler
+from tests.support.played_scheduler import Play, open_scheduler, runner_chosen
+from tests.support.reordering_device import ReorderingDevice
 
 PAGE = 4096  # bytes; a slot is whole pages
 
@@ -65,7 +65,7 @@ class GroupsEngine:
         self._hasher = kv_cache_utils.get_request_block_hasher(self.hash_tokens, sha256)
         self.prefixes = prefixes or Prefixes()
         self.registry: dict[bytes, list[int]] = {}
-        self._reports: deque[tuple[Any, Any]] = deque()
+        self._reports: deque[tuple[Any, Callable[[], Any]]] = deque()
         self._hashed: dict[str, int] = {}
         self._pages: dict[tuple[int, bytes, int, Rank], bytes] = {}
         self._pieces: Sequence[Piece] = ()
@@ -74,55 +74,50 @@ class GroupsEngine:
         ranks = [(p, t) for p in range(model.pipeline) for t in range(model.tensor)]
         blocks = self.cache.num_blocks
         self.memory = [RankMemory(model.groups, blocks, rank, model.pipeline) for rank in ranks]
-        self.copies: list[RankCopies] = []
+        self.ranks: list[PlayedRank] = [PlayedRank(memory) for memory in self.memory]
         if connected:
-            self._connect()
+            with runner_chosen(play):
+                self._connect()
         self.runner = PlayedRunner(
             model,
             self.prefixes,
-            self.memory,
-            self.copies,
+            self.ranks,
             random,
             lambda name: self.requests[name].all_token_ids,
             is_async=self.scheduler.scheduler_config.async_scheduling,
             second_runner=play.second_runner,
-            reports_first=play.copying.reports_first,
         )
 
     def _connect(self) -> None:
-        connector = self.scheduler.connector
+        connector, copying = self.scheduler.connector, self.play.copying
         self.side: Any = connector.scheduler_side
-        replicas = tuple(group.replicas for group in self.model.groups)
-        shards = {
-            memory.rank: Shard(
-                tuple(memory.nbytes),
-                host_name(),
-                "form",
-                replicas=replicas,
-                async_copies=self.play.copying.is_async,
-            )
-            for memory in self.memory
-        }
-        os.environ["KVCACHE__L1__CAPACITY"] = str(self._capacity(shards))
-        connector.set_xfer_handshake_metadata_pp_aware(shards)
-        self.front = self.side.stack.front
-        self.front.slab.wait_populated()
-        by_block = may_load_within_step(self.kept)
-        # vLLM's second model runner zeroes blocks and copies states before it calls the fence. The
-        # blocks that vLLM copies after a hit within a block are no fresh ones.
-        early = self.play.second_runner or self.model.finds_parts
-        waits = early and self.scheduler.needs_kv_cache_zeroing
-        self.copies = [
-            RankCopies(
+        device = ReorderingDevice(self.random, pace=copying.pace) if copying.is_async else None
+        workers = [
+            ConnectedPlayedRank(
                 memory,
-                self.front.slab.view,
-                self.random,
-                self.play.copying,
-                by_block=by_block,
-                waits=waits,
+                self.model,
+                self.scheduler.vllm_config,
+                self.cache.num_blocks,
+                device=device,
+                copying=copying,
+                random=self.random,
+                slot=self._slot,
+                second_runner=self.play.second_runner,
             )
             for memory in self.memory
         ]
+        shards = {worker.memory.rank: worker.shard() for worker in workers}
+        assert [*shards[0, 0].replicas] in ([], [group.replicas for group in self.model.groups])
+        os.environ["KVCACHE__L1__CAPACITY"] = str(self._capacity(shards))
+        connector.set_xfer_handshake_metadata_pp_aware(shards)
+        if copying.far and copying.is_async:
+            self.side.pending_loads.prefers_async = lambda blocks, others: True
+        self.front = self.side.stack.front
+        self.front.slab.wait_populated()
+        self.ranks = [*workers]
+
+    def _slot(self, slot: int) -> Any:
+        return self.front.slab.view(slot)
 
     def _capacity(self, shards: dict[Rank, Shard]) -> int:
         """Return the bytes of an L1 that holds `slots` times the blocks of the longest request."""
@@ -181,7 +176,12 @@ class GroupsEngine:
                 name: {*chain(*manager.get_block_ids(name))} - {0}
                 for name in self.scheduler.requests
                 if name not in starts_again
-            }
+            },
+            [
+                name
+                for name, request in self.scheduler.requests.items()
+                if request.status.name == "WAITING_FOR_REMOTE_KVS"
+            ],
         )
 
     def lose_own_cache(self) -> None:
@@ -193,7 +193,7 @@ class GroupsEngine:
         """Build and run a step, and report one if enough are built."""
         output = self.scheduler.schedule()
         self.steps += 1
-        if self.copies:
+        if self.is_connected:
             step: Step = output.kv_connector_metadata
             self._pieces = step.memory.pieces
             self.loads += len(step.loads)
@@ -201,14 +201,16 @@ class GroupsEngine:
         self._reports.append((output, self.runner.run(output)))
         while len(self._reports) > self.play.ahead:
             self.report()
+        self._raise_errors()
 
     def report(self) -> None:
         """Report the first step that is not reported yet."""
         from vllm.v1.outputs import DraftTokenIds
 
-        output, result = self._reports.popleft()
-        if result.kv_connector_output is not None:
-            self.runner.start_again(result.kv_connector_output.failed_recving)
+        output, get_output = self._reports.popleft()
+        result = get_output()
+        failed = getattr(result.kv_connector_output, "failed_recving", ())  # from vLLM 0.30 on
+        self.runner.start_again(failed)
         self.scheduler.update_from_output(output, result)
         if self.model.drafts and not self.scheduler.scheduler_config.async_scheduling:
             drafts = self.runner.drafts(result.req_ids)
@@ -226,7 +228,7 @@ class GroupsEngine:
             if not self.scheduler.has_requests():
                 while self._reports:
                     self.report()
-            waits = self.copies and self.side.table_sizes()["prefetches"]
+            waits = self.is_connected and self.side.table_sizes()["prefetches"]
             idle = idle + 1 if self._progress() == before and not waits else 0
             assert idle < 200, "the engine makes no progress"
 
@@ -309,5 +311,16 @@ class GroupsEngine:
         assert sizes["jobs"] == sizes["unsent_loads"] == 0, sizes
         assert self.front.stats().pinned_slots == 0
 
+    @property
+    def is_connected(self) -> bool:
+        return self.ranks[0].connector is not None
+
+    def _raise_errors(self) -> None:
+        for rank in self.ranks:
+            for error in rank.errors:
+                raise error
+
     def close(self) -> None:
+        for rank in self.ranks:
+            rank.close()
         self.scheduler.shutdown()

@@ -84,35 +84,54 @@ class PlayedGroup:
                 return 0
 
 
+def layer_name(group: int, number: int) -> str:
+    """Return the name of a layer of a group in vLLM's config."""
+    return f"layer.{group}.{number}"
+
+
 class RankMemory:
-    """The KV cache of one rank, which has every ``pipeline``-th layer of each group."""
+    """The KV cache of one rank, which has every ``pipeline``-th layer of each group.
+
+    Attributes:
+        layers: of each group: the numbers of the layers that this rank has.
+        nbytes: of each group: bytes of a block.
+    """
 
     def __init__(
         self, groups: Sequence[PlayedGroup], blocks: int, rank: Rank, pipeline: int
     ) -> None:
         self.rank = rank
-        self._places = [self._places_of(group, pipeline) for group in groups]
-        self.nbytes = [
-            len(places) * group.columns * 8
-            for group, places in zip(groups, self._places, strict=True)
-        ]
+        self.layers = [range(rank[0], group.layers, pipeline) for group in groups]
+        self._groups = groups
+        self._places = [self._places_of(group) for group in groups]
+        self.nbytes = [len(self.layers[group.index]) * group.columns * 8 for group in groups]
         self._words = np.full((blocks, max(self.nbytes) // 8), _GARBAGE, dtype=np.int64)
 
-    def _places_of(self, group: PlayedGroup, pipeline: int) -> Words:
+    def _places_of(self, group: PlayedGroup) -> Words:
         """Return what distinguishes the words of tokens with the same prefix."""
-        stage, tensor_rank = self.rank
-        layers = np.arange(stage, group.layers, pipeline, dtype=np.int64)[:, None, None] << 8
+        layers = np.array(self.layers[group.index], dtype=np.int64)[:, None, None] << 8
         words = np.arange(group.words, dtype=np.int64)[None, None, :]
-        return layers + words + (group.index << 16) + (tensor_rank // group.replicas << 12)
+        return layers + words + (group.index << 16) + (self.rank[1] // group.replicas << 12)
+
+    def caches(self) -> dict[str, Any]:
+        """Return the tensor of each layer, by name: all blocks of one lie side by side."""
+        import torch
+
+        words = torch.from_numpy(self._words)
+        return {
+            layer_name(group.index, number): words[:, at * group.columns : (at + 1) * group.columns]
+            for group in self._groups
+            for at, number in enumerate(self.layers[group.index])
+        }
 
     def words_of(self, group: PlayedGroup, prefixes: Words) -> Words:
         """Return the words ``[layers, tokens * words]`` of tokens with these prefixes."""
         words: Words = (prefixes[None, :, None] << 24) + self._places[group.index]
         return words.reshape(len(self._places[group.index]), len(prefixes) * group.words)
 
-    def bytes_of(self, block: int) -> Any:
-        """Return a view of a block's bytes."""
-        return self._words[block].view(np.uint8)
+    def _words_of_layer(self, group: PlayedGroup, at: int, prefixes: Words) -> Words:
+        words: Words = (prefixes[:, None] << 24) + self._places[group.index][at]
+        return words.ravel()
 
     def zero(self, block: int) -> None:
         self._words[block] = 0
@@ -125,9 +144,23 @@ class RankMemory:
         self._words[target] = self._words[source]
 
     def holds(
-        self, group: PlayedGroup, table: Sequence[int], prefixes: Words, first: int, end: int
+        self,
+        group: PlayedGroup,
+        at: int,
+        table: Sequence[int],
+        prefixes: Words,
+        first: int,
+        end: int,
     ) -> bool:
         """Whether the blocks of a table hold the tokens from ``first`` to ``end``.
+
+        Args:
+            group: of the table.
+            at: the position of a layer among those of the group that this rank has.
+            table: blocks.
+            prefixes: of all tokens of the request; of a state, its one.
+            first: the first token.
+            end: the token after the last one.
 
         Returns:
             false if vLLM itself computed some of them from wrong blocks.
@@ -135,16 +168,14 @@ class RankMemory:
         Raises:
             WrongKVError: if they are wrong for another reason.
         """
-        layers = len(self._places[group.index])
-        if first >= end or not layers:
+        if first >= end:
             return True
         size = 1 if group.kind == "state" else group.block_tokens
         blocks = table[first // size : -(-end // size)]
-        pages = self._words[blocks, : layers * group.columns]
-        found = pages.reshape(-1, layers, group.columns).transpose(1, 0, 2).reshape(layers, -1)
+        pages = self._words[blocks, at * group.columns : (at + 1) * group.columns].ravel()
         begin = first % size * group.words
-        expected = self.words_of(group, prefixes[first:end])
-        found = found[:, begin : begin + expected.shape[1]]
+        expected = self._words_of_layer(group, at, prefixes[first:end])
+        found = pages[begin : begin + len(expected)]
         if found.shape == expected.shape:
             right = found == expected
             if right.all():
@@ -152,22 +183,25 @@ class RankMemory:
             if (right | (found >> 24 == UNSOUND)).all():
                 return False
         raise WrongKVError(
-            f"rank {self.rank} computes on wrong blocks {blocks} of {group}, tokens {first}-{end}"
+            f"rank {self.rank} computes on wrong blocks {blocks} of {group}, layer {at}, tokens"
+            f" {first}-{end}"
         )
 
     def write(
-        self, group: PlayedGroup, table: Sequence[int], prefixes: Words, first: int, end: int
+        self,
+        group: PlayedGroup,
+        at: int,
+        table: Sequence[int],
+        prefixes: Words,
+        first: int,
+        end: int,
     ) -> None:
-        """Write the tokens from ``first`` to ``end`` into the blocks of a table."""
-        layers = len(self._places[group.index])
-        if not layers:
-            return
+        """Write the tokens from ``first`` to ``end`` of one layer into the blocks of a table."""
         size = 1 if group.kind == "state" else group.block_tokens
-        for at in range(first // size, -(-end // size)):
-            begin, last = max(first, at * size), min(end, (at + 1) * size)
-            if not table[at]:
+        for column in range(first // size, -(-end // size)):
+            begin, last = max(first, column * size), min(end, (column + 1) * size)
+            if not table[column]:
                 raise WrongKVError(f"rank {self.rank} writes {group} to the null block at {begin}")
-            page = self._words[table[at], : layers * group.columns].reshape(layers, -1)
-            column = (begin - at * size) * group.words
-            words = self.words_of(group, prefixes[begin:last])
-            page[:, column : column + words.shape[1]] = words
+            words = self._words_of_layer(group, at, prefixes[begin:last])
+            start = at * group.columns + (begin - column * size) * group.words
+            self._words[table[column], start : start + len(words)] = words

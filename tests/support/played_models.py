@@ -72,7 +72,9 @@ class PlayedModel:
                 **size, **heads, attention_chunk_size=group.tokens
             )
         if self.mla:
-            return vllm_specs.MLAAttentionSpec(**size, **heads)
+            fields = vllm_specs.MLAAttentionSpec.__dataclass_fields__
+            shards = {"max_tp_shards": 1} if "max_tp_shards" in fields else {}  # from vLLM 0.31 on
+            return vllm_specs.MLAAttentionSpec(**size, **heads, **shards)
         return vllm_specs.FullAttentionSpec(**size, **heads)
 
 
@@ -115,9 +117,11 @@ MODELS: Final = {
     "two windows": model(_full(), _window(20), _window(70)),
     "states in shorter blocks": model(_state(), _full(block_tokens=3 * BLOCK)),
     "short windows": model(_full(), _window(1), _window(5), _window(BLOCK + 1)),
+    "full with drafts": model(_full(layers=2), drafts=2),
     "drafts": model(_full(), _window(), drafts=2),
     "drafts+states": model(_full(), _state(), _state(), drafts=2),
     "drafter layers": model(_full(), _window(), _window(33), drafts=2, eagle=True),
+    "drafts on two stages": model(_full(layers=2), _window(layers=2), drafts=2, pipeline=2),
     "pipeline": model(_full(layers=3), _window(layers=1), pipeline=2),
     "pipeline+states": model(_full(layers=2), _state(), _state(), pipeline=2),
     "two ranks": model(_full(), _window(), tensor=2),

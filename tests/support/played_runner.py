@@ -1,15 +1,16 @@
-"""The model runner of simulated workers: it plays vLLM's order within a step, on every rank.
+"""The model runner of simulated workers: it does vLLM's work within a step, on every rank.
 
 It computes the words of `played_memory`, samples tokens, drafts tokens, and moves Mamba states as
 vLLM does: before a step from the block of the last state to the running block, and after sampling
-from a state that drafted tokens passed to the block that ends there.
+from a state that drafted tokens passed to the block that ends there. The order of its work and of
+the calls of the connector is that of `model_runners`. On a device, all of it is queued.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -18,10 +19,18 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.messages import Step
-from tests.support.played_copies import RankCopies
-from tests.support.played_memory import UNSOUND, Prefixes, RankMemory, Words
+from tests.support.model_runners import Batch, Stage
+from tests.support.played_memory import (
+    UNSOUND,
+    PlayedGroup,
+    Prefixes,
+    RankMemory,
+    Words,
+    layer_name,
+)
 from tests.support.played_models import PlayedModel
+from tests.support.played_ranks import PlayedRank
+from tests.support.reordering_device import ReorderedEvent
 
 WRONG_TOKEN = 99
 """A drafted token that the model rejects."""
@@ -45,8 +54,13 @@ class RequestRow:
 class ComputedSpan:
     """The tokens from `start` to `end` that a step computes of a request.
 
-    `column`: of the running state; `read`: of the state before the span. `move` and `keep`: states
-    to copy before and after the forward pass, from one column to another.
+    Attributes:
+        ignores_blocks: vLLM computes from wrong blocks, so they are not checked.
+        sound: no layer has read a wrong block.
+        column: of the running state.
+        read: column of the state before the span.
+        move: state to copy before the forward pass, from one column to another.
+        keep: state to copy after it.
     """
 
     row: RequestRow
@@ -54,6 +68,7 @@ class ComputedSpan:
     end: int
     drafts: list[int]
     prefixes: Words
+    ignores_blocks: bool
     sound: bool
     column: int = -1
     read: int = -1
@@ -67,14 +82,12 @@ class PlayedRunner:
     Args:
         model: that they run.
         prefixes: numbers of all token sequences.
-        memory: of each rank.
-        copies: of each rank; empty without a connector.
-        random: chooses which drafts are right.
+        ranks: all of them.
+        random: chooses which drafts are right, and the kind of each forward pass.
         tokens_of: returns the tokens of a request.
         is_async: whether a step may run before the one before it is reported, so that the scheduler
             does not know its tokens.
         second_runner: whether vLLM's second model runner is played.
-        reports_first: whether stores start after a step's report.
 
     Attributes:
         hits: of each request, the tokens that its first start found in any cache.
@@ -84,42 +97,47 @@ class PlayedRunner:
         self,
         model: PlayedModel,
         prefixes: Prefixes,
-        memory: Sequence[RankMemory],
-        copies: Sequence[RankCopies],
+        ranks: Sequence[PlayedRank],
         random: Random,
         tokens_of: Callable[[str], Sequence[int]],
         *,
         is_async: bool,
         second_runner: bool,
-        reports_first: bool,
     ) -> None:
         from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 
         self._model = model
         self._prefixes = prefixes
-        self._memory = memory
-        self._copies = copies
+        self._ranks = ranks
         self._random = random
         self._tokens_of = tokens_of
         self._is_async = is_async
         self._second_runner = second_runner
-        self._reports_first = reports_first
-        self._aggregator = KVOutputAggregator(len(memory))
+        self._aggregator = KVOutputAggregator(len(ranks))
+        self._output_stream = ranks[0].device.new_stream() if ranks[0].device else None
+        self._sampled: list[list[int]] = []
+        self._copied: ReorderedEvent | None = None  # the last sampled tokens are on the host
         self._rows: dict[str, RequestRow] = {}
         self._unsound: set[str] = set()  # requests with blocks from before a reset
+        # By rank: of requests that waited for a load at a reset, the blocks.
+        self._outdated: list[dict[str, set[int]]] = [{} for _ in ranks]
         self._state_tokens = next((g.block_tokens for g in model.groups if g.kind == "state"), 0)
         self.hits: dict[str, int] = {}
 
-    def reset(self, tables: dict[str, set[int]]) -> None:
-        """Note that the weights changed while requests have these blocks."""
+    def reset(self, tables: Mapping[str, set[int]], loading: Collection[str]) -> None:
+        """Note that the weights changed while requests have these blocks; some are `loading`."""
         for row in self._rows.values():
             row.unsound = True
         self._unsound = {name for name, blocks in tables.items() if blocks}
-        for block in set[int]().union(*tables.values()):
-            for memory in self._memory:
-                memory.spoil(block, unsound=True)
-        for copies in self._copies:
-            copies.reset()
+        for outdated in self._outdated:
+            outdated.update({name: tables[name] for name in loading if name in tables})
+        self._spoil(self._ranks, set[int]().union(*tables.values()))
+
+    def _spoil(self, ranks: Sequence[PlayedRank], blocks: Collection[int]) -> None:
+        """Note that vLLM may compute from blocks that were computed before a reset."""
+        for rank in ranks:
+            for block in blocks:
+                rank.queue(partial(rank.memory.spoil, block, unsound=True))
 
     def start_again(self, names: Collection[str]) -> None:
         """Note that vLLM takes the blocks of these requests: their loads failed."""
@@ -129,76 +147,124 @@ class PlayedRunner:
         """Return the drafted tokens of these requests, as far as they still run."""
         return {name: self._rows[name].drafts for name in names if name in self._rows}
 
-    def run(self, output: Any) -> Any:
-        """Run a step on every rank, and return what the workers report."""
-        step: Step = output.kv_connector_metadata
+    def run(self, output: Any) -> Callable[[], Any]:
+        """Run a step on every rank. Returns a function that waits for it and returns its result."""
         names = list(output.num_scheduled_tokens)
         self._update_rows(output)
         spans = [self._span(name, output) for name in names]
-        for memory, copies in zip_longest(self._memory, self._copies):
-            self._prepare(memory, copies, output, spans)
-        for span in spans:  # in this order: a request may attend to blocks of one before it
-            sound = [self._reads_sound(memory, span) for memory in self._memory]
-            span.sound &= all(sound)
-            for memory in self._memory:
-                self._write(memory, span)
-        sampled = [self._sample(span) for span in spans]
-        for memory in self._memory:
-            for span in spans:
-                self._move_states(memory, span, span.keep)
-        results = [self._report(names, sampled, None)]
-        if self._copies:
-            reported = [self._copy(copies, step, output) for copies in self._copies]
-            results = [self._report(names, sampled, each) for each in reported]
-        return self._aggregator.aggregate(results) if self._copies else results[0]
+        mode = self._random.choice(("NONE", "PIECEWISE", "FULL"))
+        batch = Batch(names, output.total_num_scheduled_tokens, mode)
+        self._sampled, self._copied = [], None
+        reports = self._play(output, spans, batch)
+        results = [self._result(names, report) for report in reports]
+        for rank, outdated, report in zip(self._ranks, self._outdated, reports, strict=True):
+            for name in (report.finished_recving or ()) if report is not None else ():
+                self._spoil([rank], outdated.pop(name, ()))
+        connected = self._ranks[0].connector is not None
+        result = self._aggregator.aggregate(results) if connected else results[0]
+        copied = self._copied
 
-    def _prepare(
+        def get_output() -> Any:
+            if copied is not None:
+                copied.wait()
+            return result
+
+        return get_output
+
+    def _play(self, output: Any, spans: Sequence[ComputedSpan], batch: Batch) -> list[Any]:
+        """Play a step on all ranks, stage by stage, and return the reports of the connector."""
+        steps = [(rank, rank.step(output, batch)) for rank in self._ranks]
+        stage: Stage | None = None
+        reports: dict[int, Any] = {}
+        while not reports:
+            stages: set[Stage] = set()
+            # The contexts of the forward pass are nested, so they are left in reverse order.
+            order = list(enumerate(steps))
+            for at, (rank, step) in order[::-1] if stage == "forward" else order:
+                with rank.current():
+                    try:
+                        stages.add(next(step))
+                    except StopIteration as end:
+                        reports[at] = end.value
+            if stages:
+                assert not reports
+                [stage] = stages
+                self._work(stage, output, spans, batch)
+        return [reports[at] for at in range(len(steps))]
+
+    def _work(self, stage: Stage, output: Any, spans: Sequence[ComputedSpan], batch: Batch) -> None:
+        match stage:
+            case "update":
+                for rank in self._ranks:
+                    rank.queue(partial(_update, rank.memory, output))
+            case "prepare":
+                self._move_states([(span, span.move) for span in spans])
+            case "forward":
+                self._compute(spans, batch, drafter=False)
+            case "sample":
+                self._sampled = [self._sample(span) for span in spans]
+                self._copy_output()
+            case "keep":
+                self._move_states([(span, span.keep) for span in spans])
+            case "draft":
+                self._compute(spans, batch, drafter=True)
+                if self._copied is not None and not (self._is_async or self._second_runner):
+                    self._copied.wait()  # `_bookkeeping_sync`
+
+    def _copy_output(self) -> None:
+        """Start to copy the sampled tokens to the host."""
+        device = self._ranks[0].device
+        if device is None or self._output_stream is None:
+            return
+        self._output_stream.wait_for(device.engine_stream().record())
+        self._copied = self._output_stream.record()
+
+    def _compute(self, spans: Sequence[ComputedSpan], batch: Batch, *, drafter: bool) -> None:
+        """Compute the layers of the model or of the drafter, in order."""
+        groups = [g for g in self._model.groups if self._is_drafter(g) == drafter]
+        for number in range(max((group.layers for group in groups), default=0)):
+            for rank in self._ranks:
+                for group in groups:
+                    if number in rank.memory.layers[group.index]:
+                        self._compute_layer(rank, group, number, spans, batch)
+        for rank in self._ranks if groups else ():
+            rank.queue(partial(_mark_unsound, rank.memory, groups, spans))
+
+    def _is_drafter(self, group: PlayedGroup) -> bool:
+        return self._model.eagle and group is self._model.groups[-1]
+
+    def _compute_layer(
         self,
-        memory: RankMemory,
-        copies: RankCopies | None,
-        output: Any,
+        rank: PlayedRank,
+        group: PlayedGroup,
+        number: int,
         spans: Sequence[ComputedSpan],
+        batch: Batch,
     ) -> None:
-        """Do what vLLM's model runner does before the forward pass, in its order."""
-        step: Step = output.kv_connector_metadata
-        if copies is not None and not self._second_runner:
-            copies.fence(step)
-        for block in output.new_block_ids_to_zero or ():
-            memory.zero(block)
-        for copy in output.kv_cache_block_copies or ():
-            memory.copy(copy.src_block_id, copy.dst_block_id)
-        for span in spans:
-            self._move_states(memory, span, span.move)
-        if copies is not None and self._second_runner:
-            copies.fence(step)
-        if copies is not None and output.has_sync_kv_loads:
-            copies.load(step)
+        """Write the KV of new tokens, and read that of earlier ones, as a layer's attention does.
 
-    def _copy(self, copies: RankCopies, step: Step, output: Any) -> Any:
-        """Start the copies that follow the forward pass, and return what a rank reports."""
-        from vllm.v1.outputs import KVConnectorOutput
+        It writes before it waits for the layer's load. States are read first.
+        """
+        memory, at = rank.memory, rank.memory.layers[group.index].index(number)
+        read = partial(_read, memory, group, at, spans)
+        write = partial(_write, memory, group, at, spans)
+        if group.kind == "state":
+            rank.queue(read)
+            rank.queue(write)
+            return
+        rank.queue(write)
+        if not batch.replays_graph:
+            with rank.current():
+                rank.wait_for_layer(layer_name(group.index, number))
+        rank.queue(read)
 
-        if not output.has_sync_kv_loads:
-            copies.load(step)
-        if not self._reports_first:
-            copies.store(step)
-        received, failed, blocks, acks = copies.report(step)
-        if self._reports_first:
-            copies.store(step)
-        return KVConnectorOutput(
-            finished_recving=received,
-            failed_recving=failed,
-            invalid_block_ids=blocks,
-            kv_connector_worker_meta=acks,
-        )
-
-    def _report(self, names: list[str], sampled: list[list[int]], of_connector: Any) -> Any:
+    def _result(self, names: list[str], of_connector: Any) -> Any:
         from vllm.v1.outputs import ModelRunnerOutput
 
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: at for at, name in enumerate(names)},
-            sampled_token_ids=sampled,
+            sampled_token_ids=self._sampled,
             kv_connector_output=of_connector,
         )
 
@@ -250,7 +316,7 @@ class PlayedRunner:
         self._prefixes.extend(prefixes, [*row.tokens, *drafts])
         numbers = np.array(prefixes[:end], dtype=np.int64)
         span = ComputedSpan(
-            row, start, end, drafts if end > known else [], numbers, not row.unsound
+            row, start, end, drafts if end > known else [], numbers, row.unsound, not row.unsound
         )
         size = self._state_tokens
         if size:
@@ -263,38 +329,16 @@ class PlayedRunner:
             span.read = span.column + row.accepted - 1
         return span
 
-    def _move_states(self, memory: RankMemory, span: ComputedSpan, move: tuple[int, int]) -> None:
-        source, target = move
-        for group in self._model.groups if source != target else ():
-            if group.kind == "state":
-                table = span.row.tables[group.index]
-                memory.copy(table[source], table[target])
-
-    def _reads_sound(self, memory: RankMemory, span: ComputedSpan) -> bool:
-        """Whether the computation reads right blocks in every group."""
-        if span.row.unsound or not span.start:
-            return True
-        sound = True
-        for group in self._model.groups:
-            table, start = span.row.tables[group.index], span.start
-            if group.kind == "state":
-                last = span.prefixes[start - 1 : start]
-                sound &= memory.holds(group, [table[span.read]], last, 0, 1)
-            else:
-                first = group.first_token(start)
-                sound &= memory.holds(group, table, span.prefixes, first, start)
-        return sound
-
-    def _write(self, memory: RankMemory, span: ComputedSpan) -> None:
-        prefixes = span.prefixes if span.sound else np.full_like(span.prefixes, UNSOUND)
-        for group in self._model.groups:
-            table = span.row.tables[group.index]
-            if group.kind == "state":
-                states = 1 + len(span.drafts)  # one after each token that may be the last
-                blocks = table[span.column : span.column + states]
-                memory.write(group, blocks, prefixes[span.end - states :], 0, states)
-            else:
-                memory.write(group, table, prefixes, span.start, span.end)
+    def _move_states(self, moves: Sequence[tuple[ComputedSpan, tuple[int, int]]]) -> None:
+        states = [group.index for group in self._model.groups if group.kind == "state"]
+        copies = [
+            (span.row.tables[group][source], span.row.tables[group][target])
+            for span, (source, target) in moves
+            for group in states
+            if source != target
+        ]
+        for rank in self._ranks if copies else ():
+            rank.queue(partial(_copy_blocks, rank.memory, copies))
 
     def _sample(self, span: ComputedSpan) -> list[int]:
         """Return the tokens that a request gets: right drafts, and one more."""
@@ -336,6 +380,57 @@ class PlayedRunner:
             span.keep = span.column + aligned - running, column
             if column == span.column:
                 row.accepted = 1
+
+
+def _update(memory: RankMemory, output: Any) -> None:
+    """Zero new blocks, and copy blocks of hits that end inside them."""
+    for block in output.new_block_ids_to_zero or ():
+        memory.zero(block)
+    for copy in output.kv_cache_block_copies or ():
+        memory.copy(copy.src_block_id, copy.dst_block_id)
+
+
+def _copy_blocks(memory: RankMemory, copies: Sequence[tuple[int, int]]) -> None:
+    for source, target in copies:
+        memory.copy(source, target)
+
+
+def _read(memory: RankMemory, group: PlayedGroup, at: int, spans: Sequence[ComputedSpan]) -> None:
+    """Check that a layer reads right blocks, and note where vLLM itself made them wrong."""
+    for span in spans:
+        if span.ignores_blocks or not span.start:
+            continue
+        table, start = span.row.tables[group.index], span.start
+        if group.kind == "state":
+            last = span.prefixes[start - 1 : start]
+            span.sound &= memory.holds(group, at, [table[span.read]], last, 0, 1)
+        else:
+            first = group.first_token(start)
+            span.sound &= memory.holds(group, at, table, span.prefixes, first, start)
+
+
+def _write(memory: RankMemory, group: PlayedGroup, at: int, spans: Sequence[ComputedSpan]) -> None:
+    for span in spans:
+        prefixes = span.prefixes if span.sound else np.full_like(span.prefixes, UNSOUND)
+        table = span.row.tables[group.index]
+        if group.kind == "state":
+            states = 1 + len(span.drafts)  # one after each token that may be the last
+            blocks = table[span.column : span.column + states]
+            memory.write(group, at, blocks, prefixes[span.end - states :], 0, states)
+        else:
+            memory.write(group, at, table, prefixes, span.start, span.end)
+
+
+def _mark_unsound(
+    memory: RankMemory, groups: Sequence[PlayedGroup], spans: Sequence[ComputedSpan]
+) -> None:
+    """Mark what was computed before a wrong block was read as computed from it."""
+    for span in spans:
+        if span.sound:
+            continue
+        for group in groups:
+            for at in range(len(memory.layers[group.index])):
+                _write(memory, group, at, [span])
 
 
 def continuation(prefix: int) -> int:

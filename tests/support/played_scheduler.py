@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from tests.support.played_copies import Copying
+from tests.support.played_memory import layer_name
 from tests.support.played_models import LONGEST, PlayedModel
+from tests.support.played_ranks import Copying
 
 CONNECTOR = {
     "kv_connector": "KVCacheConnector",
@@ -67,7 +72,7 @@ def open_scheduler(model: PlayedModel, play: Play, folder: Path, *, connected: b
 
     config = _config(model, play, folder, connected=connected)
     groups = [
-        KVCacheGroupSpec([f"layer.{group.index}.{n}" for n in range(group.layers)], spec)
+        KVCacheGroupSpec([layer_name(group.index, n) for n in range(group.layers)], spec)
         for group, spec in zip(model.groups, model.specs(), strict=True)
     ]
     groups[-1].is_eagle_group = model.eagle
@@ -82,12 +87,20 @@ def open_scheduler(model: PlayedModel, play: Play, folder: Path, *, connected: b
             cache, config, size, hash_size
         )
     kind = AsyncScheduler if config.scheduler_config.async_scheduling else Scheduler
-    with set_current_vllm_config(config):
+    with set_current_vllm_config(config), runner_chosen(play):
         scheduler = kind(
             config, cache, StructuredOutputManager(config), size, hash_size, log_stats=True
         )
-    scheduler.use_v2_model_runner = play.second_runner
+    assert scheduler.use_v2_model_runner == play.second_runner
     return scheduler
+
+
+@contextmanager
+def runner_chosen(play: Play) -> Iterator[None]:
+    """Have vLLM's config name the runner that is played. vLLM reads the variable at each use."""
+    runner = str(int(play.second_runner))
+    with mock.patch.dict(os.environ, {"VLLM_USE_V2_MODEL_RUNNER": runner}):
+        yield
 
 
 def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) -> Any:
@@ -118,4 +131,6 @@ def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) ->
     config.cache_config.prefix_match_unit = model.match_unit
     if model.eagle:
         config.speculative_config.method = "eagle"
+    if play.copying.is_async:
+        config.device_config.device_type = "cuda"  # the connector refuses some engines on devices
     return config

@@ -1,4 +1,4 @@
-"""Random walks under vLLM's own scheduler, over models with several KV cache groups.
+"""Random walks under vLLM's own scheduler and model runners, over models with several groups.
 
 Invariants, after every step: L1 holds only what its keys promise, and no request computes from
 blocks with other bytes than a right computation has there, unless vLLM itself recomputes them. When
@@ -23,10 +23,10 @@ from kvcache import Stack
 from kvcache.connectors.vllm.groups import KeptGroup
 from kvcache.connectors.vllm.scheduler.offers import HandOff, Offers
 from kvcache.connectors.vllm.scheduler.pending_loads import PendingLoads
-from tests.support import played_groups
+from kvcache.connectors.vllm.worker import side
+from kvcache.connectors.vllm.worker.side import WorkerSide
 from tests.support.group_hooks import needs_group_hooks, needs_tensor_shards
 from tests.support.groups_walk import Talks, walk
-from tests.support.played_copies import RankCopies
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_memory import Prefixes, WrongKVError
 from tests.support.played_models import BLOCK, MODELS
@@ -155,31 +155,12 @@ def store_running_states(patch: pytest.MonkeyPatch) -> None:
     _hand_off(patch, choose)
 
 
-def fence_no_block(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RankCopies, "fence", lambda copies, step: None)
-
-
-def let_stores_read_beside_the_next_step(patch: pytest.MonkeyPatch) -> None:
-    construct = RankCopies.__init__
-
-    def construct_without_wait(copies: RankCopies, *arguments: Any, **options: Any) -> None:
-        construct(copies, *arguments, **options | {"waits": False})
-
-    patch.setattr(RankCopies, "__init__", construct_without_wait)
+def report_failed_loads_by_block(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(side, "may_load_within_step", lambda groups: True)
 
 
 def report_failed_loads_as_ended(patch: pytest.MonkeyPatch) -> None:
-    report = RankCopies.report
-
-    def report_no_failure(copies: RankCopies, step: Any) -> Any:
-        received, _, blocks, acks = report(copies, step)
-        return received, set(), blocks, acks
-
-    patch.setattr(RankCopies, "report", report_no_failure)
-
-
-def report_failed_loads_by_block(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(played_groups, "may_load_within_step", lambda groups: True)
+    patch.setattr(WorkerSide, "take_failed_requests", lambda worker: set())
 
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -191,9 +172,6 @@ FAULTS: list[tuple[Fault, str]] = [
     (leave_no_token_to_compute, "state"),
     (store_states_one_step_late, "full+3 states"),
     (store_running_states, "states on two ranks"),
-    (fence_no_block, "full+window"),
-    (fence_no_block, "full+3 states"),
-    (let_stores_read_beside_the_next_step, "full+3 states"),
     (report_failed_loads_as_ended, "full+window"),
     (report_failed_loads_by_block, "full+window"),
 ]

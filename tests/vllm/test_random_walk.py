@@ -1,51 +1,47 @@
-"""Random walks of the scheduler's side through a miniature engine.
+"""Random walks under vLLM's own scheduler and both model runners, over models with one group.
 
 Invariants: L1 never holds or returns content other than its key's, nor content from before the last
-reset. When no request is left and no copy is under way, no slot is pinned.
+reset. A forward pass computes from right blocks in any legal order of the device's streams, unless
+vLLM itself recomputes them. When no request is left and no copy is under way, no slot is pinned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from random import Random
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support.miniature_engine import MiniatureEngine
-from tests.support.miniature_workers import RANKS, SLOTS
+from kvcache.connectors.transfer import device
+from tests.support.groups_walk import walk
+from tests.support.played_models import MODELS
+from tests.support.played_scheduler import write_config
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_l1() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVCACHE__L1__CAPACITY", str(SLOTS * 4096 * len(RANKS)))
-        yield
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
 
 
-@pytest.mark.parametrize("reports_first", [False, True], ids=["reports-last", "reports-first"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["in-step", "ahead"])
-@settings(max_examples=100)
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
+    monkeypatch.setattr(device, "MIN_CALL_NBYTES", 1)  # a load copies each layer in a call
+
+
+@pytest.mark.parametrize("second_runner", [False, True], ids=["first-runner", "second-runner"])
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["in-step", "ahead"])
+@pytest.mark.parametrize("name", ["full", "mla", "full with drafts"])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_random_walk_l1_holds_what_its_keys_say(
-    ahead: bool, reports_first: bool, seed: int
+    second_runner: bool, is_ahead: bool, name: str, folder: Path, seed: int
 ) -> None:
-    random = Random(seed)
-    engine = MiniatureEngine(random, ahead=ahead, reports_first=reports_first)
-    for _ in range(random.randrange(20, 120)):
-        event = random.random()
-        if event < 0.30:
-            engine.ask()
-        elif event < 0.36:
-            engine.abort()
-        elif event < 0.39:
-            engine.reset()
-        else:
-            engine.step()
-    engine.end()
+    walk(MODELS[name], folder, seed, second_runner=second_runner, is_ahead=is_ahead)
