@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import pytest
+
+from kvcache.connectors.transfer import device
 from kvcache.connectors.vllm.vllm_names import has_name
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_models import BLOCK, LONGEST, PlayedModel
@@ -14,26 +18,34 @@ from tests.support.played_scheduler import Play
 VLLM_0_32 = has_name("v1.kv_cache_interface:KVCacheConfig.hash_block_size")
 
 
+def copy_layer_by_layer(patch: pytest.MonkeyPatch) -> None:
+    """Have a load copy each layer in a call of its own, however small it is."""
+    patch.setattr(device, "MIN_CALL_NBYTES", 1)
+    patch.setattr(device, "MIN_CUT_RUN_NBYTES", 1)
+
+
 def random_play(
     model: PlayedModel,
     random: Random,
     *,
     second_runner: bool | None = None,
     is_ahead: bool | None = None,
+    copying: Copying | None = None,
 ) -> Play:
     """Return a random way to run a model, as far as it is not chosen."""
     second = random.random() < 0.5 if second_runner is None else second_runner
     ahead = random.random() < 0.5 if is_ahead is None else is_ahead
     most = 2 if model.pipeline > 1 and second else 1  # as vLLM has batches in flight
+    random_copying = Copying(
+        # On a device the connector refuses models of which vLLM finds parts of blocks.
+        pace=0 if model.finds_parts else random.choice((0, 1, 6, 60)),
+        failing=random.choice((0.0, 0.1)),
+        far=random.random() < 0.5,
+    )
     return Play(
         second_runner=second,
         ahead=most * ahead,
-        copying=Copying(
-            # On a device the connector refuses models of which vLLM finds parts of blocks.
-            pace=0 if model.finds_parts else random.choice((0, 6, 60)),
-            failing=random.choice((0.0, 0.1)),
-            far=random.random() < 0.5,
-        ),
+        copying=copying or random_copying,
         room=random.choice((1.1, 1.5, 3.0)),
         budget=random.choice((32, 64, 200)),
         slots=random.choice((0.5, 2.0, 6.0)),
@@ -83,7 +95,7 @@ def continue_session(engine: GroupsEngine, name: str) -> None:
         engine.ask(name, [random.randrange(50) for _ in range(more)], answer, session=True)
 
 
-def walk(model: PlayedModel, folder: Path, seed: int, **chosen: bool) -> GroupsEngine:
+def walk(model: PlayedModel, folder: Path, seed: int, **chosen: Any) -> GroupsEngine:
     """Play random events; raise an AssertionError where a rule is broken.
 
     `chosen` are options of `random_play`.

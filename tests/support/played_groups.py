@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.groups import kept_groups
+from kvcache.connectors.vllm.groups import kept_groups, may_load_within_step
 from kvcache.connectors.vllm.messages import Piece, Shard, Step
 from kvcache.connectors.vllm.scheduler.pieces import cut_blocks
 from tests.support.played_memory import Prefixes, Rank, RankMemory, WrongKVError
@@ -29,7 +29,6 @@ from tests.support.played_models import LONGEST, PlayedModel
 from tests.support.played_ranks import ConnectedPlayedRank, PlayedRank
 from tests.support.played_runner import PlayedRunner
 from tests.support.played_scheduler import Play, open_scheduler, runner_chosen
-from tests.support.reordering_device import ReorderingDevice
 
 PAGE = 4096  # bytes; a slot is whole pages
 
@@ -91,7 +90,7 @@ class GroupsEngine:
     def _connect(self) -> None:
         connector, copying = self.scheduler.connector, self.play.copying
         self.side: Any = connector.scheduler_side
-        device = ReorderingDevice(self.random, pace=copying.pace) if copying.is_async else None
+        device = copying.open_device(self.random)
         workers = [
             ConnectedPlayedRank(
                 memory,
@@ -110,8 +109,9 @@ class GroupsEngine:
         assert [*shards[0, 0].replicas] in ([], [group.replicas for group in self.model.groups])
         os.environ["KVCACHE__L1__CAPACITY"] = str(self._capacity(shards))
         connector.set_xfer_handshake_metadata_pp_aware(shards)
-        if copying.far and copying.is_async:
-            self.side.pending_loads.prefers_async = lambda blocks, others: True
+        is_far = copying.far or not may_load_within_step(self.kept)
+        if copying.is_async:
+            self.side.pending_loads.prefers_async = lambda blocks, others: is_far
         self.front = self.side.stack.front
         self.front.slab.wait_populated()
         self.ranks = [*workers]
@@ -229,7 +229,10 @@ class GroupsEngine:
                 while self._reports:
                     self.report()
             waits = self.is_connected and self.side.table_sizes()["prefetches"]
-            idle = idle + 1 if self._progress() == before and not waits else 0
+            stands = self._progress() == before and not waits
+            if stands and self.ranks[0].device is not None:
+                self.ranks[0].device.work(20)  # an engine that waits for copies is slow to step
+            idle = idle + 1 if stands else 0
             assert idle < 200, "the engine makes no progress"
 
     def _progress(self) -> object:

@@ -35,7 +35,7 @@ class Copying:
     Attributes:
         pace: of the device (`ReorderingDevice`); 0: the engine is on a CPU.
         failing: share of the loads that fail; half as many stores do.
-        far: every load that may be async is.
+        far: on a device, every load is async; if not, none is that may end within its step.
     """
 
     pace: int = 0
@@ -45,6 +45,12 @@ class Copying:
     @property
     def is_async(self) -> bool:
         return self.pace > 0
+
+    def open_device(self, random: Random) -> ReorderingDevice | None:
+        """Return the device of all ranks; ``None`` for a CPU. Its copies are fast or slow."""
+        if not self.is_async:
+            return None
+        return ReorderingDevice(random, pace=self.pace, shares=(1.0, 0.05, 0.01))
 
 
 class FailingCopier:
@@ -117,7 +123,7 @@ class PlayedRank:
         def safely() -> None:
             try:
                 work()
-            except Exception as error:  # noqa: BLE001: raised by the engine
+            except Exception as error:  # noqa: BLE001
                 self.errors.append(error)
 
         if self.device is None:

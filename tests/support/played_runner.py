@@ -9,7 +9,6 @@ the calls of the connector is that of `model_runners`. On a device, all of it is
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import Any
@@ -20,60 +19,22 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.support.model_runners import Batch, Stage
-from tests.support.played_memory import (
-    UNSOUND,
-    PlayedGroup,
-    Prefixes,
-    RankMemory,
-    Words,
-    layer_name,
+from tests.support.played_layers import (
+    ComputedSpan,
+    RequestRow,
+    copy_blocks,
+    mark_unsound,
+    read_layer,
+    update_blocks,
+    write_layer,
 )
+from tests.support.played_memory import PlayedGroup, Prefixes, layer_name
 from tests.support.played_models import PlayedModel
 from tests.support.played_ranks import PlayedRank
 from tests.support.reordering_device import ReorderedEvent
 
 WRONG_TOKEN = 99
 """A drafted token that the model rejects."""
-
-
-@dataclass
-class RequestRow:
-    """What the workers keep of a request."""
-
-    tokens: list[int]
-    tables: list[list[int]]
-    computed: int
-    prefixes: list[int] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)
-    state_column: int | None = None
-    accepted: int = 1
-    unsound: bool = False  # vLLM computes it from wrong blocks
-
-
-@dataclass
-class ComputedSpan:
-    """The tokens from `start` to `end` that a step computes of a request.
-
-    Attributes:
-        ignores_blocks: vLLM computes from wrong blocks, so they are not checked.
-        sound: no layer has read a wrong block.
-        column: of the running state.
-        read: column of the state before the span.
-        move: state to copy before the forward pass, from one column to another.
-        keep: state to copy after it.
-    """
-
-    row: RequestRow
-    start: int
-    end: int
-    drafts: list[int]
-    prefixes: Words
-    ignores_blocks: bool
-    sound: bool
-    column: int = -1
-    read: int = -1
-    move: tuple[int, int] = (0, 0)
-    keep: tuple[int, int] = (0, 0)
 
 
 class PlayedRunner:
@@ -196,7 +157,7 @@ class PlayedRunner:
         match stage:
             case "update":
                 for rank in self._ranks:
-                    rank.queue(partial(_update, rank.memory, output))
+                    rank.queue(partial(update_blocks, rank.memory, output))
             case "prepare":
                 self._move_states([(span, span.move) for span in spans])
             case "forward":
@@ -228,7 +189,7 @@ class PlayedRunner:
                     if number in rank.memory.layers[group.index]:
                         self._compute_layer(rank, group, number, spans, batch)
         for rank in self._ranks if groups else ():
-            rank.queue(partial(_mark_unsound, rank.memory, groups, spans))
+            rank.queue(partial(mark_unsound, rank.memory, groups, spans))
 
     def _is_drafter(self, group: PlayedGroup) -> bool:
         return self._model.eagle and group is self._model.groups[-1]
@@ -246,8 +207,8 @@ class PlayedRunner:
         It writes before it waits for the layer's load. States are read first.
         """
         memory, at = rank.memory, rank.memory.layers[group.index].index(number)
-        read = partial(_read, memory, group, at, spans)
-        write = partial(_write, memory, group, at, spans)
+        read = partial(read_layer, memory, group, at, spans)
+        write = partial(write_layer, memory, group, at, spans)
         if group.kind == "state":
             rank.queue(read)
             rank.queue(write)
@@ -338,7 +299,7 @@ class PlayedRunner:
             if source != target
         ]
         for rank in self._ranks if copies else ():
-            rank.queue(partial(_copy_blocks, rank.memory, copies))
+            rank.queue(partial(copy_blocks, rank.memory, copies))
 
     def _sample(self, span: ComputedSpan) -> list[int]:
         """Return the tokens that a request gets: right drafts, and one more."""
@@ -380,57 +341,6 @@ class PlayedRunner:
             span.keep = span.column + aligned - running, column
             if column == span.column:
                 row.accepted = 1
-
-
-def _update(memory: RankMemory, output: Any) -> None:
-    """Zero new blocks, and copy blocks of hits that end inside them."""
-    for block in output.new_block_ids_to_zero or ():
-        memory.zero(block)
-    for copy in output.kv_cache_block_copies or ():
-        memory.copy(copy.src_block_id, copy.dst_block_id)
-
-
-def _copy_blocks(memory: RankMemory, copies: Sequence[tuple[int, int]]) -> None:
-    for source, target in copies:
-        memory.copy(source, target)
-
-
-def _read(memory: RankMemory, group: PlayedGroup, at: int, spans: Sequence[ComputedSpan]) -> None:
-    """Check that a layer reads right blocks, and note where vLLM itself made them wrong."""
-    for span in spans:
-        if span.ignores_blocks or not span.start:
-            continue
-        table, start = span.row.tables[group.index], span.start
-        if group.kind == "state":
-            last = span.prefixes[start - 1 : start]
-            span.sound &= memory.holds(group, at, [table[span.read]], last, 0, 1)
-        else:
-            first = group.first_token(start)
-            span.sound &= memory.holds(group, at, table, span.prefixes, first, start)
-
-
-def _write(memory: RankMemory, group: PlayedGroup, at: int, spans: Sequence[ComputedSpan]) -> None:
-    for span in spans:
-        prefixes = span.prefixes if span.sound else np.full_like(span.prefixes, UNSOUND)
-        table = span.row.tables[group.index]
-        if group.kind == "state":
-            states = 1 + len(span.drafts)  # one after each token that may be the last
-            blocks = table[span.column : span.column + states]
-            memory.write(group, at, blocks, prefixes[span.end - states :], 0, states)
-        else:
-            memory.write(group, at, table, prefixes, span.start, span.end)
-
-
-def _mark_unsound(
-    memory: RankMemory, groups: Sequence[PlayedGroup], spans: Sequence[ComputedSpan]
-) -> None:
-    """Mark what was computed before a wrong block was read as computed from it."""
-    for span in spans:
-        if span.sound:
-            continue
-        for group in groups:
-            for at in range(len(memory.layers[group.index])):
-                _write(memory, group, at, [span])
 
 
 def continuation(prefix: int) -> int:

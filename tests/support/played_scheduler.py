@@ -132,5 +132,10 @@ def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) ->
     if model.eagle:
         config.speculative_config.method = "eagle"
     if play.copying.is_async:
-        config.device_config.device_type = "cuda"  # the connector refuses some engines on devices
+        name_device(config)
     return config
+
+
+def name_device(config: Any) -> None:
+    """Have vLLM's config name a device: the connector refuses some engines on one."""
+    config.device_config.device_type = "cuda"

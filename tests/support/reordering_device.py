@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -39,6 +39,7 @@ class ReorderedStream:
     queue: deque[Callable[[], object] | ReorderedEvent] = field(default_factory=deque)
     """Work to do, and events to wait for."""
     background: bool = False
+    share: float = 1.0  # of the device's work, relative to other streams that are ready
 
     def record(self) -> ReorderedEvent:
         event = ReorderedEvent(self.device)
@@ -75,18 +76,20 @@ class ReorderedStream:
 
 
 class ReorderingDevice:
-    pci_address = ""
-
     """A device with any number of streams.
 
     Args:
         random: chooses the stream of the next piece of work.
         pace: the most pieces of work that it does each time an event is asked whether it is over.
+        shares: those from which the share of each new stream is chosen.
     """
 
-    def __init__(self, random: Random, *, pace: int = 3) -> None:
+    pci_address = ""
+
+    def __init__(self, random: Random, *, pace: int = 3, shares: Sequence[float] = (1.0,)) -> None:
         self.random = random
         self.pace = pace
+        self._shares = shares
         self.time = 0
         self.copies_until_error = 0  # 1: the copy of the next page raises; 0: none does
         self.pinned: dict[int, int] = {}
@@ -98,7 +101,8 @@ class ReorderingDevice:
         return self.current
 
     def new_stream(self, *, background: bool = False) -> ReorderedStream:
-        self._streams.append(ReorderedStream(self, background=background))
+        share = self.random.choice(self._shares)
+        self._streams.append(ReorderedStream(self, background=background, share=share))
         return self._streams[-1]
 
     def pin(self, address: int, nbytes: int) -> str:
@@ -116,7 +120,8 @@ class ReorderingDevice:
             if not ready:
                 return False
             self.time += 1
-            step = self.random.choice(ready).queue.popleft()
+            [stream] = self.random.choices(ready, [stream.share for stream in ready])
+            step = stream.queue.popleft()
             assert not isinstance(step, ReorderedEvent)
             step()
         return True

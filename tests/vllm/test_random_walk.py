@@ -16,8 +16,7 @@ pytest.importorskip("vllm")
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kvcache.connectors.transfer import device
-from tests.support.groups_walk import walk
+from tests.support.groups_walk import copy_layer_by_layer, walk
 from tests.support.played_models import MODELS
 from tests.support.played_scheduler import write_config
 
@@ -33,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
-    monkeypatch.setattr(device, "MIN_CALL_NBYTES", 1)  # a load copies each layer in a call
+    copy_layer_by_layer(monkeypatch)
 
 
 @pytest.mark.parametrize("second_runner", [False, True], ids=["first-runner", "second-runner"])

@@ -94,6 +94,7 @@ class WorkerSide:
         self._early_writes = getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
         self._defers_stores = defers_stores and not self._early_writes
         self._deferred: Step | None = None  # its stores have not started
+        self._unsaved: Step | None = None  # vLLM has not called `store` for it
         self._started = StartedCopies()
         self._acks = Acks()
         self._failed_blocks: set[int] = set()  # not reported to vLLM yet
@@ -162,6 +163,7 @@ class WorkerSide:
         self._start_deferred()
         self._layer_sync.set_mode(mode if self.device is not None else None)
         self._acks.step = step.number
+        self._unsaved = step if step.stores else None
         # One copy for all loads of the pass, so that its first layers are there for all requests.
         together = [load for load in step.loads if load.awaited_by is None]
         for loads in (together, *([load] for load in step.loads if load.awaited_by is not None)):
@@ -178,6 +180,7 @@ class WorkerSide:
 
     def store(self, step: Step) -> None:
         """Wait for the loads of the step's forward pass, and start its stores, or defer them."""
+        self._unsaved = None
         if self.copier is not None:
             self.copier.wait_for_layer()
         skipped = self._layer_sync.end_pass()
@@ -201,7 +204,13 @@ class WorkerSide:
             self.copier.fence({block for transfer in step.stores for block in transfer.blocks})
 
     def _start_deferred(self) -> None:
-        """Start the stores of the last step, if they were deferred."""
+        """Start the stores of the last step, if they were deferred or vLLM never asked for them.
+
+        An engine that drafts asks for them after its drafter. With vLLM's first model runner, a
+        pipeline stage without a drafter never asks.
+        """
+        if self._unsaved is not None:
+            self.store(self._unsaved)
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             self._start(deferred.memory, deferred.stores, "store")
@@ -325,7 +334,7 @@ class WorkerSide:
 
     def close(self) -> None:
         """Drop deferred stores, close the copier, and detach the slab. Closing twice is allowed."""
-        self._deferred = None
+        self._deferred = self._unsaved = None
         self._close_copier()
         self._caches = {}
         if self._early_attach is not None:
