@@ -7,8 +7,10 @@ is often not installed. Nodes are read from ``/sys``; ``root`` is another root d
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import Final
 
 _ROOT: Final = Path("/")
 _MBIND: Final = {"x86_64": 237, "aarch64": 235, "ppc64le": 259, "riscv64": 235, "s390x": 268}
+_MOVE_PAGES: Final = {"x86_64": 279, "aarch64": 239, "ppc64le": 301, "riscv64": 239, "s390x": 310}
 _PREFERRED, _INTERLEAVE = 1, 3
+_SAMPLES: Final = 256  # pages of a slab whose node is asked for
 _BITS: Final = 8 * ctypes.sizeof(ctypes.c_ulong)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -121,3 +125,35 @@ def place(address: int, nbytes: int, on: Sequence[int]) -> str:
         ctypes.c_ulong(0),
     )
     return os.strerror(ctypes.get_errno()) if failed else ""
+
+
+def shares(process: int, proc: Path = Path("/proc")) -> dict[int, float]:
+    """Return which share of the slabs that a process has mapped is on each node, by samples.
+
+    Returns:
+        by number of the node; nothing if no page is allocated or the kernel refuses to report it.
+    """
+    addresses: list[int] = []
+    try:
+        for line in (proc / str(process) / "maps").read_text().splitlines():
+            if "/memfd:kvcache-" in line:
+                begin, end = (int(text, 16) for text in line.split()[0].split("-"))
+                step = max((end - begin) // _SAMPLES // mmap.PAGESIZE, 1) * mmap.PAGESIZE
+                addresses += range(begin, end, step)
+    except OSError:
+        return {}
+    number = _MOVE_PAGES.get(platform.machine())
+    if not addresses or number is None:
+        return {}
+    found = (ctypes.c_int * len(addresses))()
+    failed = _libc.syscall(
+        ctypes.c_long(number),
+        ctypes.c_int(process),
+        ctypes.c_ulong(len(addresses)),
+        (ctypes.c_void_p * len(addresses))(*addresses),
+        None,  # move nothing, and report where the pages are
+        found,
+        ctypes.c_int(0),
+    )
+    counts = Counter(node for node in found if node >= 0)  # below 0: an errno
+    return {} if failed else {node: count / counts.total() for node, count in counts.items()}

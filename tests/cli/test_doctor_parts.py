@@ -131,23 +131,6 @@ class TestVersions:
 
 
 class TestMemory:
-    @pytest.mark.parametrize(
-        ("reserved", "free", "status"),
-        [(0, 0, "OK"), (64, 40, "OK"), (64, 20, "WARN")],
-    )
-    def test_huge_pages_short_of_l1_are_a_warning(
-        self, reserved: int, free: int, status: str, l1_only: Profile, tmp_path: Path
-    ) -> None:
-        (tmp_path / "nr_hugepages").write_text(f"{reserved}\n")
-        (tmp_path / "free_hugepages").write_text(f"{free}\n")
-        found = machine.huge_pages(l1_only, tmp_path)
-        assert found.status == status
-        if status == "WARN":  # L1 needs 32 pages, 20 are free
-            assert "sysctl vm.nr_hugepages=76" in found.fix
-
-    def test_kernel_without_huge_pages_passes(self, l1_only: Profile, tmp_path: Path) -> None:
-        assert machine.huge_pages(l1_only, tmp_path).status == "OK"
-
     @pytest.mark.parametrize(("soft", "status"), [(8 << 20, "FAIL"), (-1, "OK")])
     def test_limit_of_locked_memory_fails_for_locking_kinds(
         self, soft: int, status: str, l1_only: Profile, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,19 @@ def test_slab_that_cannot_be_placed_is_logged(caplog: pytest.LogCaptureFixture) 
     slab = Slab.create(8, PAGE, nodes=[1000])
     assert "L1 not placed on NUMA node 1000 (Invalid argument)" in caplog.text
     slab.close()
+
+
+@has_numa
+def test_shares_of_a_slab_are_those_of_its_allocated_pages() -> None:
+    slab = Slab.create(64, PAGE)
+    slab.populate()
+    slab.wait_populated()
+    assert sum(numa.shares(os.getpid()).values()) == pytest.approx(1.0)
+    slab.close()
+
+
+def test_shares_of_a_process_without_slabs_are_none(tmp_path: Path) -> None:
+    assert numa.shares(1, tmp_path) == {}
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "maps").write_text("7f00-7f10 rw-s 00000000 00:01 5 /memfd:other (deleted)\n")
+    assert numa.shares(1, tmp_path) == {}

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kvcache.cli.doctor import disk, machine, otlp, probe, redis, versions
+from kvcache.cli.doctor import disk, machine, otlp, pages, probe, redis, versions
 from kvcache.cli.doctor.options import DEFAULTS, CheckOptions
 from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 from kvcache.cli.table import painter
@@ -76,7 +76,8 @@ def checks(
     yield from results
     yield from machine.memory_checks(profile, options)
     yield machine.locked_memory(profile)
-    yield machine.huge_pages(profile)
+    yield pages.huge_page_check(profile, options)
+    yield pages.numa_check(options)
     for row in profile.tiers[1:] if profile is not None else ():
         yield from _lower_tier(row, block_nbytes, options)
     yield from otlp.check(timeout_s=options.otlp_timeout_s)

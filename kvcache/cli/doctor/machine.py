@@ -1,4 +1,4 @@
-"""Check this machine's memory: the container's limit, room for L1, locked memory, huge pages."""
+"""Check this machine's memory: the container's limit, room for L1, locked memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from kvcache import host_memory
 from kvcache.cli.doctor.options import CheckOptions
 from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 from kvcache.cli.plan.capacity import copy_rate, cores
-from kvcache.huge_pages import HUGE_PAGE
 from kvcache.sizes import Size, format_size
 
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
     from kvcache.profiles.tiers import Row
 
-_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 LOCKING_KINDS = frozenset({"mooncake"})
 """Kinds of tiers that register L1 with a network card, which locks it in memory."""
 
@@ -42,13 +40,13 @@ def memory_checks(profile: Profile | None, options: CheckOptions) -> Iterator[Ch
 def _front_tier(row: Row, options: CheckOptions) -> CheckResult:
     from kvcache.profiles.tiers import override_of
 
-    sizes = _sizes(row)
+    sizes = memory_sizes(row)
     for option, nbytes in sizes.items():
         if shortage := host_memory.shortage(nbytes):
             variable = override_of(row.name, option)
             limit = host_memory.limit().nbytes
             fitting = format_size(min(limit, host_memory.available().nbytes))
-            if nbytes <= limit and (slabs := _slabs_of_other_processes(options.proc)):
+            if nbytes <= limit and (slabs := slabs_of_other_processes(options.proc)):
                 return warn(
                     row.name,
                     f"{option} {shortage}. An L1 of {format_size(slabs.total())} is open here "
@@ -71,7 +69,7 @@ def _front_tier(row: Row, options: CheckOptions) -> CheckResult:
     )
 
 
-def _sizes(row: Row) -> dict[str, int]:
+def memory_sizes(row: Row) -> dict[str, int]:
     """Return the memory sizes in the row's options, by option."""
     return {
         setting.option.name: int(str(setting.value))
@@ -80,7 +78,7 @@ def _sizes(row: Row) -> dict[str, int]:
     }
 
 
-def _slabs_of_other_processes(proc: Path) -> Counter[int]:
+def slabs_of_other_processes(proc: Path) -> Counter[int]:
     """Return the bytes of slabs that other processes of this host have open, by process id.
 
     Processes of other users cannot be read, and are left out.
@@ -113,27 +111,3 @@ def locked_memory(
             "ulimit -l unlimited; in Docker --ulimit memlock=-1, in Kubernetes IPC_LOCK",
         )
     return ok("memlock", f"{limit}, and no tier here locks memory", limit_nbytes=soft)
-
-
-def huge_pages(profile: Profile | None, folder: Path = _HUGE_PAGES) -> CheckResult:
-    """Check whether huge pages are reserved, and whether L1 fits into the free ones."""
-    reserved, free = _read_number(folder / "nr_hugepages"), _read_number(folder / "free_hugepages")
-    if not reserved:
-        return ok("huge pages", "none reserved, so L1 uses small pages")
-    pages = f"{free:,} of {reserved:,} huge pages of {format_size(HUGE_PAGE)} are free"
-    if profile is None:
-        return ok("huge pages", pages)
-    needed = -(-sum(_sizes(profile.tiers[0]).values()) // HUGE_PAGE)
-    if needed <= free:
-        return ok("huge pages", f"{pages}; L1 takes {needed:,}", reserved=reserved, free=free)
-    return warn(
-        "huge pages",
-        f"{pages}, and L1 needs {needed:,}: L1 uses none, and the reserved ones stay unused",
-        f"sysctl vm.nr_hugepages={needed + reserved - free}, or 0 to release them",
-        reserved=reserved,
-        free=free,
-    )
-
-
-def _read_number(path: Path) -> int:
-    return int(path.read_text(encoding="ascii")) if path.exists() else 0

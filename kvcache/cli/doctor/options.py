@@ -22,6 +22,7 @@ class CheckOptions:
         tier_timeout_s: for all checks of one lower tier.
         otlp_timeout_s: for one attempt to send a span.
         proc: the folder that lists the processes of this host.
+        root: the folder that has /sys and the /proc of this process.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -30,6 +31,7 @@ class CheckOptions:
     tier_timeout_s: float = 30.0
     otlp_timeout_s: float = 5.0
     proc: Path = Path("/proc")
+    root: Path = Path("/")
 
     def timed(self, call: Callable[[], T]) -> tuple[T, float]:
         """Return the result of ``call``, and the seconds that it took."""
