@@ -20,7 +20,7 @@ _ROOT: Final = Path("/")
 _MBIND: Final = {"x86_64": 237, "aarch64": 235, "ppc64le": 259, "riscv64": 235, "s390x": 268}
 _MOVE_PAGES: Final = {"x86_64": 279, "aarch64": 239, "ppc64le": 301, "riscv64": 239, "s390x": 310}
 _PREFERRED, _INTERLEAVE = 1, 3
-_SAMPLES: Final = 256  # pages of a slab whose node is asked for
+_SAMPLES: Final = 256  # how many pages of a slab are asked for their node
 _BITS: Final = 8 * ctypes.sizeof(ctypes.c_ulong)
 
 _libc = ctypes.CDLL(None, use_errno=True)
