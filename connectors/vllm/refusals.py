@@ -64,7 +64,7 @@ def _resume_refusal(vllm_config: VllmConfig) -> str | None:
 
 
 def _returns_routed_experts(vllm_config: VllmConfig) -> bool:
-    # vLLM has a flag of the model before 0.32, and from then on auxiliary outputs: these alone.
+    # vLLM has a flag of the model before 0.31, and from then on auxiliary outputs: these alone.
     outputs = getattr(vllm_config, "aux_output_config", None)
     before = getattr(vllm_config.model_config, "enable_return_routed_experts", False)
     return bool(before or (outputs is not None and outputs.enabled))

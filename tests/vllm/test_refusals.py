@@ -181,7 +181,7 @@ def routed_experts(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.config
 
     if not hasattr(vllm.config, "AuxOutputConfig"):
-        pytest.skip("vLLM before 0.32 has no auxiliary outputs")
+        pytest.skip("vLLM before 0.31 has no auxiliary outputs")
     engine.aux_output_config = vllm.config.AuxOutputConfig(enable_return_routed_experts=True)
 
 
