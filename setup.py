@@ -12,8 +12,10 @@ from setuptools import Extension, setup
 MODULES = (
     "keys",
     "segments",
+    "eviction_pass",
     "guarded_policy",
     "index",
+    "eviction/run_queue",
     "eviction/gittins/epochs",
     "eviction/gittins/lru_budget",
     "eviction/gittins/ranking",

@@ -12,9 +12,10 @@ from typing import Any
 
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
+from kvcache.eviction_pass import EvictionPass
 from kvcache.guards.calls import raised_by_signal
 from kvcache.keys import Branch, Keys
-from kvcache.segments import EvictionPass, SegmentTable
+from kvcache.segments import SegmentTable
 
 
 class GuardedPolicy:
@@ -76,7 +77,7 @@ class GuardedPolicy:
             self._replace(error)
             self.policy.evict(eviction.need, eviction.take)
 
-    def report_added(self, chains: Iterable[tuple[Keys, bytes | None]]) -> None:
+    def report_added(self, chains: Iterable[Branch]) -> None:
         """Report blocks that became READY."""
         now = self._clock()
         try:

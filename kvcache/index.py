@@ -26,10 +26,11 @@ from functools import partial
 from kvcache.events import BlockEvents
 from kvcache.eviction import Policy
 from kvcache.eviction.fallback import Fallback
+from kvcache.eviction_pass import EvictionPass
 from kvcache.guarded_policy import GuardedPolicy
 from kvcache.hints import Hints
 from kvcache.keys import Branch, Keys
-from kvcache.segments import EvictionPass, SegmentTable
+from kvcache.segments import SegmentTable
 
 
 class Index:
@@ -80,18 +81,29 @@ class Index:
         self._policy.policy = policy
 
     def open_slots(self, count: int) -> None:
-        """Make the slots from 0 to ``count - 1`` usable."""
-        # Slots are taken from the end of the list, so that the lowest ones are used first.
+        """Make the slots from 0 to ``count - 1`` usable, the lowest ones first."""
         self._free[:0] = range(count - 1, self.slots - 1, -1)
         self.slots = self._policy.slots = max(count, self.slots)
 
-    def restore(self, held: Sequence[tuple[int, bytes, bytes | None]]) -> None:
-        """Make free slots READY after a restart: slot, key and parent of each, oldest first."""
-        taken = {slot for slot, _, _ in held}
-        self._free = [slot for slot in self._free if slot not in taken]
-        for slot, key, parent in held:
-            self.segments.add((key,), (slot,), parent)
-            self._policy.report_added(self.segments.publish((slot,)))
+    def restore(self, branches: Sequence[Branch], held: Sequence[int], slots: int) -> bool:
+        """Open the slots of a new index after a restart, some with READY blocks.
+
+        Args:
+            branches: the blocks as segments of chains, oldest first.
+            held: the slot of each block, in the same order.
+            slots: how many slots to open.
+
+        Returns:
+            whether it was done: not if a key is there twice.
+        """
+        if not self.segments.restore(branches, tuple(held)):
+            return False
+        self.slots = self._policy.slots = slots
+        if len(held) < slots:
+            taken = set(held)
+            self._free = [slot for slot in range(slots - 1, -1, -1) if slot not in taken]
+        self._policy.report_added(branches)
+        return True
 
     def __len__(self) -> int:
         return len(self.segments.first_slots)
@@ -153,19 +165,7 @@ class Index:
         Returns:
             their positions in ``keys``, and their slots.
         """
-        find = self.segments.find
-        keys = tuple(keys)
-        positions: list[int] = []
-        slots: list[int] = []
-        at = 0
-        while at < len(keys):
-            if (segment := find(keys[at])) is None:
-                at += 1
-                continue
-            found = segment.slots_for(keys, at)
-            positions += range(at, at + len(found))
-            slots += found
-            at += len(found)
+        positions, slots = self.segments.locate(tuple(keys))
         self._pin(slots)
         return positions, slots
 

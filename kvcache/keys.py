@@ -134,10 +134,8 @@ def parents_of(branches: Sequence[Branch]) -> list[bytes | None]:
 
 def branches_of(keys: Sequence[bytes], parents: Sequence[bytes | None]) -> list[Branch]:
     """The longest segments of ``keys``, in their order, in which each key continues the last."""
-    branches: list[Branch] = []
-    begin = 0
-    for at in range(1, len(keys) + 1):
-        if at == len(keys) or parents[at] != keys[at - 1]:
-            branches.append((keys[begin:at], parents[begin]))
-            begin = at
-    return branches
+    if not keys:
+        return []
+    begins = [0, *compress(count(1), map(ne, parents[1:], keys))]
+    ends = [*begins[1:], len(keys)]
+    return [(keys[at:end], parents[at]) for at, end in zip(begins, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""The blocks of an index, grouped into segments of chains, and the pass that evicts some of them.
+"""The blocks of an index, grouped into segments of chains.
 
 ::
 
@@ -14,8 +14,6 @@ Always true here:
   that continues another one is merged into it when it is published.
 * Inside a segment, every block but the last has a child. The last one has a child when a segment
   has it as parent.
-* Eviction takes blocks from the tail of a chain. It never takes a block that is pinned, is being
-  filled, or has a child in the index or is about to get one, whatever the policy offers.
 * Most operations cost one step per segment, not per block.
 * A table with an entry per block has bytes and integers only, and a segment keeps its keys and
   slots in tuples, so Python's garbage collector has nothing to scan.
@@ -23,10 +21,10 @@ Always true here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
-from kvcache.keys import Keys, common_prefix_len
+from kvcache.keys import Branch, Keys, common_prefix_len
 
 _MAX_BLOCKS = 256  # bounds the time to find a key in a segment
 # Segments of up to this many blocks are merged into the segment that they continue: an engine
@@ -97,6 +95,21 @@ class SegmentTable:
             end += len(segment.slots_for(keys, end))
         return end - start
 
+    def locate(self, keys: Keys) -> tuple[list[int], list[int]]:
+        """The positions in ``keys`` of those that have a block, and their slots."""
+        positions: list[int] = []
+        slots: list[int] = []
+        at = 0
+        while at < len(keys):
+            if (segment := self.find(keys[at])) is None:
+                at += 1
+                continue
+            found = segment.slots_for(keys, at)
+            positions += range(at, at + len(found))
+            slots += found
+            at += len(found)
+        return positions, slots
+
     def add(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
         """Add blocks that are being filled and continue ``parent``."""
         first_slots = self.first_slots
@@ -136,6 +149,44 @@ class SegmentTable:
             before = keys[first - 1] if first else parent
             self.add(keys[first : first + end - done], slots[done:end], before)
             done = end
+
+    def restore(self, branches: Sequence[Branch], slots: Slots) -> bool:
+        """Fill an empty table with blocks that are ready, as if they were published one by one.
+
+        Args:
+            branches: the blocks, as segments of chains.
+            slots: the slots of all blocks, in the same order.
+
+        Returns:
+            whether it was done: not if a key is there twice.
+        """
+        firsts: list[int] = []
+        for keys, _ in branches:
+            for begin in range(0, len(keys), _MAX_BLOCKS):
+                firsts += [slots[len(firsts)]] * min(_MAX_BLOCKS, len(keys) - begin)
+        all_keys = chain.from_iterable([keys for keys, _ in branches])
+        first_slots = dict(zip(all_keys, firsts, strict=True))
+        if len(first_slots) < len(slots):
+            return False
+        self.first_slots = first_slots
+        end = 0
+        for branch, parent in branches:
+            begin, end = end, end + len(branch)
+            self._restore_branch(tuple(branch), slots[begin:end], parent)
+        return True
+
+    def _restore_branch(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
+        """Add a segment for each part of ``keys``; the first part may join that of the parent."""
+        for begin in range(0, len(keys), _MAX_BLOCKS):
+            segment_keys = keys[begin : begin + _MAX_BLOCKS]
+            segment = Segment(segment_keys, slots[begin : begin + _MAX_BLOCKS], parent)
+            segment.ready = True
+            self.by_first_slot[segment.slots[0]] = segment
+            if parent is not None:
+                self.add_child(parent)
+                if not begin:
+                    self._merge_into_parent(segment)
+            parent = segment_keys[-1]
 
     def add_child(self, parent: bytes) -> None:
         """Count one more child of ``parent``."""
@@ -266,77 +317,3 @@ class SegmentTable:
         assert filling == self.filling, "filling segments are miscounted"
         assert sum(len(each.keys) for each in segments) == len(self.first_slots), "a key is twice"
         assert child_counts == self.child_counts, "children are miscounted"
-
-
-class EvictionPass:
-    """Removes blocks that a policy offers, until enough are evicted.
-
-    Args:
-        table: the segments; evicted blocks are removed from it.
-        pins: pin counts by slot; a slot without pins has no entry.
-        need: how many blocks to evict.
-
-    Attributes:
-        need: how many blocks are still to be evicted.
-        keys: the evicted blocks' keys.
-        slots: the evicted blocks' slots, in the same order.
-        is_protected: returns ``True`` for a key that this pass must spare; ``None`` spares none.
-    """
-
-    __slots__ = ("_pins", "_table", "is_protected", "keys", "need", "slots")
-
-    def __init__(self, table: SegmentTable, pins: Mapping[int, int], need: int) -> None:
-        self._table = table
-        self._pins = pins
-        self.need = need
-        self.keys: list[bytes] = []
-        self.slots: list[int] = []
-        self.is_protected: Callable[[bytes], bool] | None = None
-
-    def take(self, offered: Sequence[bytes]) -> int:
-        """Evict offered blocks, the last one first, until ``need`` is met or a block must stay.
-
-        Returns:
-            how many were evicted.
-        """
-        table, pins, need = self._table, self._pins, self.need
-        offered = tuple(offered)
-        end = len(offered)
-        while end and need:
-            segment = table.by_first_slot[table.first_slots[offered[end - 1]]]
-            count = min(end, need, len(segment.keys))
-            keys, slots = segment.keys[-count:], segment.slots[-count:]
-            if (
-                keys != offered[end - count : end]
-                or self.is_protected is not None
-                or not segment.ready
-                or (pins and not pins.keys().isdisjoint(slots))
-                or not table.child_counts.keys().isdisjoint(keys)
-            ):
-                count = self._count_evictable(segment, offered[end - count : end])
-                if not count:
-                    break
-                keys, slots = keys[-count:], slots[-count:]
-            table.remove_tail(segment, keys)
-            self.slots += slots
-            self.keys += keys
-            end -= count
-            need -= count
-        self.need = need
-        return len(offered) - end
-
-    def _count_evictable(self, segment: Segment, offered: Sequence[bytes]) -> int:
-        """How many of the last ``offered`` blocks are at the segment's tail and may be evicted."""
-        child_counts, count = self._table.child_counts, 0
-        if not segment.ready:
-            return 0
-        blocks = zip(
-            reversed(segment.keys), reversed(segment.slots), reversed(offered), strict=False
-        )
-        for key, slot, offered_key in blocks:
-            if key != offered_key or slot in self._pins or key in child_counts:
-                break
-            if self.is_protected is not None and self.is_protected(key):
-                break
-            count += 1
-        return count

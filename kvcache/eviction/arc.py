@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kvcache.eviction.runs import ChainRun, RunPolicy, RunQueue
+from kvcache.eviction.run_queue import ChainRun, RunQueue
+from kvcache.eviction.runs import RunPolicy
 
 
 class Arc(RunPolicy):

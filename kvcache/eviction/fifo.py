@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcache.eviction.runs import RunPolicy, RunQueue
+from kvcache.eviction.run_queue import RunQueue
+from kvcache.eviction.runs import RunPolicy
 
 
 class Fifo(RunPolicy):

@@ -16,8 +16,4 @@ class Lru(Fifo):
             self._queue.push(keys, None)
 
     def add(self, keys: Sequence[bytes], parent: bytes | None, now: float) -> None:
-        run = self.run_of.get(parent) if parent is not None else None
-        if run is not None and run.keys[-1] == parent:
-            self._queue.extend(run, list(keys))
-        else:
-            self._queue.push(list(keys), parent)
+        self._queue.push_renewed(list(keys), parent)

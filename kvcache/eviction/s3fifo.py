@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from itertools import islice
 
-from kvcache.eviction.runs import ChainRun, RunPolicy, RunQueue
+from kvcache.eviction.run_queue import ChainRun, RunQueue
+from kvcache.eviction.runs import RunPolicy
 
 _MAX_USES = 3  # the paper's counter has two bits; a larger count would only delay eviction
 

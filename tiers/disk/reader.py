@@ -18,7 +18,8 @@ from pathlib import Path
 from kvcache.process import bind_to_process
 from kvcache.tier import Tier
 from kvcache.tiers.disk import namespace_file
-from kvcache.tiers.disk.record_file import PAGE, Record, read_geometry, read_record, read_records
+from kvcache.tiers.disk.record_file import PAGE, Record, read_geometry, read_record
+from kvcache.tiers.disk.record_scan import read_columns
 from kvcache.tiers.disk.safe_open import open_directory, open_file
 
 
@@ -48,9 +49,9 @@ class DiskReader(Tier):
             if geometry is None or geometry.slot_nbytes not in range(PAGE, blocks_nbytes + 1, PAGE):
                 raise ValueError(f"{str(path)!r} has no disk tier that this version can read")
             self.geometry = geometry
-            self._records = {
-                record.key: record for record in sorted(read_records(self._records_fd, geometry))
-            }
+            records = read_columns(self._records_fd, geometry)
+            records.select(records.by_age())
+            self._records = {record.key: record for record in records}
             self._buffer = mmap.mmap(-1, geometry.slot_nbytes)
         except (OSError, OverflowError) as error:  # Overflow: a slot larger than memory
             self.close()

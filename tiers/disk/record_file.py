@@ -24,7 +24,6 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 PAGE = 4096  # the unit of direct I/O
@@ -32,20 +31,36 @@ RECORD_NBYTES = 256
 KEY_NBYTES = 80
 """Bytes of the longest key."""
 
-_FIELD_NBYTES = 64  # of a key; the rest of a longer one follows the first CRC
+FIELD_NBYTES = 64
+"""Bytes of a key in the first part of a record; the rest of a longer key follows the first CRC."""
 
 _MAGIC = b"kvcdisk2"
 _MAGIC_OF_ALL_VERSIONS = _MAGIC[:-1]
 _GEOMETRY = struct.Struct("<8sQQ")
 _PAGE = struct.Struct("<8sQQ?")
 _MARK = "user.kvcache"
-_FIELDS = struct.Struct(f"<IQQBB{_FIELD_NBYTES}s{_FIELD_NBYTES}s")
-_RESTS = struct.Struct(f"<{KEY_NBYTES - _FIELD_NBYTES}s{KEY_NBYTES - _FIELD_NBYTES}s")
+_FIELDS = struct.Struct(f"<IQQBB{FIELD_NBYTES}s{FIELD_NBYTES}s")
+_RESTS = struct.Struct(f"<{KEY_NBYTES - FIELD_NBYTES}s{KEY_NBYTES - FIELD_NBYTES}s")
 _CRC = struct.Struct("<I")
 _USED_NBYTES = _FIELDS.size + _CRC.size + _RESTS.size + _CRC.size
 _RECORD = struct.Struct(f"<{_FIELDS.size}sI{_RESTS.size}sI{RECORD_NBYTES - _USED_NBYTES}x")
-_READ_NBYTES = 1 << 20
-_BEYOND_ALL_OFFSETS = 1 << 64
+
+CHECKED_NBYTES = _FIELDS.size + _CRC.size
+"""Bytes of the first part of a record, with its CRC."""
+
+
+class Offsets(NamedTuple):
+    """Where the fields of a record begin."""
+
+    slot: int = 0
+    generation: int = 4
+    nbytes: int = 12
+    key_size: int = 20
+    parent_size: int = 21
+    key: int = 22
+
+
+OFFSETS = Offsets()
 
 
 def file_nbytes(slots: int) -> int:
@@ -119,51 +134,21 @@ def mark_blocks(blocks_fd: int) -> bool:
     return True
 
 
-def read_records(fd: int, geometry: Geometry) -> Iterator[Record]:
-    """Yield every record that verifies, by slot. The time depends on the data, not on holes."""
-    offset, end = PAGE, file_nbytes(geometry.slots)
-    while (offset := _next_data(fd, offset)) < end:
-        data = os.pread(fd, min(_READ_NBYTES, end - offset), offset)
-        if len(data) < RECORD_NBYTES:
-            return  # another process opened the tier with fewer slots, and cut the file
-        slot = (offset - PAGE) // RECORD_NBYTES
-        whole = data[: len(data) // RECORD_NBYTES * RECORD_NBYTES]
-        for parts in _RECORD.iter_unpack(whole):
-            if record := _unpack(parts, slot, geometry.slot_nbytes):
-                yield record
-            slot += 1
-        offset += _READ_NBYTES
-
-
-def _next_data(fd: int, offset: int) -> int:
-    """Return where the next page with data begins, at ``offset`` or later.
-
-    If there is none, this is a number larger than all offsets. A file system without holes returns
-    ``offset``.
-    """
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA) // PAGE * PAGE
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return _BEYOND_ALL_OFFSETS
-        return offset
-
-
 def read_record(fd: int, geometry: Geometry, slot: int) -> Record | None:
     """Return the record of one slot; ``None`` if there is none that verifies."""
     data = os.pread(fd, RECORD_NBYTES, file_nbytes(slot))
     if len(data) < RECORD_NBYTES:
         return None
-    return _unpack(_RECORD.unpack(data), slot, geometry.slot_nbytes)
+    return unpack_record(data, slot, geometry.slot_nbytes)
 
 
-def _unpack(parts: tuple[bytes, int, bytes, int], slot: int, slot_nbytes: int) -> Record | None:
+def unpack_record(data: bytes | bytearray, slot: int, slot_nbytes: int) -> Record | None:
     """Return the record that was read for ``slot``, if it verifies."""
-    fields, crc, rests, rests_crc = parts
+    fields, crc, rests, rests_crc = _RECORD.unpack(data)
     if crc != zlib.crc32(fields):
         return None
     own_slot, generation, nbytes, key_size, parent_size, key, parent = _FIELDS.unpack(fields)
-    if max(key_size, parent_size) > _FIELD_NBYTES:
+    if max(key_size, parent_size) > FIELD_NBYTES:
         if rests_crc != zlib.crc32(rests, crc):
             return None
         key_rest, parent_rest = _RESTS.unpack(rests)
@@ -205,10 +190,6 @@ class RecordFile:
         if previous != self._geometry:
             os.fdatasync(fd)  # the page must be on the disk before blocks that it describes
 
-    def __iter__(self) -> Iterator[Record]:
-        """Yield every record that verifies, by slot."""
-        return read_records(self._fd, self._geometry)
-
     def write(self, record: Record) -> None:
         """Write the record of ``record.slot``."""
         fields = _FIELDS.pack(
@@ -217,12 +198,12 @@ class RecordFile:
             record.nbytes,
             len(record.key),
             len(record.parent),
-            record.key[:_FIELD_NBYTES],
-            record.parent[:_FIELD_NBYTES],
+            record.key[:FIELD_NBYTES],
+            record.parent[:FIELD_NBYTES],
         )
         crc, rests, rests_crc = zlib.crc32(fields), b"", 0
-        if max(len(record.key), len(record.parent)) > _FIELD_NBYTES:
-            rests = _RESTS.pack(record.key[_FIELD_NBYTES:], record.parent[_FIELD_NBYTES:])
+        if max(len(record.key), len(record.parent)) > FIELD_NBYTES:
+            rests = _RESTS.pack(record.key[FIELD_NBYTES:], record.parent[FIELD_NBYTES:])
             rests_crc = zlib.crc32(rests, crc)
         self._write(record.slot, _RECORD.pack(fields, crc, rests, rests_crc))
 

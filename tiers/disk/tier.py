@@ -43,11 +43,13 @@ from kvcache.tiers.disk.record_file import (
     KEY_NBYTES,
     PAGE,
     RECORD_NBYTES,
+    Geometry,
     Record,
     RecordFile,
     file_nbytes,
 )
 from kvcache.tiers.disk.replicas import FileSizes
+from kvcache.tiers.disk.restore import restore_index
 from kvcache.tiers.disk.safe_open import expand_path
 from kvcache.worker_pool import WorkerPool
 
@@ -152,8 +154,6 @@ class DiskTier(Tier):
         directory, nbytes = self.directory, slots * self._slot_nbytes
         directory.check_room(nbytes + file_nbytes(slots))
         self.index = Index(policy(slots), self._clock, fallback.lru)
-        self.index.open_slots(slots)
-        self._nbytes = [0] * slots  # of the value in each slot
         # The records are read before `blocks` grows: a record beyond its end must be ignored.
         blocks_nbytes = os.fstat(directory.blocks_fd).st_size
         self.records = RecordFile(
@@ -164,15 +164,11 @@ class DiskTier(Tier):
                 "kvcache: disk tier at %s: blocks of another format or block size deleted",
                 directory.path,
             )
-        newest: dict[bytes, Record] = {}
-        self._generation = 1  # of the next block
-        for record in sorted(self.records):  # the oldest first
-            if older := newest.pop(record.key, None):
-                self.records.clear(older.slot)  # else a restart finds it after the newer is evicted
-            newest[record.key] = record
-            self._nbytes[record.slot] = record.nbytes
-            self._generation = record.generation + 1
-        self.index.restore([(r.slot, r.key, r.parent or None) for r in newest.values()])
+        found = restore_index(self.index, directory.records_fd, Geometry(self._slot_nbytes, slots))
+        for slot in found.repeated:
+            self.records.clear(slot)  # else a restart finds it after the newer one is evicted
+        self._generation = found.newest + 1  # of the next block
+        self._nbytes = found.nbytes  # of the value in each slot
         directory.allocate_blocks(nbytes)
 
     # The contract
