@@ -28,6 +28,7 @@ class Ranks:
         layout: vLLM's name of the order of axes.
         replicas: how many consecutive ranks hold the same bytes, for each group of vLLM or for all.
         device: that the ranks are on; ``None`` for the CPU.
+        defers_stores: whether the stores of a step start in the next one, if there is a device.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Ranks:
         layout: str = "LBHNC",
         replicas: int | tuple[int, ...] = 1,
         device: ReorderingDevice | None = None,
+        defers_stores: bool = False,
     ) -> None:
         first = grouped_caches(specs, layout=layout, blocks=BLOCKS)
         self.caches = {(0, 0): first}
@@ -49,7 +51,14 @@ class Ranks:
             if owner == rank:
                 other.memory.random_(0, 256)
         self.workers = {
-            each: WorkerSide(caches.config, each, 1, device=device, replicas=replicas)
+            each: WorkerSide(
+                caches.config,
+                each,
+                1,
+                device=device,
+                replicas=replicas,
+                defers_stores=defers_stores,
+            )
             for each, caches in self.caches.items()
         }
         self.shards = {}

@@ -100,14 +100,26 @@ def load_in_turn(
     ranks=st.sampled_from([1, 2]),
     replicated=st.booleans(),
     on_device=st.booleans(),
+    defers_stores=st.booleans(),
 )
 def test_transfers_of_random_pieces_change_exactly_their_bytes(
-    seed: int, model: str, layout: str, ranks: int, replicated: bool, on_device: bool
+    seed: int,
+    model: str,
+    layout: str,
+    ranks: int,
+    replicated: bool,
+    on_device: bool,
+    defers_stores: bool,
 ) -> None:
     random = Random(seed)
     device = ReorderingDevice(random) if on_device else None
     played = Ranks(
-        MODELS[model], ranks, layout=layout, device=device, replicas=ranks if replicated else 1
+        MODELS[model],
+        ranks,
+        layout=layout,
+        device=device,
+        replicas=ranks if replicated else 1,
+        defers_stores=defers_stores,
     )
     slots = slot_bytes(played.slab)
     for number in range(3):
