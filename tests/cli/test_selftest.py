@@ -218,7 +218,7 @@ def test_selftest_reports_a_kernel_that_computes_other_attention_than_torch(
 
     install(monkeypatch, "flash_attn", flash_attn_with_kvcache=of_all_zeros)
     sample = open_sample("pair", 2 * BLOCKS, "cpu")
-    result = make_round_trip(sample, "raw", {"flash-attn": stand_ins["flash-attn"]}, BLOCKS)
+    result = make_round_trip(sample, "raw", {"flash-attn": stand_ins["flash-attn"]}, BLOCKS, {})
     assert result.attention == {"flash-attn": 0}
     assert "numbers are unlike those of torch" in result.errors[0]
     assert result.failed
@@ -233,7 +233,7 @@ def test_selftest_reports_a_kernel_that_raises(
     install(monkeypatch, "flash_attn", flash_attn_with_kvcache=refuse)
     sample = open_sample("pair", 2 * BLOCKS, "cpu")
     kernels = {name: stand_ins[name] for name in ("torch", "flash-attn")}
-    result = make_round_trip(sample, "raw", kernels, BLOCKS)
+    result = make_round_trip(sample, "raw", kernels, BLOCKS, {})
     assert "flash-attn: RuntimeError: no kernel image" in result.errors
     assert result.attention == {"torch": 0}
     assert result.failed
@@ -253,7 +253,7 @@ def test_kernel_reads_pages_as_its_package_documents(
 ) -> None:
     """The stand-in checks the arguments, and computes what torch computes from the same pages."""
     result = make_round_trip(
-        open_sample(sample, 2 * BLOCKS, "cpu"), "raw", {kernel: stand_ins[kernel]}, BLOCKS
+        open_sample(sample, 2 * BLOCKS, "cpu"), "raw", {kernel: stand_ins[kernel]}, BLOCKS, {}
     )
     assert not result.errors
     assert result.attention == {kernel: 0}

@@ -90,7 +90,7 @@ def print_pinning() -> None:
             number.add_(1)
             waits.append(time.perf_counter() - begin)
 
-    thread = threading.Thread(target=launch)
+    thread = threading.Thread(target=launch, daemon=True)
     thread.start()
     time.sleep(0.5)
     print(f"slowest launch while nothing is pinned: {max(waits[20:]) * 1e3:.2f} ms")

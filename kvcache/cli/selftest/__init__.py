@@ -21,6 +21,7 @@ from kvcache.cli.table import pairs
 
 if TYPE_CHECKING:
     from kvcache.cli.selftest.round_trip import RoundTrip
+    from kvcache.connectors.transfer.streams import Device
 
 ORDERS: tuple[Literal["raw"], Literal["canonical"]] = ("raw", "canonical")
 
@@ -78,6 +79,7 @@ def _make_round_trips(
     from kvcache.cli.selftest.samples import open_sample, sample_names
 
     results = []
+    devices: dict[str, Device] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two runs of torch on a CPU then add numbers in the same order
     try:
@@ -85,7 +87,7 @@ def _make_round_trips(
             read = any(kernel.reads(of_layout) for kernel in kernels.values())
             for order in ORDERS if read and layout in (None, of_layout) else ():
                 sample = open_sample(name, 2 * blocks, device)
-                results.append(make_round_trip(sample, order, kernels, blocks))
+                results.append(make_round_trip(sample, order, kernels, blocks, devices))
     finally:
         torch.set_num_threads(threads)
     return results

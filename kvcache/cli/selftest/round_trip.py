@@ -13,6 +13,7 @@ from kvcache.cli.selftest.samples import SIZES, Sample, Tensor
 
 if TYPE_CHECKING:
     from kvcache.connectors.paged import AttachedCache, PagedCache
+    from kvcache.connectors.transfer.streams import Device
 
 ROUNDS = 3  # the first one compiles copies and, on a GPU, pins memory; the best one counts
 SHARPNESS = 8.0  # of the queries: few tokens decide the result, so that it is not near zero
@@ -55,11 +56,14 @@ def make_round_trip(
     order: Literal["raw", "canonical"],
     kernels: Mapping[str, AttentionKernel],
     blocks: int,
+    devices: dict[str, Device],
 ) -> RoundTrip:
     """Make a round trip of `blocks` blocks of a sample that has twice as many.
 
     Args:
         kernels: those that run on this device.
+        devices: the device of earlier round trips, by name, so that each GPU measures its copy
+            backends once.
     """
     from kvcache.connectors.layout import LayoutError
     from kvcache.connectors.paged import PagedCache
@@ -74,12 +78,14 @@ def make_round_trip(
     except LayoutError as error:
         result.skipped = str(error)
         return result
+    if cache.device is not None:
+        cache.device = devices.setdefault(cache.placement.device, cache.device)
     nbytes = cache.block_nbytes
     tier = DramTier(block_nbytes=nbytes, capacity=Size(blocks * slot_nbytes_for(nbytes)))
     tier.slab.wait_populated()
     readers = {name: kernel for name, kernel in kernels.items() if kernel.reads(sample.layout)}
     with Stack(tier, profile="selftest") as stack, cache.attach(stack) as attached:
-        _wait_for_trial(cache)
+        _prepare_device(cache)
         for number in range(ROUNDS):
             stack.clear()
             try:
@@ -185,13 +191,14 @@ def _synchronize(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def _wait_for_trial(cache: PagedCache) -> None:
-    """Wait until a GPU has chosen its copy backends, so that the rates are those of its choice."""
+def _prepare_device(cache: PagedCache) -> None:
+    """Wait until a GPU has chosen its copy backends, and forget which ones it used before."""
     if cache.device is not None:
         from kvcache.connectors.transfer.cuda import CudaDevice
 
         if isinstance(cache.device, CudaDevice):
             cache.device.wait_for_trial()
+            cache.device.selector.used.clear()
 
 
 def _copied_by(cache: PagedCache) -> list[str]:
