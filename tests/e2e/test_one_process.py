@@ -35,7 +35,7 @@ def asynchronous(run_engine: RunEngine) -> EngineRun:
     scenarios = (
         async_copies.use_async_copies, *two_engines.SCENARIOS, one_engine.restored_pages,
         async_copies.layers_at_each_wait, async_copies.pass_that_skips_a_wait,
-        async_copies.job_that_outlives_its_step, async_copies.lock_of_the_slab,
+        async_copies.job_that_outlives_its_step,
     )  # fmt: skip
     return run_engine(scenarios, blocks=TINY, l1="64MiB")
 
@@ -167,12 +167,6 @@ def test_failed_load_with_a_drafter_publishes_no_block_after_it(with_drafter: En
         == two["ends"]
         == NO_OPEN_STATE
     )
-
-
-def test_slab_is_locked_for_the_device_until_close(asynchronous: EngineRun) -> None:
-    found = asynchronous.result_of(async_copies.lock_of_the_slab)
-    assert found["locked"] == found["slab"] > 0
-    assert found["in the end"] == 0
 
 
 def test_later_turns_hit_all_full_blocks(synchronous: EngineRun) -> None:

@@ -147,12 +147,3 @@ def job_that_outlives_its_step(engine: Engine) -> dict[str, Any]:
     going = engine.open_state()
     engine.drain()
     return {"going": going, "drained": engine.open_state()}
-
-
-def lock_of_the_slab(engine: Engine) -> dict[str, int]:
-    """Return the bytes of the slab, and those locked for the device now and after the close."""
-    slab, device = engine.worker_side._slab, engine.worker_side.device
-    slab.wait_populated()
-    locked = {"slab": slab.nbytes, "locked": sum(device.pinned.values())}
-    engine.worker_side.close()
-    return locked | {"in the end": sum(device.pinned.values())}
