@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 
 from kvcache.connectors.layout.placement import BlockRun
-from kvcache.connectors.transfer.autotune import RUN_COUNTS, RUN_SIZES, CopyBackend
+from kvcache.connectors.transfer.autotune import RUN_COUNTS, RUN_SIZES, CopyBackend, TrialSize
 from kvcache.connectors.transfer.base import CopyGeometry
 from kvcache.connectors.transfer.copy_batch import DIRECTIONS
 from kvcache.connectors.transfer.cuda import CudaDevice, backends
@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 BLOCKS, SLOTS = 64, 48
+SMALL_TRIAL = TrialSize(scratch_nbytes=2 << 20, rounds=2)  # a whole one takes seconds
 LAYERS = {
     "64 KiB": [64 << 10] * 8,
     "4 KiB": [4 << 10] * 32,
@@ -52,7 +53,7 @@ def device(request: pytest.FixtureRequest) -> CudaDevice:
     """The GPU with one backend, or with all of them."""
     gpu = torch.device("cuda", 0)
     if request.param == "all, measured":
-        return CudaDevice(gpu)
+        return CudaDevice(gpu, trial_size=SMALL_TRIAL)
     backend: CopyBackend | None = backends.CopyPerRun()
     if request.param == "memcpy-batch":
         backend = backends.batched_copies()
@@ -60,7 +61,7 @@ def device(request: pytest.FixtureRequest) -> CudaDevice:
         backend = backends.triton_kernel(gpu)
     if backend is None:
         pytest.skip(f"copy backend {request.param} is not available here")
-    return CudaDevice(gpu, [backends.CopyPerRun(), backend])
+    return CudaDevice(gpu, [backends.CopyPerRun(), backend], trial_size=SMALL_TRIAL)
 
 
 def use_backend(device: CudaDevice) -> None:

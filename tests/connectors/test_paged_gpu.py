@@ -64,6 +64,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
+@pytest.fixture
+def small_trial(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a GPU try its copy backends with few bytes: a whole trial takes seconds."""
+    if device == "cuda":
+        gpu = CudaDevice(torch.device("cuda", 0), trial_size=SMALL_TRIAL)
+        monkeypatch.setattr(paged, "device_of", lambda placement: gpu)
+
+
 @pytest.fixture(params=["raw", "canonical"])
 def order(request: pytest.FixtureRequest) -> Any:
     return request.param
@@ -74,6 +82,7 @@ def sizes(name: str, device: str) -> Geometry:
     return replace(SMALL, device=device, heads=1 if name in LATENT else SMALL.heads)
 
 
+@pytest.mark.usefixtures("small_trial")
 @pytest.mark.parametrize("name", KINDS | LATENT)
 def test_load_after_a_wipe_restores_every_bit(name: str, order: Order, device: str) -> None:
     engine, keys = EngineCache(name, order, sizes(name, device)), chain_keys(5)
