@@ -339,3 +339,4 @@ class WorkerSide:
         self._caches = {}
         if self._early_attach is not None:
             self._early_attach.close()
+            self._early_attach = None
