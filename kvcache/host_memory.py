@@ -83,17 +83,22 @@ def free_huge_pages(root: Path = _ROOT) -> int | None:
     )
 
 
-def shortage(nbytes: int, root: Path = _ROOT) -> str | None:
-    """Why ``nbytes`` cannot be allocated now, and how many bytes can; ``None`` if they can."""
+def shortage(nbytes: int, root: Path = _ROOT, *, huge_nbytes: int = 0) -> str | None:
+    """Why ``nbytes`` cannot be allocated now, and how many bytes can; ``None`` if they can.
+
+    ``huge_nbytes`` of them are in free huge pages, which are not a part of ``available()``.
+    """
     total, free = limit(root), available(root)
-    fits = min(total.nbytes, free.nbytes)
+    fits = min(total.nbytes, free.nbytes) + huge_nbytes
     if nbytes <= fits:
         return None
     percent = 100 * fits // total.nbytes
     return (
         f"asks for {format_size(nbytes)}, but of the {format_size(total.nbytes)} this container "
         f"may use ({total.source}) only {format_size(free.nbytes)} are free now ({free.source}); "
-        f'at most "{format_size(fits)}"' + (f' or "{percent}%"' if percent else "") + " fits"
+        f'at most "{format_size(fits)}"'
+        + (f' or "{percent}%"' if 0 < percent <= 100 else "")
+        + " fits"
     )
 
 

@@ -78,7 +78,11 @@ def open_stack(
         for setting in loaded.tiers[0].settings
         if setting.option.hint is Size
         and isinstance(setting.value, int)
-        and (shortage := host_memory.shortage(setting.value))
+        and (
+            shortage := host_memory.shortage(
+                setting.value, huge_nbytes=loaded.tiers[0].huge_nbytes(setting.value)
+            )
+        )
     ]
     if problems:
         raise ProfileError(loaded.name, problems)

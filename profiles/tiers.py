@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from kvcache import huge_pages
 from kvcache.guards.calls import describe_error, raised_by_signal
 from kvcache.lower.tier import LowerTier
 from kvcache.profiles import secrets
@@ -105,6 +106,12 @@ class Row:
         variables = [one.place for one in self.settings if one.place.startswith(VARIABLE)]
         changed = f", changed by {', '.join(variables)}" if variables else ""
         return f"{self.where}{changed}: {error}"
+
+    def huge_nbytes(self, nbytes: int) -> int:
+        """Return how many of so many bytes of memory the tier would take in free huge pages."""
+        if "huge_pages" not in self.accepted or not self.options.get("huge_pages", True):
+            return 0
+        return min(huge_pages.free() * huge_pages.HUGE_PAGE, nbytes)
 
     def options_for(self, cls: type) -> dict[str, Any]:
         """Return the options that are keyword arguments of ``cls``."""

@@ -181,6 +181,13 @@ def test_shortage_begins_after_the_last_free_byte(machine: Machine) -> None:
     assert host_memory.shortage(32 * GIB + 1, machine.root) is not None
 
 
+def test_shortage_with_huge_pages_begins_after_the_last_one(machine: Machine) -> None:
+    assert host_memory.shortage(35 * GIB, machine.root, huge_nbytes=3 * GIB) is None
+    message = host_memory.shortage(36 * GIB, machine.root, huge_nbytes=3 * GIB)
+    assert message is not None
+    assert 'at most "35GiB"' in message
+
+
 @pytest.mark.parametrize("requested", [7, 12])
 def test_shortage_names_both_numbers_their_sources_and_the_maximum(
     machine: Machine, requested: int

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvcache.profiles
-from kvcache import host_memory
+from kvcache import host_memory, huge_pages
 from kvcache.profiles import ProfileError, open_stack
 from kvcache.replica import Replica
 from tests.support.empty_tiers import Front
@@ -51,6 +51,19 @@ def test_open_stack_keeps_blocks(tmp_path: Path) -> None:
             lease.views[0][:] = b"k" * MIB
         with stack.fetch(stack.match([b"a"]).result()).result() as lease:
             assert bytes(lease.views[0]) == b"k" * MIB
+
+
+@pytest.mark.parametrize(("free_pages", "capacity"), [(3, 16), (8, 24)])
+def test_capacity_may_exceed_the_free_memory_by_the_free_huge_pages(
+    free_pages: int, capacity: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "free", lambda: free_pages)
+    profile = ours(tmp_path, DRAM.replace("CAPACITY", f"{capacity}MiB"))
+    with open_stack(profile, block_nbytes=MIB) as stack:
+        assert stack.front.slab.slots == capacity
+    monkeypatch.setenv("KVCACHE__L1__HUGE_PAGES", "false")
+    with pytest.raises(ProfileError, match="are free now"):
+        open_stack(profile, block_nbytes=MIB)
 
 
 def test_variables_select_profile_and_capacity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def _front_tier(row: Row, options: CheckOptions) -> CheckResult:
 
     sizes = memory_sizes(row)
     for option, nbytes in sizes.items():
-        if shortage := host_memory.shortage(nbytes):
+        if shortage := host_memory.shortage(nbytes, huge_nbytes=row.huge_nbytes(nbytes)):
             variable = override_of(row.name, option)
             limit = host_memory.limit().nbytes
             fitting = format_size(min(limit, host_memory.available().nbytes))
