@@ -105,7 +105,6 @@ def resolved(config: Any, supported: list[str] = ALL_LAYOUTS) -> str:
         ({"backend": backend("LBHNC", "BLHNC")}, "BLHNC"),
         ({"backend": backend("LBNHC")}, "LBNHC"),
     ],
-    ids=str,
 )
 def test_layout_has_blocks_outermost_where_no_block_is_split(
     options: dict[str, Any], layout: str
