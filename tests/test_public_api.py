@@ -76,7 +76,7 @@ def test_names_outside_the_reference_exist() -> None:
         module, _, wanted = name.removeprefix("kvcache.").rpartition(".")
         path = ROOT.joinpath(*module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        body = ast.parse(file.read_text(encoding="utf-8")).body
+        body = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         defined = {node.name for node in body if isinstance(node, ast.ClassDef)}
         imported = {
             alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +207,16 @@ def test_plugin_registers_the_connector_by_its_name(monkeypatch: pytest.MonkeyPa
     assert found is KVCacheConnector
     assert found.__name__ == plugin.NAME  # vLLM's statistics look classes up by name
     assert supports_hma(found)
+
+
+def test_plugin_imports_nothing_of_the_connector() -> None:
+    """vLLM logs a traceback if a plugin cannot be imported, in every process."""
+    program = (
+        "import sys; from kvcache.connectors.vllm import plugin\n"
+        "assert not [name for name in sys.modules if name.partition('.')[0] in ('vllm', 'torch')]\n"
+        "assert 'kvcache.connectors.vllm.connector' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_connector_hits_count_as_host_memory() -> None:
