@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
+
+from kvcache.thread_cpus import process_cpus, use_cpus
 
 try:
     import numba
@@ -83,7 +83,7 @@ class CpuCopier(PageCopier):
         self._threads = threads
         # The pool starts its threads with their first share, so none if `threads` is 1.
         self._pool = ThreadPoolExecutor(
-            max(1, threads - 1), "kvcache-pages", _allow_cpus, (_process_cpus(),)
+            max(1, threads - 1), "kvcache-pages", use_cpus, (process_cpus(),)
         )
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ def compile_in_background(widths: frozenset[int] = frozenset()) -> None:
     """Begin to compile the function of `compile_copy_share`, so that no copy waits for it."""
 
     def compile_on_any_cpu() -> None:
-        _allow_cpus(_process_cpus())
+        use_cpus(process_cpus())
         compile_copy_share(widths)
 
     if widths not in _compiled:
@@ -284,19 +284,3 @@ def _compile_copy_share(widths: frozenset[int]) -> Callable[..., None]:
     # The first call resolves the signature, which takes milliseconds.
     compiled(*[integers([])] * 6, integers([1]), np.empty((0, 7), dtype=np.int64), 0, 0)
     return compiled
-
-
-def _process_cpus() -> set[int]:
-    """Return the CPUs that at least one thread of this process may use."""
-    cpus: set[int] = set()
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # the thread has ended
-            cpus |= os.sched_getaffinity(int(thread.name))
-    return cpus
-
-
-def _allow_cpus(cpus: set[int]) -> None:
-    # An engine pins each of its threads to one CPU, and a new thread inherits that. A thread of the
-    # pool would share the CPU of the thread that waits for it.
-    with suppress(OSError):  # where this is forbidden, copies are slower
-        os.sched_setaffinity(0, cpus)

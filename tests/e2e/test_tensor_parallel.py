@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,14 @@ from tests.support.group_hooks import needs_group_hooks, needs_tensor_shards
 pytestmark = pytest.mark.engine
 
 NO_OPEN_STATE = {"promised": 0, "running": 0, "jobs": 0, "loads": 0, "pinned": 0}
-SETTINGS = {
-    "options": {"distributed_executor_backend": "mp", "tensor_parallel_size": 2},
-    # vLLM's default thread binding, which needs a memory node per rank; vLLM simulates them.
-    "environment": {
-        "VLLM_CPU_SIM_MULTI_NUMA": "1", "VLLM_CPU_OMP_THREADS_BIND": "", "OMP_NUM_THREADS": "",
-    },
+# vLLM's default thread binding, which needs a memory node per rank; vLLM simulates them.
+ENVIRONMENT = {
+    "VLLM_CPU_SIM_MULTI_NUMA": "1", "VLLM_CPU_OMP_THREADS_BIND": "", "OMP_NUM_THREADS": "",
 }  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "options": {"distributed_executor_backend": "mp", "tensor_parallel_size": 2},
+    "environment": ENVIRONMENT,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def two_ranks(run_engine: RunEngine) -> EngineRun:
         separate_processes.load_that_fails_on_one_rank,
         separate_processes.final_state,
     )
-    return run_engine(acts, blocks=40, l1="64MiB", **SETTINGS)
+    waiting = {"environment": ENVIRONMENT | {"KVCACHE__L1__WAIT_PINNED": "true"}}
+    return run_engine(acts, blocks=40, l1="64MiB", **SETTINGS | waiting)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,10 @@ def test_completions_of_two_ranks_equal_those_of_a_large_cache(
         separate_processes.two_turns
     )
     assert two_ranks.result_of(separate_processes.hit_tokens) > 0
+
+
+def test_start_waits_until_both_ranks_have_attached_l1(two_ranks: EngineRun) -> None:
+    assert "2 of 2 ranks have attached all of L1" in two_ranks.output
 
 
 def test_load_that_fails_on_one_rank_is_recomputed(two_ranks: EngineRun) -> None:

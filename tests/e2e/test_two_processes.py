@@ -25,7 +25,7 @@ def separate(run_engine: RunEngine) -> EngineRun:
         blocks=40,
         l1="64MiB",
         options={"distributed_executor_backend": "mp"},
-        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "KVCACHE__L1__WAIT_PINNED": "true"},
     )
 
 
@@ -44,6 +44,10 @@ def test_completions_equal_those_of_a_large_cache(
     assert separate.result_of(separate_processes.hit_tokens) > 0
     assert "kvcache: connector: profile l1-only" in separate.output  # in the format of vLLM's log
     assert not re.search("(WARNING|ERROR).*kvcache: ", separate.output)  # in any of the processes
+
+
+def test_start_waits_until_the_worker_has_attached_l1(separate: EngineRun) -> None:
+    assert "1 of 1 ranks have attached all of L1" in separate.output
 
 
 def test_end_of_the_processes_frees_all_slabs(separate: EngineRun) -> None:

@@ -31,6 +31,7 @@ from kvcache.connectors.vllm.attach_pipes import (
 )
 from kvcache.process import bind_to_process
 from kvcache.slab import Slab, SlabDescriptor
+from kvcache.thread_cpus import process_cpus, use_cpus
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class EarlyAttach:
 
     def _populate(self, slab: Slab, pinning: SlabPinning | None) -> None:
         """Map all of ``slab`` and pin it."""
+        use_cpus(process_cpus())  # not only that of the engine's thread, which may have made this
         reported = 0.0
 
         def ready(slots: int, *, last: bool = False) -> None:
