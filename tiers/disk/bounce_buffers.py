@@ -41,11 +41,16 @@ class BounceBuffers:
     @contextmanager
     def aligned(self, view: memoryview) -> Iterator[memoryview]:
         """Yield ``view`` if it is whole aligned pages; otherwise a buffer of at least its size."""
-        if not view.readonly and not len(view) % PAGE and not _address(view) % PAGE:
+        if is_aligned(view):
             yield view
         else:
             with self.lend(len(view)) as buffer:
                 yield buffer
+
+
+def is_aligned(view: memoryview) -> bool:
+    """Whether direct I/O can use ``view``: it is whole aligned pages."""
+    return not view.readonly and not len(view) % PAGE and not _address(view) % PAGE
 
 
 def _address(view: memoryview) -> int:

@@ -190,27 +190,32 @@ class RecordFile:
         if previous != self._geometry:
             os.fdatasync(fd)  # the page must be on the disk before blocks that it describes
 
-    def write(self, record: Record) -> None:
-        """Write the record of ``record.slot``."""
-        fields = _FIELDS.pack(
-            record.slot,
-            record.generation,
-            record.nbytes,
-            len(record.key),
-            len(record.parent),
-            record.key[:FIELD_NBYTES],
-            record.parent[:FIELD_NBYTES],
-        )
-        crc, rests, rests_crc = zlib.crc32(fields), b"", 0
-        if max(len(record.key), len(record.parent)) > FIELD_NBYTES:
-            rests = _RESTS.pack(record.key[FIELD_NBYTES:], record.parent[FIELD_NBYTES:])
-            rests_crc = zlib.crc32(rests, crc)
-        self._write(record.slot, _RECORD.pack(fields, crc, rests, rests_crc))
+    def write(self, *records: Record) -> None:
+        """Write the records of adjacent slots, in their order."""
+        self._write(records[0].slot, b"".join(map(_packed, records)))
 
-    def clear(self, slot: int) -> None:
-        """Record that ``slot`` has no block."""
-        self._write(slot, bytes(RECORD_NBYTES))
+    def clear(self, slot: int, count: int = 1) -> None:
+        """Record that ``slot``, or ``count`` slots from it on, have no block."""
+        self._write(slot, bytes(count * RECORD_NBYTES))
 
     def _write(self, slot: int, data: bytes) -> None:
         if os.pwrite(self._fd, data, file_nbytes(slot)) < len(data):
             raise OSError(errno.EIO, "only a part of a record was written")
+
+
+def _packed(record: Record) -> bytes:
+    """Return the bytes of a record."""
+    fields = _FIELDS.pack(
+        record.slot,
+        record.generation,
+        record.nbytes,
+        len(record.key),
+        len(record.parent),
+        record.key[:FIELD_NBYTES],
+        record.parent[:FIELD_NBYTES],
+    )
+    crc, rests, rests_crc = zlib.crc32(fields), b"", 0
+    if max(len(record.key), len(record.parent)) > FIELD_NBYTES:
+        rests = _RESTS.pack(record.key[FIELD_NBYTES:], record.parent[FIELD_NBYTES:])
+        rests_crc = zlib.crc32(rests, crc)
+    return _RECORD.pack(fields, crc, rests, rests_crc)

@@ -36,6 +36,7 @@ from kvcache.replica import ALONE, Replica
 from kvcache.sizes import DiskSize, format_size
 from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.disk import lock_file, namespace_file
+from kvcache.tiers.disk.adjacent_writes import AdjacentBlocks, group_adjacent
 from kvcache.tiers.disk.bounce_buffers import BounceBuffers
 from kvcache.tiers.disk.directory import TierDirectory
 from kvcache.tiers.disk.error_log import DiskErrorLog
@@ -241,20 +242,16 @@ class DiskTier(Tier):
                 Record(first_generation + n, slot, len(blocks[at]), keys[at], parents[at] or b"")
                 for n, (slot, at) in enumerate(zip(slots, reserved, strict=True))
             ]
+            groups = group_adjacent(records, [blocks[at] for at in reserved], self._slot_nbytes)
             writes: list[Future[bool]] = []
             try:
-                self._run_all(
-                    writes,
-                    [
-                        partial(self._write, record, blocks[at])
-                        for record, at in zip(records, reserved, strict=True)
-                    ],
-                )
+                self._run_all(writes, [partial(self._write, group) for group in groups])
             finally:
                 written = {
-                    keys[at]
-                    for at, write in zip(reserved, writes, strict=False)
+                    record.key
+                    for group, write in zip(groups, writes, strict=False)
                     if _succeeded(write) and write.result()
+                    for record in group.records
                 }
                 with self._lock:
                     self.index.publish(slots, {keys[at] for at in reserved} - written)
@@ -351,7 +348,7 @@ class DiskTier(Tier):
         finally:
             wait(futures)  # also after KeyboardInterrupt: the calls use the caller's memory
 
-    # Reads and writes of one block, in a thread of the pool
+    # Reads and writes, in a thread of the pool
 
     def _read(self, slot: int, buffer: memoryview) -> int:
         nbytes = self._nbytes[slot]
@@ -365,22 +362,27 @@ class DiskTier(Tier):
                 return nbytes
         return 0
 
-    def _write(self, record: Record, block: memoryview) -> bool:
-        slot, nbytes = record.slot, record.nbytes
-        with self._errors.suppress("store"), self.bounce_buffers.aligned(block) as pages:
-            if pages.obj is not block.obj:
-                pages[:nbytes] = block
+    def _write(self, group: AdjacentBlocks) -> bool:
+        first, slot_nbytes = group.first_slot, self._slot_nbytes
+        with ExitStack() as lent, self._errors.suppress("store"):
+            memory = []
+            for block in group.blocks:
+                pages = lent.enter_context(self.bounce_buffers.aligned(block))
+                if pages.obj is not block.obj:
+                    pages[: len(block)] = block
+                memory.append(pages)
             try:
-                self.records.clear(slot)
-                written = os.pwritev(self.directory.blocks_fd, [pages], slot * self._slot_nbytes)
-                if written < len(pages):
+                self.records.clear(first, len(memory))
+                written = os.pwritev(self.directory.blocks_fd, memory, first * slot_nbytes)
+                if written < sum(map(len, memory)):
                     return False
-                self.records.write(record)
+                self.records.write(*group.records)
             except OSError as error:
                 self._writes_fail = error.errno in _NO_SLOT_WRITABLE
                 raise
             self._writes_fail = False
-            self._nbytes[slot] = nbytes
+            for record in group.records:
+                self._nbytes[record.slot] = record.nbytes
             return True
         return False
 
