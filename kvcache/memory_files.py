@@ -67,6 +67,7 @@ class MappedFiles:
     Attributes:
         address: of the first byte.
         nbytes: of all files.
+        view: all bytes, writable. Slices of it keep the memory mapped after `close`.
 
     Raises:
         OSError, ValueError: if the kernel refuses a mapping.
@@ -92,7 +93,7 @@ class MappedFiles:
                 self._map.close()
                 raise
         self.address = _address(self._map) + begin
-        self._view = memoryview(self._map)[begin : begin + self.nbytes]
+        self.view = memoryview(self._map)[begin : begin + self.nbytes]
         self._accessible = self.nbytes
         offset = 0
         for fd, nbytes in files:
@@ -110,10 +111,6 @@ class MappedFiles:
                 raise OSError(code, os.strerror(code))
             address += nbytes
 
-    def view(self, begin: int, end: int) -> memoryview:
-        """Return a writable view of these bytes."""
-        return self._view[begin:end]
-
     def advise(self, begin: int, nbytes: int, advice: int) -> int:
         """Call ``madvise`` for these bytes; return 0 or an errno."""
         failed = _libc.madvise(self.address + begin, nbytes, advice)
@@ -127,7 +124,7 @@ class MappedFiles:
         """Unmap the files. Return false if views are in use: the last one unmaps them."""
         accessible, self._accessible = self._accessible, 0
         with suppress(BufferError):
-            self._view.release()
+            self.view.release()
             self._map.close()
             return True
         self._accessible = accessible

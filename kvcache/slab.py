@@ -102,7 +102,7 @@ class Slab:
             raise
         if not owner:
             self._close_fds()
-        self.address = self._memory.address
+        self.address, self._view = self._memory.address, self._memory.view
         self._place()
         self.populated = 0
         self._allocated_nbytes = 0
@@ -195,7 +195,7 @@ class Slab:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of a slab that has {self.slots}")
         at = slot * self.slot_nbytes
-        return self._memory.view(at, at + self.slot_nbytes)
+        return self._view[at : at + self.slot_nbytes]
 
     def populate(self, on_ready: Callable[[int], None] = lambda _: None) -> None:
         """Allocate the memory: a first piece now, the rest in the background.
