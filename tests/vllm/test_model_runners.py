@@ -29,7 +29,7 @@ from tests.support.group_hooks import needs_group_hooks
 from tests.support.groups_walk import copy_layer_by_layer, walk
 from tests.support.model_runners import second_runner_of
 from tests.support.played_memory import WrongKVError
-from tests.support.played_models import MODELS
+from tests.support.played_models import DRAFTER_BESIDE_STATES, MODELS, PlayedModel
 from tests.support.played_ranks import Copying
 from tests.support.played_scheduler import write_config
 from tests.support.reordering_device import ReorderedEvent, ReorderedStream
@@ -160,19 +160,19 @@ class Case:
     """
 
     fault: Fault
-    model: str = "full"
+    model: PlayedModel = MODELS["full"]
     copying: Copying = DEVICE
     runners: tuple[str, ...] = ("first", "second")
 
 
 CASES = [
     Case(fence_no_block),
-    Case(fence_no_block, "full+window"),
+    Case(fence_no_block, MODELS["full+window"]),
     Case(copy_without_waiting_for_the_engine),
     Case(store_before_the_pass),
-    Case(store_before_the_drafter, "drafter layers+states", runners=("first",)),
-    Case(store_before_the_drafter, "drafter layers", runners=("second",) * SECOND.defers),
-    Case(let_stores_read_beside_the_next_step, "full+3 states", runners=("second",)),
+    Case(store_before_the_drafter, DRAFTER_BESIDE_STATES, runners=("first",)),
+    Case(store_before_the_drafter, MODELS["drafter layers"], runners=("second",) * SECOND.defers),
+    Case(let_stores_read_beside_the_next_step, MODELS["full+3 states"], runners=("second",)),
     Case(acknowledge_copies_at_their_start),
     Case(wait_for_no_layer),
     Case(expect_waits_in_every_pass),
@@ -188,8 +188,8 @@ CASES = [
         pytest.param(
             case,
             runner,
-            id=f"{case.fault.__name__}-{case.model}-{runner}",
-            marks=needs_group_hooks if len(MODELS[case.model].groups) > 1 else (),
+            id=f"{case.fault.__name__}-{len(case.model.groups)} groups-{runner}",
+            marks=needs_group_hooks if len(case.model.groups) > 1 else (),
         )
         for case in CASES
         for runner in case.runners
@@ -206,7 +206,7 @@ def test_walk_with_a_fault_fails(
 def _walk_often(case: Case, folder: Path, *, second_runner: bool) -> None:
     for seed in range(30):
         walk(
-            MODELS[case.model],
+            case.model,
             folder,
             seed,
             second_runner=second_runner,

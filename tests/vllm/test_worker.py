@@ -230,6 +230,19 @@ def test_stores_on_a_cpu_are_not_deferred() -> None:
     assert play(worker, step()) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
 
 
+@pytest.mark.parametrize("defers_stores", [False, True])
+def test_stores_that_vllm_never_asks_for_start_before_the_next_fence(defers_stores: bool) -> None:
+    """A pipeline stage without a drafter never asks, under vLLM's first model runner."""
+    copier = RecordingCopier()
+    worker = side(copier, device=ReorderingDevice(Random(0)), defers_stores=defers_stores)
+    worker.load(step())
+    following = Step(NOWHERE, number=1, fresh=[13])
+    worker.fence(following)
+    assert copier.calls[1:] == [("gather", [13, 14, 15], [3, 4, 5]), ("fence", [13], [])]
+    assert play(worker, following) == (set(), {1: 1, 2: 1, 3: 1, 4: 1}, set())
+    assert [name for name, *_ in copier.calls].count("gather") == 1
+
+
 def test_worker_that_closes_drops_deferred_stores() -> None:
     copier = RecordingCopier()
     worker = deferring_side(copier)
