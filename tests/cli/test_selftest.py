@@ -308,6 +308,15 @@ def test_selftest_of_an_unknown_name_ends_with_one_error(
     assert len(printed.err.splitlines()) == 1
 
 
+def test_selftest_of_a_layout_that_the_kernel_does_not_read_ends_with_one_error(
+    stand_ins: dict[str, AttentionKernel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device", "cpu", "--kernel", "xformers", "--layout", "mla"]
+    assert cli.main(["selftest", *options]) == 2
+    error = "selftest: kernel xformers does not read layout mla\n"
+    assert capsys.readouterr().err == error
+
+
 def test_selftest_lists_why_a_kernel_does_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

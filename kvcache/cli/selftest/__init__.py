@@ -63,6 +63,9 @@ def run(args: argparse.Namespace, kernels: Mapping[str, AttentionKernel] = KERNE
         print(f"selftest: kernel {args.kernel}: {obstacles[args.kernel]}", file=sys.stderr)
         return 2
     results = _make_round_trips(device, args.layout, ready, args.blocks)
+    if not results:
+        print(f"selftest: kernel {args.kernel} does not read layout {args.layout}", file=sys.stderr)
+        return 2
     if args.json:
         print(json.dumps(_as_json(device, args.blocks, obstacles, results)))
     else:
