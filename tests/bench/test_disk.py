@@ -6,6 +6,7 @@ into and writes from, and the two take turns.
 """
 
 import fcntl
+import gc
 import json
 import mmap
 import os
@@ -167,16 +168,14 @@ RESTORED = 200_000  # blocks
 
 
 def write_records(tier: DiskTier, chain_blocks: int) -> None:
-    """Write a record for each slot: chains of some blocks, in runs of slots in random order."""
-    runs = [range(at, at + chain_blocks) for at in range(0, RESTORED, chain_blocks)]
+    """Write a record for each slot: chains of some blocks, in runs of 50 slots in random order."""
+    runs = [range(at, at + 50) for at in range(0, RESTORED, 50)]
     Random(0).shuffle(runs)
-    generation, namespace = 0, os.urandom(32)
-    for run in runs:
-        parent = b""
-        for slot in run:
-            generation, key = generation + 1, namespace + os.urandom(32)
-            tier.records.write(Record(generation, slot, PAGE, key, parent))
-            parent = key
+    namespace, parent = os.urandom(32), b""
+    for at, slot in enumerate(slot for run in runs for slot in run):
+        key = namespace + os.urandom(32)
+        tier.records.write(Record(at + 1, slot, PAGE, key, parent if at % chain_blocks else b""))
+        parent = key
 
 
 def dict_seconds() -> float:
@@ -188,11 +187,15 @@ def dict_seconds() -> float:
     return time.process_time() - begun
 
 
-@pytest.mark.parametrize(("chain_blocks", "least"), [(50, 0.15), (1, 0.06)])
+@pytest.mark.parametrize(("chain_blocks", "least"), [(50, 0.08), (1, 0.045)])
 def test_index_is_restored_at_a_share_of_the_speed_of_a_dict(
     tmp_path: Path, chain_blocks: int, least: float
 ) -> None:
-    """Both are CPU time, so that other processes and the disk do not count."""
+    """Both are CPU time, so that other processes and the disk do not count.
+
+    The bars are those of compiled modules, 20 % below what an AMD EPYC reached. With the chain
+    restored block by block, the ratio was 0.03.
+    """
     size = capacity_for(RESTORED)
     reopen = partial(DiskTier, block_nbytes=PAGE, path=str(tmp_path), capacity=size)
     with closing(reopen()) as tier:
@@ -200,10 +203,14 @@ def test_index_is_restored_at_a_share_of_the_speed_of_a_dict(
     restores: list[float] = []
     dicts: list[float] = []
     for _ in range(PAIRS):
+        gc.collect()
+        gc.freeze()  # the objects of other tests; an engine with a real tier has far more blocks
         begun = time.process_time()
         with closing(reopen()) as tier:
             restores.append(time.process_time() - begun)
             assert len(tier.index) == RESTORED
+        del tier  # else the next round would free its index
+        gc.unfreeze()
         dicts.append(dict_seconds())
     ratio = min(dicts) / min(restores)
     print(

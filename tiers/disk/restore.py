@@ -37,18 +37,21 @@ def restore_index(index: Index, fd: int, geometry: Geometry) -> Restored:
         geometry: the geometry of the tier.
     """
     with _collector_paused():
-        records = read_columns(fd, geometry)
-        order = records.by_age()
-        repeated: list[int] = []
-        if not _restore(index, records, order, geometry.slots):
-            # An older record could not be cleared, and its block was stored again.
-            newest = {records.keys[at]: at for at in order}
-            kept = set(newest.values())
-            repeated = [records.slots[at] for at in order if at not in kept]
-            _restore(index, records, [at for at in order if at in kept], geometry.slots)
-        return Restored(
-            max(records.generations, default=0), records.nbytes_by_slot(geometry.slots), repeated
-        )
+        return _restore_records(index, fd, geometry)  # frees the columns before the pause ends
+
+
+def _restore_records(index: Index, fd: int, geometry: Geometry) -> Restored:
+    records = read_columns(fd, geometry)
+    order = records.by_age()
+    repeated: list[int] = []
+    if not _restore(index, records, order, geometry.slots):
+        # An older record could not be cleared, and its block was stored again.
+        newest = {records.keys[at]: at for at in order}
+        kept = set(newest.values())
+        repeated = [records.slots[at] for at in order if at not in kept]
+        _restore(index, records, [at for at in order if at in kept], geometry.slots)
+    newest_generation = max(records.generations, default=0)
+    return Restored(newest_generation, records.nbytes_by_slot(geometry.slots), repeated)
 
 
 def _restore(index: Index, records: RecordColumns, order: Sequence[int], slots: int) -> bool:
