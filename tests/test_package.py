@@ -26,6 +26,7 @@ pytestmark = pytest.mark.wheel
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_OF_COMPILED = (
     "tests/core/test_index.py",
+    "tests/core/test_index_restore.py",
     "tests/core/test_keys.py",
     "tests/core/test_segments.py",
     "tests/core/test_stack.py",
