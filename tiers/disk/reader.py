@@ -51,7 +51,8 @@ class DiskReader(Tier):
             self.geometry = geometry
             records = read_columns(self._records_fd, geometry)
             records.select(records.by_age())
-            self._records = {record.key: record for record in records}
+            self._records = records
+            self._positions = {key: at for at, key in enumerate(records.keys)}
             self._buffer = mmap.mmap(-1, geometry.slot_nbytes)
         except (OSError, OverflowError) as error:  # Overflow: a slot larger than memory
             self.close()
@@ -77,20 +78,22 @@ class DiskReader(Tier):
 
     def __iter__(self) -> Iterator[Record]:
         """The records, oldest first; of two with the same key, the newer one."""
-        return iter(self._records.values())
+        return map(self._records.record, self._positions.values())
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._positions)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [key in self._records for key in keys]
+        return [key in self._positions for key in keys]
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         return [self._load(key, buffer) for key, buffer in zip(keys, into, strict=True)]
 
     def _load(self, key: bytes, buffer: memoryview) -> int:
-        record = self._records.get(key)
-        if record is None or record.nbytes > len(buffer):
+        if key not in self._positions:
+            return 0
+        record = self._records.record(self._positions[key])
+        if record.nbytes > len(buffer):
             return 0
         pages = memoryview(self._buffer)[: -(-record.nbytes // PAGE) * PAGE]
         try:
@@ -113,7 +116,7 @@ class DiskReader(Tier):
 
     def is_unchanged(self, key: bytes) -> bool:
         """Whether the block is still in the slot that it had when this was opened."""
-        record = self._records[key]
+        record = self._records.record(self._positions[key])
         return read_record(self._records_fd, self.geometry, record.slot) == record
 
     def store(

@@ -94,6 +94,11 @@ class RecordColumns:
             found[slot] = nbytes
         return found
 
+    def record(self, at: int) -> Record:
+        """Return the record at a position."""
+        slot, parent = self.slots[at], self.parents[at] or b""
+        return Record(self.generations[at], slot, self.nbytes[at], self.keys[at], parent)
+
     def __iter__(self) -> Iterator[Record]:
         parents = (parent or b"" for parent in self.parents)
         columns = self.generations, self.slots, self.nbytes, self.keys, parents
