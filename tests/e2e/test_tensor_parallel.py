@@ -47,15 +47,11 @@ def reference(run_engine: RunEngine) -> EngineRun:
 def test_completions_of_two_ranks_equal_those_of_a_large_cache(
     two_ranks: EngineRun, reference: EngineRun
 ) -> None:
-    two_ranks.result_of(startup)
+    two_ranks.result_of(startup)  # without the warning that a rank has not attached L1
     assert two_ranks.result_of(separate_processes.two_turns) == reference.result_of(
         separate_processes.two_turns
     )
     assert two_ranks.result_of(separate_processes.hit_tokens) > 0
-
-
-def test_start_waits_until_both_ranks_have_attached_l1(two_ranks: EngineRun) -> None:
-    assert "2 of 2 ranks have attached all of L1" in two_ranks.output
 
 
 def test_load_that_fails_on_one_rank_is_recomputed(two_ranks: EngineRun) -> None:
