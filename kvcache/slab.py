@@ -178,17 +178,21 @@ class Slab:
         """Map the slab that another process on this host owns.
 
         Raises:
-            SlabError: if the descriptor leads to no memory, or to other memory.
+            SlabError: if the descriptor leads to no memory, to other memory, or to less of it.
         """
         fds: list[int] = []
         try:
-            for path, _ in descriptor.files:
-                fds.append(_open_file(path, descriptor.name))
+            _check_sizes(descriptor)
+            for path, nbytes in descriptor.files:
+                fds.append(_open_file(path, descriptor.name, nbytes))
         except SlabError:
             for fd in fds:
                 os.close(fd)
             raise
-        return cls(fds, descriptor, owner=False)
+        try:
+            return cls(fds, descriptor, owner=False)
+        except OSError as error:
+            raise SlabError(f"cannot map the slab {descriptor.name}: {error}") from error
 
     def view(self, slot: int) -> memoryview:
         """A writable view of the slot's bytes."""
@@ -306,7 +310,16 @@ def _create_files(
     return fds, replace(descriptor, path=paths[-1], huge_path=huge_path)
 
 
-def _open_file(path: str, name: str) -> int:
+def _check_sizes(descriptor: SlabDescriptor) -> None:
+    """Raise SlabError if no slab has this number and size of slots."""
+    slots, slot_nbytes, huge = descriptor.slots, descriptor.slot_nbytes, descriptor.huge_nbytes
+    whole = slots > 0 and slot_nbytes > 0 and not slot_nbytes % PAGE and not huge % HUGE_PAGE
+    if not whole or not 0 <= huge < slots * slot_nbytes + HUGE_PAGE:
+        raise SlabError(f"cannot attach {descriptor}: no slab has these sizes")
+
+
+def _open_file(path: str, name: str, nbytes: int) -> int:
+    """Open a file of the slab ``name``, of which ``nbytes`` bytes are mapped."""
     where = f"the slab {name} at {path}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -321,4 +334,8 @@ def _open_file(path: str, name: str) -> int:
         raise SlabError(
             f"cannot attach {where}: it is {found}. Its owner has ended, or is on another host"
         )
+    # The first access to a page beyond the end of a file would end this process.
+    if (size := os.fstat(fd).st_size) < nbytes:
+        os.close(fd)
+        raise SlabError(f"cannot attach {where}: it has {size} bytes, not {nbytes}")
     return fd

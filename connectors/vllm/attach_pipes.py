@@ -91,7 +91,7 @@ class Announcement:
             slab, wait = SlabDescriptor(**fields["slab"]), bool(fields["wait"])
             slab = replace(slab, nodes=tuple(slab.nodes))  # JSON has lists alone
             known = slab.name.startswith("kvcache-")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not an announcement of a slab: {line!r}") from error
         if not known:
             raise ValueError(f"not an announcement of a slab: {line!r}")
@@ -121,5 +121,16 @@ class AttachProgress:
 
     @classmethod
     def of(cls, line: bytes) -> AttachProgress:
-        """Read a line that `to_line` made."""
-        return cls(**json.loads(line))
+        """Read a line.
+
+        Raises:
+            ValueError: if `to_line` did not make it.
+        """
+        try:
+            fields = json.loads(line)
+            mapped, pinned = fields["mapped_nbytes"], fields["pinned_nbytes"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"not the progress of a worker: {line!r}") from error
+        if type(mapped) is not int or type(pinned) not in (int, type(None)):
+            raise ValueError(f"not the progress of a worker: {line!r}")
+        return cls(mapped, pinned)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvcache import slab
+from kvcache.huge_pages import HUGE_PAGE
 from kvcache.slab import PAGE, Slab, SlabError, slot_nbytes_for
 
 ATTACH = """
@@ -114,6 +116,33 @@ def test_attach_after_the_owner_closed_raises() -> None:
     owned.close()
     with pytest.raises(SlabError, match=f"cannot attach the slab {closed.name} at {closed.path}"):
         Slab.attach(closed)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"slots": 3},  # larger than the file
+        {"slots": 2**40},
+        {"slot_nbytes": 2**62},
+        {"slots": 0},
+        {"slots": -2},
+        {"slot_nbytes": 0},
+        {"slot_nbytes": PAGE + 1},
+        {"huge_nbytes": -HUGE_PAGE},
+        {"huge_nbytes": PAGE},
+        {"huge_nbytes": 2 * HUGE_PAGE},
+        {"slots": 4096, "huge_nbytes": HUGE_PAGE},  # both files are smaller
+    ],
+)
+def test_attach_with_sizes_of_no_slab_raises_and_leaves_no_descriptor_open(
+    forged: dict[str, int],
+) -> None:
+    with closing(Slab.create(2, PAGE)) as owned:
+        open_before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        forgery = replace(owned.descriptor, huge_path=owned.descriptor.path, **forged)  # type: ignore[arg-type]
+        with pytest.raises(SlabError, match="cannot attach"):
+            Slab.attach(forgery)
+        assert len(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
 
 
 def test_attach_to_other_memory_raises() -> None:

@@ -19,7 +19,12 @@ import torch
 
 from kvcache import numa
 from kvcache.connectors.transfer import pinning
-from kvcache.connectors.vllm.attach_pipes import Announcement, AttachPipes, PipeEnd
+from kvcache.connectors.vllm.attach_pipes import (
+    Announcement,
+    AttachPipes,
+    AttachProgress,
+    PipeEnd,
+)
 from kvcache.connectors.vllm.messages import Rank, Shard, Step, Transfer
 from kvcache.connectors.vllm.scheduler.announcement import announce, wait_attached
 from kvcache.connectors.vllm.worker.early_attach import EarlyAttach
@@ -206,6 +211,8 @@ def test_announce_to_a_worker_that_has_ended_is_logged(
         b'{"slab": {}, "wait": false}\n',
         Announcement(SlabDescriptor("/proc/self/fd/0", "", 8, PAGE)).to_line(),
         Announcement(SlabDescriptor("/proc/self/fd/99999", "kvcache-gone", 8, PAGE)).to_line(),
+        Announcement(SlabDescriptor("/proc/self/fd/0", "kvcache-a", 8, 0)).to_line(),
+        b"[" * 4000 + b"\n",
     ],
 )
 def test_announcement_of_no_slab_is_logged_and_the_first_copy_attaches(
@@ -286,6 +293,29 @@ def test_announcement_keeps_the_slab() -> None:
     slab = SlabDescriptor("/proc/1/fd/2", "kvcache-a", 8, PAGE, "/proc/1/fd/3", 2 << 20, (0, 1))
     announcement = Announcement(slab, wait=True)
     assert Announcement.of(announcement.to_line()) == announcement
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"[" * 4000,
+        b'{"mapped_nbytes": "1", "pinned_nbytes": null}',
+        b'{"mapped_nbytes": 1, "pinned_nbytes": true}',
+        b'{"mapped_nbytes": 1e400, "pinned_nbytes": null}',
+    ],
+)
+def test_progress_of_a_line_that_no_worker_wrote_raises(line: bytes) -> None:
+    with pytest.raises(ValueError, match="not the progress of a worker"):
+        AttachProgress.of(line)
+
+
+def test_progress_keeps_its_numbers() -> None:
+    for progress in (AttachProgress(5, None), AttachProgress(5, 3)):
+        assert AttachProgress.of(progress.to_line()) == progress
 
 
 def test_open_of_a_path_that_leads_to_another_file_raises() -> None:

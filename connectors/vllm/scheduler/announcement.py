@@ -76,7 +76,7 @@ def wait_attached(
             for key, _ in selector.select(min(stall_s, _LOG_EVERY_S)):
                 progressed = time.monotonic()
                 if lines := os.read(key.fd, 1 << 16).splitlines():
-                    with suppress(ValueError, TypeError):  # the worker's user may write anything
+                    with suppress(ValueError):  # the worker's user may write anything
                         ready[key.data] = AttachProgress.of(lines[-1]).nbytes
                 else:
                     selector.unregister(key.fd)
