@@ -94,7 +94,7 @@ class Index:
             slots: how many slots to open.
 
         Returns:
-            whether it was done: not if a key is there twice.
+            whether it was done: not if a key is there twice, or if a chain continues itself.
         """
         if not self.segments.restore(branches, tuple(held)):
             return False

@@ -158,7 +158,7 @@ class SegmentTable:
             slots: the slots of all blocks, in the same order.
 
         Returns:
-            whether it was done: not if a key is there twice.
+            whether it was done: not if a key is there twice, or if a chain continues itself.
         """
         firsts: list[int] = []
         for keys, _ in branches:
@@ -169,11 +169,34 @@ class SegmentTable:
         if len(first_slots) < len(slots):
             return False
         self.first_slots = first_slots
+        too_early: list[bytes] = []  # parents that are restored after a block that continues them
         end = 0
         for branch, parent in branches:
             begin, end = end, end + len(branch)
+            if parent is not None and parent in first_slots and self.find(parent) is None:
+                too_early.append(parent)
             self._restore_branch(tuple(branch), slots[begin:end], parent)
+        if self._has_cycle(too_early):
+            self.clear()
+            return False
         return True
+
+    def _has_cycle(self, keys: Sequence[bytes]) -> bool:
+        """Whether the chain that ends with one of ``keys`` continues itself."""
+        acyclic: set[int] = set()  # first slots of segments
+        for key in keys:
+            passed: set[int] = set()
+            parent: bytes | None = key
+            while parent is not None and (segment := self.find(parent)) is not None:
+                first = segment.slots[0]
+                if first in passed:
+                    return True
+                if first in acyclic:
+                    break
+                passed.add(first)
+                parent = segment.parent
+            acyclic |= passed
+        return False
 
     def _restore_branch(self, keys: Keys, slots: Slots, parent: bytes | None) -> None:
         """Add a segment for each part of ``keys``; the first part may join that of the parent."""
@@ -242,6 +265,8 @@ class SegmentTable:
         parent, first_slots = segment.parent, self.first_slots
         before = self.find(parent) if parent is not None else None
         if parent is None or before is None or not before.ready or before.keys[-1] != parent:
+            return
+        if before is segment:  # it continues itself
             return
         if len(before.keys) + len(segment.keys) <= _MAX_BLOCKS:
             del self.by_first_slot[segment.slots[0]]

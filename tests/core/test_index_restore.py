@@ -105,3 +105,29 @@ def test_restore_of_a_key_twice_is_refused_and_changes_nothing() -> None:
     index.check()
     assert index.ready() == {b"a": 0, b"b": 2}
     assert index.reserve([b"c"], b"b") == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [(b"a", b"a")],
+        [(b"a", b"b"), (b"b", b"a")],
+        [(b"a", b"c"), (b"b", b"a"), (b"x", b"b"), (b"c", b"b")],
+        [(b"a", b"none"), (b"b", b"d"), (b"e", b"f"), (b"d", b"b"), (b"f", b"a")],
+    ],
+)
+def test_restore_of_a_chain_that_continues_itself_is_refused_and_changes_nothing(
+    blocks: Stored,
+) -> None:
+    index = index_of("lru", len(blocks))
+    keys, parents = [key for key, _ in blocks], [parent for _, parent in blocks]
+    assert not index.restore(branches_of(keys, parents), range(len(blocks)), len(blocks))
+    index.check()
+    assert (len(index), index.slots) == (0, 0)
+
+
+def test_restore_of_parents_after_their_blocks_restores_all() -> None:
+    blocks: Stored = [(b"c", b"b"), (b"d", b"c"), (b"y", b"b"), (b"b", b"a"), (b"a", None)]
+    index = restored("lru", blocks, len(blocks))
+    index.check()
+    assert index.count_prefix([b"a", b"b", b"c", b"d"]) == 4

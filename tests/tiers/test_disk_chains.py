@@ -1,5 +1,7 @@
 """DiskTier when full: a chain stored in several calls loses its tail before its head."""
 
+import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -7,7 +9,14 @@ import pytest
 
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE
-from kvcache.tiers.disk.record_file import RECORD_NBYTES
+from kvcache.tiers.disk.record_file import (
+    NEWEST_GENERATION,
+    RECORD_NBYTES,
+    Geometry,
+    Record,
+    RecordFile,
+    read_record,
+)
 from tests.support.disk_tiers import RECORD_USED_NBYTES, blocks_of, load_hits, open_disk
 
 
@@ -90,3 +99,47 @@ def test_disk_record_of_a_short_key_is_as_before(tmp_path: Path) -> None:
     record = (tmp_path / "records").read_bytes()[PAGE : PAGE + RECORD_NBYTES]
     assert record[RECORD_USED_NBYTES:] == bytes(RECORD_NBYTES - RECORD_USED_NBYTES)
     assert any(record[RECORD_USED_NBYTES - 4 : RECORD_USED_NBYTES])
+
+
+def change_records(path: Path, change: Callable[[Record], Record], slots: int = 8) -> None:
+    """Replace the record of each block of a closed tier, with a CRC that fits."""
+    fd, blocks_fd = (os.open(path / name, os.O_RDWR) for name in ("records", "blocks"))
+    file = RecordFile(fd, PAGE, slots, blocks_fd)
+    for slot in range(slots):
+        if (record := read_record(fd, Geometry(PAGE, slots), slot)) is not None:
+            file.write(change(record))
+    os.close(fd)
+    os.close(blocks_fd)
+
+
+@pytest.mark.parametrize("eviction", ["gittins", "lru", "fifo", "arc", "s3fifo"])
+@pytest.mark.parametrize("cycle", [1, 2, 3])
+def test_disk_keeps_and_evicts_blocks_of_a_chain_that_continues_itself(
+    tmp_path: Path, cycle: int, eviction: str
+) -> None:
+    keys, new = keys_of("chain", 4, 64), keys_of("new", 20, 64)
+    with closing(open_disk(tmp_path)) as tier:
+        assert all(tier.store(keys, blocks_of(keys)))
+    last = keys[cycle - 1]
+    change_records(tmp_path, lambda each: each._replace(parent=each.parent or last))
+    with closing(open_disk(tmp_path, eviction=eviction)) as tier:
+        tier.index.check()
+        assert load_hits(tier, keys) == [True] * 4
+        for key in new:
+            assert tier.store([key], blocks_of([key])) == [True]
+        tier.index.check()
+
+
+@pytest.mark.parametrize("generation", [NEWEST_GENERATION, NEWEST_GENERATION + 1, 2**64 - 1])
+def test_disk_stores_blocks_after_a_record_of_any_generation(
+    tmp_path: Path, generation: int
+) -> None:
+    keys, new = keys_of("a", 2, 64), keys_of("new", 3, 64)
+    with closing(open_disk(tmp_path)) as tier:
+        assert all(tier.store(keys, blocks_of(keys)))
+    change_records(tmp_path, lambda each: each._replace(generation=generation))
+    with closing(open_disk(tmp_path)) as tier:
+        assert tier.contains(keys) == [generation == NEWEST_GENERATION] * 2
+        assert all(tier.store(new, blocks_of(new)))
+        tier.index.check()
+        assert load_hits(tier, new) == [True] * 3

@@ -45,6 +45,10 @@ _CRC = struct.Struct("<I")
 _USED_NBYTES = _FIELDS.size + _CRC.size + _RESTS.size + _CRC.size
 _RECORD = struct.Struct(f"<{_FIELDS.size}sI{_RESTS.size}sI{RECORD_NBYTES - _USED_NBYTES}x")
 
+NEWEST_GENERATION = 2**63 - 1
+"""The highest generation of a record that verifies. A tier that stores blocks cannot reach it, and
+the next one must fit into the field."""
+
 CHECKED_NBYTES = _FIELDS.size + _CRC.size
 """Bytes of the first part of a record, with its CRC."""
 
@@ -153,7 +157,9 @@ def unpack_record(data: bytes | bytearray, slot: int, slot_nbytes: int) -> Recor
             return None
         key_rest, parent_rest = _RESTS.unpack(rests)
         key, parent = key + key_rest, parent + parent_rest
-    if own_slot == slot and max(key_size, parent_size) <= KEY_NBYTES and nbytes <= slot_nbytes:
+    if max(key_size, parent_size) > KEY_NBYTES or generation > NEWEST_GENERATION:
+        return None
+    if own_slot == slot and nbytes <= slot_nbytes:
         return Record(generation, slot, nbytes, key[:key_size], parent[:parent_size])
     return None
 

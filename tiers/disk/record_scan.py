@@ -21,6 +21,7 @@ from zlib import crc32
 from kvcache.tiers.disk.record_file import (
     CHECKED_NBYTES,
     FIELD_NBYTES,
+    NEWEST_GENERATION,
     OFFSETS,
     PAGE,
     RECORD_NBYTES,
@@ -190,6 +191,9 @@ def _resolve_unusual(records: RecordColumns, data: bytearray, slot_nbytes: int) 
         wrong.update(compress(count(), map(ne, own_slots, records.slots)))
     if max(records.nbytes, default=0) > slot_nbytes:
         wrong.update(at for at, nbytes in enumerate(records.nbytes) if nbytes > slot_nbytes)
+    if max(records.generations, default=0) > NEWEST_GENERATION:
+        generations = enumerate(records.generations)
+        wrong.update(at for at, generation in generations if generation > NEWEST_GENERATION)
     key_sizes = data[OFFSETS.key_size :: RECORD_NBYTES]
     parent_sizes = data[OFFSETS.parent_size :: RECORD_NBYTES]
     usual_parents = parent_sizes.count(FIELD_NBYTES) + parent_sizes.count(0)

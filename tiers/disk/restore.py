@@ -49,16 +49,35 @@ def _restore_records(index: Index, fd: int, geometry: Geometry) -> Restored:
         newest = {records.keys[at]: at for at in order}
         kept = set(newest.values())
         repeated = [records.slots[at] for at in order if at not in kept]
-        _restore(index, records, [at for at in order if at in kept], geometry.slots)
+        order = [at for at in order if at in kept]
+        if not _restore(index, records, order, geometry.slots):
+            _forget_newer_parents(records, order)
+            _restore(index, records, order, geometry.slots)
     newest_generation = max(records.generations, default=0)
     return Restored(newest_generation, records.nbytes_by_slot(geometry.slots), repeated)
 
 
 def _restore(index: Index, records: RecordColumns, order: Sequence[int], slots: int) -> bool:
-    """Restore the records at these positions; return False if a key is there twice."""
+    """Restore the records at these positions.
+
+    Returns:
+        whether it was done: not if a key is there twice, or if a chain continues itself.
+    """
     keys = tuple([records.keys[at] for at in order])
     parents = [records.parents[at] for at in order]
     return index.restore(branches_of(keys, parents), [records.slots[at] for at in order], slots)
+
+
+def _forget_newer_parents(records: RecordColumns, order: Sequence[int]) -> None:
+    """Forget every parent that is not older than its block, so that no chain continues itself.
+
+    Keys are hashes of their parents: only a damaged file has such a chain.
+    """
+    not_older = {records.keys[at] for at in order}
+    for at in order:
+        if records.parents[at] in not_older:
+            records.parents[at] = None
+        not_older.discard(records.keys[at])
 
 
 @contextmanager
