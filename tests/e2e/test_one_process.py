@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
 from tests.e2e.conftest import RunEngine
@@ -66,6 +68,8 @@ def run_with_layer_waits(run_engine: RunEngine, *more: Scenario, **options: obje
 @pytest.fixture(scope="module")
 def with_drafter(run_engine: RunEngine) -> EngineRun:
     """With a drafter, vLLM reports a step before it starts the step's stores."""
+    if metadata.version("vllm").startswith("0.30."):
+        pytest.skip("vLLM 0.30 checks no drafted tokens on a CPU: its sampler needs Triton")
     drafter = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     more = (one_engine.failed_load_asked_for_again, one_engine.failed_load_of_two)
     return run_with_layer_waits(run_engine, *more, speculative_config=drafter)
