@@ -27,7 +27,7 @@ run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and witho
 check: lint  ## lint, then every test that needs no engine, GPU, server or wheel
 	$(PYTEST) -m "not engine and not gpu and not server and not wheel and not bench and not viewer"
 
-test: lint oldest  ## lint, then every test, and on the oldest vLLM those of the connector and of one process
+test: lint oldest  ## lint, then every test; on the oldest supported vLLM those of the connector
 	$(PYTEST)
 
 oldest: $(READY)

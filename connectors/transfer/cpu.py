@@ -38,7 +38,8 @@ try:
 except ImportError as error:
     raise ImportError(
         f"page copies on CPU need numba and numpy ({error}): pip install 'kvcache[torch]',"
-        " or 'kvcache[vllm]', which has them too"
+        " or 'kvcache[vllm]', which has them too",
+        name=error.name,
     ) from error
 
 # The prefetch of short runs is this far ahead, rounded to whole runs. In canonical order, runs of

@@ -30,7 +30,8 @@ _RESOLUTION: Final = "vllm.distributed.kv_transfer.kv_connector.utils"
 _UNSPLIT_BLOCKS: Final = (16, 32, 64)
 """Block sizes that no CUDA backend of vLLM 0.29 to 0.33 splits. FlashInfer splits larger ones."""
 
-_HEADS_FIRST_ARCHITECTURE: Final = 10  # compute capability of the GPUs on which FlashInfer wants it
+_HEADS_FIRST_ARCHITECTURE: Final = 10
+"""Major compute capability of the GPUs on which FlashInfer reads heads before tokens (BLHNC)."""
 
 
 def requested_layout(vllm_config: VllmConfig, caller: str) -> str | None:
@@ -64,9 +65,8 @@ def _may_split_blocks(vllm_config: VllmConfig) -> bool:
     return (
         model is None
         or model.is_hybrid  # the block size fits the states
-        or bool(
-            getattr(cache, "kv_cache_dtype_skip_layers", ())
-        )  # the block size fits several data types
+        # The block size fits several data types.
+        or bool(getattr(cache, "kv_cache_dtype_skip_layers", ()))
         or getattr(attention, "hisparse_config", None) is not None
         # If the user chooses no block size, vLLM chooses one that all backends support.
         or (cache.user_specified_block_size and cache.block_size not in _UNSPLIT_BLOCKS)

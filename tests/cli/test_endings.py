@@ -96,6 +96,17 @@ def test_command_with_a_missing_package_names_the_extra(
     assert err == f"kvcache {argv[0]}: {module} is not installed: pip install 'kvcache[{extra}]'\n"
 
 
+def test_command_that_copies_without_numba_names_the_extra() -> None:
+    pytest.importorskip("numpy")
+    code = (
+        "import sys\nsys.modules['numba'] = None\nfrom kvcache import cli\n"
+        "sys.exit(cli.main(['bench', '--rounds', '1', '--blocks', '1']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "kvcache bench: numba is not installed: pip install 'kvcache[torch]'\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [

@@ -294,7 +294,8 @@ def test_layers_of_a_block_lie_together_where_blocks_are_outermost() -> None:
         (["--kernel", "xformers"], "kernel xformers: "),
         (["--device", "gpu"], "--device is 'gpu'; it must be"),
         (["--device", "cuda:99"], "--device is 'cuda:99'; this machine has"),
-        (["--device", "meta"], "--device is 'meta'; this machine has"),
+        (["--device", "meta"], "--device is 'meta'; it must be"),
+        (["--device", "cpu:0"], "--device is 'cpu:0'; it must be"),
     ],
 )
 def test_selftest_of_an_unknown_name_ends_with_one_error(

@@ -180,7 +180,7 @@ def _crc_of_verified(count: int) -> int:
 
 
 def _resolve_unusual(records: RecordColumns, data: bytearray, slot_nbytes: int) -> set[int]:
-    """Read the keys of an unusual size from ``data``.
+    """Check slots and byte counts, and read the keys of an unusual size from ``data``.
 
     Returns:
         the positions of the records that do not verify, although their CRC-32 does.

@@ -63,7 +63,7 @@ NEUTRAL_FIELDS: Final = frozenset(
         "num_speculative_blocks",
         "num_prefill_checkpoint_blocks",
         "prefill_checkpoint_alignment",
-        # Which model a layer belongs to: the layer's name tells
+        # Which model a layer belongs to: the layer's name has it
         "is_draft",
     }
 )

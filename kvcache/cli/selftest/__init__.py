@@ -106,13 +106,15 @@ def _device_shortage(device: str) -> str | None:
     """Return why nothing can be tested on this device; None if it exists."""
     import torch
 
+    if device == "cpu":
+        return None
     try:
         parsed = torch.device(device)
     except RuntimeError:
+        parsed = None
+    if parsed is None or parsed.type != "cuda":
         return f'--device is {device!r}; it must be "cpu", "cuda" or "cuda:1"'
-    if parsed.type == "cpu":
-        return None
-    count = torch.cuda.device_count() if parsed.type == "cuda" else 0
+    count = torch.cuda.device_count()
     if (parsed.index or 0) >= count:
         return f"--device is {device!r}; this machine has {count} CUDA devices"
     return None
