@@ -243,6 +243,29 @@ def test_first_copy_to_another_slab_than_announced_attaches_that(
     other.close()
 
 
+@pytest.mark.parametrize("is_slab", [False, True])
+def test_wrong_announcement_after_the_first_copy_changes_nothing(
+    is_slab: bool, slab: Slab, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, device = Slab.create(SLOTS, SLOT_NBYTES), SlowDevice()
+    worker, shards = registered(device)
+    step = Step(one_piece(slab.descriptor, SLOT_NBYTES), stores=[Transfer(1, [3], [5])])
+    worker.store(step)
+    assert device.first_pinned.wait(60)
+    send(shards, Announcement(other.descriptor).to_line() if is_slab else b"hello\n")
+    [thread] = [each for each in threading.enumerate() if each.name == "kvcache-attach"]
+    thread.join(60)
+    assert "early attach failed" in caplog.text
+    device.go_on.set()
+    assert wait_attached(slab.descriptor, shards)
+    worker.store(step)
+    device.drain()
+    assert any(slab.view(5))
+    worker.close()
+    assert device.pinned == {}
+    other.close()
+
+
 def test_worker_in_another_process_attaches_and_the_wait_ends_when_one_dies(slab: Slab) -> None:
     parent_end, child_end = multiprocessing.Pipe()
     context = multiprocessing.get_context("fork")

@@ -4,7 +4,8 @@ Invariants:
 
 1. The engine's thread never waits for memory to be allocated, mapped or pinned.
 2. L1 is attached once: by the announcement of the scheduler's process, or by the first copy if no
-   announcement has arrived (`attach`).
+   announcement has arrived (`attach`). An announcement never detaches a slab, because copies may
+   use it.
 3. Memory is pinned only once it is allocated, and unpinned before it is unmapped.
 4. A failure costs speed only: what is not attached or pinned early is attached at the first copy,
    and copied unpinned.
@@ -78,8 +79,12 @@ class EarlyAttach:
     def _release_in_child(self) -> None:
         self._close_pipes()
 
-    def attach(self, descriptor: SlabDescriptor) -> Slab:
+    def attach(self, descriptor: SlabDescriptor, *, announced: bool = False) -> Slab:
         """Return the slab, attached now if it is not yet; it is mapped and pinned in background.
+
+        Args:
+            descriptor: the slab's. No copy may use another one.
+            announced: whether another slab stays attached, if there is one.
 
         Raises:
             SlabError: if it cannot be attached.
@@ -89,6 +94,8 @@ class EarlyAttach:
             if self._closed.is_set():
                 raise RuntimeError("this worker's side of the connector is closed")
             if self._slab is not None and self._slab.descriptor != descriptor:
+                if announced:
+                    raise RuntimeError("the announced slab is not the one of an earlier copy")
                 log.warning(
                     "kvcache: worker: L1 is another slab than the announced one; attaching it"
                 )
@@ -117,13 +124,15 @@ class EarlyAttach:
         try:
             announcement = Announcement.of(line)
             self._pauses = not announcement.wait
-            self.attach(announcement.slab)
+            self.attach(announcement.slab, announced=True)
         except Exception as error:  # noqa: BLE001 - the first copy attaches L1, or reports why not
             if not self._closed.is_set():
                 log.warning(
                     "kvcache: worker: early attach failed (%s); the first copy attaches L1", error
                 )
-            self._end_progress()
+            with self._lock:
+                if self._populating is None:  # else that thread may write to the pipe
+                    self._end_progress()
 
     def _populate(self, slab: Slab, pinning: SlabPinning | None) -> None:
         """Map all of ``slab`` and pin it."""
