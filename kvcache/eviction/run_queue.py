@@ -130,6 +130,7 @@ class RunQueue:
         head = self._run_of.get(run.parent) if run.parent is not None else None
         if (
             head is None
+            or head is run  # it continues itself, in a chain that no hash makes
             or head.queue is not self
             or head.keys[-1] != run.parent
             or head.newer is newer

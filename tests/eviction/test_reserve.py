@@ -115,3 +115,21 @@ def test_evict_chains_that_grew_in_turns_costs_the_same_per_block(name: str) -> 
 
     small, large = count_takes(200), count_takes(400)
     assert large <= 2.2 * small
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(
+    "stores", [[(b"a", b"a")], [(b"a", b"b"), (b"b", b"a")]], ids=["one-block", "two-blocks"]
+)
+def test_reserve_after_a_chain_that_continues_itself_evicts_the_other_blocks(
+    policy: str, stores: list[tuple[bytes, bytes]]
+) -> None:
+    index = Index(POLICIES[policy](6), lambda: 0.0)
+    index.open_slots(6)
+    for key, parent in stores:
+        index.publish(index.reserve([key], parent)[1])
+    for number in range(30):
+        _, slots = index.reserve([b"new %d" % number], None)
+        assert len(slots) == 1
+        index.publish(slots)
+        index.check()
