@@ -2,8 +2,8 @@
 
 1. vLLM's block hashes cover tokens, salts, images and an adapter's name. The namespace covers
    everything else that changes the bytes of a block: the loaded weights, the configuration, data
-   types, attention, layout, ranks, the releases of vLLM and torch. docs/vllm.md lists its parts,
-   and the settings that it leaves out with the reasons.
+   types, attention, layout, ranks, the releases of vLLM and torch. docs/identity.md lists its
+   parts, and the settings that it leaves out with the reasons.
 2. It depends on the loaded files, not on their place: the same files at another path, or on another
    host, are the same model.
 3. Weights that cannot be identified are shared with no other process: the namespace then has a

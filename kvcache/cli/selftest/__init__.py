@@ -161,10 +161,11 @@ def _render(
     lines += _failures(results)
     made = [result for result in results if not result.skipped]
     failed = sum(result.failed for result in made)
+    trips = f"{len(made)} round trip{'s' if len(made) != 1 else ''}"
     if failed:
-        lines.append(f"{failed} of {len(made)} round trips failed")
+        lines.append(f"{failed} of {trips} failed")
     else:
-        lines.append(f"{len(made)} round trips: every byte and all attention is the same")
+        lines.append(f"{trips}: every byte and all attention is the same")
     return "\n".join(lines)
 
 
