@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 from kvcache.tiers.disk import PAGE, DiskTier
 
-LAST = 9  # the number of the write that is cut off
+LAST = 9  # the number of the block that is cut off
 
 _pwritev = os.pwritev
-_writes = count(1)
+_written = 0  # blocks
 
 
 class KillingDisk(DiskTier):
-    """Kills the process at half of write `LAST`."""
+    """Kills the process at half of block `LAST`."""
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
@@ -27,9 +26,12 @@ class KillingDisk(DiskTier):
 
 
 def _write(fd: int, buffers: Any, offset: int) -> int:
-    if next(_writes) < LAST:
+    global _written
+    whole = LAST - 1 - _written
+    _written += len(buffers)
+    if whole >= len(buffers):
         return _pwritev(fd, buffers, offset)
-    [pages] = buffers
-    _pwritev(fd, [pages[: len(pages) // 2 // PAGE * PAGE]], offset)
+    half = buffers[whole][: len(buffers[whole]) // 2 // PAGE * PAGE]
+    _pwritev(fd, [*buffers[:whole], half], offset)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
