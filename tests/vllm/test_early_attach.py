@@ -248,12 +248,15 @@ def test_wrong_announcement_after_the_first_copy_changes_nothing(
     is_slab: bool, slab: Slab, caplog: pytest.LogCaptureFixture
 ) -> None:
     other, device = Slab.create(SLOTS, SLOT_NBYTES), SlowDevice()
+    before = set(threading.enumerate())
     worker, shards = registered(device)
+    [thread] = [
+        each for each in set(threading.enumerate()) - before if each.name == "kvcache-attach"
+    ]
     step = Step(one_piece(slab.descriptor, SLOT_NBYTES), stores=[Transfer(1, [3], [5])])
     worker.store(step)
     assert device.first_pinned.wait(60)
     send(shards, Announcement(other.descriptor).to_line() if is_slab else b"hello\n")
-    [thread] = [each for each in threading.enumerate() if each.name == "kvcache-attach"]
     thread.join(60)
     assert "early attach failed" in caplog.text
     device.go_on.set()
