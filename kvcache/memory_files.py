@@ -103,7 +103,7 @@ class MappedFiles:
 
     @staticmethod
     def _replace(address: int, files: Sequence[tuple[int, int]]) -> None:
-        """Map ``files`` from ``address`` on, in place of what is mapped there."""
+        """Map ``files`` from ``address`` on; the new mappings replace those that are there."""
         for fd, nbytes in files:
             flags = mmap.MAP_SHARED | _MAP_FIXED
             if _libc.mmap(address, nbytes, _READ_WRITE, flags, fd, 0) != address:

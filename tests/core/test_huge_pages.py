@@ -145,7 +145,7 @@ def test_create_with_real_huge_pages_reserves_them() -> None:
     pages = before // 2
     slots = (before - 1) * HUGE_PAGE // SLOT
     slab = Slab.create(slots, SLOT)
-    other = Slab.create(slots, SLOT)  # of what is left, and ordinary pages
+    other = Slab.create(slots, SLOT)  # of the remaining huge pages, and ordinary ones
     assert slab.descriptor.huge_nbytes == -(-slots * SLOT // HUGE_PAGE) * HUGE_PAGE
     assert huge_pages.free() == 0
     for each in (slab, other):

@@ -18,8 +18,11 @@ from tests.support.played_scheduler import Play
 VLLM_0_32 = has_name("v1.kv_cache_interface:KVCacheConfig.hash_block_size")
 
 
-def copy_layer_by_layer(patch: pytest.MonkeyPatch) -> None:
-    """Have a load copy each layer in a call of its own, however small it is."""
+def prepare_walk(patch: pytest.MonkeyPatch) -> None:
+    """Set the environment of walks, and have a load copy each layer in a call of its own."""
+    patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    patch.setenv("PYTHONHASHSEED", "0")  # vLLM's hashes are equal in all engines
+    patch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
     patch.setattr(device, "MIN_CALL_NBYTES", 1)
     patch.setattr(device, "MIN_CUT_RUN_NBYTES", 1)
 

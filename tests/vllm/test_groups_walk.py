@@ -26,7 +26,7 @@ from kvcache.connectors.vllm.scheduler.pending_loads import PendingLoads
 from kvcache.connectors.vllm.worker import side
 from kvcache.connectors.vllm.worker.side import WorkerSide
 from tests.support.group_hooks import needs_group_hooks, needs_tensor_shards
-from tests.support.groups_walk import Talks, copy_layer_by_layer, walk
+from tests.support.groups_walk import Talks, prepare_walk, walk
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_memory import Prefixes, WrongKVError
 from tests.support.played_models import BLOCK, MODELS
@@ -42,10 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("PYTHONHASHSEED", "0")  # vLLM's hashes are equal in all engines
-    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
-    copy_layer_by_layer(monkeypatch)
+    prepare_walk(monkeypatch)
 
 
 @pytest.mark.parametrize("name", MODELS)

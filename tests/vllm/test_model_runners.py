@@ -26,7 +26,7 @@ from kvcache.connectors.vllm.messages import Step
 from kvcache.connectors.vllm.worker.side import WorkerSide
 from tests.support import played_ranks
 from tests.support.group_hooks import needs_group_hooks
-from tests.support.groups_walk import copy_layer_by_layer, walk
+from tests.support.groups_walk import prepare_walk, walk
 from tests.support.model_runners import second_runner_of
 from tests.support.played_memory import WrongKVError
 from tests.support.played_models import DRAFTER_BESIDE_STATES, MODELS, PlayedModel
@@ -46,10 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
-    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
-    copy_layer_by_layer(monkeypatch)
+    prepare_walk(monkeypatch)
 
 
 def test_calls_of_the_second_runner_are_those_of_the_installed_vllm() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support.groups_walk import copy_layer_by_layer, walk
+from tests.support.groups_walk import prepare_walk, walk
 from tests.support.played_models import MODELS
 from tests.support.played_scheduler import write_config
 
@@ -30,9 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("KVCACHE__L1__CAPACITY", "0")  # an engine sets it
-    copy_layer_by_layer(monkeypatch)
+    prepare_walk(monkeypatch)
 
 
 @pytest.mark.parametrize("second_runner", [False, True], ids=["first-runner", "second-runner"])

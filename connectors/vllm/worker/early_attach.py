@@ -7,8 +7,8 @@ Invariants:
    announcement has arrived (`attach`). An announcement never detaches a slab, because copies may
    use it.
 3. Memory is pinned only once it is allocated, and unpinned before it is unmapped.
-4. A failure costs speed only: what is not attached or pinned early is attached at the first copy,
-   and copied unpinned.
+4. A failure costs speed only: the first copy attaches a slab that is not attached early, and memory
+   that is not pinned is copied unpinned.
 """
 
 from __future__ import annotations
