@@ -314,6 +314,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "dram": ("kvcache.tiers.dram:DramTier", None),
     "disk": ("kvcache.tiers.disk:DiskTier", None),
     "redis": ("kvcache.tiers.redis:RedisTier", "redis"),
+    "object": ("kvcache.tiers.object:ObjectTier", "object"),
+    "mooncake": ("kvcache.tiers.mooncake:MooncakeTier", "mooncake"),
 }
 """Shipped kinds: the class path, and the extra that installs its requirements."""
 

@@ -31,6 +31,9 @@ with suppress(ImportError):  # the tests on a GPU need few packages; see test_gp
 VLLM_FOLDERS = {"vllm", "e2e"}
 """Every test in these folders imports vLLM (7 s) or starts it, and is marked so."""
 
+SERVER_MODULES = {"mooncake_pool", "redis_servers", "s3_server"}
+"""Modules of tests/support that start a server."""
+
 SLOW_FIRST = ("wheel", "engine", "server")
 """Workers of pytest-xdist take files in this order, so that short files fill the end of a run."""
 
@@ -44,9 +47,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the users of Redis servers, refuse unmarked users of vLLM, and put slow files first."""
+    """Mark the users of servers, refuse unmarked users of vLLM, and put slow files first."""
     for item in items:
-        if isinstance(item, pytest.Function) and "redis_servers" in vars(item.module):
+        if isinstance(item, pytest.Function) and SERVER_MODULES & vars(item.module).keys():
             item.add_marker("server")
         if item.path.parent.name in VLLM_FOLDERS:
             marked = [*item.iter_markers("engine"), *item.iter_markers("viewer")]

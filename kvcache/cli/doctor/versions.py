@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _DEVELOPMENT_EXTRAS = {"test", "docs"}
 ENGINE = "engine"  # the extra that installs vLLM itself
+_MODULES = {"mooncake-transfer-engine": "mooncake"}
+"""The module of a package, where its name differs."""
 
 
 def check(needed_extras: Collection[str] | None) -> Iterator[CheckResult]:
@@ -97,7 +99,7 @@ def _installed_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        module = package.replace("-", "_")
+        module = _MODULES.get(package, package.replace("-", "_"))
         if find_spec(module) is None:  # finding its package would take a second
             return ""
         for other in metadata.packages_distributions().get(module, ()):
