@@ -16,8 +16,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvcache.connectors.vllm.identity.fields import UNSHARED, identity, log_sharing, started_ns
+from kvcache.connectors.vllm.identity.fields import UNSHARED, identity, log_sharing
 from kvcache.connectors.vllm.vllm_names import FIXED_HASH_SEED, has_name
+from kvcache.connectors.weights import started_ns
 from kvcache.keys import namespace
 
 pytestmark = pytest.mark.engine

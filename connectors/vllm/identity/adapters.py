@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvcache.connectors.vllm.identity.fields import settings_of
-from kvcache.connectors.vllm.identity.weights import (
+from kvcache.connectors.weights import (
     UnknownWeightsError,
     identify,
     trail,

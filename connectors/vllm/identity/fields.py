@@ -15,15 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcache.connectors.vllm.identity.releases import release_fields
 from kvcache.connectors.vllm.identity.specs import group_fields
-from kvcache.connectors.vllm.identity.weights import UnknownWeightsError, identify
 from kvcache.connectors.vllm.vllm_names import FIXED_HASH_SEED, has_name
+from kvcache.connectors.weights import UnknownWeightsError, identify, started_ns
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,10 +37,6 @@ VARIABLE: Final = "KVCACHE_IDENTITY"
 SCHEMA: Final = 2  # version of a block's bytes; a new version is a new namespace
 RANDOM: Final = "random"  # the seed of hashes that differ between processes
 UNSHARED: Final = "not shared"  # the field with the reason why the weights are not identified
-
-_STARTING_S = 0.1
-"""The minimum time from a process's start until it loads weights. The kernel counts a process's age
-in hundredths of a second, and an engine may start right after the files were written."""
 
 _LOADERS = "vllm.model_executor.model_loader."
 _READ_FILES = {"default_loader", "sharded_state_loader", "bitsandbytes_loader", "gguf_loader"}
@@ -184,16 +179,6 @@ def weights_of(model: ModelConfig, load: LoadConfig) -> str:
         # The branch moved after the engine's start, and either commit may have been loaded.
         raise UnknownWeightsError(f"{model.model!r} was at {configured} and is now at {found}")
     return found
-
-
-def started_ns() -> int:
-    """Return a time after this process started and before any weights were loaded for it.
-
-    In nanoseconds since 1970.
-    """
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time_ns() - int((age_s - _STARTING_S) * 1e9)
 
 
 def kernels(vllm_config: VllmConfig) -> str:

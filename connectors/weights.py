@@ -19,6 +19,7 @@ import json
 import os
 import re
 import stat
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,10 @@ training reads."""
 _LINKS: Final = 40  # on the way to a file, as many as Linux follows
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_STARTING_S: Final = 0.1
+"""The minimum time from a process's start until it loads weights. The kernel counts a process's age
+in hundredths of a second, and an engine may start right after the files were written."""
 
 
 class UnknownWeightsError(Exception):
@@ -76,6 +81,16 @@ def identify(place: Path, since_ns: int | None = None) -> str:
         return found
     except (OSError, ValueError) as error:
         raise UnknownWeightsError(f"the weight files cannot be read: {error}") from error
+
+
+def started_ns() -> int:
+    """Return a time after this process started and before any weights were loaded for it.
+
+    In nanoseconds since 1970.
+    """
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time_ns() - int((age_s - _STARTING_S) * 1e9)
 
 
 def weight_files(place: Path) -> dict[str, Path]:

@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm")
-
-from kvcache.connectors.vllm.identity import weights
-from kvcache.connectors.vllm.identity.weights import UnknownWeightsError, identify, weight_files
-
-pytestmark = pytest.mark.engine
+from kvcache.connectors import weights
+from kvcache.connectors.weights import UnknownWeightsError, identify, weight_files
 
 LARGE = 3 << 20  # bytes of a tensor that is read in part
 
