@@ -249,3 +249,10 @@ def _open(path: Path, flags: int, mode: int) -> int:
         return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, mode)
     except ValueError as error:
         raise OSError(errno.EINVAL, str(error)) from None
+
+
+def check_files(**files: str) -> None:
+    """Raise ValueError for the first option with a path that is not a readable file."""
+    for name, path in files.items():
+        if path and not (Path(path).is_file() and os.access(path, os.R_OK)):
+            raise ValueError(f"{name} is {path!r}, which is not a readable file")

@@ -16,8 +16,11 @@ How to use it:
   nor forge a log line::
 
       raise LoginError(redact(str(error), self.password)) from None
+
+* ``read_secret(variable, option)`` for an option that names the variable of a secret.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from itertools import takewhile
@@ -48,6 +51,28 @@ _VALUE_IN_TEXT = re.compile(
     r"""("[^"]*"|'[^']*'|(?:basic|bearer)\s+\S+|[^\s,;&"')\]}]+)""", re.IGNORECASE
 )
 _NO_VALUE = ("error", "exception", "warning")  # these names are followed by a sentence
+
+
+_VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+
+
+def read_secret(variable: str, option: str) -> str:
+    """Return the secret in the environment variable ``variable``; "" for no variable.
+
+    Raises:
+        ValueError: the variable is not set or empty. The message contains its name only if that
+            looks like the name of a variable; otherwise it may be a secret.
+    """
+    if not variable:
+        return ""
+    secret = os.environ.get(variable, "")
+    if not secret:
+        shown = f"{variable!r}" if _VARIABLE_NAME.fullmatch(variable) else "a name"
+        raise ValueError(
+            f"{option} is {shown}, and this environment variable is not set, or empty; "
+            "it takes the name of the variable that has the secret"
+        )
+    return secret
 
 
 def may_be_secret(name: str) -> bool:

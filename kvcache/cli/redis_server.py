@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kvcache.secrets import redact
+from kvcache.secrets import read_secret, redact
 
 if TYPE_CHECKING:
     from kvcache.tiers.redis.resp import AnyReply, RespConnection
@@ -156,7 +156,7 @@ def connected(options: Mapping[str, object]) -> Iterator[RedisServers]:
 def _connect(options: Mapping[str, object]) -> Iterator[RespConnection]:
     """Yield a connection to each server that has keys."""
     from kvcache.tiers.redis.cluster import fetch_slot_ranges
-    from kvcache.tiers.redis.connect import Connector, parse_url, read_password
+    from kvcache.tiers.redis.connect import Connector, parse_url
     from kvcache.tiers.redis.sentinel import SentinelMaster
 
     def option(name: str) -> str:
@@ -164,7 +164,7 @@ def _connect(options: Mapping[str, object]) -> Iterator[RespConnection]:
 
     def connector(prefix: str) -> Connector:
         variable = f"{prefix}password_env"
-        password = read_password(option(variable), variable)
+        password = read_secret(option(variable), variable)
         ca_file, cert_file, key_file = map(option, ("ca_file", "cert_file", "key_file"))
         database, username = 0 if prefix else target.database, option(f"{prefix}username")
         return Connector(target.tls, database, username, password, ca_file, cert_file, key_file)

@@ -13,7 +13,6 @@ import os
 import re
 import ssl
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kvcache.secrets import may_be_secret, redact
@@ -27,7 +26,6 @@ FORMS = (
 
 SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix")
 
-_VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _MASTER_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _TEMPORARY_ERRORS = {MAX_CLIENTS, "LOADING", "BUSY", "MASTERDOWN"}
 """Codes with which a server rejects every connection for a while."""
@@ -189,29 +187,3 @@ def _parse_database(parts: SplitResult, number: str) -> int:
     if not (number.isascii() and number.isdigit()):
         raise ValueError(f"url has a database that is not a number; write {FORMS}")
     return int(number)
-
-
-def read_password(variable: str, option: str = "password_env") -> str:
-    """Return the password in the environment variable ``variable``; "" for no variable.
-
-    Raises:
-        ValueError: the variable is not set or empty. The message contains its name only if that
-            looks like the name of a variable; otherwise it may be a password.
-    """
-    if not variable:
-        return ""
-    password = os.environ.get(variable, "")
-    if not password:
-        shown = f"{variable!r}" if _VARIABLE_NAME.fullmatch(variable) else "a name"
-        raise ValueError(
-            f"{option} is {shown}, and this environment variable is not set, or empty; "
-            "it takes the name of the variable that has the password"
-        )
-    return password
-
-
-def check_files(**files: str) -> None:
-    """Raise ValueError for the first option with a path that is not a readable file."""
-    for name, path in files.items():
-        if path and not (Path(path).is_file() and os.access(path, os.R_OK)):
-            raise ValueError(f"{name} is {path!r}, which is not a readable file")

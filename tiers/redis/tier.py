@@ -27,11 +27,13 @@ from concurrent.futures import Future, wait
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
+from kvcache.inputs import check_files
 from kvcache.keys import DIGEST_NBYTES, Branch, namespace_after_reset
 from kvcache.process import bind_to_process
+from kvcache.secrets import read_secret
 from kvcache.tier import Tier
 from kvcache.tiers.redis.cluster import Cluster
-from kvcache.tiers.redis.connect import Connector, check_files, parse_url, read_password
+from kvcache.tiers.redis.connect import Connector, parse_url
 from kvcache.tiers.redis.node import NO_ANSWER, REJECTED, Node, ServerGroup, SingleServer
 from kvcache.tiers.redis.resp import (
     MAX_CLIENTS,
@@ -140,8 +142,8 @@ class RedisTier(Tier):
                 f"timeout_s is {timeout_s}; it takes seconds above 0, to {_MAX_TIMEOUT_S}"
             )
         check_files(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
-        password = read_password(password_env)
-        sentinel_password = read_password(sentinel_password_env, "sentinel_password_env")
+        password = read_secret(password_env, "password_env")
+        sentinel_password = read_secret(sentinel_password_env, "sentinel_password_env")
         connector, sentinel_connector = (
             Connector(
                 target.tls, database, user, own_password, ca_file, cert_file, key_file,
