@@ -220,7 +220,7 @@ class Server:
     # A tier on it
 
     def url(self, prefix: str = "") -> str:
-        """Return the option ``url`` of a tier whose objects begin with ``prefix``."""
+        """Return the option ``url`` of a tier with objects that begin with ``prefix``."""
         return f"s3://{BUCKET}/{prefix}".rstrip("/")
 
     def options(self, prefix: str = "", **options: Any) -> dict[str, Any]:
