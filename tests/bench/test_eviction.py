@@ -80,7 +80,8 @@ def test_cost_of_each_policy_stays_within_its_bar(slots: int) -> None:
         assert cost.us_per_block <= 2 * costs["lru"].us_per_block
         assert cost.us_per_block <= 3
         assert cost.p99_us <= 1000
-        assert cost.max_us <= 5000
+        # A pause of the machine makes the slowest request; it lasts longer on a slower machine.
+        assert cost.max_us <= max(5000, 3 * costs["lru"].max_us)
 
 
 class Replaceable(Policy):

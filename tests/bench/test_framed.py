@@ -154,11 +154,13 @@ def compare(name: str, data: bytes, block_nbytes: int) -> None:
             )
             rows[element_nbytes, level] = measure(tier, inner, blocks)
             print_row(f"zstd, {planes}, {level}", rows[element_nbytes, level])
-    for level in (1, 3):
-        print_row(f"(zstd, both, {level}; bare)", both_planes(blocks, level))
+    bare = {level: both_planes(blocks, level) for level in (1, 3)}
+    for level, row in bare.items():
+        print_row(f"(zstd, both, {level}; bare)", row)
     best = rows[2, 1]
     assert best["ratio"] >= 1.4
-    assert best["load"] >= 1
+    # zstd's own speed depends on the processor; the frame and the checksum may add this much to it.
+    assert best["load"] >= 0.6 * bare[1]["load"]
     assert best["ratio"] >= max(row["ratio"] for row in rows.values())
     # zstd and the checksum release the GIL, so a second thread helps.
     assert best["store_2"] >= 1.3 * best["store"]
