@@ -10,6 +10,7 @@ import pytest
 
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier, safe_open
+from kvcache.tiers.disk.directory import check_usable
 from kvcache.tiers.disk.reader import DiskReader
 from tests.support.disk_tiers import blocks_of, capacity_for, load_hits, open_disk
 
@@ -49,6 +50,14 @@ def kv(tmp_path: Path) -> Path:
     return tmp_path / "kv"
 
 
+def require_attributes(folder: Path) -> None:
+    """Skip the test if the file system keeps no extended attributes, which identify `blocks`."""
+    try:
+        os.setxattr(folder, "user.test", b"1")
+    except OSError:
+        pytest.skip("the file system keeps no extended attributes")
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", ["0123456789" * 9, "x" * 4096, "12 monkeys"])
 def test_disk_with_foreign_file_raises_and_keeps_it(
@@ -64,10 +73,7 @@ def test_disk_with_foreign_file_raises_and_keeps_it(
 
 @pytest.mark.parametrize("name", FILES)
 def test_disk_with_replaced_file_raises_and_keeps_it(kv: Path, name: str) -> None:
-    try:
-        os.setxattr(kv / name, "user.test", b"1")
-    except OSError:
-        pytest.skip("the file system keeps no extended attributes")
+    require_attributes(kv)
     (kv / name).unlink()
     (kv / name).write_text("x" * 8192)
     with pytest.raises(ValueError, match=f"'{name}' was not written by kvcache"):
@@ -252,6 +258,50 @@ def test_disk_with_older_format_starts_empty(kv: Path, caplog: pytest.LogCapture
     with closing(open_disk(kv)) as tier:
         assert load_hits(tier, KEYS) == [False] * 3
     assert "of another format or block size deleted" in caplog.text
+
+
+def empty_records(kv: Path) -> None:
+    (kv / "records").write_bytes(b"")
+
+
+def delete_records(kv: Path) -> None:
+    (kv / "records").unlink()
+
+
+def zero_geometry(kv: Path) -> None:
+    with (kv / "records").open("r+b") as records:
+        records.write(bytes(PAGE))
+
+
+@pytest.mark.parametrize("damage", [empty_records, delete_records, zero_geometry])
+def test_disk_without_records_starts_empty_and_stores_again(
+    kv: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    require_attributes(kv)
+    damage(kv)
+    check_usable(kv)
+    with closing(open_disk(kv)) as tier:
+        assert tier.contains(KEYS) == [False] * 3
+        assert tier.store(KEYS, blocks_of(KEYS)) == [True] * 3
+    assert caplog.messages == [
+        f"kvcache: disk tier at {kv}: records are gone (deleted or emptied); it starts empty"
+    ]
+    with closing(open_disk(kv)) as tier:
+        assert load_hits(tier, KEYS) == [True] * 3
+
+
+@pytest.mark.parametrize("damage", [empty_records, delete_records, zero_geometry])
+def test_disk_without_records_keeps_a_blocks_file_that_may_be_foreign(
+    kv: Path, damage: Callable[[Path], None]
+) -> None:
+    with suppress(OSError):
+        os.removexattr(kv / "blocks", "user.kvcache")
+    damage(kv)
+    content = (kv / "blocks").read_bytes()
+    for open_directory in (check_usable, open_disk):
+        with pytest.raises(ValueError, match="'blocks' was not written by kvcache; move it away"):
+            open_directory(kv)
+    assert (kv / "blocks").read_bytes() == content
 
 
 def test_disk_with_unmarked_blocks_file_of_previous_release_keeps_blocks(kv: Path) -> None:

@@ -192,9 +192,7 @@ def _refuse_foreign_files(files: Mapping[str, int], path: Path) -> None:
 def _find_foreign(files: Mapping[str, int]) -> str | None:
     if "lock" in files and not lock_file.is_lock_file(files["lock"]):
         return "lock"
-    if "records" in files and "blocks" in files:
-        return find_foreign_file(files["records"], files["blocks"])
-    return "blocks" if "blocks" in files and os.fstat(files["blocks"]).st_size else None
+    return find_foreign_file(files.get("records"), files.get("blocks"))
 
 
 def shortage(path: Path, need: int, allocated: int | None = None) -> str | None:

@@ -98,28 +98,33 @@ def read_geometry(fd: int) -> Geometry | None:
     return Geometry(slot_nbytes, slots) if magic == _MAGIC else None
 
 
-def find_foreign_file(records_fd: int, blocks_fd: int | None) -> str | None:
+def find_foreign_file(records_fd: int | None, blocks_fd: int | None) -> str | None:
     """Return which of a tier's two files was not written by a tier; ``None`` if both were.
 
-    The page of geometry identifies ``records``. An extended attribute, if the file system keeps
-    any, identifies ``blocks``; a copy of the file has lost it, and is identified by its size.
+    The page of geometry identifies ``records``; a file without one is a tier's too. An extended
+    attribute, if the file system keeps any, identifies ``blocks``. A copy of ``blocks`` has lost
+    the attribute, and is identified by its size in the page of geometry.
 
     Args:
-        records_fd: the file ``records``.
+        records_fd: the file ``records``; ``None`` if it does not exist.
         blocks_fd: the file ``blocks``; ``None`` if it does not exist.
     """
-    page = os.pread(records_fd, _PAGE.size, 0)
+    page = b"" if records_fd is None else os.pread(records_fd, _PAGE.size, 0)
     magic, slot_nbytes, slots, marked = _PAGE.unpack(page.ljust(_PAGE.size, b"\0"))
     is_records = magic[: len(_MAGIC_OF_ALL_VERSIONS)] == _MAGIC_OF_ALL_VERSIONS
-    # Zeros: the process was killed after it had created the file.
     if page.strip(b"\0") and not is_records:
         return "records"
     nbytes = 0 if blocks_fd is None else os.fstat(blocks_fd).st_size
-    if blocks_fd is None or not nbytes:
+    if blocks_fd is None or not nbytes or _is_marked(blocks_fd):
         return None
-    if is_records and (not marked or nbytes == slots * slot_nbytes or _is_marked(blocks_fd)):
+    if is_records and (not marked or nbytes == slots * slot_nbytes):
         return None
     return "blocks"
+
+
+def is_blank(fd: int) -> bool:
+    """Whether a file of records has no page of geometry: it is new, or it was emptied."""
+    return not os.pread(fd, _PAGE.size, 0).strip(b"\0")
 
 
 def _is_marked(blocks_fd: int) -> bool:
@@ -175,6 +180,7 @@ class RecordFile:
 
     Attributes:
         kept: whether the file had records for slots of this size, which are kept.
+        was_blank: whether the file was new, or was emptied.
 
     Raises:
         OSError: the file cannot be read, or the file system has no room for it.
@@ -183,6 +189,7 @@ class RecordFile:
     def __init__(self, fd: int, slot_nbytes: int, slots: int, blocks_fd: int) -> None:
         self._fd = fd
         self._geometry = Geometry(slot_nbytes, slots)
+        self.was_blank = is_blank(fd)
         previous = read_geometry(fd)
         blocks_nbytes = os.fstat(blocks_fd).st_size
         self.kept = previous is not None and previous.slot_nbytes == slot_nbytes

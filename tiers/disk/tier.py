@@ -160,7 +160,12 @@ class DiskTier(Tier):
         self.records = RecordFile(
             directory.records_fd, self._slot_nbytes, slots, directory.blocks_fd
         )
-        if blocks_nbytes and not self.records.kept:
+        if blocks_nbytes and self.records.was_blank:
+            log.warning(
+                "kvcache: disk tier at %s: records are gone (deleted or emptied); it starts empty",
+                directory.path,
+            )
+        elif blocks_nbytes and not self.records.kept:
             log.info(
                 "kvcache: disk tier at %s: blocks of another format or block size deleted",
                 directory.path,
