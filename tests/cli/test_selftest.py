@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcache import cli
 from kvcache.cli import selftest
 from kvcache.cli.selftest.kernels import KERNELS, AttentionKernel, Flashinfer, TorchKernel
-from kvcache.cli.selftest.round_trip import make_round_trip
+from kvcache.cli.selftest.round_trip import ROUNDS, make_round_trip
 from kvcache.cli.selftest.samples import BLOCKS_OUTERMOST, SIZES, open_sample, sample_names
 from kvcache.connectors.layout import LAYOUTS
 from kvcache.connectors.transfer.cpu import CpuCopier
@@ -164,11 +165,12 @@ def selftest_json(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[in
     return code, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sample_names())
 def test_selftest_of_each_layout_passes(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = selftest_json(capsys, "--layout", layout, "--blocks", str(BLOCKS))
     assert code == 0
     assert not found["failed"]
+    assert {each["layout"] for each in found["round_trips"]} == {layout}
     made = [each for each in found["round_trips"] if not each["skipped"]]
     orders = {"raw"} if layout == "opaque" else {"raw", "canonical"}
     assert {each["order"] for each in made} == orders
@@ -176,6 +178,45 @@ def test_selftest_of_each_layout_passes(layout: str, capsys: pytest.CaptureFixtu
         assert each["attention"] == {"torch": 0}
         assert each["copied_by"] == ["cpu"]
         assert each["save_gib_s"] > 0 < each["load_gib_s"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_selftest_on_a_terminal_draws_a_progress_bar_and_erases_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    code, found = selftest_json(capsys, "--layout", "opaque", "--blocks", "1")
+    assert (code, found["failed"]) == (0, False)
+    drawn = terminal.getvalue()
+    assert drawn.startswith("\r" + "." * 30 + "   0% ")
+    assert drawn.endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize(("layout", "order"), [("pair", "raw"), ("opaque", "canonical")])
+def test_round_trip_reports_all_rounds(layout: str, order: Any) -> None:
+    """A skipped one too, so that the progress bar reaches its end."""
+    rounds: list[int] = []
+    sample = open_sample(layout, 2 * BLOCKS, "cpu")
+    make_round_trip(sample, order, {}, BLOCKS, {}, on_rounds=rounds.append)
+    assert sum(rounds) == ROUNDS
+
+
+def test_round_trip_with_a_copy_that_fails_reports_all_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OSError("no copy")
+
+    monkeypatch.setattr(CpuCopier, "scatter", refuse)
+    rounds: list[int] = []
+    sample = open_sample("pair", 2 * BLOCKS, "cpu")
+    result = make_round_trip(sample, "raw", {}, BLOCKS, {}, on_rounds=rounds.append)
+    assert result.failed
+    assert sum(rounds) == ROUNDS
 
 
 def test_selftest_with_a_corrupted_byte_fails_with_layout_and_number(

@@ -3,7 +3,8 @@
 For every layout that an installed attention kernel reads, in raw and in canonical order: all bytes
 and all results of attention must be the same as before the wipe. Kernels: torch (on every device),
 and flash-attn, xFormers and FlashInfer (on a GPU, if installed). With 64 blocks of up to 576 KiB it
-needs up to 250 MiB on the device and 40 MiB of memory, and takes less than a minute.
+needs up to 250 MiB on the device and 40 MiB of memory, and takes less than a minute. On a terminal
+it draws a progress bar meanwhile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvcache.cli.amounts import at_least
+from kvcache.cli.progress import ProgressBar
 from kvcache.cli.selftest.kernels import KERNELS, AttentionKernel
 from kvcache.cli.table import pairs
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, kernels: Mapping[str, AttentionKernel] = KERNE
     if problem := _device_shortage(device):
         print(f"selftest: {problem}", file=sys.stderr)
         return 2
-    for option, known in (("layout", {*sample_names().values()}), ("kernel", {*kernels})):
+    for option, known in (("layout", sample_names()), ("kernel", kernels)):
         value = getattr(args, option)
         if value is not None and value not in known:
             print(
@@ -62,10 +64,15 @@ def run(args: argparse.Namespace, kernels: Mapping[str, AttentionKernel] = KERNE
     if not ready:
         print(f"selftest: kernel {args.kernel}: {obstacles[args.kernel]}", file=sys.stderr)
         return 2
-    results = _make_round_trips(device, args.layout, ready, args.blocks)
-    if not results:
+    names = [
+        name
+        for name, layout in sample_names().items()
+        if args.layout in (None, name) and any(kernel.reads(layout) for kernel in ready.values())
+    ]
+    if not names:
         print(f"selftest: kernel {args.kernel} does not read layout {args.layout}", file=sys.stderr)
         return 2
+    results = _make_round_trips(device, names, ready, args.blocks)
     if args.json:
         print(json.dumps(_as_json(device, args.blocks, obstacles, results)))
     else:
@@ -74,23 +81,25 @@ def run(args: argparse.Namespace, kernels: Mapping[str, AttentionKernel] = KERNE
 
 
 def _make_round_trips(
-    device: str, layout: str | None, kernels: Mapping[str, AttentionKernel], blocks: int
+    device: str, names: Sequence[str], kernels: Mapping[str, AttentionKernel], blocks: int
 ) -> list[RoundTrip]:
+    """Make the round trips of the samples with these names, in both orders."""
     import torch
 
-    from kvcache.cli.selftest.round_trip import make_round_trip
-    from kvcache.cli.selftest.samples import open_sample, sample_names
+    from kvcache.cli.selftest.round_trip import ROUNDS, make_round_trip
+    from kvcache.cli.selftest.samples import open_sample
 
     results = []
     devices: dict[str, Device] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two runs of torch on a CPU then add numbers in the same order
     try:
-        for name, of_layout in sample_names().items():
-            read = any(kernel.reads(of_layout) for kernel in kernels.values())
-            for order in ORDERS if read and layout in (None, of_layout) else ():
+        with ProgressBar(sys.stderr, len(names) * len(ORDERS) * ROUNDS) as bar:
+            for name, order in [(name, order) for name in names for order in ORDERS]:
+                bar.add(0)  # draws the bar before the first round ends
                 sample = open_sample(name, 2 * blocks, device)
-                results.append(make_round_trip(sample, order, kernels, blocks, devices))
+                result = make_round_trip(sample, order, kernels, blocks, devices, on_rounds=bar.add)
+                results.append(result)
     finally:
         torch.set_num_threads(threads)
     return results

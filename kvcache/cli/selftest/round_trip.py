@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ from kvcache.cli.selftest.samples import SIZES, Sample, Tensor
 
 if TYPE_CHECKING:
     from kvcache.connectors.paged import AttachedCache, PagedCache
+    from kvcache.connectors.transfer.autotune import BackendSelector
     from kvcache.connectors.transfer.streams import Device
 
 ROUNDS = 3  # the first one compiles copies and, on a GPU, pins memory; the best one counts
@@ -57,6 +58,7 @@ def make_round_trip(
     kernels: Mapping[str, AttentionKernel],
     blocks: int,
     devices: dict[str, Device],
+    on_rounds: Callable[[int], object] = lambda _: None,
 ) -> RoundTrip:
     """Make a round trip of `blocks` blocks of a sample that has twice as many.
 
@@ -64,6 +66,7 @@ def make_round_trip(
         kernels: those that run on this device.
         devices: the device of earlier round trips, by name, so that each GPU measures its copy
             backends once.
+        on_rounds: called with the number of rounds that are done or left out since the last call.
     """
     from kvcache.connectors.layout import LayoutError
     from kvcache.connectors.paged import PagedCache
@@ -79,6 +82,7 @@ def make_round_trip(
         if order == "raw":  # which every layout has
             raise
         result.skipped = str(error)
+        on_rounds(ROUNDS)
         return result
     if cache.device is not None:
         cache.device = devices.setdefault(cache.placement.device, cache.device)
@@ -87,15 +91,18 @@ def make_round_trip(
     tier.slab.wait_populated()
     readers = {name: kernel for name, kernel in kernels.items() if kernel.reads(sample.layout)}
     with Stack(tier, profile="selftest") as stack, cache.attach(stack) as attached:
-        _prepare_device(cache)
+        if (selector := _backend_selector(cache)) is not None:
+            selector.used.clear()
         for number in range(ROUNDS):
             stack.clear()
             try:
                 _run_round(result, sample, cache, attached, readers, blocks, number)
             except Exception as error:  # noqa: BLE001 - a copy failed; other layouts are tested too
                 result.errors.append(f"{type(error).__name__}: {error}")
+                on_rounds(ROUNDS - number)
                 break
-        result.copied_by = _copied_by(cache)
+            on_rounds(1)
+        result.copied_by = sorted(selector.used) if selector is not None else ["cpu"]
     return result
 
 
@@ -108,6 +115,7 @@ def _run_round(
     blocks: int,
     number: int,
 ) -> None:
+    """Store, wipe, load and compare once. Each round has blocks and numbers of its own."""
     import torch
 
     from kvcache import block_keys
@@ -118,10 +126,10 @@ def _run_round(
     sample.fill(number)
     originals = sample.pages(stored)
     length = blocks * tokens - tokens // 3  # the last page is not full
-    expected = {
+    reference = _attend(result, TorchKernel(), sample, stored, length)
+    before = {
         name: _attend(result, kernel, sample, stored, length) for name, kernel in readers.items()
     }
-    reference = _attend(result, TorchKernel(), sample, stored, length)
     keys = block_keys(range(number, number + blocks * tokens), tokens)
     gib = blocks * cache.block_nbytes / 2**30
 
@@ -137,18 +145,17 @@ def _run_round(
     if (saved.stored, count) != (blocks, blocks):
         result.errors.append(f"{saved.stored} blocks stored and {count} loaded, of {blocks}")
 
-    restored, others = sample.pages(loaded), sample.pages(stored)
-    for page, original, other in zip(restored, originals, others, strict=True):
+    for page, original in zip(sample.pages(loaded), originals, strict=True):
         result.wrong_elements += _count_different(page, original)
-        # Blocks that the load did not ask for are still wiped.
-        result.wrong_elements += other.numel() - int(torch.count_nonzero(torch.isnan(other)))
-    for name, before in expected.items():
-        after = _attend(result, readers[name], sample, loaded, length)
-        if before is not None and after is not None and reference is not None:
-            different = sum(map(_count_different, after, before))
+    for wiped in sample.pages(stored):  # the load must not write to these blocks
+        result.wrong_elements += int(torch.count_nonzero(~torch.isnan(wiped)))
+    for name, kernel in readers.items():
+        expected, found = before[name], _attend(result, kernel, sample, loaded, length)
+        if expected is not None and found is not None and reference is not None:
+            different = sum(map(_count_different, found, expected))
             result.attention[name] = result.attention.get(name, 0) + different
-            if unlike := sum(map(_count_unlike, before, reference)):
-                result.errors.append(f"{name}: {unlike} numbers are unlike those of torch")
+            if distant := sum(map(_count_distant, expected, reference)):
+                result.errors.append(f"{name}: {distant} numbers are unlike those of torch")
 
 
 def _attend(
@@ -179,7 +186,7 @@ def _count_different(one: Tensor, other: Tensor) -> int:
     return int(torch.count_nonzero(one.view(torch.int16) != other.view(torch.int16)))
 
 
-def _count_unlike(one: Tensor, other: Tensor) -> int:
+def _count_distant(one: Tensor, other: Tensor) -> int:
     """Count the numbers that differ by more than the tolerance, or are NaN."""
     near = (one.float() - other.float()).abs() <= TOLERANCE  # False for NaN
     return int(near.numel()) - int(near.sum())
@@ -193,21 +200,12 @@ def _synchronize(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def _prepare_device(cache: PagedCache) -> None:
-    """Wait until a GPU has chosen its copy backends, and forget which ones it used before."""
+def _backend_selector(cache: PagedCache) -> BackendSelector | None:
+    """Return what chooses a GPU's copy backends, after its trial has ended; None on a CPU."""
     if cache.device is not None:
         from kvcache.connectors.transfer.cuda import CudaDevice
 
         if isinstance(cache.device, CudaDevice):
             cache.device.wait_for_trial()
-            cache.device.selector.used.clear()
-
-
-def _copied_by(cache: PagedCache) -> list[str]:
-    """Return the names of the backends that copied."""
-    if cache.device is not None:
-        from kvcache.connectors.transfer.cuda import CudaDevice
-
-        if isinstance(cache.device, CudaDevice):
-            return sorted(cache.device.selector.used)
-    return ["cpu"]
+            return cache.device.selector
+    return None

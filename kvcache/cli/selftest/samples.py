@@ -21,7 +21,7 @@ SIZES = {"kv": 2, "one": 1, "tokens": 256, "heads": 2, "dim": 128, "latent": 576
 
 MLA_VALUE_DIM = 512  # of a latent vector of 576 numbers, the part that is also the value
 
-BLOCKS_OUTERMOST = "packed, blocks outermost"
+BLOCKS_OUTERMOST = "packed-blocks-outermost"
 """The cache that vLLM allocates for `BLNHC`: all layers of a block lie together."""
 
 _OPAQUE_AXES = "blocks kv tokens heads dim"  # what lies in the pages that are copied unread
