@@ -34,11 +34,13 @@ RUN_SIZES: Final = tuple(4096 << doubled for doubled in range(7))
 """The measured sizes of runs, in bytes: 4 to 256 KiB."""
 
 RUN_COUNTS: Final = (32, 512)
-"""The measured numbers of runs of a copy. A copy uses the choice for the next smaller number, where
-the time that a kernel takes to start weighs more; a copy with fewer runs uses the default."""
+"""The measured numbers of runs of a copy.
+
+A copy of another number uses the choice for the next smaller one, for which a kernel's start takes
+a larger share of the time."""
 
 MIN_RUNS: Final = RUN_COUNTS[0]
-"""The least runs of a copy for which a measured backend is chosen."""
+"""A copy of fewer runs uses the default backend."""
 
 # A kernel takes processors from the model and a copy engine does not, so a small gain is no reason
 # to replace the default.
@@ -80,7 +82,7 @@ class BackendSelector:
     def __init__(self, backends: Sequence[CopyBackend]) -> None:
         self.enabled = tuple(backends)
         self.used: set[str] = set()  # names of those that copied; trials do not count
-        # In order of RUN_COUNTS and RUN_SIZES. None if no backend is left for such copies.
+        # In order of RUN_COUNTS and RUN_SIZES; `None` where no backend is left for such copies.
         self._choices: Mapping[Direction, Sequence[Sequence[BackendChoice | None]]] = {}
 
     def copy(self, batch: CopyBatch) -> None:
@@ -142,10 +144,9 @@ class BackendSelector:
     def _select(self, batch: CopyBatch) -> CopyBackend:
         choices = self._choices.get(batch.direction) if batch.direction is not None else None
         if choices and len(batch) >= MIN_RUNS:
-            # Between two measured sizes the choice for the larger one is used, where a kernel has
-            # less to gain.
-            at = bisect_left(RUN_SIZES, int(batch.nbytes.mean()))
             by_size = choices[bisect_right(RUN_COUNTS, len(batch)) - 1]
+            # The next larger measured size: a kernel has less to gain there.
+            at = bisect_left(RUN_SIZES, int(batch.nbytes.mean()))
             choice = by_size[min(at, len(RUN_SIZES) - 1)]
             if choice and choice.backend in self.enabled and choice.backend.supports(batch):
                 return choice.backend
@@ -189,11 +190,11 @@ class TrialSize:
     """How much a trial copies."""
 
     scratch_nbytes: int = 2 * MIN_RUNS * RUN_SIZES[-1]
-    """Bytes on each side, twice what a copy needs: the other half must stay unchanged."""
+    """Bytes on each side: twice the most that a copy writes, as the rest must stay unchanged."""
     runs: int = RUN_COUNTS[-1]
     """The most runs of a copy."""
     rounds: int = 5
-    """The trial uses their median, so the first one may compile a kernel."""
+    """How often each copy is made. The median counts, so the first time may compile a kernel."""
 
 
 FULL_TRIAL: Final = TrialSize()
@@ -242,7 +243,9 @@ class _BackendError(Exception):
     """A backend raised, or copied wrong bytes."""
 
 
-def measure(selector: BackendSelector, scratch: TrialScratch, size: TrialSize = FULL_TRIAL) -> None:
+def run_trial(
+    selector: BackendSelector, scratch: TrialScratch, size: TrialSize = FULL_TRIAL
+) -> None:
     """Measure all enabled backends, disable those that fail, and choose among the others.
 
     Raises:
@@ -252,12 +255,13 @@ def measure(selector: BackendSelector, scratch: TrialScratch, size: TrialSize = 
     data = random.integers(0, 256, scratch.nbytes, dtype=np.uint8)
     timings: dict[tuple[Direction, int, int], dict[CopyBackend, float]] = {}
     for direction, run_nbytes in product(DIRECTIONS, RUN_SIZES):
-        by_runs: dict[int, dict[CopyBackend, float]] = {}  # not all numbers of large runs fit
+        by_runs: dict[int, dict[CopyBackend, float]] = {}
         for count in RUN_COUNTS:
+            # Of large runs only a few fit, so two counts may lead to the same copy.
             runs = min(count, size.runs, scratch.nbytes // run_nbytes // 2)
             if runs not in by_runs:
-                places = random.permutation(2 * runs), random.permutation(2 * runs)
-                copy = _TrialCopy(scratch, direction, data, run_nbytes, *places)
+                rows = data[: 2 * runs * run_nbytes].reshape(-1, run_nbytes)
+                copy = _TrialCopy(scratch, direction, rows, random)
                 by_runs[runs] = _measure_copy(selector, scratch, copy, size.rounds)
             timings[direction, count, run_nbytes] = by_runs[runs]
     if selector.enabled:
@@ -265,34 +269,41 @@ def measure(selector: BackendSelector, scratch: TrialScratch, size: TrialSize = 
 
 
 class _TrialCopy:
-    """A copy of half of the runs in the first part of `scratch` to other places there.
+    """A copy of random rows of `rows`, half of them, to random places in as much memory.
 
-    `read` and `written` have all places of a run in that part, in any order.
+    Args:
+        scratch: the memory of both sides.
+        direction: of the copy.
+        rows: the bytes from which the copy reads; a row is a run.
+        random: chooses the runs and the places.
+
+    Attributes:
+        target: the memory that the copy writes.
+        batch: the copy.
+        expected: the first bytes of `target` after the copy, if they were zeros before it.
     """
 
     def __init__(
         self,
         scratch: TrialScratch,
         direction: Direction,
-        data: ByteArray,
-        run_nbytes: int,
-        read: Integers,
-        written: Integers,
+        rows: ByteArray,
+        random: np.random.Generator,
     ) -> None:
         source, self.target = scratch.host, scratch.device
         if direction == "store":
             source, self.target = self.target, source
-        runs = data[: len(read) * run_nbytes].reshape(-1, run_nbytes)
-        source.write(runs.ravel())
-        read, written = read[: len(read) // 2], written[: len(written) // 2]
+        places, run_nbytes = rows.shape
+        read, written = (random.permutation(places)[: places // 2] for _ in range(2))
+        source.write(rows.ravel())
         self.batch = scratch.batch(
             self.target.address + written * run_nbytes,
             source.address + read * run_nbytes,
             np.full(len(read), run_nbytes, dtype=np.int64),
         )
-        self.expected = np.zeros_like(runs)
-        self.expected[written] = runs[read]
-        self.expected.shape = (-1,)
+        expected = np.zeros_like(rows)
+        expected[written] = rows[read]
+        self.expected = expected.ravel()
 
 
 def _measure_copy(

@@ -19,7 +19,7 @@ from kvcache.connectors.transfer.autotune import (
     RUN_SIZES,
     BackendSelector,
     ByteArray,
-    measure,
+    run_trial,
 )
 from kvcache.connectors.transfer.copy_batch import CopyBatch, Direction, PinnedRanges
 
@@ -112,7 +112,7 @@ class TwoBackends:
         return 0.1e-6 + nbytes / (30e9 if direction == "load" else 5e9)
 
     def measure(self) -> None:
-        measure(self.selector, self.scratch)
+        run_trial(self.selector, self.scratch)
 
     def batch(self, count: int, nbytes: int, direction: Direction | None = "load") -> CopyBatch:
         """Runs from `memory[1]` to `memory[0]`, which are zeros."""

@@ -21,9 +21,7 @@ from tests.support.played_cuda import DEVICE, FakeDriver, FakeRuntime, install
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
-    fake = FakeRuntime()
-    install(fake, monkeypatch)
-    return fake
+    return install(FakeRuntime(), monkeypatch)
 
 
 @pytest.fixture

@@ -241,8 +241,8 @@ class FakeStreams:
         return 0, -5
 
 
-def install(fake: FakeRuntime, patch: pytest.MonkeyPatch) -> None:
-    """Make torch and the library call `fake`."""
+def install(fake: FakeRuntime, patch: pytest.MonkeyPatch) -> FakeRuntime:
+    """Make torch and the library call `fake`; return it."""
     stream = SimpleNamespace(
         cuda_stream=STREAM, wait_event=lambda event: None, wait_stream=lambda other: None
     )
@@ -252,3 +252,4 @@ def install(fake: FakeRuntime, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     patch.setattr(torch.cuda, "stream", fake.stream_context)
     patch.setattr(torch.cuda, "device", fake.device_context)
+    return fake

@@ -295,8 +295,8 @@ class GroupsEngine:
             numbers: list[int] = []
             self.prefixes.extend(numbers, self.registry[digest])
             group = self.model.groups[member]
-            tokens = 1 if group.kind == "state" else group.block_tokens
-            words = memory.words_of(group, np.array(numbers[-tokens:], dtype=np.int64))
+            of_block = np.array(numbers[-group.prefixes :], dtype=np.int64)
+            words = memory.words_of(group, of_block)
             self._pages[at] = words.tobytes()
         return self._pages[at]
 

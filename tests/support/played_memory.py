@@ -69,9 +69,18 @@ class PlayedGroup:
     replicas: int = 1
 
     @property
+    def prefixes(self) -> int:
+        """Prefixes of which a block has words: one for each token; a state has one."""
+        return 1 if self.kind == "state" else self.block_tokens
+
+    @property
     def columns(self) -> int:
         """Words of a block in one layer."""
-        return self.words * (1 if self.kind == "state" else self.block_tokens)
+        return self.words * self.prefixes
+
+    def columns_of(self, at: int) -> slice:
+        """Return where a block has the words of a layer: the ``at``-th that a rank has."""
+        return slice(at * self.columns, (at + 1) * self.columns)
 
     def first_token(self, end: int) -> int:
         """Return the first token that the token at ``end`` attends to."""
@@ -119,7 +128,7 @@ class RankMemory:
 
         words = torch.from_numpy(self._words)
         return {
-            layer_name(group.index, number): words[:, at * group.columns : (at + 1) * group.columns]
+            layer_name(group.index, number): words[:, group.columns_of(at)]
             for group in self._groups
             for at, number in enumerate(self.layers[group.index])
         }
@@ -170,9 +179,9 @@ class RankMemory:
         """
         if first >= end:
             return True
-        size = 1 if group.kind == "state" else group.block_tokens
+        size = group.prefixes
         blocks = table[first // size : -(-end // size)]
-        pages = self._words[blocks, at * group.columns : (at + 1) * group.columns].ravel()
+        pages = self._words[blocks, group.columns_of(at)].ravel()
         begin = first % size * group.words
         expected = self._words_of_layer(group, at, prefixes[first:end])
         found = pages[begin : begin + len(expected)]
@@ -197,11 +206,11 @@ class RankMemory:
         end: int,
     ) -> None:
         """Write the tokens from ``first`` to ``end`` of one layer into the blocks of a table."""
-        size = 1 if group.kind == "state" else group.block_tokens
+        size, pages = group.prefixes, self._words[:, group.columns_of(at)]
         for column in range(first // size, -(-end // size)):
             begin, last = max(first, column * size), min(end, (column + 1) * size)
             if not table[column]:
                 raise WrongKVError(f"rank {self.rank} writes {group} to the null block at {begin}")
             words = self._words_of_layer(group, at, prefixes[begin:last])
-            start = at * group.columns + (begin - column * size) * group.words
-            self._words[table[column], start : start + len(words)] = words
+            start = (begin - column * size) * group.words
+            pages[table[column], start : start + len(words)] = words

@@ -38,29 +38,19 @@ class WriteRecorder:
         return written - 1 if self.fails else written
 
 
+@pytest.mark.parametrize("chains", [["new"], ["old", "new"]], ids=["free slots", "evicted blocks"])
 def test_disk_stores_adjacent_slots_with_one_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chains: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes = WriteRecorder(monkeypatch)
-    keys = keys_of("chain", 8)
     with closing(open_disk(tmp_path)) as tier:
-        assert tier.store(keys, aligned_blocks(keys)) == [True] * 8
-        assert writes.buffers == [8]
+        for chain in chains:
+            keys = keys_of(chain, 8)
+            assert tier.store(keys, aligned_blocks(keys)) == [True] * 8
+        assert writes.buffers == [8] * len(chains)
         assert load_hits(tier, keys) == [True] * 8
     with closing(open_disk(tmp_path)) as tier:
         assert load_hits(tier, keys) == [True] * 8
-
-
-def test_disk_stores_slots_of_evicted_blocks_in_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writes = WriteRecorder(monkeypatch)
-    old, new = keys_of("old", 8), keys_of("new", 8)
-    with closing(open_disk(tmp_path)) as tier:
-        tier.store(old, aligned_blocks(old))
-        assert tier.store(new, aligned_blocks(new)) == [True] * 8
-        assert writes.buffers == [8, 8]
-        assert load_hits(tier, new) == [True] * 8
 
 
 def test_disk_declines_all_blocks_of_a_short_write(

@@ -23,7 +23,7 @@ from kvcache.connectors.transfer.autotune import (
     ByteArray,
     CopyBackend,
     TrialSize,
-    measure,
+    run_trial,
 )
 from kvcache.connectors.transfer.base import Integers
 from kvcache.connectors.transfer.copy_batch import PinnedRanges
@@ -153,7 +153,7 @@ class CudaDevice:
             ):
                 scratch = _CudaScratch(self._device, self._trial_size.scratch_nbytes)
                 try:
-                    measure(self.selector, scratch, self._trial_size)
+                    run_trial(self.selector, scratch, self._trial_size)
                 finally:
                     scratch.close()
         except Exception as error:  # noqa: BLE001 - the default backend needs no trial
