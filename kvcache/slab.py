@@ -35,7 +35,7 @@ __all__ = ["PAGE", "Slab", "SlabDescriptor", "SlabError", "slot_nbytes_for"]
 log = logging.getLogger(__name__)
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14
-PIECE_NBYTES = 64 << 20  # allocated at a time, in about 20 ms; ``close`` waits for one piece
+EXTENT_NBYTES = 64 << 20  # allocated at a time, in about 20 ms; ``close`` waits for one extent
 _PROGRESS_EVERY_S = 5.0  # small slabs are allocated faster, and log nothing
 
 
@@ -202,19 +202,19 @@ class Slab:
         return self._view[at : at + self.slot_nbytes]
 
     def populate(self, on_ready: Callable[[int], None] = lambda _: None) -> None:
-        """Allocate the memory: a first piece now, the rest in the background.
+        """Allocate the memory: a first extent now, the rest in the background.
 
-        ``on_ready(slots)`` is called after each piece, with the number of allocated slots.
+        ``on_ready(slots)`` is called after each extent, with the number of allocated slots.
         """
         self._on_ready = on_ready
-        if not self._stop.is_set() and self._allocate_piece():
+        if not self._stop.is_set() and self._allocate_extent():
             self._thread = threading.Thread(
                 target=self._allocate_rest, name="kvcache-populate", daemon=True
             )
             self._thread.start()
 
     def stop_populating(self) -> None:
-        """Allocate no further piece. The one in progress is completed."""
+        """Allocate no further extent. The one in progress is completed."""
         self._stop.set()
 
     def wait_populated(self) -> int:
@@ -225,7 +225,7 @@ class Slab:
 
     def _allocate_rest(self) -> None:
         begun = logged = time.monotonic()
-        while self._allocate_piece() and not self._stop.is_set():
+        while self._allocate_extent() and not self._stop.is_set():
             now = time.monotonic()
             if self._owner and now - logged > _PROGRESS_EVERY_S:
                 logged = now
@@ -237,10 +237,10 @@ class Slab:
         if logged > begun and self._allocated_nbytes == self.nbytes:
             log.info("kvcache: slab: all %.1f GiB of L1 allocated", self.nbytes / 2**30)
 
-    def _allocate_piece(self) -> bool:
-        """Allocate the next piece; return whether there is more to allocate."""
+    def _allocate_extent(self) -> bool:
+        """Allocate the next extent; return whether there is more to allocate."""
         begin = self._allocated_nbytes
-        nbytes = min(max(PIECE_NBYTES, self.slot_nbytes), self.nbytes - begin)
+        nbytes = min(max(EXTENT_NBYTES, self.slot_nbytes), self.nbytes - begin)
         if code := self.allocate(begin, nbytes):
             log.error(
                 "kvcache: slab: allocation stopped at %.1f of %.1f GiB (%s); L1 stays at that size",

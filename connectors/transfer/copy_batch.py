@@ -34,14 +34,14 @@ class PinnedRanges:
     """Host memory that the device can access at the host's addresses."""
 
     def __init__(self) -> None:
-        # Begins and ends in order; adjacent pieces are one range. Replaced as a whole, so that
+        # Begins and ends in order; adjacent extents are one range. Replaced as a whole, so that
         # readers need no lock.
         self._ranges: list[tuple[int, int]] = []
-        self._pieces: dict[int, int] = {}  # bytes by address
+        self._extents: dict[int, int] = {}  # bytes by address
 
     def add(self, address: int, nbytes: int) -> None:
-        """Add a piece that overlaps no other one."""
-        self._pieces[address] = nbytes
+        """Add an extent that overlaps no other one."""
+        self._extents[address] = nbytes
         begin, end, ranges = address, address + nbytes, self._ranges
         at = to = bisect_left(ranges, (address,))
         if at and ranges[at - 1][1] == begin:
@@ -53,8 +53,8 @@ class PinnedRanges:
         self._ranges = [*ranges[:at], (begin, end), *ranges[to:]]
 
     def remove(self, address: int) -> None:
-        """Remove the piece at `address`, if there is one."""
-        nbytes = self._pieces.pop(address, 0)
+        """Remove the extent at `address`, if there is one."""
+        nbytes = self._extents.pop(address, 0)
         if not nbytes:
             return
         at = bisect_right(self._ranges, (address, math.inf)) - 1

@@ -37,17 +37,17 @@ def test_batch_has_a_direction_where_every_run_of_one_side_is_pinned() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_ranges_after_random_additions_and_removals_contain_the_pinned_memory(seed: int) -> None:
     random, pinned = Random(seed), PinnedRanges()
-    pieces: dict[int, int] = {}  # bytes by address
+    extents: dict[int, int] = {}  # bytes by address
     for _ in range(60):
         begin = 10 * random.randrange(12)
-        if begin in pieces:
+        if begin in extents:
             pinned.remove(begin)
-            del pieces[begin]
+            del extents[begin]
         else:
-            pieces[begin] = random.choice([10, 10, 7])
-            pinned.add(begin, pieces[begin])
-        pinned.remove(5)  # there is no such piece
-        memory = {byte for at, nbytes in pieces.items() for byte in range(at, at + nbytes)}
+            extents[begin] = random.choice([10, 10, 7])
+            pinned.add(begin, extents[begin])
+        pinned.remove(5)  # there is no such extent
+        memory = {byte for at, nbytes in extents.items() for byte in range(at, at + nbytes)}
         for _ in range(8):
             at, nbytes = random.randrange(-5, 125), random.randrange(1, 25)
             other = at + random.randrange(-3, 4)

@@ -55,9 +55,7 @@ class InterpretedKernel:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
-    fake = FakeRuntime()
-    install(fake, monkeypatch)
-    return fake
+    return install(FakeRuntime(), monkeypatch)
 
 
 @pytest.fixture
@@ -221,7 +219,7 @@ def test_unpin_waits_for_the_trial(
     assert calls == ["wait", "unregister"]
 
 
-def test_pin_a_second_piece_starts_no_second_trial(
+def test_pin_a_second_extent_starts_no_second_trial(
     cuda: CudaDevice, engine: Engine, kernel: InterpretedKernel
 ) -> None:
     half = engine.slab.nbytes // 2
@@ -231,13 +229,13 @@ def test_pin_a_second_piece_starts_no_second_trial(
     assert cuda.pin(engine.slab.address + half, half) == ""
     cuda.wait_for_trial()
     assert len(kernel.sent) == tried
-    engine.store_and_load()  # in both pieces
+    engine.store_and_load()  # in both extents
     assert len(kernel.sent) == tried + 2
     for address in (engine.slab.address, engine.slab.address + half):
         cuda.unpin(address)
 
 
-def test_pin_a_second_piece_waits_for_the_trial(
+def test_pin_a_second_extent_waits_for_the_trial(
     cuda: CudaDevice, engine: Engine, fake: FakeRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the trial would measure how long it waits for the driver's lock."""

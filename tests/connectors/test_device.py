@@ -343,7 +343,7 @@ def test_pin_slots_that_fails_is_logged_once_and_copies_work(
 ) -> None:
     simulation = Simulation(0)
     simulation.device.pin_error = "out of memory (error 2)"
-    simulation.copier.pin_slots(2)  # less than the least piece
+    simulation.copier.pin_slots(2)  # less than the least extent
     assert not caplog.records
     simulation.copier.pin_slots(SLOTS)
     simulation.copier.pin_slots(SLOTS)

@@ -1,4 +1,4 @@
-"""The pieces in which a slab is pinned."""
+"""The extents in which a slab is pinned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADDRESS, PAGE = 1 << 30, 4096
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> ReorderingDevice:
-    monkeypatch.setattr(pinning, "PIECE_NBYTES", 10 * PAGE)
+    monkeypatch.setattr(pinning, "EXTENT_NBYTES", 10 * PAGE)
     return ReorderingDevice(Random(0))
 
 
@@ -26,21 +26,21 @@ def slab_pinning(device: ReorderingDevice, slots: int, pages: int) -> SlabPinnin
 
 
 @pytest.mark.parametrize(
-    ("pages", "piece"), [(1, 10), (3, 9), (10, 10), (11, 11)], ids=lambda pages: f"{pages} pages"
+    ("pages", "extent"), [(1, 10), (3, 9), (10, 10), (11, 11)], ids=lambda pages: f"{pages} pages"
 )
-def test_pin_slots_pins_pieces_of_whole_slots(
-    pages: int, piece: int, device: ReorderingDevice
+def test_pin_slots_pins_extents_of_whole_slots(
+    pages: int, extent: int, device: ReorderingDevice
 ) -> None:
     pinned = slab_pinning(device, 20, pages)
     pinned.pin_slots(20)
     nbytes = list(device.pinned.values())
-    assert set(nbytes[:-1]) == {piece * PAGE}
+    assert set(nbytes[:-1]) == {extent * PAGE}
     assert sum(nbytes) == pinned.pinned_nbytes == 20 * pages * PAGE
     ends = [address + count for address, count in device.pinned.items()]
     assert list(device.pinned) == [ADDRESS, *ends[:-1]]
 
 
-def test_pin_slots_before_the_last_slot_pins_full_pieces_alone(device: ReorderingDevice) -> None:
+def test_pin_slots_before_the_last_slot_pins_full_extents_alone(device: ReorderingDevice) -> None:
     pinned = slab_pinning(device, 25, 1)
     for slots, nbytes in [(9, 0), (19, 10), (19, 10), (20, 20), (24, 20), (25, 25)]:
         pinned.pin_slots(slots)
@@ -48,7 +48,7 @@ def test_pin_slots_before_the_last_slot_pins_full_pieces_alone(device: Reorderin
     assert len(device.pinned) == 3
 
 
-def test_pin_slots_pauses_after_each_piece(device: ReorderingDevice) -> None:
+def test_pin_slots_pauses_after_each_extent(device: ReorderingDevice) -> None:
     pauses: list[float] = []
     SlabPinning(device, address=ADDRESS, slots=25, slot_nbytes=PAGE, pause=pauses.append).pin_slots(
         25

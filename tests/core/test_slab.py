@@ -154,17 +154,17 @@ def test_attach_to_other_memory_raises() -> None:
 
 
 def test_populate_allocates_all_slots_from_the_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "PIECE_NBYTES", 2 * PAGE)
+    monkeypatch.setattr(slab, "EXTENT_NBYTES", 2 * PAGE)
     owned, ready = Slab.create(7, PAGE), list[int]()
     owned.populate(ready.append)
-    assert ready[0] == 2  # ``populate`` returns after the first piece
+    assert ready[0] == 2  # ``populate`` returns after the first extent
     assert owned.wait_populated() == owned.populated == 7
     assert ready == [2, 4, 6, 7]
     owned.close()
 
 
 def test_populate_reports_only_whole_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "PIECE_NBYTES", 3 * PAGE)
+    monkeypatch.setattr(slab, "EXTENT_NBYTES", 3 * PAGE)
     owned, ready = Slab.create(4, 2 * PAGE), list[int]()
     owned.populate(ready.append)
     assert owned.wait_populated() == 4
@@ -192,10 +192,10 @@ def test_close_and_errors_leave_no_descriptor_open() -> None:
     assert open_files() == before
 
 
-def test_populate_with_slots_larger_than_a_piece_reports_each(
+def test_populate_with_slots_larger_than_an_extent_reports_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(slab, "PIECE_NBYTES", PAGE)
+    monkeypatch.setattr(slab, "EXTENT_NBYTES", PAGE)
     owned, ready = Slab.create(3, 2 * PAGE), list[int]()
     owned.populate(ready.append)
     assert owned.wait_populated() == 3
@@ -225,7 +225,7 @@ class WaitedForSlab(Slab):
 
 
 def test_close_during_populate_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab, "PIECE_NBYTES", PAGE)
+    monkeypatch.setattr(slab, "EXTENT_NBYTES", PAGE)
     before = set(threading.enumerate())  # slabs of other tests may still be populated
     owned = WaitedForSlab.create(4096, PAGE)
     ready: list[int] = []
@@ -247,7 +247,7 @@ def test_close_during_populate_stops_it(monkeypatch: pytest.MonkeyPatch) -> None
 def test_populate_without_enough_memory_logs_an_error_and_stops(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slab, "PIECE_NBYTES", PAGE)
+    monkeypatch.setattr(slab, "EXTENT_NBYTES", PAGE)
     monkeypatch.setattr(Slab, "allocate", lambda self, at, nbytes: 0 if at < 2 * PAGE else 12)
     owned = Slab.create(5, PAGE)
     owned.populate()

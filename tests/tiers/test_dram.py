@@ -118,7 +118,7 @@ def test_dram_opens_only_slots_with_populated_memory(monkeypatch: pytest.MonkeyP
         return 0 if len(allocated) == 1 else 12  # ENOMEM
 
     monkeypatch.setattr(Slab, "allocate", allocate)
-    monkeypatch.setattr("kvcache.slab.PIECE_NBYTES", 2 * PAGE)
+    monkeypatch.setattr("kvcache.slab.EXTENT_NBYTES", 2 * PAGE)
     with closing(dram(8)) as tier:
         tier.slab.wait_populated()
         with tier.reserve(keys_of("part", 8)) as lease:

@@ -49,7 +49,7 @@ def run_worker(pipe: Connection) -> None:
 
 
 class SlowDevice(ReorderingDevice):
-    """A device that pins one piece, and the next ones only when `go_on` is set."""
+    """A device that pins one extent, and the next ones only when `go_on` is set."""
 
     def __init__(self) -> None:
         super().__init__(Random(0))
@@ -64,7 +64,7 @@ class SlowDevice(ReorderingDevice):
 
 @pytest.fixture
 def slab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slab]:
-    monkeypatch.setattr(pinning, "PIECE_NBYTES", 4 * SLOT_NBYTES)
+    monkeypatch.setattr(pinning, "EXTENT_NBYTES", 4 * SLOT_NBYTES)
     created = Slab.create(SLOTS, SLOT_NBYTES)
     yield created
     created.close()
@@ -171,7 +171,7 @@ def test_wait_attached_ends_without_progress(slab: Slab, caplog: pytest.LogCaptu
     worker.close()
 
 
-def test_close_during_pinning_unpins_all_pieces(slab: Slab) -> None:
+def test_close_during_pinning_unpins_all_extents(slab: Slab) -> None:
     device = SlowDevice()
     worker, shards = registered(device)
     announce(slab.descriptor, shards)

@@ -23,7 +23,7 @@ from kvcache.slab import SlabDescriptor
 log = logging.getLogger(__name__)
 
 STALL_S: Final = 60.0
-"""How long a wait lasts without progress of any worker. A piece takes milliseconds."""
+"""How long a wait lasts without progress of any worker. An extent takes milliseconds."""
 
 _LOG_EVERY_S: Final = 5.0
 

@@ -58,7 +58,7 @@ class EarlyAttach:
             self.nodes = numa.nodes_of_pci(device.pci_address)
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._pauses = True  # between pieces, so that other work of the device gets its turn
+        self._pauses = True  # between extents, so that other work of the device gets its turn
         self._slab: Slab | None = None
         self._pinning: SlabPinning | None = None
         self._populating: threading.Thread | None = None
