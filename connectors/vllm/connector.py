@@ -121,7 +121,8 @@ class KVCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         from kvcache.connectors.vllm.layout_request import requested_layout
 
-        # The only sign of `MultiConnector`: it passes the config of an engine with one connector.
+        # The only sign of `MultiConnector`: it passes the config of an engine with one connector,
+        # and vLLM has no current config yet. Without a request from here, copies are only slower.
         frame = inspect.currentframe()
         caller = frame.f_back.f_globals["__name__"] if frame and frame.f_back else ""
         return requested_layout(vllm_config, caller)
