@@ -5,6 +5,9 @@ Always true here:
 * A tier keeps opaque blocks of bytes under opaque keys. Its methods block, take batches, and return
   one result per key in order. It knows nothing of models or threads; of prefixes it only learns the
   parent of each block.
+* A tier takes keys of 1 to ``kvcache.keys.MAX_KEY_NBYTES`` (80) bytes, of any value. It may decline
+  a longer key; it never cuts one.
+* A key may be twice in one call: the first of its blocks is kept, and each gets a result.
 * Absence and refusal are values (0 bytes, ``False``); an exception means that a call failed.
 * To the stack, any exception (``BaseException`` too) and any result that breaks the contract is a
   failure of that call: its blocks are misses or declined, and nothing else is lost.
@@ -122,6 +125,21 @@ class Tier(ABC):
             NotImplementedError: by default; a restarted process may then find the old blocks.
         """
         raise NotImplementedError
+
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Return memory that this tier reads and writes without a copy of its own.
+
+        ``Framed`` keeps the frames of one call in it, and maps memory if there is none. It asks for
+        memory a few times, in the first calls that need it.
+
+        Args:
+            nbytes: the bytes that the caller needs.
+
+        Returns:
+            writable, contiguous bytes that begin on a page: registered or shared memory. They are
+            the tier's, and stay valid until ``close``. By default ``None``: the tier has none.
+        """
+        return None
 
     def usage(self) -> TierUsage:
         """Return the usage of the tier, for metrics; by default, nothing.

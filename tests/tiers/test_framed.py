@@ -252,8 +252,8 @@ def test_framed_memory_does_not_grow_with_the_batch(monkeypatch: pytest.MonkeyPa
     workspaces: list[int] = []
     make = frame_format.Workspace.__init__
 
-    def counted(workspace: frame_format.Workspace, *sizes: int) -> None:
-        make(workspace, *sizes)
+    def counted(workspace: frame_format.Workspace, *arguments: Any) -> None:
+        make(workspace, *arguments)
         workspaces.append(workspace.nbytes)
 
     monkeypatch.setattr(frame_format.Workspace, "__init__", counted)

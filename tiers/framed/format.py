@@ -35,12 +35,14 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
 from collections.abc import Callable
-from contextlib import suppress
 from types import ModuleType
 from typing import Any, Final
 
 from xxhash import xxh3_128
+
+from .memory import map_memory
 
 PAGE: Final = 4096  # part of the format, also on hosts with larger pages
 HEADER_NBYTES: Final = PAGE
@@ -59,11 +61,6 @@ def frame_nbytes(payload_nbytes: int) -> int:
     return HEADER_NBYTES + -(-payload_nbytes // PAGE) * PAGE
 
 
-def is_compressed(frame: memoryview) -> bool:
-    """Whether the payload of ``frame`` is compressed."""
-    return bool(_FIELDS.unpack_from(frame)[2] == ZSTD)
-
-
 class RejectedError(Exception):
     """A frame does not verify. The message is a reason of :attr:`FrameStats.rejected`."""
 
@@ -76,43 +73,75 @@ class Workspace:
         block_nbytes: bytes of the largest block.
         level: zstd's level; ``None`` does not compress.
         element_nbytes: bytes of an element of the blocks to compress.
+        allocate: returns the memory for a number of bytes; ``None``, as its default does, lets the
+            workspace map its own.
 
     Attributes:
         frames: the memory of each frame; it starts on a page, and holds the largest frame.
+        compressed: of each frame, whether the payload that ``pack`` wrote is compressed.
     """
 
     def __init__(
-        self, frames: int, block_nbytes: int, level: int | None, element_nbytes: int
+        self,
+        frames: int,
+        block_nbytes: int,
+        level: int | None,
+        element_nbytes: int,
+        allocate: Callable[[int], memoryview | None] = lambda _: None,
     ) -> None:
         self._block_nbytes = block_nbytes
         self._element_nbytes = element_nbytes
         self._frame_nbytes = frame_nbytes(block_nbytes)
-        # Byte planes are slices of the map: strided slices of a memoryview are ten times slower.
-        self._map = _allocate(frames * self._frame_nbytes)
-        view = memoryview(self._map)
+        self.nbytes = frames * self._frame_nbytes
+        view = allocate(self.nbytes)
+        self._in_own_memory = view is None
+        # Byte planes are slices of a map, because strided slices of a memoryview are ten times
+        # slower. In memory of the tier they go through a map of one block.
+        self._map: mmap.mmap | None = None
+        if view is None:
+            self._map = map_memory(self.nbytes)
+            view = memoryview(self._map)
         self.frames = [
             view[start : start + self._frame_nbytes]
-            for start in range(0, len(view), self._frame_nbytes)
+            for start in range(0, self.nbytes, self._frame_nbytes)
         ]
+        self.compressed = [False] * frames
+        self._in_use = threading.Lock()  # while a frame is packed or unpacked
+        self._closed = False
         self._zstandard: Any = zstandard()
         self._decompressor: Any = self._zstandard and self._zstandard.ZstdDecompressor()
         self._compress: Callable[[bytes], bytes] | None = None
         if self._zstandard and level:
             self._compress = self._zstandard.ZstdCompressor(level=level).compress
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory of all frames."""
-        return len(self._map)
+    def close(self) -> None:
+        """Wait until no frame is packed or unpacked, and refuse both from now on.
+
+        A workspace in memory of its own goes on: that memory outlives the tier.
+        """
+        with self._in_use:
+            self._closed = not self._in_own_memory
 
     def pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
-        """Write the frame of ``block`` into ``frames[slot]``; return the part that it takes."""
+        """Write the frame of ``block`` into ``frames[slot]``; return the part that it takes.
+
+        Raises:
+            ValueError: the workspace is closed.
+        """
+        with self._in_use:
+            self._check_open()
+            return self._pack(slot, key, block)
+
+    def _pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
         frame, size = self.frames[slot], len(block)
         raw = frame[HEADER_NBYTES : HEADER_NBYTES + size]
         raw[:] = block
         planes = []
         if self._compress:
-            *low, high = (self._map[p] for p in self._planes(slot, size, self._element_nbytes))
+            source, slices = self._planes(slot, size, self._element_nbytes)
+            if not self._in_own_memory:
+                source[:size] = raw
+            *low, high = (source[plane] for plane in slices)
             planes = [*low, self._compress(high)]
         payload_nbytes = sum(map(len, planes))
         if planes and 10 * frame_nbytes(payload_nbytes) <= 9 * frame_nbytes(size):
@@ -120,6 +149,7 @@ class Workspace:
         else:
             planes, payload_nbytes = [], size
             fields = _FIELDS.pack(MAGIC, VERSION, RAW, 0, size, size)
+        self.compressed[slot] = bool(planes)
         frame[:HEADER_NBYTES] = (fields + checksum(fields, raw, key)).ljust(HEADER_NBYTES, b"\0")
         start = HEADER_NBYTES
         for plane in planes:
@@ -140,7 +170,17 @@ class Workspace:
 
         Raises:
             RejectedError: the frame does not verify; ``into`` is unchanged.
+            ValueError: the workspace is closed.
         """
+        with self._in_use:
+            self._check_open()
+            return self._unpack(slot, length, key, into)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the tier is closed, and its memory with it")
+
+    def _unpack(self, slot: int, length: int, key: bytes, into: memoryview) -> int:
         frame = self.frames[slot]
         fields: tuple[bytes, int, int, int, int, int] = _FIELDS.unpack_from(frame)
         magic, version, codec, element, size, payload_nbytes = fields
@@ -175,14 +215,14 @@ class Workspace:
         """Replace the payload of ``frames[slot]`` with the raw block."""
         if self._zstandard is None:
             raise RejectedError("codec")
-        at = slot * self._frame_nbytes + HEADER_NBYTES
-        end = at + payload_nbytes
+        frame = self.frames[slot]
+        at, end = HEADER_NBYTES, HEADER_NBYTES + payload_nbytes
         *low, high_nbytes = (len(range(first, size, element)) for first in range(element))
         planes = []
         for nbytes in low:
-            planes.append(self._map[at : at + nbytes])
+            planes.append(bytes(frame[at : at + nbytes]))
             at += nbytes
-        compressed = self._map[at : max(at, end)]
+        compressed = bytes(frame[at : max(at, end)])
         try:
             # zstd allocates as much memory as the data claims to need.
             if self._zstandard.frame_content_size(compressed) != high_nbytes:
@@ -190,27 +230,22 @@ class Workspace:
             planes.append(self._decompressor.decompress(compressed, allow_extra_data=False))
         except self._zstandard.ZstdError:
             raise RejectedError("decompression") from None
-        for plane, data in zip(self._planes(slot, size, element), planes, strict=True):
-            self._map[plane] = data
+        target, slices = self._planes(slot, size, element)
+        for plane, data in zip(slices, planes, strict=True):
+            target[plane] = data
+        if not self._in_own_memory:
+            frame[HEADER_NBYTES : HEADER_NBYTES + size] = memoryview(target)[:size]
 
-    def _planes(self, slot: int, size: int, element: int) -> list[slice]:
-        """Slices of the map: the first byte of every element of a raw block, the second, ..."""
-        at = slot * self._frame_nbytes + HEADER_NBYTES
-        return [slice(at + first, at + size, element) for first in range(element)]
+    def _planes(self, slot: int, size: int, element: int) -> tuple[mmap.mmap, list[slice]]:
+        """Return a map for a raw block, and slices: the first byte of every element, and so on.
 
-
-def _allocate(nbytes: int) -> mmap.mmap:
-    """Map zeroed memory, in huge pages if the kernel has some.
-
-    One request to a disk takes a limited number of memory segments, and a block in small pages can
-    exceed it. A forked child does not get the memory: copy-on-write would move pages of the parent
-    while direct I/O writes to them.
-    """
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
-        with suppress(OSError):
-            memory.madvise(advice)
-    return memory
+        It is the memory of the frame if that is a map, else one that the frame's block is copied
+        from or to.
+        """
+        at = slot * self._frame_nbytes + HEADER_NBYTES if self._in_own_memory else 0
+        if self._map is None:
+            self._map = map_memory(self._block_nbytes)
+        return self._map, [slice(at + first, at + size, element) for first in range(element)]
 
 
 def checksum(fields: bytes | memoryview, raw: memoryview, key: bytes) -> bytes:

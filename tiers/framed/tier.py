@@ -6,6 +6,8 @@ Always true here:
   counted by reason, and is removed from the inner tier.
 * Memory is bounded: a call works in batches of ``call_nbytes``, and at most
   ``MAX_CONCURRENT_CALLS`` calls have a workspace.
+* The memory of a caller is touched only in ``Workspace.pack`` and ``Workspace.unpack``, once for
+  each block. The memory of the inner tier is not touched after ``close``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from kvcache.process import bind_to_process
 from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
 
-from .format import RejectedError, Workspace, is_compressed, zstandard
+from .format import RejectedError, Workspace, zstandard
+from .memory import allocate_in_tier
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,8 @@ class Framed(Tier):
         self._workspaces: queue.LifoQueue[Workspace | None] = queue.LifoQueue()
         for _ in range(MAX_CONCURRENT_CALLS):
             self._workspaces.put(None)
+        self._created: list[Workspace] = []
+        self._closed = False
         self._lock = threading.Lock()
         self._stats = FrameStats()
         bind_to_process(self)
@@ -173,10 +178,11 @@ class Framed(Tier):
                     answers = self.inner.store(found[0][0], frames, found[0][1])
                 else:
                     answers = self.inner.store_branches(found, frames)
-                for at, frame, accepted in zip(batch, frames, answers, strict=True):
+                for slot, (at, accepted) in enumerate(zip(batch, answers, strict=True)):
                     stored[at] = accepted
                     if accepted:
-                        self._count_stored(len(blocks[at]), frame)
+                        sizes = len(blocks[at]), len(frames[slot])
+                        self._count_stored(*sizes, compressed=workspace.compressed[slot])
         return stored
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -189,6 +195,11 @@ class Framed(Tier):
         self.inner.forget(namespace)
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            workspaces = list(self._created)
+        for workspace in workspaces:
+            workspace.close()
         self.inner.close()
 
     def usage(self) -> TierUsage:
@@ -209,10 +220,24 @@ class Framed(Tier):
                 # As many frames as the inner tier prefers in one call. With fewer, a disk would
                 # overlap fewer reads, and a last batch of one block would be read alone.
                 frames = max(1, self.call_nbytes // self.block_nbytes)
-                workspace = Workspace(frames, self.block_nbytes, self._level, self._element_nbytes)
+                workspace = self._create_workspace(frames)
             yield workspace
         finally:
             self._workspaces.put(workspace)
+
+    def _create_workspace(self, frames: int) -> Workspace:
+        def allocate(nbytes: int) -> memoryview | None:
+            return None if self._closed else allocate_in_tier(self.inner, nbytes)
+
+        workspace = Workspace(
+            frames, self.block_nbytes, self._level, self._element_nbytes, allocate
+        )
+        with self._lock:
+            self._created.append(workspace)
+            closed = self._closed
+        if closed:
+            workspace.close()
+        return workspace
 
     def _count_verified(self, raw_nbytes: int, nbytes: int) -> None:
         with self._lock:
@@ -233,10 +258,9 @@ class Framed(Tier):
                 "written with codec zstd count as misses"
             )
 
-    def _count_stored(self, raw_nbytes: int, frame: memoryview) -> None:
-        compressed = is_compressed(frame)
+    def _count_stored(self, raw_nbytes: int, nbytes: int, *, compressed: bool) -> None:
         with self._lock:
             self._stats.stored_compressed_blocks += compressed
             self._stats.stored_raw_blocks += not compressed
             self._stats.stored_raw_nbytes += raw_nbytes
-            self._stats.stored_frame_nbytes += len(frame)
+            self._stats.stored_frame_nbytes += nbytes
