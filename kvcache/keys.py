@@ -20,6 +20,7 @@ from itertools import compress, count
 from operator import ne
 
 DIGEST_NBYTES = 32
+MAX_KEY_NBYTES = 80  # every tier takes keys of 1 to so many bytes
 MAX_SHOWN_CHARS = 200  # of a field's value; a longer one is shown as its digest
 
 

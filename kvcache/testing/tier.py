@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from kvcache.keys import Branch
+from kvcache.keys import MAX_KEY_NBYTES, Branch
 from kvcache.testing.blocks import block_of, keys_of, run_in_threads
 from kvcache.tier import Tier
 
@@ -116,13 +116,26 @@ class TierTests:
         self.check_load(tier, keys, [True])
 
     def test_keys_of_any_length_and_bytes_are_distinct(self, tier: Tier) -> None:
+        longest = keys_of("longest", 1, MAX_KEY_NBYTES)[0]
         keys = [keys_of("length", 1, nbytes)[0] for nbytes in (16, 32, 66)]
+        keys += [longest[:nbytes] for nbytes in (MAX_KEY_NBYTES, 1, 32, 64, 65)]
         keys += [keys[2][:16], keys[2][:32]]  # keys that are prefixes of other keys
         keys += [bytes(16), bytes(32), bytes(66), b"\xff" * 32, b"../" * 10 + b"\n\0"]
         for at, key in enumerate(keys):
             assert tier.contains([key]) == [False], "two keys were confused"
             self.put(tier, [key])
             self.check_load(tier, keys[: at + 1], [True] * (at + 1))
+
+    def test_key_longer_than_the_contract_is_kept_or_declined(self, tier: Tier) -> None:
+        [longest] = keys_of("cut", 1, MAX_KEY_NBYTES)
+        key, other = longest + b"1", longest + b"2"
+        stored = tier.store([key], self.blocks([key]), other)
+        assert tier.contains([key, other, longest]) == [*stored, False, False], "a key was cut"
+        self.check_load(tier, [key, other, longest], [*stored, False, False])
+        self.put(tier, [longest])
+        [child] = keys_of("child", 1)
+        assert tier.store([child], self.blocks([child]), key * 8) == [True]
+        self.check_load(tier, [child], [True])
 
     def test_key_twice_in_a_batch_is_one_block(self, tier: Tier) -> None:
         key, other = keys_of("twice", 2)

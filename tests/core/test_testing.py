@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvcache.keys import Branch
+from kvcache.keys import MAX_KEY_NBYTES, Branch
 from kvcache.testing import TierTests
 from kvcache.tier import Tier
 from tests.support.contract_runs import failing_tests, suite_test_names
@@ -176,6 +176,21 @@ class CutsKeys(DictTier):
         super().remove([key[:16] for key in keys])
 
 
+class CutsLongKeys(DictTier):
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return super().contains([key[:MAX_KEY_NBYTES] for key in keys])
+
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        return super().store_one(key[:MAX_KEY_NBYTES], block)
+
+
+class RefusesLongKeys(DictTier):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        if len(key) > MAX_KEY_NBYTES - 1:
+            raise ValueError("a key is too long")
+        return super().store_one(key, block)
+
+
 class KeysAreText(DictTier):
     def store_one(self, key: bytes, block: memoryview) -> bool:
         if b"\n" in key and b"/" in key:
@@ -252,6 +267,11 @@ WRONG_TIERS: dict[type[DictTier], set[str]] = {
     RemovesAll: {"test_remove_removes_only_its_keys"},
     RemovesNothing: {"test_remove_removes_only_its_keys"},
     CutsKeys: {"test_keys_of_any_length_and_bytes_are_distinct"},
+    CutsLongKeys: {"test_key_longer_than_the_contract_is_kept_or_declined"},
+    RefusesLongKeys: {
+        "test_keys_of_any_length_and_bytes_are_distinct",
+        "test_key_longer_than_the_contract_is_kept_or_declined",
+    },
     KeysAreText: {"test_keys_of_any_length_and_bytes_are_distinct"},
     IsSmall: {"test_room_blocks_fit"},
     KeepsTheBuffer: {"test_store_and_load_copy_the_bytes"},

@@ -1,11 +1,17 @@
-"""Errors of a tier's disk: suppressed, and logged at most once per minute for each kind."""
+"""What a disk tier logs about its calls.
+
+* An error of the disk is suppressed, and logged at most once per minute for each kind.
+* Blocks that no slot or record can hold are declined; the first one of each kind is logged.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from kvcache.tiers.disk.record_file import KEY_NBYTES
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +30,37 @@ class DiskErrorLog:
         self._path = path
         self._clock = clock
         self._log_after: dict[tuple[str, int | None], float] = {}  # by verb and error code
+        self._key_logged = self._block_logged = False
+
+    def log_declined(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], block_nbytes: int
+    ) -> None:
+        """Log the first key and the first block that are too large for the tier.
+
+        Args:
+            keys: of one store.
+            blocks: of one store.
+            block_nbytes: the bytes of the largest block that the tier takes.
+        """
+        longest, largest = max(map(len, keys)), max(map(len, blocks))
+        if longest > KEY_NBYTES and not self._key_logged:
+            self._key_logged = True
+            log.warning(
+                "kvcache: disk tier at %s: a key has %d bytes (a record holds %d); blocks with "
+                "longer keys are declined",
+                self._path,
+                longest,
+                KEY_NBYTES,
+            )
+        if largest > block_nbytes and not self._block_logged:
+            self._block_logged = True
+            log.warning(
+                "kvcache: disk tier at %s: a block has %d bytes (a slot holds %d); larger blocks "
+                "are declined",
+                self._path,
+                largest,
+                block_nbytes,
+            )
 
     @contextmanager
     def suppress(self, verb: str) -> Iterator[None]:

@@ -169,6 +169,11 @@ def unpack_record(data: bytes | bytearray, slot: int, slot_nbytes: int) -> Recor
     return None
 
 
+def recorded_parent(key: bytes | None) -> bytes:
+    """Return what a record holds of its parent's key: nothing of an unknown or too long one."""
+    return key if key is not None and len(key) <= KEY_NBYTES else b""
+
+
 class RecordFile:
     """The records of an open tier.
 

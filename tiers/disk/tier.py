@@ -48,6 +48,7 @@ from kvcache.tiers.disk.record_file import (
     Record,
     RecordFile,
     file_nbytes,
+    recorded_parent,
 )
 from kvcache.tiers.disk.replicas import FileSizes
 from kvcache.tiers.disk.restore import restore_index
@@ -227,6 +228,8 @@ class DiskTier(Tier):
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
             if 0 < len(block) <= self._block_nbytes and 0 < len(key) <= KEY_NBYTES
         ]
+        if len(storable) < len(keys):
+            self._errors.log_declined(keys, blocks, self._block_nbytes)
         with self._call() as is_open:
             if not is_open:
                 return [False] * len(keys)
@@ -244,7 +247,13 @@ class DiskTier(Tier):
                 self._generation += len(slots)
             reserved = [storable[position] for position in positions]
             records = [
-                Record(first_generation + n, slot, len(blocks[at]), keys[at], parents[at] or b"")
+                Record(
+                    first_generation + n,
+                    slot,
+                    len(blocks[at]),
+                    keys[at],
+                    recorded_parent(parents[at]),
+                )
                 for n, (slot, at) in enumerate(zip(slots, reserved, strict=True))
             ]
             groups = group_adjacent(records, [blocks[at] for at in reserved], self._slot_nbytes)
