@@ -49,7 +49,8 @@ LOOKUPS = Metric(
     "kvcache.tier.lookups",
     "counter",
     "{block}",
-    "Blocks looked up in the tier, by result: `hit` or `miss`",
+    "Blocks looked up in the tier, by result: `hit` or `miss`; with `lookup` `load` blocks that a "
+    "load asked for",
     (RESULT,),
 )
 LOADS = Metric(
@@ -65,8 +66,9 @@ STORES = Metric(
     "counter",
     "{block}",
     "Blocks to store in the tier, by result: `stored` or `declined` (no room, or the call failed); "
-    "for L1 also `failed` (the copy into L1 failed); for lower tiers also `known` (held already) "
-    "and `dropped` (the write queue was full or the circuit breaker open)",
+    "for L1 also `failed` (the copy into L1 failed, or a lower tier did not return the block); for "
+    "lower tiers also `known` (held already) and `dropped` (the write queue was full or the "
+    "circuit breaker open)",
     (RESULT,),
 )
 IO = Metric(

@@ -22,13 +22,13 @@ class LowerStats:
     """Counters of a lower tier since it was opened. Names end in the unit."""
 
     block_nbytes: int
-    lookup_blocks: int  # looked up in the tier
-    hit_blocks: int  # lookups that the tier answered with yes
+    lookup_blocks: int  # looked up in the tier; with ``lookup = "load"``, asked for by loads
+    hit_blocks: int  # lookups that the tier answered with yes; with ``lookup = "load"``, loaded
     loaded_blocks: int
-    missed_blocks: int  # reported as held, but not loaded
+    missed_blocks: int  # reported as held, but not loaded; with ``lookup = "load"``, none
     skipped_blocks: int  # not looked up, or held but not loaded: computing them is faster
     stored_blocks: int  # written to the tier
-    known_blocks: int  # not written: the tier held them already
+    known_blocks: int  # not written: the tier held them, or did when this process last used them
     declined_blocks: int  # offered, but the tier declined them or the call failed
     dropped_blocks: int  # not offered: the write queue was full or the circuit breaker open
     withheld_blocks: int  # not offered yet: ``writes = "hot"`` waits for a second use

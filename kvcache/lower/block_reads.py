@@ -5,6 +5,8 @@
 2. A slot is pinned before its block is read. The blocks of one tier are read in batches of one call
    each, two at a time.
 3. A block is read after the block that it continues has a slot.
+4. Where it is only assumed that the tier holds the blocks (``lookup = "load"``), the first batch is
+   read alone, and the first batch with a miss is the last one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from kvcache.lower.tier import LowerTier
 from kvcache.tier import FrontTier, Lease
 
 _BATCHES_IN_FLIGHT: Final = 2  # of one promotion: the tier reads one while the next is queued
+# While it is only assumed that the tier holds any of the blocks.
+_ASSUMED_BATCHES_IN_FLIGHT: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +184,20 @@ class BlockReads:
         size = tier.channel.blocks_per_call if tier else end - start
         deadline_s = max(each.channel.deadline_s for each in self._tiers)
         begun, complete = self._clock(), True
+        assumed = tier is not None and tier.channel.assumes_held
+        most_in_flight = _ASSUMED_BATCHES_IN_FLIGHT if assumed else _BATCHES_IN_FLIGHT
         batches: list[_Batch] = []
         in_flight: deque[_Batch] = deque()
         for at in range(start, end, size):
-            if len(in_flight) == _BATCHES_IN_FLIGHT:
+            if len(in_flight) == most_in_flight:
                 if not self._wait_until(in_flight[0], until, deadline_s):
                     break
-                complete = in_flight.popleft().wait_read(deadline_s) and self._clock() < until
+                read = in_flight.popleft()
+                complete = read.wait_read(deadline_s) and self._clock() < until
+                complete = complete and not (assumed and self._has_miss(read))
                 if not complete:
                     break
+                most_in_flight = _BATCHES_IN_FLIGHT
             batch = self._start_batch(tier, wanted, at, min(at + size, end), span)
             pins.append(batch.pin)
             batches.append(batch)
@@ -197,7 +206,8 @@ class BlockReads:
                 complete = False
                 break
         while in_flight and self._wait_until(in_flight[0], until, deadline_s):
-            complete &= in_flight.popleft().wait_read(deadline_s)
+            read = in_flight.popleft()
+            complete &= read.wait_read(deadline_s) and not (assumed and self._has_miss(read))
         calls = [batch.read for batch in batches if batch.read is not None]
         if tier:
             tier.end_load_span(calls, end - start, span, gave_up=bool(in_flight))
@@ -222,6 +232,10 @@ class BlockReads:
         """
         remaining_s = until - self._clock()
         return remaining_s >= deadline_s or batch.wait_done(max(0.0, remaining_s))
+
+    def _has_miss(self, batch: _Batch) -> bool:
+        """Return whether L1 lacks a block of ``batch``, the reads of which have ended."""
+        return not all(self._front.contains(batch.pin.keys))
 
     def _start_batch(
         self, tier: LowerTier | None, wanted: WantedBlocks, first: int, end: int, span: Span

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from kvcache import telemetry
 from kvcache.events import BlockEvents
@@ -22,6 +22,7 @@ from kvcache.guards.calls import answers_per_key, byte_count_reader, result_of
 from kvcache.keys import Branch
 from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
 from kvcache.lower.namespace import TierNamespace
+from kvcache.lower.remembered import RememberedBlocks
 from kvcache.stats import LowerStats, TierName, usage_of
 from kvcache.tier import Tier, TierUsage
 from kvcache.worker_pool import WorkerPool
@@ -43,6 +44,11 @@ class Channel:
         calls: how many calls run in parallel.
         clock: the current time in seconds.
         breaker: the circuit breaker; ``None`` is one with the default settings.
+        lookup: whether a lookup asks the tier, or (``"load"``) assumes that the tier holds a block.
+
+    Attributes:
+        assumes_held: whether ``lookup`` is ``"load"``.
+        remembered: what the tier answered, with ``lookup = "load"``; empty otherwise.
     """
 
     def __init__(
@@ -58,8 +64,11 @@ class Channel:
         calls: int,
         clock: Callable[[], float],
         breaker: CircuitBreaker | None = None,
+        lookup: Literal["ask", "load"] = "ask",
     ) -> None:
         self.tier = tier
+        self.assumes_held = lookup == "load"
+        self.remembered = RememberedBlocks(clock)
         self.tier_name = TierName(name, kind)
         self.tier_namespace = TierNamespace(tier, namespace, about)
         self.events = BlockEvents()  # notified of the blocks that the tier reports to hold
@@ -117,6 +126,24 @@ class Channel:
             self._usage = pending.result()
         return self._usage
 
+    # Answers without a call, for ``lookup = "load"``
+
+    def may_hold(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
+        """Return whether to load each of ``keys``: not what the tier missed a short time ago."""
+        if not self.accepts_calls:
+            return [False] * len(keys)
+        return self.remembered.may_hold(namespace, keys)
+
+    def known(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
+        """Return which of ``keys`` need not be stored, because the tier holds them.
+
+        With ``lookup = "load"`` these are the blocks that this process stored or loaded. Otherwise
+        the tier is asked, and this method raises what :meth:`contains` raises.
+        """
+        if self.assumes_held:
+            return self.remembered.holds(namespace, keys)
+        return self.contains(namespace, keys)
+
     # The tier's methods. Each raises TierError for every failure of the tier, and nothing else.
 
     def contains(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:
@@ -136,6 +163,9 @@ class Channel:
             lambda: self.tier.load(names, into), len(keys), byte_count_reader(nbytes)
         )
         self._notify_observed(namespace, keys, [count > 0 for count in written])
+        if self.assumes_held:
+            whole = [count == len(view) for count, view in zip(written, into, strict=True)]
+            self.remembered.observe(namespace, keys, whole)
         return written
 
     def store(
@@ -161,6 +191,8 @@ class Channel:
             store = partial(self.tier.store_branches, named, blocks)
         taken = answers_per_key(store, len(keys), bool)
         self._notify_observed(namespace, keys, taken)
+        if self.assumes_held:
+            self.remembered.observe(namespace, keys, taken)
         return taken
 
     def _notify_observed(

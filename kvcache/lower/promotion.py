@@ -140,6 +140,24 @@ class LowerTiers:
         blocks = match.blocks + worth
         return Match(match.keys, match.start, blocks, (*(0,) * match.blocks, *found[:worth]))
 
+    def count_assumed(self, match: Match) -> int:
+        """Return how many blocks of ``match`` a tier may hold, but was not asked for."""
+        sources = match.sources[: match.blocks]
+        return sum(
+            sources.count(number)
+            for number, tier in enumerate(self.tiers, 1)
+            if tier.channel.assumes_held
+        )
+
+    def has_missed(self, wanted: WantedBlocks) -> bool:
+        """Return whether a tier that was assumed to hold a wanted block has missed it since."""
+        for number, tier in enumerate(self.tiers, 1):
+            if tier.channel.assumes_held and number in wanted.sources:
+                keys = wanted.of_source(number, len(wanted.keys)).keys
+                if not all(tier.channel.remembered.may_hold(tier.namespace, keys)):
+                    return True
+        return False
+
     def count_front_prefix(self, keys: Sequence[bytes]) -> int:
         """Return how many leading blocks of ``keys`` L1 holds."""
         return self._front.count_prefix(keys)

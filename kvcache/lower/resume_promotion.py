@@ -6,14 +6,18 @@
    of all, and the last one before each block at which a chain continues in another tier. The one
    that saves the most time is promoted.
 3. The chains are read first, so that each side block is read after the block that it needs.
+4. Where it is only assumed that a tier holds the blocks (``lookup = "load"``), a load finds out how
+   far the chains reach, and the next try is for the last resume point that may still be held.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
+from typing import Final
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
@@ -21,6 +25,41 @@ from kvcache import telemetry
 from kvcache.lower.block_reads import WantedBlocks, runs_by_source
 from kvcache.lower.promotion import LowerTiers, Match, leading_sources
 from kvcache.resume import GroupKeys, SideSearch, longest_resume
+
+_MAX_TRIES: Final = 8  # of one request, where it is only assumed that a tier holds the blocks
+
+
+def promote_resume(
+    lower: LowerTiers,
+    groups: Sequence[GroupKeys],
+    own: int,
+    top: int,
+    align_tokens: int,
+    clock: Callable[[], float],
+    span: Span,
+) -> tuple[Match, int]:
+    """Promote what a request needs at its best resume point, as :class:`ResumePromotion` does.
+
+    While an assumed block is missed, try the last resume point that may still be held.
+
+    Returns:
+        the results of :meth:`ResumePromotion.promote`.
+    """
+    until = inf
+    promoted: dict[bytes, int] = {}  # the tier of each block that a try has copied to L1
+    for _ in range(_MAX_TRIES):
+        promotion = ResumePromotion(lower, groups, own, top, align_tokens, clock, span, until)
+        match, tokens = promotion.promote()
+        until = promotion.until
+        if not promotion.missed_assumed or clock() >= until:
+            break
+        promoted.update(
+            (key, source) for key, source in zip(match.held, match.sources, strict=True) if source
+        )
+    sources = [
+        promoted.get(key, source) for key, source in zip(match.held, match.sources, strict=True)
+    ]
+    return replace(match, sources=tuple(sources)), tokens
 
 
 class ResumePromotion:
@@ -34,6 +73,11 @@ class ResumePromotion:
         align_tokens: the resume point is a multiple of these.
         clock: the current time in seconds.
         span: the parent of the tiers' spans.
+        until: when to stop waiting, by the clock.
+
+    Attributes:
+        until: when :meth:`promote` stopped, or would have stopped, to wait.
+        missed_assumed: whether :meth:`promote` missed a block that a tier was assumed to hold.
     """
 
     def __init__(
@@ -45,7 +89,10 @@ class ResumePromotion:
         align_tokens: int,
         clock: Callable[[], float],
         span: Span,
+        until: float = inf,
     ) -> None:
+        self.until = until
+        self.missed_assumed = False
         self._lower = lower
         self._own = own
         self._align_tokens = align_tokens
@@ -76,9 +123,10 @@ class ResumePromotion:
             self._skip(self._wanted(ends[0]), wanted)
         promoted = 0
         if wanted.keys:
-            until = self._clock() + self._timeout_s(end, wanted)
-            with self._lower.reads.read(wanted, until, self._span) as lease:
+            self.until = min(self.until, self._clock() + self._timeout_s(end, wanted))
+            with self._lower.reads.read(wanted, self.until, self._span) as lease:
                 promoted = len(lease)
+            self.missed_assumed = self._lower.has_missed(wanted)
         reached = end if promoted == len(wanted.keys) else self._own
         if not self._chains:
             return Match(wanted.keys, 0, promoted, tuple(wanted.sources[:promoted])), reached

@@ -65,6 +65,8 @@ class LowerTier:
             used a second time.
         if_slower: whether a request computes or loads blocks for which loading is predicted to take
             longer.
+        lookup: whether a lookup asks the tier, or (``"load"``) assumes that the tier holds a block,
+            so that the load is the question. Write-behind then asks nothing either.
         kind: the tier's kind in the profile; "" is the name of its class.
         clock: the current time in seconds.
         piece_nbytes: the most bytes of one call.
@@ -87,6 +89,7 @@ class LowerTier:
         calls: int = 2,
         writes: Literal["all", "hot"] = "all",
         if_slower: Literal["compute", "load"] = "compute",
+        lookup: Literal["ask", "load"] = "ask",
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
         piece_nbytes: int = PIECE_NBYTES,
@@ -112,6 +115,7 @@ class LowerTier:
             calls=calls,
             clock=clock,
             breaker=breaker,
+            lookup=lookup,
         )
         wanted, limit = queue // front.block_nbytes, front.slab.slots // 4
         self.write_behind = WriteBehind(
@@ -137,8 +141,13 @@ class LowerTier:
     # Lookups and loads, called by threads of the stack
 
     def contains(self, keys: Sequence[bytes], parent_span: Span) -> list[bool]:
-        """Return which of ``keys`` the tier reports to hold; none if it does not answer."""
+        """Return which of ``keys`` the tier reports to hold; none if it does not answer.
+
+        With ``lookup = "load"`` the answer is an assumption, and the tier is not called.
+        """
         namespace = self.namespace
+        if self.channel.assumes_held:
+            return self._assume_held(keys, parent_span)
         span = telemetry.start_child(parent_span, telemetry.TIER_CONTAINS)
         begun = self.channel.clock()
         call = self._start_call(
@@ -156,6 +165,14 @@ class LowerTier:
         self.channel.add_counts(lookup_blocks=len(keys), hit_blocks=sum(held))
         self._end_span(span, [call], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
         return held
+
+    def _assume_held(self, keys: Sequence[bytes], parent_span: Span) -> list[bool]:
+        """Return which of ``keys`` are worth a load; none while the circuit breaker is open."""
+        if not self.channel.accepts_calls:
+            span = telemetry.start_child(parent_span, telemetry.TIER_LOAD)
+            counts = {telemetry.REQUESTED: len(keys), telemetry.HIT: 0}
+            self._end_span(span, (), counts, telemetry.BREAKER_OPEN)
+        return self.channel.may_hold(self.namespace, keys)
 
     def load(self, lease: Lease, span: Span) -> PendingCall[int]:
         """Start to fill ``lease`` with the blocks that the tier holds.
@@ -176,14 +193,21 @@ class LowerTier:
                 ]
                 return written
             finally:
-                self.channel.add_counts(
-                    loaded_blocks=len(lease) - len(missed), missed_blocks=len(missed)
-                )
+                self._count_loaded(len(lease) - len(missed), len(missed))
                 lease.end(failed=missed)
 
         return self._start_call(
             "load", fill, len(lease), span, on_cancel=lambda: lease.end(lease.keys)
         )
+
+    def _count_loaded(self, loaded: int, missed: int) -> None:
+        """Count a load. Where a lookup only assumes, the load is the lookup."""
+        if self.channel.assumes_held:
+            self.channel.add_counts(
+                lookup_blocks=loaded + missed, hit_blocks=loaded, loaded_blocks=loaded
+            )
+        else:
+            self.channel.add_counts(loaded_blocks=loaded, missed_blocks=missed)
 
     def end_load_span(
         self, calls: Sequence[PendingCall[int]], requested: int, span: Span, *, gave_up: bool
@@ -209,8 +233,10 @@ class LowerTier:
         requested = sum(call.answer_count for call in calls)
         loaded = sum(call.count_equal(self._front.block_nbytes) for call in calls)
         hanging = not all(call.future.done() for call in calls)
-        # A load with misses says nothing about the speed, because a miss returns early.
-        if requested and (loaded == requested or hanging):
+        # A load with misses says nothing about the speed, because a miss returns early. Where the
+        # load is the lookup, a miss that takes longer than a load of all blocks should does.
+        slow = self.channel.assumes_held and seconds > self.load_seconds(requested)
+        if requested and (loaded == requested or hanging or slow):
             self._load_latency.observe(requested, seconds)
 
     def _start_call(
@@ -261,7 +287,8 @@ class LowerTier:
     def lookup_seconds(self, blocks: int) -> float:
         """Predict, optimistically, how long a lookup of ``blocks`` takes.
 
-        Returns 0 while nothing was measured, and always for ``if_slower = "load"``.
+        Returns 0 while nothing was measured, and always for ``if_slower = "load"`` and
+        ``lookup = "load"``.
         """
         if self.loads_even_if_slower:
             return 0.0

@@ -177,7 +177,7 @@ class WriteBehind:
             with telemetry.use_span(span):
                 with suppress(TierError):  # finish_clear() has logged it; it costs no block
                     self._channel.tier_namespace.forget()
-                held = self._channel.contains(namespace, lease.keys)
+                held = self._channel.known(namespace, lease.keys)
                 lacking = [key for key, known in zip(lease.keys, held, strict=True) if not known]
                 if lacking:
                     branches = branches_of(lacking, [parents[key] for key in lacking])

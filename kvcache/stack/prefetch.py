@@ -11,7 +11,7 @@ from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.lower.promotion import LowerTiers, Match
-from kvcache.lower.resume_promotion import ResumePromotion
+from kvcache.lower.resume_promotion import promote_resume
 from kvcache.resume import FrontLookup, GroupKeys
 from kvcache.stack.spans import StackSpans
 from kvcache.tier import FrontTier
@@ -92,10 +92,9 @@ class Prefetcher:
         span = _start_span(context, linked=linked)
 
         def promote() -> Match:
-            promotion = ResumePromotion(
+            match, tokens = promote_resume(
                 self._lower, groups, own, top, align_tokens, self._clock, span
             )
-            match, tokens = promotion.promote()
             self._spans.end_lookup(span, match, tokens)
             return match
 

@@ -27,13 +27,17 @@ class StackSpans:
         self._block_nbytes = block_nbytes
         self._lower = lower
 
-    def end_lookup(self, span: Span, match: Match, tokens: int | None = None) -> None:
+    def end_lookup(
+        self, span: Span, match: Match, tokens: int | None = None, *, loaded: bool = True
+    ) -> None:
         """End the span of a lookup or prefetch.
 
         Args:
             span: the span.
             match: what was found.
             tokens: the tokens of the hit; ``None`` if ``match`` has all of its blocks.
+            loaded: whether the blocks of lower tiers were loaded. Otherwise those of a tier with
+                ``lookup = "load"`` are assumed, and are no hits.
         """
         if not span.is_recording():  # spares counting the blocks of every lookup
             return
@@ -41,14 +45,17 @@ class StackSpans:
         breaker_open = (
             self._lower.tiers and match.blocks < requested and not self._lower.accepts_calls
         )
+        assumed = 0 if loaded else self._lower.count_assumed(match)
+        hits = match.blocks - assumed
         if tokens is None:
-            tokens = match.blocks * self._block_tokens
+            tokens = hits * self._block_tokens
         telemetry.end_span(
             span,
             {
                 telemetry.PROFILE: self._profile,
                 telemetry.REQUESTED: requested,
-                telemetry.HIT: match.blocks,
+                telemetry.HIT: hits,
+                **({telemetry.ASSUMED: assumed} if assumed else {}),
                 telemetry.L1_HIT: match.sources.count(0) if match.sources else match.blocks,
                 **({telemetry.HIT_TOKENS: tokens} if self._block_tokens else {}),
                 **({telemetry.SKIP_REASON: telemetry.BREAKER_OPEN} if breaker_open else {}),

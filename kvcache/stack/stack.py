@@ -100,6 +100,8 @@ class Stack(Closeable):
     ) -> Future[Match]:
         """Find the longest prefix of ``keys[start:]`` that the tiers hold.
 
+        A tier with ``lookup = "load"`` counts as holding every block; :meth:`fetch` finds out.
+
         Args:
             keys: a request's chain, from its first block.
             start: how many leading blocks the engine has in its own cache.
@@ -113,7 +115,7 @@ class Stack(Closeable):
 
         def find() -> Match:
             found = self.lower.find(match, span)
-            self._spans.end_lookup(span, found)
+            self._spans.end_lookup(span, found, loaded=False)
             return found
 
         return self.lower.submit(find)

@@ -1,20 +1,23 @@
 """A whole stack over a lower tier that fails in every way, against a model of what was stored.
 
+tests/tiers/test_storing_tiers.py runs it over every tier that stores blocks.
+
 ``KVCACHE_MACHINE_EXAMPLES`` sets the number of examples: 25,000 are a million operations.
 """
 
 import logging
 import os
 from collections import Counter
+from typing import Literal
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from kvcache import Lease
-from tests.support.failing_parts import FAULTS, replace_policy_method
+from tests.support.failing_parts import FAULTS, StoringTier, replace_policy_method
 from tests.support.manual_clock import ManualClock
-from tests.support.stack_under_test import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 from tests.support.wrong_results import EXCEPTIONS
 
 EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "120"))
@@ -29,13 +32,28 @@ class Faults(RuleBasedStateMachine):
     reading: Bundle[Lease] = Bundle("reading")
     chains = st.sampled_from(["0", "00", "000", "00000", "001", "00111", "1", "11"])
 
+    def new_tier(self) -> tuple[StoringTier, bytes]:
+        """Return a tier, and a namespace of which it holds no block."""
+        return StoringTier(), NAMESPACE
+
     @initialize(
-        slots=st.integers(1, 10), blocks_per_call=st.integers(1, 4), queue=st.integers(1, 10)
+        slots=st.integers(1, 10),
+        blocks_per_call=st.integers(1, 4),
+        queue=st.integers(1, 10),
+        lookup=st.sampled_from(["ask", "load"]),
     )
-    def open(self, slots: int, blocks_per_call: int, queue: int) -> None:
+    def open(
+        self, slots: int, blocks_per_call: int, queue: int, lookup: Literal["ask", "load"]
+    ) -> None:
         self.clock = ManualClock()
+        tier, namespace = self.new_tier()
         self.under_test = StackUnderTest(
-            slots=slots, blocks_per_call=blocks_per_call, breaker_clock=self.clock
+            slots=slots,
+            tiers=[tier],
+            blocks_per_call=blocks_per_call,
+            breaker_clock=self.clock,
+            namespace=namespace,
+            lookup=lookup,
         )
         [self.lower], [self.tier] = self.under_test.lower, self.under_test.tiers
         self.lower.write_behind.queue_blocks = queue  # may exceed a quarter of this small L1
@@ -130,7 +148,11 @@ class Faults(RuleBasedStateMachine):
         assert l1.stored_blocks == self.filled + l2.loaded_blocks
         assert l1.lookup_blocks == self.asked
         assert l2.errors == self.tier.failed
-        assert l2.loaded_blocks + l2.missed_blocks == self.tier.requested_blocks
+        if self.lower.channel.assumes_held:
+            assert l2.lookup_blocks == self.tier.requested_blocks
+            assert (l2.hit_blocks, l2.missed_blocks) == (l2.loaded_blocks, 0)
+        else:
+            assert l2.loaded_blocks + l2.missed_blocks == self.tier.requested_blocks
         assert all(thread.is_alive() for thread in self.threads)
         done["tier faults"] += self.tier.failed
         self.under_test.stack.close()
