@@ -59,6 +59,7 @@ class Faults(RuleBasedStateMachine):
         self.lower.write_behind.queue_blocks = queue  # may exceed a quarter of this small L1
         self.open_leases: list[Lease] = []
         self.asked = self.filled = 0  # blocks of L1
+        self.clears = 0
         self.threads = self.lower.channel.workers.threads
         logging.getLogger("kvcache").setLevel("CRITICAL")  # silences the circuit breaker
 
@@ -120,6 +121,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
+        self.clears += 1
         self.under_test.stack.clear()
 
     @rule()
@@ -147,7 +149,8 @@ class Faults(RuleBasedStateMachine):
         assert accounted == l1.stored_blocks - l2.loaded_blocks
         assert l1.stored_blocks == self.filled + l2.loaded_blocks
         assert l1.lookup_blocks == self.asked
-        assert l2.errors == self.tier.failed
+        # A write that begins during the first reset fails before it calls the tier.
+        assert self.tier.failed <= l2.errors <= self.tier.failed + self.clears
         if self.lower.channel.assumes_held:
             assert l2.lookup_blocks == self.tier.requested_blocks
             assert (l2.hit_blocks, l2.missed_blocks) == (l2.loaded_blocks, 0)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvcache.eviction import Lru, Take
-from kvcache.tier import Tier
+from kvcache.keys import Branch
+from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.dram import DramTier
 from tests.support.wrong_results import EXCEPTIONS, WRONG_RESULTS
 
@@ -17,13 +18,52 @@ FAULTS = [*COMMON_FAULTS, *RARE_FAULTS]
 """The faults of a ``FaultyTier``."""
 
 
-class FaultyTier(Tier):
-    """A tier with its blocks in a dictionary, which fails on command.
-
-    A call with a wrong result does its work nonetheless.
+class DictTier(Tier):
+    """A tier with its blocks in a dictionary.
 
     Attributes:
         held: the blocks by key.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, bytes] = {}
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [key in self.held for key in keys]
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        written = []
+        for key, buffer in zip(keys, into, strict=True):
+            block = self.held.get(key, b"")
+            buffer[: len(block)] = block
+            written.append(len(block))
+        return written
+
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
+    ) -> list[bool]:
+        for key, block in zip(keys, blocks, strict=True):
+            self.held[key] = bytes(block)
+        return [True] * len(keys)
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.held.pop(key, None)
+
+    def close(self) -> None:
+        pass
+
+
+class FaultyTier(Tier):
+    """A tier around another one, which fails on command.
+
+    A call with a wrong result does its work nonetheless. The inner tier stays open.
+
+    Args:
+        inner: keeps the blocks; ``None`` is a dictionary.
+
+    Attributes:
+        held: the blocks by key, if a dictionary keeps them.
         fault: the fault of the next calls, one of ``FAULTS``; empty for none.
         gate: while it is cleared, calls hang.
         waiting: released by each call that hangs.
@@ -33,8 +73,10 @@ class FaultyTier(Tier):
         read: the keys that were loaded.
     """
 
-    def __init__(self) -> None:
-        self.held: dict[bytes, bytes] = {}
+    def __init__(self, inner: Tier | None = None) -> None:
+        blocks = DictTier()
+        self.held = blocks.held
+        self._inner = inner or blocks
         self.fault = ""
         self.gate = threading.Event()
         self.gate.set()
@@ -73,22 +115,22 @@ class FaultyTier(Tier):
         if fault == "count":
             self.failed += 1
             return [True] * (len(keys) + 1)
-        return self._result([key in self.held for key in keys], fault)
+        return self._result(self._inner.contains(keys), fault)
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         fault = self.fault
         self.requested_blocks += len(keys)
         self._begin_call("load")
-        written = []
-        for at, (key, buffer) in enumerate(zip(keys, into, strict=True)):
-            self.read.append(key)
-            block = self.held.get(key, b"")
-            if fault == "hole" and at % 3 == 1:
-                block = b""
+        self.read += keys
+        buffers = [memoryview(bytearray(len(each))) for each in into] if fault == "short" else into
+        served = [at for at in range(len(keys)) if fault != "hole" or at % 3 != 1]
+        found = self._inner.load([keys[at] for at in served], [buffers[at] for at in served])
+        written = [0] * len(keys)
+        for at, nbytes in zip(served, found, strict=True):
+            written[at] = nbytes
             if fault == "short":
-                block = block[: len(block) // 2]
-            buffer[: len(block)] = block
-            written.append(len(block))
+                written[at] = nbytes // 2
+                into[at][: nbytes // 2] = buffers[at][: nbytes // 2]
         if fault == "count":
             self.failed += 1
             return written[:-1]
@@ -101,17 +143,36 @@ class FaultyTier(Tier):
         self._begin_call("store")
         if fault == "decline":
             return [False] * len(keys)
-        for key, block in zip(keys, blocks, strict=True):
-            self.held[key] = bytes(block)
-        return self._result([True] * len(keys), fault)
+        return self._result(self._inner.store(keys, blocks, parent), fault)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         self._begin_call("remove")
-        for key in keys:
-            self.held.pop(key, None)
+        self._inner.remove(keys)
+
+    def resolve(self, namespace: bytes, about: str) -> bytes:
+        return self._inner.resolve(namespace, about)
+
+    def forget(self, namespace: bytes) -> None:
+        self._inner.forget(namespace)
+
+    def usage(self) -> TierUsage:
+        return self._inner.usage()
 
     def close(self) -> None:
         self.closed = True
+
+
+class StoringTier(FaultyTier):
+    """A faulty tier that passes the segments of a store to the inner tier in one call."""
+
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        fault = self.fault
+        self._begin_call("store")
+        if fault == "decline":
+            return [False] * len(blocks)
+        return self._result(self._inner.store_branches(branches, blocks), fault)
 
 
 class FaultyPolicy(Lru):

@@ -33,6 +33,7 @@ class StackUnderTest:
         clock: of the stack and of the lower tiers.
         breaker_clock: of the circuit breakers; ``None`` is ``clock``.
         breaker_failures: how many failures in a row open the circuit breaker of a lower tier.
+        namespace: of the blocks in the lower tiers.
         options: of every lower tier.
     """
 
@@ -46,6 +47,7 @@ class StackUnderTest:
         clock: Callable[[], float] = time.monotonic,
         breaker_clock: Callable[[], float] | None = None,
         breaker_failures: int = 3,
+        namespace: bytes = NAMESPACE,
         **options: Any,
     ):
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
@@ -55,7 +57,7 @@ class StackUnderTest:
                 tier,
                 name=f"l{number}",
                 front=self.front,
-                namespace=NAMESPACE,
+                namespace=namespace,
                 deadline_s=deadline_s,
                 calls=calls,
                 clock=clock,

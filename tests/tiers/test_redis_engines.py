@@ -1,18 +1,12 @@
-"""The whole stack over a real server, through a tier that goes wrong in every way; and two stacks.
-
-The machine is that of tests/lower/test_faults.py; what it keeps below is in the server.
-"""
+"""Several engines store the same blocks on one Redis server at once."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import initialize, run_state_machine_as_test
 
 pytest.importorskip("redis")
 
@@ -20,8 +14,6 @@ from kvcache import Stack
 from kvcache.profiles import open_stack
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
-from kvcache.tiers.redis import RedisTier
-from tests.lower.test_faults import Faults
 from tests.support import redis_servers
 from tests.support.redis_servers import Server
 from tests.support.stack_under_test import LONG
@@ -31,49 +23,6 @@ from tests.support.stack_under_test import LONG
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with redis_servers.server(tmp_path_factory.mktemp("redis")) as server:
         yield server
-
-
-class ServerDict(dict[bytes, bytes]):
-    """The blocks of a tier as a dictionary."""
-
-    def __init__(self, tier: RedisTier) -> None:
-        self._tier = tier
-
-    def __contains__(self, key: object) -> bool:
-        assert isinstance(key, bytes)
-        return self._tier.contains([key])[0]
-
-    def get(self, key: bytes, default: bytes = b"") -> bytes:  # type: ignore[override]
-        buffer = memoryview(bytearray(PAGE))
-        [nbytes] = self._tier.load([key], [buffer])
-        return bytes(buffer[:nbytes]) if nbytes else default
-
-    def __setitem__(self, key: bytes, block: bytes) -> None:
-        assert self._tier.store([key], [memoryview(block)]) == [True]
-
-    def pop(self, key: bytes, default: bytes = b"") -> bytes:  # type: ignore[override]
-        self._tier.remove([key])
-        return default
-
-
-def test_stack_over_redis_with_injected_faults_keeps_its_invariants(server: Server) -> None:
-    with closing(RedisTier(url=server.url, timeout_s=30)) as redis_tier:
-
-        class FaultsOverRedis(Faults):
-            @initialize(
-                slots=st.integers(1, 10),
-                blocks_per_call=st.integers(1, 4),
-                queue=st.integers(1, 10),
-            )
-            def open(self, slots: int, blocks_per_call: int, queue: int) -> None:
-                super().open(slots, blocks_per_call, queue)
-                server.client().flushall()
-                self.tier.held = ServerDict(redis_tier)
-
-        run_state_machine_as_test(
-            FaultsOverRedis,
-            settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
-        )
 
 
 def test_engines_that_write_the_same_blocks_at_once_leave_one_of_each(
