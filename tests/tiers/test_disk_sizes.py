@@ -1,13 +1,14 @@
-"""DiskTier opened with other sizes than before: it keeps the blocks that fit."""
+"""DiskTier opened with other sizes than before, and keys and blocks that are too large for it."""
 
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from kvcache.keys import MAX_KEY_NBYTES
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier
-from kvcache.tiers.disk.record_file import RECORD_NBYTES
+from kvcache.tiers.disk.record_file import KEY_NBYTES, RECORD_NBYTES
 from tests.support.disk_tiers import blocks_of, capacity_for, load_hits, open_disk
 
 
@@ -50,3 +51,39 @@ def test_disk_with_another_block_size_starts_empty(
         assert tier.contains(keys) == [False] * 3
         assert tier.store(keys, blocks_of(keys)) == [True] * 3
     assert "blocks of another format or block size deleted" in caplog.text
+
+
+# Keys and blocks that a record or a slot cannot hold
+
+
+def test_disk_logs_the_first_key_and_the_first_block_that_it_declines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(open_disk(tmp_path / "kv")) as tier:
+        for nbytes in (KEY_NBYTES + 1, KEY_NBYTES + 9):
+            keys = [*keys_of("long", 1, nbytes), *keys_of("short", 1)]
+            assert tier.store(keys, blocks_of(keys)) == [False, True]
+            assert load_hits(tier, keys) == [False, True]
+        for extra in (1, 2):
+            keys = keys_of("large", 1)
+            assert tier.store(keys, [memoryview(bytes(PAGE + extra))]) == [False]
+    start = f"kvcache: disk tier at {tmp_path / 'kv'}: a"
+    key, block = (record.getMessage() for record in caplog.records)
+    assert (
+        key == f"{start} key has 81 bytes (a record holds 80); blocks with longer keys are declined"
+    )
+    assert block == f"{start} block has 4097 bytes (a slot holds 4096); larger blocks are declined"
+
+
+def test_disk_reopened_finds_a_block_with_a_parent_that_is_too_long(tmp_path: Path) -> None:
+    keys = keys_of("child", 2)
+    for nbytes in (KEY_NBYTES + 1, 300):
+        [parent] = keys_of("parent", 1, nbytes)
+        with closing(open_disk(tmp_path / f"{nbytes}")) as tier:
+            assert tier.store(keys, blocks_of(keys), parent) == [True, True]
+        with closing(open_disk(tmp_path / f"{nbytes}")) as tier:
+            assert load_hits(tier, keys) == [True, True]
+
+
+def test_records_of_the_disk_hold_every_key_of_the_contract() -> None:
+    assert KEY_NBYTES >= MAX_KEY_NBYTES

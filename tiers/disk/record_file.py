@@ -169,11 +169,6 @@ def unpack_record(data: bytes | bytearray, slot: int, slot_nbytes: int) -> Recor
     return None
 
 
-def recorded_parent(key: bytes | None) -> bytes:
-    """Return what a record holds of its parent's key: nothing of an unknown or too long one."""
-    return key if key is not None and len(key) <= KEY_NBYTES else b""
-
-
 class RecordFile:
     """The records of an open tier.
 
@@ -222,18 +217,19 @@ class RecordFile:
 
 
 def _packed(record: Record) -> bytes:
-    """Return the bytes of a record."""
+    """Return the bytes of a record, without the key of a parent that is too long for it."""
+    parent = record.parent if len(record.parent) <= KEY_NBYTES else b""
     fields = _FIELDS.pack(
         record.slot,
         record.generation,
         record.nbytes,
         len(record.key),
-        len(record.parent),
+        len(parent),
         record.key[:FIELD_NBYTES],
-        record.parent[:FIELD_NBYTES],
+        parent[:FIELD_NBYTES],
     )
     crc, rests, rests_crc = zlib.crc32(fields), b"", 0
-    if max(len(record.key), len(record.parent)) > FIELD_NBYTES:
-        rests = _RESTS.pack(record.key[FIELD_NBYTES:], record.parent[FIELD_NBYTES:])
+    if max(len(record.key), len(parent)) > FIELD_NBYTES:
+        rests = _RESTS.pack(record.key[FIELD_NBYTES:], parent[FIELD_NBYTES:])
         rests_crc = zlib.crc32(rests, crc)
     return _RECORD.pack(fields, crc, rests, rests_crc)

@@ -48,7 +48,6 @@ from kvcache.tiers.disk.record_file import (
     Record,
     RecordFile,
     file_nbytes,
-    recorded_parent,
 )
 from kvcache.tiers.disk.replicas import FileSizes
 from kvcache.tiers.disk.restore import restore_index
@@ -247,13 +246,7 @@ class DiskTier(Tier):
                 self._generation += len(slots)
             reserved = [storable[position] for position in positions]
             records = [
-                Record(
-                    first_generation + n,
-                    slot,
-                    len(blocks[at]),
-                    keys[at],
-                    recorded_parent(parents[at]),
-                )
+                Record(first_generation + n, slot, len(blocks[at]), keys[at], parents[at] or b"")
                 for n, (slot, at) in enumerate(zip(slots, reserved, strict=True))
             ]
             groups = group_adjacent(records, [blocks[at] for at in reserved], self._slot_nbytes)
