@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ pytest.importorskip("redis")
 from tests.e2e.conftest import RunEngine
 from tests.support import redis_servers
 from tests.support.engine import lower_tier
-from tests.support.engine.engine import BLOCK, Completion, Engine
+from tests.support.engine.engine import BLOCK, Engine
 from tests.support.engine.lower_tier import PROMPTS
 from tests.support.engine.process import EngineRun, startup
 from tests.support.redis_servers import Server
@@ -65,13 +64,6 @@ def wait_for_both(place: Any, name: str) -> None:
     if place.incr(name) == 2:
         place.rpush(f"{name} go", 1, 1)
     assert place.blpop(f"{name} go", timeout=120)
-
-
-def without_the_server(engine: Engine) -> dict[str, Any]:
-    """Kill the server, empty L1, and complete the same prompts again."""
-    os.kill(int(os.environ["SERVER_PID"]), signal.SIGKILL)
-    engine.stack.front.clear()
-    return {"answers": lower_tier.repeat_prompts(engine), "ends": engine.open_state()}
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +156,9 @@ def second(
         lower_tier.lower_tier_counts,
         lower_tier.abort_during_promotion,
         complete_as_other_users,
-        without_the_server,
+        lower_tier.repeat_prompts_without_servers,
     )
-    settings = settings_for(server, SERVER_PID=str(server.pid), ADAPTER=str(adapter))
+    settings = settings_for(server, SERVER_PIDS=str(server.pid), ADAPTER=str(adapter))
     return run_engine(scenarios, **settings, options={"enable_lora": True, "max_lora_rank": 8})
 
 
@@ -215,13 +207,10 @@ def test_abort_during_promotion_leaves_no_open_state(second: EngineRun) -> None:
 
 
 def test_killed_server_makes_the_engine_compute(second: EngineRun, reference: EngineRun) -> None:
-    found = second.result_of(without_the_server, warned=True)
-
-    def tokens_of(answers: list[Completion]) -> list[Any]:
-        return [answer["tokens"] for answer in answers]
-
+    found = second.result_of(lower_tier.repeat_prompts_without_servers, warned=True)
     assert len(found["answers"]) == len(PROMPTS)
-    assert tokens_of(found["answers"]) == tokens_of(reference.result_of(lower_tier.repeat_prompts))
+    expected = reference.result_of(lower_tier.repeat_prompts)
+    assert lower_tier.tokens_of(found["answers"]) == lower_tier.tokens_of(expected)
     assert not any(found["ends"].values()), found["ends"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 from typing import Any
 
 from tests.support.engine.engine import BLOCK, Completion, Engine, prompt
@@ -61,6 +62,19 @@ def lower_tier_counts(engine: Engine) -> dict[str, int]:
         "errors": lower.errors,
         "pinned": stack.stats().pinned_slots,
     }
+
+
+def repeat_prompts_without_servers(engine: Engine) -> dict[str, Any]:
+    """Kill the processes in ``SERVER_PIDS``, empty L1, and complete the same prompts again."""
+    for pid in os.environ["SERVER_PIDS"].split():
+        os.kill(int(pid), signal.SIGKILL)
+    engine.stack.front.clear()
+    return {"answers": repeat_prompts(engine), "ends": engine.open_state()}
+
+
+def tokens_of(answers: list[Completion]) -> list[Any]:
+    """Return the tokens of each answer."""
+    return [answer["tokens"] for answer in answers]
 
 
 def cached_after_reset(engine: Engine) -> list[int]:
