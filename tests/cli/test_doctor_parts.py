@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
@@ -18,6 +19,9 @@ import pytest
 from kvcache.cli.doctor import machine, otlp, versions
 from kvcache.cli.doctor.result import CheckResult
 from kvcache.profiles import Profile, load_profile
+from kvcache.profiles.options import options_of
+from kvcache.profiles.tiers import Row, Setting
+from kvcache.tiers.dram import DramTier
 
 REQUIRES = [
     "opentelemetry-api>=1.27",
@@ -149,12 +153,20 @@ class TestVersions:
 
 class TestMemory:
     @pytest.mark.parametrize(("soft", "status"), [(8 << 20, "FAIL"), (-1, "OK")])
-    def test_limit_of_locked_memory_fails_for_locking_kinds(
+    def test_limit_of_locked_memory_fails_for_mooncake_over_rdma(
         self, soft: int, status: str, l1_only: Profile, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda what: (soft, -1))
+        protocol = replace(options_of(DramTier)["eviction"], name="protocol")
+
+        def mooncake_over(name: str) -> Profile:
+            setting = Setting(protocol, name, name, "here")
+            pool = Row("pool", "mooncake", DramTier, (setting,), "here", {})
+            return replace(l1_only, tiers=(*l1_only.tiers, pool))
+
         assert machine.locked_memory(l1_only).status == "OK"
-        assert machine.locked_memory(l1_only, {"dram"}).status == status
+        assert machine.locked_memory(mooncake_over("tcp")).status == "OK"
+        assert machine.locked_memory(mooncake_over("rdma")).status == status
 
 
 class TestOtlp:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,6 @@ from kvcache.sizes import Size, format_size
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
     from kvcache.profiles.tiers import Row
-
-LOCKING_KINDS = frozenset({"mooncake"})
-"""Kinds of tiers that register L1 with a network card, which locks it in memory."""
 
 
 def memory_checks(profile: Profile | None, options: CheckOptions) -> Iterator[CheckResult]:
@@ -95,19 +92,22 @@ def slabs_of_other_processes(proc: Path) -> Counter[int]:
     return found
 
 
-def locked_memory(
-    profile: Profile | None, locking_kinds: Collection[str] = LOCKING_KINDS
-) -> CheckResult:
-    """Check how much memory a process may lock, which only ``locking_kinds`` of tiers need."""
+def _locks_memory(row: Row) -> bool:
+    """Whether a tier registers memory with a network card, which locks it."""
+    return row.kind == "mooncake" and row.options.get("protocol") == "rdma"
+
+
+def locked_memory(profile: Profile | None) -> CheckResult:
+    """Check how much memory a process may lock, which only tiers over RDMA need."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return ok("memlock", "unlimited")
-    kinds = {row.kind for row in profile.tiers} if profile is not None else set()
     limit = format_size(soft)
-    if locking := sorted(kinds.intersection(locking_kinds)):
+    rows = profile.tiers if profile is not None else ()
+    if locking := [row.name for row in rows if _locks_memory(row)]:
         return fail(
             "memlock",
-            f"{limit}; {', '.join(locking)} registers all of L1 with the network card",
+            f"{limit}; {', '.join(locking)} registers its memory with the network card",
             "ulimit -l unlimited; in Docker --ulimit memlock=-1, in Kubernetes IPC_LOCK",
         )
     return ok("memlock", f"{limit}, and no tier here locks memory", limit_nbytes=soft)

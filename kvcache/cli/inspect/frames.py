@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from kvcache.cli.inspect.contents import TierContents
 from kvcache.cli.progress import ProgressBar
 from kvcache.sizes import format_size
 from kvcache.tier import Tier
+
+
+class ReadOnlyTier(Tier):
+    """A tier that only loads.
+
+    Args:
+        load: writes the value of a key into a buffer, and returns its number of bytes; 0 if it is
+            missing.
+    """
+
+    def __init__(self, load: Callable[[bytes, memoryview], int]) -> None:
+        self._load = load
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        return [True] * len(keys)
+
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        return [self._load(key, buffer) for key, buffer in zip(keys, into, strict=True)]
+
+    def store(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
+    ) -> list[bool]:
+        return [False] * len(keys)
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        """Do nothing: an engine that reads a damaged block removes it."""
+
+    def close(self) -> None:
+        """Do nothing: the caller closes what `load` reads from."""
 
 
 def verify(

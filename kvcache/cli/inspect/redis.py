@@ -6,13 +6,13 @@ Always true: no value is removed, and reading one does not extend its life.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from kvcache.cli.inspect.contents import TierContents
+from kvcache.cli.inspect.frames import ReadOnlyTier
 from kvcache.cli.inspect.frames import verify as verify_frames
-from kvcache.cli.redis_server import RedisServers, connected
+from kvcache.cli.redis_server import connected
 from kvcache.sizes import format_size
-from kvcache.tier import Tier
 
 _NAME = re.compile(rb"kvcache:1:((?:[0-9a-f]{2})*):((?:[0-9a-f]{2})*)")
 _DESCRIPTION_NBYTES = 1 << 16
@@ -53,35 +53,8 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
                     f"{options['url']} has a value of {format_size(largest)}; values of Redis "
                     f"have at most {format_size(_LARGEST_VALUE_NBYTES)}"
                 )
-            tier = _ReadOnlyTier(servers)
+            from kvcache.tiers.redis import block_name
+
+            tier = ReadOnlyTier(lambda key, into: servers.load(block_name(key), into))
             verify_frames(tier, sizes, largest, contents, lambda _: "changed")
         return contents
-
-
-class _ReadOnlyTier(Tier):
-    """The servers as a tier that stores and removes nothing."""
-
-    def __init__(self, servers: RedisServers) -> None:
-        self._servers = servers
-
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [True] * len(keys)
-
-    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
-        from kvcache.tiers.redis import block_name
-
-        return [
-            self._servers.load(block_name(key), buffer)
-            for key, buffer in zip(keys, into, strict=True)
-        ]
-
-    def store(
-        self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
-    ) -> list[bool]:
-        return [False] * len(keys)
-
-    def remove(self, keys: Sequence[bytes]) -> None:
-        """Do nothing: an engine that reads a damaged block removes it."""
-
-    def close(self) -> None:
-        """Do nothing: `connected` closes the connections."""
