@@ -121,12 +121,10 @@ MODELS: Final = {
     "drafts": model(_full(), _window(), drafts=2),
     "drafts+states": model(_full(), _state(), _state(), drafts=2),
     "drafter layers": model(_full(), _window(), _window(33), drafts=2, eagle=True),
+    "drafter layers+states": model(_full(), _state(), _window(33), drafts=2, eagle=True),
     "drafts on two stages": model(_full(layers=2), _window(layers=2), drafts=2, pipeline=2),
     "pipeline": model(_full(layers=3), _window(layers=1), pipeline=2),
     "pipeline+states": model(_full(layers=2), _state(), _state(), pipeline=2),
     "two ranks": model(_full(), _window(), tensor=2),
     "states on two ranks": model(_full(), _state(), tensor=2),
 }
-
-DRAFTER_BESIDE_STATES: Final = model(_full(), _state(), _window(33), drafts=2, eagle=True)
-"""Not in `MODELS`: in vLLM 0.33, hits of vLLM's own cache may be a block longer than kvcache's."""

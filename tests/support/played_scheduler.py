@@ -131,6 +131,9 @@ def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) ->
     config.cache_config.prefix_match_unit = model.match_unit
     if model.eagle:
         config.speculative_config.method = "eagle"
+        # Without a connector, vLLM 0.33 would hash the token after a block too, and would not drop
+        # the last block of a hit.
+        config.speculative_config.disable_lookahead_block_hashes = True
     if play.copying.is_async:
         name_device(config)
     return config

@@ -29,7 +29,7 @@ from tests.support.group_hooks import needs_group_hooks
 from tests.support.groups_walk import prepare_walk, walk
 from tests.support.model_runners import second_runner_of
 from tests.support.played_memory import WrongKVError
-from tests.support.played_models import DRAFTER_BESIDE_STATES, MODELS, PlayedModel
+from tests.support.played_models import MODELS, PlayedModel
 from tests.support.played_ranks import Copying
 from tests.support.played_scheduler import write_config
 from tests.support.reordering_device import ReorderedEvent, ReorderedStream
@@ -167,7 +167,7 @@ CASES = [
     Case(fence_no_block, MODELS["full+window"]),
     Case(copy_without_waiting_for_the_engine),
     Case(store_before_the_pass),
-    Case(store_before_the_drafter, DRAFTER_BESIDE_STATES, runners=("first",)),
+    Case(store_before_the_drafter, MODELS["drafter layers+states"], runners=("first",)),
     Case(store_before_the_drafter, MODELS["drafter layers"], runners=("second",) * SECOND.defers),
     Case(let_stores_read_beside_the_next_step, MODELS["full+3 states"], runners=("second",)),
     Case(acknowledge_copies_at_their_start),
