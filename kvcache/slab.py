@@ -29,6 +29,7 @@ from kvcache import huge_pages, numa
 from kvcache.huge_pages import HUGE_PAGE
 from kvcache.memory_files import PAGE, MappedFiles, create_file
 from kvcache.process import bind_to_process
+from kvcache.thread_cpus import process_cpus, use_cpus
 
 __all__ = ["PAGE", "Slab", "SlabDescriptor", "SlabError", "slot_nbytes_for"]
 
@@ -224,6 +225,7 @@ class Slab:
         return self.populated
 
     def _allocate_rest(self) -> None:
+        use_cpus(process_cpus())  # not only that of the engine's thread, which may have made this
         begun = logged = time.monotonic()
         while self._allocate_extent() and not self._stop.is_set():
             now = time.monotonic()

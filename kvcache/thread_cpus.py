@@ -1,6 +1,7 @@
 """The CPUs that a thread may use.
 
-An engine pins each of its threads to one CPU, and a new thread inherits that.
+An engine may pin each of its threads to one CPU. A new thread inherits the CPU of the thread that
+starts it, and would take turns there with the engine.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Always true here:
 
 * A thread takes the oldest queued load, and a store only when no load is queued.
 * A job runs or is dropped, exactly once.
+* A thread uses all CPUs of the process, although the thread that made the pool may be pinned.
 * A thread continues after any exception of a job. Threads are daemons: a call that hangs does not
   keep the process from exiting.
 """
@@ -14,13 +15,14 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, PriorityQueue
 from typing import TypeVar
 
 from kvcache.process import bind_to_process
+from kvcache.thread_cpus import process_cpus, use_cpus
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +55,14 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._closed = not threads
         self._threads: list[threading.Thread] = []
+        cpus = process_cpus()
         try:
             for number in range(threads):
                 thread = threading.Thread(
-                    target=self._run_jobs, name=f"kvcache-{name}-{number}", daemon=True
+                    target=self._run_jobs,
+                    args=(cpus,),
+                    name=f"kvcache-{name}-{number}",
+                    daemon=True,
                 )
                 thread.start()
                 self._threads.append(thread)
@@ -131,7 +137,8 @@ class WorkerPool:
         for thread in [each for each in self._threads if each is not current]:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _run_jobs(self) -> None:
+    def _run_jobs(self, cpus: Collection[int]) -> None:
+        use_cpus(cpus)  # not only that of the thread that made the pool, such as an engine's
         while True:
             priority, _, job, on_drop = self._jobs.get()
             if priority == STOP:
