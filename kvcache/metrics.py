@@ -192,10 +192,7 @@ def _lower_values(tier: LowerStats) -> TierValues:
             "declined": tier.declined_blocks,
             "dropped": tier.dropped_blocks,
         },
-        IO: {
-            "read": tier.loaded_blocks * tier.block_nbytes,
-            "write": tier.stored_blocks * tier.block_nbytes,
-        },
+        IO: {"read": tier.loaded_nbytes, "write": tier.stored_nbytes},
         REJECTIONS: usage.rejected_blocks,
         ERRORS: {"": tier.errors},
         QUEUE: {"": tier.queued_nbytes},

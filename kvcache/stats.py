@@ -25,9 +25,11 @@ class LowerStats:
     lookup_blocks: int  # looked up in the tier; with ``lookup = "load"``, asked for by loads
     hit_blocks: int  # lookups that the tier answered with yes; with ``lookup = "load"``, loaded
     loaded_blocks: int
-    missed_blocks: int  # reported as held, but not loaded; with ``lookup = "load"``, none
+    loaded_nbytes: int
+    missed_blocks: int  # asked for in a load, but not loaded; with ``lookup = "load"``, none
     skipped_blocks: int  # not looked up, or held but not loaded: computing them is faster
     stored_blocks: int  # written to the tier
+    stored_nbytes: int
     known_blocks: int  # not written: the tier held them, or did when this process last used them
     declined_blocks: int  # offered, but the tier declined them or the call failed
     dropped_blocks: int  # not offered: the write queue was full or the circuit breaker open
@@ -59,15 +61,15 @@ def usage_of(tier: Tier) -> TierUsage:
 
 @dataclass(frozen=True, slots=True)
 class StackStats:
-    """Counters of L1 and of every lower tier."""
+    """Counters of L1 and of every lower tier; direct tiers have no L1."""
 
     profile: str
     tiers: tuple[TierStats, ...]
     lower: tuple[LowerStats, ...] = ()
-    names: tuple[TierName, ...] = ()  # of all tiers, L1 first
+    names: tuple[TierName, ...] = ()  # of all tiers, nearest first
     loaded_blocks: int = 0  # read from L1 under leases that ended without failure
 
     @property
     def pinned_slots(self) -> int:
         """L1 slots under leases that have not ended; 0 when nothing is in flight."""
-        return self.tiers[0].pinned_slots
+        return sum(tier.pinned_slots for tier in self.tiers)

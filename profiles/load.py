@@ -6,14 +6,15 @@ reasons only: the machine has too little memory, or a tier's constructor raises.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcache import inputs
 from kvcache.profiles import variables
 from kvcache.profiles.aibrix import MigrationReport, read_aibrix
 from kvcache.profiles.errors import ProfileError
-from kvcache.profiles.source import find_profile, read_or_raise
+from kvcache.profiles.source import GivenValue, TierTable, find_profile, read_or_raise
 from kvcache.profiles.tiers import Row, override_of, read_rows
 
 DEFAULT = "l1-only"
@@ -76,3 +77,43 @@ def load_profile(
     if problems:  # a misspelt variable may be the cause: list those too
         raise ProfileError(path.stem, [*problems, *unknown])
     return Profile(path.stem, path, tuple(rows), file.bases, report, unknown)
+
+
+def load_tables(
+    tables: object,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    origin: str = "tiers",
+    replicas: int = 1,
+) -> Profile:
+    """Load lower tiers that an engine's configuration lists, as a profile without an L1.
+
+    Args:
+        tables: a list of mappings, each with the keys that a [[tier]] of a profile has.
+        environ: the environment; ``KVCACHE__<TIER>__<OPTION>`` overrides an option.
+        origin: where the tables are written, for errors; also the profile's name.
+        replicas: divides shares of memory, such as "50%".
+
+    Raises:
+        ProfileError: with every problem.
+    """
+    path = Path(origin)
+    if not isinstance(tables, Sequence) or not all(isinstance(each, Mapping) for each in tables):
+        raise ProfileError(
+            origin, [f'{origin}: write a list of tiers, such as [{{"name": ..., "kind": ...}}]']
+        )
+    try:
+        inputs.check_document(list(tables))
+    except ValueError as error:
+        raise ProfileError(origin, [f"{origin}: {error}"]) from None
+    read = []
+    for number, table in enumerate(tables):
+        place = f"{origin}[{number}]"
+        given = {str(key): GivenValue(value, place) for key, value in table.items()}
+        read.append(TierTable(place, given))
+    rows, problems = read_rows(path, read, environ, replicas=replicas, has_front=False)
+    options = (override_of(row.name, option) for row in rows for option in row.accepted)
+    unknown = variables.unknown_variables(environ, options)
+    if problems:
+        raise ProfileError(origin, [*problems, *unknown])
+    return Profile(origin, path, tuple(rows), unknown=unknown)

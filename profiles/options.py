@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from kvcache import host_memory
 from kvcache.eviction import POLICIES, Eviction, policy_class
-from kvcache.lower.tier import LowerTier
+from kvcache.lower.caller import TierCaller
 from kvcache.profiles import secrets
 from kvcache.profiles.errors import listed, nearest
 from kvcache.sizes import FORMS, DiskSize, Size, parse_size
@@ -30,7 +30,7 @@ STACK_ARGUMENTS = (
 """Keyword arguments that the stack passes. They are no options of a profile."""
 
 LOWER_TIER_ARGUMENTS = ("breaker", "namespace", "piece_nbytes")
-"""Keyword arguments of ``LowerTier`` that are no options. Your own tier may use these names."""
+"""Keyword arguments of a ``TierCaller`` that are no options. Your own tier may use these names."""
 
 _TYPE_TEXTS: dict[object, str] = {
     Size: f"a size: {FORMS}",
@@ -65,7 +65,7 @@ def options_of(cls: type) -> dict[str, Option]:
         raise ValueError(
             f"the annotations of {cls.__qualname__} cannot be read ({error})"
         ) from error
-    passed = {*STACK_ARGUMENTS, *(LOWER_TIER_ARGUMENTS if cls is LowerTier else ())}
+    passed = {*STACK_ARGUMENTS, *(LOWER_TIER_ARGUMENTS if issubclass(cls, TierCaller) else ())}
     options = {
         name: Option(name, hints.get(name), parameter.default is parameter.empty, parameter.default)
         for name, parameter in inspect.signature(cls).parameters.items()

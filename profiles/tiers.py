@@ -139,12 +139,15 @@ def read_rows(
     environ: Mapping[str, str],
     requests: Sequence[RequestedOption] = (),
     replicas: int = 1,
+    *,
+    has_front: bool = True,
 ) -> tuple[list[Row], list[str]]:
     """Return the rows that could be read, and the problems; use the rows only without problems.
 
-    Shares of memory are divided by ``replicas``.
+    Shares of memory are divided by ``replicas``. With ``has_front`` the first row is L1, else all
+    rows are lower tiers.
     """
-    reader = _RowReader(path, environ, requests, replicas)
+    reader = _RowReader(path, environ, requests, replicas, has_front=has_front)
     return reader.rows(tables), reader.problems
 
 
@@ -177,9 +180,12 @@ class _RowReader:
         environ: Mapping[str, str],
         requests: Sequence[RequestedOption],
         replicas: int,
+        *,
+        has_front: bool,
     ) -> None:
         self.problems: list[str] = []
         self._path = path
+        self._has_front = has_front
         self._requests = requests
         self._replicas = replicas
         self._names: list[str] = []
@@ -199,6 +205,9 @@ class _RowReader:
         return [row for row in rows if row]
 
     def _check_order(self, tables: Sequence[TierTable], rows: Sequence[Row | None]) -> None:
+        if not self._has_front:
+            self._check_lower(tables, rows)
+            return
         if not rows:
             self._add_problem(str(self._path), 'lists no tier; write [[tier]], kind = "dram"')
         if rows and (front := rows[0]) and not issubclass(front.cls, FrontTier):
@@ -207,6 +216,16 @@ class _RowReader:
                 'the first tier must lend its memory to the engine, as "dram" does; '
                 f"{front.cls.__qualname__} is no subclass of kvcache.tier.FrontTier",
             )
+
+    def _check_lower(self, tables: Sequence[TierTable], rows: Sequence[Row | None]) -> None:
+        if not rows:
+            self._add_problem(str(self._path), 'lists no tier; write [{"name": ..., "kind": ...}]')
+        for table, row in zip(tables, rows, strict=True):
+            if row and issubclass(row.cls, FrontTier):
+                self._add_problem(
+                    table.where("kind"),
+                    "is an L1; leave it out, the engine's own host memory takes its place",
+                )
 
     def _row(self, number: int, table: TierTable) -> Row | None:
         name, kind = self._name(table), table.value("kind")
@@ -218,7 +237,7 @@ class _RowReader:
                 raise ValueError(f'a tier needs a kind, such as "dram" or "pkg.mod:Class"{near}')
             cls = tier_class(kind)
             options = options_of(cls)
-            if number:
+            if number or not self._has_front:
                 options = _joined(options, *map(options_of, WRAPPERS))
         except ValueError as error:
             self._add_problem(table.where("kind"), str(error))

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Final
 
 from opentelemetry.trace import INVALID_SPAN, Span
@@ -24,6 +23,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from kvcache import telemetry
 from kvcache.keys import Branch, branches_of
 from kvcache.lower.pending_call import PendingCall
+from kvcache.lower.search import runs_by_source
 from kvcache.lower.tier import LowerTier
 from kvcache.tier import FrontTier, Lease
 
@@ -85,7 +85,7 @@ class _Batch:
     """
 
     pin: Lease
-    read: PendingCall[int] | None
+    read: PendingCall[bool] | None
     other_reads: list[Future[None]]
     all_pinned: bool
     reads_all: bool
@@ -275,12 +275,3 @@ class BlockReads:
             all_pinned=len(pin) == len(keys),
             reads_all=len(reserved) == len(keys),
         )
-
-
-def runs_by_source(sources: Sequence[int], start: int = 0) -> Iterator[tuple[int, int, int]]:
-    """Split ``sources[start:]`` into runs of one tier: the tier, the run's start and its end."""
-    at = start
-    for source, run in groupby(sources[start:]):
-        end = at + sum(1 for _ in run)
-        yield source, at, end
-        at = end

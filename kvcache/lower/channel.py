@@ -156,9 +156,9 @@ class Channel:
     def load(
         self, namespace: bytes, keys: Sequence[bytes], into: Sequence[memoryview]
     ) -> list[int]:
-        """Read each block into its buffer, all of one size; return the bytes written per key."""
+        """Read each block into its buffer; return the bytes written per key."""
         names = self.tier_namespace.names(namespace, keys)
-        nbytes = len(into[0]) if into else 0
+        nbytes = max(map(len, into), default=0)
         written = answers_per_key(
             lambda: self.tier.load(names, into), len(keys), byte_count_reader(nbytes)
         )

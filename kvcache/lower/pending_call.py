@@ -96,10 +96,19 @@ class PendingCall(Generic[T]):
             return 0
         return sum(answer == expected for answer in self.future.result())
 
-    def wait(self) -> Sequence[T] | None:
-        """Return the answers, one per key; ``None`` after the deadline or a failure. Call once."""
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline has passed since the call was created; 0 after that."""
+        return max(0.0, self._created + self._deadline_s - time.monotonic())
+
+    def wait(self, timeout_s: float | None = None) -> Sequence[T] | None:
+        """Return the answers, one per key; ``None`` after the deadline or a failure. Call once.
+
+        Args:
+            timeout_s: how long to wait; ``None`` is the whole deadline from now on.
+        """
         try:
-            return self.future.result(timeout=self._deadline_s)
+            return self.future.result(self._deadline_s if timeout_s is None else timeout_s)
         except TimeoutError:
             self.cancel()
             self._record_outcome(TierError("timeout", f"no answer in {self._deadline_s:.3g} s"))

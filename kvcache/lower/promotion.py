@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -23,8 +23,10 @@ from typing import Final, TypeVar
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.lower.block_reads import BlockReads, WantedBlocks, runs_by_source
+from kvcache.lower.block_reads import BlockReads, WantedBlocks
+from kvcache.lower.caller import close_tiers
 from kvcache.lower.latency import ComputeModel
+from kvcache.lower.search import blocks_worth_loading, locate_blocks, runs_by_source
 from kvcache.lower.tier import LowerTier
 from kvcache.process import bind_to_process
 from kvcache.tier import FrontTier, Lease
@@ -106,16 +108,7 @@ class LowerTiers:
         """
         flush_until = time.monotonic() + flush_s
         close_until = flush_until + CLOSE_TIMEOUT_S
-        closing = [
-            tier.channel.control_worker.submit(tier.close, flush_until, close_until)
-            for tier in self.tiers
-        ]
-        wait(closing, close_until - time.monotonic())
-        for tier, closed in zip(self.tiers, closing, strict=True):
-            if not closed.done():
-                log.warning("kvcache: tier %s: close hangs; it is left open", tier.name)
-            elif not closed.cancelled() and (error := closed.exception()):
-                log.warning("kvcache: tier %s: close failed (%s)", tier.name, error)
+        close_tiers(self.tiers, flush_until, close_until)
         self._waiters.drop_queued()
         self._waiters.close(max(0.0, close_until - time.monotonic()))
         for tier in self.tiers:
@@ -133,7 +126,7 @@ class LowerTiers:
 
         sources = self.locate(rest, compute_s, span)
         found = leading_sources(sources)
-        worth = self._blocks_worth_promoting(found, depth)
+        worth = blocks_worth_loading(self.tiers, found, self.compute_model, depth)
         for source, at, end in runs_by_source(found, worth):
             if source:
                 self._skip_chain(self.tiers[source - 1], telemetry.TIER_LOAD, rest[at:end], span)
@@ -182,38 +175,16 @@ class LowerTiers:
             sides: whether the keys are of side blocks.
         """
         sources: list[int | None] = [0 if held else None for held in self._front.contains(keys)]
-        for number, tier in enumerate(self.tiers, 1):
-            missing = [at for at, source in enumerate(sources) if source is None]
-            if not missing:
-                break
-            asked = [keys[at] for at in missing]
-            limit_s = compute_s(len(asked))
-            if limit_s is not None and tier.lookup_seconds(len(asked)) > limit_s:
-                if sides:
-                    measure = partial(tier.contains, asked, INVALID_SPAN)
-                    self.skip(tier, telemetry.TIER_CONTAINS, len(asked), span, measure)
-                else:
-                    self._skip_chain(tier, telemetry.TIER_CONTAINS, asked, span)
-                continue
-            for at, held in zip(missing, tier.contains(asked, span), strict=True):
-                if held:
-                    sources[at] = number
+
+        def on_skip(tier: LowerTier, asked: Sequence[bytes]) -> None:
+            if sides:
+                measure = partial(tier.contains, asked, INVALID_SPAN)
+                self.skip(tier, telemetry.TIER_CONTAINS, len(asked), span, measure)
+            else:
+                self._skip_chain(tier, telemetry.TIER_CONTAINS, asked, span)
+
+        locate_blocks(self.tiers, keys, sources, compute_s, span, on_skip)
         return sources
-
-    def _blocks_worth_promoting(self, sources: Sequence[int], depth: int) -> int:
-        """Return how many leading blocks to promote so that loading and computing take least time.
-
-        Args:
-            sources: the tier of each block.
-            depth: the number of blocks of the prompt before them.
-        """
-        blocks, saved_s, most_saved_s = 0, 0.0, 0.0
-        for source, at, end in runs_by_source(sources):
-            saved_s += self.compute_model.pessimistic(end - at, depth + at) or 0.0
-            saved_s -= self.tiers[source - 1].load_seconds(end - at) if source else 0.0
-            if saved_s >= most_saved_s or not self.compute_model.known:
-                blocks, most_saved_s = end, saved_s
-        return blocks
 
     def skip(
         self,

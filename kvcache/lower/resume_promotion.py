@@ -22,8 +22,9 @@ from typing import Final
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.lower.block_reads import WantedBlocks, runs_by_source
+from kvcache.lower.block_reads import WantedBlocks
 from kvcache.lower.promotion import LowerTiers, Match, leading_sources
+from kvcache.lower.search import runs_by_source
 from kvcache.resume import GroupKeys, SideSearch, longest_resume
 
 _MAX_TRIES: Final = 8  # of one request, where it is only assumed that a tier holds the blocks

@@ -1,55 +1,31 @@
 """A lower tier as the stack uses it: calls with a deadline, and write-behind.
 
-1. The stack calls a tier in two places: ``LowerTier._start_call`` and ``WriteBehind._write``. Both
+1. The stack calls a tier in two places: ``TierCaller._start_call`` and ``WriteBehind._write``. Both
    have the same deadline, circuit breaker and failure rule: whatever the tier raises or returns, a
    failure is a counted miss or decline, never an exception.
 2. A call that misses its deadline continues. Its memory stays under lease until it ends.
 3. Loads run before stores.
-4. The durations of lookups and loads are measured, to compare them with computing.
-5. A block's name in the tier is its namespace and its key, joined. A reset moves the stack to a
-   new random namespace, so that it finds no earlier block. The tier then forgets the earlier
-   namespace, so that no later stack finds one either, however the process ends; this holds once
-   ``finish_clear`` has returned ``True``.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-from opentelemetry.trace import INVALID_SPAN, Span
+from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.guards.front_tier import guard_front_tier
-from kvcache.lower.channel import Channel
+from kvcache.lower.caller import PIECE_NBYTES, TierCaller
 from kvcache.lower.circuit_breaker import CircuitBreaker
-from kvcache.lower.latency import LatencyModel
 from kvcache.lower.pending_call import PendingCall
 from kvcache.lower.write_behind import WriteBehind
-from kvcache.process import bind_to_process
 from kvcache.sizes import Size
-from kvcache.stats import LowerStats
 from kvcache.tier import FrontTier, Lease, Tier
-from kvcache.worker_pool import LOAD
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-PIECE_NBYTES: Final = 16 << 20
-"""The most bytes of one call. It bounds the time that a load waits for a running store."""
-
-REMEASURE_S: Final = 5.0
-"""How often a skipped tier is read anyway, to measure whether it is still slower than computing."""
-
-_MAX_DEADLINE_S: Final = 3600
-_MAX_CALLS: Final = 1024
 
 
-class LowerTier:
+class LowerTier(TierCaller):
     """One tier below L1.
 
     Args:
@@ -95,25 +71,19 @@ class LowerTier:
         piece_nbytes: int = PIECE_NBYTES,
         breaker: CircuitBreaker | None = None,
     ) -> None:
-        if not 0 < deadline_s <= _MAX_DEADLINE_S:  # also refuses nan
-            raise ValueError(
-                f"deadline_s is {deadline_s}; it must be above 0 and at most {_MAX_DEADLINE_S} s"
-            )
-        if not 1 <= calls <= _MAX_CALLS:
-            raise ValueError(f"calls is {calls}; it must be 1 to {_MAX_CALLS}")
         front = guard_front_tier(front)
-        self.name = name
-        self.loads_even_if_slower = if_slower == "load"
-        self.channel = Channel(
+        super().__init__(
             tier,
             name=name,
-            kind=kind or type(tier).__name__,
+            kind=kind,
             namespace=namespace,
             about=about,
+            block_nbytes=front.block_nbytes,
             deadline_s=deadline_s,
-            blocks_per_call=max(1, piece_nbytes // front.block_nbytes),
             calls=calls,
+            if_slower=if_slower,
             clock=clock,
+            piece_nbytes=piece_nbytes,
             breaker=breaker,
             lookup=lookup,
         )
@@ -127,90 +97,38 @@ class LowerTier:
                 "the tier's queue" if wanted < limit else "L1's capacity (the queue holds 1/4)"
             ),
         )
-        self._front = front
-        self._lookup_latency, self._load_latency = LatencyModel(), LatencyModel()
-        self._lock = threading.Lock()
-        self._remeasured_at = 0.0  # when ``claim_remeasure`` last returned True
-        bind_to_process(self)
 
     @property
-    def namespace(self) -> bytes:
-        """The namespace of blocks that are looked up and stored now."""
-        return self.channel.namespace
+    def queued_nbytes(self) -> int:
+        """Bytes of the blocks that wait to be written."""
+        return self.write_behind.waiting_blocks * self.block_nbytes
 
-    # Lookups and loads, called by threads of the stack
-
-    def contains(self, keys: Sequence[bytes], parent_span: Span) -> list[bool]:
-        """Return which of ``keys`` the tier reports to hold; none if it does not answer.
-
-        With ``lookup = "load"`` the answer is an assumption, and the tier is not called.
-        """
-        namespace = self.namespace
-        if self.channel.assumes_held:
-            return self._assume_held(keys, parent_span)
-        span = telemetry.start_child(parent_span, telemetry.TIER_CONTAINS)
-        begun = self.channel.clock()
-        call = self._start_call(
-            "contains",
-            lambda: self.channel.contains(namespace, keys),
-            len(keys),
-            span,
-            on_cancel=lambda: None,
-        )
-        answers = call.wait()
-        held = [False] * len(keys)
-        if answers is not None:
-            held = list(answers)
-            self._lookup_latency.observe(len(keys), self.channel.clock() - begun)
-        self.channel.add_counts(lookup_blocks=len(keys), hit_blocks=sum(held))
-        self._end_span(span, [call], {telemetry.REQUESTED: len(keys), telemetry.HIT: sum(held)})
-        return held
-
-    def _assume_held(self, keys: Sequence[bytes], parent_span: Span) -> list[bool]:
-        """Return which of ``keys`` are worth a load; none while the circuit breaker is open."""
-        if not self.channel.accepts_calls:
-            span = telemetry.start_child(parent_span, telemetry.TIER_LOAD)
-            counts = {telemetry.REQUESTED: len(keys), telemetry.HIT: 0}
-            self._end_span(span, (), counts, telemetry.BREAKER_OPEN)
-        return self.channel.may_hold(self.namespace, keys)
-
-    def load(self, lease: Lease, span: Span) -> PendingCall[int]:
+    def load(self, lease: Lease, span: Span) -> PendingCall[bool]:
         """Start to fill ``lease`` with the blocks that the tier holds.
 
         The lease ends when the call ends, however late, or immediately if no call is made. ``span``
         covers all loads from this tier for one request; :meth:`end_load_span` ends it.
         """
-        namespace, block_nbytes = self.namespace, self._front.block_nbytes
+        namespace, block_nbytes = self.namespace, self.block_nbytes
 
-        def fill() -> Sequence[int]:
+        def fill() -> Sequence[bool]:
             missed = lease.keys
             try:
                 written = self.channel.load(namespace, lease.keys, lease.views)
-                missed = [
-                    key
-                    for key, nbytes in zip(lease.keys, written, strict=True)
-                    if nbytes != block_nbytes
-                ]
-                return written
+                filled = [nbytes == block_nbytes for nbytes in written]
+                missed = [key for key, done in zip(lease.keys, filled, strict=True) if not done]
+                return filled
             finally:
-                self._count_loaded(len(lease) - len(missed), len(missed))
+                loaded = len(lease) - len(missed)
+                self._count_loaded(loaded, len(missed), loaded * block_nbytes)
                 lease.end(failed=missed)
 
         return self._start_call(
             "load", fill, len(lease), span, on_cancel=lambda: lease.end(lease.keys)
         )
 
-    def _count_loaded(self, loaded: int, missed: int) -> None:
-        """Count a load. Where a lookup only assumes, the load is the lookup."""
-        if self.channel.assumes_held:
-            self.channel.add_counts(
-                lookup_blocks=loaded + missed, hit_blocks=loaded, loaded_blocks=loaded
-            )
-        else:
-            self.channel.add_counts(loaded_blocks=loaded, missed_blocks=missed)
-
     def end_load_span(
-        self, calls: Sequence[PendingCall[int]], requested: int, span: Span, *, gave_up: bool
+        self, calls: Sequence[PendingCall[bool]], requested: int, span: Span, *, gave_up: bool
     ) -> None:
         """End the span of one request's loads.
 
@@ -220,152 +138,13 @@ class LowerTier:
             span: the span.
             gave_up: whether the request stopped waiting because computing had become faster.
         """
-        loaded = sum(call.count_equal(self._front.block_nbytes) for call in calls)
+        loaded = sum(call.count_equal(True) for call in calls)
         counts = {
             telemetry.REQUESTED: requested,
             telemetry.HIT: loaded,
-            telemetry.PAYLOAD: loaded * self._front.block_nbytes,
+            telemetry.PAYLOAD: loaded * self.block_nbytes,
         }
         self._end_span(span, calls, counts, telemetry.SLOWER if gave_up else "")
-
-    def observe_load(self, calls: Sequence[PendingCall[int]], seconds: float) -> None:
-        """Add a sample to the load latency: ``calls`` took ``seconds`` from first to last."""
-        requested = sum(call.answer_count for call in calls)
-        loaded = sum(call.count_equal(self._front.block_nbytes) for call in calls)
-        hanging = not all(call.future.done() for call in calls)
-        # A load with misses says nothing about the speed, because a miss returns early. Where the
-        # load is the lookup, a miss that takes longer than a load of all blocks should does.
-        slow = self.channel.assumes_held and seconds > self.load_seconds(requested)
-        if requested and (loaded == requested or hanging or slow):
-            self._load_latency.observe(requested, seconds)
-
-    def _start_call(
-        self,
-        operation: str,
-        call: Callable[[], Sequence[T]],
-        answer_count: int,
-        span: Span,
-        *,
-        on_cancel: Callable[[], None],
-    ) -> PendingCall[T]:
-        """Queue ``call`` for a worker, or cancel it if the tier may not be called."""
-        pending: PendingCall[T] = PendingCall(
-            self.channel.health, self.channel.deadline_s, operation, answer_count, on_cancel, span
-        )
-        if self.channel.closed or not self.channel.health.breaker.allow_call():
-            pending.cancel()
-        else:
-            self.channel.workers.add_job(LOAD, lambda: pending.run(call), pending.cancel)
-        return pending
-
-    def _end_span(
-        self,
-        span: Span,
-        calls: Sequence[PendingCall[T]],
-        counts: Mapping[str, int],
-        skip_reason: str = "",
-    ) -> None:
-        """End the span of ``calls`` to the tier."""
-        if not span.is_recording():
-            return
-        errors = [call.error for call in calls if call.error]
-        if any(call.future.cancelled() and not call.error for call in calls):
-            skip_reason = telemetry.BREAKER_OPEN
-        telemetry.end_span(
-            span,
-            {
-                **self.channel.tier_attributes,
-                **counts,
-                telemetry.QUEUED: max((call.queued_s for call in calls), default=0.0),
-                **({telemetry.SKIP_REASON: skip_reason} if skip_reason else {}),
-            },
-            error=errors[0] if errors else None,
-        )
-
-    # Whether the tier is worth a call
-
-    def lookup_seconds(self, blocks: int) -> float:
-        """Predict, optimistically, how long a lookup of ``blocks`` takes.
-
-        Returns 0 while nothing was measured, and always for ``if_slower = "load"`` and
-        ``lookup = "load"``.
-        """
-        if self.loads_even_if_slower:
-            return 0.0
-        return self._lookup_latency.optimistic(blocks) or 0.0
-
-    def load_seconds(self, blocks: int) -> float:
-        """Predict how long a load of ``blocks`` takes, as :meth:`lookup_seconds` does."""
-        if self.loads_even_if_slower:
-            return 0.0
-        return self._load_latency.optimistic(blocks) or 0.0
-
-    def record_skip(self, span_name: str, blocks: int, parent_span: Span) -> None:
-        """Count and trace ``blocks`` for which computing is faster than a call to this tier.
-
-        ``span_name`` is that of the skipped call.
-        """
-        self.channel.add_counts(skipped_blocks=blocks)
-        if parent_span.is_recording():
-            attributes: telemetry.Attributes = {
-                telemetry.SKIPPED: blocks,
-                telemetry.SKIP_REASON: telemetry.SLOWER,
-            }
-            parent_span.set_attributes(attributes)
-            span = telemetry.start_child(parent_span, span_name)
-            telemetry.end_span(span, {**self.channel.tier_attributes, **attributes})
-
-    def claim_remeasure(self) -> bool:
-        """Return whether to read the skipped tier now, to measure it again.
-
-        Returns ``True`` to one caller every ``REMEASURE_S`` seconds.
-        """
-        with self._lock:
-            now = self.channel.clock()
-            due = now - self._remeasured_at >= REMEASURE_S
-            if due:
-                self._remeasured_at = now
-            return due
-
-    # Reset, counters, close
-
-    def start_clear(self) -> PendingCall[bool]:
-        """Reset the namespace of this stack, and start to have the tier forget the earlier one.
-
-        :meth:`finish_clear` takes the result.
-        """
-        self.channel.reset()
-        return self._start_call(
-            "forget",
-            lambda: [self.channel.tier_namespace.forget()],
-            1,
-            INVALID_SPAN,
-            on_cancel=lambda: None,
-        )
-
-    def finish_clear(self, call: PendingCall[bool]) -> bool:
-        """Wait for ``call`` of :meth:`start_clear`; return whether the tier forgot the blocks.
-
-        If not, a warning is logged, and the next writes ask the tier again.
-        """
-        if call.wait() == [True] or not self.channel.tier_namespace.forget_pending:
-            return True
-        log.warning(
-            "kvcache: tier %s: a reset was not written (%s); an engine that starts later may find "
-            "blocks from before the reset",
-            self.name,
-            call.error or ("not called" if call.future.cancelled() else "not supported"),
-        )
-        return False
-
-    def stats(self) -> LowerStats:
-        """Return the counters now."""
-        block_nbytes = self._front.block_nbytes
-        own = {
-            "block_nbytes": block_nbytes,
-            "queued_nbytes": self.write_behind.waiting_blocks * block_nbytes,
-        }
-        return LowerStats(**(self.channel.counts() | own))
 
     def close(self, flush_until: float, close_until: float) -> None:
         """Write the queued blocks and close the tier.
@@ -378,4 +157,4 @@ class LowerTier:
             TierError: when the tier's ``close`` fails.
         """
         self.write_behind.flush(max(0.0, flush_until - time.monotonic()))
-        self.channel.close(max(0.0, close_until - time.monotonic()))
+        super().close(flush_until, close_until)

@@ -14,15 +14,14 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 
 from opentelemetry.trace import Span
 
 from kvcache import telemetry
 from kvcache.guards.calls import TierError, describe_error
-from kvcache.keys import branches_of
 from kvcache.lower.channel import Channel
+from kvcache.lower.offer import offer
 from kvcache.tier import FrontTier, Lease
 from kvcache.worker_pool import STORE
 
@@ -171,19 +170,12 @@ class WriteBehind:
         """Offer the tier the blocks of ``lease`` that it lacks, and end the lease."""
         span = telemetry.start_linked(cause, telemetry.TIER_STORE)
         begun = self._channel.clock()
-        new, stored, error, why = len(lease), 0, "", ""
+        known, stored, error, why = 0, 0, "", ""
         try:
-            views = dict(zip(lease.keys, lease.views, strict=True))
+            parents_of_lease = [parents[key] for key in lease.keys]
             with telemetry.use_span(span):
-                with suppress(TierError):  # finish_clear() has logged it; it costs no block
-                    self._channel.tier_namespace.forget()
-                held = self._channel.known(namespace, lease.keys)
-                lacking = [key for key, known in zip(lease.keys, held, strict=True) if not known]
-                if lacking:
-                    branches = branches_of(lacking, [parents[key] for key in lacking])
-                    blocks = [views[key] for key in lacking]
-                    stored = sum(self._channel.store(namespace, branches, blocks))
-            new = len(lacking)
+                offered = offer(self._channel, namespace, lease.keys, parents_of_lease, lease.views)
+            known, stored = offered.known_blocks, offered.stored_blocks
         except TierError as failure:
             error, why = failure.error, failure.why
         except BaseException as failure:  # noqa: BLE001 - the application's telemetry may raise
@@ -194,8 +186,12 @@ class WriteBehind:
         if not error and seconds > self._channel.deadline_s:
             error, why = "timeout", "it took longer than the deadline"
         self._channel.health.timer.record("store", seconds, error)
+        declined = len(lease) - known - stored
         self._channel.add_counts(
-            known_blocks=len(lease) - new, stored_blocks=stored, declined_blocks=new - stored
+            known_blocks=known,
+            stored_blocks=stored,
+            stored_nbytes=stored * self._front.block_nbytes,
+            declined_blocks=declined,
         )
         if error:
             self._channel.health.record_failure("store", error, why, span)
@@ -207,9 +203,9 @@ class WriteBehind:
                 **self._channel.tier_attributes,
                 telemetry.REQUESTED: len(lease),
                 telemetry.STORED: stored,
-                telemetry.KNOWN: len(lease) - new,
+                telemetry.KNOWN: known,
                 telemetry.PAYLOAD: stored * self._front.block_nbytes,
-                **({telemetry.FAILED: new - stored} if new > stored else {}),
+                **({telemetry.FAILED: declined} if declined else {}),
             },
             error=error or None,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvcache.lower.tier import REMEASURE_S
+from kvcache.lower.caller import REMEASURE_S
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
 from tests.support.manual_clock import ManualClock

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 pytest.importorskip("zstandard")
 
 from kvcache import telemetry
-from kvcache.lower.tier import PIECE_NBYTES
+from kvcache.lower.caller import PIECE_NBYTES
 from kvcache.sizes import Size
 from kvcache.testing import TierTests, block_of, keys_of, run_in_threads
 from kvcache.tiers.dram import DramTier
