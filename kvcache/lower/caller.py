@@ -265,12 +265,12 @@ class TierCaller:
 
     # Reset, counters
 
-    def start_clear(self) -> PendingCall[bool]:
+    def start_clear(self, namespace: bytes | None = None) -> PendingCall[bool]:
         """Reset the namespace, and start to have the tier forget the earlier one.
 
-        :meth:`finish_clear` takes the result.
+        :meth:`finish_clear` takes the result. ``namespace`` is the next one; ``None`` is random.
         """
-        self.channel.reset()
+        self.channel.reset(namespace)
         return self._start_call(
             "forget",
             lambda: [self.channel.tier_namespace.forget()],

@@ -202,9 +202,9 @@ class Channel:
         if namespace == self.namespace:
             self.events.observed(keys, held)
 
-    def reset(self) -> None:
-        """Use a random namespace from now on."""
-        self.tier_namespace.reset()
+    def reset(self, namespace: bytes | None = None) -> None:
+        """Use ``namespace`` from now on; ``None`` is a random one."""
+        self.tier_namespace.reset(namespace)
         self.events.cleared()
 
     def close(self, timeout_s: float) -> None:

@@ -62,6 +62,16 @@ class DirectTiers(Closeable):
         bind_to_process(self)
 
     @property
+    def names(self) -> tuple[TierName, ...]:
+        """The name and kind of each tier, nearest first."""
+        return tuple(tier.channel.tier_name for tier in self.tiers)
+
+    @property
+    def deadline_s(self) -> float:
+        """The most seconds that a call waits, if its blocks fit into one call of each tier."""
+        return sum(tier.channel.deadline_s for tier in self.tiers)
+
+    @property
     def accepts_calls(self) -> bool:
         """Whether any tier would be called now."""
         return any(tier.channel.accepts_calls for tier in self.tiers)
@@ -207,16 +217,20 @@ class DirectTiers(Closeable):
         if blocks > 0:
             self.compute_model.observe(blocks, seconds, depth)
 
-    def clear(self) -> bool:
+    def clear(self, namespace: bytes | None = None) -> bool:
         """Remove every block of every tier.
 
         When it returns, these tiers find no earlier block. They forget the earlier blocks in
         parallel, within the longest of their deadlines.
 
+        Args:
+            namespace: of the blocks from now on, for processes that share blocks and are cleared
+                together: all pass the same one, and it was never used before. ``None`` is random.
+
         Returns:
             ``True`` if all tiers have done so; a later opening then finds none either.
         """
-        pending = [(tier, tier.start_clear()) for tier in self.tiers]
+        pending = [(tier, tier.start_clear(namespace)) for tier in self.tiers]
         forgotten = [tier.finish_clear(call) for tier, call in pending]
         return all(forgotten)
 
@@ -226,7 +240,7 @@ class DirectTiers(Closeable):
             self.profile,
             (),
             tuple(tier.stats() for tier in self.tiers),
-            tuple(tier.channel.tier_name for tier in self.tiers),
+            self.names,
         )
 
     def take_durations(self) -> list[metrics.Duration]:

@@ -62,10 +62,10 @@ class TierNamespace:
             raise TypeError("resolve returned no namespace")
         return name
 
-    def reset(self) -> None:
-        """Replace the current namespace by a random one."""
+    def reset(self, namespace: bytes | None = None) -> None:
+        """Replace the current namespace by ``namespace``, which is new; ``None`` is a random one."""
         self.forget_pending |= self.current == self._shared
-        self.current = os.urandom(len(self.current) or DIGEST_NBYTES)
+        self.current = namespace or os.urandom(len(self.current) or DIGEST_NBYTES)
 
     def forget(self) -> bool:
         """Make the tier forget the shared namespace, if it was reset.
