@@ -63,7 +63,10 @@ class TierNamespace:
         return name
 
     def reset(self, namespace: bytes | None = None) -> None:
-        """Replace the current namespace by ``namespace``, which is new; ``None`` is a random one."""
+        """Replace the current namespace by ``namespace``; ``None`` is a random one.
+
+        A given one was never used before.
+        """
         self.forget_pending |= self.current == self._shared
         self.current = namespace or os.urandom(len(self.current) or DIGEST_NBYTES)
 

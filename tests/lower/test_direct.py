@@ -1,0 +1,621 @@
+"""Direct tiers: right blocks or none from the nearest tier, within deadlines, and counters."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from kvcache import metrics
+from kvcache.events import BlockEvent
+from kvcache.lower.caller import REMEASURE_S
+from kvcache.lower.direct import DirectTiers
+from kvcache.process import ForkedError
+from kvcache.slab import PAGE
+from kvcache.stats import LowerStats
+from kvcache.testing import block_of, keys_of
+from tests.core.test_metrics import Reader
+from tests.lower.test_telemetry import Spans
+from tests.support.direct_under_test import DirectUnderTest, size_of
+from tests.support.failing_parts import FAULTS, FaultyTier
+from tests.support.forked_children import run_in_child
+from tests.support.manual_clock import ManualClock
+from tests.support.stack_under_test import LONG, NAMESPACE, NEVER
+from tests.support.timed_tier import TimedTier
+
+KEYS = keys_of("a", 6)
+SOON_S = 0.02
+ALL, NONE = [True] * 6, [False] * 6
+
+
+@pytest.fixture
+def under_test() -> Iterator[DirectUnderTest]:
+    under_test = DirectUnderTest(tiers=2)
+    yield under_test
+    under_test.close()
+
+
+def counters(under_test: DirectUnderTest, tier: int = 0) -> LowerStats:
+    under_test.wait_idle()
+    return under_test.direct.stats().lower[tier]
+
+
+def accounted_blocks(stats: LowerStats) -> int:
+    return stats.stored_blocks + stats.known_blocks + stats.declined_blocks + stats.dropped_blocks
+
+
+# Blocks
+
+
+def test_stored_blocks_are_in_every_tier_and_loaded_again(under_test: DirectUnderTest) -> None:
+    assert under_test.direct.contains(KEYS) == NONE
+    assert under_test.get(KEYS) == NONE
+    assert under_test.put(KEYS) == ALL
+    assert under_test.held(0) == under_test.held(1) == set(KEYS)
+    assert under_test.direct.contains([*KEYS, b"unknown"]) == [*ALL, False]
+    assert under_test.get([*KEYS, b"unknown"]) == [*ALL, False]
+
+
+def test_load_takes_each_block_from_the_nearest_tier_that_returns_it(
+    under_test: DirectUnderTest,
+) -> None:
+    under_test.put(KEYS)
+    near, far = under_test.tiers
+    for key in KEYS[1::2]:
+        near.remove([NAMESPACE + key])
+    far.read.clear()
+    assert under_test.get(KEYS) == ALL
+    assert far.read == [NAMESPACE + key for key in KEYS[1::2]]
+
+
+def test_contains_asks_a_tier_only_for_what_the_tiers_before_it_lack() -> None:
+    asked: list[Sequence[bytes]] = []
+
+    class RecordingTier(FaultyTier):
+        def contains(self, keys: Sequence[bytes]) -> list[bool]:
+            asked.append([key.removeprefix(NAMESPACE) for key in keys])
+            return super().contains(keys)
+
+    under_test = DirectUnderTest([FaultyTier(), RecordingTier()])
+    under_test.put(KEYS)
+    under_test.tiers[0].remove([NAMESPACE + KEYS[2]])
+    asked.clear()
+    assert under_test.direct.contains(KEYS) == ALL
+    assert asked == [[KEYS[2]]]
+    under_test.tiers[0].held |= under_test.tiers[1].held
+    assert under_test.direct.contains(KEYS) == ALL
+    assert len(asked) == 1
+    under_test.close()
+
+
+def test_store_offers_a_tier_only_what_it_lacks_with_the_parent_of_each_run() -> None:
+    stores: list[tuple[list[bytes], bytes | None]] = []
+
+    class RecordingTier(FaultyTier):
+        def store(
+            self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
+        ) -> list[bool]:
+            stores.append((list(keys), parent))
+            return super().store(keys, blocks, parent)
+
+    under_test = DirectUnderTest([RecordingTier()], calls=1, blocks_per_call=4)
+    names = [NAMESPACE + key for key in KEYS]
+    under_test.put(KEYS[1:2], KEYS[0])
+    under_test.put(KEYS)
+    assert stores == [
+        (names[1:2], names[0]),
+        (names[:1], None),
+        (names[2:4], names[1]),
+        (names[4:], names[3]),
+    ]
+    stats = counters(under_test)
+    assert (stats.stored_blocks, stats.known_blocks) == (6, 1)
+    under_test.close()
+
+
+def test_store_branches_stores_several_segments(under_test: DirectUnderTest) -> None:
+    blocks = [block_of(key, size_of(key)) for key in KEYS]
+    branches = [(KEYS[:2], None), (KEYS[2:3], KEYS[0]), (KEYS[3:], KEYS[1])]
+    assert under_test.direct.store_branches(branches, blocks) == ALL
+    assert under_test.get(KEYS) == ALL
+
+
+@pytest.mark.parametrize(
+    "make",
+    [bytearray, lambda nbytes: (ctypes.c_char * nbytes)(), lambda n: array.array("H", bytes(n))],
+)
+def test_any_contiguous_memory_is_a_buffer(under_test: DirectUnderTest, make: Any) -> None:
+    buffer = make(PAGE)
+    memoryview(buffer).cast("B")[:] = block_of(KEYS[0], PAGE)
+    assert under_test.direct.store(KEYS[:1], [buffer]) == [True]
+    into = make(PAGE)
+    assert under_test.direct.load(KEYS[:1], [into]) == [True]
+    assert memoryview(into).cast("B") == block_of(KEYS[0], PAGE)
+
+
+def test_buffers_of_a_wrong_kind_are_refused(under_test: DirectUnderTest) -> None:
+    load, store = under_test.direct.load, under_test.direct.store
+    key = KEYS[:1]
+    for wrong in (bytes(PAGE), bytearray(), bytearray(PAGE + 1), memoryview(bytearray(PAGE))[::2]):
+        with pytest.raises(ValueError, match="buffer"):
+            load(key, [wrong])
+    for wrong in (b"", bytes(PAGE + 1), memoryview(bytes(PAGE))[::2]):
+        with pytest.raises(ValueError, match="buffer"):
+            store(key, [wrong])
+    with pytest.raises(ValueError, match="2 buffers for 1 keys"):
+        load(key, [bytearray(1), bytearray(1)])
+    with pytest.raises(TypeError):
+        load(key, ["text"])
+    assert under_test.tiers[0].calls == []
+
+
+def test_block_of_another_size_is_a_miss(under_test: DirectUnderTest) -> None:
+    assert under_test.direct.store(KEYS[:1], [b"k" * 100]) == [True]
+    larger = bytearray(101)
+    assert under_test.direct.load(KEYS[:1], [larger]) == [False]
+    exact = bytearray(100)
+    assert under_test.direct.load(KEYS[:1], [exact]) == [True]
+    assert exact == b"k" * 100
+
+
+def test_empty_batches_call_no_tier(under_test: DirectUnderTest) -> None:
+    assert under_test.direct.contains([]) == []
+    assert under_test.direct.load([], []) == []
+    assert under_test.direct.store([], []) == []
+    assert under_test.tiers[0].calls == []
+
+
+# Failures
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_one_tier_leaves_the_other_tier_usable(
+    under_test: DirectUnderTest, fault: str
+) -> None:
+    under_test.put(KEYS)
+    under_test.tiers[0].fault = fault
+    assert under_test.get(KEYS) == ALL
+    held = under_test.direct.contains([*KEYS, b"unknown"])
+    assert held[:6] == ALL
+    others = keys_of("b", 6)
+    assert under_test.put(others) == ALL
+    assert under_test.held(1) == {*KEYS, *others}
+    for tier in (0, 1):
+        assert accounted_blocks(counters(under_test, tier)) == 12
+
+
+def test_damaged_frame_is_loaded_from_the_next_tier(under_test: DirectUnderTest) -> None:
+    under_test.put(KEYS)
+    near = under_test.tiers[0]
+    for name in list(near.held)[:3]:
+        near.held[name] = near.held[name][:-1] + b"\xff"
+        near.held[name] = near.held[name][:5000] + b"\xff" + near.held[name][5001:]
+    assert under_test.get(KEYS) == ALL
+    assert sum(counters(under_test).usage.rejected_blocks.values()) == 3
+    assert counters(under_test, 1).loaded_blocks == 3
+
+
+def test_hanging_tier_costs_one_deadline_and_the_next_tier_answers() -> None:
+    """Twelve calls would be needed for all blocks; two are made."""
+    under_test = DirectUnderTest(
+        2, deadline_s=SOON_S, blocks_per_call=1, calls=1, breaker_failures=NEVER
+    )
+    keys = keys_of("many", 12)
+    under_test.direct.tiers[1].channel.deadline_s = LONG
+    under_test.tiers[1].held = stored(keys)
+    under_test.tiers[0].held = stored(keys)
+    under_test.hang()
+    assert under_test.get(keys) == [True] * 12
+    assert under_test.tiers[0].calls.count("load") <= 1
+    assert under_test.direct.stats().lower[0].errors <= 2
+    under_test.resume()
+    assert counters(under_test, 1).loaded_blocks == 12
+    under_test.close()
+
+
+def stored(keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    """What a tier holds after a store of the blocks, by name."""
+    under_test = DirectUnderTest()
+    under_test.put(keys)
+    under_test.close()
+    return dict(under_test.tiers[0].held)
+
+
+def test_breaker_opens_after_three_failures_and_closes_after_a_probe(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = ManualClock()
+    under_test = DirectUnderTest(breaker_clock=clock)
+    [tier] = under_test.tiers
+    under_test.put(KEYS)
+    tier.fault = "raise"
+    for _ in range(3):
+        assert under_test.direct.contains(KEYS) == NONE
+    assert not under_test.direct.accepts_calls
+    tier.calls.clear()
+    tier.fault = ""
+    assert under_test.get(KEYS) == NONE
+    assert under_test.put(KEYS) == NONE
+    assert tier.calls == []
+    assert counters(under_test).dropped_blocks == 6
+    clock.advance(1.0)
+    assert under_test.get(KEYS[:4]) == [True] * 4
+    assert "tier t1: circuit breaker closed" in caplog.text
+    assert under_test.get(KEYS) == ALL
+    under_test.close()
+
+
+def test_tier_that_hangs_is_not_called_after_three_deadlines() -> None:
+    under_test = DirectUnderTest(deadline_s=SOON_S, breaker_clock=ManualClock())
+    under_test.hang()
+    for _ in range(3):
+        assert under_test.direct.contains(KEYS) == NONE
+    assert not under_test.direct.accepts_calls
+    begun = len(under_test.tiers[0].calls)
+    assert under_test.put(KEYS) == NONE
+    assert under_test.get(KEYS) == NONE
+    assert len(under_test.tiers[0].calls) == begun
+    under_test.close()
+
+
+# Reset and close
+
+
+def test_clear_earlier_blocks_are_not_found(under_test: DirectUnderTest) -> None:
+    under_test.put(KEYS)
+    assert not under_test.direct.clear()  # the tiers of the test forget nothing
+    assert under_test.direct.contains(KEYS) == NONE
+    assert under_test.get(KEYS) == NONE
+    assert under_test.put(KEYS) == ALL
+    assert under_test.get(KEYS) == ALL
+    assert len(under_test.tiers[0].held) == 12
+
+
+def test_clear_with_a_namespace_lets_two_processes_share_blocks_again() -> None:
+    first, second = DirectUnderTest(), DirectUnderTest()
+    second.tiers[0].held = first.tiers[0].held
+    for each in (first, second):
+        each.direct.clear(b"m" * 32)
+    assert first.put(KEYS) == ALL
+    assert second.get(KEYS) == ALL
+    assert {name[:32] for name in first.tiers[0].held} == {b"m" * 32}
+    first.close()
+    second.close()
+
+
+def test_store_that_began_before_a_clear_is_not_found_after_it() -> None:
+    under_test = DirectUnderTest(calls=1)
+    under_test.hang()
+    store = threading.Thread(target=lambda: under_test.put(KEYS))
+    store.start()
+    assert under_test.tiers[0].waiting.acquire(timeout=LONG)
+    [tier] = under_test.direct.tiers
+    tier.channel.reset()
+    under_test.tiers[0].gate.set()
+    store.join(LONG)
+    assert under_test.direct.contains(KEYS) == NONE
+    under_test.close()
+
+
+def test_call_after_close_finds_and_stores_nothing(under_test: DirectUnderTest) -> None:
+    under_test.put(KEYS)
+    under_test.direct.close()
+    under_test.direct.close()
+    assert under_test.tiers[0].closed
+    assert under_test.tiers[1].closed
+    assert under_test.direct.contains(KEYS) == NONE
+    assert under_test.get(KEYS) == NONE
+    assert under_test.put(KEYS) == NONE
+    assert not under_test.direct.accepts_calls
+
+
+def test_close_ends_the_calls_that_wait() -> None:
+    under_test = DirectUnderTest(calls=1)
+    under_test.hang()
+    answers: list[list[bool]] = []
+    callers = [
+        threading.Thread(target=lambda: answers.append(under_test.get(KEYS))) for _ in range(3)
+    ]
+    for caller in callers:
+        caller.start()
+    assert under_test.tiers[0].waiting.acquire(timeout=LONG)
+    closing = threading.Thread(target=lambda: under_test.direct.close(LONG))
+    closing.start()
+    while not under_test.direct.tiers[0].channel.closed:
+        pass
+    under_test.tiers[0].gate.set()
+    for thread in (*callers, closing):
+        thread.join(LONG)
+        assert not thread.is_alive()
+    assert answers == [NONE] * 3
+    under_test.check_memory()
+
+
+def test_close_of_a_tier_that_hangs_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    allowed = threading.Event()
+
+    class HangingCloseTier(FaultyTier):
+        def close(self) -> None:
+            allowed.wait(LONG)
+
+    under_test = DirectUnderTest([HangingCloseTier()])
+    under_test.direct.close(timeout_s=SOON_S)
+    assert "kvcache: tier t1: close hangs; it is left open" in caplog.text
+    allowed.set()
+
+
+def test_forked_child_cannot_use_direct_tiers(under_test: DirectUnderTest) -> None:
+    under_test.put(KEYS)
+    direct = under_test.direct
+
+    def use() -> int:
+        refused = 0
+        for call in (
+            lambda: direct.contains(KEYS),
+            lambda: direct.load(KEYS, [bytearray(1)] * 6),
+            lambda: direct.store(KEYS, [b"x"] * 6),
+            direct.clear,
+            direct.stats,
+        ):
+            try:
+                call()
+            except ForkedError:
+                refused += 1
+        direct.close()
+        return refused
+
+    assert run_in_child(use) == 5
+    assert under_test.get(KEYS) == ALL
+
+
+def test_python_without_a_gil_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(RuntimeError, match="direct tiers need Python's GIL"):
+        DirectTiers([], profile="test", block_nbytes=PAGE)
+
+
+# Load or compute, on a manual clock
+
+
+class TimedDirect(DirectUnderTest):
+    """Timed tiers, one call at a time; the engine computes a block in 0.1 s."""
+
+    def __init__(self, tiers: int = 1, **options: Any) -> None:
+        self.clock = ManualClock(100.0)
+        super().__init__(
+            [TimedTier(self.clock) for _ in range(tiers)],
+            clock=self.clock,
+            calls=1,
+            blocks_per_call=64,
+            frames=64,
+            **options,
+        )
+        self.requests = 0
+
+    def observe_compute(self) -> None:
+        self.direct.observe_compute(1, 0.1)
+        self.direct.observe_compute(100, 10.0)
+
+    def new_keys(self, *tiers: int | None) -> list[bytes]:
+        """New keys; tier ``tiers[i]`` holds the ``i``-th block."""
+        self.requests += 1
+        keys = keys_of(f"request {self.requests}", len(tiers))
+        for key, tier in zip(keys, tiers, strict=True):
+            if tier is not None:
+                self.tiers[tier].held |= stored([key])
+        return keys
+
+    def settle(self) -> None:
+        """Use up the remeasurements that are due now, and wait for those that run."""
+        for tier in self.direct.tiers:
+            tier.claim_remeasure()
+        self.wait_idle()
+
+    def skipped(self) -> list[int]:
+        return [stats.skipped_blocks for stats in self.direct.stats().lower]
+
+
+def test_contains_without_measurements_reports_every_held_block() -> None:
+    under_test = TimedDirect()
+    under_test.tiers[0].load_s = 50.0
+    for _ in range(3):
+        keys = under_test.new_keys(0, 0, None, 0)
+        assert under_test.direct.contains(keys) == [True, True, False, True]
+        under_test.get(keys)
+    assert under_test.skipped() == [0]
+    under_test.close()
+
+
+def test_contains_reports_no_block_that_loads_slower_than_the_engine_computes() -> None:
+    under_test = TimedDirect()
+    under_test.tiers[0].load_s = 0.2
+    under_test.observe_compute()
+    keys = under_test.new_keys(0, 0, 0, 0)
+    assert under_test.direct.contains(keys) == [True] * 4
+    under_test.get(keys)
+    under_test.settle()
+    assert under_test.direct.contains(under_test.new_keys(0, 0, None, 0)) == [False] * 4
+    assert under_test.skipped() == [3]
+    under_test.close()
+
+
+def test_contains_reports_a_slow_block_that_many_fast_ones_follow() -> None:
+    under_test = TimedDirect(tiers=2)
+    near, far = under_test.tiers
+    near.load_s, far.load_s = 0.01, 1.0
+    under_test.get(under_test.new_keys(0, 0, 0))
+    near.load_s = 0.0  # so that its misses below take no time
+    far_keys = under_test.new_keys(1, 1, 1)
+    under_test.get(far_keys)
+    under_test.observe_compute()
+    under_test.settle()
+    assert under_test.direct.contains(under_test.new_keys(0, 0, 1, 1)) == [True, True, False, False]
+    under_test.settle()
+    assert under_test.direct.contains(under_test.new_keys(1, *[0] * 40)) == [True] * 41
+    under_test.close()
+
+
+def test_contains_does_not_ask_a_tier_with_lookups_slower_than_computing() -> None:
+    under_test = TimedDirect()
+    under_test.tiers[0].lookup_s = 5.0
+    under_test.observe_compute()
+    under_test.direct.contains(under_test.new_keys(0, 0))
+    under_test.settle()
+    under_test.tiers[0].calls.clear()
+    assert under_test.direct.contains(under_test.new_keys(0, 0)) == [False, False]
+    assert under_test.tiers[0].calls == []
+    assert under_test.skipped() == [2]
+    under_test.close()
+
+
+def test_if_slower_load_reports_every_held_block() -> None:
+    under_test = TimedDirect(if_slower="load")
+    under_test.tiers[0].load_s = under_test.tiers[0].lookup_s = 50.0
+    under_test.observe_compute()
+    for _ in range(3):
+        keys = under_test.new_keys(0, 0)
+        assert under_test.direct.contains(keys) == [True, True]
+        under_test.get(keys)
+    under_test.close()
+
+
+def test_skipped_tier_is_remeasured_and_reported_again_once_it_is_fast() -> None:
+    under_test = TimedDirect()
+    [tier] = under_test.tiers
+    tier.load_s = 0.2
+    under_test.observe_compute()
+    under_test.get(under_test.new_keys(0, 0, 0, 0))
+    tier.load_s = 0.01
+    reported = []
+    for _ in range(12):
+        under_test.clock.advance(REMEASURE_S)
+        reported.append(all(under_test.direct.contains(under_test.new_keys(0, 0, 0, 0))))
+        under_test.wait_idle()  # for the lookup, and then for the load
+        under_test.wait_idle()
+    assert not reported[0]
+    assert reported[-1]
+    under_test.close()
+
+
+def test_tier_that_hangs_in_a_remeasurement_gets_no_second_one() -> None:
+    under_test = TimedDirect()
+    [tier] = under_test.tiers
+    tier.load_s = 0.2
+    under_test.observe_compute()
+    under_test.get(under_test.new_keys(0, 0, 0, 0))
+    [direct] = under_test.direct.tiers
+    under_test.hang()
+    direct.remeasure(KEYS)
+    assert tier.waiting.acquire(timeout=LONG)
+    for _ in range(5):
+        under_test.clock.advance(REMEASURE_S)
+        direct.remeasure(KEYS)
+    tier.calls.clear()
+    under_test.resume()
+    assert tier.calls == []
+    under_test.close()
+
+
+# Counters, metrics, events and spans
+
+
+def test_counters_are_metrics_with_the_profile_as_a_label(under_test: DirectUnderTest) -> None:
+    reader = Reader()
+    metrics.create_instruments(reader.provider.get_meter("test"))
+    under_test.put(KEYS)
+    under_test.get(KEYS)
+    under_test.wait_idle()
+    values = reader.values()
+    nbytes = sum(map(size_of, KEYS))
+    assert values["kvcache.tier.io"]["t1", "read"] == nbytes
+    assert values["kvcache.tier.io"]["t1", "write"] == nbytes
+    assert values["kvcache.tier.io"]["t2", "read"] == 0
+    assert values["kvcache.tier.loads"]["t1", "loaded"] == 6
+    assert values["kvcache.tier.stores"]["t2", "stored"] == 6
+    assert "kvcache.tier.pinned" not in values or not values["kvcache.tier.pinned"]
+    points = reader.points()["kvcache.tier.stores"]
+    assert {point.attributes["kvcache.profile.name"] for point in points} >= {"test"}
+    operations = {
+        (name.name, operation) for name, operation, _, _ in under_test.direct.take_durations()
+    }
+    assert operations == {(tier, op) for tier in ("t1", "t2") for op in ("store",)} | {
+        ("t1", "load")
+    }
+    assert under_test.direct.take_durations() == []
+    assert under_test.direct.stats().pinned_slots == 0
+
+
+def test_events_report_blocks_that_were_stored_and_missed(under_test: DirectUnderTest) -> None:
+    logs = under_test.direct.subscribe_events()
+    assert [name.name for name, _ in logs] == ["t1", "t2"]
+    under_test.put(KEYS[:2])
+    under_test.wait_idle()
+    stored_events = [event for _, log in logs for event in log.take() if event.stored]
+    assert stored_events == [BlockEvent(stored=True, keys=KEYS[:2])] * 2
+    under_test.tiers[0].held.clear()
+    under_test.direct.contains(KEYS[:2])
+    assert BlockEvent(stored=False, keys=KEYS[:2]) in logs[0][1].take()
+
+
+def test_called_tiers_have_spans_under_the_parent_and_linked_to_the_cause(
+    under_test: DirectUnderTest, exported: InMemorySpanExporter
+) -> None:
+    caller = TracerProvider().get_tracer("caller").start_span("engine")
+    blocks = [block_of(key, size_of(key)) for key in KEYS]
+    under_test.direct.store(KEYS, blocks, cause=caller)
+    spans = Spans(exported)
+    assert spans.names() == ["kvcache.tier.store"] * 2
+    for span in spans.all:
+        assert [link.context for link in span.links] == [caller.get_span_context()]
+        assert dict(span.attributes or {}) | {
+            "kvcache.queue.duration": 0,
+            "kvcache.tier.name": "",
+        } == {
+            "kvcache.tier.name": "",
+            "kvcache.tier.type": "Framed",
+            "kvcache.block.requested": 6,
+            "kvcache.block.stored": 6,
+            "kvcache.block.known": 0,
+            "kvcache.payload.size": sum(map(size_of, KEYS)),
+            "kvcache.queue.duration": 0,
+        }
+    under_test.tiers[0].held.pop(NAMESPACE + KEYS[0])
+    under_test.direct.contains(KEYS, parent_span=caller)
+    under_test.direct.load(KEYS, [bytearray(size_of(key)) for key in KEYS], parent_span=caller)
+    spans = Spans(exported)
+    assert spans.names() == ["kvcache.tier.contains"] * 2 + ["kvcache.tier.load"] * 2
+    assert all(span.parent == caller.get_span_context() for span in spans.all)
+    loads = [span.attributes or {} for span in spans.all if span.name == "kvcache.tier.load"]
+    assert [(span["kvcache.block.requested"], span["kvcache.block.hit"]) for span in loads] == [
+        (6, 5),
+        (1, 1),
+    ]
+
+
+def test_calls_without_a_parent_have_no_spans(
+    under_test: DirectUnderTest, exported: InMemorySpanExporter
+) -> None:
+    under_test.put(KEYS)
+    under_test.get(KEYS)
+    under_test.direct.contains(KEYS)
+    assert Spans(exported).names() == []
+
+
+def test_span_of_a_tier_that_failed_has_the_error(
+    under_test: DirectUnderTest, exported: InMemorySpanExporter
+) -> None:
+    caller = TracerProvider().get_tracer("caller").start_span("engine")
+    under_test.tiers[0].fault = "raise"
+    blocks = [block_of(key, size_of(key)) for key in KEYS]
+    under_test.direct.store(KEYS, blocks, cause=caller)
+    [failed] = [span for span in Spans(exported).all if not span.status.is_ok and span.events]
+    assert failed.attributes is not None
+    assert failed.attributes["error.type"] == "OSError"
+    assert failed.attributes["kvcache.block.failed"] == 6
