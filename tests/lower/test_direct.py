@@ -10,25 +10,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from kvcache import metrics
-from kvcache.events import BlockEvent
-from kvcache.lower.caller import REMEASURE_S
 from kvcache.lower.direct import DirectTiers
 from kvcache.process import ForkedError
 from kvcache.slab import PAGE
 from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
-from tests.core.test_metrics import Reader
-from tests.lower.test_telemetry import Spans
-from tests.support.direct_under_test import DirectUnderTest, size_of
+from tests.support.direct_under_test import DirectUnderTest, size_of, stored
 from tests.support.failing_parts import FAULTS, FaultyTier
 from tests.support.forked_children import run_in_child
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER
-from tests.support.timed_tier import TimedTier
 
 KEYS = keys_of("a", 6)
 SOON_S = 0.02
@@ -220,14 +212,6 @@ def test_hanging_tier_costs_one_deadline_and_the_next_tier_answers() -> None:
     under_test.close()
 
 
-def stored(keys: Sequence[bytes]) -> dict[bytes, bytes]:
-    """What a tier holds after a store of the blocks, by name."""
-    under_test = DirectUnderTest()
-    under_test.put(keys)
-    under_test.close()
-    return dict(under_test.tiers[0].held)
-
-
 def test_breaker_opens_after_three_failures_and_closes_after_a_probe(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -379,243 +363,3 @@ def test_python_without_a_gil_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     with pytest.raises(RuntimeError, match="direct tiers need Python's GIL"):
         DirectTiers([], profile="test", block_nbytes=PAGE)
-
-
-# Load or compute, on a manual clock
-
-
-class TimedDirect(DirectUnderTest):
-    """Timed tiers, one call at a time; the engine computes a block in 0.1 s."""
-
-    def __init__(self, tiers: int = 1, **options: Any) -> None:
-        self.clock = ManualClock(100.0)
-        super().__init__(
-            [TimedTier(self.clock) for _ in range(tiers)],
-            clock=self.clock,
-            calls=1,
-            blocks_per_call=64,
-            frames=64,
-            **options,
-        )
-        self.requests = 0
-
-    def observe_compute(self) -> None:
-        self.direct.observe_compute(1, 0.1)
-        self.direct.observe_compute(100, 10.0)
-
-    def new_keys(self, *tiers: int | None) -> list[bytes]:
-        """New keys; tier ``tiers[i]`` holds the ``i``-th block."""
-        self.requests += 1
-        keys = keys_of(f"request {self.requests}", len(tiers))
-        for key, tier in zip(keys, tiers, strict=True):
-            if tier is not None:
-                self.tiers[tier].held |= stored([key])
-        return keys
-
-    def settle(self) -> None:
-        """Use up the remeasurements that are due now, and wait for those that run."""
-        for tier in self.direct.tiers:
-            tier.claim_remeasure()
-        self.wait_idle()
-
-    def skipped(self) -> list[int]:
-        return [stats.skipped_blocks for stats in self.direct.stats().lower]
-
-
-def test_contains_without_measurements_reports_every_held_block() -> None:
-    under_test = TimedDirect()
-    under_test.tiers[0].load_s = 50.0
-    for _ in range(3):
-        keys = under_test.new_keys(0, 0, None, 0)
-        assert under_test.direct.contains(keys) == [True, True, False, True]
-        under_test.get(keys)
-    assert under_test.skipped() == [0]
-    under_test.close()
-
-
-def test_contains_reports_no_block_that_loads_slower_than_the_engine_computes() -> None:
-    under_test = TimedDirect()
-    under_test.tiers[0].load_s = 0.2
-    under_test.observe_compute()
-    keys = under_test.new_keys(0, 0, 0, 0)
-    assert under_test.direct.contains(keys) == [True] * 4
-    under_test.get(keys)
-    under_test.settle()
-    assert under_test.direct.contains(under_test.new_keys(0, 0, None, 0)) == [False] * 4
-    assert under_test.skipped() == [3]
-    under_test.close()
-
-
-def test_contains_reports_a_slow_block_that_many_fast_ones_follow() -> None:
-    under_test = TimedDirect(tiers=2)
-    near, far = under_test.tiers
-    near.load_s, far.load_s = 0.01, 1.0
-    under_test.get(under_test.new_keys(0, 0, 0))
-    near.load_s = 0.0  # so that its misses below take no time
-    far_keys = under_test.new_keys(1, 1, 1)
-    under_test.get(far_keys)
-    under_test.observe_compute()
-    under_test.settle()
-    assert under_test.direct.contains(under_test.new_keys(0, 0, 1, 1)) == [True, True, False, False]
-    under_test.settle()
-    assert under_test.direct.contains(under_test.new_keys(1, *[0] * 40)) == [True] * 41
-    under_test.close()
-
-
-def test_contains_does_not_ask_a_tier_with_lookups_slower_than_computing() -> None:
-    under_test = TimedDirect()
-    under_test.tiers[0].lookup_s = 5.0
-    under_test.observe_compute()
-    under_test.direct.contains(under_test.new_keys(0, 0))
-    under_test.settle()
-    under_test.tiers[0].calls.clear()
-    assert under_test.direct.contains(under_test.new_keys(0, 0)) == [False, False]
-    assert under_test.tiers[0].calls == []
-    assert under_test.skipped() == [2]
-    under_test.close()
-
-
-def test_if_slower_load_reports_every_held_block() -> None:
-    under_test = TimedDirect(if_slower="load")
-    under_test.tiers[0].load_s = under_test.tiers[0].lookup_s = 50.0
-    under_test.observe_compute()
-    for _ in range(3):
-        keys = under_test.new_keys(0, 0)
-        assert under_test.direct.contains(keys) == [True, True]
-        under_test.get(keys)
-    under_test.close()
-
-
-def test_skipped_tier_is_remeasured_and_reported_again_once_it_is_fast() -> None:
-    under_test = TimedDirect()
-    [tier] = under_test.tiers
-    tier.load_s = 0.2
-    under_test.observe_compute()
-    under_test.get(under_test.new_keys(0, 0, 0, 0))
-    tier.load_s = 0.01
-    reported = []
-    for _ in range(12):
-        under_test.clock.advance(REMEASURE_S)
-        reported.append(all(under_test.direct.contains(under_test.new_keys(0, 0, 0, 0))))
-        under_test.wait_idle()  # for the lookup, and then for the load
-        under_test.wait_idle()
-    assert not reported[0]
-    assert reported[-1]
-    under_test.close()
-
-
-def test_tier_that_hangs_in_a_remeasurement_gets_no_second_one() -> None:
-    under_test = TimedDirect()
-    [tier] = under_test.tiers
-    tier.load_s = 0.2
-    under_test.observe_compute()
-    under_test.get(under_test.new_keys(0, 0, 0, 0))
-    [direct] = under_test.direct.tiers
-    under_test.hang()
-    direct.remeasure(KEYS)
-    assert tier.waiting.acquire(timeout=LONG)
-    for _ in range(5):
-        under_test.clock.advance(REMEASURE_S)
-        direct.remeasure(KEYS)
-    tier.calls.clear()
-    under_test.resume()
-    assert tier.calls == []
-    under_test.close()
-
-
-# Counters, metrics, events and spans
-
-
-def test_counters_are_metrics_with_the_profile_as_a_label(under_test: DirectUnderTest) -> None:
-    reader = Reader()
-    metrics.create_instruments(reader.provider.get_meter("test"))
-    under_test.put(KEYS)
-    under_test.get(KEYS)
-    under_test.wait_idle()
-    values = reader.values()
-    nbytes = sum(map(size_of, KEYS))
-    assert values["kvcache.tier.io"]["t1", "read"] == nbytes
-    assert values["kvcache.tier.io"]["t1", "write"] == nbytes
-    assert values["kvcache.tier.io"]["t2", "read"] == 0
-    assert values["kvcache.tier.loads"]["t1", "loaded"] == 6
-    assert values["kvcache.tier.stores"]["t2", "stored"] == 6
-    assert "kvcache.tier.pinned" not in values or not values["kvcache.tier.pinned"]
-    points = reader.points()["kvcache.tier.stores"]
-    assert {point.attributes["kvcache.profile.name"] for point in points} >= {"test"}
-    operations = {
-        (name.name, operation) for name, operation, _, _ in under_test.direct.take_durations()
-    }
-    assert operations == {(tier, op) for tier in ("t1", "t2") for op in ("store",)} | {
-        ("t1", "load")
-    }
-    assert under_test.direct.take_durations() == []
-    assert under_test.direct.stats().pinned_slots == 0
-
-
-def test_events_report_blocks_that_were_stored_and_missed(under_test: DirectUnderTest) -> None:
-    logs = under_test.direct.subscribe_events()
-    assert [name.name for name, _ in logs] == ["t1", "t2"]
-    under_test.put(KEYS[:2])
-    under_test.wait_idle()
-    stored_events = [event for _, log in logs for event in log.take() if event.stored]
-    assert stored_events == [BlockEvent(stored=True, keys=KEYS[:2])] * 2
-    under_test.tiers[0].held.clear()
-    under_test.direct.contains(KEYS[:2])
-    assert BlockEvent(stored=False, keys=KEYS[:2]) in logs[0][1].take()
-
-
-def test_called_tiers_have_spans_under_the_parent_and_linked_to_the_cause(
-    under_test: DirectUnderTest, exported: InMemorySpanExporter
-) -> None:
-    caller = TracerProvider().get_tracer("caller").start_span("engine")
-    blocks = [block_of(key, size_of(key)) for key in KEYS]
-    under_test.direct.store(KEYS, blocks, cause=caller)
-    spans = Spans(exported)
-    assert spans.names() == ["kvcache.tier.store"] * 2
-    for span in spans.all:
-        assert [link.context for link in span.links] == [caller.get_span_context()]
-        assert dict(span.attributes or {}) | {
-            "kvcache.queue.duration": 0,
-            "kvcache.tier.name": "",
-        } == {
-            "kvcache.tier.name": "",
-            "kvcache.tier.type": "Framed",
-            "kvcache.block.requested": 6,
-            "kvcache.block.stored": 6,
-            "kvcache.block.known": 0,
-            "kvcache.payload.size": sum(map(size_of, KEYS)),
-            "kvcache.queue.duration": 0,
-        }
-    under_test.tiers[0].held.pop(NAMESPACE + KEYS[0])
-    under_test.direct.contains(KEYS, parent_span=caller)
-    under_test.direct.load(KEYS, [bytearray(size_of(key)) for key in KEYS], parent_span=caller)
-    spans = Spans(exported)
-    assert spans.names() == ["kvcache.tier.contains"] * 2 + ["kvcache.tier.load"] * 2
-    assert all(span.parent == caller.get_span_context() for span in spans.all)
-    loads = [span.attributes or {} for span in spans.all if span.name == "kvcache.tier.load"]
-    assert [(span["kvcache.block.requested"], span["kvcache.block.hit"]) for span in loads] == [
-        (6, 5),
-        (1, 1),
-    ]
-
-
-def test_calls_without_a_parent_have_no_spans(
-    under_test: DirectUnderTest, exported: InMemorySpanExporter
-) -> None:
-    under_test.put(KEYS)
-    under_test.get(KEYS)
-    under_test.direct.contains(KEYS)
-    assert Spans(exported).names() == []
-
-
-def test_span_of_a_tier_that_failed_has_the_error(
-    under_test: DirectUnderTest, exported: InMemorySpanExporter
-) -> None:
-    caller = TracerProvider().get_tracer("caller").start_span("engine")
-    under_test.tiers[0].fault = "raise"
-    blocks = [block_of(key, size_of(key)) for key in KEYS]
-    under_test.direct.store(KEYS, blocks, cause=caller)
-    [failed] = [span for span in Spans(exported).all if not span.status.is_ok and span.events]
-    assert failed.attributes is not None
-    assert failed.attributes["error.type"] == "OSError"
-    assert failed.attributes["kvcache.block.failed"] == 6

@@ -18,7 +18,7 @@ from kvcache.keys import namespaced_key
 from kvcache.lower.lent_calls import revoke
 from kvcache.slab import PAGE
 from kvcache.testing import keys_of
-from tests.support.direct_under_test import DirectUnderTest, size_of
+from tests.support.direct_under_test import DirectUnderTest, size_of, stored
 from tests.support.failing_parts import FaultyTier
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER
 
@@ -62,15 +62,6 @@ def under_test(tier: HangingTier) -> Iterator[DirectUnderTest]:
     under_test.close()
 
 
-def frames_of(keys: Sequence[bytes]) -> dict[bytes, bytes]:
-    """What a tier holds after a store of the blocks, by name."""
-    found = DirectUnderTest()
-    assert found.put(keys) == [True] * len(keys)
-    frames: dict[bytes, bytes] = found.tiers[0].held
-    found.close()
-    return dict(frames)
-
-
 def call_until_it_hangs(
     tier: HangingTier, method: str, call: Callable[[], object], passing: int = 0
 ) -> None:
@@ -86,7 +77,7 @@ def call_until_it_hangs(
 def test_load_past_its_deadline_never_writes_to_the_memory(
     under_test: DirectUnderTest, tier: HangingTier
 ) -> None:
-    tier.held = frames_of(KEYS)
+    tier.held = stored(KEYS)
     call_until_it_hangs(tier, "load", lambda: under_test.get(KEYS))
     under_test.check_memory()
     under_test.resume()
@@ -98,7 +89,7 @@ def test_load_past_its_deadline_in_its_second_batch_never_writes_to_the_memory(
     tier: HangingTier,
 ) -> None:
     under_test = DirectUnderTest([tier], deadline_s=SOON_S, frames=1, breaker_failures=NEVER)
-    tier.held = frames_of(KEYS)
+    tier.held = stored(KEYS)
     call_until_it_hangs(tier, "load", lambda: under_test.get(KEYS), passing=1)
     under_test.check_memory()
     under_test.close()
@@ -117,7 +108,7 @@ def test_store_past_its_deadline_packs_no_later_batch(tier: HangingTier) -> None
     under_test = DirectUnderTest([tier], deadline_s=SOON_S, frames=1, breaker_failures=NEVER)
     call_until_it_hangs(tier, "store", lambda: under_test.put(KEYS))
     under_test.resume()
-    right = frames_of(KEYS)
+    right = stored(KEYS)
     assert {name: right[name] for name in tier.held} == tier.held
     assert under_test.held() == set(KEYS[:1])  # its frame was packed before the deadline
     stats = under_test.direct.stats().lower[0]
@@ -130,7 +121,7 @@ def test_store_past_its_deadline_packs_no_later_batch(tier: HangingTier) -> None
 def test_memory_of_a_call_that_hangs_can_be_unmapped(
     under_test: DirectUnderTest, tier: HangingTier
 ) -> None:
-    tier.held = frames_of(KEYS)
+    tier.held = stored(KEYS)
     maps = [mmap.mmap(-1, PAGE) for _ in KEYS]
 
     def load() -> None:
@@ -207,7 +198,7 @@ def test_exception_in_the_calling_thread_revokes_the_memory(
     under_test: DirectUnderTest, tier: HangingTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal handler raises while the caller waits."""
-    tier.held = frames_of(KEYS)
+    tier.held = stored(KEYS)
     tier.hang_in("load")
 
     def interrupted(*_: object) -> None:

@@ -142,3 +142,11 @@ class DirectUnderTest:
 def size_of(key: bytes) -> int:
     """The bytes of the block under ``key``: blocks of direct tiers differ in size."""
     return 1 + int.from_bytes(block_of(key, 2), "big") % PAGE
+
+
+def stored(keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    """What a tier holds after a store of the blocks, by name."""
+    under_test = DirectUnderTest()
+    under_test.put(keys)
+    under_test.close()
+    return dict(under_test.tiers[0].held)
