@@ -80,6 +80,7 @@ def test_called_tiers_have_spans_under_the_parent_and_linked_to_the_cause(
         } == {
             "kvcache.tier.name": "",
             "kvcache.tier.type": "Framed",
+            "kvcache.codec": "none",
             "kvcache.block.requested": 6,
             "kvcache.block.stored": 6,
             "kvcache.block.known": 0,
