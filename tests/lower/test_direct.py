@@ -17,7 +17,7 @@ from kvcache.slab import PAGE
 from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
 from tests.support.direct_under_test import DirectUnderTest, size_of, stored
-from tests.support.failing_parts import FAULTS, FaultyTier
+from tests.support.failing_parts import FAULTS, DictTier, FaultyTier
 from tests.support.forked_children import run_in_child
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER
@@ -201,8 +201,8 @@ def test_hanging_tier_costs_one_deadline_and_the_next_tier_answers() -> None:
     )
     keys = keys_of("many", 12)
     under_test.direct.tiers[1].channel.deadline_s = LONG
-    under_test.tiers[1].held = stored(keys)
-    under_test.tiers[0].held = stored(keys)
+    under_test.tiers[1].held.update(stored(keys))
+    under_test.tiers[0].held.update(stored(keys))
     under_test.hang()
     assert under_test.get(keys) == [True] * 12
     assert under_test.tiers[0].calls.count("load") <= 1
@@ -263,13 +263,13 @@ def test_clear_earlier_blocks_are_not_found(under_test: DirectUnderTest) -> None
 
 
 def test_clear_with_a_namespace_lets_two_processes_share_blocks_again() -> None:
-    first, second = DirectUnderTest(), DirectUnderTest()
-    second.tiers[0].held = first.tiers[0].held
+    shared = DictTier()
+    first, second = DirectUnderTest([FaultyTier(shared)]), DirectUnderTest([FaultyTier(shared)])
     for each in (first, second):
         each.direct.clear(b"m" * 32)
     assert first.put(KEYS) == ALL
     assert second.get(KEYS) == ALL
-    assert {name[:32] for name in first.tiers[0].held} == {b"m" * 32}
+    assert {name[:32] for name in shared.held} == {b"m" * 32}
     first.close()
     second.close()
 

@@ -77,7 +77,7 @@ def call_until_it_hangs(
 def test_load_past_its_deadline_never_writes_to_the_memory(
     under_test: DirectUnderTest, tier: HangingTier
 ) -> None:
-    tier.held = stored(KEYS)
+    tier.held.update(stored(KEYS))
     call_until_it_hangs(tier, "load", lambda: under_test.get(KEYS))
     under_test.check_memory()
     under_test.resume()
@@ -89,7 +89,7 @@ def test_load_past_its_deadline_in_its_second_batch_never_writes_to_the_memory(
     tier: HangingTier,
 ) -> None:
     under_test = DirectUnderTest([tier], deadline_s=SOON_S, frames=1, breaker_failures=NEVER)
-    tier.held = stored(KEYS)
+    tier.held.update(stored(KEYS))
     call_until_it_hangs(tier, "load", lambda: under_test.get(KEYS), passing=1)
     under_test.check_memory()
     under_test.close()
@@ -121,7 +121,7 @@ def test_store_past_its_deadline_packs_no_later_batch(tier: HangingTier) -> None
 def test_memory_of_a_call_that_hangs_can_be_unmapped(
     under_test: DirectUnderTest, tier: HangingTier
 ) -> None:
-    tier.held = stored(KEYS)
+    tier.held.update(stored(KEYS))
     maps = [mmap.mmap(-1, PAGE) for _ in KEYS]
 
     def load() -> None:
@@ -198,7 +198,7 @@ def test_exception_in_the_calling_thread_revokes_the_memory(
     under_test: DirectUnderTest, tier: HangingTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal handler raises while the caller waits."""
-    tier.held = stored(KEYS)
+    tier.held.update(stored(KEYS))
     tier.hang_in("load")
 
     def interrupted(*_: object) -> None:
