@@ -68,6 +68,7 @@ CODEC: Final = "kvcache.codec"
 PAYLOAD: Final = "kvcache.payload.size"
 QUEUED: Final = "kvcache.queue.duration"
 SKIP_REASON: Final = "kvcache.skip.reason"
+OBJECT_REQUESTS: Final = "kvcache.object.requests"
 ERROR: Final = "error.type"
 MESSAGE: Final = "exception.message"
 

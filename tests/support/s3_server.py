@@ -31,6 +31,7 @@ PATIENCE_S = 60.0  # bounds the wait of broken code; not a measurement
 BUCKET = "kv-blocks"
 ACCESS_KEY_ENV = "KV_TEST_ACCESS_KEY"
 SECRET_KEY_ENV = "KV_TEST_SECRET_KEY"
+READY = b"ready" * 20_000  # large enough for a volume, which is found last after a start
 GRPC_OFFSET = 10000  # of the port at which a part of SeaweedFS serves gRPC
 
 
@@ -164,11 +165,10 @@ class Server:
         self._check_runs()
         try:
             if not full:
-                self.put("ready", b"ready")
-            self.names("ready")
+                self.put("start/ready", READY)
+            return not self.names("start") or self.get("start/ready") == READY
         except Exception:  # noqa: BLE001 - obstore's errors have no common base besides this
             return False
-        return True
 
     def _check_runs(self) -> None:
         assert self._process is not None

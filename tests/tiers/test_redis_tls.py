@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
 import subprocess
@@ -22,6 +21,7 @@ from kvcache.tiers.redis.connect import Connector
 from kvcache.tiers.redis.resp import command
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
+from tests.support.certificates import make_certificates
 from tests.support.faulty_servers import Behaviour, FaultyServer, replying
 from tests.support.redis_servers import Server, eventually
 from tests.tiers.test_redis_connect import PASSWORD, require_password
@@ -35,24 +35,7 @@ def _password(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, its certificate for 127.0.0.1, and another, untrusted authority."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj")
-    openssl("req", "-x509", *key, "/CN=trusted", "-keyout", "ca.key", "-out", "ca.pem")
-    openssl("req", "-x509", *key, "/CN=other", "-keyout", "other.key", "-out", "other.pem")
-    openssl("req", *key, "/CN=server", "-keyout", "server.key", "-out", "server.csr")
-    openssl(
-        "x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
-        "-CAcreateserial", "-extfile", "names", "-out", "server.pem",
-    )  # fmt: skip
-    return folder
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,184 @@
+"""Shipped profiles with an object store: stacks share blocks, and recompute lost ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("obstore")
+pytest.importorskip("xxhash")
+
+from kvcache.profiles import open_stack
+from kvcache.stack import Stack
+from kvcache.testing import block_of, keys_of
+from tests.support import s3_server
+from tests.support.s3_server import Server, eventually
+
+NBYTES = 32 << 10
+KEYS = keys_of("chain", 20)
+NAMESPACE = keys_of("namespace", 1)[0]
+
+Open = Callable[..., Stack]
+_prefixes = (f"profile-{number}" for number in count())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with s3_server.server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix without objects."""
+    return next(_prefixes)
+
+
+@pytest.fixture
+def opened(
+    server: Server, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Open]:
+    """Opens a stack of a shipped profile for one engine, on the server."""
+    s3_server.set_login(monkeypatch)
+    with ExitStack() as stacks:
+
+        def opened(
+            profile: str, engine: str, namespace: bytes = NAMESPACE, deadline_s: float = 60,
+            lookup: str = "",
+        ) -> Stack:  # fmt: skip
+            monkeypatch.setenv("KVCACHE__L1__CAPACITY", "4MiB")
+            options: dict[str, object] = {"deadline_s": deadline_s, "timeout_s": deadline_s}
+            if lookup:
+                options["lookup"] = lookup
+            for name, value in server.variables("object", prefix, **options).items():
+                monkeypatch.setenv(name, value)
+            if "disk" in profile:
+                monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / engine))
+                monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "4MiB")
+            stack = stacks.enter_context(
+                open_stack(profile, block_nbytes=NBYTES, namespace=namespace)
+            )
+            stack.front.slab.wait_populated()
+            return stack
+
+        yield opened
+
+
+def store(stack: Stack, keys: Sequence[bytes] = KEYS) -> None:
+    with stack.reserve(keys) as lease:
+        for key, view in zip(lease.keys, lease.views, strict=True):
+            view[:] = block_of(key, NBYTES)
+    assert stack.flush(60)
+
+
+def load_prefix(stack: Stack, keys: Sequence[bytes] = KEYS) -> int:
+    """Load the longest prefix; check its bytes; return its blocks."""
+    with stack.fetch(stack.match(keys).result()).result() as lease:
+        for key, view in zip(lease.keys, lease.views, strict=True):
+            assert view == block_of(key, NBYTES), "the bytes of another block"
+        return len(lease)
+
+
+def check(stack: Stack, offered: int) -> None:
+    """Check that nothing is in flight, and that every offered block is counted."""
+    stats = stack.stats()
+    assert stats.pinned_slots == 0
+    for lower in stats.lower:
+        kept = lower.stored_blocks + lower.known_blocks
+        assert kept + lower.declined_blocks + lower.dropped_blocks == offered
+
+
+def object_of(server: Server, prefix: str, key: bytes) -> str:
+    [name] = [each for each in server.names(prefix) if each.endswith(key.hex())]
+    return name
+
+
+@pytest.mark.parametrize("profile", ["l1-object", "l1-disk-object"])
+def test_stacks_on_one_bucket_load_each_others_blocks(
+    opened: Open, server: Server, prefix: str, profile: str
+) -> None:
+    first, second = opened(profile, "first"), opened(profile, "second")
+    store(first)
+    assert len(server.names(prefix)) == len(KEYS)
+    assert load_prefix(second, [*KEYS, *keys_of("more", 2)]) == len(KEYS)
+    assert load_prefix(opened(profile, "other model", keys_of("other", 1)[0])) == 0
+    store(opened(profile, "third"))  # the bucket has the blocks already
+    assert len(server.names(prefix)) == len(KEYS)
+    check(first, len(KEYS))
+
+
+def test_objects_deleted_by_a_lifecycle_rule_end_the_prefix(
+    opened: Open, server: Server, prefix: str
+) -> None:
+    store(opened("l1-object", "first"))
+    for key in KEYS[7:9]:
+        server.delete(object_of(server, prefix, key))
+    second = opened("l1-object", "second")
+    assert load_prefix(second) == 7
+    store(second)
+    assert load_prefix(opened("l1-object", "third")) == len(KEYS)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "swapped", "replaced"])
+def test_damaged_object_ends_the_prefix_and_is_removed(
+    opened: Open, server: Server, prefix: str, damage: str
+) -> None:
+    store(opened("l1-object", "first"))
+    name = object_of(server, prefix, KEYS[5])
+    value = server.get(name)
+    damaged = {
+        "truncated": value[: len(value) // 2],
+        "swapped": server.get(object_of(server, prefix, KEYS[6])),
+        "replaced": value[:9000] + b"damage" + value[9006:],
+    }
+    server.put(name, damaged[damage])
+    second = opened("l1-object", "second")
+    assert load_prefix(second) == 5
+    assert name not in server.names(prefix)
+    [lower] = second.stats().lower
+    assert sum(lower.usage.rejected_blocks.values()) == 1
+    store(second)
+    assert load_prefix(opened("l1-object", "third")) == len(KEYS)
+
+
+def test_reset_outlasts_the_engine(opened: Open) -> None:
+    first = opened("l1-object", "first")
+    store(first)
+    assert load_prefix(opened("l1-object", "second")) == len(KEYS)
+    first.clear()
+    assert load_prefix(first) == 0
+    assert load_prefix(opened("l1-object", "third")) == 0
+
+
+def test_stopped_server_stalls_no_request_and_keeps_no_slot(opened: Open, server: Server) -> None:
+    first, second = opened("l1-object", "first"), opened("l1-object", "second", deadline_s=0.5)
+    store(first)
+    with server.stopped():
+        assert load_prefix(second) == 0
+        store(second)
+        eventually(lambda: second.stats().pinned_slots == 0, "every slot comes back")
+        check(second, len(KEYS))
+
+
+def test_killed_server_costs_hits_and_recovers(opened: Open, server: Server, prefix: str) -> None:
+    first, second = opened("l1-object", "first"), opened("l1-object", "second")
+    store(first)
+    server.kill()
+    assert load_prefix(second) == 0
+    assert load_prefix(first) == len(KEYS)  # from L1
+    store(second, keys_of("while it is down", 5))
+    check(second, 5)
+    server.start()
+    second.front.clear()
+    before = len(server.names(prefix))
+    more = [keys_of(f"again {at}", 1) for at in range(10_000)]
+
+    def recovered() -> bool:  # the circuit breaker tries again after a second
+        store(second, more.pop())
+        return len(server.names(prefix)) > before
+
+    eventually(recovered, "it is asked again")

@@ -1,0 +1,157 @@
+"""Single requests to an object store, and what their outcomes mean.
+
+Always true here:
+
+* A request returns a value or a :class:`FailedRequest`; it raises nothing.
+* A text of the store is shown as one printable line without secrets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+
+from kvcache.secrets import redact
+
+T = TypeVar("T")
+
+HEAD, GET, PUT, DELETE = "HEAD", "GET", "PUT", "DELETE"
+
+NOT_SENT: Final = "NotSent"
+TIMEOUT: Final = "Timeout"
+UNREACHABLE: Final = "Unreachable"
+"""Codes of failures without an answer of the store."""
+
+NO_CREDENTIALS: Final = "NoCredentials"
+CERTIFICATE: Final = "Certificate"  # of the server; it is invalid
+FOLDER: Final = "Folder"  # an error of the file system
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,80})\s*</Code>")
+_MESSAGE = re.compile(r"<Message>\s*([^<]{1,300}?)\s*</Message>")
+_CAUSES = re.compile(r'(?:message|error|source): "([^"\n]{1,300})"|\n\s+"(dns error)"')
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,80})")
+_TIMED_OUT = re.compile(r"kind: Timeout|\bTimedOut\b")
+_BEING_WRITTEN = re.compile(r"<Code>(ConditionalRequestConflict|OperationAborted)</Code>")
+_REDIRECT = "Received redirect without LOCATION"  # S3: the bucket is in another region
+_METADATA_SERVICES = (
+    "169.254.169.254", "169.254.170.2", "metadata.google.internal", "metadata/identity",
+)  # fmt: skip
+"""Parts of the addresses at which a machine's own credentials are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A request without the outcome that it asked for.
+
+    Attributes:
+        code: the store's code, its status, or ``NOT_SENT``, ``TIMEOUT`` or ``UNREACHABLE``.
+        text: the cause, for people.
+        status: the HTTP status; 0 without an answer.
+        missing: whether the store says that it has no such object.
+    """
+
+    code: str
+    text: str
+    status: int = 0
+    missing: bool = False
+
+
+class ForeignObject(int):
+    """The size of an object that cannot be a block of the tier."""
+
+
+def head(store: Any, name: str) -> bool:
+    """Return ``True``; a missing object raises."""
+    obstore.head(store, name)
+    return True
+
+
+def get(store: Any, name: str, limit: int) -> obstore.Bytes | ForeignObject:
+    """Return the bytes of an object of 1 to ``limit`` bytes; read none of a larger one."""
+    answer = obstore.get(store, name)
+    size = int(answer.meta["size"])
+    return answer.bytes() if 0 < size <= limit else ForeignObject(size)
+
+
+def put(store: Any, name: str, block: memoryview | bytes, *, overwrite: bool) -> bool:
+    """Write an object with one request; without ``overwrite``, one that exists stays unchanged.
+
+    Returns:
+        whether the object exists now; ``False`` while another request is writing it.
+    """
+    try:
+        obstore.put(
+            store, name, block, mode="overwrite" if overwrite else "create", use_multipart=False
+        )
+    except (AlreadyExistsError, PreconditionError) as error:
+        if overwrite:
+            raise
+        return not _BEING_WRITTEN.search(str(error))
+    return True
+
+
+def delete(store: Any, name: str) -> bool:
+    """Delete an object."""
+    obstore.delete(store, name)
+    return True
+
+
+def outcome_of(request: Callable[[], T], secrets: tuple[str, ...]) -> T | FailedRequest:
+    """Return what ``request`` returns, or its failure."""
+    try:
+        return request()
+    except BaseException as error:  # noqa: BLE001 - a panic in Rust is no Exception
+        return failure_of(error, secrets)
+
+
+def failure_of(error: BaseException, secrets: tuple[str, ...]) -> FailedRequest:
+    """Return the failure for an exception of obstore.
+
+    Its text is parsed, because many causes have the same type.
+    """
+    summary, _, debug = str(error).partition("\n\nDebug source:")
+    _, mark, cause = summary.partition(" - ")
+    text = cause if mark else summary or type(error).__name__
+    if summary.startswith("Generic LocalFileSystem"):
+        return FailedRequest(FOLDER, redact(text, *secrets))
+    found = _STATUS.search(summary)
+    status = int(found[1]) if found else 301 if _REDIRECT in summary else _status_of(error)
+    code = _CODE.search(summary)
+    if not status:
+        if any(service in summary for service in _METADATA_SERVICES):
+            return FailedRequest(NO_CREDENTIALS, f"found no credentials ({redact(text, *secrets)})")
+        if _TIMED_OUT.search(debug):
+            return FailedRequest(TIMEOUT, "no answer in time")
+        if certificate := _CERTIFICATE.search(debug):
+            text = f"the server's certificate is invalid: {certificate[1]}"
+            return FailedRequest(CERTIFICATE, text)
+        causes = [one or other for one, other in _CAUSES.findall(debug)]
+        text = f"{text}: {causes[-1]}" if causes and causes[-1] not in text else text
+        return FailedRequest(UNREACHABLE, redact(text, *secrets))
+    message = _MESSAGE.search(summary)
+    shown = " ".join(filter(None, (str(status), code and code[1], message and message[1])))
+    if not found:
+        shown = f"{status} {text}"
+    name = code[1] if code else str(status)
+    missing = status == 404 and name not in ("NoSuchBucket", "ContainerNotFound")
+    return FailedRequest(name, redact(shown, *secrets), status, missing)
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the HTTP status that an exception of obstore stands for; 0 for none."""
+    if isinstance(error, FileNotFoundError):
+        return 404
+    if isinstance(error, UnauthenticatedError):
+        return 401
+    return 403 if isinstance(error, PermissionDeniedError) else 0
