@@ -1,0 +1,268 @@
+"""MooncakeTier over a played library: batches, codes, and races that a real one hides."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+pytest.importorskip("kvcache.tiers.mooncake")
+
+from kvcache.testing import TierTests, block_of, keys_of
+from kvcache.tiers.mooncake import MooncakeTier, block_name
+from kvcache.tiers.mooncake.client import PoolClient
+from kvcache.tiers.mooncake.gone_keys import GoneKeys
+from tests.support.played_mooncake import (
+    OpenPlayed,
+    PlayedMaster,
+    PlayedPool,
+    play_library,
+    tiers_on,
+    wait_until_open,
+)
+
+NBYTES = 4096
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> PlayedPool:
+    return play_library(monkeypatch)
+
+
+@pytest.fixture
+def master() -> Iterator[PlayedMaster]:
+    with PlayedMaster() as master:
+        yield master
+
+
+@pytest.fixture
+def opened(played: PlayedPool, master: PlayedMaster) -> Iterator[OpenPlayed]:
+    with tiers_on(played, master) as opened:
+        yield opened
+
+
+def store(tier: MooncakeTier, keys: list[bytes]) -> list[bool]:
+    return tier.store(keys, [memoryview(block_of(key, NBYTES)) for key in keys])
+
+
+class PlayedTierTests(TierTests):
+    options: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture
+    def tier(self, opened: OpenPlayed) -> MooncakeTier:
+        return opened(**self.options)
+
+
+class TestPlayedMooncake(PlayedTierTests):
+    pass
+
+
+class TestPlayedRdma(PlayedTierTests):
+    """Memory must be registered, so the tier copies the buffers of this suite."""
+
+    options: ClassVar[dict[str, Any]] = {"protocol": "rdma", "devices": "mlx5_0"}
+
+    @pytest.fixture(autouse=True)
+    def _only_registered(self, played: PlayedPool) -> None:
+        played.only_registered = True
+
+
+class TestPlayedMooncakeLeased(PlayedTierTests):
+    """Every block is leased, so none can be removed."""
+
+    @pytest.fixture(autouse=True)
+    def _leased(self, played: PlayedPool) -> None:
+        class Everything(set[str]):
+            def __contains__(self, name: object) -> bool:
+                return name in played.values
+
+        played.leased = Everything()
+
+
+# A key once in each batch, no removal by force
+
+
+def test_batch_with_a_key_twice_is_sent_once(opened: OpenPlayed, played: PlayedPool) -> None:
+    tier = opened()
+    key, other = keys_of("twice", 2)
+    zeros = memoryview(bytes(NBYTES))
+    first = memoryview(block_of(key, NBYTES))
+    assert tier.store([key, other, key], [first, zeros, zeros]) == [True] * 3
+    buffers = [bytearray(NBYTES) for _ in range(3)]
+    assert tier.load([key, other, key], [memoryview(each) for each in buffers]) == [NBYTES] * 3
+    assert buffers[0] == buffers[2] == block_of(key, NBYTES)
+    tier.remove([key, key])
+    for method in ("batch_put_from", "batch_get_into", "batch_remove"):
+        [(names, *_)] = played.called(method)
+        assert len(names) == len(set(names))
+
+
+def test_remove_is_never_by_force(opened: OpenPlayed, played: PlayedPool) -> None:
+    tier = opened()
+    keys = keys_of("forced", 2)
+    store(tier, keys)
+    played.leased = {block_name(keys[0])}
+    tier.remove(keys)
+    assert [force for _, force in played.called("batch_remove")] == [False]
+    assert tier.contains(keys) == [False, False]
+    assert list(played.values) == [block_name(keys[0])]
+    assert store(tier, keys) == [True, True]
+    assert [names for names, *_ in played.called("batch_upsert_from")] == [[block_name(keys[0])]]
+    assert tier.contains(keys) == [True, True]
+
+
+def test_gone_keys_are_bounded_and_the_oldest_leave_first() -> None:
+    gone = GoneKeys(limit=3)
+    gone.add(keys_of("first", 3))
+    gone.add(keys_of("first", 1))  # now the newest
+    gone.add(keys_of("second", 2))
+    assert len(gone) == 3
+    assert gone.split([*keys_of("first", 3), *keys_of("second", 2)]) == (
+        keys_of("first", 3)[1:],
+        [*keys_of("first", 1), *keys_of("second", 2)],
+    )
+
+
+# Codes
+
+
+@pytest.mark.parametrize("code", [-1, -800, -900, -901])
+def test_code_for_every_key_that_means_no_answer_raises(
+    opened: OpenPlayed, played: PlayedPool, code: int
+) -> None:
+    tier = opened()
+    keys = keys_of("codes", 2)
+    for method in ("batch_is_exist", "batch_get_into", "batch_put_from", "batch_remove"):
+        played.replies[method] = lambda names, *_: [code] * len(names)
+    buffers = [memoryview(bytearray(NBYTES)) for _ in keys]
+    for call in (
+        lambda: tier.contains(keys),
+        lambda: tier.load(keys, buffers),
+        lambda: store(tier, keys),
+        lambda: tier.remove(keys),
+    ):
+        with pytest.raises(ConnectionError, match=f"returned {code}"):
+            call()
+
+
+@pytest.mark.parametrize("code", [-200, -600, -704, -706, -707, -800, -801, -900, -1700, -9999])
+def test_code_for_one_key_is_a_miss_or_a_decline(
+    opened: OpenPlayed, played: PlayedPool, code: int
+) -> None:
+    tier = opened()
+    keys = keys_of("codes", 2)
+    played.replies["batch_is_exist"] = lambda names: [code, 1]
+    assert tier.contains(keys) == [False, True]
+    played.replies["batch_get_into"] = lambda names, addresses, sizes: [code, NBYTES]
+    buffers = [memoryview(bytearray(NBYTES)) for _ in keys]
+    assert tier.load(keys, buffers) == [0, NBYTES]
+    played.replies["batch_put_from"] = lambda names, addresses, sizes: [code, 0][: len(names)]
+    played.replies["batch_upsert_from"] = lambda names, addresses, sizes: [code]
+    assert store(tier, keys) == [False, code != -801 and True]
+
+
+def test_key_that_another_client_is_writing_counts_as_held(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    played.replies["batch_put_from"] = lambda names, addresses, sizes: [-705]
+    assert store(opened(), keys_of("exists", 1)) == [True]
+
+
+def test_empty_block_is_declined(opened: OpenPlayed) -> None:
+    assert opened().store(keys_of("empty", 1), [memoryview(b"")]) == [False]
+
+
+# The gate before close
+
+
+def test_close_waits_for_the_calls_inside(played: PlayedPool, master: PlayedMaster) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hang(names: list[str]) -> list[int]:
+        entered.set()
+        assert leave.wait(PATIENCE_S)
+        return [1] * len(names)
+
+    played.replies["batch_is_exist"] = hang
+    tier = MooncakeTier(master=master.address, timeout_s=30.0)
+    keys, answers = keys_of("gate", 1), []
+    thread = threading.Thread(target=lambda: answers.append(tier.contains(keys)))
+    thread.start()
+    assert entered.wait(PATIENCE_S)
+    tier.close()  # returns although a call is inside
+    [client] = played.clients
+    assert not client.closed
+    with pytest.raises(ConnectionError, match="the tier is closed"):
+        tier.contains(keys)
+    leave.set()
+    thread.join(PATIENCE_S)
+    assert answers == [[True]]
+    assert client.closed
+    assert played.violations == []
+
+
+def test_close_during_setup_closes_the_new_client(played: PlayedPool, master: PlayedMaster) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def setup(settings: dict[str, Any]) -> int:
+        entered.set()
+        assert leave.wait(PATIENCE_S)
+        return 0
+
+    played.replies["setup"] = setup
+    tier = MooncakeTier(master=master.address, timeout_s=0.01)
+    assert entered.wait(PATIENCE_S)
+    tier.close()
+    leave.set()
+    [client] = played.clients
+    for _ in range(int(PATIENCE_S * 100)):
+        if client.closed:
+            break
+        threading.Event().wait(0.01)
+    assert client.closed
+
+
+def test_client_closes_its_library_client_once() -> None:
+    pool = PlayedPool()
+    client = PoolClient(pool.library(1.0)())
+    client.close()
+    client.close()
+    client.wait_closed()
+    with pytest.raises(ConnectionError):
+        client.call("batch_is_exist", ["name"])
+    assert pool.violations == []
+
+
+# A transfer that the library stopped waiting for
+
+
+def test_transfer_that_may_go_on_closes_the_client_before_the_call_ends(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    tier = opened()
+    tier.abandoned_transfer_s = 0.0
+    key = keys_of("abandoned", 1)[0]
+    store(tier, [key])
+    [first] = played.clients
+    played.replies["batch_get_into"] = lambda names, addresses, sizes: [-800]
+    with pytest.raises(ConnectionError):
+        tier.load([key], [memoryview(bytearray(NBYTES))])
+    assert first.closed
+    del played.replies["batch_get_into"]
+    wait_until_open(tier)
+    assert len(played.clients) == 2
+    assert tier.load([key], [memoryview(bytearray(NBYTES))]) == [NBYTES]
+
+
+def test_quick_failure_of_a_transfer_keeps_the_client(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    tier = opened()
+    played.replies["batch_get_into"] = lambda names, addresses, sizes: [-800]
+    with pytest.raises(ConnectionError):
+        tier.load(keys_of("quick", 1), [memoryview(bytearray(NBYTES))])
+    assert len(played.clients) == 1
+    assert not played.clients[0].closed
