@@ -158,13 +158,12 @@ class Channel:
     ) -> list[int]:
         """Read each block into its buffer; return the bytes written per key."""
         names = self.tier_namespace.names(namespace, keys)
-        nbytes = max(map(len, into), default=0)
-        written = answers_per_key(
-            lambda: self.tier.load(names, into), len(keys), byte_count_reader(nbytes)
-        )
+        sizes = [len(view) for view in into]  # a late call may find the views released
+        reader = byte_count_reader(max(sizes, default=0))
+        written = answers_per_key(lambda: self.tier.load(names, into), len(keys), reader)
         self._notify_observed(namespace, keys, [count > 0 for count in written])
         if self.assumes_held:
-            whole = [count == len(view) for count, view in zip(written, into, strict=True)]
+            whole = [count == size for count, size in zip(written, sizes, strict=True)]
             self.remembered.observe(namespace, keys, whole)
         return written
 

@@ -40,6 +40,25 @@ def redis(folder: Path) -> Iterator[OpenTier]:
         yield lambda _: RedisTier(url=server.url, timeout_s=TIMEOUT_S)
 
 
+@contextmanager
+def object_folder(folder: Path) -> Iterator[OpenTier]:
+    pytest.importorskip("obstore")
+    from kvcache.tiers.object import ObjectTier
+
+    yield lambda _: ObjectTier(url=str(folder))
+
+
+@contextmanager
+def object_s3(folder: Path) -> Iterator[OpenTier]:
+    pytest.importorskip("obstore")
+    from kvcache.tiers.object import ObjectTier
+    from tests.support import s3_server
+
+    with s3_server.server(folder) as server, pytest.MonkeyPatch.context() as patch:
+        s3_server.set_login(patch)
+        yield lambda _: ObjectTier(**server.options("blocks", timeout_s=TIMEOUT_S))
+
+
 class StoringKind(NamedTuple):
     """A kind of tier.
 
@@ -57,4 +76,6 @@ class StoringKind(NamedTuple):
 KINDS = {
     "disk": StoringKind(disk, server=False),
     "redis": StoringKind(redis),
+    "object-folder": StoringKind(object_folder, server=False),
+    "object-s3": StoringKind(object_s3),
 }

@@ -23,9 +23,10 @@ from kvcache.tiers.framed import Framed, frame_nbytes
 from tests.core.test_endurance import NBYTES, Options, Traffic, check_nothing_is_left
 from tests.lower.test_faults import Faults
 from tests.support.failing_parts import StoringTier
+from tests.support.stack_under_test import LONG
 from tests.support.storing_tiers import KINDS, OpenTier
 
-EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("KVCACHE_MACHINE_EXAMPLES", "40"))
 ROUNDS, TURNS = 3, 60
 NAMESPACES = count(1)
 
@@ -84,4 +85,6 @@ def test_long_traffic_leaves_nothing_behind(
             traffic.round(number)
         check_nothing_is_left(traffic)
         traffic.stack.close()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(LONG)
     assert set(threading.enumerate()) <= threads
