@@ -24,7 +24,15 @@ from kvcache.profiles import load_profile
 from kvcache.sizes import parse_size
 from tests.install_engine import ENGINE_VERSION
 from tests.support import deployment_files
-from tests.support.deployment_files import COMPOSE, FOLDER, MANIFESTS, PAGE, ROOT, Value
+from tests.support.deployment_files import (
+    COMPOSE,
+    FOLDER,
+    MANIFESTS,
+    OBJECT_STORE_PATCH,
+    PAGE,
+    ROOT,
+    Value,
+)
 from tests.support.engine.trace_viewer import OFFLINE, PACKAGE
 from tests.test_package import NOT_PUBLISHED
 
@@ -210,6 +218,36 @@ def test_with_a_server_only_that_is_different() -> None:
     assert set(alone) <= set(shared)
 
 
+def environment_by_name(deployment: Value) -> dict[str, Value]:
+    """Remove the variables of a Deployment's first container, and return them by name."""
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    return {entry["name"]: entry for entry in container.pop("env")}
+
+
+def test_object_store_patch_changes_variables_alone() -> None:
+    patched = deployment_files.patched_deployment(MANIFESTS[0], OBJECT_STORE_PATCH)
+    validate(patched)
+    before = deployment_files.objects(MANIFESTS[0])[0]
+    old, new = environment_by_name(before), environment_by_name(patched)
+    assert before == patched
+    assert {name: old[name] for name in old if old[name] != new[name]}.keys() == {"KVCACHE_PROFILE"}
+
+
+def test_object_store_patch_sets_a_profile_with_the_credentials_of_the_secret() -> None:
+    patched = deployment_files.patched_deployment(MANIFESTS[0], OBJECT_STORE_PATCH)
+    environ = deployment_files.container_of(patched, SECRET).environment
+    profile = load_profile(environ=environ)
+    assert profile.name == "l1-object"
+    options = profile.tiers[1].options
+    for name in ("access_key_env", "secret_key_env"):
+        assert environ[str(options[name])] == SECRET
+    text = OBJECT_STORE_PATCH.read_text(encoding="utf-8")
+    used = re.findall(r"secretKeyRef:\n +name: (\S+)\n +key: (\S+)", text)
+    [command] = re.findall(r"kubectl create secret generic (.*)", text)
+    assert {name for name, _ in used} == {command.split()[0]}
+    assert [key for _, key in used] == re.findall(r"--from-literal=([\w-]+)=", command)
+
+
 def test_the_engine_of_compose_is_that_of_the_pod() -> None:
     pod, service = (
         deployment_files.containers(file, SECRET)[0] for file in (MANIFESTS[1], COMPOSE)
@@ -283,7 +321,8 @@ def test_the_image_is_of_the_engine_that_is_tested() -> None:
     assert f"FROM vllm/vllm-openai-cpu:v{ENGINE_VERSION}\n" in dockerfile
     [extras] = re.findall(r"pip install .*'/src\[(.*)\]'", dockerfile)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(extras.split(",")) == {"vllm", "redis"} < set(project["optional-dependencies"])
+    known = project["optional-dependencies"].keys()
+    assert set(extras.split(",")) == {"vllm", "redis", "object"} < known
     for file in [*MANIFESTS, COMPOSE]:
         image = deployment_files.containers(file, SECRET)[0].image
         assert image.endswith(f"vllm-kvcache:{kvcache.__version__}")
@@ -295,12 +334,13 @@ def test_the_image_is_of_the_engine_that_is_tested() -> None:
 def test_the_page_names_what_is_there() -> None:
     page = PAGE.read_text(encoding="utf-8")
     named_files = set(re.findall(r"docs/deploy/([\w.-]+)", page))
-    assert {file.name for file in [*MANIFESTS, COMPOSE]} < named_files
+    assert {file.name for file in [*MANIFESTS, OBJECT_STORE_PATCH, COMPOSE]} < named_files
     assert all((FOLDER / name).exists() for name in named_files)
     secrets = re.findall(r"kubectl create secret generic .*", page)
     assert secrets
+    files = [path.read_text(encoding="utf-8") for path in (MANIFESTS[1], OBJECT_STORE_PATCH)]
     for secret in secrets:
-        assert f"#   {secret}\n" in MANIFESTS[1].read_text(encoding="utf-8")
+        assert any(f"#   {secret}\n" in text for text in files)
 
 
 def test_the_plan_on_the_page_is_that_of_the_manifest(capsys: pytest.CaptureFixture[str]) -> None:

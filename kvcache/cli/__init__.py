@@ -31,7 +31,7 @@ COMMANDS = {
     "profile": "list, show and check profiles, and print their JSON schema",
     "selftest": "store, wipe and load pages in every layout, and compare attention over them",
     "doctor": "check this machine for a profile: print each problem with its fix",
-    "inspect": "print what a disk or Redis tier holds, by namespace, and verify it",
+    "inspect": "print what a disk, Redis or object tier holds, by namespace, and verify it",
     "plan": "from a model and a pod's memory: what fits, L1's capacity, load against compute",
     "top": "show what the tiers of a running engine do: usage, hits, bandwidth, pins, queues",
 }

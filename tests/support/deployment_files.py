@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "deploy"
 PAGE = ROOT / "docs" / "deployment.md"
 MANIFESTS = [FOLDER / "vllm-l1.yaml", FOLDER / "vllm-l1-redis.yaml"]
+OBJECT_STORE_PATCH = FOLDER / "object-store-patch.yaml"
 COMPOSE = FOLDER / "compose.yaml"
 
 Value = dict[str, Any]
@@ -50,6 +51,23 @@ def objects(manifest: Path) -> list[Value]:
     return [found for found in yaml.safe_load_all(manifest.read_text(encoding="utf-8")) if found]
 
 
+def patched_deployment(manifest: Path, patch: Path) -> Value:
+    """Return the first object of a manifest after `kubectl patch` with a file.
+
+    This is the default, a strategic merge: containers and variables are matched by name.
+    """
+    return _merged(objects(manifest)[0], yaml.safe_load(patch.read_text(encoding="utf-8")))
+
+
+def _merged(value: Any, change: Any) -> Any:
+    if isinstance(value, dict) and isinstance(change, dict):
+        return value | {name: _merged(value.get(name), each) for name, each in change.items()}
+    if isinstance(value, list) and all("name" in each for each in [*value, *change]):
+        by_name = {each["name"]: each for each in value}
+        return [*_merged(by_name, {each["name"]: each for each in change}).values()]
+    return change
+
+
 def pods(manifest: Path) -> Iterator[tuple[Value, Value]]:
     """Each Deployment of a file, and the pod that it makes."""
     for found in objects(manifest):
@@ -63,6 +81,11 @@ def containers(file: Path, secret: str) -> list[Container]:
         services = yaml.safe_load(file.read_text(encoding="utf-8"))["services"].values()
         return [_service(service, secret) for service in services]
     return [_container(pod["containers"][0], secret) for _, pod in pods(file)]
+
+
+def container_of(deployment: Mapping[str, Any], secret: str) -> Container:
+    """The first container of a Deployment; every secret in it is `secret`."""
+    return _container(deployment["spec"]["template"]["spec"]["containers"][0], secret)
 
 
 def _container(found: Mapping[str, Any], secret: str) -> Container:

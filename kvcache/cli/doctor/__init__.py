@@ -12,10 +12,10 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from kvcache.cli.doctor import disk, machine, otlp, pages, probe, redis, versions
+from kvcache.cli.doctor import disk, machine, object_store, otlp, pages, probe, redis, versions
 from kvcache.cli.doctor.options import DEFAULTS, CheckOptions
 from kvcache.cli.doctor.result import CheckResult, fail, ok, warn
 from kvcache.cli.table import painter
@@ -26,6 +26,12 @@ from kvcache.sizes import parse_size
 if TYPE_CHECKING:
     from kvcache.profiles import Profile
     from kvcache.profiles.tiers import Row
+
+FURTHER_CHECKS: dict[str, Callable[[Row], Iterator[CheckResult]]] = {
+    "redis": redis.check,
+    "object": object_store.check,
+}
+"""The checks of a kind of tier after the probe."""
 
 _PIP = re.compile(r"pip install '[^']+'")
 
@@ -124,7 +130,8 @@ def _lower_tier(row: Row, block_nbytes: int | None, options: CheckOptions) -> li
             if issubclass(row.cls, DiskTier):
                 return list(disk.check(row, options))
             found = [probe.check(row, block_nbytes, options)]
-            return [*found, *(redis.check(row) if row.kind == "redis" else ())]
+            further = FURTHER_CHECKS.get(row.kind)
+            return [*found, *(further(row) if further else ())]
         except BaseException as error:  # noqa: BLE001 - a tier's class may raise anything
             cause = redact(f"{type(error).__name__}: {error}")
             return [fail(row.name, f"the check failed: {cause}", f"find the cause: {row.where}")]

@@ -1,7 +1,8 @@
 """Print what the lower tiers hold, by namespace, and verify it.
 
-PLACE is the directory of a disk tier, or redis://HOST:PORT. For a server with a password, or with
-TLS, name a profile. A namespace is one model with its settings, as a connector separates them. The
+PLACE is the directory of a disk tier, redis://HOST:PORT, or s3://BUCKET/PREFIX (or gs://, az://,
+file://). For a server with a password or with TLS, and for an object store with options, name a
+profile. A namespace is one model with its settings, as a connector separates them. The
 command only reads, and may run while engines use the tier.
 """
 
@@ -17,10 +18,17 @@ from kvcache.cli.inspect.contents import TierContents
 from kvcache.cli.table import painter
 from kvcache.secrets import redact
 
-READERS = {"disk": "kvcache.cli.inspect.disk", "redis": "kvcache.cli.inspect.redis"}
+READERS = {
+    "disk": "kvcache.cli.inspect.disk",
+    "redis": "kvcache.cli.inspect.redis",
+    "object": "kvcache.cli.inspect.object",
+}
 """The module with `read_contents` for each kind of tier."""
 
-SCHEMES = dict.fromkeys(("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix"), "redis")
+SCHEMES = {
+    **dict.fromkeys(("redis", "rediss", "redis+sentinel", "rediss+sentinel", "unix"), "redis"),
+    **dict.fromkeys(("s3", "gs", "az", "file"), "object"),
+}
 """The kind of tier for each scheme of a PLACE; without a scheme, PLACE is a directory."""
 
 
@@ -31,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "place",
         nargs="?",
         metavar="PLACE",
-        help="a directory or a Redis URL (default: the lower tiers of the profile)",
+        help="a directory, or the URL of a Redis server or an object store "
+        "(default: the lower tiers of the profile)",
     )
     add("--profile", help="a shipped name or a file (default: $KVCACHE_PROFILE)")
     add("--verify", action="store_true", help="read every block, and verify its checksum")
