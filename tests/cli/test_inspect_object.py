@@ -17,7 +17,7 @@ from kvcache.keys import namespace, namespaced_key
 from kvcache.testing import keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.object import ObjectTier
-from kvcache.tiers.object.tier import block_name
+from kvcache.tiers.object.names import block_name
 from tests.support import s3_server
 from tests.support.frames import BLOCK_NBYTES, kv_like_block
 
@@ -73,11 +73,10 @@ def test_inspect_bucket_of_a_profile_counts_and_verifies_namespaces(
     profile.write_text(f'{L1}[[tier]]\nname = "far"\nkind = "object"\n{lines}')
     code, found = inspected(capsys, "--profile", str(profile), "--verify")
     assert (code, found["kind"], found["tier"], found["blocks"]) == (0, "object", options["url"], 4)
-    expected = [(3, 3 * FRAME, 3, {}), (1, FRAME, 1, {})]
+    expected: list[tuple[Any, ...]] = [(3, 3 * FRAME, 3, {}), (1, FRAME, 1, {})]
     held = [found["namespaces"][name.hex()] for name in NAMESPACES]
-    assert [tuple(one[k] for k in ("blocks", "nbytes", "intact", "rejected")) for one in held] == (
-        expected
-    )
+    columns = ("blocks", "nbytes", "intact", "rejected")
+    assert [tuple(one[column] for column in columns) for one in held] == expected
     assert held[0]["identity"] == FIELDS
     assert found["oldest"] <= found["newest"]
     assert server.names() == before

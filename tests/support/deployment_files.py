@@ -56,7 +56,9 @@ def patched_deployment(manifest: Path, patch: Path) -> Value:
 
     This is the default, a strategic merge: containers and variables are matched by name.
     """
-    return _merged(objects(manifest)[0], yaml.safe_load(patch.read_text(encoding="utf-8")))
+    change = yaml.safe_load(patch.read_text(encoding="utf-8"))
+    merged: Value = _merged(objects(manifest)[0], change)
+    return merged
 
 
 def _merged(value: Any, change: Any) -> Any:

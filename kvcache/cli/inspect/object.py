@@ -26,7 +26,7 @@ def read_contents(options: Mapping[str, object], verify: bool) -> TierContents:
         ValueError: the store cannot be read.
     """
     store = open_store(options)
-    from kvcache.tiers.object.tier import block_name, description_name
+    from kvcache.tiers.object.names import block_name, description_name
 
     contents = TierContents(str(options["url"]), "object", {})
     sizes: dict[bytes, int] = {}
