@@ -38,6 +38,7 @@ from sybil.typing import Evaluator
 
 from kvcache import cli, telemetry
 from kvcache.profiles import load_profile
+from kvcache.profiles.load import load_tables
 from kvcache.testing import TierTests
 from kvcache.tiers.framed import Framed
 from tests.support.contract_runs import failing_tests
@@ -212,9 +213,19 @@ def values_of(option: str, arguments: list[str]) -> Iterator[str]:
 
 
 def assert_connector(config: str) -> None:
-    """Check that the class in the JSON exists, by the source, which needs no engine."""
+    """Check that the classes in the JSON exist, by the source, which needs no engine."""
     wanted = json.loads(config)
-    module, name = wanted["kv_connector_module_path"], wanted["kv_connector"]
+    if wanted["kv_connector"] != "OffloadingConnector":  # vLLM's own
+        assert_class(wanted["kv_connector_module_path"], wanted["kv_connector"])
+        return
+    for tier in wanted["kv_connector_extra_config"]["secondary_tiers"]:
+        assert_class(tier["module_path"], tier["type"])
+        if "tiers" in tier:
+            load_tables(tier["tiers"], origin="tiers", environ={})
+
+
+def assert_class(module: str, name: str) -> None:
+    """Check that a module, or a package, defines or imports a class."""
     source = ROOT.joinpath(*module.split("."), "__init__.py").read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(source)))  # a lazy import is in an `if` and in a function
     names = {node.name for node in nodes if isinstance(node, ast.ClassDef)}

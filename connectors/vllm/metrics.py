@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -28,9 +28,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvcache import metrics, telemetry
-from kvcache.metrics import Metric
+from kvcache.metrics import Duration, Metric
 from kvcache.sizes import format_size
-from kvcache.stack import Stack
+from kvcache.stats import StackStats
 
 REPORT_EVERY_S: Final = 1.0  # reading the counts more often costs time and shows nothing more
 
@@ -113,10 +113,20 @@ class Stats(KVConnectorStats):
         )
 
 
-class Reports:
-    """The reports of a stack."""
+class HasCounts(Protocol):
+    """A stack, or the direct tiers of a profile."""
 
-    def __init__(self, stack: Stack, clock: Callable[[], float] = time.monotonic) -> None:
+    def stats(self) -> StackStats:
+        """Return the counters now."""
+
+    def take_durations(self) -> list[Duration]:
+        """Return the durations of calls since the last call of this method."""
+
+
+class Reports:
+    """The reports of a stack, or of direct tiers."""
+
+    def __init__(self, stack: HasCounts, clock: Callable[[], float] = time.monotonic) -> None:
         self._stack = stack
         self._clock = clock
         self._due = clock()

@@ -32,6 +32,10 @@ _METRICS: Final = "distributed.kv_transfer.kv_connector.v1.metrics"
 _OUTPUT: Final = "v1.core.sched.output"
 _SPECS: Final = "v1.kv_cache_interface"
 _KV_UTILS: Final = "v1.core.kv_cache_utils"
+_OFFLOAD: Final = "v1.kv_offload.base"
+_OFFLOAD_CONFIG: Final = "v1.kv_offload.config"
+_TIERING: Final = "v1.kv_offload.tiering.base"
+_OFFLOAD_METRICS: Final = "distributed.kv_transfer.kv_connector.v1.offloading.metrics"
 
 _NEEDED: Final[Mapping[str, str]] = {
     # What vLLM calls, in the scheduler's process and in the workers
@@ -141,14 +145,44 @@ _OPTIONAL: Final[Mapping[str, str]] = {
     "forward_context:ForwardContext": "attn_metadata cudagraph_runtime_mode",
     "model_executor.layers.attention_layer_base:AttentionLayerBase": "get_attn_backend",
     "v1.attention.backends.registry:AttentionBackendEnum": "get_class",
+    # vLLM's own offloading, above a secondary tier. The connector itself needs none of it.
+    "config:KVTransferConfig": "engine_id",
+    f"{_OFFLOAD}:": """
+        Locality OffloadingCounterMetadata OffloadingGaugeMetadata OffloadingHistogramMetadata
+        OffloadingMetricMetadata OffloadKey RequestOffloadingContext get_offload_group_idx
+    """,
+    f"{_OFFLOAD}:ReqContext": "kv_transfer_params req_id",
+    f"{_OFFLOAD}:ScheduleEndContext": "new_req_ids",
+    f"{_OFFLOAD}:LookupResult": "HIT MISS RETRY",
+    f"{_OFFLOAD}:Medium": "STORAGE",
+    f"{_OFFLOAD}:OffloadingEvent": "keys locality medium removed",
+    f"{_OFFLOAD}:OffloadingSpec": "blocks_per_chunk config kv_events_config replicated_layout",
+    f"{_OFFLOAD_CONFIG}:OffloadingConfig": """
+        canonical_layout engine_id groups model parallel worker_kv_bytes_per_block
+    """,
+    f"{_OFFLOAD_CONFIG}:OffloadingGroupConfig": "group_id layer_names tokens_per_block",
+    f"{_OFFLOAD_CONFIG}:OffloadingModelConfig": "dtype name",
+    f"{_OFFLOAD_CONFIG}:OffloadingCacheConfig": "tokens_per_hash",
+    f"{_OFFLOAD_CONFIG}:OffloadingParallelConfig": "dcp_size pcp_size pp_size tp_size world_size",
+    f"{_OFFLOAD_METRICS}:OffloadingConnectorStats": "increase_counter observe_histogram set_gauge",
+    f"{_TIERING}:SecondaryTierManager": """
+        _offloading_spec build_metric_definitions drain_jobs get_finished_jobs get_stats
+        has_pending_work locality lookup medium on_new_request on_request_finished on_schedule_end
+        shutdown submit_load submit_store take_events
+    """,
+    f"{_TIERING}:TransferJob": "job_id keys req_context",
+    f"{_TIERING}:JobResult": "job_id success successful_keys transfer_time",
 }
-"""Every supported version has these names. The connector reads them with a default."""
+"""Every supported version has these names. The connector reads them with a default, or they are of
+vLLM's own offloading."""
 
 FAILED_LOADS: Final = f"{_BASE}:KVConnectorTransferResults.failed_recving"
 STATES: Final = f"{_OUTPUT}:KVConnectorBlockState.boundary_state_offloads"
 LIVE_TABLES: Final = f"{_OUTPUT}:KVConnectorBlockState.get_block_ids"
 LAYOUTS: Final = "v1.kv_cache_layout:KVCacheLayout.BLNHC"
 FIXED_HASH_SEED: Final = f"{_KV_UTILS}:resolve_none_hash_seed"
+SECONDARY_TIERS: Final = f"{_TIERING}:SecondaryTierManager.cache_hit_source"
+"""The newest name that `kvcache.connectors.vllm.secondary` needs."""
 
 _LATER_NEEDED: Final[Mapping[str, Version]] = {
     # Loads and stores of several groups
@@ -175,9 +209,16 @@ _LATER_OPTIONAL: Final[Mapping[str, Version]] = {
     "v1.attention.backend:AttentionBackend.supported_kv_cache_layouts": (0, 29),
     "config:AttentionConfig.hisparse_config": (0, 30),
     "config:ParallelConfig.elastic_ep_max_dp_size": (0, 30),
+    f"{_OFFLOAD_CONFIG}:OffloadingConfig.kv_cache_layout": (0, 29),
+    f"{_TIERING}:TransferJob.chunk_ids": (0, 30),
     f"{_KV_UTILS}:to_event_extra_keys": (0, 31),
+    f"{_OFFLOAD}:ReqContext.get_offload_key_position": (0, 31),
+    "v1.kv_offload.tiering.backpressure:BackpressureDetector": (0, 31),
+    f"{_TIERING}:JobResult.transfer_bytes": (0, 31),
     f"{_BASE}:KVConnectorBase_V1._cache_hit_source": (0, 32),
     "v1.metrics.cache_hit_source:CacheHitSource.HOST": (0, 32),
+    "v1.metrics.cache_hit_source:CacheHitSource.EXTERNAL_UNSPECIFIED": (0, 32),
+    SECONDARY_TIERS: (0, 32),
     f"{_BASE}:KVConnectorBase_V1.supports_sleep_mode": (0, 33),
     f"{_BASE}:KVConnectorBase_V1.unregister_kv_caches": (0, 33),
     f"{_BASE}:KVConnectorBase_V1.restore_kv_caches": (0, 33),

@@ -15,10 +15,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -74,9 +74,7 @@ class RequestSpans:
         """
         headers = request.trace_headers
         if not headers:
-            params = request.kv_transfer_params or {}
-            names = ("traceparent", "tracestate")
-            headers = {name: params[name] for name in names if isinstance(params.get(name), str)}
+            headers = caller_headers(request.kv_transfer_params or {})
         span = telemetry.start_request(headers)
         self._spans[request.request_id] = _RequestSpan(span, trace.set_span_in_context(span))
         if span.is_recording():
@@ -85,7 +83,7 @@ class RequestSpans:
             span.set_attributes(
                 {
                     telemetry.REQUEST_ID: request.request_id,
-                    telemetry.GEN_AI_REQUEST_ID: _outer_id(request.request_id),
+                    telemetry.GEN_AI_REQUEST_ID: outer_id(request.request_id),
                     telemetry.GEN_AI_MODEL: self.model,
                     telemetry.PROMPT_TOKENS: request.num_prompt_tokens,
                 }
@@ -178,7 +176,13 @@ class RequestSpans:
             telemetry.end_span(traced.span, {telemetry.WAITED: traced.waited_s})
 
 
-def _outer_id(request_id: str) -> str:
+def caller_headers(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the headers in a request's ``kv_transfer_params`` that name the caller's span."""
+    names = ("traceparent", "tracestate")
+    return {name: params[name] for name in names if isinstance(params.get(name), str)}
+
+
+def outer_id(request_id: str) -> str:
     """Return the caller's request id: vLLM appends eight hexadecimal digits to it."""
     if os.environ.get("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0") != "0":
         return request_id

@@ -1,0 +1,138 @@
+"""How a secondary tier opens and ends: wrong options, failed starts, shutdown, forks."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from kvcache.process import ForkedError
+from tests.support import played_tiering
+from tests.support.forked_children import run_in_child
+from tests.support.played_tiering import SharedFaultyTier, found, keys_of, played
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def known_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The engines of these tests load the same weights, and share no blocks with another test."""
+    monkeypatch.setenv("KVCACHE_IDENTITY", "the same weights")
+    SharedFaultyTier.shared.clear()
+    SharedFaultyTier.opened.clear()
+    yield
+    for tier in SharedFaultyTier.opened:
+        tier.gate.set()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> dict[str, object]:
+    """Options of a secondary tier with a disk."""
+    table = {
+        "name": "disk",
+        "kind": "disk",
+        "path": str(tmp_path / "disk"),
+        "capacity": "8MiB",
+        "deadline_s": 30,
+    }
+    return {"tiers": [table]}
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"profil": "l1-disk"}, r'unknown option "profil"; the options are .*mean "profile"\?'),
+        ({"profile": 5}, "profile = 5 is not valid; write the name or the path of a profile"),
+        (
+            {"enable_kv_events": "yes"},
+            r'enable_kv_events = "yes" is not valid; write true or false',
+        ),
+        ({"locality": "here"}, 'locality = "here" is not valid; write "LOCAL", "REMOTE"'),
+        ({"profile": "l1-disk", "tiers": []}, 'has both "profile" and "tiers"'),
+        ({"profile": "l1-dsk"}, "l1-dsk"),
+        ({"profile": "l1-only"}, "lists no tier below L1"),
+        ({}, "lists no tier below L1"),
+        ({"tiers": []}, "KVCacheTier"),
+        ({"tiers": "disk"}, "KVCacheTier"),
+        ({"tiers": [{"name": "d", "kind": "disc"}]}, r'(?s)KVCacheTier.*"disc".*"disk"'),
+        ({"tiers": [{"name": "d", "kind": "disk", "pth": "x"}]}, r"(?s)KVCacheTier.*pth.*path"),
+        ({"tiers": [{"name": "l1", "kind": "dram"}]}, "(?s)KVCacheTier.*dram"),
+    ],
+)
+def test_wrong_options_are_one_error_and_leave_no_thread(
+    options: dict[str, object], text: str
+) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ValueError, match=text) as raised:
+        played_tiering.PlayedTiering(options)
+    assert "Error" not in str(raised.value)
+    del raised
+    assert set(threading.enumerate()) <= before
+
+
+def test_tier_that_cannot_be_opened_leaves_no_memory_and_no_thread(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "x")
+    table = {"name": "disk", "kind": "disk", "path": path, "capacity": "8MiB"}
+    first = SharedFaultyTier.table()
+    memories = set(Path("/dev/shm").glob("vllm_offload_played-*"))
+    with pytest.raises(ValueError, match="path"):
+        played_tiering.PlayedTiering({"tiers": [first, table]})
+    assert SharedFaultyTier.last().closed
+    names = {thread.name for thread in threading.enumerate()}
+    assert not [name for name in names if name.startswith(("kvcache-vllm", "kvcache-faulty"))]
+    assert set(Path("/dev/shm").glob("vllm_offload_played-*")) == memories
+
+
+# The end
+
+
+def test_shutdown_ends_threads_and_releases_vllms_memory(
+    disk: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = played_tiering.PlayedTiering(disk)
+    assert engine.is_mapped()
+    request = engine.start("a")
+    engine.store(request, keys_of("a", 4))
+    engine.close()  # writes the blocks that wait
+    engine.tier.shutdown()
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("kvcache-")]
+    assert not engine.is_mapped()
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert found(disk, keys_of("a", 4)) == [True] * 4
+
+
+def test_shutdown_ends_while_a_tier_hangs() -> None:
+    engine = played_tiering.PlayedTiering({"tiers": [SharedFaultyTier.table(deadline_s=0.2)]})
+    tier = SharedFaultyTier.last()
+    tier.gate.clear()
+    request = engine.start("a")
+    engine.store(request, keys_of("a", 4))
+    engine.manager.lookup(keys_of("b", 1)[0], request)
+    engine.step()
+    tier.waiting.acquire()
+    engine.close()
+    assert not engine.is_mapped()
+    tier.gate.set()
+
+
+def test_forked_child_cannot_use_the_tier(disk: dict[str, object]) -> None:
+    with played(disk) as engine:
+
+        def use() -> str:
+            try:
+                engine.tier.drain_jobs()
+            except ForkedError as error:
+                return str(error)
+            return "used"
+
+        assert re.search("KVCacheTier belongs to process", run_in_child(use))
