@@ -129,8 +129,8 @@ class Tier(ABC):
     def allocate(self, nbytes: int) -> memoryview | None:
         """Return memory that this tier reads and writes without a copy of its own.
 
-        ``Framed`` keeps the frames of one call in it, and maps memory if there is none. It asks for
-        memory a few times, in the first calls that need it.
+        ``Framed`` keeps the frames of one call in it, and maps memory if there is none. It asks a
+        few times, in the first calls that need memory, and again after an exception.
 
         Args:
             nbytes: the bytes that the caller needs.

@@ -59,6 +59,17 @@ def object_s3(folder: Path) -> Iterator[OpenTier]:
         yield lambda _: ObjectTier(**server.options("blocks", timeout_s=TIMEOUT_S))
 
 
+@contextmanager
+def mooncake(folder: Path) -> Iterator[OpenTier]:
+    from tests.support import mooncake_pool
+
+    mooncake_pool.skip_without_package()
+    from kvcache.tiers.mooncake import MooncakeTier
+
+    with mooncake_pool.pool(folder) as pool:
+        yield lambda _: MooncakeTier(**pool.options(timeout_s=TIMEOUT_S))
+
+
 class StoringKind(NamedTuple):
     """A kind of tier.
 
@@ -78,4 +89,5 @@ KINDS = {
     "redis": StoringKind(redis),
     "object-folder": StoringKind(object_folder, server=False),
     "object-s3": StoringKind(object_s3),
+    "mooncake": StoringKind(mooncake, framed=True),
 }

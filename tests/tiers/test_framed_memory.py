@@ -117,8 +117,11 @@ def fail(_: int) -> memoryview:
 def test_framed_with_unusable_memory_of_the_tier_maps_its_own(
     allocate: Callable[[int], Any], cause: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    calls: list[int] = []
+
     class UnusableMemoryTier(DictTier):
         def allocate(self, nbytes: int) -> memoryview | None:
+            calls.append(nbytes)
             memory: memoryview = allocate(nbytes)
             return memory
 
@@ -127,9 +130,31 @@ def test_framed_with_unusable_memory_of_the_tier_maps_its_own(
     for key in keys_of("unusable", 2):
         put(tier, key, block)
         assert get(tier, key) == block
+    assert len(calls) == 4  # once for each call
     [record] = [each for each in caplog.records if each.levelno == logging.WARNING]
     assert record.getMessage().startswith("kvcache: frames: no memory of the tier (")
     assert cause in record.getMessage()
+
+
+def test_framed_asks_again_for_memory_after_a_failure() -> None:
+    class ConnectingTier(MemoryTier):
+        connected = False
+
+        def allocate(self, nbytes: int) -> memoryview | None:
+            if not self.connected:
+                raise ConnectionError("no client is open yet")
+            return super().allocate(nbytes)
+
+        def check(self, buffers: Sequence[memoryview]) -> None:
+            if self.connected:
+                super().check(buffers)
+
+    inner, block = ConnectingTier(), kv_like_block(BLOCK_NBYTES)
+    tier = Framed(inner, block_nbytes=BLOCK_NBYTES)
+    put(tier, b"k", block)
+    inner.connected = True
+    assert get(tier, b"k") == block
+    assert len(inner.maps) == 1
 
 
 class LateTier(MemoryTier):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import cache
 from itertools import count
 from typing import Literal
 
@@ -32,35 +33,34 @@ NAMESPACES = count(1)
 
 
 def cases() -> Iterator[object]:
-    """Yield each kind of tier."""
+    """Yield each kind of tier with its form."""
     for name, kind in KINDS.items():
-        yield pytest.param(name, marks=[pytest.mark.server] if kind.server else [])
-
-
-@pytest.fixture(scope="module", params=cases())
-def kind(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+        marks = [pytest.mark.server] if kind.server else []
+        for form in ("framed",) if kind.framed else ("bare", "framed"):
+            yield pytest.param((name, form), marks=marks, id=f"{name}-{form}")
 
 
 @pytest.fixture(scope="module")
-def open_tier(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenTier]:
-    with KINDS[kind].start(tmp_path_factory.mktemp(kind)) as open_tier:
-        yield open_tier
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], OpenTier]]:
+    """Return a function that starts what a kind of tier needs, once."""
+    with ExitStack() as running:
+        yield cache(
+            lambda kind: running.enter_context(KINDS[kind].start(tmp_path_factory.mktemp(kind)))
+        )
 
 
-@pytest.fixture(params=["bare", "framed"])
-def open_for_blocks(request: pytest.FixtureRequest, kind: str, open_tier: OpenTier) -> OpenTier:
+@pytest.fixture(params=cases())
+def open_tier(request: pytest.FixtureRequest, start: Callable[[str], OpenTier]) -> OpenTier:
     """Return a function that opens the tier for blocks of a number of bytes."""
-    if request.param == "bare":
-        if KINDS[kind].framed:
-            pytest.skip("this tier must be in frames")
-        return open_tier
-    return lambda nbytes: Framed(open_tier(frame_nbytes(nbytes)), block_nbytes=nbytes)
+    kind, form = request.param
+    open_bare = start(kind)
+    if form == "bare":
+        return open_bare
+    return lambda nbytes: Framed(open_bare(frame_nbytes(nbytes)), block_nbytes=nbytes)
 
 
-def test_stack_with_injected_faults_keeps_its_invariants(open_for_blocks: OpenTier) -> None:
-    with closing(open_for_blocks(PAGE)) as inner:
+def test_stack_with_injected_faults_keeps_its_invariants(open_tier: OpenTier) -> None:
+    with closing(open_tier(PAGE)) as inner:
 
         class FaultsOverTier(Faults):
             def new_tier(self) -> tuple[StoringTier, bytes]:
@@ -74,11 +74,11 @@ def test_stack_with_injected_faults_keeps_its_invariants(open_for_blocks: OpenTi
 
 @pytest.mark.parametrize("lookup", ["ask", "load"])
 def test_long_traffic_leaves_nothing_behind(
-    open_for_blocks: OpenTier, lookup: Literal["ask", "load"], caplog: pytest.LogCaptureFixture
+    open_tier: OpenTier, lookup: Literal["ask", "load"], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("CRITICAL", "kvcache")  # spares keeping a thousand warnings in memory
     threads = set(threading.enumerate())
-    inner: Tier = open_for_blocks(NBYTES)
+    inner: Tier = open_tier(NBYTES)
     with closing(inner):
         traffic = Traffic(Options(lookup=lookup), inner, TURNS)
         for number in range(ROUNDS):

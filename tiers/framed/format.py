@@ -73,10 +73,10 @@ class Workspace:
         block_nbytes: bytes of the largest block.
         level: zstd's level; ``None`` does not compress.
         element_nbytes: bytes of an element of the blocks to compress.
-        allocate: returns the memory for a number of bytes; ``None``, as its default does, lets the
-            workspace map its own.
+        memory: memory of the inner tier, as much as ``frames`` frames take; ``None`` maps some.
 
     Attributes:
+        nbytes: bytes of memory of all frames.
         frames: the memory of each frame; it starts on a page, and holds the largest frame.
         compressed: of each frame, whether the payload that ``pack`` wrote is compressed.
     """
@@ -87,22 +87,21 @@ class Workspace:
         block_nbytes: int,
         level: int | None,
         element_nbytes: int,
-        allocate: Callable[[int], memoryview | None] = lambda _: None,
+        memory: memoryview | None = None,
     ) -> None:
         self._block_nbytes = block_nbytes
         self._element_nbytes = element_nbytes
         self._frame_nbytes = frame_nbytes(block_nbytes)
         self.nbytes = frames * self._frame_nbytes
-        view = allocate(self.nbytes)
-        self._in_own_memory = view is None
+        self._in_own_memory = memory is None
         # Byte planes are slices of a map, because strided slices of a memoryview are ten times
         # slower. In memory of the tier they go through a map of one block.
         self._map: mmap.mmap | None = None
-        if view is None:
+        if memory is None:
             self._map = map_memory(self.nbytes)
-            view = memoryview(self._map)
+            memory = memoryview(self._map)
         self.frames = [
-            view[start : start + self._frame_nbytes]
+            memory[start : start + self._frame_nbytes]
             for start in range(0, self.nbytes, self._frame_nbytes)
         ]
         self.compressed = [False] * frames

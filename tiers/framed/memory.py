@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 from contextlib import suppress
 
-from kvcache.guards.calls import TierError, result_of
+from kvcache.guards.calls import result_of
 from kvcache.tier import Tier
-
-log = logging.getLogger(__name__)
 
 
 def allocate_in_tier(tier: Tier, nbytes: int) -> memoryview | None:
-    """Return ``nbytes`` bytes of the memory of ``tier``; ``None`` if it has none to use.
+    """Return ``nbytes`` bytes of the memory of ``tier``; ``None`` if it has none.
 
-    A failing ``allocate``, and memory that cannot hold frames, cost a warning.
+    Raises:
+        TierError: its ``allocate`` fails, or returns memory that cannot hold frames.
     """
 
     def allocate() -> memoryview | None:
@@ -28,13 +26,7 @@ def allocate_in_tier(tier: Tier, nbytes: int) -> memoryview | None:
             raise ValueError(f"allocate returned memory that cannot hold {nbytes} bytes")
         return memory.cast("B")[:nbytes]
 
-    try:
-        return result_of(allocate)
-    except TierError as failure:
-        log.warning(
-            "kvcache: frames: no memory of the tier (%s); blocks are copied once more", failure
-        )
-        return None
+    return result_of(allocate)
 
 
 def map_memory(nbytes: int) -> mmap.mmap:

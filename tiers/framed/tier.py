@@ -29,7 +29,7 @@ from kvcache.process import bind_to_process
 from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
 
-from .format import RejectedError, Workspace, zstandard
+from .format import RejectedError, Workspace, frame_nbytes, zstandard
 from .memory import allocate_in_tier
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class Framed(Tier):
             self._workspaces.put(None)
         self._created: list[Workspace] = []
         self._closed = False
+        self._no_memory_logged = False
         self._lock = threading.Lock()
         self._stats = FrameStats()
         bind_to_process(self)
@@ -214,30 +215,47 @@ class Framed(Tier):
     @contextmanager
     def _workspace(self) -> Iterator[Workspace]:
         """Lend a workspace to this call alone; wait while all are in use."""
-        workspace = self._workspaces.get()
+        workspace = kept = self._workspaces.get()
         try:
             if workspace is None:
-                # As many frames as the inner tier prefers in one call. With fewer, a disk would
-                # overlap fewer reads, and a last batch of one block would be read alone.
-                frames = max(1, self.call_nbytes // self.block_nbytes)
-                workspace = self._create_workspace(frames)
+                workspace, kept = self._create_workspace()
             yield workspace
         finally:
-            self._workspaces.put(workspace)
+            self._workspaces.put(kept)
 
-    def _create_workspace(self, frames: int) -> Workspace:
-        def allocate(nbytes: int) -> memoryview | None:
-            return None if self._closed else allocate_in_tier(self.inner, nbytes)
+    def _create_workspace(self) -> tuple[Workspace, Workspace | None]:
+        """Return a workspace, and the workspace to keep.
 
-        workspace = Workspace(
-            frames, self.block_nbytes, self._level, self._element_nbytes, allocate
-        )
+        If the inner tier fails to give memory, which it has or ``None``, the workspace is for one
+        call. The next call asks again: a tier without a connection has no memory yet.
+        """
+        # As many frames as the inner tier prefers in one call. With fewer, a disk would overlap
+        # fewer reads, and a last batch of one block would be read alone.
+        frames = max(1, self.call_nbytes // self.block_nbytes)
+        sizes = frames, self.block_nbytes, self._level, self._element_nbytes
+        nbytes = frames * frame_nbytes(self.block_nbytes)
+        try:
+            memory = None if self._closed else allocate_in_tier(self.inner, nbytes)
+        except TierError as failure:
+            self._log_no_memory(failure)
+            return Workspace(*sizes), None
+        workspace = Workspace(*sizes, memory)
         with self._lock:
             self._created.append(workspace)
             closed = self._closed
         if closed:
             workspace.close()
-        return workspace
+        return workspace, workspace
+
+    def _log_no_memory(self, failure: TierError) -> None:
+        with self._lock:
+            is_first, self._no_memory_logged = not self._no_memory_logged, True
+        if is_first:
+            log.warning(
+                "kvcache: frames: no memory of the tier (%s); blocks are copied once more until it "
+                "gives some",
+                failure,
+            )
 
     def _count_verified(self, raw_nbytes: int, nbytes: int) -> None:
         with self._lock:
