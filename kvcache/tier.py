@@ -136,8 +136,9 @@ class Tier(ABC):
             nbytes: the bytes that the caller needs.
 
         Returns:
-            writable, contiguous bytes that begin on a page: registered or shared memory. They are
-            the tier's, and stay valid until ``close``. By default ``None``: the tier has none.
+            Memory that is writable, contiguous and begins on a page, such as registered or shared
+            memory. It is the tier's, and stays valid until ``close``. By default ``None``, as the
+            tier has none.
         """
         return None
 

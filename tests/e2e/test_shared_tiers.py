@@ -1,4 +1,4 @@
-"""Engines share blocks through an object store until it is killed."""
+"""Engines share blocks through an object store and through a Mooncake pool, until it is killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import RunEngine
-from tests.support import s3_server
+from tests.support import mooncake_pool, s3_server
 from tests.support.engine import lower_tier
 from tests.support.engine.process import EngineRun, startup
 
@@ -34,8 +34,17 @@ def object_store(folder: Path) -> Iterator[SharedPlace]:
         yield SharedPlace(variables, [server.pid])
 
 
+@contextmanager
+def pool(folder: Path) -> Iterator[SharedPlace]:
+    """Start a Mooncake master, and a process that lends memory to its pool."""
+    with mooncake_pool.pool(folder) as started:
+        pids = [each.pid for each in (started.master, *started.holders)]
+        yield SharedPlace(started.variables("mooncake"), pids)
+
+
 PLACES: dict[str, Callable[[Path], AbstractContextManager[SharedPlace]]] = {
     "object": object_store,
+    "mooncake": pool,
 }
 
 
