@@ -115,7 +115,8 @@ class DirectTier(TierCaller):
         span = telemetry.start_child(parent_span, telemetry.TIER_LOAD)
         begun = self.channel.clock()
         start = partial(self._start_load, keys, span)
-        series = self._series(buffers, positions, start, writable=True)
+        assumed = self.channel.assumes_held
+        series = self._series(buffers, positions, start, writable=True, assumed=assumed)
         run_series([series])
         self.observe_load(series.calls, self.channel.clock() - begun)
         filled = [at for at in positions if series.answers.get(at)]
@@ -244,6 +245,7 @@ class DirectTier(TierCaller):
         start: Callable[[Sequence[int], Sequence[memoryview]], PendingCall[T]],
         *,
         writable: bool,
+        assumed: bool = False,
     ) -> CallSeries[T]:
         return CallSeries(
             buffers,
@@ -252,6 +254,7 @@ class DirectTier(TierCaller):
             self._calls_at_once,
             start,
             writable=writable,
+            assumed=assumed,
         )
 
     # Measuring a tier that is not called because it is slow
@@ -265,9 +268,20 @@ class DirectTier(TierCaller):
             return
         if self._measurement is not None and not self._measurement.future.done():
             return  # the tier hangs: further calls would only queue up
-        keys = keys[: self.channel.blocks_per_call]
-        measure = partial(self._measure_lookup, self.namespace, keys)
-        self._measurement = self._start_background("contains", measure, len(keys))
+        keys, namespace = keys[: self.channel.blocks_per_call], self.namespace
+        if self.channel.assumes_held:
+            self._start_measuring_load(namespace, keys, self.channel.may_hold(namespace, keys))
+        else:
+            measure = partial(self._measure_lookup, namespace, keys)
+            self._measurement = self._start_background("contains", measure, len(keys))
+
+    def _start_measuring_load(
+        self, namespace: bytes, keys: Sequence[bytes], held: Sequence[bool]
+    ) -> None:
+        found = [key for key, is_held in zip(keys, held, strict=True) if is_held]
+        if found:
+            measure = partial(self._measure_load, namespace, found)
+            self._measurement = self._start_background("load", measure, len(found))
 
     def _start_background(
         self, operation: str, call: Callable[[], list[bool]], answer_count: int
@@ -279,10 +293,7 @@ class DirectTier(TierCaller):
         held = self.channel.contains(namespace, keys)
         self._lookup_latency.observe(len(keys), self.channel.clock() - begun)
         self.channel.add_counts(lookup_blocks=len(keys), hit_blocks=sum(held))
-        found = [key for key, is_held in zip(keys, held, strict=True) if is_held]
-        if found:
-            measure = partial(self._measure_load, namespace, found)
-            self._measurement = self._start_background("load", measure, len(found))
+        self._start_measuring_load(namespace, keys, held)
         return held
 
     def _measure_load(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool]:

@@ -42,7 +42,7 @@ def revoke(views: Sequence[memoryview]) -> None:
 
 
 class CallSeries(Generic[T]):
-    """The calls of one operation to one tier, several at a time. The first failure is the last.
+    """The calls of one operation to one tier, several at a time. None begins after one failed.
 
     Args:
         buffers: the caller's memory for each block.
@@ -51,6 +51,8 @@ class CallSeries(Generic[T]):
         calls_at_once: how many calls are queued or running at the same time.
         start: starts the call for some positions, with views of their buffers.
         writable: whether the tier may write to the memory.
+        assumed: whether it is only assumed that the tier holds the blocks: the first call is made
+            alone, and none begins after a block was missed.
 
     Attributes:
         calls: all calls that were started.
@@ -67,18 +69,21 @@ class CallSeries(Generic[T]):
         start: Callable[[Sequence[int], Sequence[memoryview]], PendingCall[T]],
         *,
         writable: bool,
+        assumed: bool = False,
     ) -> None:
         self.calls: list[PendingCall[T]] = []
         self.answers: dict[int, T] = {}
         self.unasked = positions
         self._buffers = buffers
         self._blocks_per_call = blocks_per_call
-        self._calls_at_once = calls_at_once
+        self._calls_at_once = 1 if assumed else calls_at_once  # until the first call is answered
+        self._calls_at_once_later = calls_at_once
         self._start = start
+        self._assumed = assumed
         self._writable = writable
         self._lent: list[list[memoryview]] = []  # the views of every call
         self._in_flight: deque[tuple[PendingCall[T], Sequence[int], list[memoryview]]] = deque()
-        self._failed = False
+        self._stopped = False
 
     @property
     def oldest(self) -> PendingCall[T] | None:
@@ -87,7 +92,7 @@ class CallSeries(Generic[T]):
 
     def start_calls(self) -> None:
         """Start as many calls as may be in flight."""
-        while self.unasked and not self._failed and len(self._in_flight) < self._calls_at_once:
+        while self.unasked and not self._stopped and len(self._in_flight) < self._calls_at_once:
             positions = self.unasked[: self._blocks_per_call]
             if self._writable:
                 views = [memoryview(self._buffers[at]) for at in positions]
@@ -108,10 +113,12 @@ class CallSeries(Generic[T]):
             answers = call.wait(0.0)
             revoke(views)
             self._in_flight.popleft()
+            self._calls_at_once = self._calls_at_once_later
             if answers is None:
-                self._failed = True
-            else:
-                self.answers.update(zip(positions, answers, strict=True))
+                self._stopped = True
+                continue
+            self.answers.update(zip(positions, answers, strict=True))
+            self._stopped |= self._assumed and not all(answers)
 
     def revoke_all(self) -> None:
         """Take the caller's memory away from every call."""

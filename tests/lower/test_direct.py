@@ -249,6 +249,29 @@ def test_tier_that_hangs_is_not_called_after_three_deadlines() -> None:
     under_test.close()
 
 
+# lookup = "load"
+
+
+def test_lookup_load_asks_nothing_and_ends_a_load_at_the_first_miss() -> None:
+    under_test = DirectUnderTest(lookup="load", blocks_per_call=2)
+    [tier] = under_test.tiers
+    keys = keys_of("many", 12)
+    tier.held.update(stored(keys[:3]))
+    assert under_test.direct.contains(keys) == [True] * 12
+    assert tier.calls == []
+    assert under_test.get(keys) == [True] * 3 + [False] * 9
+    assert len(tier.read) <= 6  # the first call alone, then two at once
+    assert under_test.direct.contains(keys[:4]) == [True, True, True, False]
+    stats = counters(under_test)
+    assert (stats.hit_blocks, stats.loaded_blocks, stats.missed_blocks) == (3, 3, 0)
+    tier.calls.clear()
+    assert under_test.put(keys) == [True] * 12
+    assert "contains" not in tier.calls
+    assert counters(under_test).known_blocks == 3
+    assert counters(under_test).stored_blocks == 9
+    under_test.close()
+
+
 # Reset and close
 
 

@@ -151,3 +151,21 @@ def test_tier_that_hangs_in_a_remeasurement_gets_no_second_one() -> None:
     under_test.resume()
     assert tier.calls == []
     under_test.close()
+
+
+def test_skipped_tier_with_lookup_load_is_remeasured_without_a_lookup() -> None:
+    under_test = TimedDirect(lookup="load")
+    [tier] = under_test.tiers
+    tier.load_s = 0.2
+    under_test.observe_compute()
+    under_test.get(under_test.new_keys(0, 0, 0, 0))
+    tier.load_s = 0.01
+    reported = []
+    for _ in range(12):
+        under_test.clock.advance(REMEASURE_S)
+        reported.append(all(under_test.direct.contains(under_test.new_keys(0, 0, 0, 0))))
+        under_test.wait_idle()
+    assert not reported[0]
+    assert reported[-1]
+    assert "contains" not in tier.calls
+    under_test.close()
