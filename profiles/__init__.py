@@ -173,7 +173,7 @@ def open_tiers(
             tiers cannot be opened.
     """
     if tiers is not None and profile is not None:
-        raise ProfileError(origin, [f"{origin}: give a profile or a list of tiers, not both"])
+        raise ProfileError(origin, [f"{origin}: takes a profile or a list of tiers, not both"])
     if tiers is not None:
         loaded = load_tables(tiers, origin=origin, replicas=replica.count)
         rows: tuple[Row, ...] = loaded.tiers
