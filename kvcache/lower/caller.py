@@ -172,10 +172,17 @@ class TierCaller:
         *,
         on_cancel: Callable[[], None],
         priority: int = LOAD,
+        queue_counts: bool = True,
     ) -> PendingCall[T]:
         """Queue ``call`` for a worker, or cancel it if the tier may not be called."""
         pending: PendingCall[T] = PendingCall(
-            self.channel.health, self.channel.deadline_s, operation, answer_count, on_cancel, span
+            self.channel.health,
+            self.channel.deadline_s,
+            operation,
+            answer_count,
+            on_cancel,
+            span,
+            queue_counts=queue_counts,
         )
         if self.channel.closed or not self.channel.health.breaker.allow_call():
             pending.cancel()

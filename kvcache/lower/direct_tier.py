@@ -26,7 +26,7 @@ from kvcache.worker_pool import STORE
 
 T = TypeVar("T")
 
-_LEAST_CALLS_AT_ONCE = 2  # of one operation: the tier works on one while the next is queued
+_LEAST_IN_FLIGHT = 4  # calls of one operation: each time that its thread wakes costs CPU time
 
 
 class StoreAnswer(IntEnum):
@@ -92,7 +92,7 @@ class DirectTier(TierCaller):
             breaker=breaker,
             lookup=lookup,
         )
-        self._calls_at_once = max(_LEAST_CALLS_AT_ONCE, calls)
+        self._most_in_flight = max(_LEAST_IN_FLIGHT, 2 * calls)
         self._measurement: PendingCall[bool] | None = None
 
     # Loads
@@ -137,7 +137,9 @@ class DirectTier(TierCaller):
     ) -> PendingCall[bool]:
         asked = [keys[at] for at in positions]
         fill = partial(self._fill, self.namespace, asked, views, [len(view) for view in views])
-        return self._start_call("load", fill, len(asked), span, on_cancel=lambda: None)
+        return self._start_call(
+            "load", fill, len(asked), span, on_cancel=lambda: None, queue_counts=False
+        )
 
     def _fill(
         self,
@@ -208,7 +210,15 @@ class DirectTier(TierCaller):
             [len(view) for view in views],
         )
         drop = partial(self.channel.add_counts, dropped_blocks=len(offered))
-        return self._start_call("store", put, len(offered), span, on_cancel=drop, priority=STORE)
+        return self._start_call(
+            "store",
+            put,
+            len(offered),
+            span,
+            on_cancel=drop,
+            priority=STORE,
+            queue_counts=False,  # it may wait for other calls of this operation
+        )
 
     def _put(
         self,
@@ -251,7 +261,7 @@ class DirectTier(TierCaller):
             buffers,
             positions,
             self.channel.blocks_per_call,
-            self._calls_at_once,
+            self._most_in_flight,
             start,
             writable=writable,
             assumed=assumed,

@@ -17,14 +17,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
+from contextlib import suppress
 from typing import Generic, TypeVar
 
+from kvcache.guards.calls import TierError
 from kvcache.lower.pending_call import PendingCall
 
 T = TypeVar("T")
 
 _RETRY_S = 0.001
+_ASSUMED_IN_FLIGHT = 2  # calls, where it is only assumed that the tier holds the blocks
 
 
 def revoke(views: Sequence[memoryview]) -> None:
@@ -42,13 +45,15 @@ def revoke(views: Sequence[memoryview]) -> None:
 
 
 class CallSeries(Generic[T]):
-    """The calls of one operation to one tier, several at a time. None begins after one failed.
+    """The calls of one operation to one tier, several in flight. None begins after one failed.
+
+    A call is given up when neither it nor the call before it has ended for the tier's deadline.
 
     Args:
         buffers: the caller's memory for each block.
         positions: of the blocks, in ``buffers``.
         blocks_per_call: the most blocks of one call.
-        calls_at_once: how many calls are queued or running at the same time.
+        most_in_flight: how many calls are queued or running at the same time.
         start: starts the call for some positions, with views of their buffers.
         writable: whether the tier may write to the memory.
         assumed: whether it is only assumed that the tier holds the blocks: the first call is made
@@ -65,7 +70,7 @@ class CallSeries(Generic[T]):
         buffers: Sequence[memoryview],
         positions: Sequence[int],
         blocks_per_call: int,
-        calls_at_once: int,
+        most_in_flight: int,
         start: Callable[[Sequence[int], Sequence[memoryview]], PendingCall[T]],
         *,
         writable: bool,
@@ -76,23 +81,38 @@ class CallSeries(Generic[T]):
         self.unasked = positions
         self._buffers = buffers
         self._blocks_per_call = blocks_per_call
-        self._calls_at_once = 1 if assumed else calls_at_once  # until the first call is answered
-        self._calls_at_once_later = calls_at_once
+        self._most_in_flight = most_in_flight
         self._start = start
         self._assumed = assumed
         self._writable = writable
         self._lent: list[list[memoryview]] = []  # the views of every call
         self._in_flight: deque[tuple[PendingCall[T], Sequence[int], list[memoryview]]] = deque()
+        self._answered_at = 0.0  # when the last call that was taken had ended
         self._stopped = False
 
     @property
-    def oldest(self) -> PendingCall[T] | None:
-        """The oldest call in flight."""
-        return self._in_flight[0][0] if self._in_flight else None
+    def in_flight(self) -> bool:
+        """Whether a call is queued or running."""
+        return bool(self._in_flight)
+
+    @property
+    def awaited(self) -> PendingCall[T]:
+        """The call to wait for: half of the calls in flight go on while others are started."""
+        more = self.unasked and not self._stopped
+        at = (len(self._in_flight) - 1) // 2 if more else -1
+        return self._in_flight[at][0]
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the oldest call in flight is given up."""
+        return self._in_flight[0][0].remaining_s(self._answered_at)
 
     def start_calls(self) -> None:
         """Start as many calls as may be in flight."""
-        while self.unasked and not self._stopped and len(self._in_flight) < self._calls_at_once:
+        most = self._most_in_flight
+        if self._assumed:
+            most = _ASSUMED_IN_FLIGHT if self.answers else 1
+        while self.unasked and not self._stopped and len(self._in_flight) < most:
             positions = self.unasked[: self._blocks_per_call]
             if self._writable:
                 views = [memoryview(self._buffers[at]) for at in positions]
@@ -105,20 +125,32 @@ class CallSeries(Generic[T]):
             self._in_flight.append((call, positions, views))
 
     def finish_calls(self) -> None:
-        """Take the answers of the oldest calls that have ended or are past their deadline."""
+        """Take the answers of the oldest calls that have ended; give up if they are late."""
         while self._in_flight:
             call, positions, views = self._in_flight[0]
-            if not call.future.done() and call.remaining_s:
+            if not call.future.done():
+                if not self.remaining_s:
+                    self._give_up()
                 return
             answers = call.wait(0.0)
             revoke(views)
             self._in_flight.popleft()
-            self._calls_at_once = self._calls_at_once_later
-            if answers is None:
-                self._stopped = True
-                continue
-            self.answers.update(zip(positions, answers, strict=True))
-            self._stopped |= self._assumed and not all(answers)
+            self._answered_at = call.ended_at
+            self._take(positions, answers)
+
+    def _take(self, positions: Sequence[int], answers: Sequence[T] | None) -> None:
+        """Take the answers of a call; ``None`` if it failed."""
+        self.answers.update(zip(positions, answers or (), strict=False))
+        self._stopped |= answers is None or (self._assumed and not all(answers))
+
+    def _give_up(self) -> None:
+        """Wait no longer for the calls in flight: cancel those that have not begun."""
+        for call, _, _ in list(self._in_flight)[1:]:
+            call.cancel()
+        for call, positions, _ in self._in_flight:
+            self._take(positions, call.wait(0.0))
+        self._in_flight.clear()
+        self.revoke_all()
 
     def revoke_all(self) -> None:
         """Take the caller's memory away from every call."""
@@ -129,23 +161,32 @@ class CallSeries(Generic[T]):
 def run_series(series: Sequence[CallSeries[T]]) -> None:
     """Make the calls of all ``series`` at the same time, and take their answers.
 
-    Each call ends at its deadline at the latest. No call uses the caller's memory after that, also
-    if an exception interrupts the calling thread.
+    No call uses the caller's memory after that, also if an exception interrupts the calling thread.
     """
     try:
-        while waiting := list(_oldest_calls(series)):
-            futures = [call.future for call in waiting]
-            wait(futures, min(call.remaining_s for call in waiting), FIRST_COMPLETED)
-            for each in series:
+        while running := list(_start_calls(series)):
+            _wait_for_one(running)
+            for each in running:
                 each.finish_calls()
     finally:
         for each in series:
             each.revoke_all()
 
 
-def _oldest_calls(series: Sequence[CallSeries[T]]) -> Iterator[PendingCall[T]]:
-    """Start the calls of each series that may be in flight; yield its oldest one."""
+def _start_calls(series: Sequence[CallSeries[T]]) -> Iterator[CallSeries[T]]:
+    """Start the calls that may be in flight; yield each series that has some."""
     for each in series:
         each.start_calls()
-        if (oldest := each.oldest) is not None:
-            yield oldest
+        if each.in_flight:
+            yield each
+
+
+def _wait_for_one(running: Sequence[CallSeries[T]]) -> None:
+    """Wait until the awaited call of one series has ended, or one series is late."""
+    futures = [each.awaited.future for each in running]
+    timeout_s = min(each.remaining_s for each in running)
+    if len(futures) == 1:  # a fraction of the cost of ``wait``
+        with suppress(TimeoutError, CancelledError, TierError):
+            futures[0].result(timeout_s)
+    else:
+        wait(futures, timeout_s, FIRST_COMPLETED)

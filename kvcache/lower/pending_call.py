@@ -35,6 +35,7 @@ class PendingCall(Generic[T]):
         answer_count: how many answers the call returns, one per key.
         on_cancel: called if the call is cancelled before it begins.
         span: the current span of the thread that makes the call; gets the events of its outcome.
+        queue_counts: whether the time in the queue counts when a duration is recorded as late.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class PendingCall(Generic[T]):
         answer_count: int,
         on_cancel: Callable[[], None],
         span: Span,
+        *,
+        queue_counts: bool = True,
     ) -> None:
+        self._queue_counts = queue_counts
         self._health = health
         self._deadline_s = deadline_s
         self._operation = operation
@@ -56,6 +60,7 @@ class PendingCall(Generic[T]):
         self._begin_or_cancel = threading.Lock()  # acquired once, by run() or by cancel()
         self._outcome_recorded = threading.Lock()  # acquired once, by the first to record
         self.queued_s = 0.0  # from creation to the beginning of the call
+        self.ended_at = 0.0  # by ``time.monotonic``; 0 if it has not ended
         self.error = ""  # the kind of failure in one word
         self.future: Future[Sequence[T]] = Future()
 
@@ -81,8 +86,9 @@ class PendingCall(Generic[T]):
             failure = error.with_traceback(None)  # its frames refer to the blocks' memory
         except BaseException as error:  # noqa: BLE001 - the application's telemetry may raise
             failure = TierError(*describe_error(error))
+        self.ended_at = time.monotonic()
         try:
-            self._record_duration(time.monotonic() - begun, failure.error if failure else "")
+            self._record_duration(self.ended_at - begun, failure.error if failure else "")
             self._record_outcome(failure)
         finally:
             if failure:
@@ -96,10 +102,12 @@ class PendingCall(Generic[T]):
             return 0
         return sum(answer == expected for answer in self.future.result())
 
-    @property
-    def remaining_s(self) -> float:
-        """Seconds until the deadline has passed since the call was created; 0 after that."""
-        return max(0.0, self._created + self._deadline_s - time.monotonic())
+    def remaining_s(self, since: float = 0.0) -> float:
+        """Return the seconds until the deadline, from the call's creation on, or from ``since``.
+
+        ``since``, by ``time.monotonic``, counts if it is later. The result is 0 after the deadline.
+        """
+        return max(0.0, max(self._created, since) + self._deadline_s - time.monotonic())
 
     def wait(self, timeout_s: float | None = None) -> Sequence[T] | None:
         """Return the answers, one per key; ``None`` after the deadline or a failure. Call once.
@@ -117,7 +125,7 @@ class PendingCall(Generic[T]):
         return None
 
     def _record_duration(self, seconds: float, error: str) -> None:
-        late = self.queued_s + seconds > self._deadline_s
+        late = (self.queued_s if self._queue_counts else 0.0) + seconds > self._deadline_s
         error = error or ("timeout" if late else "")
         self._health.timer.record(self._operation, seconds, error)
 

@@ -6,6 +6,7 @@ The engine reuses its memory at once, while a call of a tier that hangs continue
 from __future__ import annotations
 
 import mmap
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,22 +196,33 @@ def test_revoke_waits_while_a_view_is_in_use() -> None:
 
 
 def test_exception_in_the_calling_thread_revokes_the_memory(
-    under_test: DirectUnderTest, tier: HangingTier, monkeypatch: pytest.MonkeyPatch
+    under_test: DirectUnderTest, tier: HangingTier
 ) -> None:
     """A signal handler raises while the caller waits."""
+
+    class InterruptedByTestError(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedByTestError
+
+    def send_signal() -> None:
+        assert tier.waiting.acquire(timeout=LONG)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
     tier.held.update(stored(KEYS))
     tier.hang_in("load")
-
-    def interrupted(*_: object) -> None:
-        assert tier.waiting.acquire(timeout=LONG)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("kvcache.lower.lent_calls.wait", interrupted)
-        buffers = [bytearray(size_of(key)) for key in KEYS]
-        under_test.direct.tiers[0].channel.deadline_s = LONG
-        with pytest.raises(KeyboardInterrupt):
+    under_test.direct.tiers[0].channel.deadline_s = LONG
+    buffers = [bytearray(size_of(key)) for key in KEYS]
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        sender = threading.Thread(target=send_signal)
+        sender.start()
+        with pytest.raises(InterruptedByTestError):
             under_test.direct.load(KEYS, buffers)
+        sender.join(LONG)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     under_test.reuse(buffers)
     under_test.resume()
     under_test.check_memory()

@@ -74,7 +74,7 @@ def test_load_from_a_server_that_continues_late_leaves_the_memory_untouched(
         near.channel.workers.close(redis_servers.PATIENCE_S)  # the late calls have ended
         assert all(not thread.is_alive() for thread in near.channel.workers.threads)
         assert into == reused
-        assert near.stats().errors == 2
+        assert 1 <= near.stats().errors <= 2  # calls that had begun
         assert far.stats().loaded_blocks == 8
 
 
