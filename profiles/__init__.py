@@ -14,7 +14,7 @@ if __name__ == "profiles":
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 from kvcache import host_memory
@@ -211,7 +211,11 @@ def open_tiers(
 
 def _no_lower_tier(loaded: Profile) -> str:
     """Return the problem of a profile that has only an L1."""
-    allowed = [name for name in shipped() if len(load_profile(name, {}).tiers) > 1]
+    allowed = []
+    for name in shipped():
+        with suppress(ProfileError):  # a package that it needs is not installed
+            if len(load_profile(name, {}).tiers) > 1:
+                allowed.append(name)
     return (
         f"{loaded.path}: lists no tier below L1, and direct tiers are the tiers below it; add one, "
         f"or set KVCACHE_PROFILE to one of {listed(allowed)} or to a file of your own"

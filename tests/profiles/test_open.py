@@ -200,3 +200,19 @@ def test_package_is_not_importable_by_its_bare_name() -> None:
         check=False,
     )
     assert "ImportError: import kvcache.profiles, not profiles" in run.stderr
+
+
+def test_error_of_a_profile_without_lower_tiers_lists_those_that_can_be_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shipped profile needs a package that is not installed here."""
+
+    def load(name: str | None, *arguments: object, **named: object) -> kvcache.profiles.Profile:
+        if name == "l1-redis":
+            raise ProfileError(name, ["needs packages"])
+        return kvcache.profiles.load.load_profile(name, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kvcache.profiles, "load_profile", load)
+    with pytest.raises(ProfileError, match='"l1-disk"') as raised:
+        kvcache.profiles.open_tiers("l1-only", block_nbytes=4096, namespace=b"")
+    assert '"l1-redis"' not in str(raised.value)
