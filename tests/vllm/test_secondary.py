@@ -18,6 +18,7 @@ from tests.support.played_tiering import (
     BLOCK_TOKENS,
     SharedFaultyTier,
     block_of,
+    disk_table,
     eventually,
     found,
     keep,
@@ -42,14 +43,7 @@ def known_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def disk(tmp_path: Path) -> dict[str, object]:
     """Options of a secondary tier with a disk."""
-    table = {
-        "name": "disk",
-        "kind": "disk",
-        "path": str(tmp_path / "disk"),
-        "capacity": "8MiB",
-        "deadline_s": 30,
-    }
-    return {"tiers": [table]}
+    return {"tiers": [disk_table(tmp_path)]}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.support.played_offloading import BLOCK, PlayedOffloading, prompt
-from tests.support.played_tiering import SharedFaultyTier
+from tests.support.played_tiering import SharedFaultyTier, disk_table
 
 pytestmark = pytest.mark.engine
 
@@ -25,13 +25,7 @@ def cpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_second_engine_computes_no_block_that_the_first_stored(tmp_path: Path, chunk: int) -> None:
-    table = {
-        "name": "disk",
-        "kind": "disk",
-        "path": str(tmp_path / "disk"),
-        "capacity": "8MiB",
-        "deadline_s": 30,
-    }
+    table = disk_table(tmp_path)
     tokens = prompt("shared", 8 * BLOCK + 3)
     engine = PlayedOffloading(tmp_path, {"tiers": [table]}, chunk=chunk)
     assert engine.run("first", tokens) == 0

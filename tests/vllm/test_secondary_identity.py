@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+pytest.importorskip("kvcache.connectors.vllm.secondary", exc_type=ImportError)  # from vLLM 0.32 on
 
 from kvcache.connectors.vllm.identity.fields import UNSHARED
 from kvcache.connectors.vllm.secondary.rows_identity import (

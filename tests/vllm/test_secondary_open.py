@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from kvcache.process import ForkedError
 from tests.support import played_tiering
 from tests.support.forked_children import run_in_child
-from tests.support.played_tiering import SharedFaultyTier, found, keys_of, played
+from tests.support.played_tiering import SharedFaultyTier, disk_table, found, keys_of, played
 
 pytestmark = pytest.mark.engine
 
@@ -34,14 +34,7 @@ def known_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def disk(tmp_path: Path) -> dict[str, object]:
     """Options of a secondary tier with a disk."""
-    table = {
-        "name": "disk",
-        "kind": "disk",
-        "path": str(tmp_path / "disk"),
-        "capacity": "8MiB",
-        "deadline_s": 30,
-    }
-    return {"tiers": [table]}
+    return {"tiers": [disk_table(tmp_path)]}
 
 
 # Options

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+pytest.importorskip("kvcache.connectors.vllm.secondary", exc_type=ImportError)  # from vLLM 0.32 on
 
 from kvcache.connectors.vllm.secondary.compute_times import ComputeTimes
 from kvcache.connectors.vllm.secondary.events import AnnouncedBlocks

@@ -15,6 +15,7 @@ from tests.support import redis_servers
 from tests.support.played_tiering import (
     PATIENCE_S,
     PlayedTiering,
+    disk_table,
     keep,
     keys_of,
     played,
@@ -64,13 +65,7 @@ def test_engines_share_blocks_through_a_server(server: redis_servers.Server) -> 
 def test_nearest_tier_returns_blocks_and_a_lost_server_costs_misses(
     server: redis_servers.Server, tmp_path: Path
 ) -> None:
-    disk = {
-        "name": "disk",
-        "kind": "disk",
-        "path": str(tmp_path / "disk"),
-        "capacity": "8MiB",
-        "deadline_s": 30,
-    }
+    disk = disk_table(tmp_path)
     both = {"tiers": [disk, table(server)]}
     keep({"tiers": [table(server)]}, keys_of("redis", 2))
     keep(both, keys_of("both", 3))
