@@ -10,13 +10,14 @@ OLDEST := $(firstword $(ENGINE_VERSIONS))
 VENV := .venv$(addprefix -vllm-,$(ENGINE_VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SGLANG := .venv-sglang
 
 # Two files at a time, in the order of tests/conftest.py. A file stays in one worker: its tests share
 # engines and servers.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test coverage vllm oldest matrix lint docs bench viewer clean
+.PHONY: help run check test coverage vllm oldest sglang matrix lint docs bench viewer clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -27,11 +28,14 @@ run: $(READY)  ## the demo: several chats on a real vLLM, with kvcache and witho
 check: lint  ## lint, then every test that needs no engine, GPU, server or wheel
 	$(PYTEST) -m "not engine and not gpu and not server and not wheel and not bench and not viewer"
 
-test: lint oldest  ## lint, then every test; on the oldest supported vLLM those of the connector
+test: lint oldest sglang  ## lint, then every test; on the oldest supported vLLM those of the connector
 	$(PYTEST)
 
 oldest: $(READY)
 	@$(MAKE) --no-print-directory ENGINE_VERSION=$(OLDEST) vllm VLLM_TESTS="tests/vllm tests/e2e/test_one_process.py"
+
+sglang: $(SGLANG)/.ready  ## the tests of the SGLang backend, on SGLang's own host pools
+	$(PYTEST:$(BIN)/python%=$(SGLANG)/bin/python%) tests/sglang
 
 # Tests of durations and of garbage collection fail under the tracer; the report counts them too.
 coverage: $(READY)  ## the line coverage of all tests but the wheel's; child processes count too
@@ -76,4 +80,11 @@ $(READY): pyproject.toml tests/install_engine.py
 		grep -rlIF $(CURDIR)/.venv $(BIN) $(VENV)/pyvenv.cfg | xargs sed -i 's|$(CURDIR)/.venv|&-vllm-$(ENGINE_VERSION)|'; \
 	else $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python tests/install_engine.py
+	@touch $@
+
+# SGLang requires other versions than vLLM does, so it has a copy of .venv by hard links.
+$(SGLANG)/.ready: $(READY) tests/install_sglang.py
+	@rm -rf $(SGLANG); cp -al $(VENV) $(SGLANG); rm $(SGLANG)/.ready
+	@grep -rlIF $(CURDIR)/$(VENV) $(SGLANG)/bin $(SGLANG)/pyvenv.cfg | xargs sed -i 's|$(CURDIR)/$(VENV)|$(CURDIR)/$(SGLANG)|'
+	@$(SGLANG)/bin/python tests/install_sglang.py
 	@touch $@

@@ -37,6 +37,8 @@ from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from sybil.typing import Evaluator
 
 from kvcache import cli, telemetry
+from kvcache.connectors import sglang
+from kvcache.connectors.sglang.options import read_options
 from kvcache.profiles import load_profile
 from kvcache.profiles.load import load_tables
 from kvcache.testing import TierTests
@@ -83,6 +85,8 @@ def check_bash(example: Example) -> None:
             case ["vllm", "serve", *arguments]:
                 for config in values_of("--kv-transfer-config", arguments):
                     assert_connector(config)
+            case ["sglang", "serve", *arguments]:
+                assert_storage_backend(arguments)
             case _:
                 run_on_page_files(words)
 
@@ -210,6 +214,15 @@ def values_of(option: str, arguments: list[str]) -> Iterator[str]:
             yield after
         elif argument.startswith(f"{option}="):
             yield argument.partition("=")[2]
+
+
+def assert_storage_backend(arguments: list[str]) -> None:
+    """Check the options of the SGLang backend."""
+    for config in values_of("--hicache-storage-backend-extra-config", arguments):
+        options = json.loads(config)
+        read_options(options)
+        assert options["module_path"] == sglang.__name__
+        assert options["class_name"] in sglang.__all__
 
 
 def assert_connector(config: str) -> None:
