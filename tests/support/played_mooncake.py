@@ -37,6 +37,13 @@ class PlayedMaster(TcpServer):
         return f"127.0.0.1:{self.port}"
 
 
+class HangingMaster(TcpServer):
+    """Accepts connections and answers none, as the system does for a process that hangs."""
+
+    def serve(self, sock: Any) -> None:
+        self.closing.wait()
+
+
 class PlayedPool:
     """What the clients of one pool share, and the calls that they got.
 

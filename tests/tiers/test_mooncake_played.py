@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, ClassVar
 
 import pytest
 
 pytest.importorskip("kvcache.tiers.mooncake")
 
+from kvcache.sizes import Size
 from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.mooncake import MooncakeTier, block_name
 from kvcache.tiers.mooncake.client import PoolClient
 from kvcache.tiers.mooncake.gone_keys import GoneKeys
 from tests.support.played_mooncake import (
+    HangingMaster,
     OpenPlayed,
     PlayedMaster,
     PlayedPool,
@@ -175,6 +178,47 @@ def test_empty_block_is_declined(opened: OpenPlayed) -> None:
     assert opened().store(keys_of("empty", 1), [memoryview(b"")]) == [False]
 
 
+# The start
+
+
+def test_library_is_not_asked_to_open_a_client_while_the_master_hangs(played: PlayedPool) -> None:
+    """The library holds the GIL meanwhile, so the whole engine would stand still."""
+    with HangingMaster() as master:
+        address = f"127.0.0.1:{master.port}"
+        with closing(MooncakeTier(master=address, timeout_s=0.01)) as tier:
+            while len(master.sockets) < 2:
+                threading.Event().wait(0.01)
+            with pytest.raises(ConnectionError, match="is not open: timed out"):
+                tier.contains(keys_of("hangs", 1))
+    assert played.clients == []
+
+
+def test_library_that_fails_to_open_a_client_is_asked_again(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    codes = [-600, -1]
+    played.replies["setup"] = lambda settings: codes.pop(0) if codes else 0
+    wait_until_open(opened())
+    assert len(played.clients) == 3
+
+
+def test_setup_gets_the_options(opened: OpenPlayed, played: PlayedPool) -> None:
+    opened(share=Size(1 << 20), hostname="engine.example", protocol="rdma", devices="mlx5_0")
+    [(settings,)] = played.called("setup")
+    assert settings["local_hostname"] == "engine.example"
+    assert settings["global_segment_size"] == 1 << 20
+    assert settings["protocol"] == "rdma"
+    assert settings["rdma_devices"] == "mlx5_0"
+
+
+def test_hostname_is_by_default_the_address_on_the_way_to_the_master(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    opened()
+    [(settings,)] = played.called("setup")
+    assert settings["local_hostname"] == "127.0.0.1"
+
+
 # The gate before close
 
 
@@ -255,6 +299,42 @@ def test_transfer_that_may_go_on_closes_the_client_before_the_call_ends(
     wait_until_open(tier)
     assert len(played.clients) == 2
     assert tier.load([key], [memoryview(bytearray(NBYTES))]) == [NBYTES]
+
+
+def test_abandoned_load_ends_only_after_the_client_was_closed(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    tier = opened()
+    tier.abandoned_transfer_s = 0.0
+    entered, leave, closed = threading.Event(), threading.Event(), []
+
+    def hang(names: list[str]) -> list[int]:
+        entered.set()
+        assert leave.wait(PATIENCE_S)
+        return [0] * len(names)
+
+    def load() -> None:
+        with pytest.raises(ConnectionError):
+            tier.load(keys_of("abandoned", 1), [memoryview(bytearray(NBYTES))])
+        closed.append(played.clients[0].closed)
+
+    played.replies["batch_is_exist"] = hang
+    played.replies["batch_get_into"] = lambda names, addresses, sizes: [-800]
+    lookup = threading.Thread(target=lambda: tier.contains(keys_of("other", 1)))
+    lookup.start()
+    assert entered.wait(PATIENCE_S)
+    loading = threading.Thread(target=load)
+    loading.start()
+    while True:  # until the load has closed the gate
+        try:
+            tier.remove(keys_of("gate", 1))
+        except ConnectionError:
+            break
+    leave.set()
+    for thread in (lookup, loading):
+        thread.join(PATIENCE_S)
+    assert closed == [True]
+    del played.replies["batch_is_exist"]
 
 
 def test_quick_failure_of_a_transfer_keeps_the_client(

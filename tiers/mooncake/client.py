@@ -184,6 +184,8 @@ class ClientOpener:
         while not self._closing.is_set():
             try:
                 self._probe_servers()
+                if self._closing.is_set():
+                    return
                 client = self._open_client()
             except OSError as error:
                 self._cause = str(error)
