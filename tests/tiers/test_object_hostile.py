@@ -142,6 +142,15 @@ def test_late_answer_writes_nothing_into_the_buffers(store: ScriptedObjectStore)
         assert into == [CLEAN] * 4
 
 
+def test_requests_that_hang_cost_their_own_blocks(store: ScriptedObjectStore) -> None:
+    names = [block_name(key) for key in KEYS[2:]]
+    with opened(store, timeout_s=TIMEOUT_S * 4) as tier:
+        assert tier.store(KEYS, blocks(KEYS)) == [True] * 4
+        store.fault = lambda exchange: exchange.name in names and silent(exchange)
+        assert loaded(tier, KEYS) == [True, True, False, False]
+        assert tier.contains(KEYS) == [True, True, False, False]
+
+
 def test_cut_off_object_is_a_miss_and_the_others_are_loaded(
     store: ScriptedObjectStore, tier: ObjectTier
 ) -> None:

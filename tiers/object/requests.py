@@ -9,6 +9,7 @@ Always true here:
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -71,6 +72,31 @@ class ForeignObject(int):
     """The size of an object that cannot be a block of the tier."""
 
 
+class BufferGate:
+    """Lets the requests of a call write into the caller's buffers until the call ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def write(self, buffer: memoryview, data: memoryview) -> int:
+        """Copy ``data`` to the start of ``buffer``; return its bytes.
+
+        Raises:
+            TimeoutError: the call has ended.
+        """
+        with self._lock:
+            if self._closed:
+                raise TimeoutError
+            buffer[: data.nbytes] = data
+            return data.nbytes
+
+    def close(self) -> None:
+        """Let no request write from now on."""
+        with self._lock:
+            self._closed = True
+
+
 def head(store: Any, name: str) -> bool:
     """Return ``True``; a missing object raises."""
     obstore.head(store, name)
@@ -82,6 +108,12 @@ def get(store: Any, name: str, limit: int) -> obstore.Bytes | ForeignObject:
     answer = obstore.get(store, name)
     size = int(answer.meta["size"])
     return answer.bytes() if 0 < size <= limit else ForeignObject(size)
+
+
+def load(store: Any, name: str, buffer: memoryview, gate: BufferGate) -> int:
+    """Read an object into ``buffer``; return its bytes, or a :class:`ForeignObject`."""
+    value = get(store, name, buffer.nbytes)
+    return value if isinstance(value, ForeignObject) else gate.write(buffer, memoryview(value))
 
 
 def put(store: Any, name: str, block: memoryview | bytes, *, overwrite: bool) -> bool:

@@ -9,8 +9,8 @@ Always true here:
   block is stored in part, and of several engines that write a block only the first one has an
   effect.
 * On the network a call ends within ``timeout_s``: no request begins in the second half of it, or
-  takes longer than half of it. Only the calling thread writes into the caller's buffers, and a
-  store returns only after its last request, which may read the caller's memory, has ended.
+  takes longer than half of it. After a call no request uses the caller's memory: a ``BufferGate``
+  keeps late answers out, and a store returns only after its last request has ended.
 * An answer with an error for one object is a miss or a decline of that block, and is logged once
   for each code. A call in which the store served nothing raises ConnectionError.
 * At most ``connections`` requests run at the same time, of all calls together.
@@ -45,6 +45,7 @@ from kvcache.tiers.object.requests import (
     NO_CREDENTIALS,
     NOT_SENT,
     PUT,
+    BufferGate,
     FailedRequest,
     ForeignObject,
 )
@@ -164,26 +165,22 @@ class ObjectTier(Tier):
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         """As the contract says; an object that cannot be a block is removed, to store one."""
-        written = [0] * len(keys)
-        foreign: list[bytes] = []
-
-        def copy(at: int, outcome: object) -> None:
-            if isinstance(outcome, ForeignObject):
-                foreign.append(keys[at])
-            elif not isinstance(outcome, FailedRequest):
-                data = memoryview(outcome)  # type: ignore[arg-type]
-                into[at][: data.nbytes] = data
-                written[at] = data.nbytes
-
-        store = self._location.store
-        gets = [
-            partial(requests.get, store, block_name(key), buffer.nbytes)
+        gate = BufferGate()
+        loads = [
+            partial(requests.load, self._location.store, block_name(key), buffer, gate)
             for key, buffer in zip(keys, into, strict=True)
         ]
-        self._request(GET, gets, copy)
-        if foreign:
+        try:
+            outcomes = self._request(GET, loads)
+        finally:
+            gate.close()
+        if foreign := [
+            key
+            for key, outcome in zip(keys, outcomes, strict=True)
+            if isinstance(outcome, ForeignObject)
+        ]:
             self.remove(foreign)
-        return written
+        return [outcome if type(outcome) is int else 0 for outcome in outcomes]
 
     def store(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], parent: bytes | None = None
@@ -236,14 +233,9 @@ class ObjectTier(Tier):
         self._closed = True  # queued requests are not sent
         self._threads.close(0.0)
 
-    def _request(
-        self,
-        verb: str,
-        calls: Sequence[Callable[[], T]],
-        on_outcome: Callable[[int, T | FailedRequest], None] | None = None,
-    ) -> list[T | FailedRequest]:
+    def _request(self, verb: str, calls: Sequence[Callable[[], T]]) -> list[T | FailedRequest]:
         """Run requests; raise ConnectionError if the store served none of them."""
-        outcomes = self._run(verb, calls, on_outcome)
+        outcomes = self._run(verb, calls)
         failures = [
             outcome
             for outcome in outcomes
@@ -257,16 +249,8 @@ class ObjectTier(Tier):
             raise ConnectionError(f"object store at {self._location.shown}: {failures[0].text}")
         return outcomes
 
-    def _run(
-        self,
-        verb: str,
-        calls: Sequence[Callable[[], T]],
-        on_outcome: Callable[[int, T | FailedRequest], None] | None = None,
-    ) -> list[T | FailedRequest]:
-        """Return the outcome of each request; they run at the same time, in threads.
-
-        ``on_outcome`` is called in this thread, with the position and the outcome of each request.
-        """
+    def _run(self, verb: str, calls: Sequence[Callable[[], T]]) -> list[T | FailedRequest]:
+        """Return the outcome of each request; they run at the same time, in threads."""
         if not calls or self._closed:
             return [FailedRequest(NOT_SENT, "the tier is closed")] * len(calls)
         now = time.monotonic()
@@ -283,10 +267,8 @@ class ObjectTier(Tier):
         futures = [self._threads.submit(send, call) for call in calls]
         outcomes: list[T | FailedRequest] = []
         try:
-            for at, future in enumerate(futures):
-                outcomes.append(self._wait(future, verb, deadline, late))
-                if on_outcome is not None:
-                    on_outcome(at, outcomes[-1])
+            for future in futures:
+                outcomes.append(self._wait(future, verb, deadline, late))  # noqa: PERF401
         finally:
             failures = [
                 outcome
