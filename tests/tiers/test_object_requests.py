@@ -88,6 +88,7 @@ def test_mode_decides_whether_writes_are_conditional(
 
 def test_requests_at_once_are_bounded(store: ScriptedObjectStore) -> None:
     with opened(store, connections=3, timeout_s=60) as tier:
+        store.fault = lambda _: store.closing.wait(0.01)  # False: requests only overlap more
         run_in_threads(4, lambda thread: _store_and_load(tier, keys_of(f"of {thread}", 20)))
     assert 1 < store.most_at_once <= 3
 

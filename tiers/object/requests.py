@@ -39,7 +39,7 @@ FOLDER: Final = "Folder"  # an error of the file system
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,80})\s*</Code>")
-_MESSAGE = re.compile(r"<Message>\s*([^<]{1,300}?)\s*</Message>")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _CAUSES = re.compile(r'(?:message|error|source): "([^"\n]{1,300})"|\n\s+"(dns error)"')
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,80})")
 _TIMED_OUT = re.compile(r"kind: Timeout|\bTimedOut\b")
@@ -172,7 +172,7 @@ def failure_of(error: BaseException, secrets: tuple[str, ...]) -> FailedRequest:
         text = f"{text}: {causes[-1]}" if causes and causes[-1] not in text else text
         return FailedRequest(UNREACHABLE, redact(text, *secrets))
     message = _MESSAGE.search(summary)
-    shown = " ".join(filter(None, (str(status), code and code[1], message and message[1])))
+    shown = " ".join(filter(None, (str(status), code and code[1], message and message[1].strip())))
     if not found:
         shown = f"{status} {text}"
     name = code[1] if code else str(status)
