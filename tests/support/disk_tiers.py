@@ -1,8 +1,11 @@
 """Disk tiers of a few slots, and blocks with bytes that depend on their keys."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from kvcache.sizes import DiskSize
 from kvcache.testing import block_of
@@ -21,6 +24,14 @@ def capacity_for(slots: int, slot_nbytes: int = PAGE) -> DiskSize:
 def open_disk(path: Path, slots: int = 8, **options: Any) -> DiskTier:
     """Open a tier with slots of one page."""
     return DiskTier(block_nbytes=PAGE, path=str(path), capacity=capacity_for(slots), **options)
+
+
+def require_attributes(folder: Path) -> None:
+    """Skip the test if the file system keeps no extended attributes, which identify `blocks`."""
+    try:
+        os.setxattr(folder, "user.test", b"1")
+    except OSError:
+        pytest.skip("the file system keeps no extended attributes")
 
 
 def blocks_of(keys: Sequence[bytes], nbytes: int = PAGE) -> list[memoryview]:

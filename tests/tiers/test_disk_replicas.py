@@ -13,7 +13,7 @@ from kvcache.sizes import DiskSize
 from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier, replicas
 from tests.support.child_programs import kill, read_line, start
-from tests.support.disk_tiers import blocks_of, capacity_for, load_hits
+from tests.support.disk_tiers import blocks_of, capacity_for, load_hits, require_attributes
 
 CAPACITY = DiskSize(4 * capacity_for(10))  # for four replicas with ten blocks each
 
@@ -118,6 +118,26 @@ def test_disk_replica_deletes_the_rest_of_a_half_deleted_replica(
         (tmp_path / "replica-1" / name).unlink()
     with running(tmp_path, 1):
         assert not (tmp_path / "replica-1").exists()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_disk_replica_reclaims_a_replica_without_records(
+    tmp_path: Path, count: int, is_deleted: bool
+) -> None:
+    """One that no longer runs, or that has not started again yet and may be too large."""
+    require_attributes(tmp_path)
+    with running(tmp_path, 2) as tiers:
+        fill(tiers)
+    records = tmp_path / "replica-1" / "records"
+    if is_deleted:
+        records.unlink()
+    else:
+        os.truncate(records, 0)
+    with closing(open_replica(tmp_path, 0, count)):
+        assert records.parent.exists() == (count > 1)
+        share = CAPACITY // count if count > 1 else 0
+        assert allocated_nbytes(records.parent) <= share
 
 
 def test_disk_replica_cuts_a_copied_path_to_its_share(tmp_path: Path) -> None:

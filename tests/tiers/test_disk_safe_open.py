@@ -12,7 +12,13 @@ from kvcache.testing import keys_of
 from kvcache.tiers.disk import PAGE, DiskTier, safe_open
 from kvcache.tiers.disk.directory import check_usable
 from kvcache.tiers.disk.reader import DiskReader
-from tests.support.disk_tiers import blocks_of, capacity_for, load_hits, open_disk
+from tests.support.disk_tiers import (
+    blocks_of,
+    capacity_for,
+    load_hits,
+    open_disk,
+    require_attributes,
+)
 
 FILES = ["lock", "records", "blocks"]
 KEYS = keys_of("a", 3)
@@ -48,14 +54,6 @@ def kv(tmp_path: Path) -> Path:
     with closing(open_disk(tmp_path / "kv")) as tier:
         tier.store(KEYS, blocks_of(KEYS))
     return tmp_path / "kv"
-
-
-def require_attributes(folder: Path) -> None:
-    """Skip the test if the file system keeps no extended attributes, which identify `blocks`."""
-    try:
-        os.setxattr(folder, "user.test", b"1")
-    except OSError:
-        pytest.skip("the file system keeps no extended attributes")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -100,7 +100,7 @@ class TierDirectory:
         for fd in (self.lock_fd, self.records_fd, self.blocks_fd):
             if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077:  # it existed, readable for others
                 os.fchmod(fd, 0o600)
-        truncate_files(self.records_fd, self.blocks_fd, sizes)
+        truncate_files(files, sizes)
 
     def _open(self, name: str) -> int:
         return self.close_later(open_file(self.folder_fd, name, self.path, _CREATE))

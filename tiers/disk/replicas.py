@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +121,9 @@ def _reclaim_replica(folder_fd: int, path: Path, in_use: bool, sizes: FileSizes)
         for name in ("lock", "records", "blocks"):
             with suppress(FileNotFoundError):
                 files[name] = open_file(folder_fd, name, path)
-        if "records" not in files or find_foreign_file(files["records"], files.get("blocks")):
+        if not files.keys() - {"lock"}:
+            return
+        if find_foreign_file(files.get("records"), files.get("blocks")):
             return  # another program wrote it
         nbytes = sum(os.fstat(files[name]).st_size for name in files.keys() - {"lock"})
         if "lock" in files:
@@ -132,8 +134,7 @@ def _reclaim_replica(folder_fd: int, path: Path, in_use: bool, sizes: FileSizes)
                     return
                 raise
         if in_use:
-            if "blocks" in files:
-                truncate_files(files["records"], files["blocks"], sizes)
+            truncate_files(files, sizes)
             return
         # `records` is last: while it exists, the next engine knows that the files are a tier's.
         for name in ("blocks", *namespace_file.FILE_NAMES, "lock", "records"):
@@ -147,10 +148,16 @@ def _reclaim_replica(folder_fd: int, path: Path, in_use: bool, sizes: FileSizes)
             os.close(fd)
 
 
-def truncate_files(records_fd: int, blocks_fd: int, sizes: FileSizes) -> None:
-    """Cut the files to ``sizes``; a smaller file stays as it is."""
-    # Without the mark, a copied file would be identified by its size, which changes here.
-    mark_blocks(blocks_fd)
-    for fd, nbytes in ((records_fd, sizes.records), (blocks_fd, sizes.blocks)):
-        if os.fstat(fd).st_size > nbytes:
-            os.ftruncate(fd, nbytes)
+def truncate_files(files: Mapping[str, int], sizes: FileSizes) -> None:
+    """Cut ``records`` and ``blocks`` to ``sizes``; a smaller file stays as it is.
+
+    Args:
+        files: descriptors, by name. A file that does not exist is left out.
+        sizes: the most bytes of each.
+    """
+    if "blocks" in files:
+        # Without the mark, a copied file would be identified by its size, which changes here.
+        mark_blocks(files["blocks"])
+    for name, nbytes in sizes._asdict().items():
+        if name in files and os.fstat(files[name]).st_size > nbytes:
+            os.ftruncate(files[name], nbytes)
