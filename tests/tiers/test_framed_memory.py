@@ -204,3 +204,17 @@ def test_framed_closed_during_a_call_no_longer_touches_memory_of_the_tier() -> N
         tier.store([b"other"], views([block]))
     [memory] = inner.maps
     assert set(memory[:]) == {0xEE}
+
+
+def test_framed_closed_while_it_asks_for_memory_does_not_use_it() -> None:
+    class ClosingTier(MemoryTier):
+        def allocate(self, nbytes: int) -> memoryview | None:
+            memory = super().allocate(nbytes)
+            tier.close()
+            return memory
+
+    inner = ClosingTier()
+    tier = Framed(inner, block_nbytes=BLOCK_NBYTES)
+    with pytest.raises(ValueError, match="the tier is closed"):
+        tier.store([b"k"], views([kv_like_block(BLOCK_NBYTES)]))
+    assert not any(inner.maps[0][:])
