@@ -1,13 +1,18 @@
-"""An object store on loopback that speaks as much of S3 as a tier uses, and injects faults."""
+"""An object store on loopback, which injects faults.
+
+It speaks as much of the protocols of S3, Google Cloud Storage and Azure as a tier uses.
+"""
 
 from __future__ import annotations
 
+import re
 import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from kvcache.closeable import Closeable
 
@@ -42,6 +47,20 @@ class Exchange(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def answer_batch(self, statuses: list[int]) -> None:
+        """Send the answer to Azure's batch of requests."""
+        parts = "".join(
+            f"--batch\r\nContent-Type: application/http\r\nContent-ID: {number}\r\n\r\n"
+            f"HTTP/1.1 {status} Text\r\nContent-Length: 0\r\n\r\n\r\n"
+            for number, status in enumerate(statuses)
+        )
+        body = f"{parts}--batch--\r\n".encode()
+        self.send_response(202)
+        self.send_header("Content-Type", "multipart/mixed; boundary=batch")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def answer_error(self, status: int, code: str, message: str = "") -> None:
         """Send an error of S3."""
         text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
@@ -57,11 +76,12 @@ class Exchange(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _serve(self) -> None:
-        self.name = self.path.removeprefix(f"/{BUCKET}/")
+        path = self.path.partition("?")[0]
+        self.name = unquote(path.removeprefix(f"/{BUCKET}").removeprefix("/"))
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.store.serve(self)
 
-    do_GET = do_HEAD = do_PUT = do_DELETE = _serve  # noqa: N815 - names of the base class
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815 - names of the base class
 
 
 class ScriptedObjectStore(Closeable):
@@ -74,6 +94,7 @@ class ScriptedObjectStore(Closeable):
         objects: the objects, by name.
         fault: may be set; it sees every request first.
         requests: method and name of every request.
+        paths: the path of every request, with its parameters.
         headers: the headers of every request.
         most_at_once: the most requests that were in progress at the same time.
         closing: set when the store is being closed.
@@ -83,6 +104,7 @@ class ScriptedObjectStore(Closeable):
         self.objects: dict[str, bytes] = {}
         self.fault: Fault | None = None
         self.requests: list[tuple[str, str]] = []
+        self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
         self.closing = threading.Event()
@@ -120,6 +142,7 @@ class ScriptedObjectStore(Closeable):
         """Answer one request."""
         with self._lock:
             self.requests.append((exchange.command, exchange.name))
+            self.paths.append(exchange.path)
             self.headers.append({name.lower(): value for name, value in exchange.headers.items()})
             self._in_progress += 1
             self.most_at_once = max(self.most_at_once, self._in_progress)
@@ -133,11 +156,22 @@ class ScriptedObjectStore(Closeable):
     def _answer(self, exchange: Exchange) -> None:
         name = exchange.name
         if exchange.command == "PUT":
-            if name in self.objects and exchange.headers.get("If-None-Match") == "*":
+            is_azure = "x-ms-blob-type" in exchange.headers
+            conditions = ("If-None-Match", "*"), ("x-goog-if-generation-match", "0")
+            create = any(exchange.headers.get(header) == value for header, value in conditions)
+            if create and name in self.objects and is_azure:
+                exchange.answer_error(409, "BlobAlreadyExists")
+            elif create and name in self.objects:
                 exchange.answer_error(412, "PreconditionFailed")
-                return
-            self.objects[name] = exchange.body
-            exchange.answer(200)
+            else:
+                self.objects[name] = exchange.body
+                exchange.answer(201 if is_azure else 200)
+        elif exchange.command == "POST":
+            deleted = re.findall(
+                rf"^DELETE /{BUCKET}/([^\s?]+)", exchange.body.decode(), re.MULTILINE
+            )
+            found = [self.objects.pop(unquote(each), None) for each in deleted]
+            exchange.answer_batch([404 if value is None else 202 for value in found])
         elif exchange.command == "DELETE":
             self.objects.pop(name, None)
             exchange.answer(204)
