@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("obstore")
 pytest.importorskip("redis")
 pytest.importorskip("xxhash")
 
@@ -43,7 +44,7 @@ def found(stack: Stack, keys: Sequence[bytes] = KEYS) -> int:
         return len(lease)
 
 
-@pytest.fixture(params=["l1-disk", "l1-redis"])
+@pytest.fixture(params=["l1-disk", "l1-redis", "l1-object"])
 def profile(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
@@ -55,6 +56,8 @@ def profile(
         if tier == "DISK":
             monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / "disk"))
             monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "4MiB")
+        elif tier == "OBJECT":
+            monkeypatch.setenv("KVCACHE__OBJECT__URL", str(tmp_path / "objects"))
         else:
             server = running.enter_context(redis_servers.server(tmp_path / "redis"))
             monkeypatch.setenv("KVCACHE__REDIS__URL", server.url)
