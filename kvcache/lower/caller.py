@@ -157,11 +157,12 @@ class TierCaller:
 
     def _count_loaded(self, loaded: int, missed: int, loaded_nbytes: int) -> None:
         """Count a load. Where a lookup only assumes, the load is the lookup."""
-        self.channel.add_counts(loaded_blocks=loaded, loaded_nbytes=loaded_nbytes)
+        counts = {"loaded_blocks": loaded, "loaded_nbytes": loaded_nbytes}
         if self.channel.assumes_held:
-            self.channel.add_counts(lookup_blocks=loaded + missed, hit_blocks=loaded)
+            counts |= {"lookup_blocks": loaded + missed, "hit_blocks": loaded}
         else:
-            self.channel.add_counts(missed_blocks=missed)
+            counts["missed_blocks"] = missed
+        self.channel.add_counts(**counts)
 
     def _start_call(
         self,

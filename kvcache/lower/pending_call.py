@@ -80,7 +80,10 @@ class PendingCall(Generic[T]):
         failure: TierError | None = None
         answers: Sequence[T] = ()
         try:
-            with telemetry.use_span(self._span):
+            if self._span.is_recording():
+                with telemetry.use_span(self._span):
+                    answers = call()
+            else:
                 answers = call()
         except TierError as error:
             failure = error.with_traceback(None)  # its frames refer to the blocks' memory
