@@ -3,9 +3,9 @@
 Always true here: when an operation returned, no call of it reads or writes the caller's memory, not
 even one that hangs and continues later.
 
-* A call gets views of the memory that were made for it alone. They are released when the call has
-  ended, or at its deadline: later uses of a released ``memoryview`` raise ``ValueError``, which is
-  a failure of that late call.
+* A call gets views of the memory that were made for it alone. The operation releases them before it
+  returns: later uses of a released ``memoryview`` raise ``ValueError``, which is a failure of that
+  late call.
 * The tier must touch the memory by nothing but slice assignment of whole views, as ``Framed`` does
   (``Workspace.pack`` and ``Workspace.unpack``). An assignment is one step under Python's GIL, so a
   view is released before it or after it, never during it. A slice of a view, or
@@ -86,7 +86,7 @@ class CallSeries(Generic[T]):
         self._assumed = assumed
         self._writable = writable
         self._lent: list[list[memoryview]] = []  # the views of every call
-        self._in_flight: deque[tuple[PendingCall[T], Sequence[int], list[memoryview]]] = deque()
+        self._in_flight: deque[tuple[PendingCall[T], Sequence[int]]] = deque()
         self._answered_at = 0.0  # when the last call that was taken had ended
         self._stopped = False
 
@@ -122,19 +122,18 @@ class CallSeries(Generic[T]):
             call = self._start(positions, views)
             self.unasked = self.unasked[self._blocks_per_call :]
             self.calls.append(call)
-            self._in_flight.append((call, positions, views))
+            self._in_flight.append((call, positions))
 
     def finish_calls(self) -> None:
         """Take the answers of the oldest calls that have ended; give up if they are late."""
         while self._in_flight:
-            call, positions, views = self._in_flight[0]
+            call, positions = self._in_flight[0]
             if not call.future.done():
                 if not self.remaining_s:
                     self._give_up()
                 return
-            answers = call.wait(0.0)
-            revoke(views)
             self._in_flight.popleft()
+            answers = call.wait(0.0)
             self._answered_at = call.ended_at
             self._take(positions, answers)
 
@@ -145,12 +144,11 @@ class CallSeries(Generic[T]):
 
     def _give_up(self) -> None:
         """Wait no longer for the calls in flight: cancel those that have not begun."""
-        for call, _, _ in list(self._in_flight)[1:]:
+        for call, _ in list(self._in_flight)[1:]:
             call.cancel()
-        for call, positions, _ in self._in_flight:
+        for call, positions in self._in_flight:
             self._take(positions, call.wait(0.0))
         self._in_flight.clear()
-        self.revoke_all()
 
     def revoke_all(self) -> None:
         """Take the caller's memory away from every call."""
