@@ -105,33 +105,14 @@ class Workspace:
             for start in range(0, self.nbytes, self._frame_nbytes)
         ]
         self.compressed = [False] * frames
-        self._in_use = threading.Lock()  # while a frame is packed or unpacked
-        self._closed = False
         self._zstandard: Any = zstandard()
         self._decompressor: Any = self._zstandard and self._zstandard.ZstdDecompressor()
         self._compress: Callable[[bytes], bytes] | None = None
         if self._zstandard and level:
             self._compress = self._zstandard.ZstdCompressor(level=level).compress
 
-    def close(self) -> None:
-        """Wait until no frame is packed or unpacked, and refuse both from now on.
-
-        A workspace in memory of its own goes on: that memory outlives the tier.
-        """
-        with self._in_use:
-            self._closed = not self._in_own_memory
-
     def pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
-        """Write the frame of ``block`` into ``frames[slot]``; return the part that it takes.
-
-        Raises:
-            ValueError: the workspace is closed.
-        """
-        with self._in_use:
-            self._check_open()
-            return self._pack(slot, key, block)
-
-    def _pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
+        """Write the frame of ``block`` into ``frames[slot]``; return the part that it takes."""
         frame, size = self.frames[slot], len(block)
         raw = frame[HEADER_NBYTES : HEADER_NBYTES + size]
         raw[:] = block
@@ -169,17 +150,7 @@ class Workspace:
 
         Raises:
             RejectedError: the frame does not verify; ``into`` is unchanged.
-            ValueError: the workspace is closed.
         """
-        with self._in_use:
-            self._check_open()
-            return self._unpack(slot, length, key, into)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the tier is closed, and its memory with it")
-
-    def _unpack(self, slot: int, length: int, key: bytes, into: memoryview) -> int:
         frame = self.frames[slot]
         fields: tuple[bytes, int, int, int, int, int] = _FIELDS.unpack_from(frame)
         magic, version, codec, element, size, payload_nbytes = fields
@@ -245,6 +216,47 @@ class Workspace:
         if self._map is None:
             self._map = map_memory(self._block_nbytes)
         return self._map, [slice(at + first, at + size, element) for first in range(element)]
+
+
+class BorrowedWorkspace(Workspace):
+    """A workspace in memory of the inner tier, until it is closed.
+
+    Args:
+        memory: as much as ``frames`` frames take.
+    """
+
+    def __init__(
+        self,
+        frames: int,
+        block_nbytes: int,
+        level: int | None,
+        element_nbytes: int,
+        memory: memoryview,
+    ) -> None:
+        super().__init__(frames, block_nbytes, level, element_nbytes, memory)
+        self._in_use = threading.Lock()  # while a frame is packed or unpacked
+        self._closed = False
+
+    def pack(self, slot: int, key: bytes, block: memoryview) -> memoryview:
+        """As ``Workspace.pack``. Raises ValueError if the workspace is closed."""
+        with self._in_use:
+            self._check_open()
+            return super().pack(slot, key, block)
+
+    def unpack(self, slot: int, length: int, key: bytes, into: memoryview) -> int:
+        """As ``Workspace.unpack``. Raises ValueError if the workspace is closed."""
+        with self._in_use:
+            self._check_open()
+            return super().unpack(slot, length, key, into)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the tier is closed, and its memory with it")
+
+    def close(self) -> None:
+        """Wait until no frame is packed or unpacked, and refuse both from now on."""
+        with self._in_use:
+            self._closed = True
 
 
 def checksum(fields: bytes | memoryview, raw: memoryview, key: bytes) -> bytes:

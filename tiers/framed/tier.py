@@ -29,7 +29,7 @@ from kvcache.process import bind_to_process
 from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
 
-from .format import RejectedError, Workspace, frame_nbytes, zstandard
+from .format import BorrowedWorkspace, RejectedError, Workspace, frame_nbytes, zstandard
 from .memory import allocate_in_tier
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Framed(Tier):
         self._workspaces: queue.LifoQueue[Workspace | None] = queue.LifoQueue()
         for _ in range(MAX_CONCURRENT_CALLS):
             self._workspaces.put(None)
-        self._created: list[Workspace] = []
+        self._borrowed: list[BorrowedWorkspace] = []
         self._closed = False
         self._no_memory_logged = False
         self._lock = threading.Lock()
@@ -198,8 +198,8 @@ class Framed(Tier):
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            workspaces = list(self._created)
-        for workspace in workspaces:
+            borrowed = list(self._borrowed)
+        for workspace in borrowed:
             workspace.close()
         self.inner.close()
 
@@ -239,13 +239,16 @@ class Framed(Tier):
         except TierError as failure:
             self._log_no_memory(failure)
             return Workspace(*sizes), None
-        workspace = Workspace(*sizes, memory)
+        if memory is None:
+            workspace = Workspace(*sizes)
+            return workspace, workspace
+        borrowed = BorrowedWorkspace(*sizes, memory)
         with self._lock:
-            self._created.append(workspace)
+            self._borrowed.append(borrowed)
             closed = self._closed
         if closed:
-            workspace.close()
-        return workspace, workspace
+            borrowed.close()
+        return borrowed, borrowed
 
     def _log_no_memory(self, failure: TierError) -> None:
         with self._lock:
