@@ -212,6 +212,7 @@ _LATER_OPTIONAL: Final[Mapping[str, Version]] = {
     f"{_OFFLOAD_CONFIG}:OffloadingConfig.kv_cache_layout": (0, 29),
     f"{_TIERING}:TransferJob.chunk_ids": (0, 30),
     f"{_KV_UTILS}:to_event_extra_keys": (0, 31),
+    f"{_OFFLOAD}:ReqContext._offload_key_positions": (0, 31),
     f"{_OFFLOAD}:ReqContext.get_offload_key_position": (0, 31),
     "v1.kv_offload.tiering.backpressure:BackpressureDetector": (0, 31),
     f"{_TIERING}:JobResult.transfer_bytes": (0, 31),

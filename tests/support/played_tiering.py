@@ -278,9 +278,15 @@ class PlayedTiering:
 
         ``blocks`` are what the GPU writes; by default the bytes of :func:`block_of`.
         """
-        given = dict(zip(keys, blocks, strict=True)) if blocks is not None else {}
         for position, key in enumerate(keys, 1):
             request.set_offload_key_position(key, position * BLOCK_TOKENS)
+        self.store_placed(request, keys, blocks)
+
+    def store_placed(
+        self, request: ReqContext, keys: Sequence[Any], blocks: Sequence[bytes] | None = None
+    ) -> None:
+        """Store blocks as :meth:`store` does; the caller has set their positions."""
+        given = dict(zip(keys, blocks, strict=True)) if blocks is not None else {}
         prepared = self.manager.prepare_store(keys, request)
         assert prepared is not None, "vLLM's memory is full of pinned rows"
         new = prepared.keys_to_store

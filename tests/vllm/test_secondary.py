@@ -22,6 +22,7 @@ from tests.support.played_tiering import (
     eventually,
     found,
     keep,
+    key_of,
     keys_of,
     played,
 )
@@ -105,30 +106,33 @@ def test_block_that_vllm_evicted_is_found_below(disk: dict[str, object]) -> None
         engine.finish(request)
 
 
-def test_stored_chain_has_the_order_of_the_prompt(
-    faulty: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM passes the keys of a job as a set, and a full tier evicts the end of a chain first."""
-    orders: list[tuple[list[bytes], bytes | None]] = []
+@pytest.fixture
+def stores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[bytes], bytes | None]]:
+    """The keys and the parent of every store that reaches a tier."""
+    stores: list[tuple[list[bytes], bytes | None]] = []
     store = SharedFaultyTier.store
 
     def record(tier: SharedFaultyTier, keys: Any, blocks: Any, parent: Any = None) -> list[bool]:
-        orders.append((list(keys), parent))
+        stores.append((list(keys), parent))
         return store(tier, keys, blocks, parent)
 
     monkeypatch.setattr(SharedFaultyTier, "store", record)
+    return stores
+
+
+def test_stored_chain_has_the_order_of_the_prompt(
+    faulty: dict[str, object], stores: list[tuple[list[bytes], bytes | None]]
+) -> None:
+    """vLLM passes the keys of a job as a set, and a full tier evicts the end of a chain first."""
     with played(faulty, rows=32) as engine:
         request = engine.start("a")
         engine.store(request, keys_of("a", 8))
         engine.settle()
-        for position, key in enumerate(keys_of("a", 10), 1):
-            request.set_offload_key_position(key, position * BLOCK_TOKENS)
         engine.store(request, keys_of("a", 10))
         engine.settle()
-        held = list(SharedFaultyTier.shared)
         engine.finish(request)
-    (first, begin), (second, parent) = orders
-    assert held == [*first, *second]
+    (first, begin), (second, parent) = stores
+    assert list(SharedFaultyTier.shared) == [*first, *second]
     assert begin is None
     assert parent == first[-1]
     with played(faulty, rows=32) as engine:
@@ -136,6 +140,43 @@ def test_stored_chain_has_the_order_of_the_prompt(
         for count in range(1, 9):
             assert engine.find(request, keys_of("a", count)) == [True] * count
         assert SharedFaultyTier.last().read == first
+        engine.finish(request)
+
+
+def test_stored_chain_continues_the_blocks_that_vllm_had(
+    faulty: dict[str, object], stores: list[tuple[list[bytes], bytes | None]]
+) -> None:
+    with played(faulty, rows=32) as engine:
+        for name, blocks in (("first turn", 4), ("second turn", 6)):
+            request = engine.start(name)
+            engine.store(request, keys_of("a", blocks))  # of the second turn, two are new
+            engine.settle()
+            engine.finish(request)
+    (first, begin), (second, parent) = stores
+    assert (len(first), begin) == (4, None)
+    assert (len(second), parent) == (2, first[-1])
+
+
+def test_stored_chain_has_the_groups_of_a_position_together(
+    faulty: dict[str, object], stores: list[tuple[list[bytes], bytes | None]]
+) -> None:
+    with played(faulty, rows=32, groups=2) as engine:
+        request = engine.start("a")
+        for group in range(2):
+            for position, key in enumerate(keys_of("a", 3, group), 1):
+                request.set_offload_key_position(key, position * BLOCK_TOKENS)
+        engine.store_placed(request, [*keys_of("a", 3, 0), *keys_of("a", 3, 1)])
+        engine.settle()
+        engine.finish(request)
+    [(order, _)] = stores
+    with played(faulty, rows=32, groups=2) as engine:
+        request = engine.start("again")
+        for chunk in range(3):
+            keys = [key_of("a", chunk, group) for group in range(2)]
+            assert engine.find(request, keys) == [True, True]
+        assert [sorted(SharedFaultyTier.last().read[at : at + 2]) for at in (0, 2, 4)] == [
+            sorted(order[at : at + 2]) for at in (0, 2, 4)
+        ]
         engine.finish(request)
 
 

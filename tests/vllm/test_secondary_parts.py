@@ -58,6 +58,7 @@ def test_lookups_are_misses_after_the_deadline_and_ignore_the_late_answer() -> N
     lookups = TierLookups(asked, 1.0, clock)
     lookups.ask(ONE, "a")
     lookups.flush()
+    eventually(lambda: asked.calls, "a thread asks")
     clock.advance(1.0)
     assert lookups.ask(ONE, "a") is None
     clock.advance(0.1)

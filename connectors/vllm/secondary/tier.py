@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import blake2b
@@ -77,6 +77,9 @@ FLUSH_S: Final = 5.0
 CLOSE_S: Final = 2.0
 """For closing the tiers, and for threads to end, at `shutdown`."""
 
+Place = tuple[int, int]
+"""Where a block is in its prompt: the end of its last token, and the number of its group."""
+
 
 class KVCacheTier(SecondaryTierManager):
     """The lower tiers of a profile below vLLM's own host memory.
@@ -112,7 +115,7 @@ class KVCacheTier(SecondaryTierManager):
         self._compute_times = ComputeTimes(self._observe_compute, self._clock)
         self._spans = OffloadedRequestSpans(offloading_spec.config.model.name)
         self._events = self._announcements(given.enable_kv_events)
-        self._last_stored: dict[str, tuple[int, bytes]] = {}  # by request: position and name
+        self._last_stored: dict[str, tuple[Place, bytes]] = {}  # by request: place and name
         self._ended: list[JobResult] = []  # before a reset, and not reported
         self._closed = False
         with ExitStack() as opened:
@@ -225,14 +228,14 @@ class KVCacheTier(SecondaryTierManager):
         pairs = list(zip(job_metadata.keys, map(int, job_metadata.chunk_ids), strict=True))
         # vLLM may pass a set. A tier that is full evicts the end of a chain first, so it has to
         # learn the order: by position in the prompt, whatever the group.
-        positions = {key: request.get_offload_key_position(key) or 0 for key, _ in pairs}
-        pairs.sort(key=lambda pair: (positions[pair[0]], get_offload_group_idx(pair[0])))
+        places = {key: _place(request.get_offload_key_position(key), key) for key, _ in pairs}
+        pairs.sort(key=lambda pair: places[pair[0]])
         keys = [key for key, _ in pairs]
         names = [_name(key) for key in keys]
         parent = None
         if keys:
-            parent = self._parent(request.req_id, positions[keys[0]])
-            self._last_stored[request.req_id] = (positions[keys[-1]], names[-1])
+            parent = self._parent(request, places[keys[0]])
+            self._last_stored[request.req_id] = (places[keys[-1]], names[-1])
             self._compute_times.stored(request.req_id, len(keys))
         self._stores.submit(
             RowTransfer(
@@ -245,10 +248,16 @@ class KVCacheTier(SecondaryTierManager):
             )
         )
 
-    def _parent(self, request_id: str, position: int) -> bytes | None:
-        """Return the name of the block that vLLM stored before the one at ``position``, if any."""
-        last_position, name = self._last_stored.get(request_id, (position, None))
-        return name if last_position <= position else None
+    def _parent(self, request: ReqContext, place: Place) -> bytes | None:
+        """Return the name of the block before the one at ``place``; ``None`` if unknown."""
+        if request.req_id in self._last_stored:
+            last_place, name = self._last_stored[request.req_id]
+            return name if last_place < place else None
+        # The first blocks that this request stores continue those that vLLM had already.
+        positions: Mapping[Any, int] = getattr(request, "_offload_key_positions", {})
+        before = [(_place(position, key), key) for key, position in positions.items()]
+        _, key = max((each for each in before if each[0] < place), default=(place, None))
+        return None if key is None else _name(key)
 
     def _start_span(self, job: TransferJob, name: str) -> Span:
         return self._spans.start_operation(job.req_context.req_id, name)
@@ -377,6 +386,10 @@ def _split(transfer: RowTransfer) -> tuple[list[Any], list[Any]]:
     """Return the keys of the blocks that were transferred, and of the others."""
     pairs = list(zip(transfer.keys, transfer.succeeded, strict=True))
     return [key for key, good in pairs if good], [key for key, good in pairs if not good]
+
+
+def _place(position: int | None, key: Any) -> Place:
+    return position or 0, get_offload_group_idx(key)
 
 
 def _name(key: bytes) -> bytes:
