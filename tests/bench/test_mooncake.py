@@ -1,7 +1,7 @@
-"""Compares the Mooncake tier with Mooncake's own batch API and with Redis, by medians of pairs.
+"""Compares the Mooncake tier with Mooncake's own batch API and with Redis, by pairs of calls.
 
-Each round measures each of them once, with the same blocks, calls of the same size and one thread.
-The memory of the pool, and Redis, are other processes on this machine, reached over TCP. Every
+They call in turns, with the same blocks, calls of the same size and one thread. The memory of the
+pool, and Redis, are other processes on this machine, reached over TCP. Every
 measurement stores keys that are new, and loads into other memory than it stored from.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -25,13 +24,15 @@ from kvcache.tiers.framed import Framed
 from kvcache.tiers.mooncake import MooncakeTier
 from kvcache.tiers.redis import RedisTier
 from tests.support import mooncake_pool, redis_servers
+from tests.support.paired_calls import PairedCalls
 
 pytestmark = pytest.mark.bench
 
-TOTAL = 128 << 20  # bytes of one measurement
+TOTAL = 128 << 20  # bytes of the blocks
 CALL = 16 << 20  # bytes of one call
 ROUNDS = 15
 POOL = 1 << 30  # memory of the pool
+BATCH_API = "batch API"
 
 Call = Callable[[Sequence[bytes], Sequence[memoryview]], None]
 
@@ -102,23 +103,13 @@ def candidates(folder: Path, nbytes: int) -> Iterator[tuple[dict[str, Any], Call
 
         yield (
             {
-                "batch API": api,
+                BATCH_API: api,
                 "tier": CheckedTier(bare),
                 "framed": CheckedTier(framed),
                 "redis, framed": CheckedTier(framed_redis),
             },
             clear,
         )
-
-
-def measure(call: Call, keys: list[bytes], views: list[memoryview]) -> tuple[float, float]:
-    """Return GB/s of all blocks in calls of ``CALL`` bytes, and CPU seconds per GB."""
-    batch = CALL // views[0].nbytes
-    begun, cpu = time.perf_counter(), time.process_time()
-    for at in range(0, len(keys), batch):
-        call(keys[at : at + batch], views[at : at + batch])
-    taken, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    return TOTAL / taken / 1e9, cpu / (TOTAL / 1e9)
 
 
 def blocks(nbytes: int) -> tuple[memoryview, list[memoryview]]:
@@ -133,36 +124,26 @@ def test_tier_reaches_the_batch_api(tmp_path: Path, nbytes: int) -> None:
     source, stored = blocks(nbytes)
     source[:] = os.urandom(1 << 20) * (TOTAL >> 20)
     target, loaded = blocks(nbytes)
-    rates: dict[str, list[float]] = {}
-    cpus: dict[str, list[float]] = {}
+    measurements = PairedCalls(BATCH_API, CALL)
+    batches = [slice(at, at + CALL // nbytes) for at in range(0, len(stored), CALL // nbytes)]
     with candidates(tmp_path, nbytes) as (measured, clear):
         names = list(measured)
         for turn in range(ROUNDS):
-            for name in names if turn % 2 else reversed(names):
-                clear()
-                keys = [os.urandom(64) for _ in stored]
-                for direction, views in (("store", stored), ("load", loaded)):
-                    call: Call = getattr(measured[name], direction)
-                    rate, cpu = measure(call, keys, views)
-                    rates.setdefault(f"{direction} {name}", []).append(rate)
-                    cpus.setdefault(f"{direction} {name}", []).append(cpu)
-                assert target == source
-                target[:] = bytes(TOTAL)
-
-    def ratio(values: dict[str, list[float]], direction: str, name: str) -> float:
-        pairs = zip(values[f"{direction} {name}"], values[f"{direction} batch API"], strict=True)
-        return median(of_name / of_api for of_name, of_api in pairs)
+            clear()
+            keys = {name: [os.urandom(64) for _ in stored] for name in names}
+            for direction, views in (("store", stored), ("load", loaded)):
+                for number, batch in enumerate(batches):
+                    for name in names if (turn + number) % 2 else reversed(names):
+                        loaded[batch.start][:] = bytes(nbytes)
+                        method: Call = getattr(measured[name], direction)
+                        call = partial(method, keys[name][batch], views[batch])
+                        measurements.measure(direction, name, call)
+                        if direction == "load":
+                            assert loaded[batch.start] == stored[batch.start], name
+            assert target == source
 
     for direction in ("store", "load"):
-        print(f"\n{direction}, {nbytes >> 20} MiB, one thread:", end="")
-        for name in names:
-            rate, cpu = median(rates[f"{direction} {name}"]), median(cpus[f"{direction} {name}"])
-            print(
-                f" {name} {rate:.2f} GB/s ({ratio(rates, direction, name):.2f}),"
-                f" {cpu:.2f} s/GB ({ratio(cpus, direction, name):.2f});",
-                end="",
-            )
-    print()
+        print(f"\n{direction}, {nbytes >> 20} MiB, one thread: {measurements.line(direction)}")
     for direction in ("store", "load"):
-        assert ratio(rates, direction, "tier") >= 0.95, direction
-        assert ratio(rates, direction, "framed") >= 0.85, direction
+        assert measurements.rate_ratio(direction, "tier") >= 0.95, direction
+        assert measurements.rate_ratio(direction, "framed") >= 0.85, direction

@@ -1,8 +1,7 @@
 """Compares the object tier with obstore alone, boto3 and vLLM's own tier, by medians of pairs.
 
-Each round measures each of them once on the same S3 server, with as many requests at a time, and a
-ratio is of two neighbours. All store objects that are new to the server, and all load into the
-memory of the blocks: that copy is part of every measurement.
+They take turns on the same S3 server, with as many requests at a time. All store objects that are
+new to the server, and all load into memory of the test: that copy is part of every measurement.
 
 boto3 and the package `nixl`, which vLLM's own tier needs, are measured if they are installed:
 
@@ -20,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib import import_module
 from importlib.util import find_spec
-from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +32,7 @@ from kvcache.tier import Tier
 from kvcache.tiers.framed import Framed
 from kvcache.tiers.object import ObjectTier
 from tests.support import s3_server
+from tests.support.paired_calls import PairedCalls
 
 pytestmark = pytest.mark.bench
 
@@ -42,6 +41,7 @@ TOTAL = 64 << 20  # bytes of one measurement; a server with a busy disk stores s
 CONNECTIONS = 16  # requests under way
 CALLS = 2  # calls of the tier under way, as the stack has them
 ROUNDS = 9
+LOADS = 3  # of each round: a load is short
 
 
 class Blocks(NamedTuple):
@@ -251,14 +251,6 @@ def boto3_client(server: s3_server.Server) -> Any | None:
     )
 
 
-def measure(work: Callable[[], object]) -> tuple[float, float]:
-    """Return GB/s of the blocks, and this process's CPU seconds per GB."""
-    begun, cpu = time.perf_counter(), time.process_time()
-    work()
-    taken, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    return TOTAL / taken / 1e9, cpu / (TOTAL / 1e9)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.Server]:
     with s3_server.server(tmp_path_factory.mktemp("s3")) as server:
@@ -276,8 +268,7 @@ def test_tier_reaches_nine_tenths_of_obstore_for_at_most_1_2_times_its_cpu(
     blocks = Blocks(
         *([each[at : at + NBYTES] for at in range(0, TOTAL, NBYTES)] for each in (source, target))
     )
-    rates: dict[str, list[float]] = {}
-    cpus: dict[str, list[float]] = {}
+    measurements = PairedCalls("obstore", TOTAL)
     boto3 = boto3_client(server)
     inner = ObjectTier(**server.options("tier", connections=CONNECTIONS, timeout_s=60.0))
     with (
@@ -295,30 +286,21 @@ def test_tier_reaches_nine_tenths_of_obstore_for_at_most_1_2_times_its_cpu(
         if find_spec("nixl") and find_spec("vllm"):
             candidates["vLLM"] = VLLMCandidate(server, memory).renew
         for turn in range(ROUNDS):
-            for name in candidates if turn % 2 else reversed(candidates):
-                candidate = candidates[name]()
-                for direction, work in (("store", candidate.store), ("load", candidate.load)):
-                    rate, cpu = measure(work)
-                    rates.setdefault(f"{direction} {name}", []).append(rate)
-                    cpus.setdefault(f"{direction} {name}", []).append(cpu)
-                assert target == source
-                target[:] = bytes(TOTAL)
+            opened = {name: make() for name, make in candidates.items()}
+            names = list(opened) if turn % 2 else list(reversed(opened))
+            for name in names:
+                measurements.measure("store", name, opened[name].store)
+            for _ in range(LOADS):
+                for name in names:
+                    target[:] = bytes(TOTAL)
+                    measurements.measure("load", name, opened[name].load)
+                    assert target == source, name
+            for candidate in opened.values():
                 candidate.delete()
 
-    def ratio(values: dict[str, list[float]], direction: str, name: str) -> float:
-        pairs = zip(values[f"{direction} {name}"], values[f"{direction} obstore"], strict=True)
-        return median(of_name / of_obstore for of_name, of_obstore in pairs)
-
     for direction in ("store", "load"):
-        print(f"\n{direction}, {NBYTES >> 20} MiB, {CONNECTIONS} requests at a time:", end="")
-        for name in candidates:
-            rate, cpu = median(rates[f"{direction} {name}"]), median(cpus[f"{direction} {name}"])
-            print(
-                f" {name} {rate:.3f} GB/s ({ratio(rates, direction, name):.2f}),"
-                f" {cpu:.2f} s/GB ({ratio(cpus, direction, name):.2f});",
-                end="",
-            )
-    print()
+        print(f"\n{direction}, {NBYTES >> 20} MiB, {CONNECTIONS} requests at a time: ", end="")
+        print(measurements.line(direction))
     for direction in ("store", "load"):
-        assert ratio(rates, direction, "tier") >= 0.9, direction
-        assert ratio(cpus, direction, "tier") <= 1.2, direction
+        assert measurements.rate_ratio(direction, "tier") >= 0.9, direction
+        assert measurements.cpu_ratio(direction, "tier") <= 1.2, direction
