@@ -57,8 +57,8 @@ LOADS = Metric(
     "kvcache.tier.loads",
     "counter",
     "{block}",
-    "Blocks read from the tier, by result: `loaded`; for lower tiers also `missed` (reported as "
-    "held but not returned) and `skipped` (computing was faster)",
+    "Blocks read from the tier, by result: `loaded`; for lower tiers also `missed` (asked for in a "
+    "load, but not returned) and `skipped` (computing was faster)",
     (RESULT,),
 )
 STORES = Metric(

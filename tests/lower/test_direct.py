@@ -183,6 +183,18 @@ def test_fault_of_one_tier_leaves_the_other_tier_usable(
         assert accounted_blocks(counters(under_test, tier)) == 12
 
 
+def test_store_to_a_failing_tier_counts_every_block_once() -> None:
+    under_test = DirectUnderTest(blocks_per_call=1, calls=1, breaker_failures=NEVER)
+    under_test.tiers[0].fault = "raise"
+    keys = keys_of("many", 20)
+    assert under_test.put(keys) == [False] * 20
+    stats = counters(under_test)
+    assert accounted_blocks(stats) == 20
+    assert 1 <= stats.declined_blocks <= 4  # the calls that were in flight at the first failure
+    assert stats.dropped_blocks == 20 - stats.declined_blocks
+    under_test.close()
+
+
 def test_damaged_frame_is_loaded_from_the_next_tier(under_test: DirectUnderTest) -> None:
     under_test.put(KEYS)
     near = under_test.tiers[0]
