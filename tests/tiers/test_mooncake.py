@@ -55,6 +55,25 @@ class TestMooncakeTierThatLends(TierTests):
             yield tier
 
 
+class TestMooncakeTierWithRegisteredMemory(TierTests):
+    """Without an RDMA device Mooncake registers the memory, and transfers it over TCP."""
+
+    @pytest.fixture
+    def tier(self, pool: Pool) -> Iterator[MooncakeTier]:
+        pool.clear()
+        with closing(MooncakeTier(**pool.options(protocol="rdma"))) as tier:
+            yield tier
+
+
+class TestFramedMooncakeWithRegisteredMemory(TierTests):
+    @pytest.fixture
+    def tier(self, pool: Pool) -> Iterator[Framed]:
+        pool.clear()
+        inner = MooncakeTier(**pool.options(protocol="rdma"))
+        with closing(Framed(inner, block_nbytes=self.block_nbytes)) as tier:
+            yield tier
+
+
 class TestFramedMooncake(TierTests):
     @pytest.fixture
     def tier(self, pool: Pool) -> Iterator[Framed]:

@@ -168,6 +168,27 @@ def test_load_without_answer_returns_when_the_daemon_lets_go_of_the_memory(
     assert tier.store([key], [view]) == [True], "the memory was not registered again"
 
 
+def test_memory_that_a_restarted_daemon_lost_is_copied_from_then_on(
+    opened: OpenPlayed, played: PlayedPool, master: PlayedMaster
+) -> None:
+    played.only_registered = True
+    tier = opened(daemon=master.address)
+    key, other = keys_of("restarted", 2)
+    view = tier.allocate(NBYTES)
+    assert view is not None
+    foreign = memoryview(bytearray(block_of(other, NBYTES)))
+    view[:] = block_of(key, NBYTES)
+    assert tier.store([key, other], [view, foreign]) == [True, True]
+    played.clients[0].registered.clear()
+    for buffer in (view, foreign):
+        with pytest.raises(ConnectionError, match="lost the shared memory"):
+            tier.load([key], [buffer])
+    for buffer in (view, foreign):
+        buffer[:] = bytes(NBYTES)
+        assert tier.load([key], [buffer]) == [NBYTES]
+        assert buffer == block_of(key, NBYTES)
+
+
 def test_memory_of_a_daemon_that_ended_is_quiet() -> None:
     with PlayedMaster() as daemon:
         pool = PlayedPool()

@@ -108,6 +108,27 @@ def test_stacks_on_the_hosts_daemon_share_blocks(opened: Open, pool: Pool, tmp_p
         check(first, len(KEYS))
 
 
+@pytest.mark.parametrize("fault", ["killed", "hangs"])
+def test_daemon_that_fails_costs_hits_and_recovers(
+    opened: Open, pool: Pool, tmp_path: Path, fault: str
+) -> None:
+    with mooncake_pool.daemon(tmp_path / "daemon", pool) as daemon:
+        first = opened(daemon=daemon.address)
+        second = opened(daemon=daemon.address, deadline_s=0.2)
+        store(first)
+        if fault == "killed":
+            daemon.kill()
+            assert load_prefix(second) == 0
+            daemon.start()
+        else:
+            with daemon.stopped():
+                assert load_prefix(second) == 0
+        assert second.stats().lower[0].errors > 0
+        recovers(first, opened(), "again")  # the third stack has another way to the pool
+        eventually(lambda: second.stats().pinned_slots == 0, "every slot comes back")
+        recovers(second, first, "and back")
+
+
 def test_damaged_value_ends_the_prefix_and_is_replaced(opened: Open, pool: Pool) -> None:
     first, second = opened(), opened()
     name = block_name(namespaced_key(NAMESPACE, KEYS[5]))

@@ -93,6 +93,13 @@ class TransferMemory(ABC):
     def wait_quiet(self, client: PoolClient, views: Sequence[memoryview]) -> None:
         """Return once no server writes to ``views``, after a load of them that had no answer."""
 
+    @abstractmethod
+    def forget_lost(self, views: Sequence[memoryview]) -> bool:
+        """Return whether the library refused ``views`` because a server lost them.
+
+        They are then copied from now on, as memory that the library cannot transfer.
+        """
+
 
 class AnyMemory(TransferMemory):
     """Over TCP: the library copies between its sockets and any memory."""
@@ -112,6 +119,9 @@ class AnyMemory(TransferMemory):
     def wait_quiet(self, client: PoolClient, views: Sequence[memoryview]) -> None:
         """Return at once: the client itself reads its sockets, and stops before a call returns."""
 
+    def forget_lost(self, views: Sequence[memoryview]) -> bool:
+        return False
+
 
 @dataclass(slots=True)
 class Region:
@@ -121,11 +131,13 @@ class Region:
         view: the memory.
         start: its address.
         registered: whether the current client has registered it.
+        lost: whether it can never be registered again.
     """
 
     view: memoryview
     start: int
     registered: bool
+    lost: bool = False
 
     def covers(self, start: int, nbytes: int) -> bool:
         """Whether so many bytes from ``start`` are in this region."""
@@ -173,7 +185,7 @@ class RegisteredMemory(TransferMemory):
         for view in views:
             starts.append(starts[-1] + -(-len(view) // PAGE) * PAGE)
         with self._staging_lock:
-            if len(self._staging) < starts[-1]:
+            if len(self._staging) < starts[-1] or not self._region_of(self._staging):
                 self._staging = self.allocate(client, max(_MIN_STAGING_NBYTES, 2 * starts[-1]))
             staged = [
                 self._staging[start : start + len(view)]
@@ -184,6 +196,9 @@ class RegisteredMemory(TransferMemory):
 
     def wait_quiet(self, client: PoolClient, views: Sequence[memoryview]) -> None:
         """Return at once: a transfer that the library reports as failed has ended."""
+
+    def forget_lost(self, views: Sequence[memoryview]) -> bool:
+        return False
 
     def _map(self, client: PoolClient, nbytes: int) -> memoryview:
         """Map zeroed memory; a forked child does not get it, as it could not be transferred."""
@@ -214,7 +229,10 @@ class RegisteredMemory(TransferMemory):
 
     def _region_of(self, view: memoryview) -> Region | None:
         start = address_of(view)
-        return next((each for each in self._regions if each.covers(start, len(view))), None)
+        return next(
+            (each for each in self._regions if each.covers(start, len(view)) and not each.lost),
+            None,
+        )
 
 
 class DaemonMemory(RegisteredMemory):
@@ -254,6 +272,17 @@ class DaemonMemory(RegisteredMemory):
                     time.sleep(self._unread_request_s)
                 region.registered = False
                 time.sleep(self._unread_request_s)
+
+    def forget_lost(self, views: Sequence[memoryview]) -> bool:
+        """As the base class says: a daemon that was restarted has none of the memory.
+
+        The library notices a restart only if the daemon was away for a second. It never registers
+        the same memory with the new daemon otherwise.
+        """
+        lost = self._regions_of(views)
+        for region in lost:
+            region.lost = True
+        return bool(lost)
 
     def _daemon_runs(self) -> bool:
         """Whether a process has the daemon's port; it need not answer."""

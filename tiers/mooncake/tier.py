@@ -192,12 +192,17 @@ class MooncakeTier(Tier):
                 if own is not view and code > 0:
                     view[:code] = own[:code]
         self._check_answered("batch_get_into", codes)
-        self._gone.add(
+        too_long = [
             key
             for key, view, code in zip(asked, views, codes, strict=True)
-            if code == library.WRONG_CHECKSUM
-            or (code == library.INVALID and client.call("get_size", block_name(key)) > len(view))
-        )
+            if code == library.INVALID and client.call("get_size", block_name(key)) > len(view)
+        ]
+        if not too_long:
+            self._check_memory(lent, codes)
+        damaged = [
+            key for key, code in zip(asked, codes, strict=True) if code == library.WRONG_CHECKSUM
+        ]
+        self._gone.add([*too_long, *damaged])
         nbytes = {key: max(0, code) for key, code in zip(asked, codes, strict=True)}
         for key, view in zip(keys, into, strict=True):
             if key in buffers and view is not buffers[key]:
@@ -222,6 +227,7 @@ class MooncakeTier(Tier):
                         own[:] = view
                 codes = self._transfer(client, method, some, lent)
             self._check_answered(method, codes)
+            self._check_memory(lent, codes)
             kept.update(
                 key
                 for key, code in zip(some, codes, strict=True)
@@ -291,6 +297,11 @@ class MooncakeTier(Tier):
             raise ConnectionError(cause)
         if codes:
             self._opener.record_success()
+
+    def _check_memory(self, views: Sequence[memoryview], codes: Sequence[int]) -> None:
+        """Raise ConnectionError if the call was refused because the daemon lost the memory."""
+        if set(codes) == {library.INVALID} and self._memory.forget_lost(views):
+            raise ConnectionError("the daemon was restarted and lost the shared memory")
 
     def _log_codes(self, codes: Sequence[int]) -> None:
         for code in codes:
