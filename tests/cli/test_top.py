@@ -174,6 +174,16 @@ def test_table_has_a_row_for_each_tier(engine: Engine, capsys: pytest.CaptureFix
     assert max(map(len, out.splitlines())) <= 110
 
 
+def test_table_of_an_engine_without_l1_has_its_lower_tiers() -> None:
+    """Direct tiers have no slots to pin."""
+    without_l1 = "\n".join(line for line in page().splitlines() if 'tier="l1"' not in line)
+    tiers = tiers_of(without_l1)
+    assert [(tier.name, tier.hit_rate) for tier in tiers] == [("ssd", None)]
+    printed = top.table(tiers, None, lambda text, *_: text)
+    assert "ssd" in printed
+    assert "l1" not in printed
+
+
 def test_table_of_a_later_reading_has_rates() -> None:
     before, now = tiers_of(page()), tiers_of(page(read=3 << 30))
     recent = [tier.since(old) for tier, old in zip(now, before, strict=True)]

@@ -1,4 +1,4 @@
-"""Direct tiers over real tiers: the contract of a tier over disks, and over a disk and Redis."""
+"""Direct tiers over real tiers: the contract of a tier, and servers that hang or die."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("obstore")
 pytest.importorskip("redis")
 
 from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.disk import DiskTier
 from kvcache.tiers.framed import frame_nbytes
+from kvcache.tiers.object import ObjectTier
 from kvcache.tiers.redis import RedisTier
 from tests.support import redis_servers
 from tests.support.direct_adapter import DirectAdapter, direct_over
@@ -49,6 +51,14 @@ class TestDirectTiersOverADiskAndRedis(TierTests):
         server.client().flushall()
         redis = RedisTier(url=server.url, timeout_s=30)
         with closing(DirectAdapter(direct_over(open_disk(tmp_path), redis))) as tier:
+            yield tier
+
+
+class TestDirectTiersOverADiskAndAnObjectStore(TierTests):
+    @pytest.fixture
+    def tier(self, tmp_path: Path) -> Iterator[DirectAdapter]:
+        objects = ObjectTier(url=str(tmp_path / "objects"))
+        with closing(DirectAdapter(direct_over(open_disk(tmp_path / "disk"), objects))) as tier:
             yield tier
 
 
