@@ -6,7 +6,7 @@
    each, two at a time.
 3. A block is read after the block that it continues has a slot.
 4. Where it is only assumed that the tier holds the blocks (``lookup = "load"``), the first batch is
-   read alone, and the first batch with a miss is the last one.
+   read alone and has few blocks, and the first batch with a miss is the last one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from kvcache.lower.tier import LowerTier
 from kvcache.tier import FrontTier, Lease
 
 _BATCHES_IN_FLIGHT: Final = 2  # of one promotion: the tier reads one while the next is queued
-# While it is only assumed that the tier holds any of the blocks.
-_ASSUMED_BATCHES_IN_FLIGHT: Final = 1
+_FIRST_ASSUMED_BLOCKS: Final = 16  # an object store runs so many requests at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,24 +180,25 @@ class BlockReads:
         """
         tier = self._tiers[source - 1] if source else None
         span = telemetry.start_child(parent_span, telemetry.TIER_LOAD) if tier else INVALID_SPAN
-        size = tier.channel.blocks_per_call if tier else end - start
+        blocks_per_call = tier.channel.blocks_per_call if tier else end - start
         deadline_s = max(each.channel.deadline_s for each in self._tiers)
         begun, complete = self._clock(), True
         assumed = tier is not None and tier.channel.assumes_held
-        most_in_flight = _ASSUMED_BATCHES_IN_FLIGHT if assumed else _BATCHES_IN_FLIGHT
+        most_in_flight, size = _first_reads(blocks_per_call, assumed=assumed)
         batches: list[_Batch] = []
         in_flight: deque[_Batch] = deque()
-        for at in range(start, end, size):
+        stop = start
+        while stop < end:
             if len(in_flight) == most_in_flight:
                 if not self._wait_until(in_flight[0], until, deadline_s):
                     break
-                read = in_flight.popleft()
-                complete = read.wait_read(deadline_s) and self._clock() < until
-                complete = complete and not (assumed and self._has_miss(read))
+                complete = self._wait_complete(in_flight.popleft(), deadline_s, assumed=assumed)
+                complete = complete and self._clock() < until
                 if not complete:
                     break
-                most_in_flight = _BATCHES_IN_FLIGHT
-            batch = self._start_batch(tier, wanted, at, min(at + size, end), span)
+                most_in_flight, size = _BATCHES_IN_FLIGHT, blocks_per_call
+            at, stop = stop, min(stop + size, end)
+            batch = self._start_batch(tier, wanted, at, stop, span)
             pins.append(batch.pin)
             batches.append(batch)
             in_flight.append(batch)
@@ -206,8 +206,7 @@ class BlockReads:
                 complete = False
                 break
         while in_flight and self._wait_until(in_flight[0], until, deadline_s):
-            read = in_flight.popleft()
-            complete &= read.wait_read(deadline_s) and not (assumed and self._has_miss(read))
+            complete &= self._wait_complete(in_flight.popleft(), deadline_s, assumed=assumed)
         calls = [batch.read for batch in batches if batch.read is not None]
         if tier:
             tier.end_load_span(calls, end - start, span, gave_up=bool(in_flight))
@@ -233,9 +232,13 @@ class BlockReads:
         remaining_s = until - self._clock()
         return remaining_s >= deadline_s or batch.wait_done(max(0.0, remaining_s))
 
-    def _has_miss(self, batch: _Batch) -> bool:
-        """Return whether L1 lacks a block of ``batch``, the reads of which have ended."""
-        return not all(self._front.contains(batch.pin.keys))
+    def _wait_complete(self, batch: _Batch, deadline_s: float, *, assumed: bool) -> bool:
+        """Wait for ``batch``, as ``wait_read`` does; return whether promotion can continue.
+
+        Where blocks are ``assumed`` to be held, it continues only if L1 now holds all of the batch.
+        """
+        answered = batch.wait_read(deadline_s)
+        return answered and (not assumed or all(self._front.contains(batch.pin.keys)))
 
     def _start_batch(
         self, tier: LowerTier | None, wanted: WantedBlocks, first: int, end: int, span: Span
@@ -275,3 +278,10 @@ class BlockReads:
             all_pinned=len(pin) == len(keys),
             reads_all=len(reserved) == len(keys),
         )
+
+
+def _first_reads(blocks_per_call: int, *, assumed: bool) -> tuple[int, int]:
+    """Return how many batches may be in flight until the first has ended, and their blocks."""
+    if assumed:
+        return 1, min(blocks_per_call, _FIRST_ASSUMED_BLOCKS)
+    return _BATCHES_IN_FLIGHT, blocks_per_call

@@ -54,13 +54,14 @@ def promote_resume(
         until = promotion.until
         if not promotion.missed_assumed or clock() >= until:
             break
-        promoted.update(
-            (key, source) for key, source in zip(match.held, match.sources, strict=True) if source
-        )
-    sources = [
-        promoted.get(key, source) for key, source in zip(match.held, match.sources, strict=True)
-    ]
-    return replace(match, sources=tuple(sources)), tokens
+        # If L1 has evicted a block of its own since, the match has fewer sources than blocks.
+        pairs = zip(match.held, match.sources, strict=False)
+        promoted.update((key, source) for key, source in pairs if source)
+    if promoted:
+        pairs = zip(match.held, match.sources, strict=False)
+        sources = tuple(promoted.get(key, source) for key, source in pairs)
+        match = replace(match, sources=sources)
+    return match, tokens
 
 
 class ResumePromotion:

@@ -83,6 +83,17 @@ def test_prompt_that_the_tier_lacks_costs_one_batch(under_test: LoadingStack) ->
     assert under_test.tier.calls == ["load"]
 
 
+def test_first_batch_of_small_blocks_has_sixteen(under_test: LoadingStack) -> None:
+    under_test.lower[0].channel.blocks_per_call = 40
+    cold, held = keys_of("cold", 60), keys_of("held", 60)
+    assert under_test.fetch_count(cold) == 0
+    assert under_test.read() == cold[:16]
+    under_test.tier.calls.clear()
+    under_test.put_in_tier(held)
+    assert under_test.fetch_count(held) == 60
+    assert under_test.tier.calls == ["load"] * 3  # of 16, 40 and 4 blocks
+
+
 def test_long_prompt_that_the_tier_holds_is_loaded_whole(under_test: LoadingStack) -> None:
     keys = keys_of("long", 60)
     under_test.put_in_tier(keys)
