@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import array
 import ctypes
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from kvcache.lower.direct import DirectTiers
-from kvcache.process import ForkedError
 from kvcache.slab import PAGE
 from kvcache.stats import LowerStats
 from kvcache.testing import block_of, keys_of
 from tests.support.direct_under_test import DirectUnderTest, size_of, stored
-from tests.support.failing_parts import FAULTS, DictTier, FaultyTier
-from tests.support.forked_children import run_in_child
+from tests.support.failing_parts import FAULTS, FaultyTier
 from tests.support.manual_clock import ManualClock
 from tests.support.stack_under_test import LONG, NAMESPACE, NEVER
 
@@ -282,119 +277,3 @@ def test_lookup_load_asks_nothing_and_ends_a_load_at_the_first_miss() -> None:
     assert counters(under_test).known_blocks == 3
     assert counters(under_test).stored_blocks == 9
     under_test.close()
-
-
-# Reset and close
-
-
-def test_clear_earlier_blocks_are_not_found(under_test: DirectUnderTest) -> None:
-    under_test.put(KEYS)
-    assert not under_test.direct.clear()  # the tiers of the test forget nothing
-    assert under_test.direct.contains(KEYS) == NONE
-    assert under_test.get(KEYS) == NONE
-    assert under_test.put(KEYS) == ALL
-    assert under_test.get(KEYS) == ALL
-    assert len(under_test.tiers[0].held) == 12
-
-
-def test_clear_with_a_namespace_lets_two_processes_share_blocks_again() -> None:
-    shared = DictTier()
-    first, second = DirectUnderTest([FaultyTier(shared)]), DirectUnderTest([FaultyTier(shared)])
-    for each in (first, second):
-        each.direct.clear(b"m" * 32)
-    assert first.put(KEYS) == ALL
-    assert second.get(KEYS) == ALL
-    assert {name[:32] for name in shared.held} == {b"m" * 32}
-    first.close()
-    second.close()
-
-
-def test_store_that_began_before_a_clear_is_not_found_after_it() -> None:
-    under_test = DirectUnderTest(calls=1)
-    under_test.hang()
-    store = threading.Thread(target=lambda: under_test.put(KEYS))
-    store.start()
-    assert under_test.tiers[0].waiting.acquire(timeout=LONG)
-    [tier] = under_test.direct.tiers
-    tier.channel.reset()
-    under_test.tiers[0].gate.set()
-    store.join(LONG)
-    assert under_test.direct.contains(KEYS) == NONE
-    under_test.close()
-
-
-def test_call_after_close_finds_and_stores_nothing(under_test: DirectUnderTest) -> None:
-    under_test.put(KEYS)
-    under_test.direct.close()
-    under_test.direct.close()
-    assert under_test.tiers[0].closed
-    assert under_test.tiers[1].closed
-    assert under_test.direct.contains(KEYS) == NONE
-    assert under_test.get(KEYS) == NONE
-    assert under_test.put(KEYS) == NONE
-    assert not under_test.direct.accepts_calls
-
-
-def test_close_ends_the_calls_that_wait() -> None:
-    under_test = DirectUnderTest(calls=1)
-    under_test.hang()
-    answers: list[list[bool]] = []
-    callers = [
-        threading.Thread(target=lambda: answers.append(under_test.get(KEYS))) for _ in range(3)
-    ]
-    for caller in callers:
-        caller.start()
-    assert under_test.tiers[0].waiting.acquire(timeout=LONG)
-    closing = threading.Thread(target=lambda: under_test.direct.close(LONG))
-    closing.start()
-    while not under_test.direct.tiers[0].channel.closed:
-        pass
-    under_test.tiers[0].gate.set()
-    for thread in (*callers, closing):
-        thread.join(LONG)
-        assert not thread.is_alive()
-    assert answers == [NONE] * 3
-    under_test.check_memory()
-
-
-def test_close_of_a_tier_that_hangs_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    allowed = threading.Event()
-
-    class HangingCloseTier(FaultyTier):
-        def close(self) -> None:
-            allowed.wait(LONG)
-
-    under_test = DirectUnderTest([HangingCloseTier()])
-    under_test.direct.close(timeout_s=SOON_S)
-    assert "kvcache: tier t1: close hangs; it is left open" in caplog.text
-    allowed.set()
-
-
-def test_forked_child_cannot_use_direct_tiers(under_test: DirectUnderTest) -> None:
-    under_test.put(KEYS)
-    direct = under_test.direct
-
-    def use() -> int:
-        refused = 0
-        for call in (
-            lambda: direct.contains(KEYS),
-            lambda: direct.load(KEYS, [bytearray(1)] * 6),
-            lambda: direct.store(KEYS, [b"x"] * 6),
-            direct.clear,
-            direct.stats,
-        ):
-            try:
-                call()
-            except ForkedError:
-                refused += 1
-        direct.close()
-        return refused
-
-    assert run_in_child(use) == 5
-    assert under_test.get(KEYS) == ALL
-
-
-def test_python_without_a_gil_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
-    with pytest.raises(RuntimeError, match="direct tiers need Python's GIL"):
-        DirectTiers([], profile="test", block_nbytes=PAGE)
