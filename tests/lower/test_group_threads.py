@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from kvcache.resume import Needs
 from kvcache.slab import PAGE
 from kvcache.testing import block_of
@@ -13,8 +15,11 @@ BLOCKS = 8
 TURNS = 60
 
 
-def test_threads_read_the_bytes_of_their_keys_and_leave_no_pin() -> None:
-    under_test = StackUnderTest(slots=48, calls=3, blocks_per_call=5, breaker_failures=NEVER)
+@pytest.mark.parametrize("lookup", ["ask", "load"])
+def test_threads_read_the_bytes_of_their_keys_and_leave_no_pin(lookup: str) -> None:
+    under_test = StackUnderTest(
+        slots=48, calls=3, blocks_per_call=5, breaker_failures=NEVER, lookup=lookup
+    )
     stack = under_test.stack
     under_test.lower[0].write_behind.queue_blocks = 48
     requests = [

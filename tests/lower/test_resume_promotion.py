@@ -1,10 +1,13 @@
 """Promotion for a resume point: what is read, for which point, and what faults cost."""
 
+import time
 from collections.abc import Sequence
 
 import pytest
+from opentelemetry.trace import INVALID_SPAN
 
 from kvcache.keys import Branch
+from kvcache.lower.resume_promotion import promote_resume
 from kvcache.resume import Needs
 from tests.support.failing_parts import FaultyTier
 from tests.support.group_blocks import BLOCK_TOKENS, GroupedRequest, check_resume, put_branches
@@ -109,6 +112,19 @@ def test_prefetch_with_a_failed_side_load_keeps_the_chain() -> None:
     assert prefetch(under_test, request, 16) == 4
     assert check_resume(under_test.stack, request, 0, 16) == 0
     assert under_test.front.contains(request.groups[0].keys(0, 4)) == [True] * 4
+    under_test.check_invariants()
+
+
+@pytest.mark.parametrize("lookup", ["ask", "load"])
+def test_promotion_after_l1_evicted_its_own_resume_point_finds_no_other(lookup: str) -> None:
+    under_test = StackUnderTest(slots=200, lookup=lookup)
+    request = GroupedRequest(STATE)
+    own, top = 3 * BLOCK_TOKENS, 5 * BLOCK_TOKENS  # L1 had the first three blocks a moment ago
+    lower, groups = under_test.stack.lower, request.groups
+    match, tokens = promote_resume(
+        lower, groups, own, top, BLOCK_TOKENS, time.monotonic, INVALID_SPAN
+    )
+    assert (tokens, match.sources) == (own, ())
     under_test.check_invariants()
 
 
