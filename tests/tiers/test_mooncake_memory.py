@@ -189,6 +189,17 @@ def test_memory_that_a_restarted_daemon_lost_is_copied_from_then_on(
         assert buffer == block_of(key, NBYTES)
 
 
+def test_memory_that_cannot_be_unregistered_holds_up_no_call() -> None:
+    with PlayedMaster() as daemon:
+        pool = PlayedPool()
+        client = PoolClient(pool.library(1.0)())
+        memory = DaemonMemory(("127.0.0.1", daemon.port), 30.0, unread_request_s=0.0)
+        view = memory.allocate(client, 4096)
+        pool.replies["unregister_buffer"] = lambda address: -1
+        memory.wait_quiet(client, [view])
+    assert len(pool.called("unregister_buffer")) == 1
+
+
 def test_memory_of_a_daemon_that_ended_is_quiet() -> None:
     with PlayedMaster() as daemon:
         pool = PlayedPool()

@@ -202,6 +202,21 @@ def test_library_that_fails_to_open_a_client_is_asked_again(
     assert len(played.clients) == 3
 
 
+def test_library_that_raises_in_setup_is_asked_again(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    errors = [RuntimeError("no"), MemoryError()]
+
+    def setup(settings: dict[str, Any]) -> int:
+        if errors:
+            raise errors.pop(0)
+        return 0
+
+    played.replies["setup"] = setup
+    wait_until_open(opened())
+    assert errors == []
+
+
 def test_setup_gets_the_options(opened: OpenPlayed, played: PlayedPool) -> None:
     opened(share=Size(1 << 20), hostname="engine.example", protocol="rdma", devices="mlx5_0")
     [(settings,)] = played.called("setup")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,6 +107,19 @@ def test_stacks_on_the_hosts_daemon_share_blocks(opened: Open, pool: Pool, tmp_p
         assert load_prefix(second) == len(KEYS)
         assert load_prefix(opened()) == len(KEYS)  # from the daemon's memory over TCP
         check(first, len(KEYS))
+
+
+def test_reset_hides_old_blocks_and_logs_that_later_engines_may_find_them(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = opened()
+    store(first)
+    with caplog.at_level(logging.WARNING):
+        assert not first.clear()
+    assert load_prefix(first) == 0
+    [text] = [record.getMessage() for record in caplog.records]
+    assert "a reset was not written (not supported)" in text
+    assert load_prefix(opened()) == len(KEYS)  # docs/mooncake.md says so
 
 
 @pytest.mark.parametrize("fault", ["killed", "hangs"])

@@ -91,7 +91,7 @@ class ClientOpener:
 
     Args:
         addresses: host and port of each server that must answer first; the first names the pool.
-        open_client: opens a client of the library. Raises OSError if that fails.
+        open_client: opens a client of the library. Any exception is a failure.
         timeout_s: how long to wait for the server's answer.
         retry_s: from a failed attempt to the next one.
     """
@@ -187,7 +187,7 @@ class ClientOpener:
                 if self._closing.is_set():
                     return
                 client = self._open_client()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - the library may raise anything
                 self._cause = str(error)
                 self.record_failure(self._cause)
                 self._attempted.set()

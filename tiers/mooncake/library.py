@@ -30,7 +30,10 @@ LEASE_ENDED: Final = -707
 TRANSFER_FAILED: Final = -800
 WRONG_CHECKSUM: Final = -801
 
-UNANSWERED: Final = frozenset({-1, TRANSFER_FAILED, -900, -901})
+RPC_FAILED: Final = frozenset({-900, -901})
+"""Codes of a master or a daemon that does not answer."""
+
+UNANSWERED: Final = frozenset({-1, TRANSFER_FAILED, *RPC_FAILED})
 """Codes of a master or a holder that does not answer."""
 
 _TEXTS: Final = {

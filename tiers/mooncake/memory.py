@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvcache.tiers.mooncake.client import PoolClient, probe
-from kvcache.tiers.mooncake.library import INVALID, describe_code
+from kvcache.tiers.mooncake.library import RPC_FAILED, describe_code
 
 PAGE: Final = 4096
 _MIN_STAGING_NBYTES: Final = 4 << 20
@@ -266,7 +266,7 @@ class DaemonMemory(RegisteredMemory):
             with self._lock:
                 if not region.registered:
                     continue
-                while client.call("unregister_buffer", region.start) not in {0, INVALID}:
+                while client.call("unregister_buffer", region.start) in RPC_FAILED:
                     if not self._daemon_runs():
                         break
                     time.sleep(self._unread_request_s)
