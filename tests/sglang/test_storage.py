@@ -252,6 +252,44 @@ def test_storage_after_close_finds_and_stores_nothing(options: dict[str, Any]) -
     assert backend.batch_set_v1(keys, pools.indices(pool, [0, 1])) == [False, False]
 
 
+# Options
+
+
+def test_storage_opens_the_profile_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path))
+    monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "8MiB")
+    monkeypatch.setenv("KVCACHE__DISK__DEADLINE_S", "60")
+    pool, keys = pools.mha_pool(), pools.page_keys(2)
+    backend = pools.open_backend(pools.config({"profile": "l1-disk", **EXPLICIT}), pool)
+    stored(backend, pool, keys)
+    backend.close()
+    monkeypatch.setenv("KVCACHE_PROFILE", "l1-disk")
+    again = pools.open_backend(pools.config(EXPLICIT), pool)
+    assert again.batch_exists(keys) == 2
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"profile": "l1-diks"}, "l1-disk"),
+        ({"profile": "l1-only"}, "l1-only"),
+        ({}, "l1-only"),
+        ({"tiers": [{"name": "disk", "kind": "disk"}]}, "path is missing"),
+        ({"tiers": [{"name": "disk", "kind": "disc"}]}, "no such kind"),
+        ({"tiers": [faulty(no_such=1)]}, "tiers.*no_such.*no such option"),
+        ({"tires": []}, "tires: no such option"),
+    ],
+)
+def test_storage_with_a_wrong_option_is_refused_at_the_start(
+    options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        pools.open_backend(pools.config(options), pools.mha_pool())
+
+
 # Threads, metrics
 
 
