@@ -76,7 +76,9 @@ class DirectTiers(Closeable):
         """Whether any tier would be called now."""
         return any(tier.channel.accepts_calls for tier in self.tiers)
 
-    def contains(self, keys: Sequence[bytes], *, parent_span: Span = INVALID_SPAN) -> list[bool]:
+    def contains(
+        self, keys: Sequence[bytes], *, depth: int = 0, parent_span: Span = INVALID_SPAN
+    ) -> list[bool]:
         """Return for each key whether some tier holds its block, and a load of it is worth it.
 
         A tier is asked for the blocks that the tiers before it lack. Blocks that are predicted to
@@ -85,19 +87,21 @@ class DirectTiers(Closeable):
 
         Args:
             keys: of one prompt, in order.
+            depth: the number of blocks of the prompt before them; a deeper one takes longer to
+                compute.
             parent_span: the parent of the tiers' spans.
         """
         sources: list[int | None] = [None] * len(keys)
 
         def compute_s(blocks: int) -> float | None:
-            return self.compute_model.pessimistic(blocks)
+            return self.compute_model.pessimistic(blocks, depth)
 
         def on_skip(tier: DirectTier, asked: Sequence[bytes]) -> None:
             tier.record_skip(telemetry.TIER_CONTAINS, len(asked), parent_span)
             tier.remeasure(asked)
 
         locate_blocks(self.tiers, keys, sources, compute_s, parent_span, on_skip)
-        worth = blocks_worth_loading(self.tiers, sources, self.compute_model, 0)
+        worth = blocks_worth_loading(self.tiers, sources, self.compute_model, depth)
         for source, at, end in runs_by_source(sources, worth):
             if source is not None:
                 tier = self.tiers[source - 1]

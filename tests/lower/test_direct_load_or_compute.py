@@ -92,6 +92,23 @@ def test_contains_reports_a_slow_block_that_many_fast_ones_follow() -> None:
     under_test.close()
 
 
+def test_contains_reports_deep_blocks_that_take_longer_to_compute() -> None:
+    """Computing a block takes 0.01 s, and 0.001 s per block before it; loading one takes 0.05 s."""
+    under_test = TimedDirect()
+    under_test.tiers[0].load_s = 0.05
+    under_test.get(under_test.new_keys(0, 0, 0, 0))
+    for first in range(0, 200, 20):  # a long prompt in chunks
+        seconds = 0.01 * 20 + 0.001 * 20 * (first + 10)
+        under_test.direct.observe_compute(20, seconds, first + 10)
+    for _ in range(10):  # and short ones
+        under_test.direct.observe_compute(8, 0.01 * 8 + 0.001 * 8 * 4)
+    under_test.settle()
+    keys = under_test.new_keys(*[0] * 10)
+    assert under_test.direct.contains(keys) == [False] * 10  # 0.15 s to compute, 0.5 s to load
+    assert under_test.direct.contains(keys, depth=190) == [True] * 10  # 2 s to compute
+    under_test.close()
+
+
 def test_contains_does_not_ask_a_tier_with_lookups_slower_than_computing() -> None:
     under_test = TimedDirect()
     under_test.tiers[0].lookup_s = 5.0
@@ -102,6 +119,24 @@ def test_contains_does_not_ask_a_tier_with_lookups_slower_than_computing() -> No
     assert under_test.direct.contains(under_test.new_keys(0, 0)) == [False, False]
     assert under_test.tiers[0].calls == []
     assert under_test.skipped() == [2]
+    under_test.close()
+
+
+def test_tier_with_slow_lookups_is_asked_again_once_they_are_fast() -> None:
+    under_test = TimedDirect()
+    [tier] = under_test.tiers
+    tier.lookup_s = 5.0
+    under_test.observe_compute()
+    under_test.direct.contains(under_test.new_keys(0, 0))
+    tier.lookup_s = 0.0
+    reported = []
+    for _ in range(20):
+        under_test.clock.advance(REMEASURE_S)
+        reported.append(all(under_test.direct.contains(under_test.new_keys(0, 0))))
+        under_test.wait_idle()
+        under_test.wait_idle()
+    assert not reported[0]
+    assert reported[-1]
     under_test.close()
 
 
