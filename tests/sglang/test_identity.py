@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from importlib.metadata import EntryPoint
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import sglang_pools as pools
+from tests.support.redis_servers import free_port
 from tests.support.sglang_tiers import disk, faulty
 
 pytestmark = pytest.mark.sglang
@@ -301,6 +303,29 @@ def test_token_is_shared_by_the_ranks_of_a_server(tmp_path: Path) -> None:
         assert server_token() == server_token()
     finally:
         distributed.destroy_process_group()
+
+
+def test_token_of_two_processes_of_a_server_is_equal() -> None:
+    code = (
+        "import sys; from torch import distributed; "
+        "from kvcache.connectors.sglang.identity import server_token; "
+        "distributed.init_process_group('gloo', init_method=sys.argv[1], "
+        "rank=int(sys.argv[2]), world_size=2); "
+        "print(server_token()); distributed.barrier()"
+    )
+    address = f"tcp://127.0.0.1:{free_port()}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, address, str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = [rank.communicate()[0].strip() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert first == second
+    assert len(first) == 32
 
 
 @pytest.mark.parametrize(
