@@ -160,7 +160,7 @@ _OPTIONAL: Final[Mapping[str, str]] = {
     f"{_OFFLOAD_CONFIG}:OffloadingConfig": """
         canonical_layout engine_id groups model parallel worker_kv_bytes_per_block
     """,
-    f"{_OFFLOAD_CONFIG}:OffloadingGroupConfig": "group_id layer_names tokens_per_block",
+    f"{_OFFLOAD_CONFIG}:OffloadingGroupConfig": "layer_names tokens_per_block",
     f"{_OFFLOAD_CONFIG}:OffloadingModelConfig": "dtype name",
     f"{_OFFLOAD_CONFIG}:OffloadingCacheConfig": "tokens_per_hash",
     f"{_OFFLOAD_CONFIG}:OffloadingParallelConfig": "dcp_size pcp_size pp_size tp_size world_size",
@@ -210,6 +210,7 @@ _LATER_OPTIONAL: Final[Mapping[str, Version]] = {
     "config:AttentionConfig.hisparse_config": (0, 30),
     "config:ParallelConfig.elastic_ep_max_dp_size": (0, 30),
     f"{_OFFLOAD_CONFIG}:OffloadingConfig.kv_cache_layout": (0, 29),
+    f"{_OFFLOAD_CONFIG}:OffloadingGroupConfig.group_id": (0, 30),
     f"{_TIERING}:TransferJob.chunk_ids": (0, 30),
     f"{_KV_UTILS}:to_event_extra_keys": (0, 31),
     f"{_OFFLOAD}:ReqContext._offload_key_positions": (0, 31),
