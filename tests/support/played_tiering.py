@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,6 +94,12 @@ def disk_table(folder: Path) -> dict[str, object]:
         "capacity": "8MiB",
         "deadline_s": PATIENCE_S,
     }
+
+
+def mapped_engines() -> set[str]:
+    """Return the ids of the played engines with host memory that this process maps."""
+    maps = Path("/proc/self/maps").read_text()
+    return set(re.findall(r"vllm_offload_(played-[\d-]+)\.", maps))
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:
@@ -318,7 +325,7 @@ class PlayedTiering:
 
     def is_mapped(self) -> bool:
         """Whether this process still maps vLLM's host memory."""
-        return f"vllm_offload_{self._engine_id}." in Path("/proc/self/maps").read_text()
+        return self._engine_id in mapped_engines()
 
     def close(self) -> None:
         """Shut vLLM's manager down."""

@@ -11,16 +11,7 @@ pytest.importorskip("vllm")
 from tests.support.played_offloading import BLOCK, PlayedOffloading, prompt
 from tests.support.played_tiering import SharedFaultyTier, disk_table
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(autouse=True)
-def cpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM asks how much memory it may use; the engines share no blocks with another test."""
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("KVCACHE_IDENTITY", "the same weights")
-    SharedFaultyTier.shared.clear()
-    SharedFaultyTier.opened.clear()
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 
 
 @pytest.mark.parametrize("chunk", [1, 2])

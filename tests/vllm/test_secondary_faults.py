@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,21 +25,10 @@ from tests.support.played_tiering import (
     played,
 )
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 
 DEADLINE_S = 0.5
 HANGING = {"deadline_s": DEADLINE_S}
-
-
-@pytest.fixture(autouse=True)
-def known_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The engines of these tests load the same weights, and share no blocks with another test."""
-    monkeypatch.setenv("KVCACHE_IDENTITY", "the same weights")
-    SharedFaultyTier.shared.clear()
-    SharedFaultyTier.opened.clear()
-    yield
-    for tier in SharedFaultyTier.opened:
-        tier.gate.set()
 
 
 def options(**more: object) -> dict[str, object]:

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from tests.support import s3_server
 from tests.support.played_tiering import PATIENCE_S, PlayedTiering, keep, keys_of, played
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 
 _prefixes = (f"secondary-{number}" for number in count())
 
@@ -25,9 +25,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.Serve
 
 
 @pytest.fixture(autouse=True)
-def known_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engines of these tests load the same weights, and may use the store."""
-    monkeypatch.setenv("KVCACHE_IDENTITY", "the same weights")
+def login(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines of these tests may use the store."""
     s3_server.set_login(monkeypatch)
 
 

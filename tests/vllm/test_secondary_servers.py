@@ -21,15 +21,9 @@ from tests.support.played_tiering import (
     played,
 )
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 
 DEADLINE_S = 0.5
-
-
-@pytest.fixture(autouse=True)
-def known_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engines of these tests load the same weights."""
-    monkeypatch.setenv("KVCACHE_IDENTITY", "the same weights")
 
 
 @pytest.fixture
