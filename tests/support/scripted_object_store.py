@@ -199,6 +199,12 @@ def silent(exchange: Exchange) -> bool:
     return True
 
 
+def hang_up(exchange: Exchange) -> bool:
+    """Close the connection without an answer."""
+    exchange.close_connection = True
+    return True
+
+
 def dripping(exchange: Exchange) -> bool:
     """Announce a body, and send a byte of it from time to time."""
     exchange.answer(200, nbytes=1000)

@@ -16,8 +16,8 @@ from kvcache.tiers.object import ObjectTier
 from kvcache.tiers.object.names import block_name
 from tests.support.scripted_object_store import (
     BUCKET,
-    Exchange,
     ScriptedObjectStore,
+    hang_up,
     only,
     rejecting,
 )
@@ -88,11 +88,6 @@ def test_missing_container_or_bucket_stops_the_start(
     store.fault = rejecting(404, "NoSuchBucket" if cloud == GOOGLE else "ContainerNotFound")
     with pytest.raises(ValueError, match=r"rejects the tier: 404 (NoSuch|ContainerNot)"):
         opened(store, cloud)
-
-
-def hang_up(exchange: Exchange) -> bool:
-    exchange.close_connection = True
-    return True
 
 
 def test_denied_writes_are_declines_and_no_message_has_a_secret(

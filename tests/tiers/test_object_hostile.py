@@ -23,6 +23,7 @@ from tests.support.scripted_object_store import (
     ScriptedObjectStore,
     cut_off,
     dripping,
+    hang_up,
     only,
     rejecting,
     silent,
@@ -267,10 +268,6 @@ def test_one_failed_request_is_a_miss_of_its_block(
 def test_unreachable_store_is_logged_once_and_again_when_it_answers(
     store: ScriptedObjectStore, tier: ObjectTier, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def hang_up(exchange: Exchange) -> bool:
-        exchange.close_connection = True
-        return True
-
     store.fault = hang_up
     for _ in range(3):
         with pytest.raises(ConnectionError, match=r"object store at s3://bucket: "):

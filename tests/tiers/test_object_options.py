@@ -17,7 +17,7 @@ from kvcache.testing import keys_of
 from kvcache.tiers.object import ObjectTier
 from kvcache.tiers.object.location import open_location, parse_url
 from tests.support.certificates import make_certificates
-from tests.support.scripted_object_store import ScriptedObjectStore, rejecting
+from tests.support.scripted_object_store import ScriptedObjectStore, hang_up, rejecting
 
 SECRET = "correct-horse-battery-77"
 
@@ -162,6 +162,31 @@ def test_secret_of_the_provider_is_in_no_message(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ValueError, match="the secret is ") as raised:
             ObjectTier(url="s3://bucket", endpoint=store.endpoint)
     assert SECRET not in str(raised.value)
+
+
+def test_host_without_credentials_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScriptedObjectStore() as metadata_service, ScriptedObjectStore() as store:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", metadata_service.endpoint)
+        metadata_service.fault = rejecting(404)
+        text = r"found no credentials \(404 .*\); set access_key_env and secret_key_env, or the pro"
+        with pytest.raises(ValueError, match=text):
+            ObjectTier(url="s3://bucket", endpoint=store.endpoint)
+        assert metadata_service.requests[0][1].endswith("latest/api/token")
+        assert not store.requests
+
+
+def test_service_for_credentials_that_is_down_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ScriptedObjectStore() as metadata_service, ScriptedObjectStore() as store:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", metadata_service.endpoint)
+        for fault in (hang_up, rejecting(503)):
+            caplog.clear()
+            metadata_service.fault = fault
+            with closing(ObjectTier(url="s3://bucket", endpoint=store.endpoint)) as tier:
+                assert "unreachable (found no credentials (" in caplog.text
+                with pytest.raises(ConnectionError, match="found no credentials"):
+                    tier.contains(keys_of("a", 1))
 
 
 def test_session_token_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

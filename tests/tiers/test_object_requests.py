@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ pytest.importorskip("obstore")
 from kvcache.testing import keys_of, run_in_threads
 from kvcache.tiers.object import ObjectTier
 from tests.support.s3_server import eventually
-from tests.support.scripted_object_store import ScriptedObjectStore, rejecting
+from tests.support.scripted_object_store import ScriptedObjectStore, rejecting, silent
 from tests.tiers.test_object_hostile import (
     ACCESS_KEY,
     CALLS,
@@ -22,6 +25,8 @@ from tests.tiers.test_object_hostile import (
     loaded,
     opened,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -110,3 +115,29 @@ def test_close_ends_the_threads_and_fails_later_calls(store: ScriptedObjectStore
     for call in ("contains", "load", "store"):
         with pytest.raises(ConnectionError, match="the tier is closed"):
             CALLS[call](tier, KEYS)
+
+
+EXIT = """
+import os, threading
+from kvcache.tiers.object import ObjectTier
+from tests.tiers.test_object_hostile import CALLS, KEYS
+
+tier = ObjectTier(url="s3://bucket", endpoint=os.environ["ENDPOINT"], timeout_s=600)
+for call in ("load", "store"):
+    threading.Thread(target=CALLS[call], args=(tier, KEYS), daemon=True).start()
+input()
+"""
+
+
+def test_process_ends_while_requests_hang(
+    store: ScriptedObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENDPOINT", store.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    store.fault = lambda exchange: not exchange.name.endswith("start") and silent(exchange)
+    command = [sys.executable, "-c", EXIT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as child:
+        eventually(lambda: len(store.requests) == 1 + 2 * len(KEYS), "all requests hang")
+        child.communicate(b"end\n", timeout=60)
+    assert child.returncode == 0

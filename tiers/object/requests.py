@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import obstore
@@ -45,10 +45,13 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,80})")
 _TIMED_OUT = re.compile(r"kind: Timeout|\bTimedOut\b")
 _BEING_WRITTEN = re.compile(r"<Code>(ConditionalRequestConflict|OperationAborted)</Code>")
 _REDIRECT = "Received redirect without LOCATION"  # S3: the bucket is in another region
-_METADATA_SERVICES = (
-    "169.254.169.254", "169.254.170.2", "metadata.google.internal", "metadata/identity",
-)  # fmt: skip
-"""Parts of the addresses at which a machine's own credentials are read."""
+_METADATA_SERVICES = ("://169.254.", "://metadata.google.internal")
+"""Addresses at which a machine in the cloud finds its credentials, and other machines nothing."""
+_CREDENTIAL_REQUEST = re.compile(
+    r"token request|Error performing [A-Z]+ \S*"
+    r"(://169\.254\.|://sts\.|/latest/api/token|/latest/meta-data/|/v2/credentials|/oauth2/)"
+)
+"""Begins the text about a request for credentials, which comes before the one to the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,25 +162,38 @@ def failure_of(error: BaseException, secrets: tuple[str, ...]) -> FailedRequest:
         return FailedRequest(FOLDER, redact(text, *secrets))
     found = _STATUS.search(summary)
     status = int(found[1]) if found else 301 if _REDIRECT in summary else _status_of(error)
-    code = _CODE.search(summary)
-    if not status:
-        if any(service in summary for service in _METADATA_SERVICES):
-            return FailedRequest(NO_CREDENTIALS, f"found no credentials ({redact(text, *secrets)})")
-        if _TIMED_OUT.search(debug):
-            return FailedRequest(TIMEOUT, "no answer in time")
-        if certificate := _CERTIFICATE.search(debug):
-            text = f"the server's certificate is invalid: {certificate[1]}"
-            return FailedRequest(CERTIFICATE, text)
-        causes = [one or other for one, other in _CAUSES.findall(debug)]
-        text = f"{text}: {causes[-1]}" if causes and causes[-1] not in text else text
-        return FailedRequest(UNREACHABLE, redact(text, *secrets))
-    message = _MESSAGE.search(summary)
-    shown = " ".join(filter(None, (str(status), code and code[1], message and message[1].strip())))
-    if not found:
-        shown = f"{status} {text}"
+    failure = _answered(status, text, summary) if status else _unanswered(text, debug)
+    if _CREDENTIAL_REQUEST.search(summary):
+        # Whether the store itself would answer is unknown.
+        absent = 400 <= status < 500 or any(each in summary for each in _METADATA_SERVICES)
+        text = f"found no credentials ({failure.text})"
+        failure = FailedRequest(NO_CREDENTIALS if absent else UNREACHABLE, text)
+    return replace(failure, text=redact(failure.text, *secrets))
+
+
+def _unanswered(text: str, debug: str) -> FailedRequest:
+    """Return the failure of a request that got no answer."""
+    if _TIMED_OUT.search(debug):
+        return FailedRequest(TIMEOUT, "no answer in time")
+    if certificate := _CERTIFICATE.search(debug):
+        text = f"the server's certificate is invalid: {certificate[1]}"
+        return FailedRequest(CERTIFICATE, text)
+    causes = [one or other for one, other in _CAUSES.findall(debug)]
+    more = f": {causes[-1]}" if causes and causes[-1] not in text else ""
+    return FailedRequest(UNREACHABLE, f"{text}{more}")
+
+
+def _answered(status: int, text: str, summary: str) -> FailedRequest:
+    """Return the failure of a request that got an answer with an error."""
+    code, message = _CODE.search(summary), _MESSAGE.search(summary)
+    if code:
+        shown = f"{status} {code[1]} {message[1].strip() if message else ''}".rstrip()
+    else:
+        _, known, answer = text.partition("status code: ")
+        shown = answer.rstrip(": ") if known else f"{status} {text}"
     name = code[1] if code else str(status)
     missing = status == 404 and name not in ("NoSuchBucket", "ContainerNotFound")
-    return FailedRequest(name, redact(shown, *secrets), status, missing)
+    return FailedRequest(name, shown, status, missing)
 
 
 def _status_of(error: BaseException) -> int:

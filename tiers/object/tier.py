@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
@@ -60,6 +61,12 @@ RESET_NBYTES: Final = 16
 
 _BUSY_STATUSES: Final = (429, 503)
 """The statuses of a store that asks for fewer requests."""
+
+_CREDENTIAL_OPTIONS: Final = {
+    "s3": "access_key_env and secret_key_env",
+    "gcs": "service_account_file",
+    "azure": "account_key_env or sas_token_env",
+}
 
 _MAX_LOGGED_CODES = 16  # a hostile store can invent any number of codes
 _MAX_TIMEOUT_S = 3600
@@ -134,6 +141,7 @@ class ObjectTier(Tier):
         self._overwrite = mode == "overwrite"
         self._codes: set[tuple[str, str]] = set()  # logged, each once
         self._unreachable = False
+        self._log_lock = threading.Lock()
         self._closed = False
         self._threads = WorkerPool("object", connections)
         try:
@@ -145,17 +153,17 @@ class ObjectTier(Tier):
 
     def _check_store(self) -> None:
         """Raise ValueError if the store rejects the tier: its credentials, or the bucket."""
-        limit = RESET_NBYTES
-        get = partial(requests.get, self._location.store, START_NAME, limit)
-        [outcome] = self._run(GET, [get])
-        if not isinstance(outcome, FailedRequest) or outcome.missing:
-            return
-        rejected = 300 <= outcome.status < 500 and outcome.status not in _BUSY_STATUSES
-        if rejected or outcome.code in (NO_CREDENTIALS, CERTIFICATE):
-            raise ValueError(
-                f"url is {self._location.shown!r}, but the object store rejects the tier: "
-                f"{outcome.text}{_hint(outcome)}"
-            )
+        get = partial(requests.get, self._location.store, START_NAME, RESET_NBYTES)
+        outcomes = self._run(GET, [get])
+        for failure in failures_among(GET, outcomes):
+            status = failure.status
+            rejected = 300 <= status < 500 and status not in _BUSY_STATUSES
+            if rejected or failure.code in (NO_CREDENTIALS, CERTIFICATE):
+                raise ValueError(
+                    f"url is {self._location.shown!r}, but the object store rejects the tier: "
+                    f"{failure.text}{_hint(failure, self._location.system)}"
+                )
+        self._observe(GET, outcomes)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """As the contract says; each key is one request."""
@@ -217,7 +225,8 @@ class ObjectTier(Tier):
         resolved = namespace_after_reset(namespace, reset)
         if about:
             name = description_name(resolved)
-            self._run(PUT, [partial(requests.put, store, name, about.encode(), overwrite=True)])
+            describe = partial(requests.put, store, name, about.encode(), overwrite=True)
+            self._observe(PUT, self._run(PUT, [describe]))
         return resolved
 
     def forget(self, namespace: bytes) -> None:
@@ -236,16 +245,10 @@ class ObjectTier(Tier):
     def _request(self, verb: str, calls: Sequence[Callable[[], T]]) -> list[T | FailedRequest]:
         """Run requests; raise ConnectionError if the store served none of them."""
         outcomes = self._run(verb, calls)
-        failures = [
-            outcome
-            for outcome in outcomes
-            if isinstance(outcome, FailedRequest) and not (outcome.missing and verb != PUT)
-        ]
-        if (
-            failures
-            and len(failures) == len(outcomes)
-            and all(_serves_nothing(verb, failure) for failure in failures)
-        ):
+        self._observe(verb, outcomes)
+        failures = failures_among(verb, outcomes)
+        served_none = bool(failures) and len(failures) == len(outcomes)
+        if served_none and all(_serves_nothing(verb, failure) for failure in failures):
             raise ConnectionError(f"object store at {self._location.shown}: {failures[0].text}")
         return outcomes
 
@@ -270,15 +273,9 @@ class ObjectTier(Tier):
             for future in futures:
                 outcomes.append(self._wait(future, verb, deadline, late))  # noqa: PERF401
         finally:
-            failures = [
-                outcome
-                for outcome in outcomes
-                if isinstance(outcome, FailedRequest) and not (outcome.missing and verb != PUT)
-            ]
-            self._end_span(span, failures)
+            self._end_span(span, failures_among(verb, outcomes))
             if verb == PUT:
                 wait(futures)  # they read the caller's memory
-        self._observe(verb, outcomes, failures)
         return outcomes
 
     def _wait(
@@ -295,30 +292,31 @@ class ObjectTier(Tier):
         except CancelledError:  # the tier was closed
             return late
 
-    def _observe(
-        self, verb: str, outcomes: Sequence[object], failures: Sequence[FailedRequest]
-    ) -> None:
+    def _observe(self, verb: str, outcomes: Sequence[object]) -> None:
         """Log when the store stops to answer and when it answers again, and new error codes."""
-        unanswered = [each for each in failures if not each.status and each.code != FOLDER]
-        if len(unanswered) < len(outcomes):
-            if self._unreachable:
-                self._unreachable = False
-                log.warning("kvcache: object store at %s: reachable again", self._location.shown)
-        elif not self._unreachable and not self._closed:
-            self._unreachable = True
+        if not outcomes or self._closed:
+            return
+        failures = failures_among(verb, outcomes)
+        answered = [each for each in failures if each.status or each.code == FOLDER]
+        unreachable = len(failures) == len(outcomes) and not answered
+        with self._log_lock:
+            changed = unreachable != self._unreachable
+            self._unreachable = unreachable
+            new = {each.code: each for each in answered if (verb, each.code) not in self._codes}
+            new = dict(list(new.items())[: _MAX_LOGGED_CODES - len(self._codes)])
+            self._codes.update((verb, code) for code in new)
+        if changed and unreachable:
             log.warning(
                 "kvcache: object store at %s: unreachable (%s); its blocks count as misses until "
-                "it recovers", self._location.shown, unanswered[0].text,
+                "it recovers", self._location.shown, failures[0].text,
             )  # fmt: skip
-        for failure in failures:
-            code = (verb, failure.code)
-            answered = failure.status or failure.code == FOLDER
-            if answered and code not in self._codes and len(self._codes) < _MAX_LOGGED_CODES:
-                self._codes.add(code)
-                log.warning(
-                    "kvcache: object store at %s: a %s request failed (%s); its blocks are "
-                    "missed or declined", self._location.shown, verb, failure.text,
-                )  # fmt: skip
+        elif changed:
+            log.warning("kvcache: object store at %s: reachable again", self._location.shown)
+        for failure in new.values():
+            log.warning(
+                "kvcache: object store at %s: a %s request failed (%s); its blocks are "
+                "missed or declined", self._location.shown, verb, failure.text,
+            )  # fmt: skip
 
     def _start_span(self, verb: str, count: int) -> Span:
         """Start one span for all requests of a call."""
@@ -340,6 +338,15 @@ class ObjectTier(Tier):
         telemetry.end_span(span, attributes, error=failures[0].code if failures else None)
 
 
+def failures_among(verb: str, outcomes: Sequence[object]) -> list[FailedRequest]:
+    """Return the failures; that an object is missing is none, except for a write."""
+    return [
+        outcome
+        for outcome in outcomes
+        if isinstance(outcome, FailedRequest) and not (outcome.missing and verb != PUT)
+    ]
+
+
 def _serves_nothing(verb: str, failure: FailedRequest) -> bool:
     """Whether a failure means that further requests of this kind would fail too.
 
@@ -350,13 +357,13 @@ def _serves_nothing(verb: str, failure: FailedRequest) -> bool:
     return failure.code != FOLDER and (not failure.status or failure.status in _BUSY_STATUSES)
 
 
-def _hint(failure: FailedRequest) -> str:
+def _hint(failure: FailedRequest, system: str) -> str:
     """Return a remedy for the message about a store that rejects the tier."""
     if failure.code == NO_CREDENTIALS:
-        return "; set access_key_env and secret_key_env, or the provider's own variables"
+        return f"; set {_CREDENTIAL_OPTIONS[system]}, or the provider's own variables"
     if failure.code == CERTIFICATE:
         return "; ca_file takes the certificates to trust"
-    if failure.status in (301, 307, 400):
+    if failure.status in (301, 307, 400) and system == "s3":
         return "; region must be that of the bucket"
     if failure.status == 403:
         return (
