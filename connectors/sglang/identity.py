@@ -40,7 +40,7 @@ READ_FILES: Final = frozenset(
 """The values of ``--load-format`` that read files of the model's folder, and no others."""
 
 SETTINGS: Final = (
-    "load_format", "model_loader_extra_config", "context_length", "model_impl",
+    "device", "load_format", "model_loader_extra_config", "context_length", "model_impl",
     "model_config_parser", "json_model_override_args", "dtype", "quantization", "kv_cache_dtype",
     "qsa_indexer_dtype", "modelopt_quant", "attention_backend", "prefill_attention_backend",
     "decode_attention_backend", "enable_deterministic_inference", "rl_on_policy_target",

@@ -24,7 +24,14 @@ from sglang.srt.model_executor.model_runner_components.weight_updater import (  
 from sglang.srt.runtime_context import get_context, get_parallel  # noqa: E402
 
 from kvcache.connectors.sglang import identity as identity_module  # noqa: E402
-from kvcache.connectors.sglang.identity import UNSHARED, identity, server_token  # noqa: E402
+from kvcache.connectors.sglang.identity import (  # noqa: E402
+    SETTINGS,
+    UNREAD_FILES,
+    UNSHARED,
+    identity,
+    server_settings,
+    server_token,
+)
 from kvcache.connectors.sglang.ranks import replica_of  # noqa: E402
 from kvcache.connectors.sglang.weight_updates import WeightUpdates, register, updates  # noqa: E402
 from kvcache.keys import namespace  # noqa: E402
@@ -188,6 +195,12 @@ def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:
 )
 def test_identity_covers_settings(model: Path, setting: dict[str, Any]) -> None:
     assert namespace(fields(model)) != namespace(fields(model, **setting))
+
+
+def test_identity_names_settings_that_sglang_has(model: Path) -> None:
+    with get_context().override_server_args(model_path=str(model)):
+        settings = server_settings()
+    assert {*SETTINGS, *UNREAD_FILES} <= settings.keys()
 
 
 def test_identity_covers_the_host_pool(model: Path) -> None:

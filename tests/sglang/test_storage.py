@@ -22,7 +22,10 @@ POOLS = {
     "mla": pools.mla_pool,
     "mha with wide values": lambda layout: pools.mha_pool(layout, v_head_dim=16),
 }
-LAYOUTS_OF = {"mha with wide values": pools.LAYOUTS[:2]}  # SGLang's own limit
+LAYOUTS_OF = {  # SGLang's own limits
+    "mha": (*pools.LAYOUTS, "page_head"),
+    "mha with wide values": pools.LAYOUTS[:2],
+}
 SHAPES = [(kind, layout) for kind in POOLS for layout in LAYOUTS_OF.get(kind, pools.LAYOUTS)]
 
 
