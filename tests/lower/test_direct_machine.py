@@ -115,6 +115,17 @@ class DirectFaults(RuleBasedStateMachine):
             channel.deadline_s = SOON_S
         assert held == filled == [True] * count
 
+    @rule(tier=tiers, count=st.integers(1, 9), stores=st.booleans())
+    def hang_in_a_load_or_store(self, tier: int, count: int, *, stores: bool) -> None:
+        """The blocks are in both tiers, so a late load has something to write."""
+        self.put_and_get_without_a_fault(count)
+        self.hang(tier)
+        if stores:
+            self.put(0, 9)
+        else:
+            self.under_test.get(ALL_KEYS[:count])
+        self.resume()
+
     @invariant()
     def memory_is_untouched(self) -> None:
         if hasattr(self, "under_test"):
