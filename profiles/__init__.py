@@ -231,7 +231,6 @@ def _log_without_l1(loaded: Profile, rows: Sequence[Row]) -> None:
         for row in rows
         for setting in row.settings
         if setting.option.name in options_of(LowerTier).keys() - options_of(DirectTier).keys()
-        and setting.option.name not in options_of(row.cls)
     ]
     given = [setting.where for setting in ignored if setting.set_by_user]
     if left_out or given:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -216,6 +217,25 @@ def test_hanging_tier_costs_one_deadline_and_the_next_tier_answers() -> None:
     assert under_test.direct.stats().lower[0].errors <= 2
     under_test.resume()
     assert counters(under_test, 1).loaded_blocks == 12
+    under_test.close()
+
+
+def test_slow_tier_has_its_deadline_for_each_call() -> None:
+    """Three calls are queued at once, and take longer than one deadline together."""
+    deadline_s = 2.0
+
+    class SlowTier(FaultyTier):
+        def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+            threading.Event().wait(0.4 * deadline_s)
+            return super().load(keys, into)
+
+    under_test = DirectUnderTest([SlowTier()], deadline_s=deadline_s, blocks_per_call=1, calls=1)
+    keys = keys_of("slow", 3)
+    under_test.tiers[0].held.update(stored(keys))
+    assert under_test.get(keys) == [True] * 3
+    assert under_test.direct.stats().lower[0].errors == 0
+    durations = under_test.direct.take_durations()
+    assert [(operation, error) for _, operation, error, _ in durations] == [("load", "")] * 3
     under_test.close()
 
 

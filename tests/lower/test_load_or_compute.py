@@ -166,6 +166,19 @@ def test_blocks_of_a_fast_tier_are_loaded_and_those_of_a_slow_one_computed() -> 
     engine.stack.close()
 
 
+def test_slow_block_is_loaded_if_l1_holds_many_blocks_after_it(engine: EngineUnderTest) -> None:
+    [timed] = engine.timed
+    timed.load_s = 1.0
+    engine.prefetch(engine.new_keys(0, 0))
+    engine.observe_compute()
+    assert engine.lower[0].claim_remeasure()  # so that no remeasurement is due
+    keys = keys_of("mixed", 41)
+    engine.put_in_tier(keys[:1])
+    engine.put(keys[1:], keys[0])
+    assert engine.stack.match(keys[:2]).result(LONG).blocks == 0
+    assert engine.stack.match(keys).result(LONG).blocks == 41
+
+
 def test_promotion_is_waited_for_no_longer_than_computing_takes() -> None:
     """The tier was fast and becomes slow: the request gets what was promoted in time."""
     engine = EngineUnderTest(blocks_per_call=2)
