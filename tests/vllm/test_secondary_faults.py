@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -193,24 +193,62 @@ def test_store_that_hangs_behind_another_does_not_wait_for_its_own_deadline() ->
         engine.finish(*requests)
 
 
-def test_slow_tier_loads_all_blocks_of_a_long_job() -> None:
-    """Each call is within its deadline, and the job takes twice as long."""
+LONG: dict[str, Any] = {"chunk": 4096, "rows": 8}
+"""Of an engine with rows of 16 MiB, each of which is one call."""
+
+
+@pytest.fixture
+def slow_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An engine and a request for six blocks; each call takes half of its deadline."""
     keys = keys_of("a", 6)
-    shape = {"chunk": 4096, "rows": 8}  # a row of 16 MiB is one call
-    keep(options(), keys, **shape)
-    with played(options(calls=1, deadline_s=1.5), **shape) as engine:
-        tier = SharedFaultyTier.last()
-        load = tier.load
+    keep(options(), keys, **LONG)
+    load = SharedFaultyTier.load
 
-        def slow(names: Any, into: Any) -> list[int]:
-            time.sleep(0.5)
-            return load(names, into)
+    def slow(tier: SharedFaultyTier, names: Any, into: Any) -> list[int]:
+        tier.waiting.release()
+        time.sleep(0.8)
+        return load(tier, names, into)
 
-        tier.load = slow  # type: ignore[assignment, method-assign]
-        request = engine.start("a")
-        assert check(engine, request, keys) == [True] * 6
-        engine.finish(request)
+    monkeypatch.setattr(SharedFaultyTier, "load", slow)
+    engine = PlayedTiering(options(calls=1, deadline_s=1.0), **LONG)
+    request = engine.start("a")
+    yield engine, request, keys
+    engine.close()
     SharedFaultyTier.shared.clear()
+
+
+def start_load(engine: PlayedTiering, request: Any, keys: Sequence[Any]) -> None:
+    """Have vLLM load blocks, and wait until the tier reads the first one."""
+    for key in keys:
+        engine.manager.lookup(key, request)
+    engine.step()
+    lookups_answered(engine, request, keys)
+    engine.step()
+    SharedFaultyTier.last().waiting.acquire()
+
+
+def test_slow_tier_loads_all_blocks_of_a_long_job(slow_load: Any) -> None:
+    """Each call is within its deadline, and the job takes several."""
+    engine, request, keys = slow_load
+    assert check(engine, request, keys) == [True] * 6
+    engine.finish(request)
+
+
+def test_reset_waits_for_a_long_job_of_a_slow_tier(slow_load: Any) -> None:
+    engine, request, keys = slow_load
+    start_load(engine, request, keys)
+    engine.manager.reset_cache()
+    assert len(SharedFaultyTier.last().read) == 6
+    assert not engine.manager.has_pending_work()
+    engine.finish(request)
+
+
+def test_shutdown_ends_a_long_job_of_a_slow_tier(slow_load: Any) -> None:
+    engine, request, keys = slow_load
+    start_load(engine, request, keys)
+    engine.close()
+    assert len(SharedFaultyTier.last().read) < 6
+    assert not engine.is_mapped()
 
 
 def test_random_walk_finds_only_right_blocks() -> None:

@@ -80,6 +80,22 @@ def test_tier_that_cannot_be_opened_leaves_no_memory_and_no_thread(tmp_path: Pat
     )
 
 
+def test_start_that_fails_after_the_tiers_are_open_closes_them(
+    faulty_options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("kvcache.connectors.vllm.secondary.tier.TransferQueue", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        played_tiering.PlayedTiering(faulty_options)
+    assert SharedFaultyTier.last().closed
+    eventually(
+        lambda: not [t for t in threading.enumerate() if t.name.startswith("kvcache-")],
+        "the end of the threads",
+    )
+
+
 # The end
 
 

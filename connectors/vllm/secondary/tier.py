@@ -3,7 +3,7 @@
 Always true here:
 
 * vLLM's scheduler never waits for a tier: lookups, loads and stores run in threads. The exceptions
-  are `drain_jobs` and `shutdown`, which wait for the tiers' deadlines at most.
+  are `drain_jobs` and `shutdown`, which end the jobs; each call of a job has the tier's deadline.
 * A job ends at its deadline, so a hanging tier does not pin vLLM's memory. Its blocks are then
   misses, or not stored, and nothing touches their rows any more.
 * A loaded block equals the stored one: the tiers verify it in its frame, which has its key.
@@ -111,8 +111,9 @@ class KVCacheTier(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = None if given.locality is None else Locality(given.locality)
         self._clock = time.monotonic
-        self._row_count, self._row_nbytes = primary_kv_view.shape or (0, 0)
-        self._compute_times = ComputeTimes(self._observe_compute, self._clock)
+        assert primary_kv_view.shape is not None  # it has one unless it was released
+        self._row_count, self._row_nbytes = primary_kv_view.shape
+        self._piece_blocks = max(1, PIECE_NBYTES // self._row_nbytes)
         self._spans = OffloadedRequestSpans(offloading_spec.config.model.name)
         self._events = self._announcements(given.enable_kv_events)
         self._last_stored: dict[str, tuple[Place, bytes]] = {}  # by request: place and name
@@ -122,6 +123,7 @@ class KVCacheTier(SecondaryTierManager):
             self._memory = opened.enter_context(primary_kv_view.cast("B"))
             self._tiers = open_rows_tiers(offloading_spec, given, tier_type, self._row_nbytes)
             opened.callback(self._tiers.close, CLOSE_S)
+            self._compute_times = ComputeTimes(self._tiers.observe_compute, self._clock)
             deadlines = [tier.channel.deadline_s for tier in self._tiers.tiers]
             self._deadline_s = sum(deadlines)  # of a block that no tier returns
             self._lookups = TierLookups(self._contains, self._deadline_s, self._clock)
@@ -140,9 +142,6 @@ class KVCacheTier(SecondaryTierManager):
             opened.pop_all()
         bind_to_process(self)
 
-    def _observe_compute(self, blocks: int, seconds: float) -> None:
-        self._tiers.observe_compute(blocks, seconds)
-
     def _queue(
         self, deadline_s: float, name: str, threads: int, move: Move, most_blocks: int
     ) -> TransferQueue:
@@ -151,7 +150,7 @@ class KVCacheTier(SecondaryTierManager):
             threads=threads,
             move=move,
             view=self._row,
-            piece_blocks=max(1, PIECE_NBYTES // self._row_nbytes),
+            piece_blocks=self._piece_blocks,
             most_blocks=most_blocks,
             deadline_s=deadline_s,
             clock=self._clock,
@@ -284,7 +283,7 @@ class KVCacheTier(SecondaryTierManager):
     def _take_finished(self) -> list[JobResult]:
         results = []
         for transfer in self._loads.take_finished():
-            good, failed = _split(transfer)
+            good, failed = transfer.split()
             # Otherwise vLLM would find the same blocks, and load them, again and again.
             self._lookups.mark(failed, held=False)
             if self._events is not None:
@@ -292,7 +291,7 @@ class KVCacheTier(SecondaryTierManager):
             self._end_span(transfer, telemetry.HIT, good)
             results.append(self._result(transfer, good))
         for transfer in self._stores.take_finished():
-            good, _ = _split(transfer)
+            good, _ = transfer.split()
             self._lookups.mark(good, held=True)
             if self._events is not None:
                 self._events.stored(good)
@@ -345,19 +344,26 @@ class KVCacheTier(SecondaryTierManager):
 
         Blocks that were computed before the reset may belong to weights that vLLM has replaced.
         """
-        self._end_jobs(0.0)
+        for queue in (self._loads, self._stores):
+            queue.drop_waiting()
+        # The tiers would keep what a running job stores after the reset, so it has to end before.
+        self._wait(self._longest_piece_s())
         self._ended += self._take_finished()
         self._tiers.clear()
         self._lookups.mark_all_missed()
         if self._events is not None:
             self._events.cleared()
 
-    def _end_jobs(self, flush_s: float) -> None:
-        self._loads.drop_waiting()
-        self._stores.wait(flush_s)
-        self._stores.drop_waiting()
+    def _longest_piece_s(self) -> float:
+        """Return how long a piece of a job takes at most, if each of its calls takes a deadline."""
+        return sum(
+            tier.channel.deadline_s * -(-self._piece_blocks // tier.channel.blocks_per_call)
+            for tier in self._tiers.tiers
+        )
+
+    def _wait(self, timeout_s: float) -> None:
         for queue in (self._loads, self._stores):
-            if not queue.wait(self._deadline_s + CLOSE_S):
+            if not queue.wait(timeout_s + CLOSE_S):
                 raise RuntimeError(
                     "kvcache: a tier did not return at its deadline, and may still use vLLM's "
                     "memory; report it"
@@ -372,20 +378,15 @@ class KVCacheTier(SecondaryTierManager):
         if self._closed:
             return
         self._closed = True
+        self._stores.wait(FLUSH_S)
+        self._tiers.close(CLOSE_S)  # jobs end with the calls that they have started
         try:
-            self._end_jobs(FLUSH_S)
+            self._wait(self._deadline_s)
         finally:
-            self._tiers.close(CLOSE_S)
             for pool in (self._lookups, self._loads, self._stores):
                 pool.close(CLOSE_S)
             self._spans.close()
         self._memory.release()
-
-
-def _split(transfer: RowTransfer) -> tuple[list[Any], list[Any]]:
-    """Return the keys of the blocks that were transferred, and of the others."""
-    pairs = list(zip(transfer.keys, transfer.succeeded, strict=True))
-    return [key for key, good in pairs if good], [key for key, good in pairs if not good]
 
 
 def _place(position: int | None, key: Any) -> Place:

@@ -51,6 +51,11 @@ class RowTransfer:
     succeeded: list[bool] = field(default_factory=list)
     pieces_left: int = 0
 
+    def split(self) -> tuple[list[Any], list[Any]]:
+        """Return the keys of the blocks that were transferred, and of the others."""
+        pairs = list(zip(self.keys, self.succeeded, strict=True))
+        return [key for key, good in pairs if good], [key for key, good in pairs if not good]
+
 
 Move = Callable[[RowTransfer, int, int, Sequence[memoryview]], Sequence[bool]]
 """Transfers the blocks from a position to another of a job.
