@@ -112,10 +112,20 @@ def test_allocate_before_the_client_is_open_raises(
         tier.allocate(4096)
 
 
-def test_memory_that_cannot_be_registered_raises(opened: OpenPlayed, played: PlayedPool) -> None:
+def test_memory_that_cannot_be_registered_is_used_for_the_next_call(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    """A call that fails because of a limit must not take more memory each time."""
+    tier = opened(protocol="rdma")
     played.replies["register_buffer"] = lambda address, nbytes: -600
-    with pytest.raises(ConnectionError, match="cannot register memory"):
-        opened(protocol="rdma").allocate(4096)
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="cannot register memory"):
+            tier.allocate(NBYTES)
+    del played.replies["register_buffer"]
+    views = [tier.allocate(NBYTES), tier.allocate(NBYTES)]
+    addresses = [address for address, _ in played.called("register_buffer")]
+    assert addresses[0] == addresses[1] == addresses[2] != addresses[3]
+    assert [address_of(view) for view in views if view is not None] == addresses[2:]
 
 
 def test_address_of_read_only_memory_is_that_of_its_bytes() -> None:
@@ -166,6 +176,18 @@ def test_load_without_answer_returns_when_the_daemon_lets_go_of_the_memory(
     played.clients[0].registered.clear()
     view[:] = block_of(key, NBYTES)
     assert tier.store([key], [view]) == [True], "the memory was not registered again"
+
+
+def test_transfer_that_failed_in_the_daemon_keeps_the_memory(
+    opened: OpenPlayed, played: PlayedPool, master: PlayedMaster
+) -> None:
+    tier = opened(daemon=master.address)
+    view = tier.allocate(NBYTES)
+    assert view is not None
+    played.replies["batch_get_into"] = lambda names, addresses, sizes: [-800]
+    with pytest.raises(ConnectionError, match="-800"):
+        tier.load(keys_of("daemon", 1), [view])
+    assert played.called("unregister_buffer") == []
 
 
 def test_memory_that_a_restarted_daemon_lost_is_copied_from_then_on(

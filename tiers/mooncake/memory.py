@@ -12,7 +12,7 @@ host's daemon  memory that it shares with the daemon      memory that is shared 
 Always true here:
 
 * Memory of a caller that the library cannot transfer is copied through memory that it can.
-* Memory that was given to the library stays mapped until the process ends: a transfer that the
+* Memory that was given to the library stays mapped as long as the tier exists: a transfer that the
   library gave up may still write there.
 """
 
@@ -123,7 +123,7 @@ class AnyMemory(TransferMemory):
         return False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Region:
     """Memory that the library can transfer.
 
@@ -149,6 +149,7 @@ class RegisteredMemory(TransferMemory):
 
     def __init__(self) -> None:
         self._regions: list[Region] = []  # only added to, so that it can be read without the lock
+        self._unregistered: list[Region] = []  # mapped, and refused by the library until now
         self._lock = threading.Lock()  # held while a region is added or registered
         self._staging_lock = threading.Lock()  # held while the staging memory is in use
         self._staging = memoryview(b"")
@@ -166,12 +167,18 @@ class RegisteredMemory(TransferMemory):
             ConnectionError: the library refuses it.
             MemoryError, OSError: there is none.
         """
-        view = self._map(client, max(nbytes, PAGE))
-        region = Region(view, address_of(view), registered=False)
         with self._lock:
-            self._regions.append(region)  # never removed, also if it cannot be registered now
+            spare = [each for each in self._unregistered if len(each.view) >= nbytes]
+            if spare:
+                region = spare[0]
+            else:
+                view = self._map(client, max(nbytes, PAGE))
+                region = Region(view, address_of(view), registered=False)
+                self._unregistered.append(region)  # for the next call, if this one fails
             self._register(client, region)
-        return view[:nbytes]
+            self._unregistered.remove(region)
+            self._regions.append(region)
+        return region.view[:nbytes]
 
     @contextmanager
     def lend(

@@ -260,7 +260,7 @@ class MooncakeTier(Tier):
         begun = time.monotonic()
         addresses, sizes = [address_of(view) for view in views], [len(view) for view in views]
         codes = self._call(client, method, keys, addresses, sizes)
-        if is_unanswered(codes):
+        if codes and library.RPC_FAILED.issuperset(codes):
             self._memory.wait_quiet(client, views)
         seconds = time.monotonic() - begun
         is_abandoned = library.TRANSFER_FAILED in codes and seconds >= self.abandoned_transfer_s
@@ -335,7 +335,7 @@ class MooncakeTier(Tier):
 
 def is_unanswered(codes: Sequence[int]) -> bool:
     """Whether ``codes`` are those of a call that no server answered."""
-    return bool(codes) and all(code in library.UNANSWERED for code in codes)
+    return bool(codes) and library.UNANSWERED.issuperset(codes)
 
 
 def block_name(key: bytes) -> str:
