@@ -97,10 +97,13 @@ class CallSeries(Generic[T]):
 
     @property
     def awaited(self) -> PendingCall[T]:
-        """The call to wait for: half of the calls in flight go on while others are started."""
+        """The call to wait for: half of the calls in flight go on while others are started.
+
+        If that call has ended before an older one, it is the oldest call, so that waiting lasts.
+        """
         more = self.unasked and not self._stopped
-        at = (len(self._in_flight) - 1) // 2 if more else -1
-        return self._in_flight[at][0]
+        call, _ = self._in_flight[(len(self._in_flight) - 1) // 2 if more else -1]
+        return self._in_flight[0][0] if call.future.done() else call
 
     @property
     def remaining_s(self) -> float:

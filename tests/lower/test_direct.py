@@ -220,6 +220,16 @@ def test_hanging_tier_costs_one_deadline_and_the_next_tier_answers() -> None:
     under_test.close()
 
 
+def test_store_with_a_tier_that_hangs_is_held_by_the_other() -> None:
+    under_test = DirectUnderTest(2, deadline_s=SOON_S, breaker_failures=NEVER)
+    under_test.direct.tiers[1].channel.deadline_s = LONG
+    under_test.hang()
+    assert under_test.put(KEYS) == ALL
+    assert under_test.held(1) == set(KEYS)
+    assert under_test.direct.stats().lower[0].errors >= 1
+    under_test.close()
+
+
 def test_slow_tier_has_its_deadline_for_each_call() -> None:
     """Three calls are queued at once, and take longer than one deadline together."""
     deadline_s = 2.0

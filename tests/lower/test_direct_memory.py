@@ -8,16 +8,21 @@ from __future__ import annotations
 import mmap
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pickle import PickleBuffer
 
 import pytest
+from opentelemetry.trace import INVALID_SPAN
 
 from kvcache.keys import namespaced_key
-from kvcache.lower.lent_calls import revoke
+from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
+from kvcache.lower.lent_calls import CallSeries, revoke
+from kvcache.lower.pending_call import PendingCall
 from kvcache.slab import PAGE
+from kvcache.stats import TierName
 from kvcache.testing import keys_of
 from tests.support.direct_under_test import DirectUnderTest, size_of, stored
 from tests.support.failing_parts import FaultyTier
@@ -193,6 +198,27 @@ def test_revoke_waits_while_a_view_is_in_use() -> None:
     in_use.release()
     thread.join(LONG)
     assert revoked.is_set()
+
+
+def test_series_with_a_hanging_call_waits_for_it_and_not_for_those_that_ended() -> None:
+    """Otherwise the caller's thread would spin until the deadline."""
+    health = TierHealth(TierName("t1", "test"), {}, CircuitBreaker(time.monotonic))
+    calls = [
+        PendingCall[bool](health, LONG, "load", 1, lambda: None, INVALID_SPAN) for _ in range(3)
+    ]
+    buffers = [memoryview(bytearray(1))] * 4
+    series: CallSeries[bool] = CallSeries(
+        buffers, range(4), 1, 3, lambda positions, _: calls[positions[0]], writable=True
+    )
+    series.start_calls()
+    assert series.awaited is calls[1]  # the fourth block can be asked for when half have ended
+    calls[1].run(lambda: [True])
+    series.finish_calls()
+    assert series.awaited is calls[0]
+    calls[0].run(lambda: [True])
+    series.finish_calls()
+    assert series.answers == {0: True, 1: True}
+    series.revoke_all()
 
 
 def test_exception_in_the_calling_thread_revokes_the_memory(
