@@ -152,12 +152,21 @@ def test_tests_of_compiled_modules_pass_on_the_wheel(python: Path, elsewhere: Pa
     run(*pytest_command, *TESTS_OF_COMPILED, cwd=elsewhere)
 
 
-def test_wheel_has_the_entry_point_of_the_vllm_plugin(python: Path, elsewhere: Path) -> None:
+@pytest.mark.parametrize(
+    ("group", "function"),
+    [
+        ("vllm.general_plugins", "kvcache.connectors.vllm.plugin:register"),
+        ("sglang.srt.plugins", "kvcache.connectors.sglang.weight_updates:register"),
+    ],
+)
+def test_wheel_has_the_entry_point_of_each_plugin(
+    python: Path, elsewhere: Path, group: str, function: str
+) -> None:
     code = (
         "from importlib.metadata import entry_points;"
-        "print(*entry_points(group='vllm.general_plugins', name='kvcache'))"
+        f"print(*entry_points(group={group!r}, name='kvcache'))"
     )
-    assert "kvcache.connectors.vllm.plugin:register" in run(python, "-P", "-c", code, cwd=elsewhere)
+    assert function in run(python, "-P", "-c", code, cwd=elsewhere)
 
 
 def test_wheel_vllm_extra_leaves_engine_and_torch_alone(wheel: Path) -> None:

@@ -138,3 +138,16 @@ def test_page_is_loaded_from_the_next_tier_if_the_first_fails() -> None:
     near.fault = "raise"
     assert backend.batch_get_v1(keys, at) == [True] * PAGES
     assert far.read
+
+
+def test_tier_that_is_not_asked_misses_a_page_once() -> None:
+    """With ``lookup = "load"`` the load is the question."""
+    backend, pool, tier = open_faulty(lookup="load")
+    keys, at = pools.page_keys(PAGES), pools.indices(pool, range(PAGES))
+    assert backend.batch_exists(keys) == PAGES
+    assert tier.calls == []
+    assert backend.batch_get_v1(keys, at) == [False] * PAGES
+    assert backend.batch_exists(keys) == 0
+    assert all(backend.batch_set_v1(keys, at))
+    assert backend.batch_exists(keys) == PAGES
+    assert backend.batch_get_v1(keys, at) == [True] * PAGES
