@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("obstore")
 pytest.importorskip("xxhash")
 
-from kvcache.profiles import open_stack
+from kvcache.profiles import open_stack, open_tiers
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from tests.support import s3_server
@@ -143,6 +143,21 @@ def test_damaged_object_ends_the_prefix_and_is_removed(
     assert sum(lower.usage.rejected_blocks.values()) == 1
     store(second)
     assert load_prefix(opened("l1-object", "third")) == len(KEYS)
+
+
+def test_direct_tiers_find_the_blocks_of_a_stack(opened: Open, server: Server, prefix: str) -> None:
+    store(opened("l1-object", "first"))
+    with open_tiers("l1-object", block_nbytes=NBYTES, namespace=NAMESPACE) as tiers:
+        new = keys_of("direct", 2)
+        blocks = [memoryview(block_of(key, NBYTES)) for key in new]
+        assert tiers.store(new, blocks) == [True] * 2
+        keys = [*KEYS[:3], *new, *keys_of("missing", 1)]
+        into = [bytearray(NBYTES) for _ in keys]
+        held = [True] * 5 + [False]
+        assert tiers.load(keys, [memoryview(buffer) for buffer in into]) == held
+    for key, buffer in zip(keys[:5], into, strict=False):
+        assert buffer == block_of(key, NBYTES)
+    assert len(server.names(prefix)) == len(KEYS) + 2
 
 
 def test_reset_outlasts_the_engine(opened: Open) -> None:
