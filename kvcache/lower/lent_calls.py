@@ -153,8 +153,10 @@ class CallSeries(Generic[T]):
             self._take(positions, call.wait(0.0))
         self._in_flight.clear()
 
-    def revoke_all(self) -> None:
-        """Take the caller's memory away from every call."""
+    def end(self) -> None:
+        """Take the caller's memory away from every call; cancel those that have not begun."""
+        for call, _ in self._in_flight:
+            call.cancel()
         for views in self._lent:
             revoke(views)
 
@@ -171,7 +173,7 @@ def run_series(series: Sequence[CallSeries[T]]) -> None:
                 each.finish_calls()
     finally:
         for each in series:
-            each.revoke_all()
+            each.end()
 
 
 def _start_calls(series: Sequence[CallSeries[T]]) -> Iterator[CallSeries[T]]:
