@@ -114,7 +114,8 @@ class DirectTier(TierCaller):
         """
         span = telemetry.start_child(parent_span, telemetry.TIER_LOAD)
         begun = self.channel.clock()
-        start = partial(self._start_load, keys, span)
+        # A reset during the operation must not change the names of its later blocks.
+        start = partial(self._start_load, self.namespace, keys, span)
         assumed = self.channel.assumes_held
         series = self._series(buffers, positions, start, writable=True, assumed=assumed)
         run_series([series])
@@ -130,13 +131,14 @@ class DirectTier(TierCaller):
 
     def _start_load(
         self,
+        namespace: bytes,
         keys: Sequence[bytes],
         span: Span,
         positions: Sequence[int],
         views: Sequence[memoryview],
     ) -> PendingCall[bool]:
         asked = [keys[at] for at in positions]
-        fill = partial(self._fill, self.namespace, asked, views, [len(view) for view in views])
+        fill = partial(self._fill, namespace, asked, views, [len(view) for view in views])
         return self._start_call(
             "load", fill, len(asked), span, on_cancel=lambda: None, queue_counts=False
         )
@@ -169,7 +171,7 @@ class DirectTier(TierCaller):
         span: Span,
     ) -> CallSeries[StoreAnswer]:
         """Return the calls that offer the blocks to the tier; :meth:`end_store` ends them."""
-        start = partial(self._start_store, keys, parents, span)
+        start = partial(self._start_store, self.namespace, keys, parents, span)
         return self._series(blocks, range(len(keys)), start, writable=False)
 
     def end_store(
@@ -194,6 +196,7 @@ class DirectTier(TierCaller):
 
     def _start_store(
         self,
+        namespace: bytes,
         keys: Sequence[bytes],
         parents: Sequence[bytes | None],
         span: Span,
@@ -203,7 +206,7 @@ class DirectTier(TierCaller):
         offered = [keys[at] for at in positions]
         put = partial(
             self._put,
-            self.namespace,
+            namespace,
             offered,
             [parents[at] for at in positions],
             views,

@@ -65,6 +65,21 @@ def test_store_that_began_before_a_clear_is_not_found_after_it() -> None:
     under_test.close()
 
 
+def test_store_of_several_calls_during_a_clear_is_not_found_after_it() -> None:
+    """The calls that begin after the clear belong to the store from before it."""
+    keys = keys_of("long", 40)
+    under_test = DirectUnderTest(calls=1)
+    under_test.hang()
+    store = threading.Thread(target=lambda: under_test.put(keys))
+    store.start()
+    assert under_test.tiers[0].waiting.acquire(timeout=LONG)
+    under_test.direct.tiers[0].channel.reset()
+    under_test.tiers[0].gate.set()
+    store.join(LONG)
+    assert under_test.direct.contains(keys) == [False] * 40
+    under_test.close()
+
+
 def test_store_that_is_queued_during_a_clear_is_dropped() -> None:
     under_test = DirectUnderTest(calls=1)
     [tier] = under_test.direct.tiers
