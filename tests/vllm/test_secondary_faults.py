@@ -243,6 +243,24 @@ def test_reset_waits_for_a_long_job_of_a_slow_tier(slow_load: Any) -> None:
     engine.finish(request)
 
 
+def test_reset_drops_the_jobs_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SharedFaultyTier.store
+
+    def slow(*arguments: Any) -> list[bool]:
+        time.sleep(0.5)
+        return store(*arguments)
+
+    monkeypatch.setattr(SharedFaultyTier, "store", slow)
+    with played(options(), rows=64) as engine:
+        requests = [engine.start(f"r{number}") for number in range(6)]
+        for request in requests:
+            engine.store(request, keys_of(request.req_id, 2))
+        engine.manager.reset_cache()
+        assert SharedFaultyTier.last().calls.count("store") < 6  # two at a time
+        assert not engine.manager.has_pending_work()
+        engine.finish(*requests)
+
+
 def test_shutdown_ends_a_long_job_of_a_slow_tier(slow_load: Any) -> None:
     engine, request, keys = slow_load
     start_load(engine, request, keys)
