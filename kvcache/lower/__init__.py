@@ -1,1 +1,1 @@
-"""Lower tiers: promotion of their blocks to L1, and write-behind of L1's blocks to them."""
+"""Lower tiers: promotion to L1 and write-behind from it, and direct tiers for engines without L1."""
