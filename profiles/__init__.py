@@ -200,13 +200,28 @@ def open_tiers(
                         block_nbytes=block_nbytes,
                         namespace=namespace,
                         about=describe_namespace(identity or {}),
-                        **row.options_for(DirectTier),
+                        **_direct_options(row),
                     )
                 )
             opened.callback(each.channel.stop)  # if a later tier fails to open
         found = DirectTiers(direct, profile=loaded.name, block_nbytes=block_nbytes)
         opened.pop_all()  # from here on ``found`` closes them
     return found
+
+
+def _direct_options(row: Row) -> dict[str, Any]:
+    """Return the options of a direct tier that ``row`` sets.
+
+    A shipped profile sets ``lookup = "load"`` for a stack, which loads a batch before it goes on.
+    Another engine plans a whole load by the answer, so it gets the default, unless the user chose.
+    """
+    options = row.options_for(DirectTier)
+    shipped_lookup = any(
+        setting.option.name == "lookup" and not setting.set_by_user for setting in row.settings
+    )
+    if shipped_lookup:
+        del options["lookup"]
+    return options
 
 
 def _no_lower_tier(loaded: Profile) -> str:

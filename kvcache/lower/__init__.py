@@ -1,1 +1,1 @@
-"""Lower tiers: promotion to L1 and write-behind from it, and direct tiers for engines without L1."""
+"""Lower tiers: promotion to L1 and write-behind, and direct tiers for engines without an L1."""

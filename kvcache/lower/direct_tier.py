@@ -3,6 +3,8 @@
 1. The caller's memory is lent to a call of the tier, and taken back at the call's deadline
    (``lent_calls``).
 2. Every offered block is counted once, as stored, known, declined or dropped, also by a late call.
+3. All calls of an operation use the namespace at its start: after a reset, the later calls of a
+   store drop their blocks.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvcache.profiles import ProfileError, open_tiers
+from kvcache.profiles import ProfileError, load_profile, open_tiers
 from kvcache.replica import Replica
 from kvcache.slab import PAGE
 from kvcache.testing import block_of, keys_of
@@ -118,6 +118,20 @@ def test_options_of_every_layer_are_used(table: dict[str, Any]) -> None:
         assert len(tier.channel.workers.threads) == 3
         assert tier.loads_even_if_slower
         assert tier.channel.assumes_held
+
+
+def test_lookup_of_a_shipped_profile_is_for_stacks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("KVCACHE__OBJECT__URL", str(tmp_path / "objects"))
+    shipped = load_profile("l1-object").tiers[1].options
+    assert shipped["lookup"] == "load"
+    for lookup, assumes in ((None, False), ("load", True), ("ask", False)):
+        if lookup:
+            monkeypatch.setenv("KVCACHE__OBJECT__LOOKUP", lookup)
+        with open_tiers("l1-object", block_nbytes=PAGE, namespace=NAMESPACE) as tiers:
+            assert tiers.tiers[0].channel.assumes_held == assumes
 
 
 def test_profile_without_lower_tiers_is_refused_with_those_that_have_some(
