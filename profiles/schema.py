@@ -154,6 +154,8 @@ def _option(option: Option, description: str) -> Schema:
 def as_written(value: object, hint: object) -> object:
     """Return the value of an option as a profile contains it; None if no profile can."""
     if hint in (Size, DiskSize) and isinstance(value, int):
+        if value == 0:
+            return None  # a default that means "none"; no profile can have it
         size = format_size(value)
         return size if parse_size(size) == value else value
     return value if type(value) in (bool, float, int, str) else None

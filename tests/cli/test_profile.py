@@ -85,6 +85,11 @@ def test_show_prints_a_loadable_profile_with_the_source_of_each_value(
     assert again.tiers[1].options["path"] == "/fast"
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_show_shipped_profile_prints_it(name: str, capsys: Capture) -> None:
+    assert printed(capsys, "show", name).startswith(f"# {name}: ")
+
+
 def test_show_json_has_values_and_sources(tmp_path: Path, capsys: Capture) -> None:
     ours = tmp_path / "ours.toml"
     ours.write_text(DISK)

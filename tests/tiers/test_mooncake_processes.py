@@ -284,6 +284,15 @@ def test_settings_of_the_user_stay_and_are_logged(tmp_path: Path) -> None:
     assert settings == "700 1500 2"
 
 
+def test_library_for_cuda_on_a_machine_without_it_names_the_other_build(tmp_path: Path) -> None:
+    path = stand_in(tmp_path, "raise ImportError('libcuda.so.1: cannot open')")
+    [text, _] = output_of(SETTINGS, "", "1.5", PYTHONPATH=path)
+    assert text == (
+        "this build of mooncake needs CUDA; without it: pip uninstall mooncake-transfer-engine, "
+        "pip install mooncake-transfer-engine-non-cuda (libcuda.so.1: cannot open)"
+    )
+
+
 def test_library_that_lacks_a_library_of_the_system_names_the_packages(tmp_path: Path) -> None:
     path = stand_in(tmp_path, "raise ImportError('libnuma.so.1: cannot open')")
     [text, _] = output_of(SETTINGS, "", "1.5", PYTHONPATH=path)

@@ -101,10 +101,10 @@ def test_invalid_url_is_an_error_without_secrets(text: str, urls: list[str]) -> 
             {"access_key_env": "KV_SECRET", "secret_key_env": SECRET},
             "secret_key_env is a name, and this environment variable is not set, or empty",
         ),
-        ({"endpoint": "host:9000"}, "endpoint is no http:// or https:// URL"),
-        ({"endpoint": "ftp://host"}, "endpoint is no http:// or https:// URL"),
-        ({"endpoint": "https://"}, "endpoint is no http:// or https:// URL"),
-        ({"endpoint": "https://host:port"}, "endpoint is no http:// or https:// URL"),
+        ({"endpoint": "host:9000"}, "endpoint is 'host:9000', which is no http:// or https:// URL"),
+        ({"endpoint": "ftp://host"}, "which is no http:// or https:// URL"),
+        ({"endpoint": "https://"}, "which is no http:// or https:// URL"),
+        ({"endpoint": "https://host:port"}, "which is no http:// or https:// URL"),
         ({"endpoint": f"https://u:{SECRET}@host"}, "endpoint is no http:// or https:// URL"),
         ({"endpoint": f"https://host?sig={SECRET}"}, "endpoint is no http:// or https:// URL"),
         ({"ca_file": "/does/not/exist"}, "ca_file is '/does/not/exist', which is not a readable"),
@@ -150,7 +150,7 @@ def test_endpoint_and_credentials_come_from_the_variables_of_the_provider(
 
 def test_invalid_endpoint_of_a_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
-    with pytest.raises(ValueError, match=r"^AWS_ENDPOINT_URL is no http:// or https:// URL"):
+    with pytest.raises(ValueError, match=r"^AWS_ENDPOINT_URL is 'nonsense', which is no http://"):
         ObjectTier(url="s3://bucket")
 
 

@@ -86,6 +86,12 @@ def load_library(timeout_s: float) -> Any:
         try:
             from mooncake.store import MooncakeDistributedStore
         except ImportError as error:
+            if "libcu" in str(error) and "libcurl" not in str(error):
+                raise ImportError(
+                    "this build of mooncake needs CUDA; without it: pip uninstall "
+                    "mooncake-transfer-engine, pip install mooncake-transfer-engine-non-cuda "
+                    f"({error})"
+                ) from error
             raise ImportError(
                 "mooncake lacks a library of the system; apt-get install libibverbs1 libnuma1 "
                 f"libcurl4 ({error})"

@@ -159,7 +159,7 @@ def parse_url(url: str) -> tuple[str, str, str]:
     """
     if "://" not in url:
         if not url.startswith("/") or "\0" in url:
-            raise ValueError(f"url names no object store; write {FORMS}")
+            raise ValueError(f"{_given('url', url)} names no object store; write {FORMS}")
         return "file", os.path.normpath(url), ""
     if any(mark in url for mark in "?#@"):
         raise ValueError(
@@ -185,6 +185,11 @@ def parse_url(url: str) -> tuple[str, str, str]:
     return scheme, name, prefix
 
 
+def _given(option: str, value: str) -> str:
+    """Return the option and its value, without a value that may contain a secret."""
+    return option if any(mark in value for mark in "?#@") else f"{option} is {value!r}, which"
+
+
 def _endpoint(scheme: str, option: str) -> str:
     """Return the endpoint of the option, else of the provider's variables; "" for neither."""
     found = {"endpoint": option} | {
@@ -200,7 +205,8 @@ def _endpoint(scheme: str, option: str) -> str:
         valid = False
     if endpoint and not (valid and parts.scheme in ("http", "https")):
         raise ValueError(
-            f"{place} is no http:// or https:// URL of a server; write https://HOST[:PORT]"
+            f"{_given(place, endpoint)} is no http:// or https:// URL of a server; "
+            "write https://HOST[:PORT]"
         )
     return endpoint.rstrip("/")
 

@@ -70,7 +70,9 @@ def _measure(row: Row, tier: Tier, nbytes: int, options: CheckOptions) -> CheckR
         [stored], store_s = timed(lambda: tier.store([key], [memoryview(block)]))
         if not stored:
             return warn(
-                row.name, "answers, but declined a block", f"check whether it is full; {row.where}"
+                row.name,
+                "answers, but declined a block",
+                f"check whether it is full, or has no memory or disk yet; {row.where}",
             )
         loads = [timed(lambda: tier.load([key], [memoryview(buffer)])) for _ in range(_ROUNDS)]
     finally:
