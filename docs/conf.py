@@ -1,6 +1,6 @@
 """Builds the site from the Markdown pages in this folder with Sphinx.
 
-`make docs` builds it strictly, into build/docs. Always true:
+`make docs` builds it strictly, into build/docs. Invariants:
 
 * The sidebar has the pages in the lists of `index.md`, in that order. Any other page is an error.
 * The build uses no network, and neither do the pages in a browser.

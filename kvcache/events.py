@@ -1,6 +1,6 @@
 """Events of a tier: which blocks it stored and removed, for a subscriber that publishes them.
 
-Always true here: a tier reports events in the order in which they happened. The base class ignores
+Invariants: a tier reports events in the order in which they happened. The base class ignores
 them, so that a tier without a subscriber calls it without a check.
 """
 

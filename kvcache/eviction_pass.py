@@ -1,6 +1,6 @@
 """The pass that evicts blocks of an index, in the order in which a policy offers them.
 
-Always true here: eviction takes blocks from the tail of a chain. It never takes a block that is
+Invariants: eviction takes blocks from the tail of a chain. It never takes a block that is
 pinned, is being filled, or has a child in the index or is about to get one, whatever the policy
 offers.
 """

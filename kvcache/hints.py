@@ -1,6 +1,6 @@
 """Hints of callers about the future use of blocks: done with them, or protect them for a while.
 
-Always true here:
+Invariants:
 
 * A hint changes the order of evictions and nothing else. It is no promise, and a hint on a block
   that is not held has no effect.

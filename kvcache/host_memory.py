@@ -1,6 +1,6 @@
 """The memory that this process may use and the free part of it, with the files that report them.
 
-Always true: every result is the smallest of the host's number and those of the control groups, from
+Invariants: every result is the smallest of the host's number and those of the control groups, from
 the process's own group up to the mounted root (cgroup v2 and v1, also nested or in a cgroup
 namespace). ``available()`` is never above ``limit()``. Nothing is cached, since memory use changes.
 """

@@ -9,7 +9,7 @@
     A block that is removed while its slot is under lease leaves an orphan: a slot without a key,
     which returns to the free list when the last lease on it ends.
 
-Always true here:
+Invariants:
 
 * A slot is free, or has a key, or is an orphan. The three together are the open slots.
 * A slot under lease is FILLING or pinned, and is never given to another key.

@@ -1,6 +1,6 @@
 """Reads files, sockets and documents of people and other programs, with limits on size and time.
 
-Always true: every function returns or raises within its limits, whatever a path leads to (a pipe
+Invariant: every function returns or raises within its limits, whatever a path leads to (a pipe
 without a writer, an endless device) and whatever a server does (silence, endless output).
 """
 

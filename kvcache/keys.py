@@ -1,6 +1,6 @@
 """Identity: the digest of a namespace, and the chain of keys over the blocks of a prompt.
 
-Always true here:
+Invariants:
 
 * A block's key depends on every token before it: equal keys mean equal prefixes (256-bit BLAKE2b).
 * A namespace digest depends on everything that makes bytes incompatible, names and values both.

@@ -1,6 +1,6 @@
 """Leases: slots of a front tier that are lent to one holder.
 
-Always true here: a lease ends exactly once. Until then its slots belong to its holder alone.
+Invariants: a lease ends exactly once. Until then its slots belong to its holder alone.
 """
 
 from __future__ import annotations

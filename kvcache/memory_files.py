@@ -1,6 +1,6 @@
 """Files in memory (``memfd``), and their mapping next to each other in one range of addresses.
 
-Always true here:
+Invariants:
 
 * A file keeps its size: the kernel lets no process truncate it, which would end every process that
   has it mapped with SIGBUS.

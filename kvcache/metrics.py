@@ -1,6 +1,6 @@
 """Every metric: its name and unit, and the counters of a stack that are its values.
 
-Always true here:
+Invariants:
 
 * The values are the plain integers of ``Stack.stats()``; nothing is counted a second time.
   Observable instruments of the OpenTelemetry API read them at each collection.

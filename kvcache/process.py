@@ -3,7 +3,7 @@
 A forked child has a copy of every index and lease, and shares the memory, the files and the sockets
 behind them. Two copies that choose slots independently overwrite each other's blocks.
 
-Always true here:
+Invariants:
 
 * In a child that Python forked (``os.fork``, ``multiprocessing``), every public method of a bound
   object of the parent raises :class:`ForkedError`, and ``close`` does nothing.

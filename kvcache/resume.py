@@ -4,7 +4,7 @@ In this module, *group* means kept group. A *chain group* needs all blocks of th
 other group needs the blocks near its end: the last window, the current chunk, or the last state.
 These are *side blocks*: each is useful only with the chain up to the same token.
 
-Always true here:
+Invariants:
 
 * Each key is asked at most once, and the cost is linear in the number of blocks.
 * The blocks of a chain group are asked from the first one on, side blocks from the last one back.

@@ -4,7 +4,7 @@ Two rules define a secret. A value is a secret if its name says so (``password``
 ``auth_key``, ...): the name of an option, a key in a table, a variable, or a parameter of a URL. In
 a URL, everything before the ``@`` is a secret too.
 
-Always true: these rules hide every value with such a name; they may also hide values that are no
+Invariants: these rules hide every value with such a name; they may also hide values that are no
 secrets.
 
 How to use it:

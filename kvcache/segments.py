@@ -8,7 +8,7 @@
 
 All chains form a radix tree, with a segment as each edge.
 
-Always true here:
+Invariants:
 
 * Every block is in exactly one segment. A segment has 1 to ``_MAX_BLOCKS`` blocks. A short segment
   that continues another one is merged into it when it is published.

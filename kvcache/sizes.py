@@ -1,6 +1,6 @@
 """Sizes in bytes as people write them: "10GiB", "512 MB", "80%".
 
-Always true: a ``Size`` is a whole number of bytes above zero. ``parse_size`` reads the output of
+Invariants: a ``Size`` is a whole number of bytes above zero. ``parse_size`` reads the output of
 ``format_size`` as at most the formatted number.
 """
 

@@ -4,7 +4,7 @@ The memory is an anonymous file (``memfd``), or two: the first one of huge pages
 free, the second one of ordinary pages. There is no ``/dev/shm`` to size, and a crash leaves nothing
 behind. Other processes open a file by the owner's descriptor, ``/proc/<pid>/fd/<n>``.
 
-Always true here:
+Invariants:
 
 * Slots have one size, a whole number of pages, and start on a page.
 * The first use of a slot below ``populated`` costs no zeroing of pages: a background thread

@@ -8,7 +8,7 @@
             copy                              one per worker that copies for the operation
     tier.store                                write-behind: a trace of its own, linked to its store
 
-Always true here:
+Invariants:
 
 * There is one span per operation and one per tier that it calls, never one per block.
 * Without a recording tracer a span costs about a microsecond: nothing is attached to the current

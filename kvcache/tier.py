@@ -1,6 +1,6 @@
 """The contracts of tiers: ``Tier`` and ``FrontTier``.
 
-Always true here:
+Invariants:
 
 * A tier keeps opaque blocks of bytes under opaque keys. Its methods block, take batches, and return
   one result per key in order. It knows nothing of models or threads; of prefixes it only learns the

@@ -1,6 +1,6 @@
 """Daemon threads with a queue of jobs in which loads go before stores.
 
-Always true here:
+Invariants:
 
 * A thread takes the oldest queued load, and a store only when no load is queued.
 * A job runs or is dropped, exactly once.

@@ -1,6 +1,6 @@
 """L1: a front tier in host memory, which lends its slots in place.
 
-Always true here:
+Invariants:
 
 * The slab has the bytes, the index the state of the slots. One lock guards the index; no bytes are
   copied under it.

@@ -4,7 +4,7 @@ A command has two functions, `add_arguments(parser)` and `run(args) -> int`. It 
 package of kvcache, but imports it inside functions, so that `kvcache --help` needs neither an
 engine nor torch nor numpy.
 
-Always true: a command ends with its output or with one error line. `main` turns an unexpected
+Invariants: a command ends with its output or with one error line. `main` turns an unexpected
 exception into one line, and nothing here prints a traceback.
 """
 

@@ -1,6 +1,6 @@
 """Read the objects of an object tier, for commands.
 
-Always true: every request, and every page of a list, has a deadline, and an object has at most the
+Invariant: every request, and every page of a list, has a deadline, and an object has at most the
 bytes that the caller asks for.
 """
 

@@ -1,6 +1,6 @@
 """Read the Redis or Valkey servers of a tier, for commands.
 
-Always true: reading a value does not count as a use of it on servers with `CLIENT NO-TOUCH` (7.2
+Invariants: reading a value does not count as a use of it on servers with `CLIENT NO-TOUCH` (7.2
 and later; older ones count it in their LRU). An answer has the tier's limits: a deadline and a
 number of bytes. This module limits lists of keys.
 """

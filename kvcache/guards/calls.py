@@ -2,7 +2,7 @@
 
 A profile can name any class as a tier, so a method may raise and return anything.
 
-Always true here:
+Invariants:
 
 * Every exception becomes a ``TierError``, also one that is no ``Exception``: ``SystemExit``, the
   ``CancelledError`` of asyncio, a panic of Rust. Only an exception that a signal raised is raised

@@ -1,6 +1,6 @@
 """Guards a third-party front tier: a failure of it costs the result of that call.
 
-Always true here:
+Invariants:
 
 * No method raises, except for an exception that a signal raised. A failure counts as a miss or a
   decline, and is logged once per method.

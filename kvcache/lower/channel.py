@@ -1,6 +1,6 @@
 """The only way to one lower tier: checked calls, and the state that reads and writes share.
 
-Always true here:
+Invariants:
 
 * Only ``Channel`` and its ``TierNamespace`` call the tier's methods. They check what the tier
   returns, and raise ``TierError`` for every failure of the tier.

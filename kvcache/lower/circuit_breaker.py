@@ -5,7 +5,7 @@
     CLOSED --failures in a row--> OPEN --pause is over--> one PROBE --success--> CLOSED
                                    ^----- failure: the pause doubles -----'
 
-Always true here:
+Invariants:
 
 * While the breaker is open, no call is allowed except one probe after each pause.
 * If a probe reports nothing within the longest pause, another probe is allowed. A call that hangs

@@ -1,6 +1,6 @@
 """Predicts how long a call on several blocks takes, from the durations of earlier calls.
 
-No I/O. Always true here: a model returns ``None`` until its first sample; a prediction is at least
+No I/O. Invariants: a model returns ``None`` until its first sample; a prediction is at least
 0 and does not fall as the number of blocks grows.
 """
 

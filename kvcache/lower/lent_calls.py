@@ -1,6 +1,6 @@
 """Calls of lower tiers that read or fill the caller's memory.
 
-Always true here: when an operation returned, no call of it reads or writes the caller's memory, not
+Invariant: when an operation returned, no call of it reads or writes the caller's memory, not
 even one that hangs and continues later.
 
 * A call gets views of the memory that were made for it alone. The operation releases them before it

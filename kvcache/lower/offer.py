@@ -1,6 +1,6 @@
 """Offers blocks to a lower tier: write-behind and direct tiers store through this function alone.
 
-Always true here: the tier is offered only the blocks that it reports to lack, or (``lookup =
+Invariant: the tier is offered only the blocks that it reports to lack, or (``lookup =
 "load"``) those that this process has not stored or loaded.
 """
 

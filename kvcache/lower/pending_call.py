@@ -1,6 +1,6 @@
 """A call of a lower tier's method, with a deadline for its answer.
 
-Always true here:
+Invariants:
 
 * Every pending call is answered, cancelled or failed exactly once. At the deadline its caller stops
   waiting; the call itself continues, because nothing can interrupt it.

@@ -1,6 +1,6 @@
 """Read what a model keeps in the KV cache from its `config.json`.
 
-Always true: a missing number is an error that names the key and the option, never a guess. A model
+Invariants: a missing number is an error that names the key and the option, never a guess. A model
 with layers of a kind that is not known is refused by its name.
 """
 

@@ -3,7 +3,7 @@
 `FAMILIES` lists each `model_type` that is known. Every function takes the configuration of the
 language model and returns an entry for each kind of layers.
 
-Always true: a missing number is an error that names its key, never a guess. Defaults are those
+Invariants: a missing number is an error that names its key, never a guess. Defaults are those
 that the model's own configuration class has.
 """
 

@@ -1,6 +1,6 @@
 """What the layers of a model keep, and the kept groups that they make up.
 
-Always true: bytes of a block are those of all layers of a group on all tensor-parallel ranks,
+Invariants: bytes of a block are those of all layers of a group on all tensor-parallel ranks,
 without padding. Bytes that several ranks hold alike count once, as L1 keeps them once.
 """
 

@@ -1,6 +1,6 @@
 """Keys, block contents and threads for the contract suites.
 
-Always true: the bytes of a block are derived from its key, so a block under a wrong key is noticed.
+Invariant: the bytes of a block are derived from its key, so a block under a wrong key is noticed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The contract of every front tier, as tests.
 
-Always true: after each test of a front tier, no slot is pinned.
+Invariant: after each test of a front tier, no slot is pinned.
 """
 
 from __future__ import annotations

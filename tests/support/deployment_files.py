@@ -1,7 +1,7 @@
 """What `docs/deploy` starts, read from its files: the containers, whoever starts them.
 
 A Kubernetes container and a compose service say the same with other words; here both are a
-`Container`. Always true: command and environment are what the process would get, with secrets from
+`Container`. Invariant: command and environment are what the process would get, with secrets from
 `secret` in their places, and nothing that the file does not say.
 """
 

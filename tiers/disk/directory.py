@@ -1,6 +1,6 @@
 """The open files of a disk tier's directory, and the space that they take.
 
-Always true here:
+Invariants:
 
 * One process has the directory open, from the construction of :class:`TierDirectory` to its
   ``close`` or to the end of the process. A forked child does not have it open.

@@ -4,7 +4,7 @@ A JSON object with two tables, keyed by the hex of a namespace: ``reset`` has th
 the namespace's last reset; ``about`` has the description of each namespace, under the name that it
 has in this directory.
 
-Always true here: the file is replaced as a whole, and is on the disk when a call returns. So a
+Invariants: the file is replaced as a whole, and is on the disk when a call returns. So a
 reset survives a killed process and a power cut.
 """
 

@@ -1,6 +1,6 @@
 """Reads the directory of a disk tier, also while an engine has it open.
 
-Always true here:
+Invariants:
 
 * Nothing is written, created or locked, and no space is taken from the tier.
 * A block is returned only if its record did not change while the block was read. The tier clears a

@@ -11,7 +11,7 @@
 
 Numbers are little-endian; numbers in brackets are bytes.
 
-Always true here:
+Invariants:
 
 * A file for another slot size counts as empty; so does a record that does not verify. If only the
   number of slots changes, the blocks in the remaining slots are kept.

@@ -5,7 +5,7 @@
     path/             lock, records and blocks of replica 0; usually there is no other replica
     path/replica-1/   the same of replica 1; and so on
 
-Always true here:
+Invariants:
 
 * The files below ``path`` never exceed the capacity, whatever number of replicas ran before. Before
   a replica allocates space, it cuts or deletes the files of replicas that no longer run.

@@ -1,6 +1,6 @@
 """Opens files and directories that other users may have changed, and checks their kind and owner.
 
-Always true here:
+Invariants:
 
 * A file or a directory is opened once, relative to its open parent directory, and is checked by its
   descriptor. So renaming it afterwards has no effect.

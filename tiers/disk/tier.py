@@ -1,6 +1,6 @@
 """The disk tier: which block is in which slot, and its reads and writes.
 
-Always true here:
+Invariants:
 
 * Disk space is allocated when the tier is opened, and never exceeds ``capacity``. A full tier
   evicts by its policy, the tail of a chain before its head, after a restart too.

@@ -20,7 +20,7 @@ block of 2 MiB the page is 0.2 %.
 With codec zstd, byte planes are separated: the payload has the first byte of every element, then
 the second, and so on; the last plane (the highest byte) is one zstd frame, the others are raw.
 
-Always true here:
+Invariants:
 
 * A frame describes itself: the reader needs no options.
 * A frame is verified before any of its bytes reaches a caller's buffer.

@@ -1,6 +1,6 @@
 """A tier that keeps each block in another tier as a frame (``format.py``).
 
-Always true here:
+Invariants:
 
 * A load returns the bytes that were stored under the key, or a miss. A rejected frame is a miss, is
   counted by reason, and is removed from the inner tier.

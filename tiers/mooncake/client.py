@@ -1,6 +1,6 @@
 """A client of Mooncake's library: the gate in front of its methods, and the thread that opens it.
 
-Always true here:
+Invariants:
 
 * No method of the library is called after its ``close``, which would crash the process. ``close``
   runs once, when no call is inside.

@@ -1,6 +1,6 @@
 """Mooncake's library: the import with its settings, and the result codes of its methods.
 
-Always true here:
+Invariants:
 
 * The library reads its settings from environment variables, at any time and in threads of its own.
   A variable is therefore set before the library is imported, and never changed afterwards: the

@@ -9,7 +9,7 @@ RDMA           memory that was registered with the        memory of this process
 host's daemon  memory that it shares with the daemon      memory that is shared with it
 =============  =========================================  ==================================
 
-Always true here:
+Invariants:
 
 * Memory of a caller that the library cannot transfer is copied through memory that it can.
 * Memory that was given to the library stays mapped as long as the tier exists: a transfer that the

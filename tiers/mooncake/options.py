@@ -1,6 +1,6 @@
 """Checks the options of a tier in a Mooncake pool.
 
-Always true here: no message repeats a URL, which may have a password.
+Invariant: no message repeats a URL, which may have a password.
 """
 
 from __future__ import annotations

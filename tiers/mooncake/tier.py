@@ -4,7 +4,7 @@ All engines of the pool share the blocks. The names in the pool::
 
     kvcache:1:<namespace, hex>:<key, hex>  ->  one value: a block in its frame
 
-Always true here:
+Invariants:
 
 * Mooncake can report success with wrong bytes: for a key that is twice in a batch, and for a block
   that was removed by force while it is read. So each key is in a batch once, and nothing is removed

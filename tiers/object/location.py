@@ -1,6 +1,6 @@
 """Checks a tier's options, and opens obstore's client of a bucket, a container or a folder.
 
-Always true here:
+Invariants:
 
 * A secret is read from the environment, and is in no message, log or ``repr``. A URL that may
   contain one is refused, and not repeated.

@@ -1,6 +1,6 @@
 """Single requests to an object store, and what their outcomes mean.
 
-Always true here:
+Invariants:
 
 * A request returns a value or a :class:`FailedRequest`; it raises nothing.
 * A text of the store is shown as one printable line without secrets.

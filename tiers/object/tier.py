@@ -3,7 +3,7 @@
 All engines that reach the store share the blocks. ``names`` has the names of the
 objects.
 
-Always true here:
+Invariants:
 
 * A block is one object, written by one request, and by default only if no such object exists. So no
   block is stored in part, and of several engines that write a block only the first one has an

@@ -1,6 +1,6 @@
 """A Redis cluster: its nodes, and the map of slots to nodes.
 
-Always true here:
+Invariants:
 
 * No call waits for a node that failed within the last second.
 * While a node fails, or after an error that shows an outdated map, one call at a time fetches the

@@ -1,6 +1,6 @@
 """Parses a server's URL and options, and makes authenticated connections.
 
-Always true here:
+Invariants:
 
 * A password is read from the environment, and is in no message, log or ``repr``. A URL with a
   password is refused, and not repeated.

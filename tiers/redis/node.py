@@ -1,6 +1,6 @@
 """One server and its connections, and the parts that all kinds of server group share.
 
-Always true here:
+Invariants:
 
 * One call at a time uses a connection. It is reused only if every reply to the call was read;
   otherwise it is closed, together with the idle ones.

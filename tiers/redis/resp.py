@@ -1,6 +1,6 @@
 """RESP2 on one connection: commands and replies, payloads from and into the caller's memory.
 
-Always true here:
+Invariants:
 
 * Replies are matched to commands by their order alone. Anything but a whole, valid next reply is a
   :class:`ProtocolError`, and the connection is not used again.

@@ -1,6 +1,6 @@
 """The server that Sentinels name as the master, now and after each failover.
 
-Always true here:
+Invariants:
 
 * The tier asks the Sentinels before the first call, and again after a failure, a ``READONLY`` or a
   connection that the server closed; one call at a time does so, at most once a second.

@@ -6,7 +6,7 @@ All engines that reach the servers share the blocks. The keys in the server::
     kvcache:1:reset:<namespace, hex>       ->  random bytes, once the namespace was reset
     kvcache:1:about:<namespace, hex>       ->  a JSON object that describes the namespace
 
-Always true here:
+Invariants:
 
 * A block is one key with one value, written by one ``SET ... NX``. So no block is stored in part,
   and if several engines write the same block, only the first write has an effect.

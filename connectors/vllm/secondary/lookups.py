@@ -1,6 +1,6 @@
 """Lookups for vLLM's scheduler, asked in threads: the scheduler never waits for a tier.
 
-Always true here:
+Invariants:
 
 * A key that a request asks for is looked up once, together with the other keys of that step. The
   answer is kept until the last request that asked for it has ended.

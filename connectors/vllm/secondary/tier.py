@@ -1,6 +1,6 @@
 """``KVCacheTier``: the lower tiers of a profile as one of vLLM's secondary tiers.
 
-Always true here:
+Invariants:
 
 * vLLM's scheduler never waits for a tier: lookups, loads and stores run in threads. The exceptions
   are `drain_jobs` and `shutdown`, which end the jobs; each call of a job has the tier's deadline.

@@ -1,6 +1,6 @@
 """The jobs of vLLM's in one direction: each is cut into pieces, which threads transfer.
 
-Always true here:
+Invariants:
 
 * A job is reported exactly once, after its last piece. From then on no thread and no tier touches
   the memory of its rows, so vLLM may use the rows for other blocks.

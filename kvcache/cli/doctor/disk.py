@@ -1,6 +1,6 @@
 """Check the directory of a disk tier: its owner, room and speed.
 
-Always true: the tier is not opened. The check writes one file without a name, at most 1 % of the
+Invariants: the tier is not opened. The check writes one file without a name, at most 1 % of the
 free space; the file system deletes it when it is closed, also after a crash.
 """
 

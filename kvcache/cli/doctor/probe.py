@@ -1,6 +1,6 @@
 """Check a lower tier that is not a disk: is it reachable, does it keep a block, how fast is it.
 
-Always true: the block is in a namespace that no engine uses, and the check removes it.
+Invariant: the block is in a namespace that no engine uses, and the check removes it.
 """
 
 from __future__ import annotations

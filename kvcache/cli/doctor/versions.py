@@ -1,6 +1,6 @@
 """Check the installed packages against the requirements of kvcache.
 
-Always true: the requirements come from the metadata of the installed kvcache. No package is
+Invariants: the requirements come from the metadata of the installed kvcache. No package is
 imported, because importing an engine takes seconds.
 """
 

@@ -1,6 +1,6 @@
 """Read the blocks of kvcache in a Redis or Valkey server, or a cluster of them.
 
-Always true: no value is removed, and reading one does not extend its life.
+Invariant: no value is removed, and reading one does not extend its life.
 """
 
 from __future__ import annotations

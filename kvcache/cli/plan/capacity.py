@@ -1,6 +1,6 @@
 """Calculate how many blocks of a model fit into memory or a disk, and measure a memory copy.
 
-Always true: sizes are for the node, all ranks together, unless their name contains "rank". Bytes
+Invariants: sizes are for the node, all ranks together, unless their name contains "rank". Bytes
 that several ranks hold alike count once. A number of slots that fit leaves room for the index, page
 tables and records.
 """

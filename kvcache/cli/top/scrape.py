@@ -1,6 +1,6 @@
 """Read the metrics of tiers from the Prometheus page of a running engine.
 
-Always true: the numbers of several engines on one page (data parallelism) are added up by tier. A
+Invariants: the numbers of several engines on one page (data parallelism) are added up by tier. A
 metric that the page lacks is absent, not 0.
 """
 
