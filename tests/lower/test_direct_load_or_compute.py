@@ -204,3 +204,22 @@ def test_skipped_tier_with_lookup_load_is_remeasured_without_a_lookup() -> None:
     assert reported[-1]
     assert "contains" not in tier.calls
     under_test.close()
+
+
+def test_skipped_tier_with_lookup_load_is_remeasured_by_prompts_that_it_holds_in_part() -> None:
+    """Prompts of one system prompt share their first blocks alone."""
+    under_test = TimedDirect(lookup="load")
+    [tier] = under_test.tiers
+    tier.load_s = 0.2
+    under_test.observe_compute()
+    under_test.get(under_test.new_keys(0, 0, 0, 0))
+    tier.load_s = 0.01
+    reported = []
+    for _ in range(12):
+        under_test.clock.advance(REMEASURE_S)
+        reported.append(any(under_test.direct.contains(under_test.new_keys(0, 0, None, None))))
+        under_test.wait_idle()  # for the load of all, and then for that of the held ones
+        under_test.wait_idle()
+    assert not reported[0]
+    assert reported[-1]
+    under_test.close()
