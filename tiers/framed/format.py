@@ -115,6 +115,8 @@ class Workspace:
         """Write the frame of ``block`` into ``frames[slot]``; return the part that it takes."""
         frame, size = self.frames[slot], len(block)
         raw = frame[HEADER_NBYTES : HEADER_NBYTES + size]
+        # The only use of the caller's memory, by assignment alone: it may be revoked at any time
+        # (``kvcache.lower.lent_calls``), and a slice or an array over it would outlive that.
         raw[:] = block
         planes = []
         if self._compress:
@@ -178,6 +180,7 @@ class Workspace:
         raw = frame[HEADER_NBYTES : HEADER_NBYTES + size]
         if expected != checksum(frame[: _FIELDS.size], raw, key):
             raise RejectedError("checksum")
+        # The only use of the caller's memory, as in ``pack``.
         into[:size] = raw
         return size
 
