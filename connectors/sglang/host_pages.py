@@ -58,7 +58,7 @@ class HostPages:
 
         try:
             found = self.pool.get_page_buffer_meta(torch.arange(self._page_tokens))
-        except (NotImplementedError, ValueError) as error:
+        except (NotImplementedError, ValueError, AssertionError) as error:
             raise ValueError(
                 f"SGLang has no addresses of the pages of host pool {name!r} in layout "
                 f"{getattr(self.pool, 'layout', None)!r} ({error}); use --hicache-mem-layout "
@@ -112,6 +112,7 @@ def pool_fields(pool: Any) -> dict[str, object]:
         "pool": type(pool).__name__,
         "pool format": getattr(pool, "storage_format_tag", None),
         "pool dtype": str(getattr(pool, "dtype", None)),
+        "state dtype": str(getattr(pool, "temporal_dtype", None)),  # of Mamba
         "layout": getattr(pool, "layout", None),
         "page size": getattr(pool, "page_size", None),
         "layers": [getattr(pool, name, None) for name in ("start_layer", "end_layer")],

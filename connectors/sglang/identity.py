@@ -45,12 +45,16 @@ SETTINGS: Final = (
     "qsa_indexer_dtype", "modelopt_quant", "attention_backend", "prefill_attention_backend",
     "decode_attention_backend", "enable_deterministic_inference", "rl_on_policy_target",
     "trust_remote_code", "speculative_algorithm", "speculative_draft_model_quantization",
-    "speculative_draft_kv_cache_dtype",
+    "speculative_draft_kv_cache_dtype", "mamba_ssm_dtype", "enable_int8_mamba_checkpoint",
+    "enable_deepseek_v4_fp4_indexer", "prefill_kv_cache_dequant_dtype", "quantize_and_serve",
+    "flashinfer_mxfp4_moe_precision", "enable_w4a4_mxfp4_megamoe", "enable_quant_communications",
+    "enable_tf32_matmul", "dllm_algorithm", "forward_hooks",
 )  # fmt: skip
 """Settings of SGLang's server that change the bytes of a page."""
 
 UNREAD_FILES: Final = (
     "quantization_param_path", "modelopt_checkpoint_restore_path", "rl_quant_profile",
+    "kt_weight_path", "decrypted_config_file", "decrypted_draft_config_file", "uno_lora_path",
 )  # fmt: skip
 """Settings that name a file beside the weights."""
 

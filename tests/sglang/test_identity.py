@@ -190,6 +190,9 @@ def test_identity_of_a_snapshot_is_its_commit(tmp_path: Path) -> None:
         {"json_model_override_args": '{"rope_theta": 1}'},
         {"attention_backend": "torch_native"},
         {"quantization": "fp8"},
+        {"mamba_ssm_dtype": "bfloat16"},
+        {"quantize_and_serve": True},
+        {"forward_hooks": [{"name": "steer"}]},
     ],
     ids=lambda setting: next(iter(setting)),
 )
@@ -213,6 +216,8 @@ UNIDENTIFIED: dict[str, dict[str, Any]] = {
     "dummy weights": {"load_format": "dummy"},
     "remote weights": {"load_format": "remote"},
     "scales elsewhere": {"quantization_param_path": "scales.json"},
+    "experts elsewhere": {"kt_weight_path": "experts"},
+    "configuration elsewhere": {"decrypted_config_file": "config.json"},
     "weights of another process": {"weight_cache_mode": "consumer"},
     "draft model that is missing": {"speculative_draft_model_path": "meta/none"},
 }
