@@ -146,12 +146,14 @@ class ScriptedObjectStore(Closeable):
             self.headers.append({name.lower(): value for name, value in exchange.headers.items()})
             self._in_progress += 1
             self.most_at_once = max(self.most_at_once, self._in_progress)
+        answered = False
         try:
-            if self.fault is None or not self.fault(exchange):
-                self._answer(exchange)
+            answered = self.fault is not None and self.fault(exchange)
         finally:
-            with self._lock:
+            with self._lock:  # before the answer, after which the client may send a request
                 self._in_progress -= 1
+        if not answered:
+            self._answer(exchange)
 
     def _answer(self, exchange: Exchange) -> None:
         name = exchange.name

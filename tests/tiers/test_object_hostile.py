@@ -197,6 +197,17 @@ def test_body_of_a_too_large_object_is_not_read(
     assert tier.contains(KEYS) == [False, True, True, True]
 
 
+@pytest.mark.parametrize("fault", [rejecting(503, "SlowDown"), silent])
+def test_failed_removal_of_a_too_large_object_costs_no_other_block(
+    store: ScriptedObjectStore, fault: Fault
+) -> None:
+    with opened(store, timeout_s=TIMEOUT_S * 4) as tier:
+        tier.store(KEYS, blocks(KEYS))
+        store.objects[block_name(KEYS[0])] = bytes(NBYTES + 1)
+        store.fault = only("DELETE", fault)
+        assert loaded(tier, KEYS) == [False, True, True, True]
+
+
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 502, 503])
 def test_error_answers_to_reads_fail_the_call(
     store: ScriptedObjectStore, tier: ObjectTier, status: int
@@ -241,6 +252,16 @@ def test_object_that_exists_is_held_and_one_that_is_being_written_is_declined(
     store.fault = only("PUT", rejecting(status, code))
     assert tier.store(KEYS, blocks(KEYS)) == [held] * 4
     assert not caplog.records
+
+
+@pytest.mark.parametrize("code", ["ContainerBeingDeleted", "InvalidBucketState", ""])
+def test_conflict_that_is_no_existing_object_is_declined_and_logged(
+    store: ScriptedObjectStore, tier: ObjectTier, caplog: pytest.LogCaptureFixture, code: str
+) -> None:
+    store.fault = only("PUT", rejecting(409, code))
+    assert tier.store(KEYS, blocks(KEYS)) == [False] * 4
+    [record] = caplog.records
+    assert f"a PUT request failed (409 {code or 'Code409'}" in record.getMessage()
 
 
 @pytest.mark.parametrize("status", [429, 503])

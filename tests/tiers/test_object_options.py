@@ -105,6 +105,11 @@ def test_invalid_url_is_an_error_without_secrets(text: str, urls: list[str]) -> 
         ({"endpoint": "ftp://host"}, "which is no http:// or https:// URL"),
         ({"endpoint": "https://"}, "which is no http:// or https:// URL"),
         ({"endpoint": "https://host:port"}, "which is no http:// or https:// URL"),
+        ({"endpoint": "HTTP://host"}, "which is no http:// or https:// URL"),
+        ({"endpoint": "http://host/\n"}, "endpoint contains a line break, or another"),
+        ({"endpoint": "http://h\xfc"}, "which is no http:// or https:// URL"),
+        ({"region": "eu\n"}, "region contains a line break, or another unprintable character"),
+        ({"url": "/tmp/\udcff"}, "which cannot be used: .*surrogates not allowed"),
         ({"endpoint": f"https://u:{SECRET}@host"}, "endpoint is no http:// or https:// URL"),
         ({"endpoint": f"https://host?sig={SECRET}"}, "endpoint is no http:// or https:// URL"),
         ({"ca_file": "/does/not/exist"}, "ca_file is '/does/not/exist', which is not a readable"),
@@ -122,6 +127,28 @@ def test_invalid_url_is_an_error_without_secrets(text: str, urls: list[str]) -> 
 def test_invalid_option_is_an_error_without_secrets(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text) as raised:
         ObjectTier(**({"url": "s3://b"} | options))
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\udcff"])
+@pytest.mark.parametrize("option", ["access_key_env", "secret_key_env", "session_token_env"])
+def test_secret_with_a_line_break_is_an_error_that_names_the_option(
+    monkeypatch: pytest.MonkeyPatch, option: str, end: str
+) -> None:
+    monkeypatch.setenv("KV_BROKEN", SECRET + end)
+    options: dict[str, Any] = {"access_key_env": "KV_SECRET", "secret_key_env": "KV_SECRET"}
+    with pytest.raises(ValueError, match=f"{option} contains a line break") as raised:
+        ObjectTier(**{"url": "s3://b", **options, option: "KV_BROKEN"})
+    assert SECRET not in str(raised.value)
+
+
+def test_line_break_in_a_variable_of_the_provider_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key\n")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with pytest.raises(ValueError, match=r"options cannot be used: .*line break") as raised:
+        ObjectTier(url="s3://b", endpoint="http://127.0.0.1:9")
     assert SECRET not in str(raised.value)
 
 

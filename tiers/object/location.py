@@ -122,6 +122,9 @@ def open_location(
         for option, variable in given.items()
         if option.endswith("_env")
     }
+    for option, value in (given | secrets).items():
+        if not value.isprintable():
+            raise ValueError(f"{option} contains a line break, or another unprintable character")
     known = [os.environ.get(variable, "") for variable in _SECRET_VARIABLES]
     hidden = (*secrets.values(), *filter(None, known))
     endpoint = _endpoint(scheme, given.get("endpoint", ""))
@@ -201,9 +204,10 @@ def _endpoint(scheme: str, option: str) -> str:
     try:
         parts = urlsplit(endpoint)
         valid = bool(parts.hostname) and parts.port != 0 and not set("?#@ ") & set(endpoint)
+        valid = valid and endpoint.isprintable() and endpoint.isascii()  # obstore would panic
     except ValueError:
         valid = False
-    if endpoint and not (valid and parts.scheme in ("http", "https")):
+    if endpoint and not (valid and endpoint.startswith(("http://", "https://"))):
         raise ValueError(
             f"{_given(place, endpoint)} is no http:// or https:// URL of a server; "
             "write https://HOST[:PORT]"
@@ -256,6 +260,7 @@ def _open_folder(folder: Path) -> LocalStore:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError("this process may not read and write it")
+        str(folder).encode()  # obstore takes no name that is not UTF-8
         return LocalStore(folder)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"url is {str(folder)!r}, which cannot be used: {error}") from None

@@ -36,6 +36,7 @@ UNREACHABLE: Final = "Unreachable"
 NO_CREDENTIALS: Final = "NoCredentials"
 CERTIFICATE: Final = "Certificate"  # of the server; it is invalid
 FOLDER: Final = "Folder"  # an error of the file system
+UNUSABLE: Final = "UnusableOptions"  # obstore cannot make a request of them
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,80})\s*</Code>")
@@ -44,6 +45,8 @@ _CAUSES = re.compile(r'(?:message|error|source): "([^"\n]{1,300})"|\n\s+"(dns er
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,80})")
 _TIMED_OUT = re.compile(r"kind: Timeout|\bTimedOut\b")
 _BEING_WRITTEN = re.compile(r"<Code>(ConditionalRequestConflict|OperationAborted)</Code>")
+_CONFLICT = "status code: 409"
+_EXISTS = re.compile(r"<Code>\w*AlreadyExists</Code>")  # Azure's code for status 409
 _REDIRECT = "Received redirect without LOCATION"  # S3: the bucket is in another region
 _METADATA_SERVICES = ("://169.254.", "://metadata.google.internal")
 """Addresses at which a machine in the cloud finds its credentials, and other machines nothing."""
@@ -130,9 +133,11 @@ def put(store: Any, name: str, block: memoryview | bytes, *, overwrite: bool) ->
             store, name, block, mode="overwrite" if overwrite else "create", use_multipart=False
         )
     except (AlreadyExistsError, PreconditionError) as error:
-        if overwrite:
+        text = str(error)
+        if _BEING_WRITTEN.search(text) and not overwrite:
+            return False
+        if overwrite or (_CONFLICT in text and not _EXISTS.search(text)):
             raise
-        return not _BEING_WRITTEN.search(str(error))
     return True
 
 
@@ -155,6 +160,12 @@ def failure_of(error: BaseException, secrets: tuple[str, ...]) -> FailedRequest:
 
     Its text is parsed, because many causes have the same type.
     """
+    if not isinstance(error, Exception):
+        return FailedRequest(
+            UNUSABLE,
+            "obstore cannot make a request of them; look for a line break or another character "
+            "that does not belong in a credential, the region, the account or the endpoint",
+        )
     summary, _, debug = str(error).partition("\n\nDebug source:")
     _, mark, cause = summary.partition(" - ")
     text = cause if mark else summary or type(error).__name__

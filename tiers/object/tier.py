@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
@@ -46,6 +47,7 @@ from kvcache.tiers.object.requests import (
     NO_CREDENTIALS,
     NOT_SENT,
     PUT,
+    UNUSABLE,
     BufferGate,
     FailedRequest,
     ForeignObject,
@@ -156,6 +158,11 @@ class ObjectTier(Tier):
         get = partial(requests.get, self._location.store, START_NAME, RESET_NBYTES)
         outcomes = self._run(GET, [get])
         for failure in failures_among(GET, outcomes):
+            if failure.code == UNUSABLE:
+                raise ValueError(
+                    f"url is {self._location.shown!r}, and its options cannot be used: "
+                    f"{failure.text}"
+                )
             status = failure.status
             rejected = 300 <= status < 500 and status not in _BUSY_STATUSES
             if rejected or failure.code in (NO_CREDENTIALS, CERTIFICATE):
@@ -173,7 +180,7 @@ class ObjectTier(Tier):
 
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
         """As the contract says; an object that cannot be a block is removed, to store one."""
-        gate = BufferGate()
+        gate, begun = BufferGate(), time.monotonic()
         loads = [
             partial(requests.load, self._location.store, block_name(key), buffer, gate)
             for key, buffer in zip(keys, into, strict=True)
@@ -182,12 +189,15 @@ class ObjectTier(Tier):
             outcomes = self._request(GET, loads)
         finally:
             gate.close()
-        if foreign := [
+        foreign = [
             key
             for key, outcome in zip(keys, outcomes, strict=True)
             if isinstance(outcome, ForeignObject)
-        ]:
-            self.remove(foreign)
+        ]
+        in_time = time.monotonic() - begun < self._timeout_s / 2 or not self._location.host
+        if foreign and in_time:  # otherwise the next load removes them
+            with suppress(ConnectionError):  # the other blocks of this call are loaded
+                self._delete(foreign, begun + self._timeout_s)
         return [outcome if type(outcome) is int else 0 for outcome in outcomes]
 
     def store(
@@ -207,9 +217,7 @@ class ObjectTier(Tier):
         return [outcomes[key] is True for key in keys]
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        store = self._location.store
-        names = [block_name(key) for key in dict.fromkeys(keys)]
-        self._request(DELETE, [partial(requests.delete, store, name) for name in names])
+        self._delete(keys, time.monotonic() + self._timeout_s)
 
     def resolve(self, namespace: bytes, about: str) -> bytes:
         store = self._location.store
@@ -242,9 +250,17 @@ class ObjectTier(Tier):
         self._closed = True  # queued requests are not sent
         self._threads.close(0.0)
 
-    def _request(self, verb: str, calls: Sequence[Callable[[], T]]) -> list[T | FailedRequest]:
+    def _delete(self, keys: Sequence[bytes], deadline: float) -> None:
+        """Delete the objects of ``keys``, until ``deadline`` at most."""
+        store = self._location.store
+        names = [block_name(key) for key in dict.fromkeys(keys)]
+        self._request(DELETE, [partial(requests.delete, store, name) for name in names], deadline)
+
+    def _request(
+        self, verb: str, calls: Sequence[Callable[[], T]], deadline: float | None = None
+    ) -> list[T | FailedRequest]:
         """Run requests; raise ConnectionError if the store served none of them."""
-        outcomes = self._run(verb, calls)
+        outcomes = self._run(verb, calls, deadline)
         self._observe(verb, outcomes)
         failures = failures_among(verb, outcomes)
         served_none = bool(failures) and len(failures) == len(outcomes)
@@ -252,12 +268,17 @@ class ObjectTier(Tier):
             raise ConnectionError(f"object store at {self._location.shown}: {failures[0].text}")
         return outcomes
 
-    def _run(self, verb: str, calls: Sequence[Callable[[], T]]) -> list[T | FailedRequest]:
-        """Return the outcome of each request; they run at the same time, in threads."""
+    def _run(
+        self, verb: str, calls: Sequence[Callable[[], T]], deadline: float | None = None
+    ) -> list[T | FailedRequest]:
+        """Return the outcome of each request; they run at the same time, in threads.
+
+        ``deadline``: when the call ends; ``None`` is ``timeout_s`` from now.
+        """
         if not calls or self._closed:
             return [FailedRequest(NOT_SENT, "the tier is closed")] * len(calls)
-        now = time.monotonic()
-        deadline, last_start = now + self._timeout_s, now + self._timeout_s / 2
+        deadline = time.monotonic() + self._timeout_s if deadline is None else deadline
+        last_start = deadline - self._timeout_s / 2
         late = FailedRequest(NOT_SENT, "no answer in time")  # or the tier is closed
         span = self._start_span(verb, len(calls))
 
