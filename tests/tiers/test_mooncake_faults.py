@@ -76,6 +76,14 @@ def test_block_of_another_client_is_loaded(tier: MooncakeTier, pool: Pool) -> No
     assert loaded(tier, [namespace + key]) == [True]
 
 
+def test_thousands_of_small_blocks_in_one_call_are_stored_and_loaded(tier: MooncakeTier) -> None:
+    keys = keys_of("small", 4096)
+    assert all(tier.store(keys, [memoryview(key) for key in keys]))
+    buffers = [bytearray(len(key)) for key in keys]
+    assert all(tier.load(keys, [memoryview(each) for each in buffers]))
+    assert buffers == keys
+
+
 def test_two_clients_keep_the_first_block(tier: MooncakeTier, pool: Pool) -> None:
     keys = keys_of("shared", 4)
     with closing(MooncakeTier(**pool.options())) as other:

@@ -16,6 +16,7 @@ from kvcache.testing import TierTests, block_of, keys_of
 from kvcache.tiers.mooncake import MooncakeTier, block_name
 from kvcache.tiers.mooncake.client import PoolClient
 from kvcache.tiers.mooncake.gone_keys import GoneKeys
+from kvcache.tiers.mooncake.tier import MAX_TRANSFERS
 from tests.support.played_mooncake import (
     HangingMaster,
     OpenPlayed,
@@ -101,6 +102,28 @@ def test_batch_with_a_key_twice_is_sent_once(opened: OpenPlayed, played: PlayedP
     for method in ("batch_put_from", "batch_get_into", "batch_remove"):
         [(names, *_)] = played.called(method)
         assert len(names) == len(set(names))
+
+
+def test_many_small_blocks_are_transferred_in_parts(opened: OpenPlayed, played: PlayedPool) -> None:
+    tier = opened()
+    keys = keys_of("many", MAX_TRANSFERS + 2)
+    assert tier.store(keys, [memoryview(key) for key in keys]) == [True] * len(keys)
+    buffers = [bytearray(len(key)) for key in keys]
+    assert all(tier.load(keys, [memoryview(each) for each in buffers]))
+    assert buffers == keys
+    for method in ("batch_put_from", "batch_get_into"):
+        assert [len(names) for names, *_ in played.called(method)] == [MAX_TRANSFERS, 2]
+
+
+def test_parts_of_a_transfer_end_at_the_first_without_an_answer(
+    opened: OpenPlayed, played: PlayedPool
+) -> None:
+    tier = opened()
+    keys = keys_of("unanswered", 3 * MAX_TRANSFERS)
+    played.replies["batch_put_from"] = lambda names, addresses, sizes: [-900] * len(names)
+    with pytest.raises(ConnectionError, match="-900"):
+        tier.store(keys, [memoryview(key) for key in keys])
+    assert len(played.called("batch_put_from")) == 1
 
 
 def test_remove_is_never_by_force(opened: OpenPlayed, played: PlayedPool) -> None:

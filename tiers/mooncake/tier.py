@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 
 MAX_LOGGED_CODES: Final = 16
 
+MAX_TRANSFERS: Final = 1024
+"""The most blocks of one call of the library, which was seen to fail from 2260 on over TCP."""
+
 UNLOGGED_CODES: Final = {library.ABSENT, library.EXISTS, library.LEASED}
 """Codes that are normal."""
 
@@ -254,6 +257,23 @@ class MooncakeTier(Tier):
         self._opener.close()
 
     def _transfer(
+        self, client: PoolClient, method: str, keys: Sequence[bytes], views: Sequence[memoryview]
+    ) -> list[int]:
+        """Transfer blocks, ``MAX_TRANSFERS`` in each call of the library.
+
+        Returns:
+            the code of each key, when nothing uses ``views`` any more.
+        """
+        codes: list[int] = []
+        for start in range(0, len(keys), MAX_TRANSFERS):
+            part = slice(start, start + MAX_TRANSFERS)
+            found = self._transfer_part(client, method, keys[part], views[part])
+            codes += found
+            if is_unanswered(found):  # each further call would wait for its timeout
+                return codes + [found[-1]] * (len(keys) - len(codes))
+        return codes
+
+    def _transfer_part(
         self, client: PoolClient, method: str, keys: Sequence[bytes], views: Sequence[memoryview]
     ) -> list[int]:
         """Call a method that transfers blocks; return when nothing uses ``views`` any more."""
