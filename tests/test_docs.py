@@ -44,6 +44,7 @@ from kvcache.profiles.load import load_tables
 from kvcache.testing import TierTests
 from kvcache.tiers.framed import Framed
 from tests.support.contract_runs import failing_tests
+from tests.support.packages import marks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -294,7 +295,7 @@ def run_page(page: Path, folder: Path) -> None:
         pytest.param(
             page,
             id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.engine] if page.name in ON_AN_ENGINE else [],
+            marks=[pytest.mark.engine] if page.name in ON_AN_ENGINE else marks_of(page.name),
         )
         for page in PAGES
     ],

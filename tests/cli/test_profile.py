@@ -10,6 +10,7 @@ import pytest
 
 from kvcache import cli
 from kvcache.profiles import load_profile, shipped
+from tests.support.packages import each_shipped_profile
 from tests.support.profile_files import FRONT, GOOD
 
 GUARDED = "tests.profiles.test_secrets:Guarded"
@@ -85,7 +86,7 @@ def test_show_prints_a_loadable_profile_with_the_source_of_each_value(
     assert again.tiers[1].options["path"] == "/fast"
 
 
-@pytest.mark.parametrize("name", shipped())
+@each_shipped_profile
 def test_show_shipped_profile_prints_it(name: str, capsys: Capture) -> None:
     assert printed(capsys, "show", name).startswith(f"# {name}: ")
 

@@ -9,8 +9,9 @@ import jsonschema
 import pytest
 
 from kvcache import cli, host_memory
-from kvcache.profiles import ProfileError, load_profile, shipped, tiers
+from kvcache.profiles import ProfileError, load_profile, tiers
 from kvcache.profiles.schema import schema
+from tests.support.packages import each_shipped_profile
 
 DRAM = '[[tier]]\nname = "l1"\nkind = "dram"\ncapacity = "1GiB"\n'
 DISK = '[[tier]]\nname = "d"\nkind = "disk"\npath = "/d"\ncapacity = "1GiB"\n'
@@ -38,7 +39,7 @@ def loads(file: Path, text: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", shipped())
+@each_shipped_profile
 def test_schema_accepts_shipped_profiles(validator: Any, name: str) -> None:
     text = load_profile(name, {}).path.read_text()
     validator.validate(tomllib.loads(text))

@@ -10,6 +10,7 @@ from kvcache.profiles import ProfileError, load_profile, shipped, source
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.support.empty_tiers import Front
+from tests.support.packages import each_shipped_profile
 from tests.support.profile_files import FRONT, GIB, GOOD, HEAD, only_problem, problems, read
 
 pytestmark = pytest.mark.usefixtures("ten_gib")
@@ -26,10 +27,9 @@ def test_default_profile_is_l1_only_with_half_of_the_memory() -> None:
     assert row.options == {"capacity": 5 * GIB, "eviction": "gittins"}
 
 
-def test_every_shipped_profile_loads() -> None:
-    assert "l1-only" in shipped()
-    for name in shipped():
-        assert load_profile(name, {}).name == name
+@each_shipped_profile
+def test_shipped_profile_loads(name: str) -> None:
+    assert load_profile(name, {}).name == name
 
 
 def test_new_file_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
