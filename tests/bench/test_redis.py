@@ -21,6 +21,8 @@ from statistics import median
 
 import pytest
 
+from tests.support.server_process import free_port
+
 pytest.importorskip("redis")
 
 from kvcache.tier import Tier
@@ -119,7 +121,7 @@ class Peer:
     def __init__(
         self, kind: str, folder: Path, pool: ThreadPoolExecutor, views: Sequence[memoryview]
     ) -> None:
-        where = str(folder / "p") if kind == "unix" else str(redis_servers.free_port())
+        where = str(folder / "p") if kind == "unix" else str(free_port())
         self._share = TOTAL // CONNECTIONS
         self._process = subprocess.Popen(
             [sys.executable, "-c", PEER, kind, where, str(self._share)], stdout=subprocess.PIPE

@@ -15,6 +15,7 @@ pytest.importorskip("redis")
 from kvcache import cli
 from tests.support import redis_servers
 from tests.support.redis_servers import Server
+from tests.support.server_process import free_port
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_server_is_measured_and_its_memory_policy_reported(
 
 def test_unreachable_server_is_one_failure_without_a_log() -> None:
     """The result contains the cause, so the tier's own warning is not printed."""
-    l1, url = {"KVCACHE__L1__CAPACITY": "1MiB"}, f"redis://localhost:{redis_servers.free_port()}"
+    l1, url = {"KVCACHE__L1__CAPACITY": "1MiB"}, f"redis://localhost:{free_port()}"
     code, found, log = check_in_a_process("", l1 | {"KVCACHE__REDIS__URL": url})
     [redis] = [check for check in found if check["status"] == "FAIL"]  # the extra is installed
     assert code == 1

@@ -28,9 +28,11 @@ from tests.support import deployment_files, redis_servers
 from tests.support.deployment_files import COMPOSE, MANIFESTS, Container
 from tests.support.engine import separate_processes
 from tests.support.engine.engine import VOCABULARY, EngineSettings
-from tests.support.engine.openai_server import OpenAIServer, free_port, run_server
+from tests.support.engine.openai_server import OpenAIServer, run_server
 from tests.support.engine.process import environment
 from tests.support.otlp_collector import OtlpCollector
+from tests.support.server_process import free_port
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -228,7 +230,7 @@ def test_redis_holds_blocks_and_refuses_clients_without_the_password(
         assert "REDIS" not in " ".join(started.container.environment)
         return
     client = started.redis.client()
-    redis_servers.eventually(lambda: client.keys("kvcache:1:*"), "blocks are written")
+    eventually(lambda: client.keys("kvcache:1:*"), "blocks are written")
     page = started.engine.get("/metrics")
     assert counted(page, "tier_errors_total", tier="redis") == 0
     started.redis.login = {}

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.support import sglang_pools as pools
-from tests.support.redis_servers import free_port
 from tests.support.sglang_tiers import disk, faulty
 
 pytestmark = pytest.mark.sglang
@@ -36,6 +35,7 @@ from kvcache.connectors.sglang.ranks import replica_of  # noqa: E402
 from kvcache.connectors.sglang.weight_updates import WeightUpdates, register, updates  # noqa: E402
 from kvcache.keys import namespace  # noqa: E402
 from kvcache.replica import ALONE, Replica  # noqa: E402
+from tests.support.server_process import free_port  # noqa: E402
 
 DAY_NS = 86400 * 10**9
 COMMIT = 40 * "a"

@@ -14,15 +14,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import random
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,9 +28,10 @@ from typing import Any, Self
 
 import pytest
 
-from tests.support import marks, mooncake_holder
+from tests.support import mooncake_holder
+from tests.support.server_process import ServerProcess, free_port, free_ports
+from tests.support.waiting import PATIENCE_S, eventually
 
-PATIENCE_S = 60.0  # bounds the wait of broken code; not a measurement
 TIMEOUT_S = 30.0  # of tiers
 LIBRARIES = {
     "libibverbs.so.1": "libibverbs1",
@@ -53,27 +52,6 @@ def skip_without_package() -> None:
             pytest.skip(f"no {library}, which Mooncake needs; apt-get install {package}")
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
-    """Wait until ``condition()`` is true; fail if that takes too long."""
-    until = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < until, f"timed out: {what}"
-        time.sleep(0.05)
-
-
-def free_port() -> int:
-    """Return a port that is free.
-
-    It is below the ports that the system gives to clients, so it stays free while a server is down;
-    and not one of those that Mooncake's clients take for themselves, 12300 to 14300.
-    """
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
-
-
 def answers(port: int) -> bool:
     """Whether a process accepts connections at ``port``."""
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
@@ -81,8 +59,8 @@ def answers(port: int) -> bool:
     return False
 
 
-class PoolProcess:
-    """One process of a pool, which can be stopped and killed.
+class PoolProcess(ServerProcess):
+    """One process of a pool. What it holds is lost when it is killed.
 
     Args:
         log: the file to which it writes.
@@ -90,64 +68,22 @@ class PoolProcess:
     """
 
     def __init__(self, log: Path, arguments: Sequence[str]) -> None:
-        self._log = log
+        super().__init__(log)
         self._arguments = list(arguments)
-        self._process: subprocess.Popen[str] | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> Self:
         """Start the process, also after ``kill``, and wait until it answers."""
-        marks.require("server")
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, env=os.environ | {"GLOG_logtostderr": "1"}, cwd=self._log.parent,
-            )  # fmt: skip
+        self.launch(
+            self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"GLOG_logtostderr": "1"}, cwd=self.log.parent,
+        )  # fmt: skip
         self.wait_ready()
         return self
 
     def wait_ready(self) -> None:
         """Wait until the process answers."""
         raise NotImplementedError
-
-    @property
-    def process(self) -> subprocess.Popen[str]:
-        assert self._process is not None, "not started"
-        return self._process
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def check_runs(self) -> None:
-        """Fail with the end of its log if the process has ended."""
-        if self.process.poll() is not None:
-            log = self._log.read_text(errors="replace")
-            raise AssertionError(f"{self._arguments[0]} ended: {log[-2000:]}")
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill the process. What it held is lost."""
-        if self._process is not None:
-            self.signal(signal.SIGCONT)
-            self._process.kill()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        pipe.close()
-            self._process.wait()
-            self._process = None
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Stop the process: it does not answer, and its connections stay open."""
-        self.signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGCONT)
 
 
 def command(name: str) -> str:
@@ -171,7 +107,7 @@ class Master(PoolProcess):
     def __init__(
         self, folder: Path, *options: str, lease_ms: int = 1000, client_ttl_s: int = 3
     ) -> None:
-        self.port = free_port()
+        self.port, metrics_port = free_ports(2)
         super().__init__(
             folder / "master.log",
             [
@@ -179,7 +115,7 @@ class Master(PoolProcess):
                 "--rpc_address=127.0.0.1",
                 f"--rpc_port={self.port}",
                 "--metrics_host=127.0.0.1",
-                f"--metrics_port={free_port()}",
+                f"--metrics_port={metrics_port}",
                 f"--default_kv_lease_ttl={lease_ms}",
                 f"--client_ttl={client_ttl_s}",
                 *options,

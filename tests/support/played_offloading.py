@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.played_scheduler import write_config
-from tests.support.played_tiering import PATIENCE_S, eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 BLOCK = 16  # tokens
 BLOCKS = 64  # of the engine

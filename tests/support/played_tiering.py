@@ -10,9 +10,7 @@ import itertools
 import json
 import os
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +42,8 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from kvcache.connectors.vllm.secondary import KVCacheTier
 from tests.support.failing_parts import DictTier, FaultyTier
+from tests.support.waiting import PATIENCE_S, eventually
 
-PATIENCE_S = 30.0
 BLOCK_TOKENS = 16
 RANK_NBYTES = 4096  # of one block on one rank
 _WAITING = (LookupResult.RETRY, LookupResult.HIT_PENDING)
@@ -100,14 +98,6 @@ def mapped_engines() -> set[str]:
     """Return the ids of the played engines with host memory that this process maps."""
     maps = Path("/proc/self/maps").read_text()
     return set(re.findall(r"vllm_offload_(played-[\d-]+)\.", maps))
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    """Wait until ``condition()`` is true; fail if that takes too long."""
-    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < until, f"timed out: {what}"
-        pause.wait(0.002)
 
 
 def key_of(prompt: str, chunk: int, group: int = 0) -> Any:

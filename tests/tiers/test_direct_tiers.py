@@ -21,6 +21,7 @@ from tests.support.direct_adapter import DirectAdapter, direct_over
 from tests.support.direct_under_test import REUSED
 from tests.support.disk_tiers import capacity_for
 from tests.support.redis_servers import Server
+from tests.support.waiting import PATIENCE_S, eventually
 
 SOON_S = 0.05
 BLOCK_NBYTES = TierTests.block_nbytes
@@ -81,7 +82,7 @@ def test_load_from_a_server_that_continues_late_leaves_the_memory_untouched(
             reused = [bytearray([REUSED]) * BLOCK_NBYTES for _ in keys]
             for buffer, pattern in zip(into, reused, strict=True):
                 buffer[:] = pattern
-        near.channel.workers.close(redis_servers.PATIENCE_S)  # the late calls have ended
+        near.channel.workers.close(PATIENCE_S)  # the late calls have ended
         assert all(not thread.is_alive() for thread in near.channel.workers.threads)
         assert into == reused
         assert 1 <= near.stats().errors <= 2  # calls that had begun
@@ -100,7 +101,7 @@ def test_store_to_a_server_that_continues_late_keeps_no_reused_byte(server: Serv
             assert direct.store(keys, buffers) == [False] * 8
             for buffer in buffers:
                 buffer[:] = bytes([REUSED]) * BLOCK_NBYTES
-        tier.channel.workers.close(redis_servers.PATIENCE_S)
+        tier.channel.workers.close(PATIENCE_S)
     with closing(direct_over(RedisTier(url=server.url, timeout_s=30))) as direct:
         into = [bytearray(BLOCK_NBYTES) for _ in keys]
         for key, filled, buffer in zip(keys, direct.load(keys, into), into, strict=True):
@@ -122,6 +123,6 @@ def test_server_that_was_killed_costs_misses_and_is_used_again(server: Server) -
         assert direct.store(keys, blocks) == [False] * 4
         server.start()
         direct.tiers[0].channel.health.breaker.record_success()
-        redis_servers.eventually(lambda: all(direct.store(keys, blocks)), "the tier stores again")
+        eventually(lambda: all(direct.store(keys, blocks)), "the tier stores again")
         assert direct.load(keys, into) == [True] * 4
         assert into == blocks

@@ -16,7 +16,8 @@ pytest.importorskip("kvcache.tiers.mooncake")
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.mooncake import MooncakeTier, block_name
-from tests.support.mooncake_pool import Pool, eventually
+from tests.support.mooncake_pool import Pool
+from tests.support.waiting import eventually
 
 NBYTES = 64 << 10
 CLEAN = b"\xa5" * NBYTES

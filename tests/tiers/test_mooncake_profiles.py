@@ -20,7 +20,8 @@ from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from kvcache.tiers.mooncake import block_name
-from tests.support.mooncake_pool import Pool, eventually
+from tests.support.mooncake_pool import Pool
+from tests.support.waiting import eventually
 
 NBYTES = 32 << 10
 KEYS = keys_of("chain", 20)

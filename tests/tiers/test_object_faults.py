@@ -14,7 +14,8 @@ pytest.importorskip("obstore")
 from kvcache.testing import block_of, keys_of, run_in_threads
 from kvcache.tiers.object import ObjectTier
 from tests.support import s3_server
-from tests.support.s3_server import Server, eventually
+from tests.support.s3_server import Server
+from tests.support.waiting import eventually
 
 NBYTES = 64 << 10
 CLEAN = b"\xa5" * NBYTES

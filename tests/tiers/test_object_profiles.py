@@ -16,7 +16,8 @@ from kvcache.profiles import open_stack, open_tiers
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from tests.support import s3_server
-from tests.support.s3_server import Server, eventually
+from tests.support.s3_server import Server
+from tests.support.waiting import eventually
 
 NBYTES = 32 << 10
 KEYS = keys_of("chain", 20)

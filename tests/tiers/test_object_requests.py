@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import eventually
+
 pytest.importorskip("obstore")
 
 from kvcache.testing import keys_of, run_in_threads
 from kvcache.tiers.object import ObjectTier
-from tests.support.s3_server import eventually
 from tests.support.scripted_object_store import ScriptedObjectStore, rejecting, silent
 from tests.tiers.test_object_hostile import (
     ACCESS_KEY,

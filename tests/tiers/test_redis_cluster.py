@@ -22,7 +22,9 @@ from kvcache.tiers.redis.node import Node, RefreshGate
 from kvcache.tiers.redis.resp import ErrorReply, Reply
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
-from tests.support.redis_servers import Server, agrees, eventually
+from tests.support.redis_servers import Server, agrees
+from tests.support.server_process import free_port
+from tests.support.waiting import PATIENCE_S, eventually
 from tests.tiers.test_redis_faults import answers, blocks, loaded
 
 KEYS = keys_of("cluster", 60)
@@ -230,17 +232,17 @@ def test_tier_with_wrong_cluster_option_raises_value_error(
 def test_cluster_without_reachable_node_logs_begin_and_end_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    unreachable = Address("127.0.0.1", redis_servers.free_port())
+    unreachable = Address("127.0.0.1", free_port())
     monkeypatch.setattr(RefreshGate, "interval_s", 0)
     monkeypatch.setattr(Node, "retry_pause_s", 0)
     cluster = Cluster(unreachable, Connector(), 1)
     for _ in range(3):
-        [error] = cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
+        [error] = cluster.nodes_for([b"name"], time.monotonic() + PATIENCE_S)
         assert isinstance(error, ErrorReply)
     [warning] = [record.getMessage() for record in caplog.records]
     assert "no server found (redis cluster at 127.0.0.1" in warning
     monkeypatch.setattr(
         "kvcache.tiers.redis.cluster.fetch_slot_ranges", lambda *_: [(0, 16383, unreachable)]
     )
-    cluster.nodes_for([b"name"], time.monotonic() + redis_servers.PATIENCE_S)
+    cluster.nodes_for([b"name"], time.monotonic() + PATIENCE_S)
     assert caplog.records[-1].getMessage() == "kvcache: redis: server found again"

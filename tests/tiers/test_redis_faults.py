@@ -15,7 +15,8 @@ pytest.importorskip("redis")
 from kvcache.testing import block_of, keys_of, run_in_threads
 from kvcache.tiers.redis import RedisTier, block_name
 from tests.support import redis_servers
-from tests.support.redis_servers import Server, eventually
+from tests.support.redis_servers import Server
+from tests.support.waiting import eventually
 
 NBYTES = 64 << 10
 CLEAN = b"\xa5" * NBYTES

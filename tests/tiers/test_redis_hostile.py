@@ -24,7 +24,6 @@ from kvcache.tiers.redis.cluster import Cluster
 from kvcache.tiers.redis.connect import Connector
 from kvcache.tiers.redis.resp import ErrorReply, ProtocolError
 from kvcache.tiers.redis.sockets import Address
-from tests.support import redis_servers
 from tests.support.faulty_servers import (
     Behaviour,
     FaultyServer,
@@ -34,7 +33,7 @@ from tests.support.faulty_servers import (
     replying,
     silent,
 )
-from tests.support.redis_servers import eventually
+from tests.support.waiting import PATIENCE_S, eventually
 
 PASSWORD = "correct-horse-battery-77"
 KEYS = keys_of("hostile", 2)
@@ -145,7 +144,7 @@ def test_connection_call_with_reply_beyond_the_limits_raises(
     reply: bytes, message: str | None
 ) -> None:
     with FaultyServer(replying(reply)) as server, closing(connect(server)) as wire:
-        until = time.monotonic() + redis_servers.PATIENCE_S
+        until = time.monotonic() + PATIENCE_S
         if message is None:
             assert wire.call(b"CLUSTER", b"SLOTS", deadline=until)
         else:
@@ -371,5 +370,5 @@ def _no_resolver_thread_remains() -> Iterator[None]:
     yield
     hung = [each for each in threading.enumerate() if each.name == "kvcache-redis-resolve"]
     for thread in hung:
-        thread.join(redis_servers.PATIENCE_S)
+        thread.join(PATIENCE_S)
     assert not any(thread.is_alive() for thread in hung)

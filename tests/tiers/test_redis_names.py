@@ -13,9 +13,9 @@ pytest.importorskip("redis")
 
 from kvcache.tiers.redis import sockets
 from kvcache.tiers.redis.sockets import Address, open_socket
-from tests.support import redis_servers
 from tests.support.faulty_servers import FaultyServer, silent
 from tests.support.forked_children import run_in_child
+from tests.support.waiting import PATIENCE_S
 
 
 def test_hanging_name_resolution_ends_at_the_deadline_and_is_not_repeated(
@@ -27,7 +27,7 @@ def test_hanging_name_resolution_ends_at_the_deadline_and_is_not_repeated(
 
     def hangs(host: str, port: int, **options: Any) -> list[Any]:
         resolved.append(host)
-        released.wait(redis_servers.PATIENCE_S)
+        released.wait(PATIENCE_S)
         return getaddrinfo("127.0.0.1", port, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
@@ -37,7 +37,7 @@ def test_hanging_name_resolution_ends_at_the_deadline_and_is_not_repeated(
             with pytest.raises(TimeoutError, match=r"'cache\.example' was not resolved in time"):
                 open_socket(address, None, time.monotonic() + 0.05)
         released.set()
-        open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S).close()
+        open_socket(address, None, time.monotonic() + PATIENCE_S).close()
     assert len(resolved) <= 2  # a second one only if the first ended before the last call
 
 
@@ -57,8 +57,8 @@ def test_name_resolution_without_a_thread_raises_and_can_be_repeated(
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_thread)
             with pytest.raises(OSError, match="can't start new thread"):
-                open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S)
-        open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S).close()
+                open_socket(address, None, time.monotonic() + PATIENCE_S)
+        open_socket(address, None, time.monotonic() + PATIENCE_S).close()
 
 
 def test_name_resolution_in_forked_child_does_not_wait_for_the_parents(
@@ -68,12 +68,12 @@ def test_name_resolution_in_forked_child_does_not_wait_for_the_parents(
     getaddrinfo = socket.getaddrinfo
 
     def hangs(_: str, port: int, **options: Any) -> list[Any]:
-        released.wait(redis_servers.PATIENCE_S)
+        released.wait(PATIENCE_S)
         return getaddrinfo("127.0.0.1", port, **options)
 
     def child() -> None:
         released.set()
-        open_socket(address, None, time.monotonic() + redis_servers.PATIENCE_S).close()
+        open_socket(address, None, time.monotonic() + PATIENCE_S).close()
 
     monkeypatch.setattr(socket, "getaddrinfo", hangs)
     with FaultyServer(silent) as server:
@@ -88,4 +88,4 @@ def test_name_resolution_in_forked_child_does_not_wait_for_the_parents(
 @pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
 def test_invalid_host_name_raises_os_error(host: str) -> None:
     with pytest.raises(OSError, match=r"name|label"):
-        open_socket(Address(host), None, time.monotonic() + redis_servers.PATIENCE_S)
+        open_socket(Address(host), None, time.monotonic() + PATIENCE_S)

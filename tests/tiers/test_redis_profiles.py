@@ -15,7 +15,8 @@ from kvcache.profiles import open_stack
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
 from tests.support import redis_servers
-from tests.support.redis_servers import Server, eventually
+from tests.support.redis_servers import Server
+from tests.support.waiting import eventually
 
 NBYTES = 32 << 10
 KEYS = keys_of("chain", 20)

@@ -25,7 +25,9 @@ from kvcache.tiers.redis.sentinel import SentinelMaster
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
 from tests.support.faulty_servers import FaultyServer, replying, silent
-from tests.support.redis_servers import Sentinel, Server, eventually
+from tests.support.redis_servers import Sentinel, Server
+from tests.support.server_process import free_port
+from tests.support.waiting import PATIENCE_S, eventually
 from tests.tiers.test_redis_faults import blocks, loaded
 
 KEYS = keys_of("watched", 8)
@@ -39,7 +41,7 @@ def url_of(sentinels: Sequence[Sentinel], path: str = "mymaster") -> str:
 
 
 def deadline() -> float:
-    return time.monotonic() + redis_servers.PATIENCE_S
+    return time.monotonic() + PATIENCE_S
 
 
 def try_store(tier: RedisTier) -> list[bool]:
@@ -118,7 +120,7 @@ def test_find_master_with_sentinel_down_or_hanging_asks_the_next(
 ) -> None:
     data, sentinels = alone
     with FaultyServer(silent) as hanging:
-        ports = [hanging.port, redis_servers.free_port(), sentinels[0].port]
+        ports = [hanging.port, free_port(), sentinels[0].port]
         addresses = [Address("127.0.0.1", port) for port in ports]
         master = SentinelMaster(addresses, "mymaster", Connector(), Connector(), 1)
         for _ in range(3):
@@ -239,7 +241,7 @@ def test_sentinel_with_invalid_reply_returns_one_error(reply: bytes, message: st
 @pytest.mark.parametrize("one_down", [False, True])
 def test_unknown_master_is_a_permanent_error_only_if_all_sentinels_answered(one_down: bool) -> None:
     with FaultyServer(replying(b"*0\r\n")) as server:
-        ports = [server.port, redis_servers.free_port()] if one_down else [server.port]
+        ports = [server.port, free_port()] if one_down else [server.port]
         addresses = [Address("127.0.0.1", port) for port in ports]
         master = SentinelMaster(addresses, "mymaster", Connector(), Connector(), 1)
         [error] = master.nodes_for([b"name"], deadline())

@@ -23,7 +23,8 @@ from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
 from tests.support.certificates import make_certificates
 from tests.support.faulty_servers import Behaviour, FaultyServer, replying
-from tests.support.redis_servers import Server, eventually
+from tests.support.redis_servers import Server
+from tests.support.waiting import PATIENCE_S, eventually
 from tests.tiers.test_redis_connect import PASSWORD, require_password
 from tests.tiers.test_redis_faults import blocks, loaded
 
@@ -189,7 +190,7 @@ def test_connection_over_tls_with_unread_replies_is_not_idle(certificates: Path)
     behaviour = over_tls(certificates, replying(b":1\r\n" * 1000))
     connector = Connector(tls=True, ca_file=str(certificates / "ca.pem"))
     with FaultyServer(behaviour) as server:
-        deadline = time.monotonic() + redis_servers.PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         with closing(connector.connect(Address("127.0.0.1", server.port), deadline)) as connection:
             # The connection reads 512 bytes at a time: 128 replies. The rest stays in OpenSSL.
             commands = [command(b"EXISTS", b"name")] * 128

@@ -18,12 +18,12 @@ from tests.support.failing_parts import FAULTS
 from tests.support.played_tiering import (
     PlayedTiering,
     SharedFaultyTier,
-    eventually,
     keep,
     key_of,
     keys_of,
     played,
 )
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 

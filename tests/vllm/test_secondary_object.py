@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.support import s3_server
-from tests.support.played_tiering import PATIENCE_S, PlayedTiering, keep, keys_of, played
+from tests.support.played_tiering import PlayedTiering, keep, keys_of, played
+from tests.support.waiting import PATIENCE_S, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 
@@ -77,6 +78,4 @@ def test_stopped_object_store_costs_misses_and_is_used_again(
             engine.store(request, keys_of("b", 2))
             engine.settle()
             engine.finish(request)
-        s3_server.eventually(
-            lambda: all(check(engine, "again", keys)), "the object store is used again"
-        )
+        eventually(lambda: all(check(engine, "again", keys)), "the object store is used again")

@@ -14,14 +14,8 @@ pytest.importorskip("vllm")
 from kvcache.process import ForkedError
 from tests.support import played_tiering
 from tests.support.forked_children import run_in_child
-from tests.support.played_tiering import (
-    SharedFaultyTier,
-    eventually,
-    found,
-    keys_of,
-    mapped_engines,
-    played,
-)
+from tests.support.played_tiering import SharedFaultyTier, found, keys_of, mapped_engines, played
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 

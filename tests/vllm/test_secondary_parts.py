@@ -16,7 +16,7 @@ from kvcache.connectors.vllm.secondary.events import AnnouncedBlocks
 from kvcache.connectors.vllm.secondary.lookups import TierLookups
 from kvcache.connectors.vllm.secondary.transfers import RowTransfer, TransferQueue
 from tests.support.manual_clock import ManualClock
-from tests.support.played_tiering import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 

@@ -11,13 +11,8 @@ pytest.importorskip("vllm")
 from kvcache.connectors.vllm.metrics import labels_of, prometheus_name
 from kvcache.metrics import METRICS
 from tests.support import played_tiering
-from tests.support.played_tiering import (
-    SharedFaultyTier,
-    eventually,
-    keep,
-    keys_of,
-    played,
-)
+from tests.support.played_tiering import SharedFaultyTier, keep, keys_of, played
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 

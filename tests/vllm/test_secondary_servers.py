@@ -12,14 +12,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.support import redis_servers
-from tests.support.played_tiering import (
-    PATIENCE_S,
-    PlayedTiering,
-    disk_table,
-    keep,
-    keys_of,
-    played,
-)
+from tests.support.played_tiering import PlayedTiering, disk_table, keep, keys_of, played
+from tests.support.waiting import PATIENCE_S, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_weights")]
 
@@ -83,4 +77,4 @@ def test_stopped_server_costs_misses_and_is_used_again(server: redis_servers.Ser
         engine.settle()
         engine.finish(request)
         server.signal(signal.SIGCONT)
-        redis_servers.eventually(lambda: all(check(engine, keys)), "the server is used again")
+        eventually(lambda: all(check(engine, keys)), "the server is used again")

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from tests.support import marks
 from tests.support.engine.engine import BLOCK, EngineSettings
 from tests.support.engine.process import TAIL, environment
 from tests.support.engine.separate_processes import family
+from tests.support.server_process import free_port
 
 START_S, END_S = 300.0, 60.0
 
@@ -85,13 +85,6 @@ class OpenAIServer:
                 return
             time.sleep(0.2)  # vLLM sends no signal when it listens
         raise AssertionError(f"the server is not ready:\n{self.log.read_text()[-TAIL:]}")
-
-
-def free_port() -> int:
-    """Return a port of the loopback address that no process has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

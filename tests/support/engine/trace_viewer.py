@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine.openai_server import free_port
+from tests.support.server_process import free_port
 
 PACKAGE = "arize-phoenix==20.26.1"
 HOME = Path(__file__).resolve().parents[3] / ".venv-viewer"
