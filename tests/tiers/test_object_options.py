@@ -271,6 +271,14 @@ def test_https_store_is_used_with_its_authority_alone(
             ObjectTier(**tls_store.options(timeout_s=30, **options))
 
 
+def test_https_to_a_server_without_tls_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with ScriptedObjectStore() as store:
+        options = store.options(timeout_s=30)
+        options["endpoint"] = options["endpoint"].replace("http://", "https://")
+        ObjectTier(**options).close()
+    assert "unreachable (the server does not speak TLS; write http://" in caplog.text
+
+
 def test_payload_is_signed_over_http_only(
     tls_store: ScriptedObjectStore, certificates: Path
 ) -> None:

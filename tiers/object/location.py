@@ -83,6 +83,11 @@ class Location:
     port: int
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def place(self) -> str:
+        """The URL and the host that answers, for messages about the server."""
+        return f"{self.shown} ({self.host}:{self.port})" if self.host else self.shown
+
 
 def open_location(
     url: str, options: dict[str, str], *, request_s: float, connections: int

@@ -43,6 +43,7 @@ _CODE = re.compile(r"<Code>\s*([A-Za-z0-9.]{1,80})\s*</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _CAUSES = re.compile(r'(?:message|error|source): "([^"\n]{1,300})"|\n\s+"(dns error)"')
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,80})")
+_NO_TLS = "InvalidContentType"  # the answer to a TLS greeting is no TLS
 _TIMED_OUT = re.compile(r"kind: Timeout|\bTimedOut\b")
 _BEING_WRITTEN = re.compile(r"<Code>(ConditionalRequestConflict|OperationAborted)</Code>")
 _CONFLICT = "status code: 409"
@@ -189,6 +190,10 @@ def _unanswered(text: str, debug: str) -> FailedRequest:
     if certificate := _CERTIFICATE.search(debug):
         text = f"the server's certificate is invalid: {certificate[1]}"
         return FailedRequest(CERTIFICATE, text)
+    if _NO_TLS in debug:
+        return FailedRequest(
+            UNREACHABLE, "the server does not speak TLS; write http:// or its TLS port"
+        )
     causes = [one or other for one, other in _CAUSES.findall(debug)]
     more = f": {causes[-1]}" if causes and causes[-1] not in text else ""
     return FailedRequest(UNREACHABLE, f"{text}{more}")

@@ -265,7 +265,7 @@ class ObjectTier(Tier):
         failures = failures_among(verb, outcomes)
         served_none = bool(failures) and len(failures) == len(outcomes)
         if served_none and all(_serves_nothing(verb, failure) for failure in failures):
-            raise ConnectionError(f"object store at {self._location.shown}: {failures[0].text}")
+            raise ConnectionError(f"object store at {self._location.place}: {failures[0].text}")
         return outcomes
 
     def _run(
@@ -329,14 +329,14 @@ class ObjectTier(Tier):
         if changed and unreachable:
             log.warning(
                 "kvcache: object store at %s: unreachable (%s); its blocks count as misses until "
-                "it recovers", self._location.shown, failures[0].text,
+                "it recovers", self._location.place, failures[0].text,
             )  # fmt: skip
         elif changed:
-            log.warning("kvcache: object store at %s: reachable again", self._location.shown)
+            log.warning("kvcache: object store at %s: reachable again", self._location.place)
         for failure in new.values():
             log.warning(
                 "kvcache: object store at %s: a %s request failed (%s); its blocks are "
-                "missed or declined", self._location.shown, verb, failure.text,
+                "missed or declined", self._location.place, verb, failure.text,
             )  # fmt: skip
 
     def _start_span(self, verb: str, count: int) -> Span:

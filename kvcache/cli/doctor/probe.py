@@ -72,7 +72,7 @@ def _measure(row: Row, tier: Tier, nbytes: int, options: CheckOptions) -> CheckR
             return warn(
                 row.name,
                 "answers, but declined a block",
-                f"check whether it is full, or has no memory or disk yet; {row.where}",
+                f"check whether it is full, has no memory yet, or may only be read; {row.where}",
             )
         loads = [timed(lambda: tier.load([key], [memoryview(buffer)])) for _ in range(_ROUNDS)]
     finally:
