@@ -172,8 +172,16 @@ def run_series(series: Sequence[CallSeries[T]]) -> None:
             for each in running:
                 each.finish_calls()
     finally:
-        for each in series:
-            each.end()
+        try:
+            _end_all(series)
+        except BaseException:  # it may interrupt this, too
+            _end_all(series)
+            raise
+
+
+def _end_all(series: Sequence[CallSeries[T]]) -> None:
+    for each in series:
+        each.end()
 
 
 def _start_calls(series: Sequence[CallSeries[T]]) -> Iterator[CallSeries[T]]:

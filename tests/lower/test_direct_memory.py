@@ -19,7 +19,7 @@ from opentelemetry.trace import INVALID_SPAN
 
 from kvcache.keys import namespaced_key
 from kvcache.lower.circuit_breaker import CircuitBreaker, TierHealth
-from kvcache.lower.lent_calls import CallSeries, revoke
+from kvcache.lower.lent_calls import CallSeries, revoke, run_series
 from kvcache.lower.pending_call import PendingCall
 from kvcache.slab import PAGE
 from kvcache.stats import TierName
@@ -250,6 +250,41 @@ def test_exception_in_the_calling_thread_revokes_the_memory(tier: HangingTier) -
     under_test.reuse(buffers)
     under_test.close()
     assert under_test.direct.stats().lower[0].errors == 1  # the calls that had not begun never do
+
+
+def test_exception_while_the_memory_is_revoked_revokes_all_of_it() -> None:
+    """A signal handler raises when the first of two tiers has lost its memory."""
+
+    class InterruptedByTestError(Exception):
+        pass
+
+    class InterruptedSeries(CallSeries[bool]):
+        interrupted = False
+
+        def end(self) -> None:
+            super().end()
+            if not self.interrupted:
+                self.interrupted = True
+                raise InterruptedByTestError
+
+    def start(_: Sequence[int], views: Sequence[memoryview]) -> PendingCall[bool]:
+        lent.extend(views)
+        call: PendingCall[bool] = PendingCall(health, LONG, "load", 1, lambda: None, INVALID_SPAN)
+        call.cancel()
+        return call
+
+    lent: list[memoryview] = []
+    health = TierHealth(TierName("t", "test"), {}, CircuitBreaker(lambda: 0.0))
+    series = [
+        kind([memoryview(bytearray(PAGE))], [0], 1, 1, start, writable=True)
+        for kind in (InterruptedSeries, CallSeries[bool])
+    ]
+    with pytest.raises(InterruptedByTestError):
+        run_series(series)
+    assert len(lent) == 2
+    for view in lent:
+        with pytest.raises(ValueError, match="released memoryview"):
+            view[:1] = b"x"
 
 
 def test_many_threads_with_a_tier_that_hangs_at_random_get_right_bytes() -> None:
