@@ -56,6 +56,14 @@ _NO_VALUE = ("error", "exception", "warning")  # these names are followed by a s
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
+def with_value(option: str, value: str) -> str:
+    """Return the beginning of a message: the option, and its value if that can have no secret.
+
+    A user, a password and parameters come with one of the characters ``@ ? #``.
+    """
+    return option if set("@?#") & set(value) else f"{option} is {value!r}, which"
+
+
 def read_secret(variable: str, option: str) -> str:
     """Return the secret in the environment variable ``variable``; "" for no variable.
 

@@ -1,6 +1,6 @@
 """Checks the options of a tier in a Mooncake pool.
 
-Invariant: no message repeats a URL, which may have a password.
+Invariant: no message repeats a value that may have a password.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import Final
 from urllib.parse import urlsplit
+
+from kvcache.secrets import with_value
 
 P2P: Final = "P2PHANDSHAKE"
 """The metadata option of pools in which the clients ask each other."""
@@ -29,7 +31,9 @@ def parse_address(option: str, text: str) -> Address:
     """
     found = _HOST_AND_PORT.fullmatch(text)
     if not found or not 0 < int(found[3]) < 1 << 16:
-        raise ValueError(f"{option} is no host with a port; write cache.example:50051")
+        raise ValueError(
+            f"{with_value(option, text)} is no host with a port; write cache.example:50051"
+        )
     return found[1] or found[2], int(found[3])
 
 
@@ -50,8 +54,8 @@ def metadata_address(metadata: str) -> Address | None:
         host = port = None
     if not host or not port or parts.scheme not in _SCHEMES:
         raise ValueError(
-            "metadata has no valid form; write P2PHANDSHAKE, http://HOST:PORT/metadata, "
-            "etcd://HOST:PORT or redis://HOST:PORT"
+            f"{with_value('metadata', metadata)} has no valid form; "
+            "write P2PHANDSHAKE, http://HOST:PORT/metadata, etcd://HOST:PORT or redis://HOST:PORT"
         )
     return host, port
 
@@ -60,6 +64,6 @@ def check_hostname(hostname: str) -> None:
     """Raise ValueError if ``hostname`` is no name or address without a port."""
     if not _HOST_NAME.fullmatch(hostname):
         raise ValueError(
-            "hostname is no name or address of this host; write it without a port, or leave it "
-            "empty to use the address on the way to the master"
+            f"{with_value('hostname', hostname)} is no name or address of this host; "
+            "write it without a port, or leave it empty to use the address on the way to the master"
         )

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from kvcache.inputs import check_files
-from kvcache.secrets import read_secret, redact
+from kvcache.secrets import read_secret, redact, with_value
 
 FORMS: Final = (
     "s3://BUCKET[/PREFIX], gs://BUCKET[/PREFIX], az://CONTAINER[/PREFIX], "
@@ -167,7 +167,7 @@ def parse_url(url: str) -> tuple[str, str, str]:
     """
     if "://" not in url:
         if not url.startswith("/") or "\0" in url:
-            raise ValueError(f"{_given('url', url)} names no object store; write {FORMS}")
+            raise ValueError(f"{with_value('url', url)} names no object store; write {FORMS}")
         return "file", os.path.normpath(url), ""
     if any(mark in url for mark in "?#@"):
         raise ValueError(
@@ -193,11 +193,6 @@ def parse_url(url: str) -> tuple[str, str, str]:
     return scheme, name, prefix
 
 
-def _given(option: str, value: str) -> str:
-    """Return the option and its value, without a value that may contain a secret."""
-    return option if any(mark in value for mark in "?#@") else f"{option} is {value!r}, which"
-
-
 def _endpoint(scheme: str, option: str) -> str:
     """Return the endpoint of the option, else of the provider's variables; "" for neither."""
     found = {"endpoint": option} | {
@@ -214,7 +209,7 @@ def _endpoint(scheme: str, option: str) -> str:
         valid = False
     if endpoint and not (valid and endpoint.startswith(("http://", "https://"))):
         raise ValueError(
-            f"{_given(place, endpoint)} is no http:// or https:// URL of a server; "
+            f"{with_value(place, endpoint)} is no http:// or https:// URL of a server; "
             "write https://HOST[:PORT]"
         )
     return endpoint.rstrip("/")
