@@ -87,6 +87,26 @@ def test_lookups_that_waited_for_the_deadline_are_not_asked() -> None:
     lookups.close(1.0)
 
 
+def test_lookups_of_requests_that_were_aborted_while_they_waited_are_not_asked() -> None:
+    asked = Asked(ONE)
+    asked.gate.clear()
+    lookups = TierLookups(asked, 1.0, ManualClock())
+    requests = [f"r{number}" for number in range(20)]
+    for request in requests:
+        lookups.ask(request.encode(), request)
+    lookups.flush()
+    eventually(lambda: len(asked.calls) == 4, "four threads ask")
+    for request in requests:
+        lookups.forget(request)
+    lookups.ask(ONE, "last")
+    lookups.flush()
+    asked.gate.set()
+    eventually(lambda: lookups.ask(ONE, "last") is not None, "the last answer")
+    assert lookups.ask(ONE, "last") is True
+    assert len(asked.calls) == 5
+    lookups.close(1.0)
+
+
 def test_lookups_of_ended_requests_are_forgotten() -> None:
     asked = Asked(ONE)
     lookups = TierLookups(asked, 1.0, ManualClock())

@@ -128,7 +128,8 @@ class TierLookups:
     def _look_up(self, request_id: str, lookups: Sequence[KeyLookup]) -> None:
         answers: Sequence[bool] = [False] * len(lookups)
         try:
-            if any(lookup.held is None for lookup in lookups):  # not all have passed the deadline
+            # Not all have passed the deadline, or lost the requests that wanted them.
+            if any(lookup.held is None and lookup.request_ids for lookup in lookups):
                 answers = self._contains([lookup.key for lookup in lookups], request_id)
         finally:
             _answer(lookups, answers)
