@@ -10,8 +10,8 @@ Invariants:
    first one that fails, so a failed page never reaches the GPU.
 2. Pages that are equal on all ranks (MLA) have one name, and one rank writes them. The name of any
    other page has the rank in it.
-3. No call raises for a tier's failure, and none lasts longer than the tiers' deadlines. When a call
-   has returned, no tier touches the host pool.
+3. No call raises for a tier's failure, and a tier that hangs delays a call by its deadline at most.
+   When a call has returned, no tier touches the host pool.
 """
 
 from __future__ import annotations
