@@ -26,6 +26,8 @@ WAIT_S: Final = 5.0
 """Seconds that a pipe may send nothing, and that reading a whole text may take."""
 DEPTH: Final = 50
 """How deeply the tables and lists of a document may be nested."""
+MAX_TIMEOUT_S: Final = 3600
+"""The largest timeout that a tier takes."""
 
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -256,3 +258,9 @@ def check_files(**files: str) -> None:
     for name, path in files.items():
         if path and not (Path(path).is_file() and os.access(path, os.R_OK)):
             raise ValueError(f"{name} is {path!r}, which is not a readable file")
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raise ValueError unless a tier can end its calls after ``timeout_s`` seconds."""
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:  # false for nan
+        raise ValueError(f"timeout_s is {timeout_s}; it takes seconds above 0, to {MAX_TIMEOUT_S}")

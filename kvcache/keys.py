@@ -93,6 +93,10 @@ def namespaced_key(namespace: bytes, key: bytes) -> bytes:
     return namespace + key
 
 
+RESET_NBYTES = 16
+"""The random bytes that a reset writes."""
+
+
 def namespace_after_reset(namespace: bytes, reset: bytes) -> bytes:
     """Derive the name of ``namespace`` after a reset.
 

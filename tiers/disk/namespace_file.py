@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from kvcache.keys import namespace_after_reset
+from kvcache.keys import RESET_NBYTES, namespace_after_reset
 from kvcache.tiers.disk.safe_open import open_file
 
 NAME: Final = "spaces"
@@ -24,7 +24,6 @@ _NEW_NAME: Final = "spaces.new"
 FILE_NAMES: Final = (NAME, _NEW_NAME)
 MAX_DESCRIPTIONS: Final = 256
 """The most descriptions that the file keeps; the oldest are deleted first."""
-_RESET_NBYTES: Final = 16
 _MAX_FILE_NBYTES: Final = 16 << 20
 
 Tables = dict[str, dict[str, str]]
@@ -61,7 +60,7 @@ def reset(folder_fd: int, path: Path, namespace: bytes) -> None:
         OSError, ValueError: the file cannot be read or written.
     """
     tables = read(folder_fd, path)
-    tables["reset"][namespace.hex()] = os.urandom(_RESET_NBYTES).hex()
+    tables["reset"][namespace.hex()] = os.urandom(RESET_NBYTES).hex()
     _write(folder_fd, tables)
 
 

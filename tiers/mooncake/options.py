@@ -14,7 +14,6 @@ from kvcache.secrets import with_value
 P2P: Final = "P2PHANDSHAKE"
 """The metadata option of pools in which the clients ask each other."""
 
-MAX_TIMEOUT_S: Final = 3600
 _SCHEMES: Final = ("http", "https", "etcd", "redis")
 _HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]")

@@ -26,7 +26,9 @@ from typing import Any, Final, Literal
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import host_memory, telemetry
+from kvcache.inputs import check_timeout
 from kvcache.keys import DIGEST_NBYTES, Branch
+from kvcache.logged_codes import LoggedCodes
 from kvcache.process import bind_to_process
 from kvcache.sizes import Size
 from kvcache.tier import Tier
@@ -42,15 +44,12 @@ from kvcache.tiers.mooncake.memory import (
     address_of,
 )
 from kvcache.tiers.mooncake.options import (
-    MAX_TIMEOUT_S,
     check_hostname,
     metadata_address,
     parse_address,
 )
 
 log = logging.getLogger(__name__)
-
-MAX_LOGGED_CODES: Final = 16
 
 MAX_TRANSFERS: Final = 1024
 """The most blocks of one call of the library, which was seen to fail from 2260 on over TCP."""
@@ -98,10 +97,7 @@ class MooncakeTier(Tier):
         daemon: str = "",
         timeout_s: float = 1.0,
     ) -> None:
-        if not 0 < timeout_s <= MAX_TIMEOUT_S:  # false for nan
-            raise ValueError(
-                f"timeout_s is {timeout_s}; it takes seconds above 0, to {MAX_TIMEOUT_S}"
-            )
+        check_timeout(timeout_s)
         self._master = parse_address("master", master)
         self._server = parse_address("daemon", daemon) if daemon else self._master
         found = metadata_address(metadata)
@@ -131,7 +127,7 @@ class MooncakeTier(Tier):
             self._memory = RegisteredMemory() if protocol == "rdma" else AnyMemory()
         self._library = library.load_library(timeout_s)
         self._gone = GoneKeys()
-        self._logged_codes: set[int] = set()
+        self._logged_codes = LoggedCodes()
         addresses = [self._server] if daemon or found is None else [self._server, found]
         self._opener = ClientOpener(
             addresses,
@@ -325,12 +321,7 @@ class MooncakeTier(Tier):
 
     def _log_codes(self, codes: Sequence[int]) -> None:
         for code in codes:
-            if (
-                code not in library.UNANSWERED
-                and code not in self._logged_codes
-                and len(self._logged_codes) < MAX_LOGGED_CODES
-            ):
-                self._logged_codes.add(code)
+            if code not in library.UNANSWERED and self._logged_codes.add(code):
                 log.warning(
                     "kvcache: mooncake: the pool returned an error (%s); its keys are missed or "
                     "declined", describe_code(code),

@@ -32,7 +32,9 @@ from typing import Any, Final, Literal, TypeVar
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.keys import namespace_after_reset
+from kvcache.inputs import check_timeout
+from kvcache.keys import RESET_NBYTES, namespace_after_reset
+from kvcache.logged_codes import LoggedCodes
 from kvcache.process import bind_to_process
 from kvcache.tier import Tier
 from kvcache.tiers.object import requests
@@ -58,9 +60,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RESET_NBYTES: Final = 16
-"""The random bytes that identify the last reset of a namespace."""
-
 _BUSY_STATUSES: Final = (429, 503)
 """The statuses of a store that asks for fewer requests."""
 
@@ -70,8 +69,6 @@ _CREDENTIAL_OPTIONS: Final = {
     "azure": "account_key_env or sas_token_env",
 }
 
-_MAX_LOGGED_CODES = 16  # a hostile store can invent any number of codes
-_MAX_TIMEOUT_S = 3600
 _MAX_CONNECTIONS = 1024
 
 
@@ -124,10 +121,7 @@ class ObjectTier(Tier):
     ) -> None:
         if not 1 <= connections <= _MAX_CONNECTIONS:
             raise ValueError(f"connections is {connections}; it must be 1 to {_MAX_CONNECTIONS}")
-        if not 0 < timeout_s <= _MAX_TIMEOUT_S:  # false for nan
-            raise ValueError(
-                f"timeout_s is {timeout_s}; it takes seconds above 0, to {_MAX_TIMEOUT_S}"
-            )
+        check_timeout(timeout_s)
         options = {
             "endpoint": endpoint, "region": region, "account": account,
             "access_key_env": access_key_env, "secret_key_env": secret_key_env,
@@ -141,7 +135,7 @@ class ObjectTier(Tier):
         )
         self._timeout_s = timeout_s
         self._overwrite = mode == "overwrite"
-        self._codes: set[tuple[str, str]] = set()  # logged, each once
+        self._logged_codes = LoggedCodes()
         self._unreachable = False
         self._log_lock = threading.Lock()
         self._closed = False
@@ -323,9 +317,6 @@ class ObjectTier(Tier):
         with self._log_lock:
             changed = unreachable != self._unreachable
             self._unreachable = unreachable
-            new = {each.code: each for each in answered if (verb, each.code) not in self._codes}
-            new = dict(list(new.items())[: _MAX_LOGGED_CODES - len(self._codes)])
-            self._codes.update((verb, code) for code in new)
         if changed and unreachable:
             log.warning(
                 "kvcache: object store at %s: unreachable (%s); its blocks count as misses until "
@@ -333,11 +324,12 @@ class ObjectTier(Tier):
             )  # fmt: skip
         elif changed:
             log.warning("kvcache: object store at %s: reachable again", self._location.place)
-        for failure in new.values():
-            log.warning(
-                "kvcache: object store at %s: a %s request failed (%s); its blocks are "
-                "missed or declined", self._location.place, verb, failure.text,
-            )  # fmt: skip
+        for failure in answered:
+            if self._logged_codes.add((verb, failure.code)):
+                log.warning(
+                    "kvcache: object store at %s: a %s request failed (%s); its blocks are "
+                    "missed or declined", self._location.place, verb, failure.text,
+                )  # fmt: skip
 
     def _start_span(self, verb: str, count: int) -> Span:
         """Start one span for all requests of a call."""

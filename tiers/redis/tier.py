@@ -27,8 +27,9 @@ from concurrent.futures import Future, wait
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvcache import telemetry
-from kvcache.inputs import check_files
-from kvcache.keys import DIGEST_NBYTES, Branch, namespace_after_reset
+from kvcache.inputs import check_files, check_timeout
+from kvcache.keys import DIGEST_NBYTES, RESET_NBYTES, Branch, namespace_after_reset
+from kvcache.logged_codes import LoggedCodes
 from kvcache.process import bind_to_process
 from kvcache.secrets import read_secret
 from kvcache.tier import Tier
@@ -65,12 +66,7 @@ _FOREIGN_VALUE_ERRORS = {TOO_LONG, "WRONGTYPE"}
 """Codes for a value that no tier has written."""
 
 _CLUSTER_THREADS = 32  # nodes that one call asks at the same time
-_MAX_LOGGED_CODES = 16  # a hostile server can invent any number of codes
 _DESCRIPTION_TTL_S = 30 * 86400  # after an engine opened the namespace
-_MAX_TIMEOUT_S = 3600
-
-RESET_NBYTES = 16
-"""The random bytes that identify the last reset of a namespace."""
 
 
 class RedisTier(Tier):
@@ -137,10 +133,7 @@ class RedisTier(Tier):
             raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, or 0 to never expire")
         if connections < 1:
             raise ValueError(f"connections is {connections}; it must be at least 1")
-        if not 0 < timeout_s <= _MAX_TIMEOUT_S:  # false for nan
-            raise ValueError(
-                f"timeout_s is {timeout_s}; it takes seconds above 0, to {_MAX_TIMEOUT_S}"
-            )
+        check_timeout(timeout_s)
         check_files(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
         password = read_secret(password_env, "password_env")
         sentinel_password = read_secret(sentinel_password_env, "sentinel_password_env")
@@ -172,7 +165,7 @@ class RedisTier(Tier):
         self._reset_read_at = 0.0
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
-        self._logged_codes: set[str] = set()
+        self._logged_codes = LoggedCodes()
         self._closed = False
         self._threads = WorkerPool(
             "redis", _CLUSTER_THREADS if cluster else 0
@@ -358,9 +351,7 @@ class RedisTier(Tier):
 
     def _observe_error(self, error: ErrorReply) -> None:
         self.servers.observe_error(error)
-        new = error.code not in _UNLOGGED_ERRORS and error.code not in self._logged_codes
-        if new and len(self._logged_codes) < _MAX_LOGGED_CODES:
-            self._logged_codes.add(error.code)
+        if error.code not in _UNLOGGED_ERRORS and self._logged_codes.add(error.code):
             log.warning(
                 "kvcache: redis: a server returned an error (%s); its keys are missed or declined",
                 error.text,
