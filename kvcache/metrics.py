@@ -7,7 +7,7 @@ Invariants:
 * The duration histogram is recorded once per call to a lower tier, per lookup in L1 and per copy
   out of L1 or into it, never per block. Without a provider that costs 0.2 microseconds.
 * No attribute contains a key, a hash or a request id: the number of series depends only on the
-  tiers and on fixed label values.
+  tiers, on fixed label values, and on the reasons that a tier counts (a shipped one, few).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from kvcache.tier import TierStats
 RESULT: Final = "kvcache.result"
 DIRECTION: Final = "kvcache.io.direction"
 REASON: Final = "kvcache.rejection.reason"
+DECLINE_REASON: Final = "kvcache.decline.reason"
 OPERATION: Final = "kvcache.operation.name"
 
 
@@ -94,6 +95,14 @@ REJECTIONS = Metric(
     "`decompression`",
     (REASON,),
 )
+DECLINES = Metric(
+    "kvcache.tier.declines",
+    "counter",
+    "{block}",
+    "Blocks that the tier declined to store, by its reason, such as `no room` or a server's error "
+    "code; blocks of calls that failed are not among them",
+    (DECLINE_REASON,),
+)
 ERRORS = Metric(
     "kvcache.tier.errors",
     "counter",
@@ -130,7 +139,7 @@ DURATION = Metric(
 )
 
 STATS_METRICS: Final = (
-    LOOKUPS, LOADS, STORES, IO, EVICTIONS, INVALIDATIONS, REJECTIONS, ERRORS,
+    LOOKUPS, LOADS, STORES, IO, EVICTIONS, INVALIDATIONS, REJECTIONS, DECLINES, ERRORS,
     USAGE, LIMIT, PINNED, QUEUE, WITHHELD, BREAKER,
 )  # fmt: skip
 METRICS: Final = (*STATS_METRICS, DURATION)
@@ -194,6 +203,7 @@ def _lower_values(tier: LowerStats) -> TierValues:
         },
         IO: {"read": tier.loaded_nbytes, "write": tier.stored_nbytes},
         REJECTIONS: usage.rejected_blocks,
+        DECLINES: usage.declined_blocks,
         ERRORS: {"": tier.errors},
         QUEUE: {"": tier.queued_nbytes},
         WITHHELD: {"": tier.withheld_blocks},

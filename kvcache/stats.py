@@ -49,10 +49,11 @@ def usage_of(tier: Tier) -> TierUsage:
             None if number is None else as_count(number)
             for number in (reported.used_nbytes, reported.limit_nbytes, reported.evicted_blocks)
         )
-        rejected = {
-            str(reason): as_count(blocks) for reason, blocks in reported.rejected_blocks.items()
-        }
-        return TierUsage(used, limit, evicted, rejected)
+        rejected, declined = (
+            {str(reason): as_count(blocks) for reason, blocks in by_reason.items()}
+            for by_reason in (reported.rejected_blocks, reported.declined_blocks)
+        )
+        return TierUsage(used, limit, evicted, rejected, declined)
 
     with suppress(TierError):
         return result_of(checked_usage)

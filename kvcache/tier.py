@@ -35,6 +35,7 @@ class TierUsage:
     limit_nbytes: int | None = None
     evicted_blocks: int | None = None  # evicted to make room since opening
     rejected_blocks: Mapping[str, int] = field(default_factory=dict)  # corrupt blocks, by reason
+    declined_blocks: Mapping[str, int] = field(default_factory=dict)  # by reason since opening
 
 
 class Tier(ABC):

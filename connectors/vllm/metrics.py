@@ -38,6 +38,7 @@ LABELS: Final = {
     metrics.RESULT: "result",
     metrics.DIRECTION: "direction",
     metrics.REASON: "reason",
+    metrics.DECLINE_REASON: "reason",
     metrics.OPERATION: "operation",
     telemetry.ERROR: "error",
 }

@@ -103,7 +103,7 @@ def test_metrics_of_l1_count_its_operations(reader: Reader) -> None:
 
 def test_metrics_of_a_lower_tier_count_its_operations(reader: Reader) -> None:
     under_test = StackUnderTest(queue=Size(4 * PAGE), blocks_per_call=8)
-    under_test.tiers[0].usage = lambda: TierUsage(5, 7, 3, {"checksum": 2})  # type: ignore[method-assign]
+    under_test.tiers[0].usage = lambda: TierUsage(5, 7, 3, {"checksum": 2}, {"OOM": 4})  # type: ignore[method-assign]
     keys = keys_of("a", 8)
     with under_test.stack:
         under_test.put(keys[:6])  # the queue takes four
@@ -124,6 +124,7 @@ def test_metrics_of_a_lower_tier_count_its_operations(reader: Reader) -> None:
         "kvcache.tier.io": {("read",): 3 * PAGE, ("write",): 4 * PAGE},
         "kvcache.tier.evictions": {(): 3},
         "kvcache.tier.rejections": {("checksum",): 2},
+        "kvcache.tier.declines": {("OOM",): 4},
         "kvcache.tier.errors": {(): 0},
         "kvcache.tier.usage": {(): 5},
         "kvcache.tier.limit": {(): 7},
@@ -148,7 +149,7 @@ def test_usage_that_fails_is_not_reported(reader: Reader) -> None:
 
 def test_instruments_are_those_of_the_table(reader: Reader) -> None:
     under_test = StackUnderTest()
-    under_test.tiers[0].usage = lambda: TierUsage(0, 0, 0, {"magic": 1})  # type: ignore[method-assign]
+    under_test.tiers[0].usage = lambda: TierUsage(0, 0, 0, {"magic": 1}, {"OOM": 1})  # type: ignore[method-assign]
     with under_test.stack:
         under_test.put(keys_of("a", 1))
         under_test.lower[0].channel.workers.close(LONG)

@@ -301,6 +301,7 @@ def test_disk_io_error_declines_or_misses_and_is_logged_once(
             assert tier.store(keys[1:], blocks_of(keys[1:])) == [False, False]
             assert load_hits(tier, keys) == [False] * 3
         assert len(caplog.records) == 2
+        assert tier.usage().declined_blocks == {"error": 2}
         tier.index.check()
         assert tier.store(keys, blocks_of(keys)) == [True] * 3
         assert load_hits(tier, keys) == [True] * 3

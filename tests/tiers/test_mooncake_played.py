@@ -188,6 +188,10 @@ def test_code_for_one_key_is_a_miss_or_a_decline(
     played.replies["batch_put_from"] = lambda names, addresses, sizes: [code, 0][: len(names)]
     played.replies["batch_upsert_from"] = lambda names, addresses, sizes: [code]
     assert store(tier, keys) == [False, code != -801 and True]
+    assert sum(tier.usage().declined_blocks.values()) == 1 + (code == -801)
+    name = {-200: "no room", -706: "leased", -800: "no answer", -1700: "quota"}.get(code, str(code))
+    if code not in (-801, -900):
+        assert set(tier.usage().declined_blocks) == {name}
 
 
 def test_key_that_another_client_is_writing_counts_as_held(
@@ -197,8 +201,15 @@ def test_key_that_another_client_is_writing_counts_as_held(
     assert store(opened(), keys_of("exists", 1)) == [True]
 
 
-def test_empty_block_is_declined(opened: OpenPlayed) -> None:
-    assert opened().store(keys_of("empty", 1), [memoryview(b"")]) == [False]
+def test_empty_block_is_declined_and_logged_once(
+    opened: OpenPlayed, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = opened()
+    for _ in range(2):
+        assert tier.store(keys_of("empty", 1), [memoryview(b"")]) == [False]
+    assert tier.usage().declined_blocks == {"empty": 2}
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message == "kvcache: mooncake: a block is empty; such blocks are declined"
 
 
 # The start

@@ -233,6 +233,7 @@ def test_error_answers_to_writes_are_declines_and_logged_once(
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert f"a PUT request failed ({status} QuotaExceeded no room)" in record.getMessage()
+    assert list(tier.usage().declined_blocks.values()) == [6]
     with pytest.raises(ConnectionError, match="cannot write the reset: "):
         tier.forget(KEYS[0])
 

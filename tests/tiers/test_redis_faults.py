@@ -103,6 +103,7 @@ def test_full_server_declines_stores_and_serves_loads(
     assert tier.store(new, blocks(new)) == [True] * 3
     [message] = [record.message for record in caplog.records]
     assert "OOM" in message
+    assert tier.usage().declined_blocks == {"OOM": 6}
 
 
 def test_blocks_evicted_by_the_server_are_missed(server: Server) -> None:

@@ -1,15 +1,17 @@
-"""``usage`` of tiers: bytes and evictions of the disk, rejected blocks of frames."""
+"""``usage`` of tiers: bytes and evictions of the disk, rejected blocks of frames, declines."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
+from kvcache.stats import usage_of
 from kvcache.testing import block_of, keys_of
 from kvcache.tier import TierUsage
 from kvcache.tiers.disk import DiskTier
@@ -47,6 +49,57 @@ def test_framed_usage_over_framed_adds_up_rejections() -> None:
     inner.values[key] = bytes(len(inner.values[key]))
     assert tier.load([key], [memoryview(bytearray(PAGE))]) == [0]
     assert tier.usage() == TierUsage(rejected_blocks={"magic": 1})
+
+
+def test_disk_usage_counts_declined_blocks_by_reason_and_logs_each_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    a, b = keys_of("a", 2)
+    block, large = memoryview(bytes(PAGE)), memoryview(bytes(PAGE + 1))
+    offered = [
+        (a + bytes(49), block),  # 81 bytes
+        (a, large),
+        (b"", block),
+        (a, memoryview(b"")),
+    ]
+    with closing(DiskTier(block_nbytes=PAGE, path=str(tmp_path), capacity=capacity_for(1))) as tier:
+        caplog.clear()
+        for _ in range(2):
+            for key, offer in offered:
+                assert tier.store([key], [offer]) == [False]
+        for _ in range(2):
+            assert tier.store([a, b, a], [block] * 3) == [True, False, True]  # of one slot
+        assert tier.usage().declined_blocks == {
+            "key too long": 2, "block too large": 2, "empty": 4, "no slot": 2,
+        }  # fmt: skip
+        logged = [record.getMessage().partition(": a ")[2] for record in caplog.records]
+    assert [" ".join(message.split()[:4]) for message in logged] == [
+        "key has 81 bytes", "block has 4097 bytes", "key or a block", "block got no slot",
+    ]  # fmt: skip
+
+
+def test_framed_usage_adds_the_declines_of_its_inner_tier(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = DiskTier(block_nbytes=FRAME, path=str(tmp_path), capacity=capacity_for(2, FRAME))
+    keys = [b"k" * 81, b"k"]
+    with closing(Framed(disk, block_nbytes=PAGE)) as tier:
+        for _ in range(2):
+            blocks = [memoryview(bytes(PAGE)), memoryview(b"")]
+            assert tier.store(keys, blocks) == [False, False]
+        assert tier.usage().declined_blocks == {"key too long": 2, "empty": 2}
+    text = "kvcache: frames: a block is empty; such blocks are declined"
+    assert [record.getMessage() for record in caplog.records].count(text) == 1
+
+
+@pytest.mark.parametrize(
+    "declined", [{"full": -1}, {"full": 1.5}, {"full": None}, ["full"], None], ids=repr
+)
+def test_usage_with_invalid_declines_counts_as_none(declined: Any) -> None:
+    tier = DictTier()
+    tier.usage = lambda: TierUsage(declined_blocks=declined)  # type: ignore[method-assign]
+    assert usage_of(tier) == TierUsage()
 
 
 @pytest.mark.parametrize("name", EXCEPTIONS)

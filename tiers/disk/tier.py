@@ -132,7 +132,7 @@ class DiskTier(Tier):
                 sizes = FileSizes(file_nbytes(slots), slots * self._slot_nbytes)
                 self.directory = TierDirectory(expand_path(path), replica, sizes)
                 undo.callback(self.directory.close)
-                self._errors = DiskErrorLog(self.directory.path, clock)
+                self._errors = DiskErrorLog(self.directory.path, block_nbytes, clock)
                 self._open(slots, policy)
                 self.bounce_buffers = BounceBuffers(threads, self._slot_nbytes)
                 self.pool = WorkerPool("disk", threads)
@@ -227,8 +227,6 @@ class DiskTier(Tier):
             for at, (key, block) in enumerate(zip(keys, blocks, strict=True))
             if 0 < len(block) <= self._block_nbytes and 0 < len(key) <= KEY_NBYTES
         ]
-        if len(storable) < len(keys):
-            self._errors.log_declined(keys, blocks, self._block_nbytes)
         with self._call() as is_open:
             if not is_open:
                 return [False] * len(keys)
@@ -260,12 +258,15 @@ class DiskTier(Tier):
                     if _succeeded(write) and write.result()
                     for record in group.records
                 }
+                failed = {keys[at] for at in reserved} - written
                 with self._lock:
-                    self.index.publish(slots, {keys[at] for at in reserved} - written)
+                    self.index.publish(slots, failed)
             for write in writes:
                 if not write.cancelled():
                     write.result()  # raises an error of the caller, such as a bad buffer
-            return self.contains(keys)
+            stored = self.contains(keys)
+            self._errors.count_declined(keys, blocks, stored, failed if can_evict else keys)
+            return stored
 
     def _can_write(self, blocks: int) -> bool:
         """Whether the tier may evict to store ``blocks`` new blocks: not while writes fail.
@@ -313,7 +314,8 @@ class DiskTier(Tier):
     def usage(self) -> TierUsage:
         with self._lock:
             index, size = self.index, self._slot_nbytes
-            return TierUsage(len(index) * size, index.slots * size, index.evicted_blocks)
+            used, limit, evicted = len(index) * size, index.slots * size, index.evicted_blocks
+        return TierUsage(used, limit, evicted, declined_blocks=self._errors.declined.counts())
 
     def close(self) -> None:
         with self._lock:

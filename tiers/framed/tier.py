@@ -26,6 +26,7 @@ from kvcache import telemetry
 from kvcache.guards.calls import TierError, result_of
 from kvcache.keys import Branch, branches_of, parents_of
 from kvcache.process import bind_to_process
+from kvcache.reasons import ReasonCounter
 from kvcache.stats import usage_of
 from kvcache.tier import Tier, TierUsage
 
@@ -108,6 +109,7 @@ class Framed(Tier):
         self._no_memory_logged = False
         self._lock = threading.Lock()
         self._stats = FrameStats()
+        self._declined = ReasonCounter()
         bind_to_process(self)
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
@@ -167,6 +169,8 @@ class Framed(Tier):
                 )
             if len(block):
                 to_store.append(at)
+            elif self._declined.add("empty"):
+                log.warning("kvcache: frames: a block is empty; such blocks are declined")
         stored = [False] * len(keys)
         with self._workspace() as workspace:
             for first in range(0, len(to_store), len(workspace.frames)):
@@ -205,7 +209,11 @@ class Framed(Tier):
 
     def usage(self) -> TierUsage:
         inner, rejected = usage_of(self.inner), self.stats().rejected
-        return replace(inner, rejected_blocks=rejected + Counter(inner.rejected_blocks))
+        return replace(
+            inner,
+            rejected_blocks=rejected + Counter(inner.rejected_blocks),
+            declined_blocks=Counter(self._declined.counts()) + Counter(inner.declined_blocks),
+        )
 
     def stats(self) -> FrameStats:
         """The counts at this moment."""

@@ -48,12 +48,24 @@ _TEXTS: Final = {
     -1700: "the quota of the tenant is used up",
 }
 
+_DECLINE_REASONS: Final = {
+    NO_ROOM: "no room",
+    LEASED: "leased",
+    -1700: "quota",
+    **dict.fromkeys(UNANSWERED, "no answer"),
+}
+
 _lock = threading.Lock()
 
 
 def describe_code(code: int) -> str:
     """Return a result code with its meaning."""
     return f"{code}: {_TEXTS[code]}" if code in _TEXTS else f"{code}"
+
+
+def decline_reason(code: int) -> str:
+    """Return a short name of a result code, for a count of blocks that were not stored."""
+    return _DECLINE_REASONS.get(code, str(code))
 
 
 def load_library(timeout_s: float) -> Any:

@@ -28,10 +28,10 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from kvcache import host_memory, telemetry
 from kvcache.inputs import check_timeout
 from kvcache.keys import DIGEST_NBYTES, Branch
-from kvcache.logged_codes import LoggedCodes
 from kvcache.process import bind_to_process
+from kvcache.reasons import ReasonCounter
 from kvcache.sizes import Size
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.mooncake import library
 from kvcache.tiers.mooncake.client import ClientOpener, PoolClient, local_address
 from kvcache.tiers.mooncake.gone_keys import GoneKeys
@@ -127,7 +127,8 @@ class MooncakeTier(Tier):
             self._memory = RegisteredMemory() if protocol == "rdma" else AnyMemory()
         self._library = library.load_library(timeout_s)
         self._gone = GoneKeys()
-        self._logged_codes = LoggedCodes()
+        self._errors = ReasonCounter()  # by code, of all methods
+        self._declined = ReasonCounter()
         addresses = [self._server] if daemon or found is None else [self._server, found]
         self._opener = ClientOpener(
             addresses,
@@ -218,6 +219,7 @@ class MooncakeTier(Tier):
         new, gone = self._gone.split([key for key, block in first.items() if len(block)])
         client = self._opener.client()
         kept: set[bytes] = set()
+        found: dict[bytes, int] = {}
         for method, some in ("batch_put_from", new), ("batch_upsert_from", gone):
             views = [first[key] for key in some]
             with self._memory.lend(client, views) as lent:
@@ -227,12 +229,18 @@ class MooncakeTier(Tier):
                 codes = self._transfer(client, method, some, lent)
             self._check_answered(method, codes)
             self._check_memory(lent, codes)
+            found.update(zip(some, codes, strict=True))
             kept.update(
                 key
                 for key, code in zip(some, codes, strict=True)
                 if code == 0 or (code == library.EXISTS and method == "batch_put_from")
             )
         self._gone.discard(kept)
+        for key in keys:
+            if key not in kept:
+                reason = library.decline_reason(found[key]) if key in found else "empty"
+                if self._declined.add(reason) and reason == "empty":
+                    log.warning("kvcache: mooncake: a block is empty; such blocks are declined")
         return [key in kept for key in keys]
 
     def store_branches(
@@ -248,6 +256,9 @@ class MooncakeTier(Tier):
             key for key, code in zip(asked, codes, strict=True) if code not in {0, library.ABSENT}
         )
         self._check_answered("batch_remove", codes)
+
+    def usage(self) -> TierUsage:
+        return TierUsage(declined_blocks=self._declined.counts())
 
     def close(self) -> None:
         self._opener.close()
@@ -321,7 +332,7 @@ class MooncakeTier(Tier):
 
     def _log_codes(self, codes: Sequence[int]) -> None:
         for code in codes:
-            if code not in library.UNANSWERED and self._logged_codes.add(code):
+            if code not in library.UNANSWERED and self._errors.add(str(code)):
                 log.warning(
                     "kvcache: mooncake: the pool returned an error (%s); its keys are missed or "
                     "declined", describe_code(code),

@@ -34,9 +34,9 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from kvcache import telemetry
 from kvcache.inputs import check_timeout
 from kvcache.keys import RESET_NBYTES, namespace_after_reset
-from kvcache.logged_codes import LoggedCodes
 from kvcache.process import bind_to_process
-from kvcache.tier import Tier
+from kvcache.reasons import ReasonCounter
+from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.object import requests
 from kvcache.tiers.object.location import open_location
 from kvcache.tiers.object.names import START_NAME, block_name, description_name, reset_name
@@ -135,7 +135,8 @@ class ObjectTier(Tier):
         )
         self._timeout_s = timeout_s
         self._overwrite = mode == "overwrite"
-        self._logged_codes = LoggedCodes()
+        self._errors = ReasonCounter()  # by the kind of request and the code
+        self._declined = ReasonCounter()
         self._unreachable = False
         self._log_lock = threading.Lock()
         self._closed = False
@@ -208,6 +209,9 @@ class ObjectTier(Tier):
             for key, block in first.items()
         ]  # fmt: skip
         outcomes = dict(zip(first, self._request(PUT, puts), strict=True))
+        for key in keys:
+            if isinstance(outcome := outcomes[key], FailedRequest):
+                self._declined.add(outcome.code)
         return [outcomes[key] is True for key in keys]
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -239,6 +243,9 @@ class ObjectTier(Tier):
         if outcome is not True:
             text = outcome.text if isinstance(outcome, FailedRequest) else "no answer"
             raise ConnectionError(f"cannot write the reset: {text}")
+
+    def usage(self) -> TierUsage:
+        return TierUsage(declined_blocks=self._declined.counts())
 
     def close(self) -> None:
         self._closed = True  # queued requests are not sent
@@ -325,7 +332,7 @@ class ObjectTier(Tier):
         elif changed:
             log.warning("kvcache: object store at %s: reachable again", self._location.place)
         for failure in answered:
-            if self._logged_codes.add((verb, failure.code)):
+            if self._errors.add(f"{verb} {failure.code}"):
                 log.warning(
                     "kvcache: object store at %s: a %s request failed (%s); its blocks are "
                     "missed or declined", self._location.place, verb, failure.text,

@@ -29,10 +29,10 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from kvcache import telemetry
 from kvcache.inputs import check_files, check_timeout
 from kvcache.keys import DIGEST_NBYTES, RESET_NBYTES, Branch, namespace_after_reset
-from kvcache.logged_codes import LoggedCodes
 from kvcache.process import bind_to_process
+from kvcache.reasons import ReasonCounter
 from kvcache.secrets import read_secret
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.redis.cluster import Cluster
 from kvcache.tiers.redis.connect import Connector, parse_url
 from kvcache.tiers.redis.node import NO_ANSWER, REJECTED, Node, ServerGroup, SingleServer
@@ -165,7 +165,8 @@ class RedisTier(Tier):
         self._reset_read_at = 0.0
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
-        self._logged_codes = LoggedCodes()
+        self._errors = ReasonCounter()  # by code, of all commands
+        self._declined = ReasonCounter()
         self._closed = False
         self._threads = WorkerPool(
             "redis", _CLUSTER_THREADS if cluster else 0
@@ -239,6 +240,9 @@ class RedisTier(Tier):
                 command(b"GET", self._reset_key, into=memoryview(bytearray(RESET_NBYTES)))
             )
         replies = self._request("SET", names, commands)[: len(keys)]
+        for reply in replies:
+            if isinstance(reply, ErrorReply):
+                self._declined.add(reply.code)
         return [reply is None or reply == 1 for reply in replies]  # None: the key exists already
 
     def store_branches(
@@ -274,6 +278,9 @@ class RedisTier(Tier):
             text = reply.text if isinstance(reply, ErrorReply) else "no answer"
             raise ConnectionError(f"cannot write the reset: {text}")
         self._reset_key = name
+
+    def usage(self) -> TierUsage:
+        return TierUsage(declined_blocks=self._declined.counts())
 
     def close(self) -> None:
         self._closed = True
@@ -351,7 +358,7 @@ class RedisTier(Tier):
 
     def _observe_error(self, error: ErrorReply) -> None:
         self.servers.observe_error(error)
-        if error.code not in _UNLOGGED_ERRORS and self._logged_codes.add(error.code):
+        if error.code not in _UNLOGGED_ERRORS and self._errors.add(error.code):
             log.warning(
                 "kvcache: redis: a server returned an error (%s); its keys are missed or declined",
                 error.text,
