@@ -27,7 +27,7 @@ from kvcache.profiles.errors import ProfileError, listed, show
 from kvcache.profiles.load import Profile, load_profile, load_tables
 from kvcache.profiles.options import options_of
 from kvcache.profiles.source import shipped
-from kvcache.profiles.tiers import VARIABLE, Row
+from kvcache.profiles.tiers import VARIABLE, FrontOptions, Row
 from kvcache.replay import recorder
 from kvcache.replica import ALONE, Replica
 from kvcache.sizes import Size, format_size
@@ -135,6 +135,7 @@ def open_stack(
             profile=loaded.name,
             name=first.name,
             kind=first.kind,
+            **first.options_for(FrontOptions),
             block_tokens=block_tokens,
             recorder=records,
         )

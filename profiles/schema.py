@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from kvcache.eviction import POLICIES, Eviction
 from kvcache.profiles.options import Option, allowed_values, options_of
-from kvcache.profiles.tiers import WRAPPERS, known_kinds, tier_class
+from kvcache.profiles.tiers import WRAPPERS, FrontOptions, known_kinds, tier_class
 from kvcache.sizes import DiskSize, Size, format_size, parse_size
 from kvcache.tier import FrontTier
 
@@ -56,7 +56,7 @@ def schema() -> Schema:
             below[kind] = {"description": str(error)}
             continue
         if issubclass(cls, FrontTier):
-            first[kind] = _options(kind, cls)
+            first[kind] = _options(kind, cls, FrontOptions)
         below[kind] = _options(kind, cls, *WRAPPERS)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

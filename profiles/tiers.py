@@ -39,6 +39,17 @@ WRAPPERS = (Framed, LowerTier)
 """Classes that the stack wraps around a lower tier; the tier's row sets their options too."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontOptions:
+    """Options of L1 for the stack, in addition to those of its class.
+
+    Args:
+        announce: whether L1's blocks are announced to subscribers of the stack's events.
+    """
+
+    announce: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """A value that was set for an option.
@@ -73,8 +84,8 @@ class Row:
         cls: its class.
         settings: the options that were set.
         where: the file and line of its [[tier]].
-        accepted: the options that the row may set: those of the class, and for a lower tier those
-            of ``WRAPPERS`` too.
+        accepted: the options that the row may set: those of the class, and those of ``WRAPPERS``
+            for a lower tier, of ``FrontOptions`` for L1.
     """
 
     name: str
@@ -237,8 +248,9 @@ class _RowReader:
                 raise ValueError(f'a tier needs a kind, such as "dram" or "pkg.mod:Class"{near}')
             cls = tier_class(kind)
             options = options_of(cls)
-            if number or not self._has_front:
-                options = _joined(options, *map(options_of, WRAPPERS))
+            below = number or not self._has_front
+            wrappers = WRAPPERS if below else (FrontOptions,)
+            options = _joined(options, *map(options_of, wrappers))
         except ValueError as error:
             self._add_problem(table.where("kind"), str(error))
             return None

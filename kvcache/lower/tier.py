@@ -43,6 +43,7 @@ class LowerTier(TierCaller):
             longer.
         lookup: whether a lookup asks the tier, or (``"load"``) assumes that the tier holds a block,
             so that the load is the question. Write-behind then asks nothing either.
+        announce: whether the tier's blocks are announced to subscribers of the stack's events.
         kind: the tier's kind in the profile; "" is the name of its class.
         clock: the current time in seconds.
         piece_nbytes: the most bytes of one call.
@@ -66,6 +67,7 @@ class LowerTier(TierCaller):
         writes: Literal["all", "hot"] = "all",
         if_slower: Literal["compute", "load"] = "compute",
         lookup: Literal["ask", "load"] = "ask",
+        announce: bool = True,
         kind: str = "",
         clock: Callable[[], float] = time.monotonic,
         piece_nbytes: int = PIECE_NBYTES,
@@ -87,6 +89,7 @@ class LowerTier(TierCaller):
             breaker=breaker,
             lookup=lookup,
         )
+        self.announce = announce
         wanted, limit = queue // front.block_nbytes, front.slab.slots // 4
         self.write_behind = WriteBehind(
             self.channel,

@@ -53,12 +53,14 @@ class Stack(Closeable):
         block_tokens: tokens of a block, for spans; 0 if unknown.
         name: the front tier's name in the profile.
         kind: the front tier's kind in the profile.
+        announce: whether the front tier's blocks are announced to subscribers of events.
         clock: returns seconds.
         recorder: records the keys of every ``match``. A caller of ``fetch_local`` records them
             itself.
 
     Attributes:
         lower: the lower tiers, and the promotions from them.
+        front_name: the front tier's name and kind.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Stack(Closeable):
         block_tokens: int = 0,
         name: str = "l1",
         kind: str = "",
+        announce: bool = True,
         clock: Callable[[], float] = time.monotonic,
         recorder: Recorder = NULL_RECORDER,
     ) -> None:
@@ -78,8 +81,9 @@ class Stack(Closeable):
             self.front.disable_admission()
         self.recorder = guard_recorder(recorder)
         self.profile = profile
-        self._tier_name = TierName(name, kind or type(front).__name__)
-        self._timer = metrics.Timer(self._tier_name)
+        self.front_name = TierName(name, kind or type(front).__name__)
+        self._announces_front = announce
+        self._timer = metrics.Timer(self.front_name)
         self._clock = clock
         self.lower = LowerTiers(self.front, lower, clock)
         self._spans = StackSpans(profile, block_tokens, self.front.block_nbytes, self.lower)
@@ -94,6 +98,11 @@ class Stack(Closeable):
     def block_nbytes(self) -> int:
         """Bytes of a block, of all ranks together."""
         return self.front.block_nbytes
+
+    @property
+    def announces(self) -> bool:
+        """Whether any tier is announced to subscribers of events."""
+        return self._announces_front or any(lower.announce for lower in self.lower.tiers)
 
     def match(
         self, keys: Sequence[bytes], start: int = 0, *, context: Context | None = None
@@ -342,7 +351,7 @@ class Stack(Closeable):
             self.profile,
             (self.front.stats(),),
             tuple(tier.stats() for tier in lower),
-            (self._tier_name, *(tier.channel.tier_name for tier in lower)),
+            (self.front_name, *(tier.channel.tier_name for tier in lower)),
             self._leases.loaded_blocks,
         )
 
@@ -352,15 +361,19 @@ class Stack(Closeable):
         return [duration for timer in timers for duration in timer.take()]
 
     def subscribe_events(self) -> list[tuple[TierName, BlockEventLog]]:
-        """Log the events of every tier from now on, L1 first. A log grows until it is taken.
+        """Log the events of every announced tier from now on, L1 first.
 
-        A block that a lower tier removes by itself is logged when the stack next asks for it.
+        A log grows until it is taken. A block that a lower tier removes by itself is logged when
+        the stack next asks for it. A tier with ``announce = false`` logs nothing.
         """
-        logs = [(self._tier_name, BlockEventLog())]
-        self.front.subscribe(logs[0][1])
+        logs = []
+        if self._announces_front:
+            logs.append((self.front_name, BlockEventLog()))
+            self.front.subscribe(logs[-1][1])
         for lower in self.lower.tiers:
-            logs.append((lower.channel.tier_name, BlockEventLog()))
-            lower.channel.events = logs[-1][1]
+            if lower.announce:
+                logs.append((lower.channel.tier_name, BlockEventLog()))
+                lower.channel.events = logs[-1][1]
         return logs
 
     def close(self, flush_s: float = 5.0) -> None:

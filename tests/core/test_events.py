@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from random import Random
 
+import pytest
+
 from kvcache import Stack
 from kvcache.events import BlockEvent, BlockEventLog
 from kvcache.keys import namespaced_key
@@ -79,6 +81,23 @@ def test_lower_tier_events_match_its_answers() -> None:
 
         below.stack.clear()
         assert log.take() == [BlockEvent(stored=False, keys=None)]
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("lower", [False, True])
+def test_tier_that_is_not_announced_logs_no_event(front: bool, lower: bool) -> None:
+    below = StackUnderTest(announce_front=front, announce=lower)
+    with below.stack:
+        logs = {named.name: log for named, log in below.stack.subscribe_events()}
+        assert list(logs) == ["l1"] * front + ["l2"] * lower
+        assert below.stack.announces == (front or lower)
+        below.put(keys_of("a", 2))
+        assert below.stack.flush(LONG)
+        below.stack.clear()
+        for log in logs.values():
+            first, *_, last = log.take()
+            assert first.stored
+            assert last == BlockEvent(stored=False, keys=None)
 
 
 def test_lower_tier_failure_logs_no_event() -> None:

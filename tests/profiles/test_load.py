@@ -7,6 +7,7 @@ import pytest
 
 from kvcache.lower.tier import LowerTier
 from kvcache.profiles import ProfileError, load_profile, shipped, source
+from kvcache.profiles.tiers import FrontOptions
 from kvcache.tiers.dram import DramTier
 from kvcache.tiers.framed import Framed
 from tests.support.empty_tiers import Front
@@ -263,6 +264,15 @@ def test_lower_tier_has_the_options_of_its_wrappers(file: Path) -> None:
     assert row.options_for(row.cls) == {}
     problem = only_problem(file, GOOD + 'codec = "zstd"\n' + lower)
     assert "no such option" in problem
+
+
+def test_every_tier_has_the_option_announce(file: Path) -> None:
+    text = GOOD + "announce = false\n" + '[[tier]]\nname = "l2"\nkind = "dram"\ncapacity = "1GiB"\n'
+    front, lower = read(file, text, {"KVCACHE__L2__ANNOUNCE": "false"}).tiers
+    assert front.options_for(FrontOptions) == lower.options_for(LowerTier) == {"announce": False}
+    assert "announce" not in {**front.options_for(front.cls), **lower.options_for(lower.cls)}
+    problem = only_problem(file, GOOD + 'announce = "no"\n')
+    assert problem.endswith('announce = "no": takes true or false')
 
 
 def test_lower_tier_may_have_options_named_like_internal_arguments(file: Path) -> None:

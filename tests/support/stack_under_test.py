@@ -34,6 +34,7 @@ class StackUnderTest:
         breaker_clock: of the circuit breakers; ``None`` is ``clock``.
         breaker_failures: how many failures in a row open the circuit breaker of a lower tier.
         namespace: of the blocks in the lower tiers.
+        announce_front: whether L1 is announced in events.
         options: of every lower tier.
     """
 
@@ -48,6 +49,7 @@ class StackUnderTest:
         breaker_clock: Callable[[], float] | None = None,
         breaker_failures: int = 3,
         namespace: bytes = NAMESPACE,
+        announce_front: bool = True,
         **options: Any,
     ):
         self.front = DramTier(block_nbytes=PAGE, capacity=Size(slots * PAGE))
@@ -67,7 +69,9 @@ class StackUnderTest:
             )
             for number, tier in enumerate(self.tiers, 2)
         ]
-        self.stack = Stack(self.front, self.lower, profile="test", clock=clock)
+        self.stack = Stack(
+            self.front, self.lower, profile="test", announce=announce_front, clock=clock
+        )
 
     def put(self, keys: list[bytes], parent: bytes | None = None) -> int:
         """Store the blocks that L1 lacks, as an engine does; return how many."""

@@ -176,6 +176,38 @@ def test_events_of_a_lower_tier_are_bounded(
     assert removed == keys_of("c", 1)
 
 
+@pytest.mark.parametrize("hidden", ["CPU", "STORAGE"])
+def test_events_of_a_tier_that_is_not_announced_are_left_out(hidden: str) -> None:
+    with_events = StackUnderTest(
+        slots=SLOTS, announce_front=hidden != "CPU", announce=hidden != "STORAGE"
+    )
+    shown = {"CPU": "STORAGE", "STORAGE": "CPU"}[hidden]
+    keys = keys_of("a", 4)
+    with with_events.stack as stack:
+        published = events_of_one_group(stack)
+        describe(published, keys)
+        with_events.put(keys)
+        assert stack.flush(LONG)
+        made = published.take()
+        assert hashes_of(made, shown) == (keys, [])
+        assert hashes_of(made, hidden) == ([], [])
+        with_events.front.clear()
+        assert with_events.fetch_count(keys) == 4  # from the lower tier
+        with_events.front.remove(keys[3:])
+        assert in_medium(published.take(), hidden) == []
+        stack.clear()
+        made = published.take()
+        assert {*hashes_of(made, shown)[1]} >= {*keys[:3]}
+        assert in_medium(made, hidden) == []
+
+
+def test_events_without_an_announced_tier_are_off() -> None:
+    on: Any = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
+    with StackUnderTest(announce_front=False, announce=False).stack as stack:
+        source = events_of(on, cache_config(full_attention()), [ALONE], stack, [1])
+        assert type(source) is EventSource
+
+
 def test_events_off_subscribe_to_nothing(
     below: StackUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,9 @@ Invariants:
    and removed with the first one that goes.
 4. Tables are bounded: by the slots of L1, and for each lower tier by ``MOST_ANNOUNCED`` parts.
    Beyond that, the parts that were seen longest ago are removed.
-5. With events off, nothing is recorded, and a request costs one empty call.
+5. A tier with ``announce = false`` has no events.
+6. With events off, or with no announced tier, nothing is recorded, and a request costs one empty
+   call.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ MOST_AHEAD: Final = 1 << 14  # parts described before they are stored, of waitin
 
 
 class EventSource:
-    """Publishes nothing: KV events are off.
+    """Publishes nothing: KV events are off, or no tier is announced.
 
     Attributes:
         publishes: whether descriptions of blocks are used.
@@ -81,17 +83,19 @@ def events_of(
     stack: Stack,
     parts: Sequence[int],
 ) -> EventSource:
-    """Return the events of ``stack``; none if the engine's KV events are off.
+    """Return the events of ``stack``.
+
+    There are none if the engine's KV events are off, or no tier is announced.
 
     Args:
         vllm_config: of the engine.
         kv_cache_config: the scheduler's.
         groups: the kept groups.
-        stack: its tiers are announced.
+        stack: its tiers are announced, except those with ``announce = false``.
         parts: the number of parts of a block, for each kept group.
     """
     config = getattr(vllm_config, "kv_events_config", None)
-    if config is None or not config.enable_kv_cache_events:
+    if config is None or not config.enable_kv_cache_events or not stack.announces:
         return EventSource()
     return StackEvents(kv_cache_config, groups, stack, parts)
 
@@ -144,7 +148,7 @@ class StackEvents(EventSource):
     Args:
         kv_cache_config: the scheduler's.
         groups: the kept groups.
-        stack: its tiers are announced.
+        stack: its tiers are announced, except those with ``announce = false``.
         parts: the number of parts of a block, for each kept group.
         kv_events: the module of vLLM's event classes.
     """
@@ -174,12 +178,14 @@ class StackEvents(EventSource):
             for group in groups
             for member in group.members
         }
-        [(_, l1_events), *lower] = stack.subscribe_events()
         slots = stack.front.slab.slots
-        self._tiers = [_AnnouncedTier(l1_events, slots, medium="CPU", locality="LOCAL")]
-        for named, block_events in lower:
-            fields = {"medium": "STORAGE", "ownership": named.name}
-            self._tiers.append(_AnnouncedTier(block_events, MOST_ANNOUNCED, **fields))
+        self._tiers = []
+        for named, block_events in stack.subscribe_events():
+            if named == stack.front_name:
+                most, fields = slots, {"medium": "CPU", "locality": "LOCAL"}
+            else:
+                most, fields = MOST_ANNOUNCED, {"medium": "STORAGE", "ownership": named.name}
+            self._tiers.append(_AnnouncedTier(block_events, most, **fields))
         self._described: OrderedDict[bytes, _BlockDescription] = OrderedDict()
         self._most_described = 2 * slots + MOST_AHEAD
 
