@@ -207,6 +207,31 @@ def test_calls_during_and_after_close_do_not_crash_the_process(pool: Pool) -> No
     assert output_of(CLOSE, pool.master.address) == ["refused"] * 5
 
 
+EXIT = """
+tier = MooncakeTier(master=sys.argv[1], timeout_s=30.0)
+assert all(store(tier))
+begun = threading.Semaphore(0)
+def work():
+    begun.release()
+    try:
+        while True:
+            load(tier)
+    except ConnectionError:
+        pass
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+    begun.acquire()
+if sys.argv[2] == "closed":
+    tier.close()
+print("exits", flush=True)
+"""
+
+
+@pytest.mark.parametrize("tier", ["open", "closed"])
+def test_exit_during_calls_does_not_abort_the_process(pool: Pool, tier: str) -> None:
+    assert output_of(EXIT, pool.master.address, tier) == ["exits"]
+
+
 SIGNALS = """
 signal.signal(signal.SIGTERM, lambda *_: print("terminated", flush=True))
 tier = MooncakeTier(master=sys.argv[1], timeout_s=30.0)

@@ -12,20 +12,26 @@ Invariants:
 
 from __future__ import annotations
 
+import atexit
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
+from weakref import WeakSet
 
-from kvcache.process import bind_to_process
+from kvcache.process import ForkedError, bind_to_process
 from kvcache.secrets import redact
 
 log = logging.getLogger(__name__)
 
 RETRY_S: Final = 1.0
 """From a failed attempt to open a client to the next one."""
+
+EXIT_S: Final = 5.0
+"""How long an exiting process waits for calls inside the library, which would abort it."""
 
 _PROBE = bytes(64)
 """No request of any protocol: a process that reads it answers with an error or hangs up."""
@@ -45,6 +51,7 @@ class PoolClient:
         self._closing = False
         self._closed = threading.Event()
         bind_to_process(self)  # any call in a forked child, also ``close``, would hang or crash
+        _clients.add(self)
 
     def call(self, method: str, *arguments: object) -> Any:
         """Call a method of the library.
@@ -75,15 +82,34 @@ class PoolClient:
         if is_last:
             self._close()
 
-    def wait_closed(self) -> None:
+    def wait_closed(self, timeout_s: float | None = None) -> None:
         """Wait until the library has closed the client."""
-        self._closed.wait()
+        self._closed.wait(timeout_s)
 
     def _close(self) -> None:
         try:
             self._client.close()
         finally:
             self._closed.set()
+
+
+_clients: WeakSet[PoolClient] = WeakSet()
+
+
+def close_at_exit(timeout_s: float = EXIT_S) -> None:
+    """Close all clients before the process exits, and wait for the calls inside.
+
+    The library aborts a process that exits during a call.
+    """
+    clients, until = list(_clients), time.monotonic() + timeout_s
+    for client in clients:
+        client.close()
+    for client in clients:
+        with suppress(ForkedError):  # this process is a child, and none of the calls is its own
+            client.wait_closed(max(0.0, until - time.monotonic()))
+
+
+atexit.register(close_at_exit)
 
 
 class ClientOpener:
