@@ -27,10 +27,6 @@ MAX_OBJECTS = 20_000_000
 """The most objects that are listed."""
 
 _CONNECTIONS = 4
-_LOCATION_OPTIONS = (
-    "endpoint", "region", "account", "access_key_env", "secret_key_env", "session_token_env",
-    "account_key_env", "sas_token_env", "service_account_file", "ca_file",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +102,12 @@ def open_store(options: Mapping[str, Any]) -> ObjectStore:
         ValueError: an option is invalid, or a package is missing.
     """
     try:
-        from kvcache.tiers.object.location import open_location
+        from kvcache.tiers.object.location import OPTIONS, open_location
     except ImportError as error:
         raise ValueError(
             f"object stores need packages: pip install 'kvcache[object]' ({error})"
         ) from error
-    given = {name: str(options[name]) for name in _LOCATION_OPTIONS if name in options}
+    given = {name: str(options[name]) for name in OPTIONS if name in options}
     return ObjectStore(
         open_location(str(options["url"]), given, request_s=WAIT_S, connections=_CONNECTIONS)
     )

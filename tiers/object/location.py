@@ -36,6 +36,9 @@ _OPTIONS_OF: Final = {
 }
 """The options of each scheme; those with ``endpoint`` also take ``ca_file``."""
 
+OPTIONS: Final = tuple(sorted({"ca_file"}.union(*_OPTIONS_OF.values())))
+"""Every option that :func:`open_location` takes."""
+
 _SYSTEMS: Final = {"s3": "s3", "gs": "gcs", "az": "azure", "file": "file"}
 
 _HOSTS: Final = {

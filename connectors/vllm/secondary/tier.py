@@ -124,18 +124,17 @@ class KVCacheTier(SecondaryTierManager):
             self._tiers = open_rows_tiers(offloading_spec, given, tier_type, self._row_nbytes)
             opened.callback(self._tiers.close, CLOSE_S)
             self._compute_times = ComputeTimes(self._tiers.observe_compute, self._clock)
-            deadlines = [tier.channel.deadline_s for tier in self._tiers.tiers]
-            self._deadline_s = sum(deadlines)  # of a block that no tier returns
-            self._lookups = TierLookups(self._contains, self._deadline_s, self._clock)
+            self._lookups = TierLookups(self._contains, self._tiers.deadline_s, self._clock)
             opened.callback(self._lookups.close, 0.0)
-            queue = partial(self._queue, min(deadlines))
+            shortest_s = min(tier.channel.deadline_s for tier in self._tiers.tiers)
+            queue = partial(self._queue, shortest_s)
             self._loads = queue("vllm-load", LOAD_THREADS, self._load, self._row_count)
             opened.callback(self._loads.close, 0.0)
             # A quarter, as for the write queue of a stack: stores must not pin all of the memory.
             most_stored = max(1, self._row_count // 4)
             self._stores = queue("vllm-store", STORE_THREADS, self._store, most_stored)
             opened.callback(self._stores.close, 0.0)
-            if [tier.kind for tier in self._tiers.stats().names] != ["disk"]:
+            if [tier.kind for tier in self._tiers.names] != ["disk"]:
                 # vLLM's metric of hits knows disks, and no word for servers.
                 self.cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
             self._reports = Reports(self._tiers, self._clock)
@@ -381,7 +380,7 @@ class KVCacheTier(SecondaryTierManager):
         self._stores.wait(FLUSH_S)
         self._tiers.close(CLOSE_S)  # jobs end with the calls that they have started
         try:
-            self._wait(self._deadline_s)
+            self._wait(self._tiers.deadline_s)
         finally:
             for pool in (self._lookups, self._loads, self._stores):
                 pool.close(CLOSE_S)
