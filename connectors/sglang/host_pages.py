@@ -30,7 +30,7 @@ class HostPages:
     Args:
         pool: SGLang's host pool.
         name: its name in SGLang, such as "kv" or "mamba".
-        place: what tells its pages from those of other ranks, pipeline stages and shards.
+        place: distinguishes its pages from those of other ranks, stages and shards.
 
     Attributes:
         pool: SGLang's host pool.

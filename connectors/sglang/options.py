@@ -12,13 +12,13 @@ OPTIONS: Final = ("profile", "tiers", "identity")
 """The options of this backend; :class:`StorageOptions` says what each one takes."""
 
 FACTORY_OPTIONS: Final = ("backend_name", "module_path", "class_name", "interface_v1")
-"""What SGLang's factory reads from the same object."""
+"""Options that SGLang's factory reads from the same object."""
 
 CONTROLLER_OPTIONS: Final = (
     "prefetch_threshold", "prefetch_timeout_base", "prefetch_timeout_per_ki_token",
     "hicache_storage_pass_prefix_keys", "tp_lcm_size",
 )  # fmt: skip
-"""What SGLang's cache controller reads. It usually removes them before it calls the backend."""
+"""Options that SGLang's cache controller reads, and usually removes before it calls the backend."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def place_of(config: HiCacheStorageConfig, *, shared: bool) -> tuple[object, ...]:
-    """Return what tells the pages of this rank from those of other ranks.
+    """Return the values that distinguish pages of this rank from those of other ranks.
 
     Ranks of data parallelism are left out: they compute equal pages.
 

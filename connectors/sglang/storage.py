@@ -303,7 +303,7 @@ class KVCacheStorage(HiCacheStorage):
     # Weights, metrics, reset, end
 
     def _epoch(self) -> bytes:
-        """Return what is in the names of pages since an update of the weights; empty before."""
+        """Return the bytes that updates of the weights add to the names of pages; none before."""
         count = self._updates.count
         return blake2b(f"{self._token} {count}".encode()).digest() if count else b""
 

@@ -48,7 +48,7 @@ class Channel:
 
     Attributes:
         assumes_held: whether ``lookup`` is ``"load"``.
-        remembered: what the tier answered, with ``lookup = "load"``; empty otherwise.
+        remembered: the blocks that the tier held or missed; empty with ``lookup = "ask"``.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ _LEAST_IN_FLIGHT = 4  # calls of one operation: each time that its thread wakes 
 
 
 class StoreAnswer(IntEnum):
-    """What a tier answered to the offer of a block; true if it holds the block now."""
+    """A tier's answer to the offer of a block; true if it holds the block now."""
 
     DECLINED = 0
     KNOWN = 1  # held before

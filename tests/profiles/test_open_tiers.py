@@ -18,7 +18,6 @@ from tests.support.failing_parts import FaultyTier
 
 KEYS = keys_of("a", 5)
 NAMESPACE = b"n" * 32
-FAULTY = "tests.support.failing_parts:FaultyTier"
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Location:
         system: ``"s3"``, ``"gcs"``, ``"azure"`` or ``"file"``.
         host: the host that answers; "" for a folder.
         port: its port.
-        secrets: what no message may repeat.
+        secrets: texts that no message may repeat.
     """
 
     store: Any
