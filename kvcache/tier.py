@@ -7,7 +7,10 @@ Invariants:
   parent of each block.
 * A tier takes keys of 1 to ``kvcache.keys.MAX_KEY_NBYTES`` (80) bytes, of any value. It may decline
   a longer key; it never cuts one.
-* A key may be twice in one call: the first of its blocks is kept, and each gets a result.
+* A key may be several times in one call, and each position gets its result. ``load`` fills the
+  buffer of each position; ``store`` and ``store_branches`` keep the first block of the key, and
+  answer the same for all its positions; ``remove`` removes it once.
+* A tier counts each block that it declines once, by reason, in ``usage``, and logs a reason once.
 * Absence and refusal are values (0 bytes, ``False``); an exception means that a call failed.
 * To the stack, any exception (``BaseException`` too) and any result that breaks the contract is a
   failure of that call: its blocks are misses or declined, and nothing else is lost.
@@ -173,6 +176,19 @@ class TierStats:
 
 class FrontTier(Tier):
     """A tier that lends its memory (L1): blocks are filled and read in place, under leases.
+
+    What a front tier may assume, and what not:
+
+    * Several threads call it at the same time. Each lease ends once, in any order and thread.
+    * ``keys`` are consecutive blocks of one chain, except those of ``pin_any``, ``contains``,
+      ``load``, ``protect`` and ``remove``, which have any order.
+    * Blocks may be reserved before their parent. A parent may be unknown (neither held nor being
+      filled): its children get free slots, but the tier need not evict a block for them.
+    * A key may be held or being filled: ``reserve`` lends no slot for it.
+    * A key may be several times in one call. ``reserve`` and ``reserve_branches`` lend it one slot,
+      for its first position. ``access`` and ``count_prefix`` count each position. ``pin`` and
+      ``pin_any`` lend the same slot at each position, until the lease ends. ``mark_done``,
+      ``protect`` and ``remove`` have the effect of one.
 
     Attributes:
         block_nbytes: bytes of a block.

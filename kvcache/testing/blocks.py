@@ -1,13 +1,15 @@
-"""Keys, block contents and threads for the contract suites.
+"""Keys, block contents, threads and log records for the contract suites.
 
 Invariant: the bytes of a block are derived from its key, so a block under a wrong key is noticed.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import blake2b, shake_128
 
 
@@ -36,3 +38,20 @@ def run_in_threads(threads: int, work: Callable[[int], None]) -> None:
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(begin, range(threads)))
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Yield a list that gets the messages logged inside the block, from level WARNING."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    collector, root = Collector(logging.WARNING), logging.getLogger()
+    root.addHandler(collector)
+    try:
+        yield messages
+    finally:
+        root.removeHandler(collector)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from kvcache.keys import MAX_KEY_NBYTES, Branch
-from kvcache.testing.blocks import block_of, keys_of, run_in_threads
+from kvcache.stats import usage_of
+from kvcache.testing.blocks import block_of, collect_warnings, keys_of, run_in_threads
 from kvcache.tier import Tier
 
 GUARD_NBYTES = 64  # after the block in each buffer; no tier may write them
@@ -141,11 +142,38 @@ class TierTests:
         key, other = keys_of("twice", 2)
         twice = [key, other, key]
         zeros = memoryview(bytes(self.block_nbytes))
+        assert tier.contains(twice) == [False] * 3
+        self.check_load(tier, twice, [False] * 3)
         assert tier.store(twice, [*self.blocks(twice[:2]), zeros]) == [True] * 3
         assert tier.contains(twice) == [True] * 3
         self.check_load(tier, twice, [True] * 3)  # the first block was kept
         tier.remove([key, key])
         assert tier.contains(twice) == [False, True, False]
+        self.check_load(tier, twice, [False, True, False])
+
+    def test_key_twice_in_branches_is_one_block(self, tier: Tier) -> None:
+        key, other, third = keys_of("twice in branches", 3)
+        branches: list[Branch] = [([key, other], None), ([third, key], other), ([key], third)]
+        twice = [key, other, third, key, key]
+        zeros = memoryview(bytes(self.block_nbytes))
+        assert tier.store_branches(branches, [*self.blocks(twice[:3]), zeros, zeros]) == [True] * 5
+        self.check_load(tier, twice, [True] * 5)  # the first block was kept
+        assert tier.store_branches(branches, [zeros] * 5) == [True] * 5
+        self.check_load(tier, twice, [True] * 5)
+
+    def test_declined_block_is_counted_and_its_reason_logged_once(self, tier: Tier) -> None:
+        keys = keys_of("declined", 2, MAX_KEY_NBYTES + 1)
+        before = sum(usage_of(tier).declined_blocks.values())
+        with collect_warnings() as logged:
+            stored = [
+                is_stored
+                for batch in (keys, [keys[0], keys[0]])  # each position is a block
+                for is_stored in tier.store(batch, self.blocks(batch))
+            ]
+        declined = sum(usage_of(tier).declined_blocks.values()) - before
+        assert declined == stored.count(False), "usage() does not count the declined blocks"
+        if declined:
+            assert len(logged) == 1, "the reason was not logged once"
 
     def test_room_blocks_fit(self, tier: Tier) -> None:
         keys = keys_of("many", self.room_blocks)

@@ -3,6 +3,7 @@
 A wrong tier is the correct one with one change.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import pytest
 
 from kvcache.keys import MAX_KEY_NBYTES, Branch
 from kvcache.testing import TierTests
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
 from tests.support.contract_runs import failing_tests, suite_test_names
 
 NBYTES = TierTests.block_nbytes
@@ -243,6 +244,79 @@ class StoresOneSegment(DictTier):
         return [True] * len(blocks)
 
 
+class LoadsEachKeyOnce(DictTier):
+    def load(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[int]:
+        written = super().load(list(dict(zip(keys, into, strict=True))), into[: len(set(keys))])
+        return written + [0] * (len(keys) - len(written))
+
+
+class RemovesEachKeyTwice(DictTier):
+    def remove(self, keys: Sequence[bytes]) -> None:
+        held = [key for key in keys if key in self.held]
+        for key in held:
+            del self.held[key]
+
+
+class KeepsTheLastOfBranches(DictTier):
+    def store_branches(
+        self, branches: Sequence[Branch], blocks: Sequence[memoryview]
+    ) -> list[bool]:
+        keys = [key for branch, _ in branches for key in branch]
+        last = dict(zip(keys, blocks, strict=True))
+        return [self.store_one(key, last[key]) for key in keys]
+
+
+class DeclinesLongKeys(DictTier):
+    """Correct: it declines, counts and logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.declined = 0
+
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        if len(key) <= MAX_KEY_NBYTES:
+            return super().store_one(key, block)
+        self.declined += 1
+        if self.declined == 1:
+            self.log_decline()
+        return False
+
+    def log_decline(self) -> None:
+        logging.getLogger("tier").warning("a key is too long")
+
+    def usage(self) -> TierUsage:
+        return TierUsage(declined_blocks={"key too long": self.declined})
+
+
+class TestTierThatDeclines(TierTests):
+    @pytest.fixture
+    def tier(self) -> DictTier:
+        return DeclinesLongKeys()
+
+
+class DeclinesUncounted(DeclinesLongKeys):
+    def usage(self) -> TierUsage:
+        return TierUsage()
+
+
+class CountsCallsThatDecline(DeclinesLongKeys):
+    def usage(self) -> TierUsage:
+        return TierUsage(declined_blocks={"key too long": self.declined // 2})
+
+
+class DeclinesSilently(DeclinesLongKeys):
+    def log_decline(self) -> None:
+        pass
+
+
+class LogsEveryDecline(DeclinesLongKeys):
+    def store_one(self, key: bytes, block: memoryview) -> bool:
+        stored = super().store_one(key, block)
+        if not stored:
+            self.log_decline()
+        return stored
+
+
 WRONG_TIERS: dict[type[DictTier], set[str]] = {
     ForgetsTheOrder: {"test_results_are_per_key_and_in_order"},
     HoldsEverything: {"test_load_after_store_returns_the_bytes"},
@@ -259,6 +333,13 @@ WRONG_TIERS: dict[type[DictTier], set[str]] = {
         "test_store_of_a_held_key_changes_nothing",
         "test_key_twice_in_a_batch_is_one_block",
     },
+    LoadsEachKeyOnce: {"test_key_twice_in_a_batch_is_one_block"},
+    RemovesEachKeyTwice: {"test_key_twice_in_a_batch_is_one_block"},
+    KeepsTheLastOfBranches: {"test_key_twice_in_branches_is_one_block"},
+    DeclinesUncounted: {"test_declined_block_is_counted_and_its_reason_logged_once"},
+    CountsCallsThatDecline: {"test_declined_block_is_counted_and_its_reason_logged_once"},
+    DeclinesSilently: {"test_declined_block_is_counted_and_its_reason_logged_once"},
+    LogsEveryDecline: {"test_declined_block_is_counted_and_its_reason_logged_once"},
     NeedsAKey: {"test_empty_batch_does_nothing"},
     NeedsTheParent: {"test_parent_changes_no_result"},
     StoresOneSegment: {"test_store_branches_stores_each_segment"},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvcache.lower.direct import DirectTiers
 from kvcache.lower.direct_tier import DirectTier
 from kvcache.testing import TierTests
-from kvcache.tier import Tier
+from kvcache.tier import Tier, TierUsage
 from kvcache.tiers.framed import Framed
 from tests.support.stack_under_test import LONG
 
@@ -53,6 +53,11 @@ class DirectAdapter(Tier):
     def remove(self, keys: Sequence[bytes]) -> None:
         for tier in self.direct.tiers:
             tier.channel.tier.remove(keys)
+
+    def usage(self) -> TierUsage:
+        """Return the usage of the tier with the fewest declines: one tier must hold a block."""
+        usages = [tier.channel.tier.usage() for tier in self.direct.tiers]
+        return min(usages, key=lambda usage: sum(usage.declined_blocks.values()))
 
     def close(self) -> None:
         self.direct.close()
