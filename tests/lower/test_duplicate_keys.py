@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvcache.keys import namespaced_key
 from kvcache.testing import keys_of
 from tests.support.failing_parts import FaultyTier
-from tests.support.stack_under_test import LONG, StackUnderTest
+from tests.support.stack_under_test import LONG, NAMESPACE, StackUnderTest
 
 
-class RecordingTier(FaultyTier):
+class StoreRecorder(FaultyTier):
     """Records the keys that are stored."""
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class RecordingTier(FaultyTier):
 
 
 def test_chain_with_a_key_twice_is_stored_and_loaded_once() -> None:
-    tier = RecordingTier()
+    tier = StoreRecorder()
     under_test = StackUnderTest(tiers=[tier], blocks_per_call=8)
     a, b, c = keys_of("twice", 3)
     chain = [a, b, a, c, b]
@@ -34,4 +35,5 @@ def test_chain_with_a_key_twice_is_stored_and_loaded_once() -> None:
         under_test.front.clear()
         assert under_test.fetch_count(chain) == 5
         under_test.check_index()
-    assert sorted(tier.stored) == sorted(tier.read) == sorted([a, b, c])
+    once = sorted(namespaced_key(NAMESPACE, key) for key in (a, b, c))
+    assert sorted(tier.stored) == sorted(tier.read) == once
