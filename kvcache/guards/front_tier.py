@@ -4,8 +4,8 @@ Invariants:
 
 * No method raises, except for an exception that a signal raised. A failure counts as a miss or a
   decline, and is logged once per method.
-* A lease has only keys that the caller passed, in the same order, each in its own slot. Any other
-  lease is ended as failed.
+* A lease has only keys that the caller passed, in the same order, each key in its own slot. Only a
+  lease to read has a key twice. Any other lease is ended as failed.
 * A front tier of this package is called directly, without a guard.
 """
 
@@ -77,11 +77,18 @@ class GuardedFrontTier(FrontTier):
             return otherwise
 
     def _lend(
-        self, name: str, keys: Sequence[bytes], call: Callable[[], Lease], *, prefix: bool = False
+        self,
+        name: str,
+        keys: Sequence[bytes],
+        call: Callable[[], Lease],
+        *,
+        to_read: bool = False,
+        prefix: bool = False,
     ) -> Lease:
         """Return a copy of the lease that ``call`` returns; an empty one if it fails or is wrong.
 
-        With ``prefix``, the lease must be of the leading keys.
+        With ``to_read``, the lease may have a key at several positions. With ``prefix``, it must be
+        of the leading keys.
         """
 
         def checked_lease() -> Lease:
@@ -89,8 +96,10 @@ class GuardedFrontTier(FrontTier):
             try:
                 held, slots = list(inner.keys), [as_count(slot) for slot in inner.slots]
                 positions = [as_count(at) for at in inner.positions]
+                key_slots = set(zip(held, slots, strict=True))
                 is_valid = (
-                    len(held) == len(slots) == len(set(slots))
+                    len(key_slots) == len(set(held)) == len(set(slots))
+                    and (to_read or len(key_slots) == len(held))
                     and held == [keys[at] for at in positions]
                     and positions == sorted(set(positions))
                     and (not prefix or positions == list(range(len(held))))
@@ -157,10 +166,10 @@ class GuardedFrontTier(FrontTier):
         )
 
     def pin(self, keys: Sequence[bytes]) -> Lease:
-        return self._lend("pin", keys, lambda: self.inner.pin(keys), prefix=True)
+        return self._lend("pin", keys, lambda: self.inner.pin(keys), to_read=True, prefix=True)
 
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
-        return self._lend("pin_any", keys, lambda: self.inner.pin_any(keys))
+        return self._lend("pin_any", keys, lambda: self.inner.pin_any(keys), to_read=True)
 
     def disable_admission(self) -> None:
         self._try("disable_admission", self.inner.disable_admission, None)

@@ -95,6 +95,37 @@ class FrontTierTests(TierTests):
         self.check_load(tier, [a, b], [True, True])
         self.check_idle(tier)
 
+    def test_key_twice_is_filled_once_and_read_at_each_position(self, tier: FrontTier) -> None:
+        a, b, c = self.chain(tier, "read twice", 3)
+        chain = [a, b, a, c]
+        with tier.reserve_branches([(chain[:3], None), ([b, c], a)], [([c, a], b)]) as writer:
+            assert (list(writer.keys), list(writer.positions)) == ([a, b, c], [0, 1, 4])
+            with tier.pin_any(chain) as lent:
+                assert list(lent.slots) == [writer.slots[at] for at in (0, 1, 0, 2)]
+            self.write(writer)
+        assert [tier.access(chain), tier.count_prefix(chain, 1)] == [4, 3]
+        assert (tier.stats().lookup_blocks, tier.stats().hit_blocks) == (4, 4)
+        for lend in (tier.pin, tier.pin_any):
+            with lend(chain) as lease:
+                assert (list(lease.keys), list(lease.positions)) == (chain, [0, 1, 2, 3])
+                assert tier.stats().pinned_slots == 3
+                self.check_views(lease)
+        tier.mark_done(chain)
+        tier.protect(chain, 1.0)
+        tier.pin(chain).end(failed=[a])
+        tier.remove([b, b])
+        assert tier.contains(chain) == [False, False, False, True]
+        self.check_idle(tier)
+
+    def test_block_may_be_stored_before_its_parent(self, tier: FrontTier) -> None:
+        chain, orphans = self.chain(tier, "late parent"), keys_of("no parent", 2)
+        assert (self.fill(tier, chain[1:3], chain[0]), self.fill(tier, chain[:1])) == (2, 1)
+        self.check_load(tier, chain[:4], [True] * 3 + [False])
+        self.fill(tier, chain)
+        lent = self.fill(tier, orphans, b"unknown parent")  # a full tier may decline them
+        assert tier.contains(orphans) == [True] * lent + [False] * (2 - lent)
+        self.check_idle(tier)
+
     def test_count_prefix_records_no_lookup(self, tier: FrontTier) -> None:
         chain = self.chain(tier, "counted", 5)
         self.put(tier, [*chain[:2], *chain[3:]])

@@ -94,6 +94,35 @@ def opened() -> Iterator[OpenedStack]:
     opened.stack.close()
 
 
+def test_guard_passes_a_lease_to_read_with_a_key_twice(opened: OpenedStack) -> None:
+    a, b = keys_of("twice", 2)
+    with opened.stack.reserve([a, b, a]) as lease:
+        assert list(lease.keys) == [a, b]
+    with opened.stack.fetch_local([a, b, a]) as lease:
+        assert list(lease.keys) == [a, b, a]
+        assert lease.slots[0] == lease.slots[2]
+    assert opened.stack.flush(LONG)
+    assert opened.stack.stats().pinned_slots == 0
+
+
+def test_guard_ends_a_lease_to_fill_with_a_key_twice(opened: OpenedStack) -> None:
+    inner = opened.front.reserve
+
+    def reserve(keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        lease = inner(keys, parent)
+        slots = [*lease.slots, *lease.slots]
+        return Lease(
+            [*keys, *keys], slots, range(len(slots)), opened.front.slab.view,
+            lambda _, failed: lease.end(failed),
+        )  # fmt: skip
+
+    opened.front.reserve = reserve  # type: ignore[method-assign]
+    [key] = keys_of("filled twice", 1)
+    assert len(opened.stack.reserve([key, key])) == 0
+    assert opened.front.contains([key]) == [False]
+    assert opened.stack.stats().pinned_slots == 0
+
+
 def wrong_lease(change: Callable[[Lease], Any]) -> Callable[[Callable[..., Lease]], Any]:
     """Return a decorator of a method that changes the lease it returns."""
     return lambda method: lambda *arguments: change(method(*arguments))

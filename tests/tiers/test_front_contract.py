@@ -163,6 +163,42 @@ class RefusesAKeyTwice(WrongDram):
         return super().reserve(keys, parent)
 
 
+class PinsAKeyOnce(WrongDram):
+    def pin(self, keys: Sequence[bytes]) -> Lease:
+        return super().pin(list(dict.fromkeys(keys)))
+
+
+class PinsAnyKeyOnce(WrongDram):
+    def pin_any(self, keys: Sequence[bytes]) -> Lease:
+        return super().pin_any(list(dict.fromkeys(keys)))
+
+
+class AccessCountsAKeyOnce(WrongDram):
+    def access(self, chain: Sequence[bytes], start: int = 0) -> int:
+        return super().access(list(dict.fromkeys(chain)), start)
+
+
+class BranchesLendAKeyTwice(WrongDram):
+    def reserve_branches(self, chains: Sequence[Branch], sides: Sequence[Branch] = ()) -> Lease:
+        lease = super().reserve_branches(chains, sides)
+        at = len(lease)
+        twice = [*lease.keys, *lease.keys[:1]], [*lease.slots, *lease.slots[:1]]
+        return Lease(*twice, [*lease.positions, at], self._view, lambda _, bad: lease.end(bad))
+
+
+class NeedsTheParent(WrongDram):
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        is_known = parent is None or self.contains([parent])[0]
+        return super().reserve(keys if is_known else [], parent)
+
+
+class RaisesForAnUnknownParent(WrongDram):
+    def reserve(self, keys: Sequence[bytes], parent: bytes | None = None) -> Lease:
+        if parent is not None and len(parent) < 32:
+            raise KeyError(parent)
+        return super().reserve(keys, parent)
+
+
 class HoldsUpToAHole(WrongDram):
     def pin_any(self, keys: Sequence[bytes]) -> Lease:
         return self.pin(keys)
@@ -278,6 +314,12 @@ WRONG_FRONTS: dict[type[WrongDram], set[str]] = {
     ClearLeavesWhatIsFilling: {"test_clear_keeps_the_slots_of_leases"},
     CountsAreLate: {"test_stats_count_lent_slots"},
     RefusesAKeyTwice: {"test_reserve_of_a_key_twice_lends_one_slot"},
+    PinsAKeyOnce: {"test_key_twice_is_filled_once_and_read_at_each_position"},
+    PinsAnyKeyOnce: {"test_key_twice_is_filled_once_and_read_at_each_position"},
+    AccessCountsAKeyOnce: {"test_key_twice_is_filled_once_and_read_at_each_position"},
+    BranchesLendAKeyTwice: {"test_key_twice_is_filled_once_and_read_at_each_position"},
+    NeedsTheParent: {"test_block_may_be_stored_before_its_parent"},
+    RaisesForAnUnknownParent: {"test_block_may_be_stored_before_its_parent"},
     HoldsUpToAHole: {"test_pin_any_lends_all_held_and_filling_blocks"},
     HoldsWhatIsReady: {"test_pin_any_lends_all_held_and_filling_blocks"},
     PinAnyPublishes: {"test_pin_any_lends_all_held_and_filling_blocks"},
