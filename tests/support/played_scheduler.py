@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ class Play:
         room: blocks of the engine, as a multiple of those of the longest request.
         budget: tokens of a step.
         slots: of L1, as a multiple of the parts of the longest request.
+        events: vLLM's `--kv-events-config`.
     """
 
     ahead: int = 0
@@ -47,6 +48,7 @@ class Play:
     room: float = 2.0
     budget: int = 64
     slots: float = 2.0
+    events: Mapping[str, Any] | None = None
 
 
 def write_config(folder: Path) -> Path:
@@ -104,6 +106,7 @@ def runner_chosen(play: Play) -> Iterator[None]:
 
 
 def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) -> Any:
+    from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import EngineArgs
 
     arguments: dict[str, Any] = {
@@ -112,6 +115,8 @@ def _config(model: PlayedModel, play: Play, folder: Path, *, connected: bool) ->
         "max_num_batched_tokens": play.budget, "max_num_seqs": 6,
         "kv_transfer_config": CONNECTOR if connected else None,
     }  # fmt: skip
+    if play.events is not None:
+        arguments["kv_events_config"] = KVEventsConfig(**play.events)
     if model.drafts:
         arguments["speculative_config"] = {
             "method": "ngram", "num_speculative_tokens": model.drafts,
