@@ -105,7 +105,7 @@ class AibrixIndex:
     `pkg/utils/syncprefixcacheindexer/sync_hash.go`.
 
     Args:
-        reads_maps: whether events may be maps, as vLLM publishes them from 0.24 on: with commit
+        reads_maps: whether events may be maps, as vLLM 0.28 and newer publish them: with commit
             059fe5e (2026-08-20, a pull request). Without it, a map is an error of the whole batch.
         removes_for_all: whether a removal is one for all pods; false from pull request 2723
             (2026-09) on.
@@ -144,7 +144,7 @@ class AibrixIndex:
 
     def matched_blocks(self, pod: str, prompt: Sequence[int], block: int) -> int:
         """Return how many leading blocks of the prompt the pod is believed to hold."""
-        key = None
+        key: Any = None
         for count, end in enumerate(range(block, len(prompt) + 1, block)):
             key = key, tuple(prompt[end - block : end])
             if pod not in self._pods[key]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import yaml
 import zmq
+from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored
 
 from tests.support.groups_walk import prepare_walk
@@ -57,7 +61,8 @@ class Published:
 
     def payloads(self) -> list[bytes]:
         """Return everything that was published, as AIBrix asks for it at its start."""
-        with zmq.Context.instance().socket(zmq.DEALER) as socket:
+        socket: Any = zmq.Context.instance().socket(zmq.DEALER)
+        with socket:
             socket.connect(self.replay)
             while len(found := self._replayed(socket)) < self.batches:
                 pass  # vLLM's thread has not sent all of them yet
@@ -72,6 +77,43 @@ class Published:
             if number == self.engine.scheduler.kv_event_publisher.END_SEQ:
                 return found
             found.append(payload)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What docs/vllm.md says to set for a router."""
+
+    text: str
+
+    @classmethod
+    def of(cls, router: str) -> Advice:
+        page = ROOT.joinpath("docs", "vllm.md").read_text(encoding="utf-8")
+        [text] = re.findall(rf"^\*\*{router}\*\* .*?(?=^\*\*|^## )", page, re.MULTILINE | re.DOTALL)
+        return cls(text)
+
+    @property
+    def announced(self) -> dict[str, bool]:
+        """The arguments of `open_engine`."""
+        hidden = re.findall(r"KVCACHE__(\w+)__ANNOUNCE=false", self.text)
+        return {f"announce_{name.lower()}": False for name in hidden}
+
+    @property
+    def events(self) -> dict[str, Any]:
+        """The JSON of `--kv-events-config`, which vLLM accepts."""
+        [text] = re.findall(r"--kv-events-config '(.*?)'", self.text, re.DOTALL)
+        config: dict[str, Any] = json.loads(text)
+        KVEventsConfig(**config)
+        return config
+
+    @property
+    def weights(self) -> dict[str, float]:
+        [text] = re.findall(r"```yaml\n(.*?)```", self.text, re.DOTALL)
+        [plugin] = yaml.safe_load(text)
+        configs = plugin["parameters"]["indexerConfig"]["kvCacheBackendConfigs"]
+        return {config["name"]: config["weight"] for config in configs}
 
 
 @pytest.fixture
@@ -135,25 +177,26 @@ def dynamo_tiers(payloads: Sequence[bytes], *, is_new: bool) -> dict[str, int]:
 
 
 def test_llmd_with_its_default_weights_takes_storage_for_the_gpu(open_engine: Any) -> None:
-    published = open_engine()
+    advice = Advice.of("llm-d")
+    published = open_engine(**advice.announced)
     assert llmd_score(published.payloads()) == BLOCKS * 1.0
     published.engine.lose_own_cache()
     published.ask([5], "later")
     payloads = published.payloads()
     assert llmd_score(payloads) == BLOCKS * 1.0  # of storage, which has no weight
-    assert llmd_score(payloads, {"gpu": 1.0, "cpu": 0.8, "storage": 0.3}) == pytest.approx(3.2)
+    assert llmd_score(payloads, advice.weights) == pytest.approx(3.2)
     assert llmd_score(payloads, None, 0.0) == pytest.approx(3.2)
     published.engine.front.remove(published.engine.requests["first"].block_hashes)
     published.ask([6], "last")
-    weights = {"gpu": 1.0, "cpu": 0.8, "storage": 0.3}
-    assert llmd_score(published.payloads(), weights) == pytest.approx(1.2)
+    assert llmd_score(published.payloads(), advice.weights) == pytest.approx(1.2)
 
 
 def test_llmd_takes_pod_and_model_from_the_topic(open_engine: Any) -> None:
     payloads = open_engine().payloads()
     index = LlmdIndex()
-    index.receive(TOPIC, payloads[0])
-    assert index.models == {"llama"}
+    index.receive(Advice.of("llm-d").events["topic"], payloads[0])
+    assert index.models == {"MODEL"}
+    assert index.score("POD", PROMPT, BLOCK) == BLOCKS
     assert llmd_score(payloads, topic="", pod="pod-1") == 0
     assert llmd_score(payloads, topic="", pod="") == BLOCKS
 
@@ -169,7 +212,10 @@ def test_aibrix_forgets_a_prefix_that_leaves_any_announced_tier(open_engine: Any
 
 
 def test_aibrix_without_announced_tiers_knows_the_gpu(open_engine: Any) -> None:
-    published = open_engine(announce_l1=False, announce_disk=False)
+    advice = Advice.of("AIBrix")
+    ports = advice.events["endpoint"], advice.events["replay_endpoint"]
+    assert ports == ("tcp://*:5557", "tcp://*:5558")
+    published = open_engine(**advice.announced)
     held = aibrix_blocks(published.payloads())
     assert held == 1  # of each event it matches the first block
     published.engine.front.remove(published.engine.requests["first"].block_hashes)
@@ -203,7 +249,9 @@ def test_dynamo_before_it_knew_storage_takes_it_for_the_device(open_engine: Any)
 
 
 def test_dynamo_before_it_knew_storage_is_right_without_lower_tiers(open_engine: Any) -> None:
-    published = open_engine(announce_disk=False)
+    advice = Advice.of("Dynamo")
+    assert "topic" not in advice.events
+    published = open_engine(**advice.announced)
     published.engine.side.stack.clear()
     published.ask([5], "later")
     assert dynamo_tiers(published.payloads(), is_new=False) == {"device": BLOCKS}
