@@ -112,7 +112,7 @@ def test_guard_ends_a_lease_to_fill_with_a_key_twice(opened: OpenedStack) -> Non
         lease = inner(keys, parent)
         slots = [*lease.slots, *lease.slots]
         return Lease(
-            [*keys, *keys], slots, range(len(slots)), opened.front.slab.view,
+            keys, slots, range(len(slots)), opened.front.slab.view,
             lambda _, failed: lease.end(failed),
         )  # fmt: skip
 
@@ -121,6 +121,20 @@ def test_guard_ends_a_lease_to_fill_with_a_key_twice(opened: OpenedStack) -> Non
     assert len(opened.stack.reserve([key, key])) == 0
     assert opened.front.contains([key]) == [False]
     assert opened.stack.stats().pinned_slots == 0
+
+
+@pytest.mark.parametrize("slots", [[0, 0, 0], [0, 1, 2]], ids=["two keys", "two slots"])
+def test_guard_ends_a_lease_to_read_without_one_slot_per_key(
+    opened: OpenedStack, slots: list[int]
+) -> None:
+    a, b = keys_of("one slot", 2)
+    with opened.stack.reserve([a, b]):
+        pass
+    assert opened.stack.flush(LONG)
+    inner = opened.front.pin
+    changed = wrong_lease(altered(slots=slots))(inner)
+    opened.front.pin = changed  # type: ignore[method-assign]
+    assert len(opened.stack.fetch_local([a, b, a])) == 0
 
 
 def wrong_lease(change: Callable[[Lease], Any]) -> Callable[[Callable[..., Lease]], Any]:

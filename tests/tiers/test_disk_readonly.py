@@ -37,6 +37,7 @@ def test_disk_when_writes_fail_keeps_every_block(
                 assert all(tier.contains(old))
             assert all(load_hits(tier, old))
             assert tier.usage().evicted_blocks == 0
+            assert tier.usage().declined_blocks == {"error": 30}
         assert len(caplog.records) == 1
         assert tier.store(new[:3], blocks_of(new[:3])) == [True] * 3
         assert sum(load_hits(tier, old)) == 5
