@@ -13,6 +13,9 @@ from typing import Any
 
 Prefix = tuple[int, ...]
 
+MAIN_KINDS = ("full_attention", "mla_attention", "sink_full_attention")
+"""llm-d and Dynamo index the prefixes of groups of these kinds alone."""
+
 
 def events_of_payload(payload: bytes) -> list[Any]:
     """Decode a batch, an array of time, events and rank, without vLLM's classes."""
@@ -64,6 +67,8 @@ class LlmdIndex:
                 self._remove(entry, hashes)
 
     def _store(self, event: Mapping[str, Any], entry: tuple[str, str, Any], hashes: Any) -> None:
+        if event.get("group_idx") is not None and event["kv_cache_spec_kind"] not in MAIN_KINDS:
+            return
         parent: Prefix = ()
         if event["parent_block_hash"] is not None:
             known = self._prefixes.get(self._hash(event["parent_block_hash"]))
@@ -167,8 +172,6 @@ class DynamoIndex:
             medium is the tier Device.
     """
 
-    MAIN = ("full_attention", "mla_attention", "sink_full_attention")
-
     def __init__(self, *, is_new: bool) -> None:
         self._is_new = is_new
         self._kinds: dict[int, str] = {}
@@ -186,7 +189,7 @@ class DynamoIndex:
                 continue
             if "kv_cache_spec_kind" in event:
                 self._kinds[event["group_idx"]] = event["kv_cache_spec_kind"]
-            if self._kinds.get(event.get("group_idx"), "full_attention") not in self.MAIN:
+            if self._kinds.get(event.get("group_idx"), "full_attention") not in MAIN_KINDS:
                 continue
             if event["type"] == "BlockStored":
                 self.held[tier].update(event["block_hashes"])

@@ -126,7 +126,9 @@ def open_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("KVCACHE__DISK__IF_SLOWER", "load")
     opened: list[GroupsEngine] = []
 
-    def open_(*, announce_l1: bool = True, announce_disk: bool = True) -> Published:
+    def open_(
+        *, announce_l1: bool = True, announce_disk: bool = True, model: str = "full"
+    ) -> Published:
         monkeypatch.setenv("KVCACHE__L1__ANNOUNCE", str(announce_l1).lower())
         monkeypatch.setenv("KVCACHE__DISK__ANNOUNCE", str(announce_disk).lower())
         replay = f"ipc://{tmp_path}/replay"
@@ -138,7 +140,7 @@ def open_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             "topic": TOPIC,
         }
         folder = write_config(tmp_path)
-        opened.append(GroupsEngine(MODELS["full"], folder, Random(7), Play(events=events)))
+        opened.append(GroupsEngine(MODELS[model], folder, Random(7), Play(events=events)))
         published = Published(opened[0], replay)
         published.ask(PROMPT, "first")
         return published
@@ -255,6 +257,20 @@ def test_dynamo_before_it_knew_storage_is_right_without_lower_tiers(open_engine:
     published.engine.side.stack.clear()
     published.ask([5], "later")
     assert dynamo_tiers(published.payloads(), is_new=False) == {"device": BLOCKS}
+
+
+def test_llmd_and_dynamo_index_the_group_of_full_attention_alone(open_engine: Any) -> None:
+    published = open_engine(model="full+window")
+    payloads = published.payloads()
+    groups = {event["group_idx"] for payload in payloads for event in events_of_payload(payload)}
+    assert len(groups) == 2
+    assert llmd_score(payloads) == BLOCKS
+    index = LlmdIndex()
+    for payload in payloads:
+        index.receive(TOPIC, payload)
+    [indexed] = {group for entries in index.held.values() for _, _, group in entries}
+    assert published.engine.model.groups[indexed].kind == "all"
+    assert dynamo_tiers(payloads, is_new=True)["host"] == BLOCKS
 
 
 def test_dynamo_needs_hashes_that_are_numbers(
