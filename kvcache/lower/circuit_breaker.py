@@ -10,7 +10,7 @@ Invariants:
 * While the breaker is open, no call is allowed except one probe after each pause.
 * If a probe reports nothing within the longest pause, another probe is allowed. A call that hangs
   does not keep the breaker open.
-* The outcome of every allowed call is recorded. The failure that opens the breaker and the success
+* The outcome of every allowed call that begins is recorded. The failure that opens the breaker and the success
   that closes it are one log line each, and an event on the call's span.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from opentelemetry.trace import Span
@@ -126,9 +127,11 @@ class TierHealth:
         self.breaker = breaker
         self.timer = Timer(tier_name)
         self.errors = 0  # calls that failed or missed their deadline
+        self.succeeded_at = 0.0  # when a call last succeeded, by ``time.monotonic``
 
     def record_success(self, span: Span) -> None:
         """Record that a call to the tier succeeded; ``span`` is the call's span."""
+        self.succeeded_at = time.monotonic()
         if self.breaker.record_success():
             log.warning("kvcache: tier %s: circuit breaker closed; calls resume", self._name)
             span.add_event(telemetry.BREAKER_CLOSED, self._tier_attributes)

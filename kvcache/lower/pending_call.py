@@ -4,8 +4,10 @@ Invariants:
 
 * Every pending call is answered, cancelled or failed exactly once. At the deadline its caller stops
   waiting; the call itself continues, because nothing can interrupt it.
-* The outcome of every call is recorded in the tier's health once: by the thread that made the call,
-  or at the deadline.
+* The outcome of every call is recorded in the tier's health at most once: by the thread that made
+  the call, or at the deadline. A tier that is busy does not fail: a call that spent half of its
+  deadline or more in the queue is no failure at the deadline if the tier has answered another call
+  since.
 """
 
 from __future__ import annotations
@@ -64,12 +66,14 @@ class PendingCall(Generic[T]):
         self.error = ""  # the kind of failure in one word
         self.future: Future[Sequence[T]] = Future()
 
-    def cancel(self) -> None:
-        """Cancel the call if it has not begun."""
-        if self._begin_or_cancel.acquire(blocking=False):
-            self.future.cancel()
-            self.future.set_running_or_notify_cancel()  # wakes concurrent.futures.wait()
-            self._on_cancel()
+    def cancel(self) -> bool:
+        """Cancel the call if it has not begun; return whether this did so."""
+        if not self._begin_or_cancel.acquire(blocking=False):
+            return False
+        self.future.cancel()
+        self.future.set_running_or_notify_cancel()  # wakes concurrent.futures.wait()
+        self._on_cancel()
+        return True
 
     def run(self, call: Callable[[], Sequence[T]]) -> None:
         """Make the call in this thread, unless it was cancelled."""
@@ -121,11 +125,23 @@ class PendingCall(Generic[T]):
         try:
             return self.future.result(self._deadline_s if timeout_s is None else timeout_s)
         except TimeoutError:
-            self.cancel()
-            self._record_outcome(TierError("timeout", f"no answer in {self._deadline_s:.3g} s"))
+            if (self.cancel() or self._was_queued_long) and self._tier_answers:
+                self.error = "busy"
+                self._outcome_recorded.acquire(blocking=False)  # the late end says nothing either
+            else:
+                self._record_outcome(TierError("timeout", f"no answer in {self._deadline_s:.3g} s"))
         except (CancelledError, TierError):
             pass  # cancelled, or recorded by the thread that made the call
         return None
+
+    @property
+    def _was_queued_long(self) -> bool:
+        return self.queued_s >= self._deadline_s / 2
+
+    @property
+    def _tier_answers(self) -> bool:
+        """Whether the tier has answered another call since this one was created."""
+        return self._health.succeeded_at > self._created
 
     def _record_duration(self, seconds: float, error: str) -> None:
         late = (self.queued_s if self._queue_counts else 0.0) + seconds > self._deadline_s
