@@ -10,8 +10,9 @@ Invariants:
 * While the breaker is open, no call is allowed except one probe after each pause.
 * If a probe reports nothing within the longest pause, another probe is allowed. A call that hangs
   does not keep the breaker open.
-* The outcome of every allowed call that begins is recorded. The failure that opens the breaker and the success
-  that closes it are one log line each, and an event on the call's span.
+* The outcome of every allowed call is recorded, except of one that its caller gave up while the
+  tier was busy. The failure that opens the breaker and the success that closes it are one log line
+  each, and an event on the call's span.
 """
 
 from __future__ import annotations
