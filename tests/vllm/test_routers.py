@@ -19,6 +19,7 @@ import zmq
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored
 
+from tests.support.group_hooks import needs_group_hooks
 from tests.support.groups_walk import prepare_walk
 from tests.support.played_groups import GroupsEngine
 from tests.support.played_models import BLOCK, MODELS
@@ -259,6 +260,7 @@ def test_dynamo_before_it_knew_storage_is_right_without_lower_tiers(open_engine:
     assert dynamo_tiers(published.payloads(), is_new=False) == {"device": BLOCKS}
 
 
+@needs_group_hooks
 def test_llmd_and_dynamo_index_the_group_of_full_attention_alone(open_engine: Any) -> None:
     published = open_engine(model="full+window")
     payloads = published.payloads()
