@@ -224,4 +224,4 @@ def test_tier_reaches_nine_tenths_of_redis_benchmark(
         assert ratio(way, "tier") >= 0.9
         # Frames cost the same CPU on every transport, and a Unix socket takes less CPU than TCP, so
         # that they are a larger share of it; how large depends on the processor.
-        assert ratio(way, "framed") >= (0.8 if kind == "tcp" else 0.65)
+        assert ratio(way, "framed") >= (0.7 if kind == "tcp" else 0.65)
