@@ -192,8 +192,18 @@ _compiling = threading.RLock()
 """Held while a function is compiled, so that it is compiled once. A fork waits for it: a child
 would inherit numba's own lock, held by a thread that the child does not have."""
 
+_compiling_threads: set[threading.Thread] = set()
+
+
+def _wait_for_compilation() -> None:
+    """Wait for all compilation, also what a thread has not begun yet, and hold off any other."""
+    for thread in _compiling_threads - {threading.current_thread()}:
+        thread.join()
+    _compiling.acquire()
+
+
 os.register_at_fork(
-    before=_compiling.acquire,
+    before=_wait_for_compilation,
     after_in_parent=_compiling.release,
     after_in_child=_compiling.release,
 )
@@ -203,12 +213,17 @@ def compile_in_background(widths: frozenset[int] = frozenset()) -> None:
     """Begin to compile the function of `compile_copy_share`, so that no copy waits for it."""
 
     def compile_on_any_cpu() -> None:
-        use_cpus(process_cpus())
-        compile_copy_share(widths)
+        try:
+            use_cpus(process_cpus())
+            compile_copy_share(widths)
+        finally:
+            _compiling_threads.discard(thread)
 
     if widths not in _compiled:
         # Not a daemon: the process would end in the middle of LLVM's work.
-        threading.Thread(target=compile_on_any_cpu, name="kvcache-compile", daemon=False).start()
+        thread = threading.Thread(target=compile_on_any_cpu, name="kvcache-compile", daemon=False)
+        thread.start()
+        _compiling_threads.add(thread)
 
 
 _compiled: dict[frozenset[int], Callable[..., None]] = {}
