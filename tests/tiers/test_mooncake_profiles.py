@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,12 @@ pytest.importorskip("kvcache.tiers.mooncake")
 pytest.importorskip("xxhash")
 
 from kvcache.keys import namespaced_key
-from kvcache.profiles import open_stack
 from kvcache.stack import Stack
-from kvcache.testing import block_of, keys_of
+from kvcache.testing import keys_of
 from kvcache.tiers.mooncake import block_name
 from tests.support.mooncake_pool import Pool
+from tests.support.profile_stacks import KEYS, NAMESPACE, check, load_prefix, opened_stack, store
 from tests.support.waiting import eventually
-
-NBYTES = 32 << 10
-KEYS = keys_of("chain", 20)
-NAMESPACE = keys_of("namespace", 1)[0]
 
 Open = Callable[..., Stack]
 
@@ -46,37 +42,11 @@ def opened(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
             monkeypatch.setenv("KVCACHE__MOONCAKE__DEADLINE_S", str(deadline_s))
             for name, value in pool.variables("mooncake", **options).items():
                 monkeypatch.setenv(name, value)
-            stack = stacks.enter_context(
-                open_stack("l1-mooncake", block_nbytes=NBYTES, namespace=namespace)
-            )
-            stack.front.slab.wait_populated()
+            stack = stacks.enter_context(opened_stack("l1-mooncake", namespace))
+            assert len(stack.stats().lower) == 1
             return stack
 
         yield opened
-
-
-def store(stack: Stack, keys: Sequence[bytes] = KEYS) -> None:
-    with stack.reserve(keys) as lease:
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            view[:] = block_of(key, NBYTES)
-    assert stack.flush(30)
-
-
-def load_prefix(stack: Stack, keys: Sequence[bytes] = KEYS) -> int:
-    """Load the longest prefix; check its bytes; return its blocks."""
-    with stack.fetch(stack.match(keys).result()).result() as lease:
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            assert view == block_of(key, NBYTES), "the bytes of another block"
-        return len(lease)
-
-
-def check(stack: Stack, offered: int) -> None:
-    """Check that nothing is in flight, and that every offered block is counted."""
-    stats = stack.stats()
-    assert stats.pinned_slots == 0
-    [lower] = stats.lower
-    kept = lower.stored_blocks + lower.known_blocks
-    assert kept + lower.declined_blocks + lower.dropped_blocks == offered
 
 
 def recovers(stack: Stack, other: Stack, name: str) -> None:

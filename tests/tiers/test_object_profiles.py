@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -12,18 +13,16 @@ import pytest
 pytest.importorskip("obstore")
 pytest.importorskip("xxhash")
 
-from kvcache.profiles import open_stack, open_tiers
+from kvcache.profiles import open_tiers
 from kvcache.stack import Stack
 from kvcache.testing import block_of, keys_of
-from tests.support import s3_server
+from tests.support import profile_stacks, s3_server
+from tests.support.profile_stacks import KEYS, NAMESPACE, NBYTES, check, load_prefix, opened_stack
 from tests.support.s3_server import Server
 from tests.support.waiting import eventually
 
-NBYTES = 32 << 10
-KEYS = keys_of("chain", 20)
-NAMESPACE = keys_of("namespace", 1)[0]
-
 Open = Callable[..., Stack]
+store = partial(profile_stacks.store, flush_s=60)
 _prefixes = (f"profile-{number}" for number in count())
 
 
@@ -60,37 +59,9 @@ def opened(
             if "disk" in profile:
                 monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / engine))
                 monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "4MiB")
-            stack = stacks.enter_context(
-                open_stack(profile, block_nbytes=NBYTES, namespace=namespace)
-            )
-            stack.front.slab.wait_populated()
-            return stack
+            return stacks.enter_context(opened_stack(profile, namespace))
 
         yield opened
-
-
-def store(stack: Stack, keys: Sequence[bytes] = KEYS) -> None:
-    with stack.reserve(keys) as lease:
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            view[:] = block_of(key, NBYTES)
-    assert stack.flush(60)
-
-
-def load_prefix(stack: Stack, keys: Sequence[bytes] = KEYS) -> int:
-    """Load the longest prefix; check its bytes; return its blocks."""
-    with stack.fetch(stack.match(keys).result()).result() as lease:
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            assert view == block_of(key, NBYTES), "the bytes of another block"
-        return len(lease)
-
-
-def check(stack: Stack, offered: int) -> None:
-    """Check that nothing is in flight, and that every offered block is counted."""
-    stats = stack.stats()
-    assert stats.pinned_slots == 0
-    for lower in stats.lower:
-        kept = lower.stored_blocks + lower.known_blocks
-        assert kept + lower.declined_blocks + lower.dropped_blocks == offered
 
 
 def object_of(server: Server, prefix: str, key: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,16 +11,12 @@ import pytest
 pytest.importorskip("redis")
 pytest.importorskip("xxhash")
 
-from kvcache.profiles import open_stack
 from kvcache.stack import Stack
-from kvcache.testing import block_of, keys_of
+from kvcache.testing import keys_of
 from tests.support import redis_servers
+from tests.support.profile_stacks import KEYS, NAMESPACE, check, load_prefix, opened_stack, store
 from tests.support.redis_servers import Server
 from tests.support.waiting import eventually
-
-NBYTES = 32 << 10
-KEYS = keys_of("chain", 20)
-NAMESPACE = keys_of("namespace", 1)[0]
 
 Open = Callable[..., Stack]
 
@@ -46,37 +42,9 @@ def opened(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
             if "disk" in profile:
                 monkeypatch.setenv("KVCACHE__DISK__PATH", str(tmp_path / engine))
                 monkeypatch.setenv("KVCACHE__DISK__CAPACITY", "4MiB")
-            stack = stacks.enter_context(
-                open_stack(profile, block_nbytes=NBYTES, namespace=namespace)
-            )
-            stack.front.slab.wait_populated()
-            return stack
+            return stacks.enter_context(opened_stack(profile, namespace))
 
         yield opened
-
-
-def store(stack: Stack, keys: Sequence[bytes] = KEYS) -> None:
-    with stack.reserve(keys) as lease:
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            view[:] = block_of(key, NBYTES)
-    assert stack.flush(30)
-
-
-def load_prefix(stack: Stack, keys: Sequence[bytes] = KEYS) -> int:
-    """Load the longest prefix; check its bytes; return its blocks."""
-    with stack.fetch(stack.match(keys).result()).result() as lease:
-        for key, view in zip(lease.keys, lease.views, strict=True):
-            assert view == block_of(key, NBYTES), "the bytes of another block"
-        return len(lease)
-
-
-def check(stack: Stack, offered: int) -> None:
-    """Check that nothing is in flight, and that every offered block is counted."""
-    stats = stack.stats()
-    assert stats.pinned_slots == 0
-    for lower in stats.lower:
-        kept = lower.stored_blocks + lower.known_blocks
-        assert kept + lower.declined_blocks + lower.dropped_blocks == offered
 
 
 @pytest.mark.parametrize("profile", ["l1-redis", "l1-disk-redis"])
