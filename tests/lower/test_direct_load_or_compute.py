@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
 
 from kvcache.lower.caller import REMEASURE_S
 from kvcache.testing import keys_of
@@ -188,7 +191,14 @@ def test_tier_that_hangs_in_a_remeasurement_gets_no_second_one() -> None:
     under_test.close()
 
 
-def test_skipped_tier_with_lookup_load_is_remeasured_without_a_lookup() -> None:
+@pytest.mark.parametrize(
+    ("sources", "reports"),
+    [((0, 0, 0, 0), all), ((0, 0, None, None), any)],
+    ids=["prompts that it holds", "prompts of which it holds a shared beginning"],
+)
+def test_skipped_tier_with_lookup_load_is_remeasured_without_a_lookup(
+    sources: Sequence[int | None], reports: Callable[[Sequence[bool]], bool]
+) -> None:
     under_test = TimedDirect(lookup="load")
     [tier] = under_test.tiers
     tier.load_s = 0.2
@@ -198,28 +208,10 @@ def test_skipped_tier_with_lookup_load_is_remeasured_without_a_lookup() -> None:
     reported = []
     for _ in range(12):
         under_test.clock.advance(REMEASURE_S)
-        reported.append(all(under_test.direct.contains(under_test.new_keys(0, 0, 0, 0))))
-        under_test.wait_idle()
-    assert not reported[0]
-    assert reported[-1]
-    assert "contains" not in tier.calls
-    under_test.close()
-
-
-def test_skipped_tier_with_lookup_load_is_remeasured_by_prompts_that_it_holds_in_part() -> None:
-    """Prompts of one system prompt share their first blocks alone."""
-    under_test = TimedDirect(lookup="load")
-    [tier] = under_test.tiers
-    tier.load_s = 0.2
-    under_test.observe_compute()
-    under_test.get(under_test.new_keys(0, 0, 0, 0))
-    tier.load_s = 0.01
-    reported = []
-    for _ in range(12):
-        under_test.clock.advance(REMEASURE_S)
-        reported.append(any(under_test.direct.contains(under_test.new_keys(0, 0, None, None))))
+        reported.append(reports(under_test.direct.contains(under_test.new_keys(*sources))))
         under_test.wait_idle()  # for the load of all, and then for that of the held ones
         under_test.wait_idle()
     assert not reported[0]
     assert reported[-1]
+    assert "contains" not in tier.calls
     under_test.close()

@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def start(code: str, *arguments: str, **variables: str) -> subprocess.Popen[str]
     )  # fmt: skip
 
 
+@contextmanager
+def started(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a program, as ``start`` does; kill it at the end."""
+    program = start(code, *arguments)
+    try:
+        yield program
+    finally:
+        program.kill()
+        program.communicate()
+
+
 def output_of(code: str, *arguments: str, **variables: str) -> list[str]:
     """Run a program; return its lines."""
     program = start(code, *arguments, **variables)
@@ -95,8 +107,7 @@ print("back", flush=True)
 
 
 def test_calls_of_a_hanging_master_end_within_the_timeout(pool: Pool) -> None:
-    program = start(TIMEOUTS, pool.master.address)
-    try:
+    with started(TIMEOUTS, pool.master.address) as program:
         assert line_of(program) == "open"
         with pool.master.stopped():
             go_on(program)
@@ -106,9 +117,6 @@ def test_calls_of_a_hanging_master_end_within_the_timeout(pool: Pool) -> None:
         go_on(program)
         assert line_of(program) == "back"
         assert program.wait(PATIENCE_S) == 0
-    finally:
-        program.kill()
-        program.communicate()
 
 
 HELD = """
@@ -124,16 +132,12 @@ except ConnectionError as error:
 
 
 def test_load_from_a_hanging_holder_ends_while_it_hangs(pool: Pool) -> None:
-    program = start(HELD, pool.master.address)
-    try:
+    with started(HELD, pool.master.address) as program:
         assert line_of(program) == "open"
         with pool.holders[0].stopped():
             go_on(program)
             assert line_of(program) == "batch_get_into returned -800: the transfer failed"
         assert program.wait(PATIENCE_S) == 0
-    finally:
-        program.kill()
-        program.communicate()
 
 
 LATE = """
@@ -156,20 +160,13 @@ while time.monotonic() < until:
 
 
 def test_tier_that_starts_while_the_master_hangs_fails_and_recovers(pool: Pool) -> None:
-    with pool.master.stopped():
-        program = start(LATE, pool.master.address)
-        try:
+    with ExitStack() as programs:
+        with pool.master.stopped():
+            program = programs.enter_context(started(LATE, pool.master.address))
             assert line_of(program) == "failing"
-        except BaseException:
-            program.kill()
-            raise
-    try:
         go_on(program)
         assert line_of(program) == "recovered"
         assert program.wait(PATIENCE_S) == 0
-    finally:
-        program.kill()
-        program.communicate()
 
 
 CLOSE = """
