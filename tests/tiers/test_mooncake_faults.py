@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import mooncake_pool
+from tests.support.checked_loads import CLEAN, NBYTES, blocks, loaded
 
 pytest.importorskip("kvcache.tiers.mooncake")
 
@@ -18,9 +19,6 @@ from kvcache.tiers.framed import Framed, frame_nbytes
 from kvcache.tiers.mooncake import MooncakeTier, block_name
 from tests.support.mooncake_pool import Pool
 from tests.support.waiting import eventually
-
-NBYTES = 64 << 10
-CLEAN = b"\xa5" * NBYTES
 
 
 @pytest.fixture
@@ -33,20 +31,6 @@ def pool(tmp_path: Path) -> Iterator[Pool]:
 def tier(pool: Pool) -> Iterator[MooncakeTier]:
     with closing(MooncakeTier(**pool.options())) as tier:
         yield tier
-
-
-def blocks(keys: Sequence[bytes]) -> list[memoryview]:
-    return [memoryview(block_of(key, NBYTES)) for key in keys]
-
-
-def loaded(tier: MooncakeTier | Framed, keys: Sequence[bytes]) -> list[bool]:
-    """Load; return which are hits. Checks their bytes, and that a miss writes nothing."""
-    into = [bytearray(CLEAN) for _ in keys]
-    written = tier.load(keys, [memoryview(buffer) for buffer in into])
-    for key, nbytes, buffer in zip(keys, written, into, strict=True):
-        assert nbytes in (0, NBYTES)
-        assert buffer == (block_of(key, NBYTES) if nbytes else CLEAN)
-    return [bool(nbytes) for nbytes in written]
 
 
 def raises_unreachable(tier: MooncakeTier, keys: Sequence[bytes]) -> bool:

@@ -11,14 +11,12 @@ import pytest
 
 pytest.importorskip("obstore")
 
-from kvcache.testing import block_of, keys_of, run_in_threads
+from kvcache.testing import keys_of, run_in_threads
 from kvcache.tiers.object import ObjectTier
 from tests.support import s3_server
+from tests.support.checked_loads import CLEAN, blocks, loaded
 from tests.support.s3_server import Server
 from tests.support.waiting import eventually
-
-NBYTES = 64 << 10
-CLEAN = b"\xa5" * NBYTES
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +34,6 @@ def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 def tier(server: Server, request: pytest.FixtureRequest) -> Iterator[ObjectTier]:
     with closing(ObjectTier(**server.options(request.node.name, timeout_s=60))) as tier:
         yield tier
-
-
-def blocks(keys: Sequence[bytes]) -> list[memoryview]:
-    return [memoryview(block_of(key, NBYTES)) for key in keys]
-
-
-def loaded(tier: ObjectTier, keys: Sequence[bytes]) -> list[bool]:
-    """Load; return which are hits. Checks their bytes, and that a miss writes nothing."""
-    into = [bytearray(CLEAN) for _ in keys]
-    written = tier.load(keys, [memoryview(buffer) for buffer in into])
-    for key, nbytes, buffer in zip(keys, written, into, strict=True):
-        assert nbytes in (0, NBYTES)
-        assert buffer == (block_of(key, NBYTES) if nbytes else CLEAN)
-    return [bool(nbytes) for nbytes in written]
 
 
 def answers(tier: ObjectTier, keys: Sequence[bytes]) -> bool:

@@ -13,10 +13,11 @@ import pytest
 
 pytest.importorskip("obstore")
 
-from kvcache.testing import TierTests, block_of, keys_of
+from kvcache.testing import TierTests, keys_of
 from kvcache.tiers.object import ObjectTier
 from kvcache.tiers.object.names import block_name
 from kvcache.tiers.object.requests import BufferGate
+from tests.support.checked_loads import CLEAN, NBYTES, blocks, loaded
 from tests.support.scripted_object_store import (
     Exchange,
     Fault,
@@ -30,8 +31,6 @@ from tests.support.scripted_object_store import (
 )
 
 ACCESS_KEY, SECRET_KEY = "an-access-key-0123", "correct-horse-battery-77"
-NBYTES = 64 << 10
-CLEAN = b"\xa5" * NBYTES
 KEYS = keys_of("hostile", 4)
 TIMEOUT_S = 0.6
 MAX_WAIT_S = 10.0  # many timeouts; a call without a deadline would take forever
@@ -58,20 +57,6 @@ def tier(store: ScriptedObjectStore) -> Iterator[ObjectTier]:
 
 def opened(store: ScriptedObjectStore, **options: Any) -> closing[ObjectTier]:
     return closing(ObjectTier(**store.options(**options)))
-
-
-def blocks(keys: Sequence[bytes]) -> list[memoryview]:
-    return [memoryview(block_of(key, NBYTES)) for key in keys]
-
-
-def loaded(tier: ObjectTier, keys: Sequence[bytes]) -> list[bool]:
-    """Load; return which are hits. Checks their bytes, and that a miss writes nothing."""
-    into = [bytearray(CLEAN) for _ in keys]
-    written = tier.load(keys, [memoryview(buffer) for buffer in into])
-    for key, nbytes, buffer in zip(keys, written, into, strict=True):
-        assert nbytes in (0, NBYTES)
-        assert buffer == (block_of(key, NBYTES) if nbytes else CLEAN)
-    return [bool(nbytes) for nbytes in written]
 
 
 CALLS: dict[str, Callable[[ObjectTier, Sequence[bytes]], object]] = {

@@ -16,14 +16,13 @@ pytest.importorskip("obstore")
 
 from kvcache.testing import keys_of, run_in_threads
 from kvcache.tiers.object import ObjectTier
+from tests.support.checked_loads import blocks, loaded
 from tests.support.scripted_object_store import ScriptedObjectStore, rejecting, silent
 from tests.tiers.test_object_hostile import (
     ACCESS_KEY,
     CALLS,
     KEYS,
     SECRET_KEY,
-    blocks,
-    loaded,
     opened,
 )
 

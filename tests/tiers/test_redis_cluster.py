@@ -22,10 +22,11 @@ from kvcache.tiers.redis.node import Node, RefreshGate
 from kvcache.tiers.redis.resp import ErrorReply, Reply
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
+from tests.support.checked_loads import blocks, loaded
 from tests.support.redis_servers import Server, agrees
 from tests.support.server_process import free_port
 from tests.support.waiting import PATIENCE_S, eventually
-from tests.tiers.test_redis_faults import answers, blocks, loaded
+from tests.tiers.test_redis_faults import answers
 
 KEYS = keys_of("cluster", 60)
 

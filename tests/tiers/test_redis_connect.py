@@ -20,8 +20,8 @@ from kvcache.tiers.redis import RedisTier
 from kvcache.tiers.redis.connect import Connector, ServerUrl, parse_url
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
+from tests.support.checked_loads import blocks, loaded
 from tests.support.redis_servers import Server
-from tests.tiers.test_redis_faults import blocks, loaded
 
 PASSWORD = "correct-horse-77"
 RIGHTS = "~kvcache:* +get +getex +set +exists +unlink +select"

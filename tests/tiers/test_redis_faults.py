@@ -15,11 +15,9 @@ pytest.importorskip("redis")
 from kvcache.testing import block_of, keys_of, run_in_threads
 from kvcache.tiers.redis import RedisTier, block_name
 from tests.support import redis_servers
+from tests.support.checked_loads import CLEAN, NBYTES, blocks, loaded
 from tests.support.redis_servers import Server
 from tests.support.waiting import eventually
-
-NBYTES = 64 << 10
-CLEAN = b"\xa5" * NBYTES
 
 
 @pytest.fixture
@@ -32,20 +30,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def tier(server: Server) -> Iterator[RedisTier]:
     with closing(RedisTier(url=server.url, timeout_s=30)) as tier:
         yield tier
-
-
-def blocks(keys: Sequence[bytes]) -> list[memoryview]:
-    return [memoryview(block_of(key, NBYTES)) for key in keys]
-
-
-def loaded(tier: RedisTier, keys: Sequence[bytes]) -> list[bool]:
-    """Load; return which are hits. Checks their bytes, and that a miss writes nothing."""
-    into = [bytearray(CLEAN) for _ in keys]
-    written = tier.load(keys, [memoryview(buffer) for buffer in into])
-    for key, nbytes, buffer in zip(keys, written, into, strict=True):
-        assert nbytes in (0, NBYTES)
-        assert buffer == (block_of(key, NBYTES) if nbytes else CLEAN)
-    return [bool(nbytes) for nbytes in written]
 
 
 def test_store_names_the_key_by_namespace_and_key_in_hex(tier: RedisTier, server: Server) -> None:

@@ -24,11 +24,11 @@ from kvcache.tiers.redis.resp import ErrorReply
 from kvcache.tiers.redis.sentinel import SentinelMaster
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
+from tests.support.checked_loads import blocks, loaded
 from tests.support.faulty_servers import FaultyServer, replying, silent
 from tests.support.redis_servers import Sentinel, Server
 from tests.support.server_process import free_port
 from tests.support.waiting import PATIENCE_S, eventually
-from tests.tiers.test_redis_faults import blocks, loaded
 
 KEYS = keys_of("watched", 8)
 

@@ -22,11 +22,11 @@ from kvcache.tiers.redis.resp import command
 from kvcache.tiers.redis.sockets import Address
 from tests.support import redis_servers
 from tests.support.certificates import make_certificates
+from tests.support.checked_loads import blocks, loaded
 from tests.support.faulty_servers import Behaviour, FaultyServer, replying
 from tests.support.redis_servers import Server
 from tests.support.waiting import PATIENCE_S, eventually
 from tests.tiers.test_redis_connect import PASSWORD, require_password
-from tests.tiers.test_redis_faults import blocks, loaded
 
 
 @pytest.fixture(autouse=True)
