@@ -14,7 +14,7 @@ NAMESPACE = keys_of("namespace", 1)[0]
 
 
 def opened_stack(profile: str, namespace: bytes) -> Stack:
-    """Open a stack whose L1 has all of its memory."""
+    """Open a stack; return when all memory of its L1 is there."""
     stack = open_stack(profile, block_nbytes=NBYTES, namespace=namespace)
     stack.front.slab.wait_populated()
     return stack

@@ -42,7 +42,7 @@ class AnnouncedBlocks:
         self._add(new, removed=False)
 
     def gone(self, keys: Iterable[Any]) -> None:
-        """Retract blocks that no tier holds any more, if they were announced."""
+        """Retract the announced blocks among ``keys``: every tier lost or removed them."""
         known = [key for key in keys if key in self._announced]
         for key in known:
             del self._announced[key]

@@ -5,7 +5,7 @@ Invariants:
 * vLLM's scheduler never waits for a tier: lookups, loads and stores run in threads. The exceptions
   are `drain_jobs` and `shutdown`, which end the jobs; each call of a job has the tier's deadline.
 * A job ends at its deadline, so a hanging tier does not pin vLLM's memory. Its blocks are then
-  misses, or not stored, and nothing touches their rows any more.
+  misses, or not stored, and a late call of a tier cannot read or write their rows.
 * A loaded block equals the stored one: the tiers verify it in its frame, which has its key.
 * Keys of vLLM have a hash of the tokens and the number of a KV cache group. The names in the tiers
   are digests of the whole key, under a namespace with the engine's identity.
